@@ -1,0 +1,19 @@
+"""aicc: an MLIR-style AI compiler stack for PyTorch.
+
+    torch.compile(model, backend="aicc")
+
+needs no import of this package. What is here is for those who look inside; names load on first use.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+_PUBLIC = {"Options": "compiler.options", "compile_fx": "compiler.driver"}
+__all__ = ["Options", "__version__", "compile_fx"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        from importlib import import_module
+        return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module 'aicc' has no attribute '{name}'; public names: {', '.join(__all__)}")
