@@ -194,6 +194,17 @@ def test_extern_decodes_arguments():
     close(got, *X.topk(3), X.half(), X.nonzero(), torch.tensor(12), torch.native_batch_norm(X, None, None, None, None, True, 0.1, 1e-5)[0])
 
 
+def test_extern_returns_ints_and_sees_strides():
+    got = run("""%n = graph.extern(%x) {target = "aten.sym_size.int", args = [{operand = 0}, 0], result_kinds = ["int"]} : tensor<i64>
+        %c = graph.extern(%x) {target = "aten._local_scalar_dense.default", args = [{operand = 1}], operand_strides = [[1, 3], none],
+            result_kinds = ["int"], defines = {u1 = [0, -1]}} : tensor<i64>
+        %m = graph.sym() {expr = u1*2} : tensor<i64>
+        %s = graph.extern(%x) {target = "aten.as_strided.default", args = [{operand = 0}, [12], [1]], operand_strides = [[1, 3]],
+            result_kinds = ["tensor"]} : tensor<12xf32>""".replace("(%x) {target = \"aten._local", "(%x, %k) {target = \"aten._local"),
+              {**ON_X, "k": ("tensor<i64>", torch.tensor(21))}, "%n, %c, %m, %s")
+    close(got, torch.tensor(3), torch.tensor(21), torch.tensor(42), X.t().flatten())
+
+
 def test_assign_updates_the_callers_tensor_at_the_end():
     x = torch.ones(2)
     got = run("%y = graph.add(%x, %x) : tensor<2xf32>\n graph.assign(%x, %y)\n %r = graph.neg(%x) : tensor<2xf32>",
