@@ -61,7 +61,8 @@ def _attention(b: Builder, op: Operation) -> list[Value | None]:
                   maps=(identity(4), row))
     total = reduce(b, rows, (keys,), [e], [identity(4)], maximum, "sum")
     read_v = (d(0), _key_head(heads, value_heads), d(4), d(3))
-    weighted = reduce(b, (*rows, width), (keys,), (e, v), ((d(0), d(1), d(2), d(4)), read_v), lambda i, x, y: i.arith("mul", x, y), "sum")
+    weighted = reduce(b, (*rows, width), (keys,), (e, v), ((d(0), d(1), d(2), d(4)), read_v),
+                      lambda i, x, y: i.arith("mul", x, y), "sum")
 
     def normalised(i: Builder, x: Value, s: Value) -> Value:
         mean = i.arith("div", x, s)
@@ -71,7 +72,8 @@ def _attention(b: Builder, op: Operation) -> list[Value | None]:
                     maps=(identity(4), row))
     lse = None
     if op.results[1].uses:
-        lse = pointwise(b, rows, [m, total], lambda i, x, s: i.arith("add", x, i.arith("log", s)), tensor_type(op.results[1]).dtype)
+        lse = pointwise(b, rows, [m, total], lambda i, x, s: i.arith("add", x, i.arith("log", s)),
+                        tensor_type(op.results[1]).dtype)
     return [out, lse]
 
 

@@ -12,12 +12,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...ir import DTYPES, Block, Builder, Dim, DType, IRError, Operation, Region, ScalarType, TensorType, Value, element_type, sym
+from ...ir import (
+    DTYPES,
+    Block,
+    Builder,
+    Dim,
+    DType,
+    IRError,
+    Operation,
+    Region,
+    ScalarType,
+    TensorType,
+    Value,
+    element_type,
+    sym,
+)
 from ...ir.expr import Bounds, simplify
 
 __all__ = ["F32", "I1", "I64", "Body", "Map", "Rule", "bounds_of", "broadcast_map", "broadcast_shape", "computing", "convert",
-           "d", "fill_value", "identity", "index", "lowest", "move", "pointwise", "promote", "reduce", "scalar_size", "shape_of", "simplified",
-           "structured_body", "tensor_type", "to_dtype"]
+           "d", "fill_value", "identity", "index", "lowest", "move", "pointwise", "promote", "reduce", "scalar_size", "shape_of",
+           "simplified",            "structured_body", "tensor_type", "to_dtype"]
 
 Rule = Callable[[Builder, Operation], "Sequence[Value | None]"]
 Body = Callable[..., Value]
@@ -60,7 +74,7 @@ def simplified(m: Sequence[Dim], dims: Shape) -> Map:
 
 
 def broadcast_map(source: Shape, rank: int, first: int = 0) -> Map:
-    """How a tensor of shape `source` is read at dimensions first .. first + rank - 1 of a space: numpy's rule, aligned right."""
+    """How a tensor of shape `source` is read at dimensions first .. first + rank - 1 of a space: numpy's rule."""
     start = first + rank - len(source)
     return tuple(0 if size == 1 else d(start + i) for i, size in enumerate(source))
 

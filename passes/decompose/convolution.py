@@ -1,7 +1,7 @@
 """Convolutions and their gradients, as contractions with strided, padded reads.
 
-Iteration space of `conv`: (b, o, *out; c, *kernel). Dimensions that are always 1 are left out of the reduction: c when a group has
-one channel (depthwise), and each kernel dimension of size 1, so that a 1x1 convolution is a plain matrix product.
+Iteration space of `conv`: (b, o, *out; c, *kernel). Dimensions that are always 1 are left out of the reduction: c when a
+group has one channel (depthwise), and each kernel dimension of size 1, so that a 1x1 convolution is a plain matrix product.
 With groups the channel read is that of the output channel's group.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ...ir import Builder, Dim, Operation, Value
 from ...ir.expr import floordiv, mod
-from .common import Map, Rule, d, index, reduce, shape_of, tensor_type, to_dtype
+from .common import Map, Rule, convert, d, index, reduce, shape_of, tensor_type, to_dtype
 from .contraction import contract
 
 __all__ = ["RULES"]
@@ -34,7 +34,8 @@ class _Reduction:
 
 def _window(op: Operation, out: Sequence[Dim], kernel: Sequence[Dim]) -> Map:
     """Where the forward convolution reads its input, per spatial dimension, at output positions `out` and kernel `kernel`."""
-    return tuple(o * s - p + k * r for o, k, s, p, r in zip(out, kernel, op["stride"], op["padding"], op["dilation"], strict=True))
+    steps = zip(out, kernel, op["stride"], op["padding"], op["dilation"], strict=True)
+    return tuple(o * stride - padding + k * dilation for o, k, stride, padding, dilation in steps)
 
 
 def _channel(o: Dim, out_channels: Dim, groups: int, per_group: Dim, c: Dim) -> Dim:
@@ -124,4 +125,6 @@ def _conv_transpose(b: Builder, op: Operation) -> list[Value]:
     return [convert(b, total, want)]
 
 
-RULES: dict[str, Rule] = {"graph.conv": _conv, "graph.conv_transpose": _conv_transpose, "graph.conv_weight_grad": _conv_weight_grad}
+RULES: dict[str, Rule] = {
+    "graph.conv": _conv, "graph.conv_transpose": _conv_transpose, "graph.conv_weight_grad": _conv_weight_grad,
+}

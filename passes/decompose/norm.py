@@ -1,4 +1,4 @@
-"""Normalisations: statistics in the computing type, in two passes (mean, then squares of what is left), one rounding at the end."""
+"""Normalisations: statistics in two passes (mean, then squares of what is left), in the computing type; one rounding at the end."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def _last_dims_norm(centred: bool) -> Rule:
         mean, rstd = _statistics(b, x, space, op["eps"], wide, centred)
         affine_map = tuple(d(i) for i in range(rank - op["ndims"], rank))
         out = _normalised(b, op, mean, rstd, space.read_back, affine, affine_map, wide)
-        return [out, *(convert(b, s, tensor_type(r).dtype) for s, r in zip((mean, rstd)[0 if centred else 1:], op.results[1:]) if s)]
+        statistics = [s for s in (mean, rstd) if s is not None]
+        return [out, *(convert(b, s, tensor_type(r).dtype) for s, r in zip(statistics, op.results[1:], strict=True))]
     return rule
 
 

@@ -56,7 +56,7 @@ def _reads_outside(op: Operation) -> bool:
 
 
 def _max_pool(b: Builder, op: Operation) -> list[Value | None]:
-    """The maximum and its place come from one pass. Of equal elements the first wins, as in torch; of several NaNs the first (torch: the last)."""
+    """The maximum and its place, in one pass. Of equal elements the first wins, as in torch; of NaNs the first (in torch the last)."""
     x = op.operands[0]
     t, axes = tensor_type(x), _axes(op)
     out = shape_of(op.results[0])
@@ -69,7 +69,8 @@ def _max_pool(b: Builder, op: Operation) -> list[Value | None]:
         return (v, v) if with_place else (v,)
 
     combined = b.generic([x], [simplified(_window(axes), dims)], dims, body, reductions=len(axes),
-                         combine=("max", "argmax") if with_place else ("max",), fills=(lowest(t.dtype),) if _reads_outside(op) else ())
+                         combine=("max", "argmax") if with_place else ("max",),
+                         fills=(lowest(t.dtype),) if _reads_outside(op) else ())
     values: list[Value | None] = [combined.results[0], None]
     if wide != t.dtype:
         values[0] = pointwise(b, out, [combined.results[0]], lambda i, v: v, t.dtype)
@@ -111,7 +112,8 @@ def _avg_pool(b: Builder, op: Operation) -> list[Value]:
 
     def body(i: Builder, s: Value) -> Value:
         divisor = op["divisor"]
-        if divisor is None and not (op["ceil_mode"] or any(a.padding for a in axes) and not op["count_include_pad"]):
+        clipped = op["ceil_mode"] or (any(a.padding for a in axes) and not op["count_include_pad"])
+        if divisor is None and not clipped:
             divisor = product(a.kernel for a in axes)
         if divisor is not None:
             return i.arith("div", s, divisor) if t.dtype.is_float else i.arith("truncdiv", s, divisor)

@@ -171,8 +171,9 @@ def _scan(b: Builder, op: Operation) -> list[Value]:
 
 
 RULES: dict[str, Rule] = {
-    "graph.sum": _reduction("sum"), "graph.prod": _reduction("prod"), "graph.amax": _reduction("max"), "graph.amin": _reduction("min"),
-    "graph.any": _reduction("any"), "graph.all": _reduction("all"), "graph.argmax": _arg("argmax"), "graph.argmin": _arg("argmin"),
+    "graph.sum": _reduction("sum"), "graph.prod": _reduction("prod"), "graph.amax": _reduction("max"),
+    "graph.amin": _reduction("min"), "graph.any": _reduction("any"), "graph.all": _reduction("all"),
+    "graph.argmax": _arg("argmax"), "graph.argmin": _arg("argmin"),
     "graph.mean": _mean, "graph.var_mean": _var_mean, "graph.softmax": _softmax, "graph.log_softmax": _log_softmax,
     "graph.scan": _scan,
 }

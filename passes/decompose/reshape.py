@@ -1,7 +1,7 @@
 """The index map of a reshape, with as few divisions as the sizes allow.
 
-Both shapes are split, from the right, into common factors: [B*S, N] -> [B, S, N] has the factors B, S, N, and every index is a sum
-or a quotient of factor indices. Only where neither of two sizes divides the other (2x6 -> 3x4) is the position
+Both shapes are split, from the right, into common factors: [B*S, N] -> [B, S, N] has the factors B, S, N, and every index is a
+sum or a quotient of factor indices. Only where neither of two sizes divides the other (2x6 -> 3x4) is the position
 linearised over the result's dimensions and split again by the source's, and that just for the dimensions concerned.
 """
 

@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from ...ir import Builder, Dim, IRError, Operation, Value
-from .common import Map, Rule, broadcast_map, d, fill_value, identity, index, move, scalar_size, shape_of, simplified, tensor_type
+from .common import (
+    Map,
+    Rule,
+    broadcast_map,
+    d,
+    fill_value,
+    identity,
+    index,
+    move,
+    scalar_size,
+    shape_of,
+    simplified,
+    tensor_type,
+)
 from .reshape import reshape_map
 
 __all__ = ["RULES"]
@@ -29,7 +42,8 @@ def _expand(b: Builder, op: Operation) -> list[Value]:
 
 
 def _slice(b: Builder, op: Operation) -> list[Value]:
-    return _view(b, op, tuple(start + d(i) * step for i, (start, step) in enumerate(zip(op["starts"], op["steps"], strict=True))))
+    spans = enumerate(zip(op["starts"], op["steps"], strict=True))
+    return _view(b, op, tuple(start + d(i) * step for i, (start, step) in spans))
 
 
 def _flip(b: Builder, op: Operation) -> list[Value]:
