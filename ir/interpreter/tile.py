@@ -1,0 +1,2 @@
+from .context import Handler
+HANDLERS: dict[str, Handler] = {}
