@@ -308,11 +308,11 @@ _REDUCE = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 def _scatter_into(kind: str, target: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """`target` (1-d) with values[j] combined at index[j], for j in order."""
     dtype = target.dtype
+    if not index.numel():
+        return target
     if kind == "set":  # the last writer of each element
         last = torch.full(target.shape, -1).scatter_reduce_(0, index, torch.arange(index.numel()), "amax")
-        written = (last >= 0).nonzero().reshape(-1)
-        target[written] = values[last[written]]
-        return target
+        return torch.where(last >= 0, flat_take(values, last.clamp(min=0)), target)
     if dtype in arith.WIDE_UNSIGNED:
         array = target.numpy()
         _UNSIGNED_UFUNCS[kind].at(array, index.numpy(), values.numpy())
