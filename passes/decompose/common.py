@@ -30,8 +30,8 @@ from ...ir import (
 from ...ir.expr import Bounds, simplify
 
 __all__ = ["F32", "I1", "I64", "Body", "Map", "Rule", "bounds_of", "broadcast_map", "broadcast_shape", "computing", "convert",
-           "d", "fill_value", "identity", "index", "lowest", "move", "pointwise", "promote", "reduce", "scalar_size", "shape_of",
-           "simplified",            "structured_body", "tensor_type", "to_dtype"]
+           "d", "fill_value", "identity", "index", "lowest", "move", "pointwise", "promote", "reduce", "scalar_size",
+           "shape_of", "simplified", "structured_body", "tensor_type", "to_dtype"]
 
 Rule = Callable[[Builder, Operation], "Sequence[Value | None]"]
 Body = Callable[..., Value]

@@ -1,7 +1,7 @@
 """Reads and writes at computed positions: generics that extract, and scatters.
 
-A position out of range makes the call fail (`check`), as in torch; only advanced indexing (`index`, `index_put`) counts negative
-ones from the end. Scatters that add or multiply floats under 32 bits do so in f32 and round once.
+A position out of range makes the call fail (`check`), as in torch; only advanced indexing (`index`, `index_put`) counts
+negative ones from the end. Scatters that add or multiply floats under 32 bits do so in f32 and round once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Normalisations: statistics in two passes (mean, then squares of what is left), in the computing type; one rounding at the end."""
+"""Normalisations: two passes (mean, then squares of what is left) in the computing type, one rounding at the end."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...ir import Builder, Dim, Operation, Value, element_type
-from ...ir.expr import product
 from .common import (
     I64,
     Map,
@@ -56,7 +56,7 @@ def _reads_outside(op: Operation) -> bool:
 
 
 def _max_pool(b: Builder, op: Operation) -> list[Value | None]:
-    """The maximum and its place, in one pass. Of equal elements the first wins, as in torch; of NaNs the first (in torch the last)."""
+    """The maximum and its place in one pass. Of equal elements the first wins, as in torch; of NaNs too (in torch the last)."""
     x = op.operands[0]
     t, axes = tensor_type(x), _axes(op)
     out = shape_of(op.results[0])
@@ -87,7 +87,7 @@ def _flat_position(i: Builder, place: Value, axes: Sequence[_Axis]) -> Value:
     """
     flat: Value | None = None
     for n, a in enumerate(axes):
-        inner = product(x.kernel for x in axes[n + 1:])
+        inner = math.prod(x.kernel for x in axes[n + 1:])
         step = place if inner == 1 else i.arith("floordiv", place, inner)
         if n > 0:
             step = i.arith("mod", step, a.kernel)
@@ -97,8 +97,9 @@ def _flat_position(i: Builder, place: Value, axes: Sequence[_Axis]) -> Value:
         at = i.arith("add", at, step if a.dilation == 1 else i.arith("mul", step, a.dilation))
         if a.padding:
             at = i.arith("sub", at, a.padding)
-            inside = 0 if a.dilation == 1 else i.arith("mod", at, a.dilation)
-            at = i.arith("select", i.arith("lt", at, 0), inside, at) if isinstance(inside, Value) else i.arith("max", at, 0)
+            # For at < 0 the first position inside is at mod dilation.
+            at = i.arith("max", at, 0) if a.dilation == 1 else i.arith(
+                "select", i.arith("lt", at, 0), i.arith("mod", at, a.dilation), at)
         flat = at if flat is None else i.arith("add", i.arith("mul", flat, scalar_size(i, a.size)), at)
     assert flat is not None
     return flat
@@ -114,7 +115,7 @@ def _avg_pool(b: Builder, op: Operation) -> list[Value]:
         divisor = op["divisor"]
         clipped = op["ceil_mode"] or (any(a.padding for a in axes) and not op["count_include_pad"])
         if divisor is None and not clipped:
-            divisor = product(a.kernel for a in axes)
+            divisor = math.prod(a.kernel for a in axes)
         if divisor is not None:
             return i.arith("div", s, divisor) if t.dtype.is_float else i.arith("truncdiv", s, divisor)
         return i.arith("div", s, i.cast(_covered(i, axes, op["count_include_pad"]), element_type(s.type)))

@@ -54,14 +54,15 @@ class _Side:
     def __init__(self, shape: Sequence[Dim]):
         self.shape = [(i, size) for i, size in enumerate(shape) if size != 1]
         self.left: Dim = 1
-        self.dim, self.stride = -1, 1
+        self.stride: Dim = 1
+        self.dim = -1
         self.advance()
 
     def advance(self) -> None:
         """Goes on to the next dimension once the current one is used up."""
         if self.left == 1 and self.shape:
             self.dim, self.left = self.shape.pop()
-            self.stride: Dim = 1
+            self.stride = 1
 
     @property
     def done(self) -> bool:
@@ -79,11 +80,11 @@ class _Side:
         return [self.left, *(size for _, size in reversed(self.shape))]
 
 
-def reshape_map(source: Sequence[Dim], result: Sequence[Dim]) -> Map:
+def reshape_map(source: tuple[Dim, ...], result: tuple[Dim, ...]) -> Map:
     """For each dimension of `source` the index read by result element d0, d1, ... of a row-major reshape."""
+    if any(size == 0 for size in (*source, *result)):  # nothing is read: any map does, if it says so
+        return (d(result.index(0)) if 0 in result else 0,) * len(source)
     out: list[Dim] = [0] * len(source)
-    if any(size == 0 for size in (*source, *result)):
-        return tuple(out)
     src, dst = _Side(source), _Side(result)
 
     def read(size: Dim, rest: Dim) -> Dim:
