@@ -343,8 +343,9 @@ def _operand(a: Dim) -> str:
 
 def _divisor(b: Dim) -> str:
     """The right operand of a division: a product needs parentheses too, or `d0 // (s0*3)` would read `(d0 // s0)*3`."""
-    text = _operand(b)
-    return f"({text})" if isinstance(b, Expr) and text[0] != "(" and (len(b.terms[0][0]) > 1 or b.terms[0][1] != 1) else text
+    if isinstance(b, int) or (not b.const and len(b.terms) == 1 and b.terms[0][1] == 1 and len(b.terms[0][0]) == 1):
+        return str(b)
+    return f"({b})"
 
 
 def _text_of(e: Expr) -> str:
