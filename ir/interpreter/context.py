@@ -22,7 +22,7 @@ from .arith import convert
 Tensor = torch.Tensor
 Handler = Callable[["Context", Operation, list[Any]], Sequence[Any]]
 
-__all__ = ["TORCH_DTYPES", "WIDENED", "Context", "Handler", "Numerics", "affine_index", "bind_shape", "evaluate_index", "failure",
+__all__ = ["SAME_WIDTH_SIGNED", "TORCH_DTYPES", "WIDENED", "Context", "Handler", "Numerics", "affine_index", "bind_shape", "evaluate_index", "failure",
            "flat_take", "to_tensor"]
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -34,7 +34,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 _BIT_PATTERNS = {"bf16": torch.uint16, "f8e4m3fn": torch.uint8, "f8e5m2": torch.uint8}
 WIDENED = frozenset({torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2})
 """Element types whose sums are accumulated in f32."""
-_SAME_WIDTH_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+SAME_WIDTH_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 def failure(op: Operation, message: str) -> IRError:
@@ -76,7 +76,7 @@ def to_tensor(value: Dense) -> Tensor:
 def flat_take(flat: Tensor, index: Tensor) -> Tensor:
     """flat[index] for a 1-d `flat` of any element type and an integer `index` of any shape."""
     kind = flat.dtype
-    narrow = _SAME_WIDTH_SIGNED.get(kind)
+    narrow = SAME_WIDTH_SIGNED.get(kind)
     source = flat if narrow is None else flat.view(narrow)
     got = source[index.reshape(-1)].reshape(index.shape)
     return got if narrow is None else got.view(kind)

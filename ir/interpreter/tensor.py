@@ -24,7 +24,7 @@ from .extern import extern
 
 Tensor = torch.Tensor
 
-__all__ = ["HANDLERS", "LIMIT"]
+__all__ = ["HANDLERS", "LIMIT", "combine", "scatter_into"]
 
 LIMIT = 1 << 23
 """Points of an iteration space that are evaluated at once."""
@@ -203,7 +203,7 @@ _COMBINE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _combine(kind: str, x: Tensor, parallel: int) -> Tensor:
+def combine(kind: str, x: Tensor, parallel: int) -> Tensor:
     """`x` combined over all dimensions from `parallel` on; sums of narrow floats are accumulated in f32."""
     x = x.reshape(*x.shape[:parallel], math.prod(x.shape[parallel:]))
     dtype = x.dtype
@@ -280,7 +280,7 @@ def _generic(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
             outputs[0][here] = _contract(*(body.value(v) for v in product.operands), space, parallel)
             continue
         for out, v, kind in zip(outputs, yielded, kinds, strict=True):
-            out[here] = body.whole(v) if kind == "none" else _combine(kind, body.whole(v), parallel)
+            out[here] = body.whole(v) if kind == "none" else combine(kind, body.whole(v), parallel)
     return outputs
 
 
@@ -305,7 +305,7 @@ def _scan(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
 _REDUCE = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 
 
-def _scatter_into(kind: str, target: Tensor, index: Tensor, values: Tensor) -> Tensor:
+def scatter_into(kind: str, target: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """`target` (1-d) with values[j] combined at index[j], for j in order."""
     dtype = target.dtype
     if not index.numel():
@@ -336,7 +336,7 @@ def _scatter(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
             if not bool(((i >= 0) & (i < n)).all()):
                 raise IndexError(f"the scatter index [{int(i.min())}, {int(i.max())}] leaves dimension {j} of size {n}")
             flat = flat * n + i
-        target = _scatter_into(op["combine"], target, flat.expand(body.space.shape).reshape(-1), body.whole(value).reshape(-1))
+        target = scatter_into(op["combine"], target, flat.expand(body.space.shape).reshape(-1), body.whole(value).reshape(-1))
     return [target.reshape(init.shape)]
 
 
