@@ -24,7 +24,8 @@ from typing import Any, Union
 
 __all__ = ["Dim", "Expr", "Sym", "sym", "floordiv", "mod", "ceildiv", "maximum", "minimum", "evaluate", "substitute",
            "simplify", "free_symbols", "product", "fold", "Bounds", "upper_bound", "lower_bound", "known_less",
-           "known_nonnegative", "split_linear", "as_int"]
+           "known_nonnegative", "split_linear", "as_int",
+           "contiguous_linear", "delinearize"]
 
 Dim = Union[int, "Expr"]
 Bounds = Mapping[str, tuple[Dim, "Dim | None"]]
@@ -624,3 +625,22 @@ def split_linear(e: Dim, name: str) -> tuple[Dim, Dim] | None:
             rest[m] = c
     const = coefficient.pop((), 0)
     return _make(coefficient, const), _make(rest, e.const)
+
+
+def contiguous_linear(index: Iterable[Dim], shape: Iterable[Dim]) -> Dim:
+    """The row-major position of `index` in `shape`."""
+    total: Dim = 0
+    for i, size in zip(index, shape, strict=True):
+        total = _sum(_mul(total, size), i, 1)
+    return total
+
+
+def delinearize(position: Dim, shape: Iterable[Dim]) -> list[Dim]:
+    """The index in `shape` of a row-major `position`; the inverse of `contiguous_linear`."""
+    sizes = list(shape)
+    index: list[Dim] = []
+    for k in range(len(sizes)):
+        below = product(sizes[k + 1:])
+        i = floordiv(position, below)
+        index.append(mod(i, sizes[k]) if k else i)
+    return index
