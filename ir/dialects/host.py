@@ -25,5 +25,5 @@ define("host.copy", "copies `source` to `target` (same shape and element type, a
 define("host.extern", "an ATen operator on buffers: `inputs` operands are read, the rest receive its tensor results in order",
        operands="buffers*", results=(),
        attrs={"target": attr(), "args": attr(), "kwargs": optional({}), "inputs": attr(), "result_kinds": optional(()),
-              "random": optional(False), "reason": optional("")},
+              "random": optional(False), "reason": optional(""), "operand_strides": optional(()), "defines": optional({})},
        traits=[Trait.ReadsMemory, Trait.WritesMemory])

@@ -139,6 +139,6 @@ define("tensor.assign", "writes `value` into the memory of the function argument
        results=(), traits=[Trait.WritesMemory])
 define("tensor.extern", "an ATen operator called as it is; attributes as in graph.extern", operands="tensors*", results="results*",
        attrs={"target": attr(), "args": attr(), "kwargs": optional({}), "reason": optional(""), "result_kinds": optional(()),
-              "random": optional(False)},
+              "random": optional(False), "operand_strides": optional(()), "defines": optional({})},
        traits=[Trait.ReadsMemory])
 
