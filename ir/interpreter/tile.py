@@ -13,7 +13,7 @@ outputs start poisoned. See `memory.py` for what is checked.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -170,7 +170,7 @@ def _mask(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
 def _full(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     t = op.result.type
     assert isinstance(t, TileType)
-    return [lift(xs[0], t.rank).expand(-1, *t.shape)]
+    return [lift(xs[0], t.rank).expand(-1, *p.ctx.dims(t.shape))]
 
 
 def _reduce(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
@@ -275,9 +275,10 @@ def _launch(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
             raise IRError(f"argument {a.index} of @{kernel['sym_name']} is {a.type}, launched with {m.size} elements of {m.flat.dtype}")
     grid = inner.dims(kernel["grid"])
     total = math.prod(grid)
-    largest = max((math.prod(v.type.shape) for o in kernel.walk() for v in (*o.operands, *o.results) if isinstance(v.type, TileType)), default=1)
+    tiles = {v.type for o in kernel.walk() for v in (*o.operands, *o.results) if isinstance(v.type, TileType)}
+    largest = max([1, *(math.prod(inner.dims(t.shape)) for t in tiles)])
     written = frozenset(o.operands[0] for o in kernel.walk() if o.name == "tile.store")
-    together = max(1, LANES // max(1, largest))
+    together = max(1, LANES // largest)
     try:
         for start in range(0, total, together):
             ids = torch.arange(start, min(start + together, total))

@@ -4,7 +4,21 @@ import time
 
 import pytest
 import torch
-from aicc.ir import DTYPES, Block, BufferType, Builder, IRError, Operation, Region, SymbolRef, TensorType, TileType, make_func, make_module, sym
+from aicc.ir import (
+    DTYPES,
+    Block,
+    BufferType,
+    Builder,
+    IRError,
+    Operation,
+    Region,
+    SymbolRef,
+    TensorType,
+    TileType,
+    make_func,
+    make_module,
+    sym,
+)
 from aicc.ir.interpreter import interpret, loops, tile
 from aicc.ir.parser import parse_module
 from aicc.ir.types import index
