@@ -47,7 +47,7 @@ from .values import (
 if TYPE_CHECKING:
     from .kernel import KernelEmitter
 
-__all__ = ["emit_load", "emit_store", "row_coordinates"]
+__all__ = ["AccessChunk", "Accessor", "broadcast_row", "emit_load", "emit_store", "full_mask", "row_coordinates"]
 
 MIN_RUN = 4
 """Neighbouring lanes that are worth a vector load of their own."""
@@ -67,7 +67,7 @@ def broadcast_row(coordinates: Sequence[int], shape: Sequence[int]) -> int:
 
 
 @dataclass
-class _Chunk:
+class AccessChunk:
     """One chunk to access: its lanes, the offset of each, and what guards it."""
 
     lanes: LaneChunk
@@ -75,8 +75,8 @@ class _Chunk:
     gaps: list[Dim]
 
 
-class _Accessor:
-    """What loads and stores share: the rows and chunks of one access, with their addresses."""
+class Accessor:
+    """What loads, stores and masks share: the rows and chunks of one access, with their addresses."""
 
     def __init__(self, k: KernelEmitter, op: Operation, widths: tuple[int, ...]):
         self.k = k
@@ -85,12 +85,13 @@ class _Accessor:
         access = k.resolver.accesses[op]
         self.shape = access.shape or (1,)
         self.widths = widths
-        buffer = op.operands[0]
-        assert isinstance(buffer.type, BufferType)
-        self.dtype: DType = buffer.type.dtype
-        self.base = k.env[buffer]
-        self.memory = memory_type(self.dtype)
-        self.offset = k.instantiate(access.offset)
+        if op.name != "tile.mask":
+            buffer = op.operands[0]
+            assert isinstance(buffer.type, BufferType)
+            self.dtype: DType = buffer.type.dtype
+            self.base = k.env[buffer]
+            self.memory = memory_type(self.dtype)
+        self.offset = k.instantiate(k.facts.simplify(access.offset, access.shape))
         pairs = [p for p in access.pairs if not k.facts.proves(p, access.shape)]
         self.gaps = [k.instantiate(b) - k.instantiate(a) - 1 for a, b in pairs]
         self._gathered: dict[str, Tile] = {}
@@ -99,7 +100,7 @@ class _Accessor:
                 if s[:2] == "%g" and s not in self._gathered:
                     self._gathered[s] = k.tile(k.resolver.values[s])
 
-    def rows(self) -> Iterator[list[_Chunk]]:
+    def rows(self) -> Iterator[list[AccessChunk]]:
         """The chunks of each row."""
         last = position(len(self.shape) - 1)
         wide = {s: with_widths(self.b, t, self.widths) for s, t in self._gathered.items() if t.shape[-1] > 1}
@@ -113,7 +114,7 @@ class _Accessor:
             start, chunks = 0, []
             for c, width in enumerate(self.widths):
                 vectors = {s: self._index_chunk(t, broadcast_row(at, t.shape), c) for s, t in wide.items()}
-                chunks.append(_Chunk(LaneChunk(self.k.scalars, last, start, width, self.shape[-1], vectors), offset, gaps))
+                chunks.append(AccessChunk(LaneChunk(self.k.scalars, last, start, width, self.shape[-1], vectors), offset, gaps))
                 start += width
             yield chunks
 
@@ -123,7 +124,7 @@ class _Accessor:
     def address(self, offset: Dim) -> ir.Value:
         return self.k.scalars.address(self.base, self.memory, offset)
 
-    def lane_addresses(self, chunk: _Chunk) -> list[ir.Value]:
+    def lane_addresses(self, chunk: AccessChunk) -> list[ir.Value]:
         """One pointer per lane."""
         lanes = chunk.lanes
         if not any(s in lanes.vectors for s in free_symbols(chunk.offset)):
@@ -132,7 +133,7 @@ class _Accessor:
         base = self.address(shared)
         return [self.b.gep(base, [extract(self.b, index, i)], source_etype=self.memory) for i in range(lanes.width)]
 
-    def vector_address(self, chunk: _Chunk) -> ir.Value:
+    def vector_address(self, chunk: AccessChunk) -> ir.Value:
         """A vector of pointers."""
         shared, index = chunk.lanes.index(chunk.offset)
         base = self.address(shared)
@@ -140,7 +141,7 @@ class _Accessor:
         gep.type = ir.VectorType(PTR, chunk.lanes.width)  # llvmlite does not know that a vector index gives a vector
         return gep
 
-    def steps(self, chunk: _Chunk) -> list[int] | None:
+    def steps(self, chunk: AccessChunk) -> list[int] | None:
         """Constant distances of the lanes from the first one; None if they are not constant."""
         lanes = chunk.lanes
         if any(s in lanes.vectors for s in free_symbols(chunk.offset)):
@@ -165,13 +166,14 @@ class _Accessor:
     def memory_bits(self) -> int:
         return self.dtype.bits
 
-    def full_mask(self, scalar: ir.Value | None, vector: ir.Value | None, width: int) -> ir.Value:
-        """The mask as a vector of i1 (a scalar for width 1)."""
-        parts = [splat(self.b, scalar, width)] if scalar is not None else []
-        parts += [vector] if vector is not None else []
-        if not parts:
-            return splat(self.b, I1(1), width)
-        return parts[0] if len(parts) == 1 else self.b.and_(*parts)
+
+def full_mask(b: ir.IRBuilder, scalar: ir.Value | None, vector: ir.Value | None, width: int) -> ir.Value:
+    """A mask as a vector of i1 (a scalar for width 1)."""
+    parts = [splat(b, scalar, width)] if scalar is not None else []
+    parts += [vector] if vector is not None else []
+    if not parts:
+        return splat(b, I1(1), width)
+    return parts[0] if len(parts) == 1 else b.and_(*parts)
 
 
 def _runs(steps: list[int]) -> list[tuple[int, int]]:
@@ -187,7 +189,7 @@ def _runs(steps: list[int]) -> list[tuple[int, int]]:
 
 # -- loads --------------------------------------------------------------------------------------------------------------
 
-class _Loader(_Accessor):
+class _Loader(Accessor):
     def __init__(self, k: KernelEmitter, op: Operation, widths: tuple[int, ...]):
         super().__init__(k, op, widths)
         self.other = op["other"]
@@ -207,11 +209,11 @@ class _Loader(_Accessor):
             return splat(self.b, ir.IntType(8)(int(bool(self.other))), width)
         return constant(self.other, self.dtype, width)
 
-    def _chunk(self, c: _Chunk) -> ir.Value:
+    def _chunk(self, c: AccessChunk) -> ir.Value:
         lanes, b = c.lanes, self.b
         scalar, vector = lanes.mask(c.gaps)
         if self.op["check"] and c.gaps:
-            self.k.report(self.op, self.full_mask(scalar, vector, lanes.width))
+            self.k.report(self.op, full_mask(self.b, scalar, vector, lanes.width))
         steps = self.steps(c)
         if steps is not None and lanes.width > 1:
             if all(s == 0 for s in steps) and vector is None:
@@ -226,7 +228,7 @@ class _Loader(_Accessor):
             if vector is None and len(runs) * MIN_RUN <= lanes.width:
                 return concat(b, [self._contiguous(lanes.at(c.offset, i), n, scalar, None) for i, n in runs])
         if lanes.width > 1 and self.has_gather(lanes.width):
-            return self._gather(c, self.full_mask(scalar, vector, lanes.width))
+            return self._gather(c, full_mask(self.b, scalar, vector, lanes.width))
         pointers = self.lane_addresses(c)
         return pack(b, [self._guarded(p, 1, _lane_of(b, scalar, vector, i)) for i, p in enumerate(pointers)])
 
@@ -242,11 +244,11 @@ class _Loader(_Accessor):
             return self._guarded(self.address(offset), width, scalar)
         if not self.has_masked:
             return pack(b, [self._guarded(self.address(offset + i), 1, _lane_of(b, scalar, vector, i)) for i in range(width)])
-        mask = self.full_mask(scalar, vector, width)
+        mask = full_mask(self.b, scalar, vector, width)
         t = chunk_type(self.memory, width)
         return call(b, f"llvm.masked.load.{suffix(t)}.p0", t, [self.address(offset), I32(self.align), mask, self._other(width)])
 
-    def _gather(self, c: _Chunk, mask: ir.Value) -> ir.Value:
+    def _gather(self, c: AccessChunk, mask: ir.Value) -> ir.Value:
         width = c.lanes.width
         t = chunk_type(self.memory, width)
         pointers = self.vector_address(c)
@@ -271,7 +273,7 @@ def emit_load(k: KernelEmitter, op: Operation) -> Tile | ir.Value:
 
 # -- stores -------------------------------------------------------------------------------------------------------------
 
-class _Storer(_Accessor):
+class _Storer(Accessor):
     def __init__(self, k: KernelEmitter, op: Operation, value: Tile):
         super().__init__(k, op, value.widths)
         self.value = value
@@ -285,7 +287,7 @@ class _Storer(_Accessor):
                     value = self.b.zext(value, chunk_type(ir.IntType(8), chunk.lanes.width))
                 self._chunk(chunk, value)
 
-    def _chunk(self, c: _Chunk, value: ir.Value) -> None:
+    def _chunk(self, c: AccessChunk, value: ir.Value) -> None:
         lanes, b = c.lanes, self.b
         scalar, vector = lanes.mask(c.gaps)
         if self.op["atomic"]:
@@ -309,7 +311,7 @@ class _Storer(_Accessor):
                 return
         if lanes.width > 1 and "avx512f" in self.k.features and self.memory_bits in (32, 64) and (
                 steps is None or any(steps)):
-            self._scatter(c, value, self.full_mask(scalar, vector, lanes.width))
+            self._scatter(c, value, full_mask(self.b, scalar, vector, lanes.width))
             return
         for i, p in enumerate(self.lane_addresses(c)):
             self._guarded(p, extract(b, value, i), _lane_of(b, scalar, vector, i))
@@ -329,10 +331,10 @@ class _Storer(_Accessor):
             for i in range(width):
                 self._guarded(self.address(offset + i), extract(b, value, i), _lane_of(b, scalar, vector, i))
             return
-        mask = self.full_mask(scalar, vector, width)
+        mask = full_mask(self.b, scalar, vector, width)
         call(b, f"llvm.masked.store.{suffix(value.type)}.p0", ir.VoidType(), [value, self.address(offset), I32(self.align), mask])
 
-    def _scatter(self, c: _Chunk, value: ir.Value, mask: ir.Value) -> None:
+    def _scatter(self, c: AccessChunk, value: ir.Value, mask: ir.Value) -> None:
         pointers = self.vector_address(c)
         call(self.b, f"llvm.masked.scatter.{suffix(value.type)}.v{c.lanes.width}p0", ir.VoidType(), [value, pointers, I32(self.align), mask])
 

@@ -22,7 +22,7 @@ from ...ir.opdef import Trait
 from ...ir.target import Target
 from ...ir.types import DTYPES, BufferType, DType, ScalarType, TileType, element_type
 from . import arith
-from .access import broadcast_row, emit_load, emit_store, row_coordinates
+from .access import AccessChunk, Accessor, broadcast_row, emit_load, emit_store, full_mask, row_coordinates
 from .convert import emit_cast
 from .dot import emit_dot
 from .intrinsics import call, declare, suffix
@@ -132,9 +132,10 @@ class KernelEmitter:
         symbols = kernel["symbols"]
         args = kernel.body.args
         f = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [PTR] * len(args) + [I64] * (len(symbols) + 2) + [PTR]),
-                        kernel["sym_name"])
+                        f"kernel.{kernel['sym_name']}")
         f.linkage = "internal"
         f.attributes.add("nounwind")
+        f.attributes.add("noinline")
         shared = {n for pair in kernel["inplace"] for n in pair}
         for arg, value in zip(args, f.args):
             self.env[arg] = value
@@ -243,7 +244,7 @@ class KernelEmitter:
                 found |= self._program_conditions(op, facts.inside(loop.symbol, loop.lower, last))
             elif op in self.resolver.accesses:
                 access = self.resolver.accesses[op]
-                for pair in access.pairs:
+                for pair in access.conditions:
                     if facts.proves(pair, access.shape):
                         continue
                     gap = facts.program_gap(pair, access.shape)
@@ -381,7 +382,7 @@ class KernelEmitter:
                     return True
             elif op in self.resolver.accesses:
                 access = self.resolver.accesses[op]
-                if any(full.proves(p, access.shape) and not partial.proves(p, access.shape) for p in access.pairs):
+                if any(full.proves(p, access.shape) and not partial.proves(p, access.shape) for p in access.conditions):
                     return True
         return False
 
@@ -484,13 +485,29 @@ class KernelEmitter:
     def full(self, op: Operation) -> None:
         t = op.result.type
         assert isinstance(t, TileType)
-        scalar = self.value(op.operands[0])
-        if isinstance(scalar, Tile):
-            scalar = scalar.rows[0][0]
+        shape: tuple[int, ...] = t.shape  # type: ignore[assignment]
         widths = self.layout(op.result)
-        splats = {w: splat(self.b, scalar, w) for w in dict.fromkeys(widths)}
-        row = [splats[w] for w in widths]
-        self.env[op.result] = Tile(t.shape, t.dtype, widths, [list(row) for _ in row_coordinates(t.shape)])  # type: ignore[arg-type]
+        x = self.tile(op.operands[0])
+        if x.shape[-1] == shape[-1]:
+            rows = with_widths(self.b, x, widths).rows
+        else:
+            rows = []
+            for row in x.rows:
+                splats = {w: splat(self.b, row[0], w) for w in dict.fromkeys(widths)}
+                rows.append([splats[w] for w in widths])
+        sizes = x.shape if len(x.shape) == len(shape) else (1,) * len(shape)
+        self.env[op.result] = Tile(shape, t.dtype, widths, [list(rows[broadcast_row(at, sizes)]) for at in row_coordinates(shape)])
+
+    def mask(self, op: Operation) -> None:
+        """An i1 tile of where the pairs hold; constant where that is proved."""
+        access = self.resolver.accesses[op]
+        scalar = not isinstance(op.result.type, TileType)
+        widths = (1,) if scalar else self.layout(op.result)
+        rows = [[self._mask_chunk(c) for c in row] for row in Accessor(self, op, widths).rows()]
+        self.env[op.result] = rows[0][0] if scalar else Tile(access.shape, DTYPES["i1"], widths, rows)
+
+    def _mask_chunk(self, c: AccessChunk) -> ir.Value:
+        return full_mask(self.b, *c.lanes.mask(c.gaps), c.lanes.width)
 
     def index(self, op: Operation) -> None:
         """A scalar index stays symbolic; a tile is a base plus a constant vector where the expression is linear."""
@@ -581,7 +598,7 @@ class KernelEmitter:
 
 _HANDLERS: dict[str, Callable[[KernelEmitter, Operation], None]] = {
     "arith.constant": KernelEmitter.constant_op, "tile.program_id": KernelEmitter.symbolic, "tile.for": KernelEmitter.for_loop,
-    "tile.load": KernelEmitter.load, "tile.store": KernelEmitter.store, "tile.index": KernelEmitter.index,
+    "tile.load": KernelEmitter.load, "tile.store": KernelEmitter.store, "tile.index": KernelEmitter.index, "tile.mask": KernelEmitter.mask,
     "tile.full": KernelEmitter.full, "tile.reduce": KernelEmitter.reduce, "tile.reshape": KernelEmitter.reshape,
     "tile.transpose": KernelEmitter.transpose, "tile.dot": KernelEmitter.dot, "tile.alloca": KernelEmitter.alloca,
 }

@@ -14,12 +14,13 @@ from the ranges of the symbols, eliminating the innermost first: that is what le
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from ...ir.core import Operation, Value
-from ...ir.expr import (Bounds, Dim, Expr, FloorDiv, Max, Min, floordiv, free_symbols, known_nonnegative, lower_bound, maximum, minimum,
-                        mod, substitute, sym)
+from ...ir.expr import (Bounds, Dim, Expr, FloorDiv, Max, Min, Sym, floordiv, fold, free_symbols, known_nonnegative, lower_bound,
+                        maximum, minimum, mod, simplify, substitute, sym)
 from ...ir.types import ScalarType, TileType
 
 __all__ = ["Access", "Facts", "Loop", "Resolver", "position"]
@@ -77,11 +78,43 @@ def _multiple(e: Dim, k: int) -> bool:
 
 @dataclass(frozen=True)
 class Access:
-    """The resolved addressing of a load or store: offset in elements, and all masks as pairs."""
+    """The resolved addressing of a load or store (or a bare mask): offset in elements, and all masks as pairs.
+
+    `clamps` are what decides the minima and maxima of the offset in the usual case: `min(m, M - 1)` is m where m < M.
+    """
 
     offset: Dim
     pairs: tuple[Pair, ...]
     shape: tuple[int, ...]
+
+    @cached_property
+    def clamps(self) -> tuple[Pair, ...]:
+        return tuple(dict.fromkeys(_clamps(self.offset)))
+
+    @property
+    def conditions(self) -> tuple[Pair, ...]:
+        """Everything that is worth proving."""
+        return self.pairs + self.clamps
+
+
+def _clamps(e: Dim) -> Iterator[Pair]:
+    if isinstance(e, int):
+        return
+    for m, _ in e.terms:
+        for a in m:
+            for arg in a.args:
+                yield from _clamps(arg)
+            if isinstance(a, (Min, Max)) and len(a.args) == 2:
+                x, y = a.args
+                if _varies(y) and not _varies(x):
+                    x, y = y, x
+                if _varies(x) and not _varies(y):  # x <= y or y <= x
+                    yield (x, y + 1) if isinstance(a, Min) else (y, x + 1)
+
+
+def _varies(e: Dim) -> bool:
+    """Depends on the position in the tile or on a loop, not just on the program."""
+    return any((s[0] == "t" and s[1:].isdigit()) or s[:2] == "%v" for s in free_symbols(e))
 
 
 @dataclass
@@ -126,6 +159,10 @@ class Resolver:
             pairs = [(substitute(a, env), substitute(b, env)) for a, b in op["mask"]]
             pairs += [(-1, substitute(e, env)) for e in op["mask_low"]]
             self.accesses[op] = Access(substitute(op["offset"], env), tuple(pairs), shape)
+        elif op.name == "tile.mask":
+            shape = tuple(op["shape"])
+            env = {**self._operands(op.operands), **_fixed(shape)}
+            self.accesses[op] = Access(0, tuple((substitute(a, env), substitute(b, env)) for a, b in op["mask"]), shape)
         elif op.name.startswith("arith."):
             self._arith(op)
 
@@ -199,6 +236,27 @@ class Facts:
 
     def nonnegative(self, e: Dim, shape: tuple[int, ...] = ()) -> bool:
         return any(self._sizes_nonnegative(g) for g in self._eliminate(e, [_tile(shape), *reversed(self.loops), self.programs]))
+
+    def simplify(self, e: Dim, shape: tuple[int, ...] = ()) -> Dim:
+        """`e` with the minima and maxima that are decided here replaced, and divisions simplified."""
+        if isinstance(e, int) or all(isinstance(a, Sym) for m, _ in e.terms for a in m):
+            return e
+        bounds: dict[str, tuple[Dim, Dim | None]] = dict(self.sizes)
+        for layer in (self.programs, *self.loops, _tile(shape)):
+            bounds |= layer
+        bounds |= dict.fromkeys([s for s in free_symbols(e) if _opaque(s) or s in self.signed], NOTHING)
+
+        def pick(larger: bool) -> Callable[[Dim, Dim], Dim]:
+            def choose(a: Dim, b: Dim) -> Dim:
+                if self.proves((a, b + 1), shape):
+                    return b if larger else a
+                if self.proves((b, a + 1), shape):
+                    return a if larger else b
+                return maximum(a, b) if larger else minimum(a, b)
+            return choose
+
+        ops = {"add": lambda a, b: a + b, "mul": lambda a, b: a * b, "floordiv": floordiv, "mod": mod, "max": pick(True), "min": pick(False)}
+        return simplify(fold(e, sym, lambda n: n, ops), bounds)
 
     def program_gap(self, pair: Pair, shape: tuple[int, ...]) -> Dim | None:
         """An expression over %p and sizes alone that is >= 0 only if the mask holds all over the tile; None if there is none."""

@@ -214,7 +214,8 @@ _BOTH = ("sdpa", "eager")
 _KINKS = (
     "float32 rounding only: in training, a pre-activation within rounding of a kink of ReLU or ReLU6 (or two equal values in "
     "a max-pooling window) changes a gradient by up to 5 %. The seed is one at which the nearest such value is more than 3 "
-    "times eager float32's largest error away, so that no correct float32 compilation crosses a kink"
+    "times eager float32's largest error away, and at which eager in channels-last order stays within the headroom as well "
+    "(at some seeds a norm's gradient cancels, and mere summation order costs more than that)"
 )
 
 _CASES = (
@@ -267,7 +268,7 @@ _CASES = (
     ModelCase("resnet18_full", lambda _: ResNet18(), _images, _classification, batch=1, size=224, full_size=True),
     ModelCase(
         "mobilenet_v2", lambda _: MobileNetV2(MobileNetV2.SMALL, head=256, classes=10), _images, _classification,
-        batch=4, size=32, seed=164, rationale=_KINKS, slow=True,
+        batch=4, size=32, seed=245, rationale=_KINKS, slow=True,
     ),
     ModelCase("mobilenet_v2_full", lambda _: MobileNetV2(), _images, _classification, batch=1, size=224, full_size=True),
     ModelCase("lstm", lambda _: LSTMLanguageModel(VOCABULARY, 64, 2), _tokens, _next_token, batch=2, size=12, slow=True),
