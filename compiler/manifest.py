@@ -2,8 +2,8 @@
 
     manifest = build_manifest(module)       # plain JSON data
 
-Names of native functions, agreed with the backend: the ops between two externs are segment `NAME_i` (i counts all segments, empty
-ones too, which need not exist and are not called); `NAME_pack_<id>` fills persistent buffer <id>, and all other outputs of the same launch.
+Names of native functions, agreed with the backend: each maximal run of launches and copies between externs is a segment, `NAME_0`,
+`NAME_1`, ...; `NAME_pack_<id>` fills persistent buffer <id>, and all other outputs of the same cached launch.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class _Builder:
             nonlocal segment, busy
             if busy:
                 steps.append(["call", f"{self.func['sym_name']}_{segment}"])
-            segment, busy = segment + 1, False
+                segment, busy = segment + 1, False
 
         for op in self.func.body:
             if op.name in ("host.launch", "host.copy") and not op.attributes.get("cached", False):

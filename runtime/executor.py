@@ -127,12 +127,13 @@ class CompiledGraph:
         self._early = [i for i in range(len(buffers)) if i not in later]
         self._results = self._read_results(manifest["results"])
         single = [step[1] for step in manifest["steps"]] if calls and len(manifest["steps"]) == 1 else None
+        constants: list[str] = manifest["constants"]
         self._segments = None
         if single is not None and self._early == list(range(len(buffers))):
             self._native: NativeFunction | None = self._function(single[0])
         else:
             self._native = None
-            self._segments = Segments(manifest["steps"], self._function, manifest["constants"], self._positions, inputs, self._specs,
+            self._segments = Segments(manifest["steps"], self._function, constants, self._positions, inputs, self._specs,
                                       self._persistent_slot, self._arena_slot)
         self._fill = struct.Struct(f"={self._arena_slot + 1}Q").pack_into
         plain = [{"kind": "buffer", "buffer": i} for i in range(len(buffers))]

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -256,17 +257,15 @@ def test_changed_parameters_are_packed_again(packed: Any) -> None:
 def test_an_address_used_again_is_noticed(packed: Any) -> None:
     """A freed parameter's memory may go to the next one, whose version counter is the same."""
     graph, check = packed
-    memory = torch.empty(8)
-    pointer, packs = memory.data_ptr(), 0
-    del memory
-    reused = 0
-    for _ in range(50):
-        w = torch.rand(8)
-        reused += w.data_ptr() == pointer
-        pointer, packs = w.data_ptr(), packs + 2
-        check(w, packs)
-        del w
-    assert reused > 0
+    memory = np.arange(8, dtype=np.float32)
+    w = torch.from_numpy(memory)
+    check(w, 2)
+    check(w, 2)
+    del w
+    memory += 1
+    w = torch.from_numpy(memory)
+    assert w._version == 0
+    check(w, 4)
 
 
 def test_inference_tensors_are_packed_in_every_call(packed: Any) -> None:
