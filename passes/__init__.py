@@ -1,3 +1,3 @@
 """The passes, one a file. Importing this package registers them all for textual pipelines."""
 
-from . import absorb_views, canonicalize, cse, dce, fuse, inline, pack, sink_reshapes, tiling
+from . import absorb_views, bufferize, canonicalize, cse, dce, fuse, inline, pack, plan_memory, schedule, sink_reshapes, tiling

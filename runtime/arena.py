@@ -8,10 +8,11 @@ other share one arena, as large as the largest of them needs.
 from __future__ import annotations
 
 import threading
+from functools import cache
 
 import torch
 
-__all__ = ["ArenaPool"]
+__all__ = ["ArenaPool", "shared_pool"]
 
 
 class ArenaPool:
@@ -60,3 +61,9 @@ class ArenaPool:
         """Gives all idle memory back to the allocator."""
         with self._lock:
             self._idle.clear()
+
+
+@cache
+def shared_pool() -> ArenaPool:
+    """The pool of the process."""
+    return ArenaPool()

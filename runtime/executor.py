@@ -1,6 +1,6 @@
 """Runs a compiled graph: collects pointers, calls native code, wraps outputs.
 
-    graph = CompiledGraph(artifact)
+    graph = CompiledGraph(manifest, object_code)
     outputs = graph(*args)          # or graph([...]) with the boxed convention: the list is emptied
 
 Native functions have the type `int32 NAME_i(void **table, int64 *symbols)`. The table holds the addresses of the program's buffers: tensor
@@ -20,7 +20,8 @@ The manifest (JSON, made by `compiler/manifest.py`; sizes as in `sizes.py`):
     arena                    bytes
     steps                    ["call", function] | ["extern", {...}] | ["allocate", [buffers]] | ["drop", [buffers]]
     mutated                  inputs that the program writes to
-    errors                   messages for error codes 1, 2, ...
+    constants                base64 of the constants that externs read (native code has its own copies)
+    errors                   messages for error codes 1, 2, ... (optional)
 
 Thread safety: one graph may run in several threads at once; every call takes its own frame (table) and arena from pools.
 """
@@ -35,8 +36,8 @@ from typing import Any
 
 import torch
 
-from .arena import ArenaPool
-from .artifact import Artifact, ArtifactError
+from .arena import ArenaPool, shared_pool
+from .artifact import ArtifactError
 from .extern_call import ExternCall, TensorSpec
 from .loader import NativeFunction, load_object
 from .packing import PackedMemory, PersistentBuffer
@@ -78,23 +79,23 @@ class CompiledGraph:
 
     _boxed_call = True  # AOTAutograd: call with one list, which may be emptied to free the arguments
 
-    def __init__(self, artifact: Artifact, *, arenas: ArenaPool | None = None, check_inputs: bool = False):
-        """`arenas` is shared by the graphs of a program; `check_inputs` compares every argument with the manifest (strict mode).
+    def __init__(self, manifest: dict[str, Any], code: bytes, *, arenas: ArenaPool | None = None, check_inputs: bool = False):
+        """`code` is an object file. `arenas` defaults to the pool that all graphs of the process share.
 
-        ArtifactError if the manifest is malformed or the code does not fit it.
+        `check_inputs` compares every argument with the manifest (strict mode). ArtifactError if the manifest is malformed or the
+        code does not fit it.
         """
-        self.arenas = arenas or ArenaPool()
+        self.arenas = arenas or shared_pool()
         self.calls = 0
         self.extern_calls = 0
         try:
-            self._read(artifact, check_inputs)
+            self._read(manifest, code, check_inputs)
         except (KeyError, TypeError, IndexError, AttributeError, SizeError, ValueError) as error:
             raise ArtifactError(f"malformed manifest: {type(error).__name__}: {error}") from error
 
     # -- reading the manifest
 
-    def _read(self, artifact: Artifact, check_inputs: bool) -> None:
-        manifest = artifact.manifest
+    def _read(self, manifest: dict[str, Any], code: bytes, check_inputs: bool) -> None:
         self.manifest = manifest
         self.name: str = manifest["name"]
         names: list[str] = manifest["symbols"]
@@ -111,11 +112,11 @@ class CompiledGraph:
         self._symbol_sources = [(self._positions[name], _index(i, inputs), int(d), {"size": 0, "stride": 1}[what])
                                 for name, i, d, what in manifest["symbol_sources"]]
         self._mutated = [_index(i, inputs) for i in manifest["mutated"]]
-        self._errors: list[str] = list(manifest["errors"])
+        self._errors: list[str] = list(manifest.get("errors", ()))
 
         calls = [step[1] for step in manifest["steps"] if step[0] == "call"]
         packs = [p["pack"] for p in manifest["persistent"] if p["pack"] is not None]
-        self.library = load_object(artifact.blobs["code"], dict.fromkeys([*calls, *packs])) if calls or packs else None
+        self.library = load_object(code, dict.fromkeys([*calls, *packs])) if calls or packs else None
         self._packed = self._read_persistent(manifest["persistent"])
         self._memo: dict[tuple[int, ...], _Sizes] = {}
         self._frames: list[tuple[Any, int]] = []
@@ -126,12 +127,13 @@ class CompiledGraph:
         self._early = [i for i in range(len(buffers)) if i not in later]
         self._results = self._read_results(manifest["results"])
         single = [step[1] for step in manifest["steps"]] if calls and len(manifest["steps"]) == 1 else None
+        constants: list[str] = manifest["constants"]
         self._segments = None
         if single is not None and self._early == list(range(len(buffers))):
             self._native: NativeFunction | None = self._function(single[0])
         else:
             self._native = None
-            self._segments = Segments(manifest["steps"], self._function, artifact.blobs, self._positions, inputs, self._specs,
+            self._segments = Segments(manifest["steps"], self._function, constants, self._positions, inputs, self._specs,
                                       self._persistent_slot, self._arena_slot)
         self._fill = struct.Struct(f"={self._arena_slot + 1}Q").pack_into
         plain = [{"kind": "buffer", "buffer": i} for i in range(len(buffers))]

@@ -5,12 +5,13 @@
     {"space": "input" | "buffer" | "persistent" | "constant", "index": n, "offset": elements, "dtype", "shape", "strides"}
     {"space": "arena", "offset": bytes, "dtype", "shape", "strides"}
 
-A constant's data is the blob "constant_<index>". Results are torch's own tensors: they become the buffers that `"buffers"` names, and
+A constant's data is base64 in the manifest's `constants`. Results are torch's own tensors: they become the buffers that `"buffers"` names, and
 native code reads them where they are.
 """
 
 from __future__ import annotations
 
+import base64
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -48,10 +49,10 @@ Place = Callable[[_Call], torch.Tensor]
 class Segments:
     """The steps of one program, ready to run."""
 
-    def __init__(self, steps: Sequence[Any], function: Callable[[str], NativeFunction], blobs: Mapping[str, bytes],
+    def __init__(self, steps: Sequence[Any], function: Callable[[str], NativeFunction], constants: Sequence[str],
                  positions: Mapping[str, int], inputs: Sequence[Mapping[str, Any]], specs: Sequence[TensorSpec], persistent_slot: int,
                  arena_slot: int):
-        self._function, self._blobs, self._positions = function, blobs, positions
+        self._function, self._constants, self._positions = function, constants, positions
         self._inputs, self._specs = inputs, specs
         makers = {"call": self._call, "extern": self._extern, "allocate": self._allocate, "drop": self._drop}
         self._steps: list[Step] = [makers[kind](value) for kind, value in steps]
@@ -160,7 +161,7 @@ class Segments:
         return place
 
     def _constant(self, row: Mapping[str, Any]) -> Place:
-        data = self._blobs[f"constant_{int(row['index'])}"]
+        data = base64.b64decode(self._constants[int(row["index"])], validate=True)
         memory = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
         return lambda call: memory
 
