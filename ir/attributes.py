@@ -1,6 +1,6 @@
 """Attributes: the constants attached to an op.
 
-An attribute is a plain immutable Python value: None, bool, int, float, str, Expr, Type, DType, SymbolRef, Dense, a tuple
+An attribute is a plain immutable Python value: None, bool, int, float, str, Expr, Type, SymbolRef, Dense, a tuple
 of attributes, or a dict from names to attributes. Nothing else: that is what lets the printer, the parser
 and the artifact cache handle every op alike.
 """
@@ -62,7 +62,7 @@ class Dense:
 
 def check_attribute(value: Attribute) -> None:
     """Raises TypeError if `value` is not an attribute."""
-    if value is None or isinstance(value, (bool, int, float, str, Expr, Type, DType, SymbolRef, Dense)):
+    if value is None or isinstance(value, (bool, int, float, str, Expr, Type, SymbolRef, Dense)):
         return
     if isinstance(value, tuple):
         for x in value:

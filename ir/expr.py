@@ -24,7 +24,8 @@ from typing import Any, Union
 
 __all__ = ["Dim", "Expr", "Sym", "sym", "floordiv", "mod", "ceildiv", "maximum", "minimum", "evaluate", "substitute",
            "simplify", "free_symbols", "product", "fold", "Bounds", "upper_bound", "lower_bound", "known_less",
-           "known_nonnegative", "split_linear", "as_int"]
+           "known_nonnegative", "split_linear", "as_int",
+           "contiguous_linear", "delinearize"]
 
 Dim = Union[int, "Expr"]
 Bounds = Mapping[str, tuple[Dim, "Dim | None"]]
@@ -249,7 +250,7 @@ def floordiv(a: Dim, b: Dim) -> Dim:
         if isinstance(a, int):
             return a // b
     if isinstance(a, int):
-        return 0 if a == 0 else _atom(FloorDiv(f"({a} // {_operand(b)})", (a, b)))
+        return 0 if a == 0 else _atom(FloorDiv(f"({a} // {_divisor(b)})", (a, b)))
     quotient, rest = _split_multiple(a, b)
     if isinstance(rest, int) and (rest == 0 or isinstance(b, int)):
         return quotient if rest == 0 else _sum(quotient, rest // b, 1)  # type: ignore[operator]
@@ -258,7 +259,7 @@ def floordiv(a: Dim, b: Dim) -> Dim:
         (m, c), = rest.terms
         if c == 1 and len(m) == 1 and isinstance(m[0], FloorDiv) and isinstance(m[0].args[1], int):
             return _sum(quotient, floordiv(m[0].args[0], m[0].args[1] * b), 1)
-    return _sum(quotient, _atom(FloorDiv(f"({_operand(rest)} // {_operand(b)})", (rest, b))), 1)
+    return _sum(quotient, _atom(FloorDiv(f"({_operand(rest)} // {_divisor(b)})", (rest, b))), 1)
 
 
 def mod(a: Dim, b: Dim) -> Dim:
@@ -271,7 +272,7 @@ def mod(a: Dim, b: Dim) -> Dim:
         if isinstance(a, int):
             return a % b
     if isinstance(a, int):
-        return 0 if a == 0 else _atom(Mod(f"({a} % {_operand(b)})", (a, b)))
+        return 0 if a == 0 else _atom(Mod(f"({a} % {_divisor(b)})", (a, b)))
     _, rest = _split_multiple(a, b)
     if isinstance(rest, int) and (rest == 0 or isinstance(b, int)):
         return 0 if rest == 0 else rest % b  # type: ignore[operator]
@@ -280,7 +281,7 @@ def mod(a: Dim, b: Dim) -> Dim:
         if c == 1 and len(m) == 1 and isinstance(m[0], Mod) and isinstance(m[0].args[1], int) and (
                 m[0].args[1] % b == 0):
             return mod(m[0].args[0], b)
-    return _atom(Mod(f"({_operand(rest)} % {_operand(b)})", (rest, b)))
+    return _atom(Mod(f"({_operand(rest)} % {_divisor(b)})", (rest, b)))
 
 
 def ceildiv(a: Dim, b: Dim) -> Dim:
@@ -338,6 +339,13 @@ def _operand(a: Dim) -> str:
     text = str(a)
     return f"({text})" if isinstance(a, Expr) and (" + " in text or " - " in text or text.startswith("-")) and not (
         len(a.terms) == 1 and not a.const and a.terms[0][1] == 1 and len(a.terms[0][0]) == 1) else text
+
+
+def _divisor(b: Dim) -> str:
+    """The right operand of a division: a product needs parentheses too, or `d0 // (s0*3)` would read `(d0 // s0)*3`."""
+    if isinstance(b, int) or (not b.const and len(b.terms) == 1 and b.terms[0][1] == 1 and len(b.terms[0][0]) == 1):
+        return str(b)
+    return f"({b})"
 
 
 def _text_of(e: Expr) -> str:
@@ -624,3 +632,22 @@ def split_linear(e: Dim, name: str) -> tuple[Dim, Dim] | None:
             rest[m] = c
     const = coefficient.pop((), 0)
     return _make(coefficient, const), _make(rest, e.const)
+
+
+def contiguous_linear(index: Iterable[Dim], shape: Iterable[Dim]) -> Dim:
+    """The row-major position of `index` in `shape`."""
+    total: Dim = 0
+    for i, size in zip(index, shape, strict=True):
+        total = _sum(_mul(total, size), i, 1)
+    return total
+
+
+def delinearize(position: Dim, shape: Iterable[Dim]) -> list[Dim]:
+    """The index in `shape` of a row-major `position`; the inverse of `contiguous_linear`."""
+    sizes = list(shape)
+    index: list[Dim] = []
+    for k in range(len(sizes)):
+        below = product(sizes[k + 1:])
+        i = floordiv(position, below)
+        index.append(mod(i, sizes[k]) if k else i)
+    return index

@@ -1,0 +1,350 @@
+"""Loads and stores of tiles.
+
+Each row of a tile is one run of lanes. By the coefficient of the last tile position in the offset a chunk of it is read as
+one vector (1), one element for all (0), a vector turned round (-1), runs of neighbours, or lane by lane (`llvm.masked.gather` where
+the target has it). Addresses share bases, so that rows differ by a constant displacement or one hoisted pointer.
+
+Masks that `Facts` cannot prove are computed. No access ever touches memory outside its mask: a mask over lanes becomes a masked
+instruction (or one address per lane), a mask over whole rows redirects the address to a scratch vector that holds
+`other`, without a branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
+
+from llvmlite import ir
+
+from ...ir.core import Operation
+from ...ir.expr import Dim, free_symbols, substitute, sym
+from ...ir.types import BufferType, DType, TileType
+from .atomics import emit_atomic
+from .intrinsics import call, suffix
+from .masks import LaneChunk
+from .symbolic import position
+from .values import (
+    I1,
+    I32,
+    I64,
+    PTR,
+    Tile,
+    chunk_type,
+    concat,
+    constant,
+    extract,
+    memory_type,
+    pack,
+    shuffle,
+    slice_chunk,
+    splat,
+    undef,
+    with_widths,
+)
+
+if TYPE_CHECKING:
+    from .kernel import KernelEmitter
+
+__all__ = ["AccessChunk", "Accessor", "broadcast_row", "emit_load", "emit_store", "full_mask", "row_coordinates"]
+
+MIN_RUN = 4
+"""Neighbouring lanes that are worth a vector load of their own."""
+
+
+def row_coordinates(shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Coordinates of the rows (all dimensions but the last), row-major."""
+    return product(*(range(n) for n in shape[:-1]))
+
+
+def broadcast_row(coordinates: Sequence[int], shape: Sequence[int]) -> int:
+    """The flattened row of a tile of `shape` that broadcasts to `coordinates`."""
+    row = 0
+    for at, size in zip(coordinates, shape[:-1]):
+        row = row * size + (0 if size == 1 else at)
+    return row
+
+
+@dataclass
+class AccessChunk:
+    """One chunk to access: its lanes, the offset of each, and what guards it."""
+
+    lanes: LaneChunk
+    offset: Dim
+    gaps: list[Dim]
+
+
+class Accessor:
+    """What loads, stores and masks share: the rows and chunks of one access, with their addresses."""
+
+    def __init__(self, k: KernelEmitter, op: Operation, widths: tuple[int, ...]):
+        self.k = k
+        self.b = k.b
+        self.op = op
+        access = k.resolver.accesses[op]
+        self.shape = access.shape or (1,)
+        self.widths = widths
+        if op.name != "tile.mask":
+            buffer = op.operands[0]
+            assert isinstance(buffer.type, BufferType)
+            self.dtype: DType = buffer.type.dtype
+            self.base = k.env[buffer]
+            self.memory = memory_type(self.dtype)
+        self.offset = k.instantiate(k.facts.simplify(access.offset, access.shape))
+        pairs = [p for p in access.pairs if not k.facts.proves(p, access.shape)]
+        self.gaps = [k.instantiate(b) - k.instantiate(a) - 1 for a, b in pairs]
+        self._gathered: dict[str, Tile] = {}
+        for e in (self.offset, *self.gaps):
+            for s in free_symbols(e):
+                if s[:2] == "%g" and s not in self._gathered:
+                    self._gathered[s] = k.tile(k.resolver.values[s])
+
+    def rows(self) -> Iterator[list[AccessChunk]]:
+        """The chunks of each row."""
+        last = position(len(self.shape) - 1)
+        wide = {s: with_widths(self.b, t, self.widths) for s, t in self._gathered.items() if t.shape[-1] > 1}
+        for at in row_coordinates(self.shape):
+            env: dict[str, Dim] = {position(d): n for d, n in enumerate(at)}
+            for s, t in self._gathered.items():
+                if t.shape[-1] == 1:
+                    env[s] = sym(f"{s}@{broadcast_row(at, t.shape)}")
+            offset = substitute(self.offset, env)
+            gaps = [substitute(g, env) for g in self.gaps]
+            start, chunks = 0, []
+            for c, width in enumerate(self.widths):
+                vectors = {s: self._index_chunk(t, broadcast_row(at, t.shape), c) for s, t in wide.items()}
+                chunks.append(AccessChunk(LaneChunk(self.k.scalars, last, start, width, self.shape[-1], vectors), offset, gaps))
+                start += width
+            yield chunks
+
+    def _index_chunk(self, t: Tile, row: int, c: int) -> Callable[[], ir.Value]:
+        return lambda: self.k.widen_index(t.rows[row][c], t.dtype)
+
+    def address(self, offset: Dim) -> ir.Value:
+        return self.k.scalars.address(self.base, self.memory, offset)
+
+    def lane_addresses(self, chunk: AccessChunk) -> list[ir.Value]:
+        """One pointer per lane."""
+        lanes = chunk.lanes
+        if not any(s in lanes.vectors for s in free_symbols(chunk.offset)):
+            return [self.address(lanes.at(chunk.offset, i)) for i in range(lanes.width)]
+        shared, index = lanes.index(chunk.offset)
+        base = self.address(shared)
+        return [self.b.gep(base, [extract(self.b, index, i)], source_etype=self.memory) for i in range(lanes.width)]
+
+    def vector_address(self, chunk: AccessChunk) -> ir.Value:
+        """A vector of pointers."""
+        shared, index = chunk.lanes.index(chunk.offset)
+        base = self.address(shared)
+        gep = self.b.gep(base, [index], source_etype=self.memory)
+        gep.type = ir.VectorType(PTR, chunk.lanes.width)  # llvmlite does not know that a vector index gives a vector
+        return gep
+
+    def steps(self, chunk: AccessChunk) -> list[int] | None:
+        """Constant distances of the lanes from the first one; None if they are not constant."""
+        lanes = chunk.lanes
+        if any(s in lanes.vectors for s in free_symbols(chunk.offset)):
+            return None
+        linear = lanes.linear(chunk.offset)
+        if linear is not None:
+            return [linear[0] * i for i in range(lanes.width)] if isinstance(linear[0], int) else None
+        first = lanes.at(chunk.offset, 0)
+        distances = [lanes.at(chunk.offset, i) - first for i in range(lanes.width)]
+        return distances if all(isinstance(d, int) for d in distances) else None  # type: ignore[return-value]
+
+    def has_gather(self, width: int) -> bool:
+        f = self.k.features
+        return width >= 4 and self.memory_bits in (32, 64) and ("avx512f" in f or "avx2" in f)
+
+    @property
+    def has_masked(self) -> bool:
+        f = self.k.features
+        return self.memory_bits in (32, 64) and ("avx512f" in f or "avx2" in f) or self.memory_bits in (8, 16) and "avx512bw" in f
+
+    @property
+    def memory_bits(self) -> int:
+        return self.dtype.bits
+
+
+def full_mask(b: ir.IRBuilder, scalar: ir.Value | None, vector: ir.Value | None, width: int) -> ir.Value:
+    """A mask as a vector of i1 (a scalar for width 1)."""
+    parts = [splat(b, scalar, width)] if scalar is not None else []
+    parts += [vector] if vector is not None else []
+    if not parts:
+        return splat(b, I1(1), width)
+    return parts[0] if len(parts) == 1 else b.and_(*parts)
+
+
+def _runs(steps: list[int]) -> list[tuple[int, int]]:
+    """(first lane, length) of the runs of neighbouring elements."""
+    runs: list[tuple[int, int]] = []
+    for i, s in enumerate(steps):
+        if runs and s - steps[i - 1] == 1:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((i, 1))
+    return runs
+
+
+# -- loads --------------------------------------------------------------------------------------------------------------
+
+class _Loader(Accessor):
+    def __init__(self, k: KernelEmitter, op: Operation, widths: tuple[int, ...]):
+        super().__init__(k, op, widths)
+        self.other = op["other"]
+        self.align = self.dtype.bytes
+
+    def run(self) -> list[list[ir.Value]]:
+        return [[self._finish(self._chunk(c), c.lanes.width) for c in row] for row in self.rows()]
+
+    def _finish(self, raw: ir.Value, width: int) -> ir.Value:
+        """Memory to register form."""
+        if self.dtype.name != "i1":
+            return raw
+        return self.b.icmp_unsigned("!=", raw, splat(self.b, ir.IntType(8)(0), width))
+
+    def _other(self, width: int) -> ir.Value:
+        if self.dtype.name == "i1":
+            return splat(self.b, ir.IntType(8)(int(bool(self.other))), width)
+        return constant(self.other, self.dtype, width)
+
+    def _chunk(self, c: AccessChunk) -> ir.Value:
+        lanes, b = c.lanes, self.b
+        scalar, vector = lanes.mask(c.gaps)
+        if self.op["check"] and c.gaps:
+            self.k.report(self.op, full_mask(self.b, scalar, vector, lanes.width))
+        steps = self.steps(c)
+        if steps is not None and lanes.width > 1:
+            if all(s == 0 for s in steps) and vector is None:
+                return splat(b, self._guarded(self.address(lanes.at(c.offset, 0)), 1, scalar), lanes.width)
+            if all(s == i for i, s in enumerate(steps)):
+                return self._contiguous(lanes.at(c.offset, 0), lanes.width, scalar, vector)
+            if all(s == -i for i, s in enumerate(steps)):
+                backward = list(range(lanes.width - 1, -1, -1))
+                turned = None if vector is None else shuffle(b, vector, backward)
+                return shuffle(b, self._contiguous(lanes.at(c.offset, lanes.width - 1), lanes.width, scalar, turned), backward)
+            runs = _runs(steps)
+            if vector is None and len(runs) * MIN_RUN <= lanes.width:
+                return concat(b, [self._contiguous(lanes.at(c.offset, i), n, scalar, None) for i, n in runs])
+        if lanes.width > 1 and self.has_gather(lanes.width):
+            return self._gather(c, full_mask(self.b, scalar, vector, lanes.width))
+        pointers = self.lane_addresses(c)
+        return pack(b, [self._guarded(p, 1, _lane_of(b, scalar, vector, i)) for i, p in enumerate(pointers)])
+
+    def _guarded(self, pointer: ir.Value, width: int, condition: ir.Value | None) -> ir.Value:
+        """A load of `width` elements at `pointer`, or `other` where the scalar condition is false."""
+        if condition is not None:
+            pointer = self.b.select(condition, pointer, self.k.scratch.filled(self.dtype, self.other))
+        return self.b.load(pointer, align=self.align, typ=chunk_type(self.memory, width))
+
+    def _contiguous(self, offset: Dim, width: int, scalar: ir.Value | None, vector: ir.Value | None) -> ir.Value:
+        b = self.b
+        if vector is None:
+            return self._guarded(self.address(offset), width, scalar)
+        if not self.has_masked:
+            return pack(b, [self._guarded(self.address(offset + i), 1, _lane_of(b, scalar, vector, i)) for i in range(width)])
+        mask = full_mask(self.b, scalar, vector, width)
+        t = chunk_type(self.memory, width)
+        return call(b, f"llvm.masked.load.{suffix(t)}.p0", t, [self.address(offset), I32(self.align), mask, self._other(width)])
+
+    def _gather(self, c: AccessChunk, mask: ir.Value) -> ir.Value:
+        width = c.lanes.width
+        t = chunk_type(self.memory, width)
+        pointers = self.vector_address(c)
+        return call(self.b, f"llvm.masked.gather.{suffix(t)}.v{width}p0", t, [pointers, I32(self.align), mask, self._other(width)])
+
+
+def _lane_of(b: ir.IRBuilder, scalar: ir.Value | None, vector: ir.Value | None, lane: int) -> ir.Value | None:
+    if vector is None:
+        return scalar
+    bit = extract(b, vector, lane)
+    return bit if scalar is None else b.and_(scalar, bit)
+
+
+def emit_load(k: KernelEmitter, op: Operation) -> Tile | ir.Value:
+    """The value of a `tile.load`."""
+    t = op.result.type
+    if not isinstance(t, TileType):
+        return _Loader(k, op, (1,)).run()[0][0]
+    widths = k.layout(op.result)
+    return Tile(t.shape, t.dtype, widths, _Loader(k, op, widths).run())  # type: ignore[arg-type]
+
+
+# -- stores -------------------------------------------------------------------------------------------------------------
+
+class _Storer(Accessor):
+    def __init__(self, k: KernelEmitter, op: Operation, value: Tile):
+        super().__init__(k, op, value.widths)
+        self.value = value
+        self.align = self.dtype.bytes
+
+    def run(self) -> None:
+        for r, row in enumerate(self.rows()):
+            for c, chunk in enumerate(row):
+                value = self.value.rows[r][c]
+                if self.dtype.name == "i1":
+                    value = self.b.zext(value, chunk_type(ir.IntType(8), chunk.lanes.width))
+                self._chunk(chunk, value)
+
+    def _chunk(self, c: AccessChunk, value: ir.Value) -> None:
+        lanes, b = c.lanes, self.b
+        scalar, vector = lanes.mask(c.gaps)
+        if self.op["atomic"]:
+            for i, p in enumerate(self.lane_addresses(c)):
+                emit_atomic(b, self.k.features, self.op["atomic"], self.dtype, p, extract(b, value, i), _lane_of(b, scalar, vector, i))
+            return
+        steps = self.steps(c)
+        if steps is not None and lanes.width > 1:
+            if all(s == i for i, s in enumerate(steps)):
+                self._contiguous(lanes.at(c.offset, 0), value, scalar, vector)
+                return
+            if all(s == -i for i, s in enumerate(steps)):
+                backward = list(range(lanes.width - 1, -1, -1))
+                turned = None if vector is None else shuffle(b, vector, backward)
+                self._contiguous(lanes.at(c.offset, lanes.width - 1), shuffle(b, value, backward), scalar, turned)
+                return
+            runs = _runs(steps)
+            if vector is None and len(runs) * MIN_RUN <= lanes.width:
+                for i, n in runs:
+                    self._contiguous(lanes.at(c.offset, i), slice_chunk(b, value, i, n), scalar, None)
+                return
+        if lanes.width > 1 and "avx512f" in self.k.features and self.memory_bits in (32, 64) and (
+                steps is None or any(steps)):
+            self._scatter(c, value, full_mask(self.b, scalar, vector, lanes.width))
+            return
+        for i, p in enumerate(self.lane_addresses(c)):
+            self._guarded(p, extract(b, value, i), _lane_of(b, scalar, vector, i))
+
+    def _guarded(self, pointer: ir.Value, value: ir.Value, condition: ir.Value | None) -> None:
+        if condition is not None:
+            pointer = self.b.select(condition, pointer, self.k.scratch.sink())
+        self.b.store(value, pointer, align=self.align)
+
+    def _contiguous(self, offset: Dim, value: ir.Value, scalar: ir.Value | None, vector: ir.Value | None) -> None:
+        b = self.b
+        if vector is None:
+            self._guarded(self.address(offset), value, scalar)
+            return
+        width = value.type.count
+        if not self.has_masked:
+            for i in range(width):
+                self._guarded(self.address(offset + i), extract(b, value, i), _lane_of(b, scalar, vector, i))
+            return
+        mask = full_mask(self.b, scalar, vector, width)
+        call(b, f"llvm.masked.store.{suffix(value.type)}.p0", ir.VoidType(), [value, self.address(offset), I32(self.align), mask])
+
+    def _scatter(self, c: AccessChunk, value: ir.Value, mask: ir.Value) -> None:
+        pointers = self.vector_address(c)
+        call(self.b, f"llvm.masked.scatter.{suffix(value.type)}.v{c.lanes.width}p0", ir.VoidType(), [value, pointers, I32(self.align), mask])
+
+
+def emit_store(k: KernelEmitter, op: Operation) -> None:
+    """A `tile.store`."""
+    value = k.env[op.operands[1]]
+    if not isinstance(value, Tile):
+        dtype = op.operands[1].type.dtype  # type: ignore[attr-defined]
+        value = Tile((1,), dtype, (1,), [[value]])
+    _Storer(k, op, value).run()
+
+

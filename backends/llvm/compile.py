@@ -1,0 +1,87 @@
+"""LLVM IR -> machine code: the pass pipeline and object emission.
+
+Vectors are explicit in the IR, so the loop and SLP vectorisers are off, and so is loop unrolling: kernels unroll where their IR says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from llvmlite import binding, ir
+
+from ...ir.core import IRError, Operation
+from ...ir.target import Target
+from .host import HostProgram, ModuleEmitter
+from .target import target_machine
+
+__all__ = ["CompiledObject", "compile_module", "optimize", "parse"]
+
+
+@dataclass(frozen=True)
+class CompiledObject:
+    """Native code of a module.
+
+    `symbols` are the exported functions, `programs` what the executor walks per host function, `errors` the meaning of each error word (0 is success). `llvm_ir` is the code before optimisation.
+    """
+
+    object_code: bytes
+    llvm_ir: str
+    symbols: tuple[str, ...]
+    programs: dict[str, HostProgram]
+    errors: dict[int, str]
+    target: Target
+
+    @cached_property
+    def optimized_ir(self) -> str:
+        """The LLVM IR that the object code was made from (compiles again)."""
+        return str(self._optimized())
+
+    @cached_property
+    def asm(self) -> str:
+        """The object code as assembly (compiles again)."""
+        return target_machine(self.target).emit_assembly(self._optimized())
+
+    def _optimized(self) -> binding.ModuleRef:
+        parsed = binding.parse_assembly(self.llvm_ir)
+        optimize(parsed, self.target)
+        return parsed
+
+
+def compile_module(module: Operation, target: Target) -> CompiledObject:
+    """Compiles a module at the host level: functions of host ops and the kernels that they launch.
+
+    NotImplementedError names an op without a lowering; IRError reports malformed input.
+    """
+    emitter = ModuleEmitter(module, target)
+    programs = {op["sym_name"]: emitter.host(op) for op in module.body if op.name == "func"}
+    parsed = parse(emitter.llvm, target)
+    text = str(emitter.llvm)
+    optimize(parsed, target)
+    code = target_machine(target).emit_object(parsed)
+    return CompiledObject(code, text, tuple(emitter.exported), programs, dict(emitter.errors.messages), target)
+
+
+def parse(module: ir.Module, target: Target) -> binding.ModuleRef:
+    """The module as LLVM's own object, verified. IRError if LLVM rejects it, which is a bug of the emitter."""
+    machine = target_machine(target)
+    module.triple = machine.triple
+    module.data_layout = str(machine.target_data)
+    text = str(module)
+    try:
+        parsed = binding.parse_assembly(text)
+        parsed.verify()
+    except RuntimeError as e:
+        raise IRError(f"LLVM rejects the generated code of '{module.name}': {str(e)[:2000]}") from e
+    return parsed
+
+
+def optimize(parsed: binding.ModuleRef, target: Target, level: int = 2) -> None:
+    """Runs LLVM's standard pipeline in place."""
+    options = binding.create_pipeline_tuning_options(speed_level=level)
+    options.loop_vectorization = False
+    options.slp_vectorization = False
+    options.loop_interleaving = False
+    options.loop_unrolling = False
+    builder = binding.create_pass_builder(target_machine(target), options)
+    builder.getModulePassManager().run(parsed, builder)

@@ -1,0 +1,215 @@
+"""Host functions -> native functions with the ABI
+
+    i32 NAME_n(ptr table, ptr symbols)
+
+`table` holds one pointer per function argument (inputs, outputs and whatever else bufferisation added, in order), then the persistent buffers
+by id, then the base of the arena. `symbols` holds the i64 values of the function's size symbols, in the order of its `symbols`
+attribute. The result is 0, or an error word of the compiled object.
+
+ATen calls split the program: each maximal run of launches and copies between them is one segment, NAME_0, NAME_1, ...
+`cached` launches are taken out into NAME_pack_ID, one function per persistent buffer, for the executor to call
+when a guard of it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from ...ir.core import IRError, Operation, Value
+from ...ir.expr import Dim, sym
+from ...ir.target import Target
+from ...ir.types import BufferType
+from .copies import copy_kernel
+from .kernel import ErrorTable, emit_kernel
+from .parallel import emit_launcher
+from .scalars import ScalarEmitter
+from .values import I32, I64, PTR, memory_type
+
+__all__ = ["HostProgram", "ModuleEmitter", "Step"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a program: kind "call" runs the native function `name`, "extern" the host.extern number `number` of the function."""
+
+    kind: str
+    name: str = ""
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class HostProgram:
+    """What the executor walks: the steps in order, and the packing function of each persistent buffer."""
+
+    name: str
+    steps: tuple[Step, ...]
+    packs: dict[int, str]
+
+
+class ModuleEmitter:
+    """Emits the functions of one module; kernels are emitted when first launched."""
+
+    def __init__(self, module: Operation, target: Target, name: str = "aicc"):
+        self.target = target
+        self.source = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
+        self.llvm = ir.Module(name)
+        self.errors = ErrorTable()
+        self.launchers: dict[str, tuple[Operation, ir.Function]] = {}
+        self.copies: dict[tuple[BufferType, BufferType], str] = {}
+        self.exported: list[str] = []
+        self.constants: dict[Operation, ir.GlobalVariable] = {}
+
+    def launcher(self, name: str) -> tuple[Operation, ir.Function]:
+        """The kernel and the function that launches it. IRError if the module has no such kernel."""
+        if name not in self.launchers:
+            kernel = self.source.get(name)
+            if kernel is None:
+                raise IRError(f"'host.launch' of unknown kernel '@{name}'; the module has {', '.join(sorted(self.source)) or 'none'}")
+            self.launchers[name] = kernel, emit_launcher(self.llvm, kernel, emit_kernel(self.llvm, kernel, self.target, self.errors))
+        return self.launchers[name]
+
+    def copier(self, source: BufferType, target: BufferType) -> str:
+        """The name of a kernel that copies between buffers of these types."""
+        key = (source, target)
+        if key not in self.copies:
+            name = f"copy{len(self.copies)}"
+            while name in self.source:
+                name += "_"
+            self.copies[key] = name
+            self.source[name] = copy_kernel(name, source, target)
+        return self.copies[key]
+
+    def host(self, func: Operation) -> HostProgram:
+        """Emits one host function."""
+        name = func["sym_name"]
+        steps: list[Step] = []
+        packs: dict[int, list[Operation]] = {}
+        run: list[Operation] = []
+        segments = externs = 0
+
+        def flush() -> None:
+            nonlocal segments
+            if run:
+                steps.append(Step("call", self._function(func, f"{name}_{segments}", run)))
+                segments += 1
+                run.clear()
+
+        for op in func.body:
+            if op.name == "host.extern":
+                flush()
+                steps.append(Step("extern", number=externs))
+                externs += 1
+            elif op.name == "host.launch" and op["cached"]:
+                packs.setdefault(_packed_id(op), []).append(op)
+            elif op.name in ("host.launch", "host.copy"):
+                run.append(op)
+            elif op.name not in _BUFFERS and op.name != "return":
+                raise NotImplementedError(f"'{op.name}' has no lowering to LLVM at the host level")
+        flush()
+        return HostProgram(name, tuple(steps), {i: self._function(func, f"{name}_pack_{i}", ops) for i, ops in packs.items()})
+
+    def _function(self, func: Operation, name: str, ops: Sequence[Operation]) -> str:
+        f = ir.Function(self.llvm, ir.FunctionType(I32, [PTR, PTR]), name)
+        f.attributes.add("nounwind")
+        self.exported.append(name)
+        _Segment(self, func, f).emit(ops)
+        return name
+
+    def constant(self, op: Operation) -> ir.GlobalVariable:
+        """Constant data as a global, 64-byte aligned."""
+        if op not in self.constants:
+            data = op["value"].data
+            g = ir.GlobalVariable(self.llvm, ir.ArrayType(ir.IntType(8), len(data)), f"constant.{len(self.constants)}")
+            g.linkage, g.global_constant, g.align = "internal", True, 64
+            g.initializer = ir.Constant(g.value_type, bytearray(data))
+            self.constants[op] = g
+        return self.constants[op]
+
+
+def _packed_id(op: Operation) -> int:
+    outputs = op.operands[len(op.operands) - op["outputs"]:]
+    for v in outputs:
+        made = v.defining_op
+        if made is not None and made.name == "host.persistent":
+            return int(made["id"])
+    raise IRError("a cached 'host.launch' must write a 'host.persistent'")
+
+
+class _Segment:
+    """One native function: a run of launches."""
+
+    def __init__(self, owner: ModuleEmitter, func: Operation, f: ir.Function):
+        self.owner = owner
+        self.func = func
+        self.f = f
+        self.b = ir.IRBuilder(f.append_basic_block("entry"))
+        self.scalars = ScalarEmitter(self.b, _unknown_symbol)
+        self.pointers: dict[Value, ir.Value] = {}
+        ids = [int(op["id"]) for op in func.body if op.name == "host.persistent"]
+        self.persistents = max(ids, default=-1) + 1
+
+    def emit(self, ops: Sequence[Operation]) -> None:
+        b = self.b
+        table, symbols = self.f.args
+        context = b.alloca(I32)
+        b.store(I32(0), context)
+        names = list(self.func["symbols"])
+        self.sizes = {s: b.load(b.gep(symbols, [I64(i)], source_etype=I64), typ=I64) for i, s in enumerate(names)}
+        with self.scalars.scope(self.sizes, "segment"):
+            for op in ops:
+                self._launch(op, context)
+            b.ret(b.load(context, typ=I32))
+
+    def _launch(self, op: Operation, context: ir.Value) -> None:
+        if op.name == "host.copy":
+            source, target = (v.type for v in op.operands)
+            assert isinstance(source, BufferType) and isinstance(target, BufferType)
+            name = self.owner.copier(source, target)
+        else:
+            name = op["kernel"].name
+        kernel, launcher = self.owner.launcher(name)
+        if len(kernel.body.args) != len(op.operands):
+            raise IRError(f"kernel '@{name}' takes {len(kernel.body.args)} buffers, but is launched on {len(op.operands)}")
+        sizes = [self.scalars.emit(_size(s, self.sizes, name)) for s in kernel["symbols"]]
+        self.b.call(launcher, [*(self.pointer(v) for v in op.operands), *sizes, context])
+
+    def pointer(self, v: Value) -> ir.Value:
+        """The address of a buffer."""
+        if v not in self.pointers:
+            self.pointers[v] = self._pointer(v)
+        return self.pointers[v]
+
+    def _slot(self, n: int) -> ir.Value:
+        return self.b.load(self.b.gep(self.f.args[0], [I64(n)], source_etype=PTR), typ=PTR)
+
+    def _pointer(self, v: Value) -> ir.Value:
+        op = v.defining_op
+        args = len(self.func.body.args)
+        if op is None:
+            return self._slot(v.index)  # type: ignore[attr-defined]
+        if op.name == "host.persistent":
+            return self._slot(args + op["id"])
+        if op.name == "host.slot":
+            return self.scalars.address(self._slot(args + self.persistents), ir.IntType(8), op["offset"])
+        if op.name == "host.view":
+            source = op.operands[0]
+            return self.scalars.address(self.pointer(source), memory_type(source.type.dtype), op["offset"])  # type: ignore[attr-defined]
+        if op.name == "host.constant":
+            return self.owner.constant(op)
+        raise IRError(f"'{op.name}' gives no address: memory planning must come before code generation")
+
+
+def _size(symbol: str, sizes: dict[str, ir.Value], kernel: str) -> Dim:
+    if symbol not in sizes:
+        raise IRError(f"kernel '@{kernel}' needs the size symbol '{symbol}', which the function does not have: {', '.join(sizes) or 'none'}")
+    return sym(symbol)
+
+
+def _unknown_symbol(symbol: str) -> ir.Value:
+    raise IRError(f"the size symbol '{symbol}' is not among the function's")
+
+
+_BUFFERS = ("host.slot", "host.persistent", "host.constant", "host.view", "host.alloc")

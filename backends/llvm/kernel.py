@@ -1,0 +1,632 @@
+"""`tile.kernel` -> an LLVM function that runs a range of the grid's programs.
+
+    void NAME(ptr buffer..., i64 symbol..., i64 begin, i64 end, ptr context)
+
+Programs are numbered row-major over the grid, the last axis fastest. `context` points to an i32 that is zero until a checked
+access fails. Masks that hold for all but the programs at the edge are tested once per program: the body exists twice, without and
+with them. Loops whose masks fail only in the last, partial step have it peeled off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from llvmlite import ir
+
+from ...ir.core import IRError, Operation, Value
+from ...ir.expr import Dim, free_symbols, substitute, sym
+from ...ir.opdef import Trait
+from ...ir.target import Target
+from ...ir.types import DTYPES, BufferType, DType, ScalarType, TileType, element_type
+from . import arith
+from .access import AccessChunk, Accessor, broadcast_row, emit_load, emit_store, full_mask, row_coordinates
+from .convert import emit_cast
+from .dot import emit_dot
+from .intrinsics import call, declare, suffix
+from .layout import Layouts, kernel_lanes
+from .masks import LaneChunk
+from .scalars import ScalarEmitter, at_block
+from .shapes import emit_reduce, emit_reshape, emit_transpose
+from .symbolic import Facts, Loop, Resolver, position
+from .values import I1, I32, I64, PTR, Tile, chunk_type, constant, memory_type, register_type, splat, with_widths
+
+__all__ = ["ErrorTable", "KernelEmitter", "emit_kernel"]
+
+INDEX = DTYPES["index"]
+HEAP_BYTES = 64 * 1024
+"""Scratch memory above this comes from the heap."""
+
+
+@dataclass
+class ErrorTable:
+    """What each error word means; code 0 is success."""
+
+    messages: dict[int, str] = field(default_factory=dict)
+
+    def code(self, message: str) -> int:
+        n = len(self.messages) + 1
+        self.messages[n] = message
+        return n
+
+
+class Scratch:
+    """Stack slots of a function: where masked-off accesses are sent, and private memory of programs."""
+
+    def __init__(self, k: KernelEmitter):
+        self.k = k
+        self.cache: dict[Any, ir.Value] = {}
+        self.heap: list[ir.Value] = []
+
+    @contextmanager
+    def _entry(self) -> Iterator[ir.IRBuilder]:
+        with at_block(self.k.b, self.k.entry):
+            yield self.k.b
+
+    def filled(self, dtype: DType, other: Any) -> ir.Value:
+        """A pointer to a full vector of `other`."""
+        key = (dtype.name, str(other))
+        if key not in self.cache:
+            with self._entry() as b:
+                width = self.k.lanes
+                t = chunk_type(memory_type(dtype), width)
+                slot = b.alloca(t)
+                value = constant(other, dtype, width)
+                b.store(b.zext(value, t) if dtype.name == "i1" else value, slot)
+                self.cache[key] = slot
+        return self.cache[key]
+
+    def sink(self) -> ir.Value:
+        """A pointer to a full vector that nobody reads."""
+        if "sink" not in self.cache:
+            with self._entry() as b:
+                slot = b.alloca(ir.ArrayType(I64, max(16, 2 * self.k.lanes)))
+                slot.align = 64
+                self.cache["sink"] = slot
+        return self.cache["sink"]
+
+    def private(self, key: object, size: int) -> ir.Value:
+        """`size` bytes that live as long as the function runs; the same for the same key."""
+        if key not in self.cache:
+            self.cache[key] = self._private(size)
+        return self.cache[key]
+
+    def _private(self, size: int) -> ir.Value:
+        with self._entry() as b:
+            if size <= HEAP_BYTES:
+                slot = b.alloca(ir.ArrayType(ir.IntType(8), size))
+                slot.align = 64
+                return slot
+            rounded = -(-size // 64) * 64
+            memory = b.call(declare(b.module, "aligned_alloc", PTR, [I64, I64]), [I64(64), I64(rounded)])
+            self.heap.append(memory)
+            return memory
+
+    def free(self) -> None:
+        for memory in self.heap:
+            call(self.k.b, "free", ir.VoidType(), [memory])
+
+
+class KernelEmitter:
+    """Emits one kernel. `env` maps SSA values to what holds them: LLVM scalars, tiles, buffer pointers."""
+
+    def __init__(self, module: ir.Module, kernel: Operation, target: Target, errors: ErrorTable):
+        self.module = module
+        self.kernel = kernel
+        self.features: arith.Features = frozenset(target.features)
+        self.errors = errors
+        self.lanes = kernel_lanes(kernel, target)
+        self.layouts = Layouts(kernel, self.lanes)
+        self.resolver = Resolver(kernel)
+        self.env: dict[Value, Any] = {}
+        self.instances: dict[str, Dim] = {}
+        self.scratch = Scratch(self)
+        self._codes: dict[Operation, int] = {}
+
+    # -- the function
+
+    def run(self) -> ir.Function:
+        kernel = self.kernel
+        symbols = kernel["symbols"]
+        args = kernel.body.args
+        f = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [PTR] * len(args) + [I64] * (len(symbols) + 2) + [PTR]),
+                        f"kernel.{kernel['sym_name']}")
+        f.linkage = "internal"
+        f.attributes.add("nounwind")
+        f.attributes.add("noinline")
+        shared = {n for pair in kernel["inplace"] for n in pair}
+        for arg, value in zip(args, f.args):
+            self.env[arg] = value
+            if arg.index not in shared:
+                value.add_attribute("noalias")
+        size_values = dict(zip(symbols, f.args[len(args):]))
+        begin, end, self.context = f.args[-3:]
+        self.entry = f.append_basic_block("entry")
+        start = f.append_basic_block("start")
+        self.b = ir.IRBuilder(self.entry)
+        self.b.branch(start)
+        self.b.position_at_end(start)
+        self.scalars = ScalarEmitter(self.b, self._opaque)
+        bounds = {s: (lo, hi) for s, (lo, hi) in kernel["bounds"].items()}
+        self.facts = Facts(bounds, self.resolver.programs)
+        with self.scalars.scope(size_values, "kernel"):
+            self._programs(begin, end)
+        self.scratch.free()
+        self.b.ret_void()
+        return f
+
+    @property
+    def facts(self) -> Facts:
+        return self._facts
+
+    @facts.setter
+    def facts(self, value: Facts) -> None:
+        self._facts = value
+        self.scalars.facts = value
+
+    def _programs(self, begin: ir.Value, end: ir.Value) -> None:
+        """The loop over programs: coordinates are divided out once and then counted up."""
+        b = self.b
+        grid = [self.scalars.emit(g) for g in self.kernel["grid"]]
+        at: list[ir.Value] = []
+        rest = begin
+        for size in reversed(grid[1:]):
+            at.insert(0, b.urem(rest, size))
+            rest = b.udiv(rest, size)
+        if grid:
+            at.insert(0, rest)
+        before = b.block
+        header, done = b.append_basic_block("program"), b.append_basic_block("done")
+        b.cbranch(b.icmp_signed("<", begin, end), header, done)
+        b.position_at_end(header)
+        number = b.phi(I64)
+        number.add_incoming(begin, before)
+        coordinates = [b.phi(I64) for _ in at]
+        for phi, first in zip(coordinates, at):
+            phi.add_incoming(first, before)
+        with self.scalars.scope({f"%p{n}": v for n, v in enumerate(coordinates)}, "program"):
+            self._versions()
+            following = self._next_coordinates(coordinates, grid)
+            one_more = b.add(number, I64(1), flags=("nsw",))
+            number.add_incoming(one_more, b.block)
+            for phi, v in zip(coordinates, following):
+                phi.add_incoming(v, b.block)
+            b.cbranch(b.icmp_signed("<", one_more, end), header, done)
+        b.position_at_end(done)
+
+    def _next_coordinates(self, at: list[ir.Value], grid: list[ir.Value]) -> list[ir.Value]:
+        b = self.b
+        result: list[ir.Value] = []
+        carry: ir.Value | None = None
+        for axis in range(len(at) - 1, -1, -1):
+            raised = b.add(at[axis], I64(1), flags=("nsw",))
+            value = raised if carry is None else b.select(carry, raised, at[axis])
+            if axis > 0:
+                wrapped = b.icmp_signed(">=", value, grid[axis])
+                value = b.select(wrapped, I64(0), value)
+                carry = wrapped
+            result.insert(0, value)
+        return result
+
+    def _versions(self) -> None:
+        """The body, in two versions if some masks hold for whole programs under a condition on their coordinates."""
+        conditions = self._program_conditions(self.kernel, self.facts)
+        if not conditions:
+            self._block(self.kernel)
+            return
+        b = self.b
+        holds = None
+        for gap in dict.fromkeys(conditions.values()):
+            this = b.icmp_signed(">=", self.scalars.emit(gap), I64(0))
+            holds = this if holds is None else b.and_(holds, this)
+        inner, edge, done = (b.append_basic_block(n) for n in ("inner", "edge", "next"))
+        b.cbranch(holds, inner, edge)
+        general = self.facts
+        for block, facts in ((inner, general.assuming(frozenset(conditions))), (edge, general)):
+            b.position_at_end(block)
+            self.facts = facts
+            saved = dict(self.env)
+            self._block(self.kernel)
+            self.env = saved
+            b.branch(done)
+        self.facts = general
+        b.position_at_end(done)
+
+    def _program_conditions(self, parent: Operation, facts: Facts) -> dict[tuple[tuple[Dim, Dim], tuple[int, ...]], Dim]:
+        """(mask, tile shape) -> an expression over the coordinates that is >= 0 where the mask holds for the whole program."""
+        found: dict[tuple[tuple[Dim, Dim], tuple[int, ...]], Dim] = {}
+        for op in parent.body:
+            if op in self.resolver.loops:
+                loop = self.resolver.loops[op]
+                last = loop.last if loop.divisible else loop.upper - loop.step
+                found |= self._program_conditions(op, facts.inside(loop.symbol, loop.lower, last))
+            elif op in self.resolver.accesses:
+                access = self.resolver.accesses[op]
+                for pair in access.conditions:
+                    if facts.proves(pair, access.shape):
+                        continue
+                    gap = facts.program_gap(pair, access.shape)
+                    if gap is not None and not isinstance(gap, int):
+                        found[pair, access.shape] = gap
+        return found
+
+    # -- blocks and loops
+
+    def _block(self, parent: Operation) -> list[Any]:
+        """Emits the ops of a body; gives the values that it yields."""
+        for op in parent.body:
+            if op.name == "tile.yield":
+                return [self.value(v) for v in op.operands]
+            self._op(op)
+        raise IRError(f"the body of '{parent.name}' does not end with 'tile.yield'")
+
+    def _op(self, op: Operation) -> None:
+        if op.has_trait(Trait.Elementwise):
+            self._elementwise(op)
+            return
+        handler = _HANDLERS.get(op.name)
+        if handler is None:
+            raise NotImplementedError(f"'{op.name}' has no lowering to LLVM")
+        handler(self, op)
+
+    def for_loop(self, op: Operation) -> None:
+        loop = self.resolver.loops[op]
+        values = [self.value(v) for v in op.operands[op["indices"]:]]
+        unroll = max(1, op["unroll"])
+        outer = self.facts
+        if loop.trips is not None and loop.trips <= unroll:
+            for n in range(loop.trips):
+                at = loop.lower + n * loop.step
+                self.facts = outer.inside(loop.symbol, at, at)
+                self.instances[loop.symbol] = self.instantiate(at)
+                values = self._iterate(op, values)
+                del self.instances[loop.symbol]
+        else:
+            lower, upper, step = self.instantiate(loop.lower), self.instantiate(loop.upper), loop.step
+            peel = not loop.divisible and self._needs_peel(op, loop, outer)
+            last = loop.upper - step if peel else loop.last
+            whole = outer.inside(loop.symbol, loop.lower, last)
+            bound = upper - step + 1 if peel else upper
+            at: Dim | ir.Value = lower
+            if unroll > 1:
+                at, values = self._loop(op, loop, whole, at, bound - (unroll - 1) * step, unroll, values)
+            if unroll == 1 or loop.trips is None or loop.trips % unroll:
+                at, values = self._loop(op, loop, whole, at, bound, 1, values)
+            if peel:
+                facts = outer.in_tail(loop.symbol).inside(loop.symbol, loop.lower, loop.last)
+                values = self._tail(op, loop, facts, at, upper, values)
+        self.facts = outer
+        for result, v in zip(op.results, values):
+            self.env[result] = v
+
+    def _iterate(self, op: Operation, carried: list[Any]) -> list[Any]:
+        for arg, v in zip(op.body.args[1:], carried):
+            self.env[arg] = v
+        return self._canonical(op, self._block(op))
+
+    def _canonical(self, op: Operation, values: list[Any]) -> list[Any]:
+        """Loop-carried tiles in their standard layout."""
+        return [with_widths(self.b, v, self.layouts.widths(r)) if isinstance(v, Tile) else v for v, r in zip(values, op.results)]
+
+    def _loop(self, op: Operation, loop: Loop, facts: Facts, start: Dim | ir.Value, bound: Dim, copies: int,
+              values: list[Any]) -> tuple[ir.Value, list[Any]]:
+        """A loop while the variable is below `bound`, `copies` steps per round. Gives the variable and the values after it."""
+        b = self.b
+        first = start if isinstance(start, ir.Value) else self.scalars.emit(start)
+        limit = self.scalars.emit(bound)
+        values = self._canonical(op, values)
+        flat = _flatten(values)
+        before = b.block
+        header, done = b.append_basic_block("loop"), b.append_basic_block("loop.end")
+        b.cbranch(b.icmp_signed("<", first, limit), header, done)
+        b.position_at_end(header)
+        variable = b.phi(I64)
+        variable.add_incoming(first, before)
+        phis = [b.phi(v.type) for v in flat]
+        for phi, v in zip(phis, flat):
+            phi.add_incoming(v, before)
+        outer = self.facts
+        self.facts = facts
+        with self.scalars.scope({loop.symbol: variable}, "loop"):
+            carried = _unflatten(values, phis)
+            for n in range(copies):
+                if n:
+                    self.instances[loop.symbol] = sym(loop.symbol) + n * loop.step
+                carried = self._iterate(op, carried)
+                self.instances.pop(loop.symbol, None)
+            following = b.add(variable, I64(loop.step * copies), flags=("nsw",))
+            latch = b.block
+            b.cbranch(b.icmp_signed("<", following, limit), header, done)
+        self.facts = outer
+        after = _flatten(carried)
+        variable.add_incoming(following, latch)
+        for phi, v in zip(phis, after):
+            phi.add_incoming(v, latch)
+        b.position_at_end(done)
+        at_end = _merge(b, first, before, following, latch)
+        return at_end, _unflatten(values, [_merge(b, x, before, y, latch) for x, y in zip(flat, after)])
+
+    def _tail(self, op: Operation, loop: Loop, facts: Facts, at: ir.Value, upper: Dim, values: list[Any]) -> list[Any]:
+        """The last, partial step, if there is one."""
+        b = self.b
+        limit = self.scalars.emit(upper)
+        values = self._canonical(op, values)
+        before = b.block
+        body, done = b.append_basic_block("tail"), b.append_basic_block("tail.end")
+        b.cbranch(b.icmp_signed("<", at, limit), body, done)
+        b.position_at_end(body)
+        outer = self.facts
+        self.facts = facts
+        with self.scalars.scope({loop.symbol: at}, "tail"):
+            after = self._iterate(op, values)
+            latch = b.block
+            b.branch(done)
+        self.facts = outer
+        b.position_at_end(done)
+        return _unflatten(values, [_merge(b, x, before, y, latch) for x, y in zip(_flatten(values), _flatten(after))])
+
+    def _needs_peel(self, op: Operation, loop: Loop, facts: Facts) -> bool:
+        """True if some mask in the loop holds in its full steps but not in a partial one."""
+        full = facts.inside(loop.symbol, loop.lower, loop.upper - loop.step)
+        partial = facts.in_tail(loop.symbol).inside(loop.symbol, loop.lower, loop.last)
+        return self._differs(op, full, partial)
+
+    def _differs(self, parent: Operation, full: Facts, partial: Facts) -> bool:
+        for op in parent.body:
+            if op in self.resolver.loops:
+                inner = self.resolver.loops[op]
+                last = inner.last if inner.divisible else inner.upper - inner.step
+                if self._differs(op, full.inside(inner.symbol, inner.lower, last), partial.inside(inner.symbol, inner.lower, last)):
+                    return True
+            elif op in self.resolver.accesses:
+                access = self.resolver.accesses[op]
+                if any(full.proves(p, access.shape) and not partial.proves(p, access.shape) for p in access.conditions):
+                    return True
+        return False
+
+    # -- values
+
+    def value(self, v: Value) -> Any:
+        """What holds `v`; symbolic index values become instructions here."""
+        if v in self.env:
+            return self.env[v]
+        if v in self.resolver.exprs and isinstance(v.type, ScalarType):
+            return self.scalars.emit(self.instantiate(self.resolver.exprs[v]))
+        raise IRError(f"a value of type {v.type} is used before it is computed")
+
+    def tile(self, v: Value) -> Tile:
+        """`v` as a tile; a scalar counts as one element."""
+        held = self.value(v)
+        return held if isinstance(held, Tile) else Tile((1,), element_type(v.type), (1,), [[held]])
+
+    def layout(self, v: Value) -> tuple[int, ...]:
+        return self.layouts.widths(v)
+
+    def instantiate(self, e: Dim) -> Dim:
+        """`e` for the current copies of unrolled loop bodies."""
+        return substitute(e, self.instances) if self.instances else e
+
+    def widen_index(self, v: ir.Value, dtype: DType) -> ir.Value:
+        """An integer chunk as i64."""
+        return emit_cast(self.b, v, dtype, DTYPES["i64"], self.features)
+
+    def _opaque(self, symbol: str) -> ir.Value:
+        name, _, row = symbol.partition("@")
+        v = self.resolver.values[name]
+        held = self.env[v]
+        dtype = element_type(v.type)
+        return self.widen_index(held.rows[int(row)][0] if row else held, dtype)
+
+    def report(self, op: Operation, mask: ir.Value) -> None:
+        """Sets the error word unless every lane of `mask` holds."""
+        b = self.b
+        if op not in self._codes:
+            self._codes[op] = self.errors.code(f"index out of range in kernel '{self.kernel['sym_name']}' ({op.location})")
+        if isinstance(mask.type, ir.VectorType):
+            mask = call(b, f"llvm.vector.reduce.and.{suffix(mask.type)}", I1, [mask])
+        b.store(I32(self._codes[op]), b.select(mask, self.scratch.sink(), self.context))
+
+    # -- ops
+
+    def _elementwise(self, op: Operation) -> None:
+        name = op.name.partition(".")[2]
+        operands = [self.value(v) for v in op.operands]
+        source = element_type(op.operands[-1].type)
+        target = element_type(op.result.type)
+
+        def apply(*xs: ir.Value) -> ir.Value:
+            if name == "cast":
+                return emit_cast(self.b, xs[0], source, target, self.features)
+            if name == "select":
+                return self.b.select(*xs)
+            return arith.emit(self.b, self.features, name, source, *xs)
+
+        t = op.result.type
+        if isinstance(t, ScalarType):
+            if op.result not in self.resolver.exprs:
+                self.env[op.result] = apply(*operands)
+            return
+        assert isinstance(t, TileType)
+        widths = self.layout(op.result)
+        shape: tuple[int, ...] = t.shape  # type: ignore[assignment]
+        operands = [with_widths(self.b, x, widths) if isinstance(x, Tile) and x.shape[-1] == shape[-1] else x for x in operands]
+        memo: dict[tuple[int, ...], ir.Value] = {}
+        splats: dict[tuple[int, int], ir.Value] = {}
+
+        def chunk(x: Any, at: tuple[int, ...], c: int) -> ir.Value:
+            if isinstance(x, Tile):
+                row = x.rows[broadcast_row(at, x.shape)]
+                if x.shape[-1] == shape[-1]:
+                    return row[c]
+                x = row[0]
+            key = (id(x), widths[c])
+            if key not in splats:
+                splats[key] = splat(self.b, x, widths[c])
+            return splats[key]
+
+        rows = []
+        for at in row_coordinates(shape):
+            row = []
+            for c in range(len(widths)):
+                xs = [chunk(x, at, c) for x in operands]
+                key = tuple(map(id, xs))
+                if key not in memo:
+                    memo[key] = apply(*xs)
+                row.append(memo[key])
+            rows.append(row)
+        self.env[op.result] = Tile(shape, target, widths, rows)
+
+    def constant_op(self, op: Operation) -> None:
+        if op.result not in self.resolver.exprs:
+            self.env[op.result] = constant(op["value"], element_type(op.result.type))
+
+    def full(self, op: Operation) -> None:
+        t = op.result.type
+        assert isinstance(t, TileType)
+        shape: tuple[int, ...] = t.shape  # type: ignore[assignment]
+        widths = self.layout(op.result)
+        x = self.tile(op.operands[0])
+        if x.shape[-1] == shape[-1]:
+            rows = with_widths(self.b, x, widths).rows
+        else:
+            rows = []
+            for row in x.rows:
+                splats = {w: splat(self.b, row[0], w) for w in dict.fromkeys(widths)}
+                rows.append([splats[w] for w in widths])
+        sizes = x.shape if len(x.shape) == len(shape) else (1,) * len(shape)
+        self.env[op.result] = Tile(shape, t.dtype, widths, [list(rows[broadcast_row(at, sizes)]) for at in row_coordinates(shape)])
+
+    def mask(self, op: Operation) -> None:
+        """An i1 tile of where the pairs hold; constant where that is proved."""
+        access = self.resolver.accesses[op]
+        scalar = not isinstance(op.result.type, TileType)
+        widths = (1,) if scalar else self.layout(op.result)
+        rows = [[self._mask_chunk(c) for c in row] for row in Accessor(self, op, widths).rows()]
+        self.env[op.result] = rows[0][0] if scalar else Tile(access.shape, DTYPES["i1"], widths, rows)
+
+    def _mask_chunk(self, c: AccessChunk) -> ir.Value:
+        return full_mask(self.b, *c.lanes.mask(c.gaps), c.lanes.width)
+
+    def index(self, op: Operation) -> None:
+        """A scalar index stays symbolic; a tile is a base plus a constant vector where the expression is linear."""
+        t, dtype = op.result.type, element_type(op.result.type)
+        e = self.instantiate(self.resolver.exprs[op.result])
+        if isinstance(t, ScalarType):
+            if dtype.name not in ("i64", "index"):
+                self.env[op.result] = emit_cast(self.b, self.scalars.emit(e), INDEX, dtype, self.features)
+            return
+        assert isinstance(t, TileType)
+        shape: tuple[int, ...] = t.shape  # type: ignore[assignment]
+        widths = self.layout(op.result)
+        last = position(len(shape) - 1)
+        held = {s: self.tile(self.resolver.values[s]) for s in free_symbols(e) if s[:2] == "%g"}
+        wide = {s: with_widths(self.b, x, widths) for s, x in held.items() if x.shape[-1] > 1}
+        rows = []
+        for at in row_coordinates(shape):
+            env: dict[str, Dim] = {position(d): n for d, n in enumerate(at)}
+            env |= {s: sym(f"{s}@{broadcast_row(at, x.shape)}") for s, x in held.items() if s not in wide}
+            here = substitute(e, env)
+            row, start = [], 0
+            for c, w in enumerate(widths):
+                vectors = {s: self._index_vector(x, broadcast_row(at, x.shape), c) for s, x in wide.items()}
+                row.append(self._index_chunk(LaneChunk(self.scalars, last, start, w, shape[-1], vectors), here, dtype))
+                start += w
+            rows.append(row)
+        self.env[op.result] = Tile(shape, dtype, widths, rows)
+
+    def _index_vector(self, x: Tile, row: int, c: int) -> Callable[[], ir.Value]:
+        return lambda: self.widen_index(x.rows[row][c], x.dtype)
+
+    def _index_chunk(self, lanes: LaneChunk, e: Dim, dtype: DType) -> ir.Value:
+        b = self.b
+        low, high = self.facts.inside(lanes.position, 0, lanes.size - 1).range_of(e)
+        narrow = low is not None and high is not None and low >= -(1 << 31) and high < 1 << 31
+        work = DTYPES["i32"] if narrow or dtype.is_integer and dtype.bits <= 32 else INDEX  # i32 wraps alike
+        type_ = register_type(work)
+
+        def fit(v: ir.Value) -> ir.Value:
+            have = v.type.element.width if isinstance(v.type, ir.VectorType) else v.type.width
+            to = chunk_type(type_, lanes.width)
+            if have == type_.width:
+                return v
+            return b.trunc(v, to) if have > type_.width else b.sext(v, to)
+
+        if lanes.width == 1 and not lanes.vectors:
+            value = self.scalars.emit(lanes.at(e, 0))
+            value = b.trunc(value, type_) if type_ == I32 else value
+        else:
+            shared, vector = lanes.index(e)
+            base = self.scalars.emit(shared)
+            base = b.trunc(base, type_) if type_ == I32 else base
+            value = b.add(fit(vector), splat(b, base, lanes.width))
+        return emit_cast(b, value, work, dtype, self.features)
+
+    def alloca(self, op: Operation) -> None:
+        t = op.result.type
+        assert isinstance(t, BufferType) and isinstance(t.numel, int)
+        span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.layout))  # type: ignore[operator]
+        self.env[op.result] = self.scratch.private(op, max(1, span * t.dtype.bytes))  # type: ignore[operator]
+
+    def load(self, op: Operation) -> None:
+        self.env[op.result] = emit_load(self, op)
+
+    def store(self, op: Operation) -> None:
+        emit_store(self, op)
+
+    def dot(self, op: Operation) -> None:
+        x, y, acc = (self.value(v) for v in op.operands)
+        acc = with_widths(self.b, acc, self.layout(op.result))
+        self.env[op.result] = emit_dot(self.b, self.features, x, y, acc)
+
+    def reduce(self, op: Operation) -> None:
+        x = self.value(op.operands[0])
+        self.env[op.result] = emit_reduce(self.b, self.features, x, op["axis"], op["kind"], self.layout(op.result))
+
+    def reshape(self, op: Operation) -> None:
+        t = op.result.type
+        assert isinstance(t, TileType)
+        self.env[op.result] = emit_reshape(self.b, self.tile(op.operands[0]), t.shape, self.layout(op.result))  # type: ignore[arg-type]
+
+    def transpose(self, op: Operation) -> None:
+        self.env[op.result] = emit_transpose(self.b, self.value(op.operands[0]), self.layout(op.result))
+
+    def symbolic(self, op: Operation) -> None:
+        """Nothing to do: the value is an expression."""
+
+
+_HANDLERS: dict[str, Callable[[KernelEmitter, Operation], None]] = {
+    "arith.constant": KernelEmitter.constant_op, "tile.program_id": KernelEmitter.symbolic, "tile.for": KernelEmitter.for_loop,
+    "tile.load": KernelEmitter.load, "tile.store": KernelEmitter.store, "tile.index": KernelEmitter.index, "tile.mask": KernelEmitter.mask,
+    "tile.full": KernelEmitter.full, "tile.reduce": KernelEmitter.reduce, "tile.reshape": KernelEmitter.reshape,
+    "tile.transpose": KernelEmitter.transpose, "tile.dot": KernelEmitter.dot, "tile.alloca": KernelEmitter.alloca,
+}
+
+
+def _flatten(values: list[Any]) -> list[ir.Value]:
+    return [x for v in values for x in (v.values if isinstance(v, Tile) else [v])]
+
+
+def _unflatten(like: list[Any], flat: list[ir.Value]) -> list[Any]:
+    result: list[Any] = []
+    at = 0
+    for v in like:
+        n = len(v.values) if isinstance(v, Tile) else 1
+        result.append(v.with_values(flat[at:at + n]) if isinstance(v, Tile) else flat[at])
+        at += n
+    return result
+
+
+def _merge(b: ir.IRBuilder, x: ir.Value, from_x: ir.Block, y: ir.Value, from_y: ir.Block) -> ir.Value:
+    phi = b.phi(x.type)
+    phi.add_incoming(x, from_x)
+    phi.add_incoming(y, from_y)
+    return phi
+
+
+def emit_kernel(module: ir.Module, kernel: Operation, target: Target, errors: ErrorTable) -> ir.Function:
+    """Adds the function of `kernel` to `module`. NotImplementedError names an op or type that has no lowering."""
+    return KernelEmitter(module, kernel, target, errors).run()
+
+

@@ -1,0 +1,3 @@
+"""Importing this package registers every dialect."""
+
+from . import arith, builtin, dist, graph, host, tensor, tile

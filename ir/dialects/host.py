@@ -1,0 +1,29 @@
+"""The host dialect: the compiled program in order. Buffers, launches, ATen calls.
+
+A `func` at this level has buffers for arguments: the inputs, then the outputs that the caller allocates. It returns nothing.
+`host.alloc` asks for temporary memory; memory planning gives each an offset into the one arena (`host.slot`).
+`host.persistent` is memory that outlives the call (packed parameters), recomputed when the parameter's version changes.
+"""
+
+from __future__ import annotations
+
+from ..opdef import Trait, attr, define, optional
+
+define("host.alloc", "a temporary buffer, before memory planning", attrs={"bytes": attr("Dim")})
+define("host.slot", "a buffer at a fixed place of the arena", attrs={"offset": attr("Dim, bytes"), "bytes": attr("Dim")}, traits=[Trait.Pure])
+define("host.persistent", "a buffer that outlives the call; `guards` lists the arguments whose data it was made from",
+       attrs={"id": attr("its number"), "bytes": attr("Dim"), "guards": attr("argument numbers")}, traits=[Trait.Pure])
+define("host.constant", "a buffer holding constant data", attrs={"value": attr("Dense")}, traits=[Trait.Pure, Trait.ConstantLike])
+define("host.view", "the same memory under another type, `offset` elements further on", operands="buffer", attrs={"offset": optional(0)},
+       traits=[Trait.Pure, Trait.ViewLike])
+define("host.launch", "runs a kernel on buffers (inputs, then outputs)", operands="buffers*", results=(),
+       attrs={"kernel": attr("@name"), "outputs": attr("how many trailing buffers are written"),
+              "cached": optional(False, "runs only when a guard of its persistent output changed")},
+       traits=[Trait.ReadsMemory, Trait.WritesMemory])
+define("host.copy", "copies `source` to `target` (same shape and element type, any strides)", operands="source target", results=(),
+       traits=[Trait.ReadsMemory, Trait.WritesMemory])
+define("host.extern", "an ATen operator on buffers: `inputs` operands are read, the rest receive its tensor results in order",
+       operands="buffers*", results=(),
+       attrs={"target": attr(), "args": attr(), "kwargs": optional({}), "inputs": attr(), "result_kinds": optional(()),
+              "random": optional(False), "reason": optional(""), "operand_strides": optional(()), "defines": optional({})},
+       traits=[Trait.ReadsMemory, Trait.WritesMemory])

@@ -1,0 +1,144 @@
+"""The tensor dialect: structured computations over an iteration space.
+
+    %r = tensor.generic(%a, %b) {dims = [4, 8, 16], reductions = 1, maps = [[d0, d2], [d2, d1]], combine = ["sum"]} : tensor<4x8xf32> {
+      ^(%x: f32, %y: f32):
+        %p = arith.mul(%x, %y) : f32
+        tensor.yield(%p)
+    }
+
+`dims` are the sizes of the iteration space d0, d1, ...; the last `reductions` of them are combined away. Each result's shape is
+the sizes of the parallel dimensions, in order, and result element [d0, .., dp] is the combination (per result: "none", "sum", "prod",
+"max", "min", "any", "all", "argmax", "argmin") over the reduction dimensions of what the body yields.
+`maps[i]` gives, for each dimension of operand i, the index read, as an expression over d0, d1, ... and size symbols;
+`fills[i]`, when not none, is the value read where that index is out of bounds (padding); otherwise the index is in bounds.
+A map of none passes the whole tensor to the body, for `tensor.extract` (gathers).
+An argmax or argmin body yields the value compared; the result is the i64 position in row-major order of the reduction dimensions;
+the first of equal values wins, and NaN beats all.
+A generic whose body yields its only argument is a view: passes absorb it by composing maps.
+"""
+
+from __future__ import annotations
+
+from ..core import IRError, Operation, Value
+from ..expr import Dim, free_symbols
+from ..opdef import Trait, attr, define, optional
+from ..types import ScalarType, TensorType
+
+COMBINE = ("none", "sum", "prod", "max", "min", "any", "all", "argmax", "argmin")
+SCAN_KINDS = ("sum", "prod", "max", "min", "logsumexp")
+SCATTER_KINDS = ("set", "add", "mul", "max", "min")
+
+_SPACE = {"dims": attr("sizes of the iteration space"), "maps": attr("one index map per operand, or none to pass the tensor whole"),
+          "fills": optional((), "value read out of bounds, per operand; empty: all reads are in bounds")}
+
+
+def parallel_dims(op: Operation) -> tuple[Dim, ...]:
+    """Sizes of the parallel dimensions of a structured op."""
+    dims = op["dims"]
+    return dims[:len(dims) - op["reductions"]]
+
+
+def fill_of(op: Operation, i: int) -> object:
+    """The out-of-bounds value of operand i; None when its reads are in bounds."""
+    fills = op["fills"]
+    return fills[i] if fills else None
+
+
+def _verify_space(op: Operation, operands: tuple[Value, ...]) -> None:
+    dims, maps = op["dims"], op["maps"]
+    names = {f"d{i}" for i in range(len(dims))}
+    if len(maps) != len(operands):
+        raise IRError(f"'{op.name}' has {len(maps)} maps for {len(operands)} operands")
+    if op["fills"] and len(op["fills"]) != len(operands):
+        raise IRError(f"'{op.name}' has {len(op['fills'])} fills for {len(operands)} operands")
+    args = op.body.args
+    if len(args) != len(operands):
+        raise IRError(f"the body of '{op.name}' has {len(args)} arguments for {len(operands)} operands")
+    for i, (v, m, a) in enumerate(zip(operands, maps, args, strict=True)):
+        if not isinstance(v.type, TensorType):
+            raise IRError(f"operand {i} of '{op.name}' must be a tensor, got {v.type}")
+        if m is None:
+            if a.type != v.type:
+                raise IRError(f"argument {i} of the body stands for the whole {v.type}, but has type {a.type}")
+            continue
+        if len(m) != v.type.rank:
+            raise IRError(f"map {i} of '{op.name}' has {len(m)} expressions for {v.type}")
+        if a.type != ScalarType(v.type.dtype):
+            raise IRError(f"argument {i} of the body must be {v.type.dtype}, got {a.type}")
+        for e in m:
+            unknown = {s for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()} - names
+            if unknown:
+                raise IRError(f"map {i} of '{op.name}' uses {', '.join(sorted(unknown))}, but there are {len(dims)} dimensions")
+
+
+def _yielded(op: Operation) -> tuple[Value, ...]:
+    last = op.body.last
+    if last is None or last.name != "tensor.yield":
+        raise IRError(f"the body of '{op.name}' must end with 'tensor.yield'")
+    return last.operands
+
+
+def _verify_generic(op: Operation) -> None:
+    _verify_space(op, op.operands)
+    n = op["reductions"]
+    if not 0 <= n <= len(op["dims"]):
+        raise IRError(f"'reductions' is {n} for {len(op['dims'])} dimensions")
+    out = _yielded(op)
+    combine = op["combine"] or ("none",) * len(op.results)
+    if len(out) != len(op.results) or len(combine) != len(op.results):
+        raise IRError(f"'tensor.generic' has {len(op.results)} results, yields {len(out)} values and combines {len(combine)}")
+    for r, v, c in zip(op.results, out, combine, strict=True):
+        if c not in COMBINE or (c == "none") != (n == 0):
+            raise IRError(f"'combine' of result {r.index} is '{c}' with {n} reduction dimensions; one of {', '.join(COMBINE)}")
+        want = "i64" if c in ("argmax", "argmin") else str(v.type)
+        if not isinstance(r.type, TensorType) or r.type.shape != parallel_dims(op) or r.type.dtype.name != want:
+            raise IRError(f"result {r.index} must be {want} of shape [{', '.join(map(str, parallel_dims(op)))}], got {r.type}")
+
+
+def _verify_scan(op: Operation) -> None:
+    _verify_space(op, op.operands)
+    if op["kind"] not in SCAN_KINDS:
+        raise IRError(f"scan kind '{op['kind']}' is not one of {', '.join(SCAN_KINDS)}")
+    out = _yielded(op)
+    if len(out) != 1 or not isinstance(op.result.type, TensorType) or op.result.type.shape != op["dims"]:
+        raise IRError("'tensor.scan' yields one value and gives a tensor of the shape of its iteration space")
+
+
+def _verify_scatter(op: Operation) -> None:
+    init, *rest = op.operands
+    _verify_space(op, tuple(rest))
+    if op["combine"] not in SCATTER_KINDS:
+        raise IRError(f"scatter combine '{op['combine']}' is not one of {', '.join(SCATTER_KINDS)}")
+    if init.type != op.result.type and getattr(init.type, "shape", None) != getattr(op.result.type, "shape", None):
+        raise IRError(f"'tensor.scatter' into {init.type} cannot give {op.result.type}")
+    assert isinstance(init.type, TensorType)
+    if len(_yielded(op)) != 1 + init.type.rank:
+        raise IRError(f"the body must yield a value and {init.type.rank} indices")
+
+
+define("tensor.generic", "a computation over an iteration space; see the dialect's docstring", operands="inputs*", results="results*",
+       attrs={**_SPACE, "reductions": optional(0, "how many trailing dimensions are combined"),
+              "combine": optional((), "one kind per result")},
+       regions=1, traits=[Trait.Pure, Trait.Structured], verify=_verify_generic)
+define("tensor.scan", "running combination of the body's value along the last dimension of the space; the result has the whole space's shape",
+       operands="inputs*", attrs={**_SPACE, "kind": attr("sum, prod, max, min, logsumexp")}, regions=1,
+       traits=[Trait.Pure, Trait.Structured], verify=_verify_scan)
+define("tensor.scatter", "a copy of `init` into which, for each point of the space in row-major order, the body's (value, index...) is combined",
+       operands="init inputs*", attrs={**_SPACE, "combine": optional("set", "set, add, mul, max or min")}, regions=1,
+       traits=[Trait.Pure, Trait.Structured], verify=_verify_scatter)
+define("tensor.fused", "ops that become one kernel; the region takes the operands and yields the results", operands="inputs*",
+       results="results*", attrs={"kernel": optional("", "name of the kernel"), "why": optional("", "why they belong together")},
+       regions=1, traits=[Trait.Pure, Trait.IsolatedFromAbove])
+define("tensor.yield", "ends a body", operands="values*", results=(), traits=[Trait.Terminator])
+define("tensor.index", "the position along dimension `dim` of the enclosing iteration space, an i64", attrs={"dim": attr()}, traits=[Trait.Pure])
+define("tensor.sym", "a size expression as an i64", attrs={"expr": attr()}, traits=[Trait.Pure])
+define("tensor.extract", "source[indices]; with `check` an index out of range makes the call fail with IndexError",
+       operands="source indices*", attrs={"check": optional(True)}, traits=[Trait.Pure])
+define("tensor.constant", "a constant tensor", attrs={"value": attr("Dense")}, traits=[Trait.Pure, Trait.ConstantLike])
+define("tensor.assign", "writes `value` into the memory of the function argument `target` at the end of the call", operands="target value",
+       results=(), traits=[Trait.WritesMemory])
+define("tensor.extern", "an ATen operator called as it is; attributes as in graph.extern", operands="tensors*", results="results*",
+       attrs={"target": attr(), "args": attr(), "kwargs": optional({}), "reason": optional(""), "result_kinds": optional(()),
+              "random": optional(False), "operand_strides": optional(()), "defines": optional({})},
+       traits=[Trait.ReadsMemory])
+

@@ -1,0 +1,115 @@
+"""An independent check of a memory plan: runs the host program on memory that remembers who wrote each byte range.
+
+    check_plan(func, kernels)        # raises IRError where a buffer would be read after something else overwrote it
+
+It shares nothing with the planner: no live ranges, no groups. A buffer is identified by its `host.slot` op; writing marks the byte range as
+that slot's, reading demands that the whole range still is. Within a launch an output may touch an input's bytes only where the kernel
+says so (`inplace`) and the ranges are equal. Symbolic plans are run at several symbol values within their ranges.
+Every slot must be aligned and inside the arena.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..ir.core import IRError, Operation, Value
+from ..ir.expr import as_int
+from .storage import ALIGNMENT, size_at
+
+__all__ = ["check_plan"]
+
+_SIZES = (0, 1, 2, 3, 7, 16, 61, 128, 1000)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A slot's byte range [low, high)."""
+
+    op: Operation
+    low: int
+    high: int
+
+    def overlaps(self, other: _Slot) -> bool:
+        return self.low < other.high and other.low < self.high
+
+    def __str__(self) -> str:
+        return f"'{self.op.result.name or 'slot'}' [{self.low}, {self.high})"
+
+
+class _Memory:
+    """Byte ranges and the slot whose data they hold; ranges of different slots are disjoint."""
+
+    def __init__(self) -> None:
+        self.holds: list[_Slot] = []
+
+    def write(self, slot: _Slot) -> None:
+        self.holds = [s for s in self.holds if not s.overlaps(slot)]
+        if slot.low < slot.high:
+            self.holds.append(slot)
+
+    def has(self, slot: _Slot) -> bool:
+        return slot.low == slot.high or slot in self.holds
+
+
+def check_plan(func: Operation, kernels: Mapping[str, Operation]) -> None:
+    """Raises IRError naming the op and the two slots if the plan of `func` is wrong."""
+    symbols = func["symbols"]
+    for k in range(len(_SIZES) if symbols else 1):
+        values = {}
+        for i, (name, (low, high)) in enumerate(symbols.items()):
+            value = max(as_int(low), _SIZES[(k + i * i) % len(_SIZES)])
+            values[name] = value if high is None else min(value, as_int(high))
+        _check(func, kernels, values)
+
+
+def _check(func: Operation, kernels: Mapping[str, Operation], symbols: Mapping[str, int]) -> None:
+    arena = size_at(func["stats"].get("arena_bytes", 0), symbols)
+    slots: dict[Value, _Slot] = {}
+    memory = _Memory()
+    for op in func.body:
+        if op.name == "host.alloc":
+            raise IRError(f"'host.alloc' of '{op.result.name}' is left after planning")
+        if op.name == "host.slot":
+            low = size_at(op["offset"], symbols)
+            slot = slots[op.result] = _Slot(op, low, low + size_at(op["bytes"], symbols))
+            if low % ALIGNMENT or low < 0 or slot.high > arena:
+                raise IRError(f"{slot} is misaligned or outside the arena of {arena} bytes; sizes {dict(symbols)}")
+        elif op.name == "host.view":
+            if op.operands[0] in slots:
+                slots[op.result] = slots[op.operands[0]]
+        elif op.name in _SPLIT:
+            inputs, outputs = _SPLIT[op.name](op)
+            _check_access(op, kernels, [(i, slots[op.operands[i]]) for i in inputs if op.operands[i] in slots],
+                          [(i, slots[op.operands[i]]) for i in outputs if op.operands[i] in slots], memory, symbols)
+
+
+def _launch(op: Operation) -> tuple[range, range]:
+    split = len(op.operands) - op["outputs"]
+    return range(split), range(split, len(op.operands))
+
+
+def _extern(op: Operation) -> tuple[range, range]:
+    return range(op["inputs"]), range(op["inputs"], len(op.operands))
+
+
+_SPLIT = {"host.launch": _launch, "host.extern": _extern, "host.copy": lambda op: (range(1), range(1, 2))}
+
+
+def _check_access(op: Operation, kernels: Mapping[str, Operation], inputs: list[tuple[int, _Slot]], outputs: list[tuple[int, _Slot]],
+                  memory: _Memory, symbols: Mapping[str, int]) -> None:
+    kernel = kernels.get(op["kernel"].name) if op.name == "host.launch" else None
+    allowed = {tuple(pair) for pair in kernel["inplace"]} if kernel is not None else set()
+    where = f"at '{op.name}' {op.attributes.get('kernel', '')} with sizes {dict(symbols)}"
+    for _, slot in inputs:
+        if not memory.has(slot):
+            raise IRError(f"{slot} is read {where}, but its memory was never written or holds something else by then")
+    for k, (i, target) in enumerate(outputs):
+        for j, source in inputs:
+            if target.overlaps(source) and not ((j, i) in allowed and (source.low, source.high) == (target.low, target.high)):
+                raise IRError(f"output {target} overwrites input {source} {where}")
+        for _, other in outputs[:k]:
+            if target.overlaps(other):
+                raise IRError(f"outputs {target} and {other} overlap {where}")
+    for _, target in outputs:
+        memory.write(target)

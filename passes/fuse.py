@@ -1,0 +1,340 @@
+"""Groups structured ops into kernels.
+
+Every group has a *frame*: a list of loop dimensions that all members share, split into outer dimensions (parallel in every member) and inner
+ones (reduced by some member, or absent from a member that computes once per outer point). A member has either all
+frame dimensions or exactly the outer ones; each value passed between members is read at the point at which it was made. So a group becomes one
+loop nest that keeps its intermediates in registers: softmax, norms and their backward are one group each.
+A contraction starts a group of its own, and takes elementwise readers as its epilogue.
+
+A reader joins a group only if no path leaves the group and comes back (that would be a cycle of kernels), and if joining does not
+give up parallelism (a big elementwise op does not join a reduction to a handful of elements).
+Invariant after the pass: every structured op is inside a `tensor.fused`, and function bodies are in topological order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..ir import Block, Builder, Dim, Operation, Region, TensorType, Value
+from ..ir.dialects.tensor import fill_of, parallel_dims
+from ..ir.expr import product
+from ..ir.opdef import Trait
+from ..ir.passes import Pass, PassContext, register
+from .structured import body_ops, is_contraction, is_pointwise, plain_dims
+from .topology import topological_sort
+
+
+@dataclass
+class Group:
+    """Members in order; `places[op]` gives the frame dimension of each dimension of the op (parallel, then reduced)."""
+
+    frame: list[Dim]
+    members: list[Operation] = field(default_factory=list)
+    places: dict[Operation, tuple[int, ...]] = field(default_factory=dict)
+    contraction: Operation | None = None
+    values: set[Value] = field(default_factory=set)
+
+    def add(self, op: Operation, place: tuple[int, ...], frame: list[Dim]) -> None:
+        self.frame = frame
+        self.members.append(op)
+        self.places[op] = place
+        self.values.update(op.results)
+
+
+def frame_of(op: Operation) -> Group:
+    """A new group of one op, whose frame is the op's own iteration space."""
+    g = Group(list(op["dims"]), contraction=op if is_contraction(op) else None)
+    if g.contraction is not None:
+        g.frame = list(parallel_dims(op))
+    g.add(op, tuple(range(len(g.frame))), g.frame)
+    return g
+
+
+def split_frame(frame: list[Dim], members: list[Operation], places: dict[Operation, tuple[int, ...]]) -> frozenset[int] | None:
+    """The inner dimensions, or None if the members do not fit one frame. Dimensions of size 1 fit anywhere."""
+    wide = frozenset(i for i, d in enumerate(frame) if d != 1)
+    parallel = {op: frozenset(places[op][:len(parallel_dims(op))]) & wide for op in members}
+    outer = wide
+    for p in parallel.values():
+        if p < outer:
+            outer = p
+    for op in members:
+        reduced = frozenset(places[op][len(parallel_dims(op)):]) & wide
+        if parallel[op] not in (outer, wide) or (reduced and (reduced != wide - outer or parallel[op] != outer)):
+            return None
+    return wide - outer
+
+
+@register
+@dataclass(frozen=True)
+class Fuse(Pass):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "fuse"
+    max_members: int = 48
+    max_values: int = 28
+    parallel_enough: int = 32
+    small: int = 1 << 14
+
+    def run(self, module: Operation, ctx: PassContext) -> None:
+        names: dict[str, int] = {}
+        for func in [f for f in module.body if f.name == "func"]:
+            groups = self._group(func, ctx)
+            for g in groups:
+                _outline(g, names)
+            topological_sort(func.body)
+            ctx.remark("done", f"{sum(len(g.members) for g in groups)} structured ops in {len(groups)} kernels")
+
+    def _group(self, func: Operation, ctx: PassContext) -> list[Group]:
+        groups: list[Group] = []
+        of: dict[Operation, Group] = {}
+        position = {op: i for i, op in enumerate(func.body)}
+        for op in func.body:
+            if op.name != "tensor.generic":
+                if op.has_trait(Trait.Structured):
+                    g = Group([])
+                    g.add(op, (), [])
+                    groups.append(g)
+                    of[op] = g
+                continue
+            joined = None
+            for g in self._candidates(op, of, position):
+                fitted = self._fit(g, op)
+                if fitted is None or _makes_cycle(g, op, of, position):
+                    continue
+                g.add(op, *fitted)
+                joined = g
+                break
+            if joined is None:
+                joined = frame_of(op)
+                groups.append(joined)
+            of[op] = joined
+            self._merge_producer_groups(op, joined, of, groups, position)
+        return groups
+
+    def _candidates(self, op: Operation, of: dict[Operation, Group], position: dict[Operation, int]) -> list[Group]:
+        """Groups of the producers, latest first, then groups near by that read the same tensor."""
+        producers = {v.defining_op: None for v in op.operands if v.defining_op in of}
+        found = {id(of[p]): of[p] for p in sorted(producers, key=lambda p: -position[p])}
+        for v in op.operands:
+            for user in v.users:
+                if user in of and user is not op and position[op] - position[user] < 64 and not of[user].contraction:
+                    found.setdefault(id(of[user]), of[user])
+        return [g for g in found.values() if g.frame or g.members[0].name == "tensor.generic"]
+
+    def _merge_producer_groups(self, op: Operation, into: Group, of: dict[Operation, Group], groups: list[Group],
+                               position: dict[Operation, int]) -> None:
+        """Other groups that only feed this one, in the same frame, become part of it (two reductions of one row, say)."""
+        for v in op.operands:
+            other = of.get(v.defining_op) if v.defining_op is not None else None
+            if other is None or other is into or other.contraction is not None or into.contraction is not None:
+                continue
+            merged = self._union(other, into, op, v)
+            if merged is None or any(_makes_cycle(other, m, of, position) for m in into.members) or any(
+                    _makes_cycle(into, m, of, position) for m in other.members):
+                continue
+            into.frame, into.places = merged
+            into.members = sorted([*other.members, *into.members], key=position.__getitem__)
+            into.values |= other.values
+            for m in other.members:
+                of[m] = into
+            groups.remove(other)
+
+    def _union(self, other: Group, into: Group, op: Operation, v: Value) -> tuple[list[Dim], dict[Operation, tuple[int, ...]]] | None:
+        """Frame and places of the union, aligned through the read of `v` (made by `other`) by `op` (in `into`)."""
+        producer = v.defining_op
+        assert producer is not None
+        to: dict[int, int] = {}
+        for u, m in zip(op.operands, op["maps"], strict=True):
+            if u is not v:
+                continue
+            dims = plain_dims(m) if m is not None else None
+            if dims is None:
+                return None
+            for j, d in enumerate(dims):
+                a, b = other.places[producer][j], into.places[op][d]
+                if to.setdefault(a, b) != b or other.frame[a] != into.frame[b]:
+                    return None
+        free = [i for i in range(len(into.frame)) if i not in to.values()]
+        for a, size in enumerate(other.frame):
+            if a not in to:
+                match = next((b for b in free if into.frame[b] == size), None)
+                if match is None:
+                    return None
+                to[a] = match
+                free.remove(match)
+        places = dict(into.places)
+        for m in other.members:
+            places[m] = tuple(to[i] for i in other.places[m])
+        members = [*other.members, *into.members]
+        if len(members) > self.max_members or not _reads_agree(members, places) or split_frame(into.frame, members, places) is None:
+            return None
+        if not self._keeps_parallelism(into.frame, members, places):
+            return None
+        return into.frame, places
+
+    def _fit(self, g: Group, op: Operation) -> tuple[tuple[int, ...], list[Dim]] | None:
+        """The place of `op` in the (possibly extended) frame of `g`, or None if it does not fit."""
+        if is_contraction(op) or len(g.members) >= self.max_members:
+            return None
+        if g.contraction is not None and not (is_pointwise(op) and any(v in g.values for v in op.operands)):
+            return None
+        if len(set().union(*(m.operands for m in g.members), op.operands)) + len(g.values) > self.max_values:
+            return None
+        to = _alignment(g, op)
+        if to is None:
+            return None
+        frame = list(g.frame)
+        dims, parallel = op["dims"], len(parallel_dims(op))
+        inner = split_frame(frame, g.members, g.places) or frozenset()
+        free = [i for i in range(len(frame)) if i not in to.values()]
+        for a in range(len(dims)):
+            if a in to:
+                continue
+            match = next((b for b in free if frame[b] == dims[a] and (b in inner) >= (a >= parallel and bool(inner))), None)
+            if match is not None:
+                free.remove(match)
+            elif g.contraction is not None:
+                return None
+            else:
+                match = len(frame)
+                frame.append(dims[a])
+            to[a] = match
+        place = tuple(to[a] for a in range(len(dims)))
+        members, places = [*g.members, op], {**g.places, op: place}
+        if g.contraction is not None:
+            ok = sorted(place) == list(range(len(frame)))
+        else:
+            ok = split_frame(frame, members, places) is not None and self._keeps_parallelism(frame, members, places)
+        return (place, frame) if ok and _reads_agree(members, places) else None
+
+    def _keeps_parallelism(self, frame: list[Dim], members: list[Operation], places: dict[Operation, tuple[int, ...]]) -> bool:
+        inner = split_frame(frame, members, places)
+        assert inner is not None
+        if not inner or not any(is_pointwise(m) and len(set(places[m])) == len(frame) for m in members):
+            return True
+        outer, total = product(d for i, d in enumerate(frame) if i not in inner), product(frame)
+        if isinstance(total, int) and total <= self.small:
+            return True
+        return not isinstance(outer, int) or outer >= self.parallel_enough
+
+
+def _alignment(g: Group, op: Operation) -> dict[int, int] | None:
+    """Which frame dimension each dimension of `op` must be, by the values it shares with the group; None on conflict."""
+    to: dict[int, int] = {}
+
+    def align(dims: list[int] | None, frame_dims: list[int]) -> bool:
+        if dims is None or len(dims) != len(frame_dims):
+            return False
+        return all(to.setdefault(d, f) == f and op["dims"][d] == g.frame[f] for d, f in zip(dims, frame_dims, strict=True))
+
+    internal = False
+    for i, (v, m) in enumerate(zip(op.operands, op["maps"], strict=True)):
+        if v in g.values:
+            internal = True
+            producer = v.defining_op
+            assert producer is not None
+            if m is None or fill_of(op, i) is not None:
+                return None
+            place = g.places[producer]
+            wide = [(e, f) for e, f in zip(m, place, strict=False) if g.frame[f] != 1]
+            if not align(plain_dims([e for e, _ in wide]), [f for _, f in wide]):
+                return None
+    if internal:
+        return to if len(set(to.values())) == len(to) else None
+    for v, m in zip(op.operands, op["maps"], strict=True):  # siblings: align by a tensor that both read whole
+        dims = plain_dims(m) if m is not None else None
+        for member in g.members:
+            if dims is None or v not in member.operands or member.name != "tensor.generic":
+                continue
+            mine = member["maps"][member.operands.index(v)]
+            theirs = plain_dims(mine) if mine is not None else None
+            if theirs is not None and len(dims) == len(op["dims"]):
+                return to if align(dims, [g.places[member][d] for d in theirs]) and len(set(to.values())) == len(to) else None
+    return None
+
+
+def _reads_agree(members: list[Operation], places: dict[Operation, tuple[int, ...]]) -> bool:
+    """Every value passed between members is read at the frame point at which it was made."""
+    made = {r: op for op in members for r in op.results}
+    for op in members:
+        for v, m in zip(op.operands, op["maps"], strict=True):
+            if v not in made:
+                continue
+            producer = made[v]
+            if m is None:
+                return False
+            for e, f in zip(m, places[producer], strict=False):
+                if e == 0:
+                    continue  # a dimension of size 1
+                dims = plain_dims([e])
+                if dims is None or places[op][dims[0]] != f:
+                    return False
+    return True
+
+
+def _makes_cycle(g: Group, op: Operation, of: dict[Operation, Group], position: dict[Operation, int]) -> bool:
+    """True if `op` depends on `g` through an op outside of it."""
+    first = min(position[m] for m in g.members)
+    stack = [v.defining_op for v in op.operands if v.defining_op is not None and v not in g.values]
+    seen: set[Operation] = set()
+    while stack:
+        p = stack.pop()
+        if p in seen or position[p] < first and p not in of:
+            continue
+        seen.add(p)
+        group = of.get(p)
+        if group is g:
+            return True
+        around = group.members if group is not None else [p]
+        if group is not None and max(position[m] for m in around) < first:
+            continue
+        seen.update(around)
+        for m in around:
+            for v in m.operands:
+                if v.defining_op is None:
+                    continue
+                if v in g.values:
+                    return True
+                stack.append(v.defining_op)
+    return False
+
+
+def _outline(g: Group, names: dict[str, int]) -> None:
+    """Moves the members into a `tensor.fused` placed at the last of them."""
+    inside = set(g.members)
+    inputs = list(dict.fromkeys(v for op in g.members for v in op.operands if v.defining_op not in inside))
+    outputs = [r for op in g.members for r in op.results if any(u not in inside for u in r.users)]
+    last = g.members[-1]
+    block = Block([v.type for v in inputs], [v.name for v in inputs])
+    region = Region([block])
+    assert isinstance(last.parent, Block)
+    types = [TensorType(r.type.shape, r.type.dtype, r.type.strides) for r in outputs]  # type: ignore[attr-defined]
+    with_loc = Builder(last.parent, last, g.members[0].location)
+    fused = with_loc.create("tensor.fused", inputs, {"kernel": _kernel_name(g, names)}, types, [region])
+    for old, new in zip(outputs, fused.results, strict=True):
+        new.name = old.name
+        old.replace_uses_if(new, lambda user: user not in inside and user is not fused)
+    for v, arg in zip(inputs, block.args, strict=True):
+        v.replace_uses_if(arg, lambda user: user in inside)
+    for op in g.members:
+        block.append(op.detach())
+    Builder(block, None, last.location).create("tensor.yield", outputs)
+
+
+def _kernel_name(g: Group, names: dict[str, int]) -> str:
+    """A readable name from what the kernel does, numbered when it repeats."""
+    parts: list[str] = []
+    for op in g.members:
+        if op is g.contraction:
+            parts.append("matmul")
+        elif op.name != "tensor.generic":
+            parts.append(op.name.removeprefix("tensor."))
+        elif op["reductions"]:
+            parts.extend(op["combine"])
+        parts.extend(o.name.removeprefix("arith.") for o in body_ops(op) if o.name not in (
+            "arith.constant", "arith.cast", "arith.select", "tensor.index", "tensor.sym") and op is not g.contraction)
+    name = "_".join(list(dict.fromkeys(p for p in parts if p != "none"))[:6]) or "copy"
+    n = names[name] = names.get(name, 0) + 1
+    return name if n == 1 else f"{name}_{n}"

@@ -1,0 +1,92 @@
+"""Pointwise producers merge into the bodies of their readers.
+
+A producer is merged when it has one reader that visits each of its elements once, or when recomputing it is cheaper than storing it (constants,
+positions, masks, casts). Contractions take in casts only: their inner loop must stay a multiply-add.
+After: no pointwise generic has a single structured reader that could have computed it in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..ir import Operation
+from ..ir.dialects.tensor import fill_of, parallel_dims
+from ..ir.expr import product
+from ..ir.opdef import Trait
+from ..ir.passes import Pass, PassContext, register
+from .structured import EXPENSIVE, body_ops, inline_into, is_contraction, is_pointwise
+
+TRIVIAL = frozenset({"arith.cast", "arith.constant", "tensor.index", "tensor.sym"})
+
+
+@register
+@dataclass(frozen=True)
+class Inline(Pass):
+    """See the module docstring. Bodies do not grow past `max_ops` ops and `max_operands` operands."""
+
+    name: ClassVar[str] = "inline"
+    max_ops: int = 160
+    max_operands: int = 20
+
+    def run(self, module: Operation, ctx: PassContext) -> None:
+        merged = 0
+        for func in module.body:
+            if func.name != "func":
+                continue
+            for op in list(func.body.reversed()):
+                if op.parent is None or not is_pointwise(op):
+                    continue
+                merged += self._merge_into_readers(op)
+                if not any(r.uses for r in op.results):
+                    op.erase()
+        ctx.remark("done", f"{merged} producers merged into readers")
+
+    def _merge_into_readers(self, producer: Operation) -> int:
+        readers = list(dict.fromkeys(u for r in producer.results for u in r.users))
+        if not readers:
+            return 0
+        eligible = [u for u in readers if self._can_merge(producer, u)]
+        single = len(readers) == 1
+        merged = 0
+        for reader in eligible:
+            if _trivial(producer) or (single and _visits_once(producer, reader)) or (
+                    len(eligible) == len(readers) and _cheap(producer) and _visits_once(producer, reader)):
+                inline_into(reader, producer)
+                merged += 1
+        return merged
+
+    def _can_merge(self, producer: Operation, reader: Operation) -> bool:
+        if not reader.has_trait(Trait.Structured) or len(reader.body) + len(producer.body) > self.max_ops or (
+                len(reader.operands) + len(producer.operands) > self.max_operands):
+            return False
+        if is_contraction(reader) and (len(producer.operands) != 1 or any(o.name != "arith.cast" for o in body_ops(producer))
+                                       or fill_of(producer, 0) is not None or producer["maps"][0] is None):
+            return False
+        lead = 1 if reader.name == "tensor.scatter" else 0
+        if lead and reader.operands[0].defining_op is producer:
+            return False
+        return all(m is not None and fill_of(reader, i) is None
+                   for i, (v, m) in enumerate(zip(reader.operands[lead:], reader["maps"], strict=True)) if v.defining_op is producer)
+
+
+def _trivial(producer: Operation) -> bool:
+    """Nothing is saved by storing it: no tensor is read, or one is only converted or moved."""
+    real = [o for o in body_ops(producer) if o.name not in TRIVIAL]
+    if not producer.operands:
+        return not any(o.name in EXPENSIVE for o in real)
+    return not real and len(producer.operands) == 1 and producer["maps"][0] is not None
+
+
+def _cheap(producer: Operation) -> bool:
+    """Recomputing costs no more than reading it back: at most two simple ops on at most one tensor of its own size."""
+    real = [o for o in body_ops(producer) if o.name not in TRIVIAL]
+    if len(real) > 2 or any(o.name in EXPENSIVE or o.name == "tensor.extract" for o in real):
+        return False
+    full = [v for v in producer.operands if getattr(v.type, "numel", 0) == product(parallel_dims(producer))]
+    return len(full) <= 1
+
+
+def _visits_once(producer: Operation, reader: Operation) -> bool:
+    """The reader's space has as many points as the producer's: nothing is computed twice."""
+    return product(reader["dims"]) == product(parallel_dims(producer))

@@ -1,0 +1,208 @@
+"""Working with structured ops (tensor.generic and its kin): reading maps, composing them, merging bodies.
+
+Everything that fusion does to the algebra of an op is here; *whether* to do it is decided in `absorb_views`, `inline` and `fuse`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..ir import Block, Builder, Dim, Expr, Operation, Region, ScalarType, TensorType, Value, element_type, sym
+from ..ir.dialects.tensor import fill_of
+from ..ir.expr import Bounds, contiguous_linear, free_symbols, simplify, substitute
+
+__all__ = ["EXPENSIVE", "body_ops", "composed_map", "identity_map", "inline_into", "is_contraction", "is_identity_view", "is_pointwise",
+           "map_bounds", "plain_dims", "rebuild", "reshape_like", "space_bounds"]
+
+EXPENSIVE = frozenset(f"arith.{n}" for n in (
+    "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh",
+    "acosh", "atanh", "erf", "erfc", "erfinv", "lgamma", "digamma", "sigmoid", "pow", "atan2", "hypot"))
+"""Ops worth storing rather than computing twice."""
+
+
+def space_bounds(dims: Sequence[Dim], prefix: str = "d") -> dict[str, tuple[Dim, Dim | None]]:
+    """Ranges of the iteration variables of a space of `dims`."""
+    return {f"{prefix}{i}": (0, size - 1) for i, size in enumerate(dims)}
+
+
+def map_bounds(op: Operation) -> Bounds:
+    """Ranges of the iteration variables of a structured op."""
+    return space_bounds(op["dims"])
+
+
+def identity_map(rank: int) -> tuple[Dim, ...]:
+    return tuple(sym(f"d{i}") for i in range(rank))
+
+
+def is_pointwise(op: Operation) -> bool:
+    """A tensor.generic without reductions."""
+    return op.name == "tensor.generic" and op["reductions"] == 0
+
+
+def is_identity_view(op: Operation) -> bool:
+    """A generic of one mapped operand whose body yields that operand unchanged."""
+    if not is_pointwise(op) or len(op.operands) != 1 or op["maps"][0] is None or len(op.results) != 1:
+        return False
+    return len(op.body) == 1 and op.body.terminator.operands[0] is op.body.args[0]
+
+
+def body_ops(op: Operation) -> list[Operation]:
+    """The ops of the body without the terminator."""
+    return [o for o in op.body if o.name != "tensor.yield"]
+
+
+def is_contraction(op: Operation) -> bool:
+    """sum over (a * b) of two distinct mapped operands, possibly cast first; at least one reduction dimension."""
+    if op.name != "tensor.generic" or op["reductions"] == 0 or op["combine"] != ("sum",) or len(op.operands) != 2:
+        return False
+    if any(m is None for m in op["maps"]):
+        return False
+    product = op.body.terminator.operands[0].defining_op
+    if product is None or product.name != "arith.mul":
+        return False
+    sources = []
+    for v in product.operands:
+        while v.defining_op is not None and v.defining_op.name == "arith.cast":
+            v = v.defining_op.operands[0]
+        sources.append(v)
+    return set(sources) == set(op.body.args) and len(body_ops(op)) == 1 + sum(o.name == "arith.cast" for o in body_ops(op))
+
+
+def plain_dims(m: Sequence[Dim]) -> list[int] | None:
+    """The dimension numbers of a map made of distinct plain dims; None for any other map."""
+    found = []
+    for e in m:
+        text = str(e)
+        if not (isinstance(e, Expr) and text[0] == "d" and text[1:].isdigit()):
+            return None
+        found.append(int(text[1:]))
+    return found if len(set(found)) == len(found) else None
+
+
+def composed_map(outer: Sequence[Dim], inner: Sequence[Dim], bounds: Bounds) -> tuple[Dim, ...]:
+    """The map p -> inner(outer(p)): `inner` reads at its d_j, which are the expressions `outer[j]`."""
+    env = {f"d{j}": e for j, e in enumerate(outer)}
+    return tuple(simplify(substitute(e, env), bounds) for e in inner)
+
+
+def reshape_like(m: Sequence[Dim], dims: Sequence[Dim], shape: Sequence[Dim]) -> bool:
+    """True if reading `shape` through `m` from the space `dims` visits every element once, in row-major order."""
+    from_map = simplify(contiguous_linear(m, shape), space_bounds(dims))
+    return from_map == contiguous_linear(identity_map(len(dims)), dims)
+
+
+def rebuild(op: Operation, builder: Builder, operands: Sequence[Value], maps: Sequence[Any], fills: Sequence[Any], dims: Sequence[Dim],
+            index_map: Mapping[int, Dim] | None = None, reductions: int | None = None) -> Operation:
+    """A copy of a tensor.generic in another iteration space: same body, new operands, maps and dims.
+
+    `index_map` gives for each old dimension its expression in the new ones, for the body's `tensor.index`.
+    """
+    n = op["reductions"] if reductions is None else reductions
+    block = Block([v.type if m is None else ScalarType(element_type(v.type)) for v, m in zip(operands, maps, strict=True)])
+    renamed: dict[Value, Value] = dict(zip(op.body.args, block.args, strict=True))
+    _copy_body(op, Builder(block, None, op.location), renamed, index_map, space_bounds(dims))
+    Builder(block, None, op.location).create("tensor.yield", [renamed[v] for v in op.body.terminator.operands])
+    attrs = {k: v for k, v in op.attributes.items() if k not in ("dims", "maps", "fills", "reductions")}
+    attrs |= {"dims": tuple(dims), "maps": tuple(maps)}
+    if n:
+        attrs["reductions"] = n
+    if any(f is not None for f in fills):
+        attrs["fills"] = tuple(fills)
+    shape = tuple(dims[:len(dims) - n])
+    types = [TensorType(shape, element_type(r.type)) for r in op.results]
+    with builder.at(op.location):
+        made = builder.create("tensor.generic", operands, attrs, types, [Region([block])])
+    for old, new in zip(op.results, made.results, strict=True):
+        new.name = old.name
+    return made
+
+
+def _copy_body(op: Operation, builder: Builder, renamed: dict[Value, Value], index_map: Mapping[int, Dim] | None, bounds: Bounds) -> None:
+    """Copies the ops of a body at the builder's point; `renamed` maps its arguments and learns its values."""
+    for inner in body_ops(op):
+        if inner.name == "tensor.index" and index_map is not None:
+            renamed[inner.result] = _index_value(builder, simplify(index_map[inner["dim"]], bounds), inner)
+            continue
+        builder.insert(inner.clone(renamed))
+
+
+def _index_value(b: Builder, e: Dim, like: Operation) -> Value:
+    """The i64 value of an index expression over d0, d1, ... inside a body."""
+    from ..ir.expr import fold
+    from ..ir.types import DTYPES
+    i64 = DTYPES["i64"]
+
+    def leaf(name: str) -> Value:
+        if name[0] == "d" and name[1:].isdigit():
+            return b.op("tensor.index", type=ScalarType(i64), dim=int(name[1:]))
+        return b.op("tensor.sym", type=ScalarType(i64), expr=sym(name))
+
+    names = {"add": "add", "mul": "mul", "floordiv": "floordiv", "mod": "mod", "max": "max", "min": "min"}
+    with b.at(like.location):
+        return fold(e, leaf, lambda n: b.constant(n, i64), {k: (lambda x, y, n=n: b.arith(n, x, y)) for k, n in names.items()})
+
+
+def inline_into(consumer: Operation, producer: Operation) -> Operation:
+    """Merges a pointwise producer into a structured consumer that reads its results through maps, and replaces the consumer.
+
+    Every read of a producer result must be in bounds (no fill). The producer itself stays (dead if it has no other use).
+    """
+    lead = 1 if consumer.name == "tensor.scatter" else 0  # init is an operand without a map
+    bounds = map_bounds(consumer)
+    operands: list[Value] = []
+    maps: list[Any] = []
+    fills: list[Any] = []
+    block = Block()
+    inner = Builder(block, None, consumer.location)
+    renamed: dict[Value, Value] = {}
+    seen: dict[Any, Value] = {}
+
+    def argument(v: Value, m: Any, fill: Any) -> Value:
+        key = (v, m, repr(fill))
+        if key not in seen:
+            operands.append(v)
+            maps.append(m)
+            fills.append(fill)
+            seen[key] = block.add_arg(v.type if m is None else ScalarType(element_type(v.type)))
+        return seen[key]
+
+    copies: dict[Any, dict[Value, Value]] = {}
+    pending: list[tuple[Any, Value, int]] = []
+    for i, (v, m, arg) in enumerate(zip(consumer.operands[lead:], consumer["maps"], consumer.body.args, strict=True)):
+        if v.defining_op is producer and m is not None:
+            assert fill_of(consumer, i) is None, "a padded read cannot be inlined"
+            pending.append((m, arg, producer.results.index(v)))  # type: ignore[arg-type]
+        else:
+            renamed[arg] = argument(v, m, fill_of(consumer, i))
+    for m, arg, which in pending:
+        if m not in copies:
+            env = {j: e for j, e in enumerate(m)}
+            local: dict[Value, Value] = {}
+            for k, (pv, pm, parg) in enumerate(zip(producer.operands, producer["maps"], producer.body.args, strict=True)):
+                local[parg] = argument(pv, None if pm is None else composed_map(m, pm, bounds), fill_of(producer, k))
+            _copy_body(producer, inner, local, env, bounds)
+            copies[m] = local
+        renamed[arg] = copies[m][producer.body.terminator.operands[which]]
+    for op in body_ops(consumer):
+        inner.insert(op.clone(renamed))
+    inner.create("tensor.yield", [renamed.get(v, v) for v in consumer.body.terminator.operands])
+    attrs = {k: v for k, v in consumer.attributes.items() if k not in ("maps", "fills")} | {"maps": tuple(maps)}
+    if any(f is not None for f in fills):
+        attrs["fills"] = tuple(fills)
+    made = Builder.before_op(consumer).create(consumer.name, [*consumer.operands[:lead], *operands], attrs,
+                                              [r.type for r in consumer.results], [Region([block])])
+    for old, new in zip(consumer.results, made.results, strict=True):
+        new.name = old.name
+        old.replace_all_uses_with(new)
+    consumer.erase()
+    return made
+
+
+def uses_dims(op: Operation) -> set[int]:
+    """Dimensions whose position the body asks for (tensor.index)."""
+    return {o["dim"] for o in op.body if o.name == "tensor.index"}
+
+
+def mentions(e: Dim, name: str) -> bool:
+    return name in free_symbols(e)

@@ -1,0 +1,294 @@
+"""Contractions (matmul, convolution) with their elementwise epilogue as kernels.
+
+Dimensions are sorted by who reads them: batch (both operands), M (the left one), N (the right one), K (summed). M and N are walked as one
+linear index each, so any number of dimensions in any layout is a GEMM. One program computes
+  on a CPU:  one column panel of NR columns, for a block of rows, an MR x NR register tile at a time: K rank-1 updates each;
+  on a GPU:  a BM x BN tile, K in steps of BK by tile.dot.
+The right operand should be contiguous along N; `passes/pack.py` sees to that on CPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...ir import Dim, Operation, Target, TensorType, TileType, Value, element_type, sym
+from ...ir.dialects.tensor import fill_of, parallel_dims
+from ...ir.expr import ceildiv, delinearize, free_symbols, minimum, product, simplify, substitute
+from ...ir.types import index
+from ..structured import body_ops
+from .emit import Emitter, Pair, fill_masks
+
+__all__ = ["Roles", "emit_contraction", "gemm_tile", "roles_of"]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Dimension numbers of a contraction: batch, m, n (parallel) and k (reduced); `left` and `right` are operand numbers."""
+
+    batch: tuple[int, ...]
+    m: tuple[int, ...]
+    n: tuple[int, ...]
+    k: tuple[int, ...]
+    left: int
+    right: int
+
+
+def roles_of(op: Operation) -> Roles | None:
+    """The roles, with the right operand chosen so that N holds the result's contiguous dimension; None if an operand reads no own dimension."""
+    parallel = len(parallel_dims(op))
+    reads = [{int(s[1:]) for e in m for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()} for m in op["maps"]]
+    result = op.result.type
+    assert isinstance(result, TensorType)
+    innermost = min((d for d in range(parallel) if result.shape[d] != 1), key=lambda d: _stride_key(result.layout[d]), default=parallel - 1)
+    right = 0 if innermost in reads[0] and innermost not in reads[1] else 1
+    left = 1 - right
+    batch = tuple(d for d in range(parallel) if d in reads[0] and d in reads[1])
+    n = tuple(d for d in range(parallel) if d in reads[right] and d not in reads[left])
+    m = tuple(d for d in range(parallel) if d not in batch and d not in n)
+    if not n:
+        return None
+    return Roles(batch, m, n, tuple(range(parallel, len(op["dims"]))), left, right)
+
+
+def _stride_key(stride: Dim) -> int:
+    return stride if isinstance(stride, int) else 1 << 40
+
+
+def gemm_tile(target: Target, m: Dim, n: Dim, k: Dim) -> tuple[int, int, int]:
+    """(rows, columns, K step) of one register tile (CPU) or one program (GPU)."""
+    if target.is_gpu:
+        def fit(size: Dim, most: int) -> int:
+            return most if not isinstance(size, int) else max(16, min(most, 1 << (size - 1).bit_length()))
+        return fit(m, 128 if isinstance(m, int) and m >= 512 else 64), fit(n, 128), fit(k, 32)
+    lanes = target.lanes(32)
+    if target.vector_registers >= 32:
+        rows, columns = (12, 2 * lanes) if target.vector_bits >= 512 else (8, 3 * lanes)
+    else:
+        rows, columns = 6, 2 * lanes
+    if isinstance(n, int) and n < columns:
+        columns = max(1, -(-n // lanes)) * lanes if n > lanes // 2 else max(1, 1 << (n - 1).bit_length())
+    if isinstance(m, int):
+        passes = -(-m // rows)
+        rows = max(1, -(-m // passes))  # even tiles: 16 rows are two of 8, not 12 and 4
+    return rows, columns, 1
+
+
+def emit_contraction(op: Operation, epilogue: list[Operation], outputs: list[Value], target: Target, e: Emitter,
+                     buffers: dict[Value, Value], tile: tuple[int, int, int]) -> list[Dim]:
+    """Writes the body of the kernel; returns the grid."""
+    lowering = _Contraction(op, epilogue, outputs, e, buffers, tile)
+    return lowering.gpu() if target.is_gpu else lowering.cpu(target)
+
+
+class _Contraction:
+    def __init__(self, op: Operation, epilogue: list[Operation], outputs: list[Value], e: Emitter, buffers: dict[Value, Value],
+                 tile: tuple[int, int, int]):
+        found = roles_of(op)
+        assert found is not None
+        self.op, self.epilogue, self.outputs, self.e, self.buffers, self.roles = op, epilogue, outputs, e, buffers, found
+        self.tile = tile
+        dims = op["dims"]
+        self.m_sizes, self.n_sizes = [dims[d] for d in found.m], [dims[d] for d in found.n]
+        self.k_sizes = [dims[d] for d in found.k]
+        self.m, self.n = product(self.m_sizes), product(self.n_sizes)
+        self.acc_type = TileType((tile[0], tile[1]), element_type(op.result.type))
+
+    # -- positions ----------------------------------------------------------------------------------------------------
+
+    def positions(self, batch: list[Dim], m: Dim, n: Dim, k: list[Dim], e: Emitter) -> dict[str, Dim]:
+        bounds = e.bounds()
+        at: dict[str, Dim] = {}
+        for dims, values in ((self.roles.batch, batch), (self.roles.m, delinearize(m, self.m_sizes)), (self.roles.n, delinearize(n, self.n_sizes)),
+                             (self.roles.k, k)):
+            for d, value in zip(dims, values, strict=True):
+                at[f"d{d}"] = simplify(value, bounds)
+        return at
+
+    def read(self, e: Emitter, i: int, at: dict[str, Dim], mask: list[Pair]) -> Value:
+        """Operand i at a position, cast as the body says."""
+        v, m = self.op.operands[i], self.op["maps"][i]
+        fill = fill_of(self.op, i)
+        bounds = e.bounds()
+        pairs, low = fill_masks(m, v.type.shape, at, bounds) if fill is not None else ([], [])  # type: ignore[attr-defined]
+        offset = _offset(v, m, at, bounds)
+        value = e.load(self.buffers[v], offset, [*pairs, *e.needed(mask)], low, 0 if fill is None else fill)
+        chain = []
+        x = next(iter(self.op.body.args[i].uses))[0]
+        while x.name == "arith.cast":
+            chain.append(x)
+            x = next(iter(x.result.uses))[0]
+        for cast in chain:
+            value = e.arith(cast, [value])
+        return value
+
+    # -- epilogue -----------------------------------------------------------------------------------------------------
+
+    def finish(self, e: Emitter, acc: Value, batch: list[Dim], m: Dim, n: Dim, mask: list[Pair]) -> None:
+        """Applies the elementwise members to the accumulator and stores the outputs."""
+        bounds = e.bounds()
+        base = self.positions(batch, m, n, [0] * len(self.k_sizes), e)
+        frame = [base[f"d{d}"] for d in range(len(parallel_dims(self.op)))]
+        values: dict[Value, Value] = {self.op.result: acc}
+        loads: dict[Any, Value] = {}
+        place = {self.op: list(range(len(frame)))}
+        for op in self.epilogue:
+            dims: list[Any] = [None] * len(op["dims"])
+            for v, mp in zip(op.operands, op["maps"], strict=True):
+                if v in values and mp is not None:
+                    for x, f in zip(mp, place[v.defining_op], strict=True):  # type: ignore[index]
+                        if isinstance(x, int):
+                            continue
+                        dims[int(str(x)[1:])] = f
+            for j, f in enumerate(dims):
+                if f is None:
+                    used = {x for x in dims if x is not None}
+                    dims[j] = next(f for f in range(len(frame)) if f not in used and self.op["dims"][f] == op["dims"][j])
+            place[op] = dims
+            at = {f"d{j}": frame[f] for j, f in enumerate(dims)}
+            with e.builder.at(op.location):
+                self._member(e, op, at, values, loads, mask, bounds)
+        for out in self.outputs:
+            op = out.defining_op
+            assert op is not None and isinstance(out.type, TensorType)
+            index_of = [frame[f] for f in place[op]]
+            offset: Dim = 0
+            for x, stride in zip(index_of, out.type.layout, strict=True):
+                offset = offset + x * stride
+            e.store(self.buffers[out], values[out], simplify(offset, bounds), e.needed(mask))
+
+    def _member(self, e: Emitter, op: Operation, at: dict[str, Dim], values: dict[Value, Value], loads: dict[Any, Value], mask: list[Pair],
+                bounds: Any) -> None:
+        from .loops import emit_extract
+        local: dict[Value, Value] = {}
+        for i, (v, mp, arg) in enumerate(zip(op.operands, op["maps"], op.body.args, strict=True)):
+            if mp is None:
+                continue
+            if v in values:
+                local[arg] = values[v]
+                continue
+            fill = fill_of(op, i)
+            pairs, low = fill_masks(mp, v.type.shape, at, bounds) if fill is not None else ([], [])  # type: ignore[attr-defined]
+            offset = _offset(v, mp, at, bounds)
+            key = (v, offset, repr(fill))
+            if key not in loads:
+                active = [p for p in mask if free_symbols(p[0]) & {"t0", "t1"} & free_symbols(offset)]
+                loads[key] = e.load(self.buffers[v], offset, [*pairs, *e.needed(active)], low, 0 if fill is None else fill)
+            local[arg] = loads[key]
+        for inner in body_ops(op):
+            if inner.name == "tensor.index":
+                local[inner.result] = e.index_value(simplify(at[f"d{inner['dim']}"], bounds))
+            elif inner.name == "tensor.sym":
+                local[inner.result] = e.index_value(inner["expr"])
+            elif inner.name == "tensor.extract":
+                source = op.operands[inner.operands[0].index]  # type: ignore[attr-defined]
+                local[inner.result] = emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"], mask)
+            else:
+                local[inner.result] = e.arith(inner, [local[v] for v in inner.operands])
+        for r, y in zip(op.results, op.body.terminator.operands, strict=True):
+            value = local[y]
+            shape = self.acc_type.shape
+            if not isinstance(value.type, TileType) or value.type.shape != shape:
+                value = e.broadcast(value, shape)  # type: ignore[arg-type]
+            values[r] = value
+
+    # -- the two kernels ----------------------------------------------------------------------------------------------
+
+    def _batch(self, e: Emitter, axis: int) -> list[Dim]:
+        out = []
+        for k, d in enumerate(self.roles.batch):
+            pid = e.builder.op("tile.program_id", type=index, axis=axis + k)
+            out.append(e.fresh(pid, 0, self.op["dims"][d] - 1))
+        return out
+
+    def _zero(self, e: Emitter) -> Value:
+        return e.broadcast(e.builder.constant(0, self.acc_type.dtype), self.acc_type.shape)  # type: ignore[arg-type]
+
+    def _k_loops(self, e: Emitter, acc: Value, step: Any, ks: list[Dim] | None = None) -> Value:
+        """Nested loops over K; `step(emitter, positions, acc)` adds one slice. The last K dimension is innermost."""
+        done = ks or []
+        sizes = self.k_sizes[len(done):]
+        if not sizes:
+            return step(e, done, acc)
+        last = len(sizes) == 1
+        inc = self.tile[2] if last else 1
+
+        def body(inner: Emitter, i: Dim, carried: list[Value]) -> list[Value]:
+            return [self._k_loops(inner, carried[0], step, [*done, i])]
+
+        return e.loop(0, sizes[0], inc, [acc], body, unroll=4 if last and inc == 1 else 1)[0]
+
+    def cpu(self, target: Target) -> list[Dim]:
+        e, (mr, nr, _) = self.e, self.tile
+        batch = self._batch(e, 0)
+        nb = len(batch)
+        k = product(self.k_sizes)
+        k_bytes = (k if isinstance(k, int) else 1024) * 4
+        rows_in_block = max(mr, min(target.l2 // 2 // k_bytes // mr * mr, 256 // mr * mr))
+        blocks, panels = ceildiv(self.m, rows_in_block), ceildiv(self.n, nr)
+        p_block = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb), 0, blocks - 1)
+        p_panel = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb + 1), 0, panels - 1)
+        n = p_panel * nr + sym("t1")
+        start = p_block * rows_in_block
+        upper = minimum(self.m, start + rows_in_block)
+        if isinstance(self.m, int) and self.m <= rows_in_block:
+            start, upper = 0, self.m
+
+        def tile(inner: Emitter, i: Dim, _: list[Value]) -> list[Value]:
+            m = i + sym("t0")
+            safe_m = m if isinstance(upper, int) and upper % mr == 0 and start == 0 else minimum(m, self.m - 1)
+            acc = self._k_loops(inner, self._zero(inner), lambda ke, ks, a: self._rank1(ke, batch, safe_m, n, ks, a))
+            self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)])
+            return []
+
+        e.loop(start, upper, mr, [], tile)
+        return [*(self.op["dims"][d] for d in self.roles.batch), blocks, panels]
+
+    def _rank1(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim, ks: list[Dim], acc: Value) -> Value:
+        at = self.positions(batch, m, n, ks, e)
+        left = self.read(e, self.roles.left, at, [])
+        packed = bool(self.op.attributes.get("_packed"))  # zero-padded to whole panels: reading past N is in bounds
+        right = self.read(e, self.roles.right, at, [] if packed else [(n, self.n)])
+        left, right = _as_tile(e, left, (self.tile[0], 1)), _as_tile(e, right, (1, self.tile[1]))
+        return e.builder.op("tile.dot", left, right, acc, type=self.acc_type)
+
+    def gpu(self) -> list[Dim]:
+        e, (bm, bn, bk) = self.e, self.tile
+        batch = self._batch(e, 0)
+        nb = len(batch)
+        p_m = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb), 0, ceildiv(self.m, bm) - 1)
+        p_n = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb + 1), 0, ceildiv(self.n, bn) - 1)
+        m, n = p_m * bm + sym("t0"), p_n * bn + sym("t1")
+        bounds_m, bounds_n = (m, self.m), (n, self.n)
+
+        def step(ke: Emitter, ks: list[Dim], acc: Value) -> Value:
+            k_row, k_col = [*ks[:-1], ks[-1] + sym("t1")], [*ks[:-1], ks[-1] + sym("t0")]
+            size = self.k_sizes[-1]
+            left_e = _with_shape(ke, (bm, bk))
+            left = self.read(left_e, self.roles.left, self.positions(batch, m, 0, k_row, left_e), [bounds_m, (k_row[-1], size)])
+            right_e = _with_shape(ke, (bk, bn))
+            right = self.read(right_e, self.roles.right, self.positions(batch, 0, n, k_col, right_e), [(k_col[-1], size), bounds_n])
+            left, right = _as_tile(ke, left, (bm, bk)), _as_tile(ke, right, (bk, bn))
+            return ke.builder.op("tile.dot", left, right, acc, type=self.acc_type)
+
+        acc = self._k_loops(e, self._zero(e), step)
+        self.finish(e, acc, batch, m, n, [bounds_m, bounds_n])
+        return [*(self.op["dims"][d] for d in self.roles.batch), ceildiv(self.m, bm), ceildiv(self.n, bn)]
+
+
+def _offset(v: Value, m: tuple[Dim, ...], at: dict[str, Dim], bounds: Any) -> Dim:
+    assert isinstance(v.type, TensorType)
+    total: Dim = 0
+    for x, stride in zip(m, v.type.layout, strict=True):
+        total = total + substitute(x, at) * stride
+    return simplify(total, bounds)
+
+
+def _as_tile(e: Emitter, value: Value, shape: tuple[int, int]) -> Value:
+    if isinstance(value.type, TileType) and value.type.shape == shape:
+        return value
+    return e.broadcast(value, shape)
+
+
+def _with_shape(e: Emitter, shape: tuple[int, int]) -> Emitter:
+    return Emitter(e.builder, shape, e.symbols, e.variables, e.ranges)

@@ -1,0 +1,189 @@
+"""Writing the body of a kernel: loads, stores and arithmetic on tiles at symbolic positions.
+
+While a kernel is built, positions are expressions over *loop variables* (named L0, L1, ...; each an SSA index value), size symbols, and
+t0, t1, the position within a tile. `Emitter` turns such an expression into the operands and attributes that tile ops want.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...ir import Block, Builder, Dim, DType, Operation, Region, ScalarType, TileType, Type, Value, element_type, sym
+from ...ir.builder import arith_result_type, with_tile_shape
+from ...ir.expr import Bounds, free_symbols, known_less, known_nonnegative, lower_bound, mod, simplify, substitute
+from ...ir.types import DTYPES, index
+
+__all__ = ["COMBINE_OPS", "Emitter", "Pair", "identity_of", "tile_or_scalar"]
+
+Pair = tuple[Dim, Dim]
+COMBINE_OPS = {"sum": "add", "prod": "mul", "max": "max", "min": "min", "any": "or", "all": "and"}
+
+
+def tile_or_scalar(shape: Sequence[int], dtype: DType) -> Type:
+    return TileType(tuple(shape), dtype) if shape else ScalarType(dtype)
+
+
+def identity_of(kind: str, dtype: DType) -> bool | int | float:
+    """The neutral element of a combination."""
+    if kind in ("sum", "any"):
+        return False if dtype.kind == "bool" else 0
+    if kind in ("prod", "all"):
+        return True if dtype.kind == "bool" else 1
+    if dtype.kind == "bool":
+        return kind == "min"
+    if dtype.is_float:
+        return float("-inf") if kind == "max" else float("inf")
+    low = 0 if dtype.kind == "uint" else -(1 << (dtype.bits - 1))
+    high = (1 << dtype.bits) - 1 if dtype.kind == "uint" else (1 << (dtype.bits - 1)) - 1
+    return low if kind == "max" else high
+
+
+@dataclass
+class Emitter:
+    """An insertion point inside a kernel, the loop variables in scope, and the tile shape [t0, t1]."""
+
+    builder: Builder
+    shape: tuple[int, int]
+    symbols: Bounds
+    variables: dict[str, Value] = field(default_factory=dict)
+    ranges: dict[str, tuple[Dim, Dim | None]] = field(default_factory=dict)
+
+    def fresh(self, value: Value, low: Dim, high: Dim | None) -> Dim:
+        """A new loop variable for `value`, known to lie in [low, high]."""
+        name = f"L{len(self.variables)}"
+        self.variables[name] = value
+        self.ranges[name] = (low, high)
+        return sym(name)
+
+    def bounds(self) -> dict[str, tuple[Dim, Dim | None]]:
+        return {**self.symbols, **self.ranges, "t0": (0, self.shape[0] - 1), "t1": (0, self.shape[1] - 1)}
+
+    # -- positions ----------------------------------------------------------------------------------------------------
+
+    def _operands(self, exprs: Sequence[Dim], extra: Sequence[Value] = ()) -> tuple[list[Value], dict[str, Dim]]:
+        """Index operands for the loop variables used in `exprs`, after the `extra` ones, and their renaming to i0, i1, ..."""
+        used = sorted({s for e in exprs for s in free_symbols(e) if s in self.variables}, key=lambda s: int(s[1:]))
+        names: dict[str, Dim] = {s: sym(f"i{k + len(extra)}") for k, s in enumerate(used)}
+        return [*extra, *(self.variables[s] for s in used)], names
+
+    def tile_shape(self, exprs: Sequence[Dim]) -> tuple[int, ...]:
+        """[] when the expressions do not depend on the position in the tile, else 1 for each dimension they ignore."""
+        free = set().union(*(free_symbols(e) for e in exprs)) if exprs else set()
+        if not free & {"t0", "t1"}:
+            return ()
+        return (self.shape[0] if "t0" in free else 1, self.shape[1] if "t1" in free else 1)
+
+    def needed(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """The pairs that are not proved by the ranges in scope."""
+        b = self.bounds()
+        return [(x, y) for x, y in dict.fromkeys(pairs) if not known_less(x, y, b)]
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def load(self, buffer: Value, offset: Dim, mask: Sequence[Pair] = (), low: Sequence[Dim] = (), other: Any = 0,
+             extra: Sequence[Value] = (), extra_shape: tuple[int, ...] = (), check: bool = False) -> Value:
+        """Reads at `offset`; `extra` are index tiles seen as i0, i1, ... in the expressions."""
+        exprs = [offset, *(e for p in mask for e in p), *low]
+        operands, names = self._operands(exprs, extra)
+        shape = self.tile_shape([offset, *(p[0] for p in mask), *low])
+        if extra_shape:
+            shape = tuple(max(a, b) for a, b in zip(shape or (1, 1), extra_shape, strict=True))
+        dtype = element_type(buffer.type)
+        attrs: dict[str, Any] = {"offset": substitute(offset, names), "shape": shape}
+        if mask:
+            attrs["mask"] = tuple((substitute(a, names), substitute(b, names)) for a, b in mask)
+        if low:
+            attrs["mask_low"] = tuple(substitute(e, names) for e in low)
+        if mask or low:
+            attrs["other"] = _scalar(other, dtype)
+        if check:
+            attrs["check"] = True
+        return self.builder.create("tile.load", [buffer, *operands], attrs, [tile_or_scalar(shape, dtype)]).result
+
+    def store(self, buffer: Value, value: Value, offset: Dim, mask: Sequence[Pair] = (), atomic: str = "", extra: Sequence[Value] = ()) -> None:
+        """Writes `value`, broadcast to the tile that `offset` spans."""
+        operands, names = self._operands([offset, *(e for p in mask for e in p)], extra)
+        shape = self.tile_shape([offset, *(p[0] for p in mask)])
+        if extra and isinstance(value.type, TileType):
+            shape = value.type.shape
+        if shape and (not isinstance(value.type, TileType) or value.type.shape != shape):
+            value = self.broadcast(value, shape)
+        elif not shape and isinstance(value.type, TileType):
+            shape = value.type.shape
+        attrs: dict[str, Any] = {"offset": substitute(offset, names)}
+        if mask:
+            attrs["mask"] = tuple((substitute(a, names), substitute(b, names)) for a, b in mask)
+        if atomic:
+            attrs["atomic"] = atomic
+        self.builder.create("tile.store", [buffer, value, *operands], attrs)
+
+    def broadcast(self, value: Value, shape: tuple[int, ...]) -> Value:
+        return self.builder.op("tile.full", value, type=TileType(shape, element_type(value.type)))
+
+    # -- values -------------------------------------------------------------------------------------------------------
+
+    def index_value(self, e: Dim, dtype: DType = DTYPES["i64"]) -> Value:
+        """The value of a position expression, as a tile or scalar of `dtype`."""
+        operands, names = self._operands([e])
+        shape = self.tile_shape([e])
+        return self.builder.create("tile.index", operands, {"expr": substitute(e, names), "shape": shape},
+                                   [tile_or_scalar(shape, dtype)]).result
+
+    def mask_value(self, pairs: Sequence[Pair]) -> Value | None:
+        """An i1 tile of where the pairs hold; None when they hold everywhere."""
+        pairs = self.needed(pairs)
+        if not pairs:
+            return None
+        operands, names = self._operands([e for p in pairs for e in p])
+        shape = self.tile_shape([e for p in pairs for e in p])
+        return self.builder.create("tile.mask", operands, {"mask": tuple((substitute(a, names), substitute(b, names)) for a, b in pairs),
+                                                           "shape": shape}, [tile_or_scalar(shape, DTYPES["i1"])]).result
+
+    def arith(self, op: Operation, args: Sequence[Value]) -> Value:
+        """A copy of a scalar arith op on tiles."""
+        types = [v.type for v in args]
+        if op.name == "arith.constant":
+            return self.builder.create(op.name, (), op.attributes, [op.result.type]).result
+        result = with_tile_shape(types, element_type(op.result.type)) if op.name == "arith.cast" else arith_result_type(op.name[6:], types)
+        return self.builder.create(op.name, args, dict(op.attributes), [result]).result
+
+    # -- loops --------------------------------------------------------------------------------------------------------
+
+    def loop(self, lower: Dim, upper: Dim, step: int, inits: Sequence[Value], body: Any, unroll: int = 1) -> list[Value]:
+        """`tile.for`; `body(emitter, position, carried)` builds one iteration and returns the carried values."""
+        operands, names = self._operands([lower, upper])
+        block = Block([index, *(v.type for v in inits)])
+        b = self.bounds()
+        low = lower if isinstance(lower, int) else lower_bound(lower, b)
+        inner = Emitter(Builder(block, None, self.builder.location), self.shape, self.symbols, dict(self.variables), dict(self.ranges))
+        whole = mod(upper - lower, step) == 0  # then the last iteration starts a whole step before the end
+        position = inner.fresh(block.args[0], 0 if low is None else low, simplify(upper - (step if whole else 1), self.symbols))
+        out = body(inner, position, list(block.args[1:]))
+        inner.builder.create("tile.yield", out)
+        attrs: dict[str, Any] = {"lower": substitute(lower, names), "upper": substitute(upper, names), "step": step, "indices": len(operands)}
+        if unroll > 1:
+            attrs["unroll"] = unroll
+        made = self.builder.create("tile.for", [*operands, *inits], attrs, [v.type for v in inits], [Region([block])])
+        return list(made.results)
+
+
+def _scalar(value: Any, dtype: DType) -> Any:
+    if dtype.is_float:
+        return float(value)
+    return bool(value) if dtype.kind == "bool" else int(value)
+
+
+def fill_masks(m: Sequence[Dim], shape: Sequence[Dim], positions: Mapping[str, Dim], bounds: Bounds) -> tuple[list[Pair], list[Dim]]:
+    """What must hold for a padded read through map `m` to be inside `shape`: pairs a < b, and expressions >= 0."""
+    pairs: list[Pair] = []
+    low: list[Dim] = []
+    for e, size in zip(m, shape, strict=True):
+        at = simplify(substitute(e, positions), bounds)
+        if not known_less(at, size, bounds):
+            pairs.append((at, size))
+        floor = lower_bound(at, bounds)
+        if floor is None or not known_nonnegative(floor):
+            low.append(at)
+    return pairs, low

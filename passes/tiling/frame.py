@@ -1,0 +1,273 @@
+"""The loop nest of a fused group: its frame, which dimensions collapse, which one is vectorised, and in which stage each value is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...ir import Dim, Operation, TensorType, Value, sym
+from ...ir.dialects.tensor import fill_of, parallel_dims
+from ...ir.expr import Bounds, product, simplify, split_linear, substitute
+from ..structured import EXPENSIVE, body_ops, map_bounds, uses_dims
+
+__all__ = ["Access", "Frame", "analyse"]
+
+
+@dataclass(frozen=True)
+class Access:
+    """One read or write: the flat offset in elements as an expression over frame dimensions f0, f1, ..."""
+
+    value: Value
+    offset: Dim
+    bytes: int
+    is_store: bool
+    weight: Dim
+
+
+@dataclass
+class Frame:
+    """Loops f0, f1, ... of sizes `sizes`; `inner` are reduced or missing in some member; `position[op][d]` is dimension d of an op
+    as an expression over the frame."""
+
+    sizes: dict[str, Dim]
+    inner: frozenset[str]
+    position: dict[Operation, list[Dim]]
+    members: list[Operation]
+    inputs: list[Value]
+    outputs: list[Value]
+    accesses: list[Access] = field(default_factory=list)
+    stage: dict[Operation, int] = field(default_factory=dict)
+
+    @property
+    def outer(self) -> list[str]:
+        return [f for f in self.sizes if f not in self.inner]
+
+    def bounds(self, symbols: Bounds) -> dict[str, tuple[Dim, Dim | None]]:
+        return {**symbols, **{f: (0, s - 1) for f, s in self.sizes.items()}}
+
+    def is_full(self, op: Operation) -> bool:
+        """The op is computed at every frame point, not once per outer point."""
+        if op["reductions"]:
+            return False
+        used = {f for e in self.position[op] for f in _names(e)}
+        return bool(used & self.inner) or not self.inner
+
+
+def _names(e: Dim) -> set[str]:
+    from ...ir.expr import free_symbols
+    return {s for s in free_symbols(e) if s[0] == "f" and s[1:].isdigit()}
+
+
+def analyse(fused: Operation, symbols: Bounds) -> Frame:
+    """The frame of a `tensor.fused` of generics."""
+    members = [op for op in fused.body if op.name == "tensor.generic"]
+    outputs = list(fused.body.terminator.operands)
+    frame = _align(members, list(fused.body.args), outputs)
+    _collect_accesses(frame, symbols)
+    _collapse(frame, symbols)
+    _assign_stages(frame)
+    return frame
+
+
+def _align(members: list[Operation], inputs: list[Value], outputs: list[Value]) -> Frame:
+    """Rebuilds the shared frame from the members' reads of each other (the fusion pass made sure that there is one)."""
+    place: dict[Operation, list[str | None]] = {}
+    sizes: dict[str, Dim] = {}
+    made = {r: op for op in members for r in op.results}
+
+    def new(size: Dim) -> str:
+        name = f"f{len(sizes)}"
+        sizes[name] = size
+        return name
+
+    def unify(op: Operation) -> list[str | None]:
+        dims: list[str | None] = [None] * len(op["dims"])
+        for v, m in zip(op.operands, op["maps"], strict=True):
+            if v not in made or m is None:
+                continue
+            source = place[made[v]]
+            for e, f in zip(m, source, strict=False):
+                text = str(e)
+                if text[0] == "d" and text[1:].isdigit():
+                    dims[int(text[1:])] = f
+        return dims
+
+    anchor = max(members, key=lambda op: (len([d for d in op["dims"] if d != 1]), op["reductions"]))
+    order = [anchor, *(m for m in members if m is not anchor)]
+    place[anchor] = [new(s) for s in anchor["dims"]]
+    pending = order[1:]
+    while pending:
+        progressed = []
+        for op in pending:
+            dims = _linked(op, place, made, members)
+            if dims is None:
+                continue
+            _complete(op, dims, sizes, place, new)
+            place[op] = dims
+            progressed.append(op)
+        pending = [op for op in pending if op not in place]
+        if not progressed and pending:
+            op = pending[0]
+            dims = [None] * len(op["dims"])
+            _complete(op, dims, sizes, place, new)
+            place[op] = dims
+            pending = pending[1:]
+    wide = [f for f, s in sizes.items() if s != 1]
+    inner: set[str] = set()
+    for op in members:
+        have = {f for f in place[op][:len(parallel_dims(op))]}
+        inner |= {f for f in wide if f not in have}
+    return Frame(sizes, frozenset(inner), {op: [sym(f) for f in place[op]] for op in members}, members, inputs, outputs)  # type: ignore[arg-type]
+
+
+def _linked(op: Operation, place: dict[Operation, list[Any]], made: dict[Value, Operation], members: list[Operation]) -> list[Any] | None:
+    """Frame names of the dims of `op` that reads tie to an already placed member; None if nothing ties it."""
+    dims: list[Any] = [None] * len(op["dims"])
+    tied = False
+    for v, m in zip(op.operands, op["maps"], strict=True):
+        producer = made.get(v)
+        if producer in place and m is not None:
+            tied = True
+            for e, f in zip(m, place[producer], strict=False):
+                _tie(dims, e, f)
+    for reader in members:
+        if reader not in place:
+            continue
+        for v, m in zip(reader.operands, reader["maps"], strict=True):
+            if made.get(v) is op and m is not None:
+                tied = True
+                for j, e in enumerate(m):
+                    text = str(e)
+                    if text[0] == "d" and text[1:].isdigit():
+                        dims[j] = place[reader][int(text[1:])]
+    if tied:
+        return dims
+    for v, m in zip(op.operands, op["maps"], strict=True):  # siblings of one input
+        for other in members:
+            if m is None or other not in place or v not in other.operands:
+                continue
+            theirs = other["maps"][other.operands.index(v)]
+            if theirs is None:
+                continue
+            for e, t in zip(m, theirs, strict=True):
+                text = str(t)
+                if text[0] == "d" and text[1:].isdigit() and text not in [str(x) for x in theirs if x is not t]:
+                    _tie(dims, e, place[other][int(text[1:])])
+            if all(d is not None for d in dims):
+                return dims
+            dims = [None] * len(op["dims"])
+    return None
+
+
+def _tie(dims: list[Any], e: Dim, f: Any) -> None:
+    text = str(e)
+    if text[0] == "d" and text[1:].isdigit():
+        dims[int(text[1:])] = f
+
+
+def _complete(op: Operation, dims: list[Any], sizes: dict[str, Dim], place: dict[Operation, list[Any]], new: Any) -> None:
+    """Gives the untied dims of `op` frame names: reduced dims must be ones that some placed member reduces or lacks."""
+    parallel = len(parallel_dims(op))
+    lacking = {f for f in sizes for other in place if sizes[f] != 1 and f not in place[other][:len(parallel_dims(other))]}
+    for d in range(len(dims)):
+        if dims[d] is not None:
+            continue
+        free = [f for f in sizes if f not in dims and sizes[f] == op["dims"][d]]
+        preferred = [f for f in free if (f in lacking) == (d >= parallel)] or free
+        dims[d] = preferred[0] if preferred else new(op["dims"][d])
+
+
+def _offset(op: Operation, m: Any, layout: tuple[Dim, ...], frame: Frame, bounds: Bounds) -> Dim:
+    env = {f"d{j}": e for j, e in enumerate(frame.position[op])}
+    total: Dim = 0
+    for e, stride in zip(m, layout, strict=True):
+        total = total + substitute(e, env) * stride
+    return simplify(total, bounds)
+
+
+def _collect_accesses(frame: Frame, symbols: Bounds) -> None:
+    bounds = frame.bounds(symbols)
+    internal = {r for op in frame.members for r in op.results}
+    for op in frame.members:
+        for v, m in zip(op.operands, op["maps"], strict=True):
+            if v in internal or m is None:
+                continue
+            assert isinstance(v.type, TensorType)
+            frame.accesses.append(Access(v, _offset(op, m, v.type.layout, frame, bounds), v.type.dtype.bytes, False, v.type.numel))
+        for r in op.results:
+            if r in frame.outputs:
+                assert isinstance(r.type, TensorType)
+                m = [sym(f"d{j}") for j in range(r.type.rank)]
+                frame.accesses.append(Access(r, _offset(op, m, r.type.layout, frame, bounds), r.type.dtype.bytes, True, r.type.numel))
+
+
+def _collapse(frame: Frame, symbols: Bounds) -> None:
+    """Merges dimensions that every access walks as one: stride(a) == stride(b) * size(b). Positions become div/mod of the merged one,
+    which cancel out in every offset."""
+    pinned = set()
+    for op in frame.members:
+        for d in uses_dims(op):
+            pinned |= _names(frame.position[op][d])
+        for i, m in enumerate(op["maps"]):
+            if fill_of(op, i) is not None and m is not None:
+                for e in m:
+                    env = {f"d{j}": p for j, p in enumerate(frame.position[op])}
+                    pinned |= _names(substitute(e, env))
+    for f in [f for f, s in frame.sizes.items() if s == 1]:
+        _substitute(frame, {f: 0}, symbols)
+        del frame.sizes[f]
+        frame.inner -= {f}
+    again = True
+    while again:
+        again = False
+        names = [f for f in frame.sizes if f not in pinned]
+        for a in names:
+            for b in names:
+                if a != b and (a in frame.inner) == (b in frame.inner) and all(_walks_as_one(x.offset, a, b, frame.sizes[b]) for x in frame.accesses):
+                    size = frame.sizes[a] * frame.sizes[b]
+                    merged = sym(b)
+                    old_b = frame.sizes[b]
+                    frame.sizes[b] = size
+                    _substitute(frame, {a: merged // old_b, b: merged % old_b}, symbols)
+                    del frame.sizes[a]
+                    frame.inner -= {a}
+                    again = True
+                    break
+            if again:
+                break
+
+
+def _walks_as_one(offset: Dim, a: str, b: str, size_b: Dim) -> bool:
+    first, second = split_linear(offset, a), split_linear(offset, b)
+    return first is not None and second is not None and first[0] == second[0] * size_b
+
+
+def _substitute(frame: Frame, env: dict[str, Dim], symbols: Bounds) -> None:
+    bounds = frame.bounds(symbols)
+    for op in frame.members:
+        frame.position[op] = [simplify(substitute(e, env), bounds) for e in frame.position[op]]
+    frame.accesses = [Access(x.value, simplify(substitute(x.offset, env), bounds), x.bytes, x.is_store, x.weight) for x in frame.accesses]
+
+
+def _assign_stages(frame: Frame) -> None:
+    """stage[op]: which loop over the inner dimensions computes it. Results of a reduction in stage k are ready for stage k + 1."""
+    made = {r: op for op in frame.members for r in op.results}
+    for op in frame.members:
+        level = 0
+        for v in op.operands:
+            if v in made:
+                producer = made[v]
+                level = max(level, frame.stage[producer] + (1 if producer["reductions"] else 0))
+        frame.stage[op] = level
+
+
+def is_expensive(op: Operation) -> bool:
+    """Worth keeping rather than computing again in a later stage."""
+    return any(o.name in EXPENSIVE for o in body_ops(op))
+
+
+def total_points(frame: Frame) -> Dim:
+    return product(frame.sizes.values())
+
+
+

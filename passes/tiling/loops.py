@@ -1,0 +1,493 @@
+"""Pointwise and reduction groups as kernels.
+
+The frame's dimensions become: a *vector* dimension (t1 of the tile, along which most accesses are contiguous), optionally a *row* dimension (t0, on
+GPUs), grid axes (the other outer dimensions) and scalar loops (the other inner ones). Three shapes of kernel fall out of where
+the vector dimension lies:
+  no inner dimensions       pointwise: each program covers a run of the vector dimension
+  vector is an inner one    row reduction: loops over the row, one per stage, then a reduction across the tile
+  vector is an outer one    column reduction: a tile of columns is accumulated over the inner loops
+Reductions that depend on earlier ones are stages: one loop each, recomputing what is cheap; an expensive value that a later stage needs again is kept
+in the output it will be overwritten by, if there is one. When a row fits one tile there are no loops and nothing is recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...ir import Dim, IRError, Operation, TensorType, TileType, Value, element_type, sym
+from ...ir.dialects.tensor import fill_of
+from ...ir.expr import ceildiv, minimum, product, simplify, split_linear, substitute
+from ...ir.types import DTYPES, index
+from ..structured import body_ops
+from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
+from .frame import Access, Frame, is_expensive
+
+__all__ = ["TileChoice", "choose_tile", "emit_loops"]
+
+I64 = DTYPES["i64"]
+
+
+@dataclass(frozen=True)
+class TileChoice:
+    """The shape of the kernel: which frame dimensions are t0 and t1, the tile's size, and how much one program covers."""
+
+    vector: str | None
+    row: str | None
+    shape: tuple[int, int]
+    chunk: int              # elements of the vector dimension per program, when it is an outer one
+
+
+def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
+    """An analytic choice: contiguous bytes decide the vector dimension; body size decides how many registers a tile takes."""
+    scores: dict[str, float] = {}
+    for f, size in frame.sizes.items():
+        extent = size if isinstance(size, int) else 1 << 16
+        score = 0.0
+        for x in frame.accesses:
+            c = split_linear(x.offset, f)
+            weight = float(x.weight if isinstance(x.weight, int) else 1 << 20) * x.bytes
+            if c is None:
+                score -= weight * 0.25
+            elif c[0] == 1:
+                score += weight * (2.0 if x.is_store else 1.0)
+            elif c[0] != 0:
+                score -= weight * 0.5
+        scores[f] = score * min(extent, lanes) / lanes + 1e-3 * min(extent, lanes) / lanes
+    if not scores:
+        return TileChoice(None, None, (1, 1), 1)
+    vector = max(scores, key=lambda f: (scores[f], f))
+    size = frame.sizes[vector]
+    heavy = sum(len(op.body) for op in frame.members)
+    if gpu:
+        return _gpu_tile(frame, vector, size)
+    width = lanes * (2 if heavy > 24 else 4)
+    if isinstance(size, int):
+        while width > lanes and width >= 2 * size:
+            width //= 2
+        if size < lanes:
+            width = 1 << max(0, (size - 1).bit_length())
+            width = size if width > size else width
+    return TileChoice(vector, None, (1, width), max(width, 4096 // width * width))
+
+
+def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
+    """Power-of-two tiles of 1024 to 4096 elements; whole rows when they are short enough."""
+    extent = size if isinstance(size, int) else 1 << 16
+    others = [f for f in frame.sizes if f != vector and (f in frame.inner) != (vector in frame.inner)] if frame.inner else []
+    if vector in frame.inner:
+        width = min(1 << max(0, (extent - 1).bit_length()), 4096)
+        rows = max(1, min(16, 1024 // width))
+    elif frame.inner:
+        width = min(1 << max(0, (extent - 1).bit_length()), 64)
+        rows = 32
+    else:
+        width = min(1 << max(0, (extent - 1).bit_length()), 1024)
+        rows = 1 if width >= 256 else 256 // width
+        others = [f for f in frame.sizes if f != vector]
+    row = max(others, key=lambda f: (frame.sizes[f] if isinstance(frame.sizes[f], int) else 1 << 16, f), default=None)  # type: ignore[arg-type,return-value]
+    if row is not None and isinstance(frame.sizes[row], int):
+        rows = min(rows, 1 << max(0, (int(frame.sizes[row]) - 1).bit_length()))  # type: ignore[arg-type]
+    return TileChoice(vector, row if rows > 1 else None, (rows if row is not None else 1, width), width)
+
+
+@dataclass
+class _Scope:
+    """One iteration point: where the emitter stands, the position of each frame dimension, active-lane masks, and values made here."""
+
+    e: Emitter
+    at: dict[str, Dim]
+    active: dict[str, Pair]
+    values: dict[Value, Value] = field(default_factory=dict)
+    loads: dict[Any, Value] = field(default_factory=dict)
+
+
+class _Lowering:
+    def __init__(self, frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value]):
+        self.frame, self.tile, self.e, self.buffers = frame, tile, e, buffers
+        self.made = {r: op for op in frame.members for r in op.results}
+        self.stores = {x.value: x.offset for x in frame.accesses if x.is_store}
+        self.borrowed: dict[Value, Value] = {}   # an expensive value -> the output whose memory keeps it between stages
+        self.kept: set[Value] = set()            # borrowed values already written
+        self.outer_values: dict[Value, Value] = {}
+        self.bounds = frame.bounds(e.symbols)
+
+    # -- the loop nest ------------------------------------------------------------------------------------------------
+
+    def grid(self) -> list[tuple[str, Dim, int]]:
+        """(frame dimension, programs, elements per program) of each grid axis, slowest first."""
+        axes = []
+        t = self.tile
+        for f in self.frame.outer:
+            if f == t.vector:
+                per = t.chunk if not self.frame.inner else t.shape[1]
+                axes.append((f, ceildiv(self.frame.sizes[f], per), per))
+            elif f == t.row:
+                axes.append((f, ceildiv(self.frame.sizes[f], t.shape[0]), t.shape[0]))
+            else:
+                axes.append((f, self.frame.sizes[f], 1))
+        return axes
+
+    def emit(self) -> list[Dim]:
+        axes = self.grid()
+        top = _Scope(self.e, {}, {})
+        for k, (f, programs, per) in enumerate(axes):
+            pid = self.e.builder.op("tile.program_id", type=index, axis=k)
+            p = self.e.fresh(pid, 0, programs - 1)
+            t = "t1" if f == self.tile.vector else "t0" if f == self.tile.row else None
+            start = simplify(p * per, {})
+            top.at[f] = start if t is None else start + sym(t)
+            if t is not None:
+                top.active[f] = (top.at[f], self.frame.sizes[f])
+        vector = self.tile.vector
+        if vector is not None and vector not in self.frame.inner and not self.frame.inner and self.tile.chunk > self.tile.shape[1]:
+            self._pointwise_loop(top, vector)
+        elif not self.frame.inner:
+            self._stage(top, self.frame.members)
+        else:
+            self._stages(top)
+        return [programs for _, programs, _ in axes]
+
+    def _pointwise_loop(self, top: _Scope, vector: str) -> None:
+        size, (_, width) = self.frame.sizes[vector], self.tile.shape
+        start = top.at[vector] - sym("t1")
+        upper = minimum(size, start + self.tile.chunk)
+        if isinstance(size, int) and size <= self.tile.chunk:
+            start, upper = 0, size
+
+        def body(inner: Emitter, i: Dim, _: list[Value]) -> list[Value]:
+            scope = _Scope(inner, {**top.at, vector: i + sym("t1")}, {**top.active, vector: (i + sym("t1"), upper)})
+            self._stage(scope, self.frame.members)
+            return []
+
+        self.e.loop(start, upper, width, [], body)
+
+    def _inner_order(self) -> list[str]:
+        """Inner dimensions, outermost loop first; the tiled one last."""
+        names = [f for f in self.frame.sizes if f in self.frame.inner]
+        tiled = [f for f in (self.tile.row, self.tile.vector) if f in names]
+        return [f for f in names if f not in tiled] + [f for f in tiled]  # type: ignore[misc]
+
+    def _extent(self, f: str) -> int:
+        return self.tile.shape[1] if f == self.tile.vector else self.tile.shape[0] if f == self.tile.row else 1
+
+    def _persistent(self) -> bool:
+        """The inner space fits one tile: no loops, every value stays in registers."""
+        return all(isinstance(self.frame.sizes[f], int) and self.frame.sizes[f] <= self._extent(f) for f in self.frame.inner)  # type: ignore[operator]
+
+    def _stages(self, top: _Scope) -> None:
+        last = max(self.frame.stage.values())
+        persistent = self._persistent()
+        if not persistent:
+            self._borrow_outputs()
+        shared = _Scope(top.e, dict(top.at), dict(top.active))
+        for f in self.frame.inner:
+            t = "t1" if f == self.tile.vector else "t0" if f == self.tile.row else None
+            shared.at[f] = sym(t) if t else 0
+            if t:
+                shared.active[f] = (sym(t), self.frame.sizes[f])
+        for s in range(last + 1):
+            members = [op for op in self.frame.members if self.frame.stage[op] == s]
+            self._outer_members(top, [op for op in members if not op["reductions"] and not self.frame.is_full(op)])
+            work = [op for op in members if op["reductions"] or self.frame.is_full(op)]
+            roots = [op for op in work if op["reductions"] or any(r in self.stores or r in self.borrowed for r in op.results)]
+            if not roots:
+                continue
+            reductions = [op for op in roots if op["reductions"]]
+            keys = [(op, k) for op in reductions for k in range(len(op.results))]
+            inits = [v for op, k in keys for v in self._initial(op, k)]
+            if persistent:
+                carried = self._stage(shared, roots, keys, inits)
+            else:
+                carried = self._nest(top, self._inner_order(), roots, keys, inits)
+            self._finish(top, keys, carried)
+
+    def _nest(self, scope: _Scope, loops: list[str], roots: list[Operation], keys: list[Any], inits: list[Value]) -> list[Value]:
+        if not loops:
+            return self._stage(scope, roots, keys, inits)
+        f, rest = loops[0], loops[1:]
+        size, step = self.frame.sizes[f], self._extent(f)
+        t = "t1" if f == self.tile.vector else "t0" if f == self.tile.row else None
+
+        def body(inner: Emitter, i: Dim, carried: list[Value]) -> list[Value]:
+            at = i + sym(t) if t else i
+            active = {**scope.active, f: (at, size)} if t else scope.active
+            return self._nest(_Scope(inner, {**scope.at, f: at}, active), rest, roots, keys, carried)
+
+        return scope.e.loop(0, size, step, inits, body, unroll=4 if t is None and not rest and self.tile.vector not in self.frame.inner else 1)
+
+    # -- one iteration ------------------------------------------------------------------------------------------------
+
+    def _stage(self, scope: _Scope, roots: Sequence[Operation], keys: Sequence[Any] = (), carried: Sequence[Value] = ()) -> list[Value]:
+        """Computes the roots at one point: stores what leaves the kernel, and returns the updated accumulators."""
+        pending: list[tuple[Value, Value, Value]] = []
+        for op in roots:
+            if op["reductions"]:
+                continue
+            for r in op.results:
+                home = self.borrowed.get(r)
+                if r in self.stores:
+                    pending.append((r, self._value(scope, r), r))
+                elif home is not None and r not in self.kept:
+                    pending.append((r, self._value(scope, r), home))
+        out: list[Value] = []
+        slot = 0
+        for op, k in keys:
+            n = 2 if op["combine"][k] in ("argmax", "argmin") else 1
+            out.extend(self._combine(scope, op, k, list(carried[slot:slot + n])))
+            slot += n
+        for made, value, home in pending:
+            self._store(scope, home, value)
+            if made in self.borrowed:
+                self.kept.add(made)
+        return out
+
+    def _value(self, scope: _Scope, v: Value) -> Value:
+        """The tile of an internal value at the scope's point, computed at most once per scope."""
+        if v in scope.values:
+            return scope.values[v]
+        if v in self.outer_values:
+            return self.outer_values[v]
+        op = self.made[v]
+        if v in self.kept:
+            home = self.borrowed[v]
+            offset = self._at(scope, self.stores[home])
+            value = scope.e.load(self.buffers[home], offset, scope.e.needed(self._active(scope, offset)))
+            scope.values[v] = value
+            return value
+        for r, out in zip(op.results, self._body(scope, op), strict=True):
+            scope.values[r] = out
+        return scope.values[v]
+
+    def _at(self, scope: _Scope, e: Dim) -> Dim:
+        return simplify(substitute(e, scope.at), scope.e.bounds())
+
+    def _active(self, scope: _Scope, offset: Dim) -> list[Pair]:
+        """Lane masks for the tile dimensions that `offset` moves along."""
+        return [pair for pair in scope.active.values() if set(map(str, ("t0", "t1"))) & _free(pair[0]) & _free(offset)]
+
+    def _body(self, scope: _Scope, op: Operation) -> list[Value]:
+        """Evaluates a member's body at the scope's point."""
+        e = scope.e
+        positions = {f"d{j}": self._at(scope, p) for j, p in enumerate(self.frame.position[op])}
+        local: dict[Value, Value] = {}
+        with e.builder.at(op.location):
+            for i, (v, m, arg) in enumerate(zip(op.operands, op["maps"], op.body.args, strict=True)):
+                if m is None:
+                    continue
+                local[arg] = self._value(scope, v) if v in self.made else self._load(scope, v, m, positions, fill_of(op, i))
+            for inner in body_ops(op):
+                local[inner.result] = self._inner(scope, op, inner, local, positions)
+        return [local[v] for v in op.body.terminator.operands]
+
+    def _inner(self, scope: _Scope, op: Operation, inner: Operation, local: dict[Value, Value], positions: dict[str, Dim]) -> Value:
+        e = scope.e
+        if inner.name == "tensor.index":
+            return e.index_value(positions[f"d{inner['dim']}"])
+        if inner.name == "tensor.sym":
+            return e.index_value(inner["expr"])
+        if inner.name == "tensor.extract":
+            source = op.operands[inner.operands[0].index]  # type: ignore[attr-defined]
+            return emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"],
+                                [p for p in scope.active.values()])
+        return e.arith(inner, [local[v] for v in inner.operands])
+
+    def _load(self, scope: _Scope, v: Value, m: tuple[Dim, ...], positions: dict[str, Dim], fill: Any) -> Value:
+        assert isinstance(v.type, TensorType)
+        e = scope.e
+        bounds = e.bounds()
+        offset: Dim = 0
+        for expr, stride in zip(m, v.type.layout, strict=True):
+            offset = offset + substitute(expr, positions) * stride
+        offset = simplify(offset, bounds)
+        key = (v, offset, repr(fill), m if fill is not None else None)
+        if key in scope.loads:
+            return scope.loads[key]
+        pairs, low = fill_masks(m, v.type.shape, positions, bounds) if fill is not None else ([], [])
+        mask = [*pairs, *e.needed(self._active(scope, offset) if fill is None else [
+            p for p in scope.active.values() if _free(p[0]) & {"t0", "t1"} & set().union(_free(offset), *(_free(x) for x, _ in pairs))])]
+        value = e.load(self.buffers[v], offset, mask, low, 0 if fill is None else fill)
+        scope.loads[key] = value
+        return value
+
+    def _store(self, scope: _Scope, home: Value, value: Value) -> None:
+        offset = self._at(scope, self.stores[home])
+        mask = [p for p in scope.active.values() if _free(p[0]) & {"t0", "t1"} & _free(offset)]
+        scope.e.store(self.buffers[home], value, offset, scope.e.needed(mask))
+
+    # -- reductions ---------------------------------------------------------------------------------------------------
+
+    def _initial(self, op: Operation, k: int) -> list[Value]:
+        e, kind = self.e, op["combine"][k]
+        dtype = element_type(op.body.terminator.operands[k].type)
+        if kind in ("argmax", "argmin"):
+            return [e.broadcast(e.builder.constant(identity_of(kind[3:], dtype), dtype), self.tile.shape),
+                    e.broadcast(e.builder.constant((1 << 63) - 1, I64), self.tile.shape)]
+        return [e.broadcast(e.builder.constant(identity_of(kind, dtype), dtype), self.tile.shape)]
+
+    def _combine(self, scope: _Scope, op: Operation, k: int, acc: list[Value]) -> list[Value]:
+        """One step of a reduction: lanes outside the inner space contribute the neutral element."""
+        e, b = scope.e, scope.e.builder
+        key = op.body.terminator.operands[k]
+        memo = ("body", op)
+        if memo not in scope.loads:
+            for out, made in zip(op.body.terminator.operands, self._body(scope, op), strict=True):
+                scope.loads[("yield", op, out)] = made
+            scope.loads[memo] = acc[0]
+        value = scope.loads[("yield", op, key)]
+        kind = op["combine"][k]
+        dtype = element_type(key.type)
+        mask = e.mask_value([p for f, p in scope.active.items() if f in self.frame.inner])
+        if kind in ("argmax", "argmin"):
+            return self._combine_arg(scope, op, value, acc, mask, kind)
+        if mask is not None:
+            value = b.arith("select", mask, value, identity_of(kind, dtype))
+        made = b.arith(COMBINE_OPS[kind], acc[0], value)
+        return [made if made.type == acc[0].type else e.broadcast(made, self.tile.shape)]
+
+    def _combine_arg(self, scope: _Scope, op: Operation, value: Value, acc: list[Value], mask: Value | None, kind: str) -> list[Value]:
+        """Carries (best value, its position): better is strictly larger, or NaN over a number; ties keep the earlier position."""
+        e, b = scope.e, scope.e.builder
+        n = op["reductions"]
+        where: Dim = 0
+        for d in range(len(op["dims"]) - n, len(op["dims"])):
+            where = where * op["dims"][d] + self._at(scope, self.frame.position[op][d])
+        position = e.index_value(simplify(where, e.bounds()))
+        best, at = acc
+        better = b.arith("gt" if kind == "argmax" else "lt", value, best)
+        if element_type(value.type).is_float:
+            nan_now, nan_before = b.arith("isnan", value), b.arith("isnan", best)
+            better = b.arith("or", b.arith("and", better, b.arith("bitnot", nan_before)), b.arith("and", nan_now, b.arith("bitnot", nan_before)))
+        unset = b.arith("eq", at, (1 << 63) - 1)
+        better = b.arith("or", better, unset)
+        if mask is not None:
+            better = b.arith("and", better, mask)
+        new_best, new_at = b.arith("select", better, value, best), b.arith("select", better, position, at)
+        return [new_best, new_at]
+
+    def _finish(self, top: _Scope, keys: Sequence[Any], carried: Sequence[Value]) -> None:
+        """Reduces accumulators across the tile and stores those that leave the kernel."""
+        e, b = self.e, self.e.builder
+        axes = [a for a, f in ((0, self.tile.row), (1, self.tile.vector)) if f in self.frame.inner]
+        slot = 0
+        for op, k in keys:
+            kind = op["combine"][k]
+            r = op.results[k]
+            if kind in ("argmax", "argmin"):
+                value = self._reduce_arg(carried[slot], carried[slot + 1], kind[3:], axes)
+                slot += 2
+            else:
+                value = carried[slot]
+                slot += 1
+                for axis in axes:
+                    value = self._reduce(value, axis, kind)
+            self.outer_values[r] = value
+            if r in self.stores:
+                with b.at(op.location):
+                    self._store(_Scope(e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner}), r, value)
+
+    def _reduce(self, value: Value, axis: int, kind: str) -> Value:
+        t = value.type
+        assert isinstance(t, TileType)
+        if t.shape[axis] == 1:
+            return value
+        shape = tuple(1 if i == axis else s for i, s in enumerate(t.shape))
+        return self.e.builder.op("tile.reduce", value, type=TileType(shape, t.dtype), axis=axis, kind=kind)  # type: ignore[arg-type]
+
+    def _reduce_arg(self, best: Value, at: Value, kind: str, axes: list[int]) -> Value:
+        b = self.e.builder
+        dtype = element_type(best.type)
+        for axis in axes:
+            top = self._reduce(best, axis, kind)
+            same = b.arith("eq", best, top)
+            if dtype.is_float:
+                same = b.arith("or", same, b.arith("isnan", best))
+            candidates = b.arith("select", same, at, (1 << 63) - 1)
+            if dtype.is_float:  # any NaN makes the reduced value NaN: then only NaN lanes compete
+                candidates = b.arith("select", b.arith("and", b.arith("isnan", top), b.arith("bitnot", b.arith("isnan", best))),
+                                     (1 << 63) - 1, candidates)
+            at = self._reduce(candidates, axis, "min")
+            best = top
+        return at
+
+    # -- members computed once per outer point, and borrowed outputs -----------------------------------------------------
+
+    def _outer_members(self, top: _Scope, members: list[Operation]) -> None:
+        scope = _Scope(self.e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner})
+        for op in members:
+            for r, value in zip(op.results, self._body(scope, op), strict=True):
+                self.outer_values[r] = value
+                if r in self.stores:
+                    self._store(scope, r, value)
+
+    def _borrow_outputs(self) -> None:
+        """Pairs each expensive full value that is needed in a later stage with an output of its type stored in the last stage using it."""
+        free = [r for r in self.stores if self.frame.is_full(self.made[r]) and self._needed_until(r) <= self.frame.stage[self.made[r]]]
+        for op in self.frame.members:
+            if op["reductions"] or not self.frame.is_full(op):
+                continue
+            for r in op.results:
+                until = self._needed_until(r)
+                if until <= self.frame.stage[op]:
+                    continue
+                if r in self.stores:
+                    self.borrowed[r] = r
+                elif is_expensive(op):
+                    home = next((f for f in free if element_type(f.type) == element_type(r.type) and self.frame.stage[self.made[f]] >= until), None)
+                    if home is not None:
+                        free.remove(home)
+                        self.borrowed[r] = home
+
+    def _needed_until(self, v: Value) -> int:
+        """The last stage in which the value is read."""
+        return max((self.frame.stage[op] for op in self.frame.members if v in op.operands), default=-1)
+
+
+def _free(e: Dim) -> set[str]:
+    from ...ir.expr import free_symbols
+    return free_symbols(e)
+
+
+def emit_extract(e: Emitter, buffer: Value, source: Value, indices: Sequence[Value], check: bool, active: Sequence[Pair]) -> Value:
+    """A gather: `source[indices]`, with lanes outside `active` reading element 0."""
+    t = source.type
+    assert isinstance(t, TensorType)
+    mask = e.mask_value([p for p in active if _free(p[0]) & {"t0", "t1"}])
+    b = e.builder
+    safe = []
+    for v in indices:
+        if isinstance(v.type, TileType) and mask is not None:
+            v = b.arith("select", mask, v, 0)
+        safe.append(v)
+    offset: Dim = 0
+    pairs: list[Pair] = []
+    low: list[Dim] = []
+    for k, (stride, size) in enumerate(zip(t.layout, t.shape, strict=True)):
+        offset = offset + sym(f"i{k}") * stride
+        if check:
+            pairs.append((sym(f"i{k}"), size))
+            low.append(sym(f"i{k}"))
+    shapes = [v.type.shape for v in safe if isinstance(v.type, TileType)]
+    shape = tuple(max(x) for x in zip(*shapes, strict=True)) if shapes else ()
+    return e.load(buffer, offset, pairs, low, 0, extra=safe, extra_shape=shape, check=check)
+
+
+def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value]) -> list[Dim]:
+    """Writes the body of the kernel; returns the grid."""
+    if len(frame.sizes) == 0 and frame.inner:
+        raise IRError("a frame without dimensions cannot have inner ones")
+    return _Lowering(frame, tile, e, buffers).emit()
+
+
+def traffic(frame: Frame) -> Dim:
+    """Bytes read and written if each tensor moves once."""
+    seen: dict[Value, Access] = {x.value: x for x in frame.accesses}
+    return sum((x.weight * x.bytes for x in seen.values()), 0)  # type: ignore[return-value]
+
+
+def work(frame: Frame) -> Dim:
+    """Scalar operations, counting one per body op and point."""
+    points = product(frame.sizes.values())
+    return points * sum(len(op.body) for op in frame.members)
+

@@ -1,0 +1,175 @@
+"""The pass `tile`: every `tensor.fused` becomes a `tile.kernel` and a `tile.launch`.
+
+Before: all structured ops are inside `tensor.fused`. After: none are left; functions hold launches, constants, externs and assigns.
+Kernels with the same body are shared: twelve transformer layers launch the same few kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...ir import Block, BufferType, Builder, Operation, Region, SymbolRef, TensorType, TileType, Value, element_type
+from ...ir.expr import Dim, free_symbols
+from ...ir.passes import Pass, PassContext, register
+from ...ir.printer import print_op
+from ..structured import is_contraction, is_pointwise
+from .contraction import emit_contraction, gemm_tile, roles_of
+from .emit import Emitter
+from .frame import Frame, analyse
+from .loops import choose_tile, emit_loops, traffic, work
+from .ordered import emit_scan, emit_scatter
+
+
+@register
+@dataclass(frozen=True)
+class Tile(Pass):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "tile"
+
+    def run(self, module: Operation, ctx: PassContext) -> None:
+        kernels: dict[str, str] = {}
+        taken: set[str] = set()
+        launches = 0
+        for func in [f for f in module.body if f.name == "func"]:
+            for op in list(func.body):
+                if op.name == "tensor.fused":
+                    kernel = lower(op, func["symbols"], ctx)
+                    name = _intern(kernel, func, kernels, taken)
+                    launch = Builder.before_op(op).create("tile.launch", op.operands, {"kernel": SymbolRef(name)}, [r.type for r in op.results])
+                    for old, new in zip(op.results, launch.results, strict=True):
+                        new.name = old.name
+                        old.replace_all_uses_with(new)
+                    op.erase()
+                    launches += 1
+        module.attributes["level"] = "tile"
+        ctx.remark("done", f"{launches} launches of {len(taken)} kernels")
+
+
+def _intern(kernel: Operation, func: Operation, kernels: dict[str, str], taken: set[str]) -> str:
+    """Adds the kernel before the function unless an equal one is there already; returns its name."""
+    wanted = kernel.attributes.pop("sym_name")
+    provenance = kernel.attributes.pop("provenance", ())
+    text = print_op(kernel)
+    if text in kernels:
+        kernel.drop_references()
+        return kernels[text]
+    name, n = wanted, 1
+    while name in taken:
+        n += 1
+        name = f"{wanted}_{n}"
+    taken.add(name)
+    kernels[text] = name
+    kernel.attributes = {"sym_name": name, **kernel.attributes}
+    if provenance:
+        kernel.attributes["provenance"] = provenance
+    assert func.parent is not None
+    func.parent.insert_before(func, kernel)
+    return name
+
+
+def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
+    """A detached `tile.kernel` that computes the group: arguments are the group's operands, then its results."""
+    target = ctx.target
+    ranges: dict[str, tuple[Dim, Dim | None]] = {s: (r[0], r[1]) for s, r in symbol_ranges.items()}
+    outputs = list(fused.body.terminator.operands)
+    block = Block([_buffer(v) for v in fused.operands] + [_buffer(r) for r in fused.results],
+                  [v.name for v in fused.body.args] + [r.name for r in fused.results])
+    buffers: dict[Value, Value] = {}
+    for v, arg in zip([*fused.body.args, *outputs], block.args, strict=True):
+        buffers[v] = arg
+    members = [op for op in fused.body if op.name != "tensor.yield"]
+    for inner, outer in zip(outputs, fused.results, strict=True):
+        inner.type = outer.type  # a later pass may have given the result another layout
+    lanes = target.lanes(32) if not target.is_gpu else 256
+    builder = Builder(block, None, members[0].location)
+    flops: Dim = 0
+    bytes_moved: Dim = sum((v.type.numel * element_type(v.type).bytes for v in [*fused.operands, *fused.results]), 0)  # type: ignore[attr-defined]
+    inplace: tuple = ()
+    first = members[0]
+    if first.name == "tensor.scatter":
+        grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result], lanes)
+    elif first.name == "tensor.scan":
+        grid = emit_scan(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result], lanes)
+    elif (contraction := next((m for m in members if is_contraction(m)), None)) is not None and _worth_gemm(contraction, members):
+        roles = roles_of(contraction)
+        assert roles is not None
+        sizes = [_product(contraction, d) for d in (roles.m, roles.n, roles.k)]
+        tile = gemm_tile(target, sizes[0], sizes[1], contraction["dims"][roles.k[-1]])
+        flops = 2 * _product(contraction, range(len(contraction["dims"])))  # type: ignore[arg-type]
+        e = Emitter(builder, (tile[0], tile[1]), ranges)
+        grid = emit_contraction(contraction, [m for m in members if m is not contraction], outputs, target, e, buffers, tile)
+    else:
+        frame = analyse(fused, ranges)
+        widest = max((element_type(v.type).bits for op in members for v in [*op.operands, *op.results]), default=32)
+        choice = choose_tile(frame, max(1, target.vector_bits // min(max(widest, 32), 64)) if not target.is_gpu else 32, gpu=target.is_gpu)
+        grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges), buffers)
+        flops, bytes_moved = work(frame), traffic(frame)
+        inplace = _inplace_pairs(frame, fused)
+    builder.create("tile.yield")
+    symbols = sorted({s for op in block for s in _symbols(op)} | {s for g in grid for s in free_symbols(g)})
+    attrs = {"sym_name": fused["kernel"] or "kernel", "grid": tuple(grid), "symbols": tuple(symbols), "outputs": len(outputs)}
+    if inplace:
+        attrs["inplace"] = inplace
+    if symbols:
+        attrs["bounds"] = {s: ranges.get(s, (0, None)) for s in symbols}
+    attrs |= {"flops": flops, "bytes": bytes_moved, "provenance": tuple(dict.fromkeys(str(m.location) for m in members if m.location.file))}
+    return Operation.create("tile.kernel", (), attrs, (), [Region([block])], members[0].location)
+
+
+def _worth_gemm(op: Operation, members: list[Operation]) -> bool:
+    """Contractions with a real M, N and K; matrix-vector products and depthwise windows run as reductions."""
+    roles = roles_of(op)
+    if roles is None or not roles.k:
+        return False
+    has_epilogue = len(members) > 1
+    n, k = _product(op, roles.n), _product(op, roles.k)
+    return has_epilogue or not (isinstance(n, int) and n < 4) and not (isinstance(k, int) and k < 4)
+
+
+def _product(op: Operation, dims) -> Dim:  # type: ignore[no-untyped-def]
+    total: Dim = 1
+    for d in dims:
+        total = total * op["dims"][d]
+    return total
+
+
+def _buffer(v: Value) -> BufferType:
+    t = v.type
+    assert isinstance(t, TensorType)
+    return BufferType(t.shape, t.dtype, t.strides)
+
+
+def _symbols(op: Operation) -> set[str]:
+    """Size symbols in the attributes of an op and all that it holds."""
+    found: set[str] = set()
+    for inner in op.walk():
+        for key in ("offset", "mask", "mask_low", "lower", "upper", "expr"):
+            if key in inner.attributes:
+                found |= _attribute_symbols(inner.attributes[key])
+        for v in (*inner.operands, *inner.results):
+            assert not isinstance(v.type, TileType) or all(isinstance(d, int) for d in v.type.shape)
+    return {s for s in found if not (s[0] in "it" and s[1:].isdigit())}
+
+
+def _attribute_symbols(value) -> set[str]:  # type: ignore[no-untyped-def]
+    if isinstance(value, tuple):
+        return set().union(*map(_attribute_symbols, value)) if value else set()
+    return free_symbols(value)
+
+
+def _inplace_pairs(frame: Frame, fused: Operation) -> tuple[tuple[int, int], ...]:
+    """[input, output] argument numbers that may share memory: in a one-stage kernel, where the input is read only where the output is written."""
+    if max(frame.stage.values()) > 0 or not all(is_pointwise(m) for m in frame.members):
+        return ()
+    n = len(fused.operands)
+    pairs = []
+    whole = {v for m in frame.members for v, mp in zip(m.operands, m["maps"], strict=True) if mp is None}
+    for i, v in enumerate(fused.body.args):
+        reads = [x.offset for x in frame.accesses if x.value is v and not x.is_store]
+        for j, out in enumerate(frame.outputs):
+            writes = [x.offset for x in frame.accesses if x.value is out and x.is_store]
+            if v not in whole and reads and writes and all(r == writes[0] for r in reads) and v.type.dtype.bytes == out.type.dtype.bytes:  # type: ignore[attr-defined]
+                pairs.append((i, n + j))
+    return tuple(pairs)

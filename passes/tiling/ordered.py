@@ -1,0 +1,190 @@
+"""Scatters and scans as kernels: computations whose points depend on each other's order.
+
+Scatter: the result is first a copy of `init`; then points are visited in row-major order. Result dimensions that the body indexes by a plain
+iteration position of their own (the feature dimension of an embedding gradient, say) carry no collisions: they are split over programs and
+vectors, each program copying and updating its own slice. The other points run in order inside the program.
+Scan: one program per row, the running value carried through a loop along the last dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...ir import Dim, Operation, TensorType, TileType, Value, element_type, sym
+from ...ir.dialects.tensor import fill_of
+from ...ir.expr import ceildiv, simplify, substitute
+from ...ir.types import index
+from ..structured import body_ops
+from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
+from .loops import emit_extract
+
+__all__ = ["emit_scan", "emit_scatter"]
+
+
+def _body(e: Emitter, op: Operation, buffers: dict[Value, Value], at: dict[str, Dim], active: list[Pair], lead: int = 0) -> list[Value]:
+    """The yielded values of the op's body at a position."""
+    local: dict[Value, Value] = {}
+    bounds = e.bounds()
+    with e.builder.at(op.location):
+        for i, (v, m, arg) in enumerate(zip(op.operands[lead:], op["maps"], op.body.args, strict=True)):
+            if m is None:
+                continue
+            assert isinstance(v.type, TensorType)
+            offset: Dim = 0
+            for x, stride in zip(m, v.type.layout, strict=True):
+                offset = offset + substitute(x, at) * stride
+            fill = fill_of(op, i)
+            pairs, low = fill_masks(m, v.type.shape, at, bounds) if fill is not None else ([], [])
+            local[arg] = e.load(buffers[v], simplify(offset, bounds), [*pairs, *e.needed(active)], low, 0 if fill is None else fill)
+        for inner in body_ops(op):
+            if inner.name == "tensor.index":
+                local[inner.result] = e.index_value(at[f"d{inner['dim']}"])
+            elif inner.name == "tensor.sym":
+                local[inner.result] = e.index_value(inner["expr"])
+            elif inner.name == "tensor.extract":
+                source = op.operands[lead + inner.operands[0].index]  # type: ignore[attr-defined]
+                local[inner.result] = emit_extract(e, buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"], active)
+            else:
+                local[inner.result] = e.arith(inner, [local[v] for v in inner.operands])
+    return [local[v] for v in op.body.terminator.operands]
+
+
+def _own_dims(op: Operation) -> dict[int, int]:
+    """Result dimension -> iteration dimension, where the body's index is that plain position, from 0 to the whole size."""
+    result = op.result.type
+    assert isinstance(result, TensorType)
+    own: dict[int, int] = {}
+    for j, v in enumerate(op.body.terminator.operands[1:]):
+        d = v.defining_op
+        if d is not None and d.name == "tensor.index" and op["dims"][d["dim"]] == result.shape[j] and d["dim"] not in own.values():
+            own[j] = d["dim"]
+    return own
+
+
+def emit_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, lanes: int) -> list[Dim]:
+    """Writes the kernel into `e`; returns the grid. `out` is the buffer of the result."""
+    result, init = op.result.type, op.operands[0]
+    assert isinstance(result, TensorType) and isinstance(init.type, TensorType)
+    own = _own_dims(op)
+    vector = next((j for j in sorted(own, reverse=True) if result.layout[j] == 1), None)
+    grid: list[Dim] = []
+    fixed: dict[int, Dim] = {}
+    active: list[Pair] = []
+    for j in sorted(own):
+        width = lanes if j == vector else 1
+        programs = ceildiv(result.shape[j], width)
+        p = e.fresh(e.builder.op("tile.program_id", type=index, axis=len(grid)), 0, programs - 1)
+        fixed[j] = p * width + sym("t1") if j == vector else p
+        if j == vector:
+            active.append((fixed[j], result.shape[j]))
+        grid.append(programs)
+
+    def copy(inner: Emitter, todo: list[int], at: dict[int, Dim]) -> None:
+        if todo:
+            def body(deeper: Emitter, i: Dim, _: list[Value]) -> list[Value]:
+                copy(deeper, todo[1:], {**at, todo[0]: i})
+                return []
+            inner.loop(0, result.shape[todo[0]], 1, [], body)
+            return
+        index_of = [at[j] for j in range(result.rank)]
+        value = inner.load(buffers[init], _dot(index_of, init.type.layout, inner), inner.needed(active))
+        inner.store(out, value, _dot(index_of, result.layout, inner), inner.needed(active))
+
+    copy(e, [j for j in range(result.rank) if j not in fixed], dict(fixed))
+    position = {own[j]: fixed[j] for j in own}
+
+    def visit(inner: Emitter, todo: list[int], at: dict[int, Dim]) -> None:
+        if todo:
+            def body(deeper: Emitter, i: Dim, _: list[Value]) -> list[Value]:
+                visit(deeper, todo[1:], {**at, todo[0]: i})
+                return []
+            inner.loop(0, op["dims"][todo[0]], 1, [], body)
+            return
+        _update(op, inner, buffers, out, {f"d{d}": x for d, x in at.items()}, own, fixed, active)
+
+    visit(e, [d for d in range(len(op["dims"])) if d not in position], dict(position))
+    return grid
+
+
+def _update(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, at: dict[str, Dim], own: dict[int, int],
+            fixed: dict[int, Dim], active: list[Pair]) -> None:
+    """out[index] = combine(out[index], value) at one point; a bad index is reported and skipped."""
+    value, *indices = _body(e, op, buffers, at, active, lead=1)
+    result = op.result.type
+    assert isinstance(result, TensorType)
+    extra = [v for j, v in enumerate(indices) if j not in own]
+    number = {j: k for k, j in enumerate(j for j in range(result.rank) if j not in own)}
+    offset: Dim = 0
+    for j, stride in enumerate(result.layout):
+        offset = offset + (fixed[j] if j in own else sym(f"i{number[j]}")) * stride
+    pairs = [(sym(f"i{k}"), result.shape[j]) for j, k in number.items()]
+    low = [sym(f"i{k}") for k in number.values()]
+    mask = [*pairs, *e.needed(active)]
+    old = e.load(out, simplify(offset, e.bounds()), mask, low, 0, extra=extra, check=bool(pairs))
+    kind = op["combine"]
+    if kind != "set":
+        value = e.builder.arith({"add": "add", "mul": "mul", "max": "max", "min": "min"}[kind] if element_type(value.type).kind != "bool" else
+                                {"add": "or", "mul": "and", "max": "or", "min": "and"}[kind], old, value)
+    operands, names = e._operands([offset, *(x for p in mask for x in p)], extra)
+    shape = old.type.shape if isinstance(old.type, TileType) else ()
+    if shape and (not isinstance(value.type, TileType) or value.type.shape != shape):
+        value = e.broadcast(value, shape)  # type: ignore[arg-type]
+    attrs: dict[str, Any] = {"offset": substitute(simplify(offset, e.bounds()), names),
+                             "mask": tuple((substitute(a, names), substitute(b, names)) for a, b in mask)}
+    if low:
+        attrs["mask_low"] = tuple(low)
+    e.builder.create("tile.store", [out, value, *operands], attrs)
+
+
+def _dot(index_of: list[Dim], layout: tuple[Dim, ...], e: Emitter) -> Dim:
+    total: Dim = 0
+    for i, s in zip(index_of, layout, strict=True):
+        total = total + i * s
+    return simplify(total, e.bounds())
+
+
+def emit_scan(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, lanes: int) -> list[Dim]:
+    """Writes the kernel into `e`; returns the grid."""
+    result = op.result.type
+    assert isinstance(result, TensorType)
+    dims = op["dims"]
+    rank = len(dims)
+    vector = next((j for j in range(rank - 1) if result.layout[j] == 1 and dims[j] != 1), None)
+    at: dict[str, Dim] = {}
+    active: list[Pair] = []
+    grid: list[Dim] = []
+    for j in range(rank - 1):
+        width = lanes if j == vector else 1
+        programs = ceildiv(dims[j], width)
+        p = e.fresh(e.builder.op("tile.program_id", type=index, axis=len(grid)), 0, programs - 1)
+        at[f"d{j}"] = p * width + sym("t1") if j == vector else p
+        if j == vector:
+            active.append((at[f"d{j}"], dims[j]))
+        grid.append(programs)
+    dtype = result.dtype
+    kind = op["kind"]
+    start: Any = identity_of("max", dtype) if kind == "logsumexp" else identity_of(kind, dtype)
+    shape = (1, lanes) if vector is not None else (1, 1)
+    init = e.broadcast(e.builder.constant(start, dtype), shape)
+
+    def body(inner: Emitter, i: Dim, carried: list[Value]) -> list[Value]:
+        here = {**at, f"d{rank - 1}": i}
+        value, = _body(inner, op, buffers, here, active)
+        b = inner.builder
+        if kind == "logsumexp":
+            top = b.arith("max", carried[0], value)
+            gap = b.arith("neg", b.arith("abs", b.arith("sub", carried[0], value)))
+            both = b.arith("add", top, b.arith("log1p", b.arith("exp", gap)))
+            running = b.arith("select", b.arith("eq", carried[0], value), b.arith("select", b.arith("isinf", top), top, both), both)
+        else:
+            running = b.arith(COMBINE_OPS[kind], carried[0], value)
+        if not isinstance(running.type, TileType) or running.type.shape != shape:
+            running = inner.broadcast(running, shape)
+        index_of = [here[f"d{j}"] for j in range(rank)]
+        inner.store(out, running, _dot(index_of, result.layout, inner), inner.needed(active))
+        return [running]
+
+    e.loop(0, dims[-1], 1, [init], body)
+    return grid
+
+
