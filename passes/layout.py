@@ -17,8 +17,7 @@ from ..ir import Dim, Operation, TensorType, Value
 from ..ir.dialects.tensor import parallel_dims
 from ..ir.expr import evaluate, free_symbols, product, simplify, split_linear
 from ..ir.passes import Pass, PassContext, register
-from .pack import constant_values
-from .structured import in_order, is_contraction, space_bounds
+from .structured import constant_values, in_order, is_contraction, space_bounds
 
 __all__ = ["Layout", "walk_order"]
 

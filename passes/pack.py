@@ -19,7 +19,7 @@ from ..ir.dialects.tensor import fill_of
 from ..ir.expr import ceildiv, contiguous_linear, delinearize, evaluate, free_symbols, lower_bound, product, simplify, split_linear, substitute, upper_bound
 from ..ir.passes import Pass, PassContext, register
 from ..ir.types import i64
-from .structured import in_order, is_contraction, space_bounds
+from .structured import constant_values, in_order, is_contraction, space_bounds
 from .tiling.contraction import Roles, gemm_tile, roles_of
 
 SMALL_M = 4
@@ -45,18 +45,6 @@ class Pack(Pass):
                     if roles is not None and roles.k:
                         _materialise_padding(op, roles, ctx)
                         _pack_right(op, roles, constant, ctx)
-
-
-def constant_values(func: Operation) -> set[Value]:
-    """Values that depend on parameters and constants alone."""
-    known: set[Value] = {a for a, attrs in zip(func.body.args, func["arg_attrs"] or ({},) * len(func.body.args), strict=True)
-                         if attrs.get("kind") == "param"}
-    assigned = {op.operands[0] for op in func.body if op.name == "tensor.assign"}
-    known -= assigned
-    for op in func.body:
-        if op.name in ("tensor.generic", "tensor.constant") and op.operands and all(v in known for v in op.operands):
-            known.update(op.results)
-    return known
 
 
 def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassContext) -> None:
@@ -95,7 +83,6 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     _set_operand(op, i, packed.result, new_map)
     op.attributes["_packed"] = True
     if is_constant:
-        packed.attributes["_cached"] = True
         constant.add(packed.result)
     ctx.remark("done", f"right operand {product(v.type.shape)} packed in panels of {nr}" + (", once" if is_constant else ""), op.location)  # type: ignore[attr-defined]
 
@@ -183,4 +170,4 @@ def _materialise_padding(op: Operation, roles: Roles, ctx: PassContext) -> None:
     ctx.remark("done", "padding materialised", op.location)
 
 
-__all__ = ["Pack", "constant_values"]
+__all__ = ["Pack"]

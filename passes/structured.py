@@ -13,7 +13,7 @@ from ..ir.dialects.tensor import fill_of
 from ..ir.expr import Bounds, contiguous_linear, fold, free_symbols, product, simplify, substitute
 from ..ir.types import i64
 
-__all__ = ["EXPENSIVE", "body_ops", "composed_map", "identity_map", "in_order", "inline_into", "is_contraction", "is_identity_view", "is_pointwise",
+__all__ = ["EXPENSIVE", "body_ops", "composed_map", "constant_values", "identity_map", "in_order", "inline_into", "is_contraction", "is_identity_view", "is_pointwise",
            "map_bounds", "plain_dims", "rebuild", "reshape_like", "space_bounds"]
 
 EXPENSIVE = frozenset(f"arith.{n}" for n in (
@@ -202,6 +202,18 @@ def in_order(t: TensorType, order: list[int]) -> TensorType:
     for k, d in enumerate(order):
         strides[d] = product(t.shape[x] for x in order[k + 1:])
     return t.with_strides(tuple(strides))
+
+
+def constant_values(func: Operation) -> set[Value]:
+    """Values that depend on parameters and constants alone."""
+    known: set[Value] = {a for a, attrs in zip(func.body.args, func["arg_attrs"] or ({},) * len(func.body.args), strict=True)
+                         if attrs.get("kind") == "param"}
+    assigned = {op.operands[0] for op in func.body if op.name == "tensor.assign"}
+    known -= assigned
+    for op in func.body:
+        if op.name in ("tensor.generic", "tensor.constant") and op.operands and all(v in known for v in op.operands):
+            known.update(op.results)
+    return known
 
 
 def uses_dims(op: Operation) -> set[int]:
