@@ -1,10 +1,10 @@
 """Loops of kernels with their iterations side by side.
 
-`run_together` splits the body of a `tile.for` in two. What depends only on the induction variable, on values from outside and on
-buffers that the kernel never writes is computed for many iterations at once, each a lane. The rest (what the carried
-values need, and stores when something is carried or read back) runs iteration by iteration on slices of those results; when all of it is
-`acc = acc + v`, max, min or a `tile.dot` onto the accumulator, it becomes one reduction. A loop that carries nothing and reads
-nothing it may write runs whole.
+`run_together` splits the body of a `tile.for` in two. What depends only on the induction variable, on values from outside and
+on buffers that the kernel never writes is computed for many iterations at once, each a lane. The rest (what the carried values
+need, and stores when something is carried or read back) runs iteration by iteration on slices of those results; when all of it
+is `acc = acc + v`, max, min or a `tile.dot` onto the accumulator, it becomes one reduction. A loop that carries nothing and
+reads nothing it may write runs whole.
 
 The values are those of the sequential loop, up to the order in which floats are summed.
 """
@@ -69,7 +69,7 @@ def _one_by_one(p: Programs, op: Operation, iterations: range, state: list[Any])
 
 def _reads_only(op: Operation, written: frozenset[Value]) -> bool:
     """Whether the op, with all that it holds, writes nothing and reads no buffer in `written`."""
-    return all(o.name not in ("tile.store", "tile.alloca") and not (o.name == "tile.load" and o.operands[0] in written) for o in op.walk())
+    return _commutes(op, written) and all(o.name != "tile.store" for o in op.walk())
 
 
 def _commutes(op: Operation, written: frozenset[Value]) -> bool:
@@ -146,10 +146,11 @@ def _fold(p: Programs, op: Operation, free: set[Operation], side: Programs, stat
         assert update is not None
         if list(carried.uses) != [(update, list(update.operands).index(carried))] or acc.dtype in WIDENED:
             return None
-        others = [_by_iteration(side.env[v], len(p.ids), n) if v in side.env else None for v in update.operands if v is not carried]
-        if any(x is None for x in others):
+        others = [v for v in update.operands if v is not carried]
+        if not all(v in side.env for v in others):
             return None
-        values = [x.expand(-1, n, *x.shape[2:]) for x in others if x is not None]
+        values = [_by_iteration(side.env[v], len(p.ids), n) for v in others]
+        values = [x.expand(-1, n, *x.shape[2:]) for x in values]
         if update.name in _FOLDS:
             totals = [combine(_FOLDS[update.name], v.movedim(1, -1), v.dim() - 1) for v in values]
         elif update.name == "tile.dot" and update.operands[2] is carried:  # one dot product, n times as long
