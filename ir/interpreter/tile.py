@@ -4,12 +4,10 @@ A scalar of a kernel is a torch tensor of shape [P], a tile one of shape [P, *ti
 together, or 1 while the value is the same for all of them. `LANES` bounds the memory: larger grids run in pieces, in order.
 
 Loops: iterations, too, run together as far as they do not depend on each other (`loops.py`): as lanes of their own,
-program-major.
-Where bounds differ between programs, iterations run one by one and programs that are done are masked.
+program-major. Where bounds differ between programs, iterations run one by one and programs that are done are masked.
 
 Memory is laid out as the tensor types of the launch say. An output that `inplace` pairs with an input starts as a copy of it;
-all
-other outputs start poisoned. See `memory.py` for what is checked.
+all other outputs start poisoned. See `memory.py` for what is checked.
 """
 
 from __future__ import annotations
