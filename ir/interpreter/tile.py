@@ -4,7 +4,7 @@ A scalar of a kernel is a torch tensor of shape [P], a tile one of shape [P, *ti
 together, or 1 while the value is the same for all of them. `LANES` bounds the memory: larger grids run in pieces, in order.
 
 Loops: iterations, too, run together as far as they do not depend on each other (`loops.py`): as lanes of their own,
-program-major. Where bounds differ between programs, iterations run one by one and programs that are done are masked.
+program-major.
 
 Memory is laid out as the tensor types of the launch say. An output that `inplace` pairs with an input starts as a copy of it;
 all other outputs start poisoned. See `memory.py` for what is checked.
@@ -24,7 +24,7 @@ from ..expr import Dim
 from ..types import BufferType, TensorType, TileType
 from . import arith
 from .context import WIDENED, Context, Handler, bind_shape, evaluate_index, failure
-from .loops import run_together
+from .loops import lift, run_loop
 from .memory import Memory, extent
 from .tensor import combine
 
@@ -38,11 +38,6 @@ LANES = 1 << 22
 
 def _rank(v: Value) -> int:
     return v.type.rank if isinstance(v.type, TileType) else 0
-
-
-def lift(x: Tensor, rank: int) -> Tensor:
-    """A scalar of every program as a tile of size 1; tiles as they are."""
-    return x.reshape(x.shape[0], *(1,) * rank) if x.dim() == 1 else x
 
 
 @dataclass
@@ -201,28 +196,7 @@ def _dot(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
 def _for(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     n = op["indices"]
     value = p.index(xs[:n], ())
-    lower, upper = value(op["lower"]), value(op["upper"])
-    if bool((lower == lower[0]).all()) and bool((upper == upper[0]).all()):
-        return run_together(p, op, range(int(lower[0]), int(upper[0]), op["step"]), xs[n:])
-    return _run_masked(p, op, lower, upper, xs[n:])
-
-
-def _run_masked(p: Programs, op: Operation, lower: Tensor, upper: Tensor, state: list[Any]) -> list[Any]:
-    """A loop whose bounds differ between programs; gives the carried values."""
-    iv, *carried = op.body.args
-    outer = p.active
-    at = lower.expand(torch.broadcast_shapes(lower.shape, upper.shape))
-    while True:
-        running = at < upper if outer is None else (at < upper) & outer
-        if not bool(running.any()):
-            p.active = outer
-            return state
-        p.env.update(zip([iv, *carried], [at, *state]))
-        p.active = running
-        p.run(op.body)
-        new = [p.env[v] for v in op.body.terminator.operands]
-        state = [torch.where(lift(running, x.dim() - 1), x, old) for x, old in zip(new, state)]
-        at = at + op["step"]
+    return run_loop(p, op, value(op["lower"]), value(op["upper"]), xs[n:])
 
 
 def _arith(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
