@@ -29,11 +29,13 @@ REFERENCES: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def target_machine() -> llvm.TargetMachine:
+def target_machine(cpu: str = "") -> llvm.TargetMachine:
+    """Of the CPU named as LLVM does, by default this one with all its features."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    features = "" if cpu else llvm.get_host_cpu_features().flatten()
     return llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+        cpu=cpu or llvm.get_host_cpu_name(), features=features, opt=3
     )
 
 
@@ -42,9 +44,9 @@ def host_features() -> frozenset[str]:
     return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
 
 
-def compile_function(module: ir.Module, name: str, arguments: int) -> Callable[..., None]:
+def compile_function(module: ir.Module, name: str, arguments: int, cpu: str = "") -> Callable[..., None]:
     """The function `name` of `module`, taking `arguments` pointers and an i64, optimised at O2 and loaded."""
-    machine = target_machine()
+    machine = target_machine(cpu)
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
     builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
@@ -96,7 +98,11 @@ def element_bytes(element: ir.Type) -> int:
 
 
 def compile_elementwise(
-    name: str, dtype: torch.dtype = torch.float32, width: int | None = 16, features: frozenset[str] = frozenset()
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    width: int | None = 16,
+    features: frozenset[str] = frozenset(),
+    cpu: str = "",
 ) -> Kernel:
     """`name` of vecmath as a function of equally long 1-D contiguous tensors of `dtype`; length a multiple of `width`."""
     emitter = UNARY.get(name) or BINARY[name]
@@ -106,9 +112,11 @@ def compile_elementwise(
     module = emit_loop(
         lambda b, *x: emitter(b, *x, features), [element] * arity, ir.IntType(8) if mask else element, width
     )
-    function = compile_function(module, "kernel", arity + 1)
+    function = compile_function(module, "kernel", arity + 1, cpu)
 
     def run(*inputs: torch.Tensor) -> torch.Tensor:
+        if inputs[0].numel() % (width or 1):
+            raise ValueError(f"{inputs[0].numel()} elements are not a multiple of the width {width}")
         output = torch.empty_like(inputs[0], dtype=torch.bool if mask else dtype)
         function(*[x.data_ptr() for x in inputs], output.data_ptr(), output.numel())
         return output
@@ -135,9 +143,9 @@ def ulp_error(got: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     bits = exact.float().view(torch.int32)
     inverse = _INVERSE_SPACING[bits.bitwise_right_shift(23).bitwise_and_(255)]
     error = got.double().clamp_(-_LIMIT, _LIMIT).sub_(exact.clamp(-_LIMIT, _LIMIT)).abs_().mul_(inverse)
-    # Zeros of different sign are the only pair whose patterns differ in the sign bit alone.
-    error[(bits ^ got.view(torch.int32)) == -(1 << 31)] = torch.inf
     nan = torch.isnan(error)
+    # Zeros of different sign are the only numbers whose patterns differ in the sign bit alone.
+    error[((bits ^ got.view(torch.int32)) == -(1 << 31)) & ~nan] = torch.inf
     if nan.any():
         error[nan] = torch.where(torch.isnan(got[nan]) & torch.isnan(exact[nan]), 0.0, torch.inf).double()
     return error

@@ -250,7 +250,7 @@ def floordiv(a: Dim, b: Dim) -> Dim:
         if isinstance(a, int):
             return a // b
     if isinstance(a, int):
-        return 0 if a == 0 else _atom(FloorDiv(f"({a} // {_operand(b)})", (a, b)))
+        return 0 if a == 0 else _atom(FloorDiv(f"({a} // {_divisor(b)})", (a, b)))
     quotient, rest = _split_multiple(a, b)
     if isinstance(rest, int) and (rest == 0 or isinstance(b, int)):
         return quotient if rest == 0 else _sum(quotient, rest // b, 1)  # type: ignore[operator]
@@ -259,7 +259,7 @@ def floordiv(a: Dim, b: Dim) -> Dim:
         (m, c), = rest.terms
         if c == 1 and len(m) == 1 and isinstance(m[0], FloorDiv) and isinstance(m[0].args[1], int):
             return _sum(quotient, floordiv(m[0].args[0], m[0].args[1] * b), 1)
-    return _sum(quotient, _atom(FloorDiv(f"({_operand(rest)} // {_operand(b)})", (rest, b))), 1)
+    return _sum(quotient, _atom(FloorDiv(f"({_operand(rest)} // {_divisor(b)})", (rest, b))), 1)
 
 
 def mod(a: Dim, b: Dim) -> Dim:
@@ -272,7 +272,7 @@ def mod(a: Dim, b: Dim) -> Dim:
         if isinstance(a, int):
             return a % b
     if isinstance(a, int):
-        return 0 if a == 0 else _atom(Mod(f"({a} % {_operand(b)})", (a, b)))
+        return 0 if a == 0 else _atom(Mod(f"({a} % {_divisor(b)})", (a, b)))
     _, rest = _split_multiple(a, b)
     if isinstance(rest, int) and (rest == 0 or isinstance(b, int)):
         return 0 if rest == 0 else rest % b  # type: ignore[operator]
@@ -281,7 +281,7 @@ def mod(a: Dim, b: Dim) -> Dim:
         if c == 1 and len(m) == 1 and isinstance(m[0], Mod) and isinstance(m[0].args[1], int) and (
                 m[0].args[1] % b == 0):
             return mod(m[0].args[0], b)
-    return _atom(Mod(f"({_operand(rest)} % {_operand(b)})", (rest, b)))
+    return _atom(Mod(f"({_operand(rest)} % {_divisor(b)})", (rest, b)))
 
 
 def ceildiv(a: Dim, b: Dim) -> Dim:
@@ -339,6 +339,13 @@ def _operand(a: Dim) -> str:
     text = str(a)
     return f"({text})" if isinstance(a, Expr) and (" + " in text or " - " in text or text.startswith("-")) and not (
         len(a.terms) == 1 and not a.const and a.terms[0][1] == 1 and len(a.terms[0][0]) == 1) else text
+
+
+def _divisor(b: Dim) -> str:
+    """The right operand of a division: a product needs parentheses too, or `d0 // (s0*3)` would read `(d0 // s0)*3`."""
+    if isinstance(b, int) or (not b.const and len(b.terms) == 1 and b.terms[0][1] == 1 and len(b.terms[0][0]) == 1):
+        return str(b)
+    return f"({b})"
 
 
 def _text_of(e: Expr) -> str:

@@ -114,6 +114,8 @@ class _Tree(Transformer):
         constants = {"true": True, "false": False, "none": None}
         if text in constants:
             return _NONE if text == "none" else constants[text]
+        if text[0] == "i" and text[1:].isdigit():  # the index operands of tile ops: i1, i8 and so on are not types here
+            return E.sym(text)
         return ScalarType(DTYPES[text]) if text in DTYPES else E.sym(text)
 
     def dense(self, c: list) -> Dense:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import struct
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -144,8 +145,32 @@ def load_object(code: bytes, names: Iterable[str], extra_symbols: Mapping[str, i
         tracker = builder.link(jit, f"aicc{next(_serial)}")
     except RuntimeError as error:
         jit.close()
-        raise ArtifactError(f"the object code does not link: {error}") from error
+        missing = sorted(_undefined_symbols(code) - runtime_symbols().keys() - (extra_symbols or {}).keys())
+        hint = f"; symbols that the runtime does not provide: {', '.join(missing)}" if missing else ""
+        raise ArtifactError(f"the object code does not link: {error}{hint}") from error
     return NativeLibrary(jit, tracker)
 
 
 _OBJECT_MAGICS = (b"\x7fELF", b"\xcf\xfa\xed\xfe")
+_ELF_SYMBOL = struct.Struct("<IBBHQQ")  # name, info, other, section, value, size
+_IMPLICIT = {"_GLOBAL_OFFSET_TABLE_"}   # the linker's own
+
+
+def _undefined_symbols(code: bytes) -> set[str]:
+    """Names that a 64-bit little-endian ELF object refers to and does not define, for error messages; empty for what is no such object."""
+    try:
+        sections, = struct.unpack_from("<Q", code, 40)
+        size, count, _ = struct.unpack_from("<HHH", code, 58)
+        headers = [struct.unpack_from("<IIQQQQII", code, sections + i * size) for i in range(count)]
+        found: set[str] = set()
+        for header in headers:
+            if header[1] != 2:  # SHT_SYMTAB
+                continue
+            names = headers[header[6]][4]
+            for at in range(header[4], header[4] + header[5], _ELF_SYMBOL.size):
+                name, _, _, section, _, _ = _ELF_SYMBOL.unpack_from(code, at)
+                if name and section == 0:
+                    found.add(code[names + name:code.index(b"\0", names + name)].decode())
+        return found - _IMPLICIT
+    except (struct.error, IndexError, ValueError):
+        return set()

@@ -35,8 +35,9 @@ def compile_size(tree: Any, positions: Mapping[str, int], depth: int = 0) -> Siz
         return tree
     if isinstance(tree, str):
         return _symbol(tree, positions)
-    if not isinstance(tree, (list, tuple)) or len(tree) < 3 or tree[0] not in _MAKERS or depth > MAX_DEPTH:
-        raise SizeError(f"not a size expression: {str(tree)[:200]}")
+    if not isinstance(tree, (list, tuple)) or len(tree) < 3 or not isinstance(tree[0], str) or (
+            tree[0] not in _MAKERS or depth > MAX_DEPTH):
+        raise SizeError("not a size expression, or one that is nested too deeply")
     name, binary = tree[0], tree[0] in ("floordiv", "mod")
     if binary and len(tree) != 3:
         raise SizeError(f"'{name}' takes two operands, got {len(tree) - 1}")

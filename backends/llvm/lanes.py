@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from llvmlite import ir
 
-Operand = ir.Value | float | int
+Operand: TypeAlias = ir.Value | float | int
 
 F32, F64 = ir.FloatType(), ir.DoubleType()
 I1, I16, I32, I64 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64)

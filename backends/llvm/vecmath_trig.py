@@ -4,8 +4,8 @@ sin, cos, tan: x = n pi/2 + r by three fused multiply-adds (Cody and Waite), whi
 |x| <= 1e5; a vector that holds a larger finite lane branches to a cold loop over `sinf`, `cosf`, `tanf`, whose
 results replace those lanes only.  Coefficients come from `benchmarks/minimax.py`.
 
-Instructions per vector: sin 28, cos 27, tan 27 and a division | asin 21 and a square root, acos 25 and a square root,
-atan 20 and a division, atan2 28 and a division.
+Instructions per vector as compiled for AVX2 / AVX-512, cold loop aside: sin 28/26, cos 29/26, tan 26/23, asin 25/21,
+acos 26/23, atan 25/20, atan2 35/32.  tan, atan and atan2 include one division, asin and acos a square root.
 """
 
 from __future__ import annotations

@@ -169,5 +169,7 @@ define("graph.extern", "an ATen operator called as it is", operands="tensors*", 
               "args": attr("positional arguments; {operand = i} stands for tensor operand i, {expr = e} for a size"),
               "kwargs": optional({}, "keyword arguments, likewise"), "reason": optional("", "why it is not compiled"),
               "result_kinds": optional((), "per result of the operator: 'tensor', 'none' or 'int'"),
-              "random": optional(False, "draws from the global generator: keeps its order")},
+              "random": optional(False, "draws from the global generator: keeps its order"),
+              "operand_strides": optional((), "per operand: its strides in eager, or none for row-major; empty: all row-major"),
+              "defines": optional({}, "unbacked symbol -> [result, dimension], dimension -1 for the value of an int")},
        traits=[Trait.ReadsMemory])

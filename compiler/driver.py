@@ -1,0 +1,141 @@
+"""From an FX graph to something that runs.
+
+    compile_fx(gm, example_inputs, options)   ->  a callable with AOTAutograd's boxed calling convention
+
+The stages are `frontend.import_graph`, then the pipelines of `pipelines.py`, then a backend; `Compilation` keeps what happened
+(remarks, seconds per stage, sizes) for `aicc explain` and `aicc run`. An `Observer` sees the module after every pass.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import llvmlite
+import torch
+
+from .. import __version__, passes  # noqa: F401  (importing passes registers them)
+from ..backends.llvm import compile_module, host_target
+from ..frontend.importer import import_graph
+from ..ir import Operation, Target
+from ..ir.passes import Pass, PassContext, Remark, parse_pipeline, run_pipeline
+from ..ir.printer import print_with_resources
+from ..runtime.artifact import Artifact
+from ..runtime.cache import ArtifactCache, cache_key
+from ..runtime.executor import CompiledGraph
+from .env import read_environment
+from .manifest import build_manifest
+from .options import Options
+from .pipelines import STAGES, pipeline
+
+__all__ = ["Compilation", "Observer", "compile_fx", "compile_graph", "cpu_target", "lower", "statistics"]
+
+Observer = Callable[[str, "Pass | None", Operation], None]
+"""Called with the stage, the pass that just ran (None at the end of a stage), and the module."""
+
+
+@dataclass
+class Compilation:
+    """What compiling one graph did."""
+
+    name: str
+    target: Target
+    seconds: dict[str, float] = field(default_factory=dict)
+    remarks: list[Remark] = field(default_factory=list)
+    stats: dict[str, Any] = field(default_factory=dict)
+    cached: bool = False
+    llvm_ir: str = ""
+    graph: CompiledGraph | None = None
+
+
+def cpu_target(options: Options) -> Target:
+    """The host CPU, or what `options.features` says of it."""
+    return host_target(options.features)
+
+
+def lower(module: Operation, target: Target, options: Options, compilation: Compilation, observe: Observer | None = None) -> None:
+    """Takes a graph-level module to the host level in place."""
+    ctx = PassContext(target)
+    for stage in STAGES:
+        start = time.perf_counter()
+        run_pipeline(module, parse_pipeline(pipeline(stage, target, options)), ctx, verify_each=options.verify,
+                     after_each=None if observe is None else lambda p, m, stage=stage: observe(stage, p, m))
+        compilation.seconds[stage] = time.perf_counter() - start
+        if observe is not None:
+            observe(stage, None, module)
+    compilation.remarks.extend(ctx.remarks)
+    compilation.stats["passes"] = dict(ctx.timings)
+
+
+def compile_graph(module: Operation, options: Options, *, name: str = "graph", observe: Observer | None = None) -> Compilation:
+    """Compiles a graph-level module for the CPU, through the artifact cache. An observer bypasses the cache."""
+    target = cpu_target(options)
+    compilation = Compilation(name, target)
+    env = read_environment()
+    cache = ArtifactCache(env.cache_dir) if options.cache and observe is None else None
+    key = ""
+    if cache is not None:
+        start = time.perf_counter()
+        text, resources = print_with_resources(module, locations=False)
+        key = cache_key([text, *sorted(resources), options.key, target.digest, __version__, torch.__version__, llvmlite.__version__,
+                         platform.machine(), _source_digest()])
+        found = cache.get(key)
+        compilation.seconds["cache"] = time.perf_counter() - start
+        if found is not None:
+            compilation.cached = True
+            compilation.stats.update(found.manifest.get("stats", {}))
+            compilation.graph = CompiledGraph(found.manifest, found.blobs["object"])
+            return compilation
+    lower(module, target, options, compilation, observe)
+    start = time.perf_counter()
+    compiled = compile_module(module, target)
+    compilation.seconds["llvm"] = time.perf_counter() - start
+    compilation.llvm_ir = compiled.llvm_ir
+    manifest = build_manifest(module)
+    manifest["stats"] = statistics(module)
+    compilation.stats.update(manifest["stats"])
+    if cache is not None:
+        cache.put(key, Artifact(json.loads(json.dumps(manifest)), {"object": compiled.object_code}))
+    start = time.perf_counter()
+    compilation.graph = CompiledGraph(manifest, compiled.object_code)
+    compilation.seconds["load"] = time.perf_counter() - start
+    return compilation
+
+
+def statistics(module: Operation) -> dict[str, Any]:
+    """Kernels, launches, externs with their reasons, and the memory plan of a host-level module."""
+    func = next(op for op in module.body if op.name == "func")
+    externs = [op for op in func.body if op.name == "host.extern"]
+    return {"kernels": sum(op.name == "tile.kernel" for op in module.body),
+            "launches": sum(op.name == "host.launch" and not op["cached"] for op in func.body),
+            "packed": sum(op.name == "host.launch" and op["cached"] for op in func.body),
+            "externs": [{"target": op["target"], "reason": op["reason"], "location": str(op.location)} for op in externs],
+            "memory": {k: (v if isinstance(v, int) else str(v)) for k, v in func["stats"].items()}}
+
+
+def compile_fx(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options | None = None, *, name: str = "graph",
+               arg_kinds: Sequence[str] | None = None, observe: Observer | None = None) -> CompiledGraph:
+    """Compiles an AOTAutograd graph. The result takes a list of arguments (which it empties) and returns a list."""
+    start = time.perf_counter()
+    module = import_graph(gm, name="main", arg_kinds=arg_kinds)
+    spent = time.perf_counter() - start
+    compilation = compile_graph(module, options or Options.from_user(), name=name, observe=observe)
+    compilation.seconds = {"import": spent, **compilation.seconds}
+    assert compilation.graph is not None
+    for listener in _LISTENERS:
+        listener(compilation)
+    return compilation.graph
+
+
+_LISTENERS: list[Callable[[Compilation], None]] = []
+
+
+def _source_digest() -> str:
+    return __version__
+
+
+

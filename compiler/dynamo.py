@@ -1,0 +1,71 @@
+"""The Dynamo backend: `torch.compile(model, backend="aicc")`, found through the entry point `torch_dynamo_backends`.
+
+AOTAutograd makes functional forward and backward graphs, torch's min-cut partitioner decides what is saved between them, and each graph
+goes through `driver.compile_fx`. A graph that fails to compile runs through ATen with one warning that names a repro file
+(`AICC_STRICT=1` raises): a fault in the compiler never loses the user's program.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
+
+from ..frontend.decompositions import decomposition_table
+from .driver import Observer, compile_fx
+from .options import Options
+
+__all__ = ["aicc", "backend"]
+
+
+def aicc(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Callable:
+    """The backend function that Dynamo calls with each captured graph."""
+    return backend(Options.from_user(mode, options))(gm, example_inputs)
+
+
+def backend(options: Options, observe: Observer | None = None) -> Callable:
+    """A Dynamo backend with fixed options; `observe` sees every module after every pass (for dump-ir)."""
+    def compiler(role: str) -> Callable:
+        def compile_one(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable:
+            return _guarded(gm, inputs, options, role, observe)
+        return compile_one
+
+    return aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"), inference_compiler=compiler("inference"),
+                        decompositions=decomposition_table(), partition_fn=min_cut_rematerialization_partition,
+                        keep_inference_input_mutations=True)
+
+
+def _guarded(gm: torch.fx.GraphModule, inputs: Sequence[Any], options: Options, role: str, observe: Observer | None) -> Callable:
+    try:
+        return compile_fx(gm, inputs, options, name=role, arg_kinds=_arg_kinds(role, len(inputs)), observe=observe)
+    except Exception as e:
+        if options.strict or observe is not None:
+            raise
+        path = _write_repro(gm, e)
+        warnings.warn(f"aicc could not compile this {role} graph ({type(e).__name__}: {str(e).splitlines()[0][:200]}); it runs through ATen "
+                      f"instead. A repro is in {path}; set AICC_STRICT=1 to raise.", RuntimeWarning, stacklevel=2)
+        return make_boxed_func(gm.forward)
+
+
+def _arg_kinds(role: str, count: int) -> list[str]:
+    """'param' for arguments that torch keeps at one address (parameters and buffers), 'input' for the others."""
+    context = TracingContext.try_get()
+    metadata = getattr(context, "fw_metadata", None) if context is not None else None
+    static = set(getattr(metadata, "static_input_indices", None) or ()) if role != "backward" else set()
+    return ["param" if i in static else "input" for i in range(count)]
+
+
+def _write_repro(gm: torch.fx.GraphModule, error: Exception) -> Path:
+    """The graph as Python text with the shapes of its inputs, and the traceback, for a bug report."""
+    with tempfile.NamedTemporaryFile("w", prefix="aicc-repro-", suffix=".py", delete=False) as f:
+        f.write('"""' + "".join(traceback.format_exception(error)).replace('"""', "'''") + '"""\n\n')
+        f.write(gm.print_readable(print_output=False))
+        return Path(f.name)

@@ -1,0 +1,61 @@
+"""What a user may choose, as one frozen dataclass whose text is part of every cache key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .env import Environment, read_environment
+
+__all__ = ["MODES", "Options"]
+
+MODES = ("default", "reduce-overhead", "max-autotune")
+
+
+@dataclass(frozen=True)
+class Options:
+    """`torch.compile(..., backend="aicc", mode=..., options={...})`.
+
+    strict                    raise when a graph does not compile, instead of running it through ATen with a warning
+    cache                     keep compiled artifacts on disk
+    verify                    verify the IR after every pass
+    emulate_precision_casts   round 16-bit floats after every op as eager does, instead of computing fused chains in float32
+    features                  CPU features to compile for; None means those of the host
+    fuse                      group ops into kernels; False gives one kernel per op (for debugging)
+    """
+
+    mode: str = "default"
+    strict: bool = False
+    cache: bool = True
+    verify: bool = True
+    emulate_precision_casts: bool = False
+    features: tuple[str, ...] | None = None
+    fuse: bool = True
+
+    @staticmethod
+    def from_user(mode: str | None = None, options: Mapping[str, Any] | None = None, environment: Environment | None = None) -> Options:
+        """Options from what torch.compile hands over; the environment gives defaults. ValueError for unknown names (with the nearest)."""
+        env = environment or read_environment()
+        if mode is not None and mode not in MODES:
+            raise ValueError(f"unknown mode '{mode}'; aicc knows {', '.join(MODES)}")
+        fields = {f.name: f for f in dataclasses.fields(Options)}
+        given: dict[str, Any] = {"mode": mode or "default", "strict": env.strict, "cache": env.cache, "verify": env.verify, "features": env.features}
+        for key, value in (options or {}).items():
+            name = key.replace("-", "_").removeprefix("aicc.")
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, 1)
+                raise ValueError(f"unknown option '{key}'" + (f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(fields)}"))
+            if name == "features" and value is not None:
+                value = tuple(value.split(",") if isinstance(value, str) else value)
+            elif name != "features" and not isinstance(value, type(fields[name].default)):
+                raise ValueError(f"option '{key}' must be a {type(fields[name].default).__name__}, got {value!r}")
+            given[name] = value
+        return Options(**given)
+
+    @property
+    def key(self) -> str:
+        """The part of the options that changes the code."""
+        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse}"

@@ -1,0 +1,35 @@
+"""What is run, in order, for each target. Each list takes the module from one level to the next.
+
+`aicc opt --passes` accepts the same text, and `aicc dump-ir` shows the module after each list.
+"""
+
+from __future__ import annotations
+
+from ..ir import Target
+from .options import Options
+
+__all__ = ["STAGES", "pipeline"]
+
+STAGES = ("graph", "tensor", "tile", "host")
+
+
+def pipeline(stage: str, target: Target, options: Options) -> str:
+    """The passes of one stage, as text."""
+    relax = "" if not options.emulate_precision_casts else "{relax-casts=false}"
+    return {
+        # Still named ops: what is cheap to see here is folded before it is spelled out.
+        "graph": f"canonicalize{relax},cse,fold-constants,dce",
+        "tensor": ",".join([
+            "decompose",
+            # Views first: then every read of a tensor is a map, and two reads of the same elements look alike to cse.
+            "absorb-views", f"canonicalize{relax}", "cse", "dce",
+            # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.
+            "inline", "sink-reshapes", f"canonicalize{relax}", "dce",
+            # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
+            "layout", "pack", "inline", f"canonicalize{relax}", "cse", "dce",
+            "fuse" if options.fuse else "fuse{max-members=1}",
+        ]),
+        # Kernels are simplified once more: bodies merged by fusion share index arithmetic.
+        "tile": "tile,cse,dce",
+        "host": "schedule,bufferize,plan-memory",
+    }[stage]

@@ -1,0 +1,305 @@
+"""FX graphs of functional ATen operators, as AOTAutograd makes them, to a module at the graph level.
+
+    module = import_graph(gm, arg_kinds=["param", "input"])
+
+Conventions of the function that comes out:
+- Block arguments are the tensor placeholders, in order; their types carry strides. `arg_attrs[i]` has the FX `name`, the `kind`, the
+  `position` among all placeholders (what the caller passes), and the `device` when it is not the CPU.
+- `symbol_args` has one entry {position, expr} per other placeholder: `expr` is the size that is passed there (a bare symbol is thereby
+  defined), or none when nothing is read from it. `symbol_sources` says where the remaining symbols are read off tensor arguments:
+  symbol -> [block argument, dimension], or [block argument, dimension, "stride"].
+- `result_attrs` has one entry per FX output: {kind = "tensor", strides} (strides absent: row-major), {kind = "int", expr} or
+  {kind = "none"}. `return` has an operand for each tensor and each int (a 0-d i64), none for a "none".
+- Values keep their FX names. Every op has the location of its node.
+
+A node whose row declines becomes a `graph.extern`. UnsupportedError means that the graph as a whole cannot be imported.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ..ir.attributes import Dense
+from ..ir.builder import Builder, make_func, make_module
+from ..ir.core import BlockArg, Operation, OpResult, Value
+from ..ir.expr import Expr, free_symbols
+from ..ir.types import TensorType
+from .context import Context, SymScalar
+from .dtypes import from_torch
+from .errors import Unsupported, UnsupportedError
+from .extern import lower_extern
+from .location import location_of
+from .ops import TABLE
+from .symbols import SymbolTable
+
+__all__ = ["externs", "import_graph"]
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_NO_EFFECT = {"aten._assert_tensor_metadata.default", "aten.sym_constrain_range.default", "aten._assert_scalar.default",
+              "aten.sym_constrain_range_for_size.default"}
+"""Checks that hold whenever the guards of the graph hold."""
+_READS_NUMBER = {"aten._local_scalar_dense.default", "aten.item.default"}
+
+
+def import_graph(gm: fx.GraphModule, *, name: str = "main", arg_kinds: Sequence[str] | None = None) -> Operation:
+    """A module with one function `name` that computes what `gm` does.
+
+    `arg_kinds` gives 'param', 'buffer', 'input' or 'constant' for each placeholder of `gm` (default: all 'input').
+    Nodes need `meta["val"]` (fake tensors). Raises UnsupportedError, naming the node, if the graph cannot be imported.
+    """
+    module, block = make_module("graph")
+    return _Importer(gm, block, name, arg_kinds).run(module)
+
+
+class _Importer:
+    def __init__(self, gm: fx.GraphModule, block: Any, name: str, arg_kinds: Sequence[str] | None):
+        self.gm = gm
+        self.symbols = SymbolTable()
+        self.func, self.body = make_func(block, name, ())
+        self.c = Context(Builder.at_end(self.body), self.symbols)
+        self.env: dict[fx.Node, Any] = {}
+        self.arg_kinds = arg_kinds
+
+    def run(self, module: Operation) -> Operation:
+        self._placeholders()
+        for node in self.gm.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            try:
+                self._node(node)
+            except Unsupported as e:
+                raise UnsupportedError(f"{node.format_node() or node.name}: {e}\n  at {location_of(node)}") from e
+        self._symbols()
+        return module
+
+    # -- arguments
+
+    def _placeholders(self) -> None:
+        nodes = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
+        kinds = self.arg_kinds or ["input"] * len(nodes)
+        if len(kinds) != len(nodes):
+            raise ValueError(f"arg_kinds has {len(kinds)} entries for {len(nodes)} placeholders")
+        arg_attrs: list[dict[str, Any]] = []
+        symbol_args: list[dict[str, Any]] = []
+        for position, node in enumerate(nodes):
+            val = node.meta.get("val")
+            try:
+                if isinstance(val, torch.Tensor):
+                    self._tensor_argument(node, val)
+                    where = {} if val.device.type == "cpu" else {"device": str(val.device)}
+                    arg_attrs.append({"name": node.name, "kind": kinds[position], "position": position, **where})
+                    continue
+                expr = self._number(val) if isinstance(val, (int, torch.SymInt)) else None
+                if isinstance(expr, SymScalar):
+                    raise Unsupported(f"the size {val} as an argument")
+                if expr is None and node.users and val is not None:
+                    raise Unsupported(f"an argument of type {type(val).__name__}")
+                self.env[node] = expr
+                symbol_args.append({"position": position, "expr": expr})
+            except Unsupported as e:
+                raise UnsupportedError(f"argument '{node.name}': {e}") from e
+        self.func.attributes["arg_attrs"] = tuple(arg_attrs)
+        if symbol_args:
+            self.func.attributes["symbol_args"] = tuple(symbol_args)
+        self._sources()
+
+    def _tensor_argument(self, node: fx.Node, val: torch.Tensor) -> None:
+        if val.layout != torch.strided or val.is_quantized:
+            raise Unsupported(f"a tensor of layout {val.layout}")
+        t = self.c.type_of(val).with_strides(self.c.dims(val.stride()))
+        self.env[node] = self.body.add_arg(t, node.name)
+
+    def _sources(self) -> None:
+        """Finds where each symbol of the arguments is read off; those passed alone as an argument need nothing."""
+        passed = {str(a["expr"]) for a in self.func["symbol_args"] if isinstance(a["expr"], Expr)}
+        sources: dict[str, tuple[Any, ...]] = {}
+        for arg in self.body.args:
+            assert isinstance(arg.type, TensorType)
+            for kind, sizes in ((), arg.type.shape), (("stride",), arg.type.layout):
+                for i, e in enumerate(sizes):
+                    text = str(e)
+                    if isinstance(e, Expr) and text not in passed and free_symbols(e) == {text}:
+                        sources.setdefault(text, (arg.index, i, *kind))
+        used = {s for arg in self.body.args for e in (*arg.type.shape, *arg.type.layout) for s in free_symbols(e)}  # type: ignore[attr-defined]
+        used |= {s for a in self.func["symbol_args"] if a["expr"] is not None for s in free_symbols(a["expr"])}
+        lost = used - passed - sources.keys()
+        if lost:
+            raise UnsupportedError(f"the sizes {', '.join(sorted(lost))} cannot be read off any argument")
+        if sources:
+            self.func.attributes["symbol_sources"] = sources
+        self.c.defined = used
+
+    def _symbols(self) -> None:
+        ranges = self.symbols.ranges()
+        unknown = ranges.keys() - self.c.defined
+        if unknown:
+            raise UnsupportedError(f"the sizes {', '.join(sorted(unknown))} are not defined by any argument")
+        if ranges:
+            self.func.attributes["symbols"] = ranges
+
+    # -- nodes
+
+    def _node(self, node: fx.Node) -> None:
+        self.c.node, self.c.val = node, node.meta.get("val")
+        self.c.b.location = location_of(node)
+        if node.op == "output":
+            self._output(node)
+        elif node.op == "get_attr":
+            self.env[node] = self._constant(node)
+        elif node.op != "call_function":
+            raise Unsupported(f"'{node.op}' nodes")
+        elif node.target is operator.getitem:
+            self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
+        elif str(node.target) in _NO_EFFECT:
+            self.env[node] = None
+        elif isinstance(self.c.val, (*_SYMBOLIC, int, float)) and str(node.target) not in _READS_NUMBER:
+            self.env[node] = self._number(self.c.val)
+        else:
+            self.env[node] = self._operator(node)
+        value = self.env.get(node)
+        if isinstance(value, OpResult):
+            value.name = value.name or node.name
+
+    def _number(self, val: Any) -> Any:
+        """A Python number, a size, or (for what is no polynomial of sizes) a symbolic scalar."""
+        if not isinstance(val, _SYMBOLIC):
+            return val
+        if isinstance(val, torch.SymInt):
+            try:
+                return self.c.dim(val)
+            except Unsupported:
+                return SymScalar(val)
+        return SymScalar(val)
+
+    def _argument(self, a: Any) -> Any:
+        if isinstance(a, fx.Node):
+            return self.env[a]
+        if isinstance(a, (list, tuple)):
+            return [self._argument(x) for x in a]
+        if isinstance(a, _SYMBOLIC):
+            return self._number(a)
+        return a
+
+    def _operator(self, node: fx.Node) -> Any:
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            raise Unsupported(f"the operator {target}")
+        if str(target) == "aten.copy_.default":
+            return self._assign(node)
+        if target._schema.is_mutable:
+            raise Unsupported(f"'{target}' changes its arguments")
+        row = TABLE.get(str(target))
+        last = self.body.last
+        if row is None:
+            reason = f"no lowering for '{target}'"
+        else:
+            try:
+                args, kwargs = _bind(target, self._argument(node.args), {k: self._argument(v) for k, v in node.kwargs.items()})
+                return self._checked(row(self.c, *args, **kwargs))
+            except Unsupported as e:
+                reason = str(e)
+            self._erase_after(last)
+        made = lower_extern(self.c, node, self.env, reason)
+        return self._number(self.c.val) if str(target) in _READS_NUMBER else made
+
+    def _checked(self, made: Any) -> Any:
+        """What a row gave, with the shapes that torch derived; Unsupported when it is not what torch says the node gives."""
+        val = self.c.val
+        if isinstance(val, (list, tuple)):
+            if len(made) != len(val):
+                raise Unsupported(f"the lowering gives {len(made)} results for {len(val)}")
+            return tuple(self._as(m, v) for m, v in zip(made, val, strict=True))
+        return self._as(made, val)
+
+    def _as(self, made: Any, val: Any) -> Any:
+        if made is None or not isinstance(val, torch.Tensor):
+            return made
+        want, have = self.c.type_of(val), made.type
+        if have.dtype != want.dtype or have.rank != want.rank or any(
+                isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(have.shape, want.shape, strict=True)):
+            raise Unsupported(f"the lowering gives {have} where torch gives {want}")
+        return made if have.shape == want.shape else self.c.reshape(made, want.shape)
+
+    def _erase_after(self, last: Operation | None) -> None:
+        op = self.body.last
+        while op is not None and op is not last:
+            before = op.prev
+            op.erase()
+            op = before
+
+    def _assign(self, node: fx.Node) -> Value:
+        target, source = (self.env[a] for a in node.args[:2])  # type: ignore[index]
+        if not isinstance(target, BlockArg) or not isinstance(source, Value):
+            raise Unsupported("copy_ onto something that is no argument of the graph")
+        assert isinstance(target.type, TensorType)
+        value = self.c.expand(self.c.cast(source, target.type.dtype), target.type.shape)
+        self.c.b.create("graph.assign", [target, value])
+        return value
+
+    def _constant(self, node: fx.Node) -> Any:
+        owner: Any = self.gm
+        for part in str(node.target).split("."):
+            owner = getattr(owner, part)
+        if not isinstance(owner, torch.Tensor) or isinstance(owner, torch._subclasses.FakeTensor):
+            raise Unsupported(f"the attribute '{node.target}' of type {type(owner).__name__}")
+        self.c.val = owner if self.c.val is None else self.c.val
+        dtype = from_torch(owner.dtype)
+        if owner.numel() == 1 and dtype.kind != "complex":
+            return self.c.full(tuple(owner.shape), owner.item(), dtype)
+        shape = tuple(owner.shape)
+        raw = owner.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if owner.numel() else b""
+        return self.c.b.op("graph.constant", type=TensorType(shape, dtype), value=Dense(dtype, shape, raw))
+
+    # -- results
+
+    def _output(self, node: fx.Node) -> None:
+        given = node.args[0]
+        returned = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+        values: list[Value] = []
+        attrs: list[dict[str, Any]] = []
+        for r in returned:
+            value = self._argument(r)
+            if value is None:
+                attrs.append({"kind": "none"})
+            elif isinstance(value, Value):
+                values.append(value)
+                attrs.append({"kind": "tensor", **self._result_strides(r, value)})
+            elif isinstance(value, (int, Expr)) and not isinstance(value, bool):
+                values.append(self.c.scalar(value, from_torch(torch.int64)))
+                attrs.append({"kind": "int", "expr": value})
+            else:
+                raise Unsupported(f"a result of type {type(value).__name__}")
+        self.func.attributes["result_attrs"] = tuple(attrs)
+        self.c.b.create("return", values)
+
+    def _result_strides(self, r: Any, value: Value) -> dict[str, Any]:
+        val = r.meta.get("val") if isinstance(r, fx.Node) else None
+        if not isinstance(val, torch.Tensor):
+            return {}
+        assert isinstance(value.type, TensorType)
+        strides = value.type.with_strides(self.c.dims(val.stride())).strides
+        return {} if strides is None else {"strides": strides}
+
+
+def _bind(target: torch._ops.OpOverload, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments with the schema's defaults filled in: all positional ones, then the keyword-only ones."""
+    positional: list[Any] = list(args)
+    named: dict[str, Any] = {}
+    for i, a in enumerate(target._schema.arguments):
+        if a.kwarg_only:
+            named[a.name] = kwargs.get(a.name, a.default_value)
+        elif i >= len(args):
+            positional.append(kwargs.get(a.name, a.default_value))
+    return positional, named
+
+
+def externs(module: Operation) -> Iterator[Operation]:
+    """The operators of `module` that are not compiled."""
+    return (op for op in module.walk() if op.name == "graph.extern")
+
+

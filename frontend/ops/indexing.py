@@ -1,0 +1,234 @@
+"""Gathers, scatters and advanced indexing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...ir.core import Value
+from ...ir.expr import Dim
+from ...ir.types import TensorType
+from ..context import F32, I1, I64, Context
+from ..errors import Unsupported
+from ..extern import make_extern
+from .table import Lower
+
+
+def _t(x: Value) -> TensorType:
+    assert isinstance(x.type, TensorType)
+    return x.type
+
+
+def _indices(c: Context, x: Value, indices: Sequence[Value | None]) -> tuple[tuple[int, ...], list[Value]]:
+    """The indexed dimensions and their i64 index tensors. A mask of truth values would make the shape depend on data."""
+    dims = tuple(i for i, index in enumerate(indices) if index is not None)
+    given = [index for index in indices if index is not None]
+    if any(_t(i).dtype.name in ("i1", "u8") for i in given):
+        raise Unsupported("indexing with a mask: the shape depends on data")
+    return dims, [c.cast(i, I64) for i in given]
+
+
+def index(c: Context, x: Value, indices: Sequence[Value | None]) -> Value:
+    if _t(x).dtype.kind == "complex":
+        raise Unsupported("complex numbers")
+    dims, given = _indices(c, x, indices)
+    return c.b.op("graph.index", x, *given, type=c.out(), dims=dims)
+
+
+def index_put(c: Context, x: Value, indices: Sequence[Value | None], values: Value, accumulate: bool = False, *_: Any) -> Value:
+    given = [i for i in indices if i is not None]
+    if len(given) == 1 and _t(given[0]).dtype == I1:
+        return _masked_put(c, x, indices, given[0], values, accumulate)
+    dims, tensors = _indices(c, x, indices)
+    values = c.cast(values, _t(x).dtype)
+    extra = {"accumulate": True} if accumulate else {}
+    return c.b.op("graph.index_put", x, values, *tensors, type=_t(x), dims=dims, **extra)
+
+
+def _masked_put(c: Context, x: Value, indices: Sequence[Value | None], mask: Value, values: Value, accumulate: bool) -> Value:
+    """x[.., mask, ..] = values, where the values are the same for every true element: a select."""
+    start = next(i for i, index in enumerate(indices) if index is not None)
+    rank, covered = _t(x).rank, _t(mask).rank
+    trailing = rank - start - covered
+    if _t(values).rank > trailing and any(s != 1 for s in _t(values).shape[:_t(values).rank - trailing]):
+        raise Unsupported("a masked assignment of different values to different elements")
+    values = c.reshape(values, _t(values).shape[max(_t(values).rank - trailing, 0):])
+    wide = c.reshape(mask, (*_t(mask).shape, *(1,) * trailing))
+    new = c.cast(values, _t(x).dtype)
+    return c.ew("select", wide, c.ew("add", x, new) if accumulate else new, x)
+
+
+def embedding(c: Context, weight: Value, indices: Value, *_: Any) -> Value:
+    return c.b.op("graph.embedding", weight, c.cast(indices, I64), type=c.out())
+
+
+def gather(c: Context, x: Value, dim: int, at: Value, *, sparse_grad: bool = False) -> Value:
+    if _t(x).rank == 0 or _t(at).rank == 0:
+        return c.expand(c.reshape(x, ()), c.shape) if _t(x).rank == 0 else c.reshape(
+            c.b.op("graph.take", x, c.reshape(c.cast(at, I64), (1,)), type=TensorType((1,), c.dtype), dim=0), c.shape)
+    return c.b.op("graph.gather", x, c.cast(at, I64), type=c.out(), dim=c.axis(dim, _t(x).rank))
+
+
+def index_select(c: Context, x: Value, dim: int, at: Value) -> Value:
+    if _t(x).rank == 0:
+        return c.reshape(x, c.shape)
+    at = c.reshape(c.cast(at, I64), (c.shape[c.axis(dim, _t(x).rank)],))
+    return c.b.op("graph.take", x, at, type=c.out(), dim=c.axis(dim, _t(x).rank))
+
+
+# -- scatters ---------------------------------------------------------------------------------------------------------
+
+
+def _scatter(c: Context, x: Value, dim: int, at: Value, src: Any, reduce: str) -> Value:
+    at = c.cast(at, I64)
+    if not isinstance(src, Value):
+        src = c.expand(c.scalar(src, _t(x).dtype), _t(at).shape)
+    src = c.cast(src, _t(x).dtype)
+    rank = _t(x).rank
+    if rank == 0:
+        one = (1,)
+        made = c.b.op("graph.scatter", c.reshape(x, one), c.reshape(at, one), c.reshape(src, one), type=TensorType(one, _t(x).dtype),
+                      dim=0, **({} if reduce == "set" else {"reduce": reduce}))
+        return c.reshape(made, ())
+    if _t(at).rank == 0:
+        at, src = c.reshape(at, (1,)), c.reshape(src, (1,))
+    return c.b.op("graph.scatter", x, at, _cut(c, src, _t(at).shape), type=_t(x), dim=c.axis(dim, rank),
+                  **({} if reduce == "set" else {"reduce": reduce}))
+
+
+def _cut(c: Context, src: Value, shape: Sequence[Dim]) -> Value:
+    """The part of `src` that torch reads: as much as the index covers."""
+    for i, size in enumerate(shape):
+        src = c.slice(src, i, 0, size)
+    return src
+
+
+_REDUCE = {"add": "add", "multiply": "mul", "sum": "add", "prod": "mul", "amax": "amax", "amin": "amin"}
+
+
+def scatter(c: Context, x: Value, dim: int, at: Value, src: Any, *, reduce: str | None = None) -> Value:
+    return _scatter(c, x, dim, at, src, "set" if reduce is None else _REDUCE[reduce])
+
+
+def scatter_add(c: Context, x: Value, dim: int, at: Value, src: Value) -> Value:
+    return _scatter(c, x, dim, at, src, "add")
+
+
+def scatter_reduce(c: Context, x: Value, dim: int, at: Value, src: Value, reduce: str, *, include_self: bool = True) -> Value:
+    """The mean divides the sum by how many elements met; without `include_self`, touched elements start from the neutral one."""
+    t = _t(x)
+    if reduce == "mean" and not t.dtype.is_float:
+        raise Unsupported("scatter_reduce with mean of integers")
+    kind = _REDUCE["sum" if reduce == "mean" else reduce]
+    if not include_self:
+        x = _scatter(c, x, dim, at, _neutral(kind, t), "set")
+    total = _scatter(c, x, dim, at, src, kind)
+    if reduce != "mean":
+        return total
+    ones = c.full(_t(at).shape, 1.0, F32)
+    count = _scatter(c, c.full(t.shape, 1.0 if include_self else 0.0, F32), dim, at, ones, "add")
+    return c.cast(c.ew("div", c.cast(total, F32) if t.dtype.bits < 32 else total, c.cast(c.ew("max", count, 1.0), _wide(t))), t.dtype)
+
+
+def _wide(t: TensorType) -> Any:
+    return F32 if t.dtype.bits < 32 else t.dtype
+
+
+def _neutral(kind: str, t: TensorType) -> Any:
+    if kind == "add":
+        return 0
+    if kind == "mul":
+        return 1
+    if t.dtype.is_float:
+        return float("-inf") if kind == "amax" else float("inf")
+    raise Unsupported(f"scatter_reduce with {kind} of integers without include_self")
+
+
+def index_add(c: Context, x: Value, dim: int, at: Value, src: Value, *, alpha: Any = 1) -> Value:
+    src = src if alpha == 1 else c.ew("mul", src, alpha)
+    return _put_along(c, x, dim, at, src, accumulate=True)
+
+
+def index_copy(c: Context, x: Value, dim: int, at: Value, src: Value) -> Value:
+    return _put_along(c, x, dim, at, src, accumulate=False)
+
+
+def index_fill(c: Context, x: Value, dim: int, at: Value, value: Any) -> Value:
+    return _put_along(c, x, dim, at, c.scalar(value, _t(x).dtype), accumulate=False)
+
+
+def _put_along(c: Context, x: Value, dim: int, at: Value, src: Value, accumulate: bool) -> Value:
+    t = _t(x)
+    if t.rank == 0:
+        raise Unsupported("an indexed write to a 0-d tensor")
+    at = c.cast(at, I64)
+    at = c.reshape(at, (1,)) if _t(at).rank == 0 else at
+    if _t(src).rank not in (0, t.rank):
+        raise Unsupported("an indexed write of another rank")
+    return c.b.op("graph.index_put", x, c.cast(src, t.dtype), at, type=t, dims=(c.axis(dim, t.rank),),
+                  **({"accumulate": True} if accumulate else {}))
+
+
+def masked_scatter(c: Context, x: Value, mask: Value, src: Value) -> Value:
+    """The n-th true element takes src[n]: n is a running count of the mask."""
+    t = _t(x)
+    if t.rank == 0:
+        raise Unsupported("masked_scatter of a 0-d tensor")
+    count = c.numel(x, range(t.rank))
+    wide = c.expand(c.cast(mask, I1), t.shape)
+    flat = c.reshape(c.cast(wide, I64), (count,))
+    order = c.ew("sub", c.b.op("graph.scan", flat, type=_t(flat), dim=0, kind="sum"), 1)
+    items = c.numel(src, range(_t(src).rank))
+    at = c.ew("min", c.ew("max", order, 0), c.scalar(items - 1, I64))
+    taken = c.b.op("graph.take", c.reshape(src, (items,)), at, type=TensorType((count,), _t(src).dtype), dim=0)
+    return c.ew("select", wide, c.reshape(taken, t.shape), x)
+
+
+# -- order and counting: library routines -----------------------------------------------------------------------------
+
+
+def topk(c: Context, x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Value, Value]:
+    """The first one is a maximum; more need a sort."""
+    t = _t(x)
+    if k != 1 or t.rank == 0:
+        raise Unsupported("topk of more than one element: a library routine")
+    axes = c.axes(dim, t.rank)
+    return (c.reduce("amax" if largest else "amin", x, axes, True), c.reduce("argmax" if largest else "argmin", x, axes, True, I64))
+
+
+def native_dropout(c: Context, x: Value, p: float, train: bool | None) -> tuple[Value, Value]:
+    """The mask is drawn by ATen from the global generator, as eager does; the rest is compiled."""
+    t = _t(x)
+    if train is False or p == 0:
+        return x, c.full(t.shape, True, I1)
+    if p == 1:
+        return c.full(t.shape, 0, t.dtype), c.full(t.shape, False, I1)
+    drawn, = make_extern(c, "aten.bernoulli.p", [c.expand(c.full((), 0.0, F32), t.shape)], ({"operand": 0}, 1 - p), {},
+                         [TensorType(t.shape, F32)], ["tensor"], random=True, reason="random numbers come from torch's generator")
+    mask = c.cast(drawn, I1)
+    work = F32 if t.dtype.name in ("bf16", "f16") else t.dtype
+    scaled = c.ew("mul", c.ew("mul", c.cast(x, work), c.cast(drawn, work)), 1 / (1 - p))
+    return c.cast(scaled, t.dtype), mask
+
+
+ROWS: dict[str, Lower] = {
+    "aten.index.Tensor": index,
+    "aten._unsafe_index.Tensor": index,
+    "aten.index_put.default": index_put,
+    "aten._unsafe_index_put.default": index_put,
+    "aten.embedding.default": embedding,
+    "aten.gather.default": gather,
+    "aten.index_select.default": index_select,
+    "aten.scatter.src": scatter,
+    "aten.scatter.value": scatter,
+    "aten.scatter.reduce": scatter,
+    "aten.scatter.value_reduce": scatter,
+    "aten.scatter_add.default": scatter_add,
+    "aten.scatter_reduce.two": scatter_reduce,
+    "aten.index_add.default": index_add,
+    "aten.index_copy.default": index_copy,
+    **{f"aten.index_fill.{o}": index_fill for o in ("int_Scalar", "int_Tensor")},
+    "aten.masked_scatter.default": masked_scatter,
+    "aten.topk.default": topk,
+    "aten.native_dropout.default": native_dropout,
+}

@@ -1,0 +1,353 @@
+"""Views and other movement of elements. Values have no strides, so a copy and a view are the same thing here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...ir.core import Value
+from ...ir.expr import Dim, ceildiv, floordiv, maximum, minimum, mod, product, sym
+from ..context import I1, Context, Number
+from ..errors import Unsupported
+from .table import Lower
+
+
+def d(i: int) -> Dim:
+    """The index along result dimension i."""
+    return sym(f"d{i}")
+
+
+def reshape(c: Context, x: Value, *_: Any) -> Value:
+    return c.reshape(x, c.shape)
+
+
+def permute(c: Context, x: Value, dims: Sequence[int]) -> Value:
+    return c.permute(x, [c.axis(i, x.type.rank) for i in dims])
+
+
+def transpose(c: Context, x: Value, i: int, j: int) -> Value:
+    rank = x.type.rank
+    return c.transpose(x, c.axis(i, rank), c.axis(j, rank)) if rank else x
+
+
+def t(c: Context, x: Value) -> Value:
+    return c.transpose(x, 0, 1) if x.type.rank == 2 else x
+
+
+def expand(c: Context, x: Value, *_: Any, **__: Any) -> Value:
+    return c.expand(x, c.shape)
+
+
+def slice_bounds(c: Context, x: Value, dim: int, start: Any, end: Any, length: Dim) -> Dim:
+    """The first index of a slice that has `length` elements: torch has decided on clamping, its result's size tells how."""
+    size = x.type.shape[dim]
+    if start is None:
+        return 0
+    if isinstance(start, int) and isinstance(size, int):
+        return min(max(start + size if start < 0 else start, 0), size)
+    if isinstance(start, int) and start < 0:
+        return 0 if length == size else size + start
+    return c.index(c.dim(start), size)
+
+
+def slice_(c: Context, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
+    dim = c.axis(dim, x.type.rank)
+    length = c.shape[dim]
+    if length == x.type.shape[dim]:
+        return x
+    return c.slice(x, dim, slice_bounds(c, x, dim, start, end, length), length, step)
+
+
+def select(c: Context, x: Value, dim: int, index: Any) -> Value:
+    dim = c.axis(dim, x.type.rank)
+    return c.reshape(c.slice(x, dim, c.index(c.dim(index), x.type.shape[dim]), 1), c.shape)
+
+
+def split(c: Context, x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
+    """split, chunk and split_with_sizes: torch has computed the sizes of the parts."""
+    dim = c.axis(dim, x.type.rank)
+    parts, start = [], 0
+    for i in range(len(c.val)):
+        length = c.out(i).shape[dim]
+        parts.append(c.slice(x, dim, start, length))
+        start = start + length  # type: ignore[assignment]
+    return tuple(parts)
+
+
+def unbind(c: Context, x: Value, dim: int = 0) -> tuple[Value, ...]:
+    dim = c.axis(dim, x.type.rank)
+    return tuple(c.reshape(c.slice(x, dim, i, 1), c.out(i).shape) for i in range(len(c.val)))
+
+
+def flip(c: Context, x: Value, dims: Sequence[int]) -> Value:
+    axes = c.axes(dims, x.type.rank) if len(dims) else ()
+    return c.b.op("graph.flip", x, type=x.type, dims=axes) if axes else x
+
+
+def roll(c: Context, x: Value, shifts: Any, dims: Any = ()) -> Value:
+    shifts = [shifts] if not isinstance(shifts, (list, tuple)) else shifts
+    dims = [dims] if isinstance(dims, int) else dims
+    if not len(dims):
+        flat = c.reshape(x, (product(x.type.shape),))
+        return c.reshape(_rolled(c, flat, shifts, [0]), x.type.shape)
+    return _rolled(c, x, shifts, dims)
+
+
+def _rolled(c: Context, x: Value, shifts: Sequence[Any], dims: Sequence[int]) -> Value:
+    shape, rank = x.type.shape, x.type.rank
+    index = [d(i) for i in range(rank)]
+    for shift, dim in zip(shifts, dims, strict=True):
+        i = c.axis(dim, rank)
+        if shape[i] != 0:
+            index[i] = mod(index[i] - mod(c.dim(shift), shape[i]) + shape[i], shape[i])
+    return c.remap(x, shape, index)
+
+
+def repeat(c: Context, x: Value, repeats: Sequence[Any]) -> Value:
+    """Numpy's tile: each dimension [n] becomes [r, n] by expansion, then one of r * n."""
+    counts = c.dims(repeats)
+    rank = len(counts)
+    shape = [1] * (rank - x.type.rank) + list(x.type.shape)
+    apart = [s for n in shape for s in (1, n)]
+    spread = [s for r, n in zip(counts, shape, strict=True) for s in (r, n)]
+    return c.reshape(c.expand(c.reshape(x, apart), spread), c.shape)
+
+
+def cat(c: Context, xs: Sequence[Value], dim: int = 0) -> Value:
+    kept = [c.cast(x, c.dtype) for x in xs if not (x.type.rank == 1 and x.type.shape == (0,) and len(c.shape) != 1)]
+    dim = c.axis(dim, len(c.shape))
+    kept = [x for x in kept if x.type.shape[dim] != 0]
+    return c.cat(kept, dim) if kept else c.full(c.shape, 0, c.dtype)
+
+
+def stack(c: Context, xs: Sequence[Value], dim: int = 0) -> Value:
+    dim = c.axis(dim, len(c.shape))
+    unit = [1 if i == dim else s for i, s in enumerate(c.shape)]
+    return c.cat([c.reshape(c.cast(x, c.dtype), unit) for x in xs], dim)
+
+
+def constant_pad(c: Context, x: Value, pad: Sequence[Any], value: Number = 0) -> Value:
+    low, high = _pad_amounts(c, x, pad)
+    return c.pad(x, low, high, value)
+
+
+def _pad_amounts(c: Context, x: Value, pad: Sequence[Any]) -> tuple[list[Dim], list[Dim]]:
+    """torch lists (low, high) from the last dimension backwards."""
+    amounts = c.dims(pad)
+    rank = x.type.rank
+    low: list[Dim] = [0] * rank
+    high: list[Dim] = [0] * rank
+    for i in range(len(amounts) // 2):
+        low[rank - 1 - i], high[rank - 1 - i] = amounts[2 * i], amounts[2 * i + 1]
+    return low, high
+
+
+def replication_pad(c: Context, x: Value, pad: Sequence[Any]) -> Value:
+    low, _ = _pad_amounts(c, x, pad)
+    return c.remap(x, c.shape, [d(i) if c.shape[i] == n else maximum(minimum(d(i) - low[i], n - 1), 0)
+                                for i, n in enumerate(x.type.shape)])
+
+
+def reflection_pad(c: Context, x: Value, pad: Sequence[Any]) -> Value:
+    low, _ = _pad_amounts(c, x, pad)
+
+    def reflected(i: int, n: Dim) -> Dim:
+        p = d(i) - low[i]
+        p = maximum(p, -p)  # around the first element
+        gap = (n - 1) - p
+        return (n - 1) - maximum(gap, -gap)  # around the last
+
+    return c.remap(x, c.shape, [d(i) if c.shape[i] == n else reflected(i, n) for i, n in enumerate(x.type.shape)])
+
+
+def diagonal(c: Context, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Value:
+    rank = x.type.rank
+    i, j = c.axis(dim1, rank), c.axis(dim2, rank)
+    last = d(rank - 2)
+    index: list[Dim] = []
+    others = iter(range(rank - 2))
+    for axis in range(rank):
+        if axis == i:
+            index.append(last + max(-offset, 0))
+        elif axis == j:
+            index.append(last + max(offset, 0))
+        else:
+            index.append(d(next(others)))
+    return c.remap(x, c.shape, index)
+
+
+def unfold(c: Context, x: Value, dim: int, size: int, step: int) -> Value:
+    rank = x.type.rank
+    if rank == 0:
+        return c.reshape(x, c.shape)
+    dim = c.axis(dim, rank)
+    index = [d(i) * step + d(rank) if i == dim else d(i) for i in range(rank)]
+    return c.remap(x, c.shape, index)
+
+
+def as_strided(c: Context, x: Value, size: Any, stride: Any, storage_offset: Any = None) -> Value:
+    """Undoes the strides of the source: only for a source that fills its memory without gaps or overlap, in any order of dimensions."""
+    fake = c.node.args[0].meta["val"]  # type: ignore[union-attr]
+    sizes, strides = x.type.shape, c.dims(fake.stride())
+    offset = 0 if storage_offset is None else c.dim(storage_offset) - c.dim(fake.storage_offset())
+    if c.shape == sizes and c.dims(stride) == strides and offset == 0:
+        return x
+    if product(c.shape) == 0:
+        return c.full(c.shape, 0, c.dtype)
+    order = sorted((i for i in range(len(sizes)) if sizes[i] != 1), key=lambda i: _constant(strides[i]))
+    expected: Dim = 1
+    for i in order:
+        if strides[i] != expected:
+            raise Unsupported("as_strided of a source with gaps in memory")
+        expected = expected * sizes[i]
+    place = offset
+    for i, s in enumerate(c.dims(stride)):
+        place = place + d(i) * s
+    index: list[Dim] = [0] * len(sizes)
+    for i in order:
+        index[i] = mod(floordiv(place, strides[i]), sizes[i]) if i != order[-1] else floordiv(place, strides[i])
+    return c.remap(x, c.shape, index)
+
+
+def _constant(e: Dim) -> int:
+    if not isinstance(e, int):
+        raise Unsupported("as_strided of a source with symbolic strides")
+    return e
+
+
+# -- writing into a view ----------------------------------------------------------------------------------------------
+
+
+def slice_scatter(c: Context, x: Value, src: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
+    dim = c.axis(dim, x.type.rank)
+    size, length = x.type.shape[dim], src.type.shape[dim]
+    src = c.cast(src, x.type.dtype)
+    if length == size:
+        return c.expand(src, x.type.shape)
+    if length == 0:
+        return x
+    first = slice_bounds(c, x, dim, start, end, length)
+    if step != 1:
+        return _strided_scatter(c, x, src, dim, first, step)
+    src = c.expand(src, [length if i == dim else s for i, s in enumerate(x.type.shape)])
+    rest = size - first - length
+    background = c.constant_of(x)
+    if background is not None:
+        low, high = [0] * x.type.rank, [0] * x.type.rank
+        low[dim], high[dim] = first, rest  # type: ignore[call-overload]
+        return c.pad(src, low, high, background)
+    parts = [c.slice(x, dim, 0, first), src, c.slice(x, dim, first + length, rest)]
+    return c.cat([p for p in parts if p.type.shape[dim] != 0], dim)
+
+
+def _strided_scatter(c: Context, x: Value, src: Value, dim: int, first: Dim, step: int) -> Value:
+    shape, length = x.type.shape, src.type.shape[dim]
+    src = c.expand(src, [length if i == dim else s for i, s in enumerate(shape)])
+    nearest = [maximum(minimum(floordiv(d(i) - first, step), length - 1), 0) if i == dim else d(i) for i in range(len(shape))]
+    away = c.ew("sub", c.positions(shape, dim), first)
+    inside = c.ew("and", c.ew("eq", c.ew("mod", away, step), 0),
+                  c.ew("and", c.ew("ge", away, 0), c.ew("lt", away, length * step)))
+    return c.ew("select", inside, c.remap(src, shape, nearest), x)
+
+
+def select_scatter(c: Context, x: Value, src: Value, dim: int, index: Any) -> Value:
+    dim = c.axis(dim, x.type.rank)
+    first = c.index(c.dim(index), x.type.shape[dim])
+    unit = c.reshape(src, [1 if i == dim else s for i, s in enumerate(x.type.shape)])
+    if x.type.shape[dim] == 1:
+        return c.cast(unit, x.type.dtype)
+    return slice_scatter(c, x, unit, dim, first, None)
+
+
+def diagonal_scatter(c: Context, x: Value, src: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Value:
+    shape, rank = x.type.shape, x.type.rank
+    i, j = c.axis(dim1, rank), c.axis(dim2, rank)
+    row, col = c.positions(shape, i), c.positions(shape, j)
+    on = c.ew("eq", c.ew("sub", col, row), offset)
+    length = src.type.shape[-1]
+    if length == 0:
+        return x
+    index = [d(k) for k in range(rank) if k not in (i, j)]
+    index.append(minimum(maximum(d(i) - max(-offset, 0), 0), length - 1))
+    return c.ew("select", on, c.remap(c.cast(src, x.type.dtype), shape, index), x)
+
+
+def triangle(upper: bool) -> Lower:
+    """triu and tril: elements on the wrong side of diagonal k become 0."""
+    def lower(c: Context, x: Value, k: int = 0) -> Value:
+        shape, rank = x.type.shape, x.type.rank
+        gap = c.ew("sub", c.positions(shape[-2:], 1), c.positions(shape[-2:], 0))
+        keep = c.ew("ge" if upper else "le", gap, k)
+        assert keep.type.dtype == I1 and rank >= 2  # type: ignore[attr-defined]
+        return c.ew("select", keep, x, c.full((), 0, x.type.dtype))
+    return lower
+
+
+def pixel_shuffle(c: Context, x: Value, r: int) -> Value:
+    *batch, ch, h, w = x.type.shape
+    n = len(batch)
+    apart = c.reshape(x, (*batch, floordiv(ch, r * r), r, r, h, w))
+    return c.reshape(c.permute(apart, [*range(n), n, n + 3, n + 1, n + 4, n + 2]), c.shape)
+
+
+def pixel_unshuffle(c: Context, x: Value, r: int) -> Value:
+    *batch, ch, h, w = x.type.shape
+    n = len(batch)
+    apart = c.reshape(x, (*batch, ch, ceildiv(h, r), r, ceildiv(w, r), r))
+    return c.reshape(c.permute(apart, [*range(n), n, n + 2, n + 4, n + 1, n + 3]), c.shape)
+
+
+_RESHAPES = ("view.default", "_unsafe_view.default", "reshape.default", "_reshape_alias.default", "unsqueeze.default",
+             "squeeze.default", "squeeze.dim", "squeeze.dims", "flatten.using_ints", "unflatten.int", "view_as.default",
+             "view_copy.default", "unsqueeze_copy.default", "squeeze_copy.default", "squeeze_copy.dim", "squeeze_copy.dims")
+_SPLITS = ("split.Tensor", "split_with_sizes.default", "chunk.default", "unsafe_chunk.default", "unsafe_split.Tensor",
+           "unsafe_split_with_sizes.default", "split_copy.Tensor", "split_with_sizes_copy.default", "tensor_split.sections")
+
+ROWS: dict[str, Lower] = {
+    **{f"aten.{n}": reshape for n in _RESHAPES},
+    **{f"aten.{n}": split for n in _SPLITS},
+    "aten.permute.default": permute,
+    "aten.permute_copy.default": permute,
+    "aten.transpose.int": transpose,
+    "aten.transpose_copy.int": transpose,
+    "aten.t.default": t,
+    "aten.numpy_T.default": lambda c, x: c.permute(x, list(reversed(range(x.type.rank)))),
+    "aten.movedim.int": lambda c, x, *_: _moved(c, x, *_),
+    "aten.expand.default": expand,
+    "aten.expand_copy.default": expand,
+    "aten.slice.Tensor": slice_,
+    "aten.slice_copy.Tensor": slice_,
+    "aten.narrow.default": lambda c, x, dim, start, length: slice_(c, x, dim, start),
+    "aten.select.int": select,
+    "aten.select_copy.int": select,
+    "aten.unbind.int": unbind,
+    "aten.unbind_copy.int": unbind,
+    "aten.flip.default": flip,
+    "aten.roll.default": roll,
+    "aten.repeat.default": repeat,
+    "aten.cat.default": cat,
+    "aten.stack.default": stack,
+    "aten.constant_pad_nd.default": constant_pad,
+    **{f"aten.replication_pad{n}d.default": replication_pad for n in (1, 2, 3)},
+    **{f"aten.reflection_pad{n}d.default": reflection_pad for n in (1, 2, 3)},
+    "aten.diagonal.default": diagonal,
+    "aten.diagonal_copy.default": diagonal,
+    "aten.unfold.default": unfold,
+    "aten.unfold_copy.default": unfold,
+    "aten.as_strided.default": as_strided,
+    "aten.as_strided_copy.default": as_strided,
+    "aten.slice_scatter.default": slice_scatter,
+    "aten.select_scatter.default": select_scatter,
+    "aten.diagonal_scatter.default": diagonal_scatter,
+    "aten.triu.default": triangle(upper=True),
+    "aten.tril.default": triangle(upper=False),
+    "aten.pixel_shuffle.default": pixel_shuffle,
+    "aten.pixel_unshuffle.default": pixel_unshuffle,
+}
+
+
+def _moved(c: Context, x: Value, source: int, target: int) -> Value:
+    rank = x.type.rank
+    order = [i for i in range(rank) if i != c.axis(source, rank)]
+    order.insert(c.axis(target, rank), c.axis(source, rank))
+    return c.permute(x, order)

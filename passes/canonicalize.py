@@ -1,0 +1,216 @@
+"""Algebraic identities, at the graph level and inside bodies, and the normal form of generics.
+
+Identities hold bit for bit in IEEE arithmetic: x + (-0.0), x - 0.0, x * 1, x / 1, but not x + 0.0 (it turns -0.0 into 0.0) nor x * 0.
+With `relax_casts`, a value rounded to 16 bits and widened again keeps its precision (torch.compile's default; `emulate_precision_casts`
+turns it off).
+After: no op of the module matches a pattern of this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..ir import DType, Operation, Value, element_type
+from ..ir.passes import Pass, PassContext, register
+from ..ir.rewriter import Pattern, Rewriter, rewrite_greedily
+from .structured import identity_map, is_identity_view
+
+
+@register
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "canonicalize"
+    relax_casts: bool = True
+
+    def run(self, module: Operation, ctx: PassContext) -> None:
+        patterns = {**_PATTERNS, "arith.cast": [*_PATTERNS["arith.cast"], *([_drop_rounding] if self.relax_casts else [])]}
+        changed = rewrite_greedily(module, patterns)
+        ctx.remark("done" if changed else "note", "identities applied" if changed else "nothing to do")
+
+
+def constant_value(v: Value) -> Any:
+    """The Python number of a scalar or splat constant; None if `v` is not one."""
+    op = v.defining_op
+    if op is None or op.name not in ("arith.constant", "graph.full"):
+        return None
+    return op["value"]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is not None and a == b and math.copysign(1, a) == math.copysign(1, b)
+
+
+def _is_one(v: Value) -> bool:
+    return _same(constant_value(v), 1) and not isinstance(constant_value(v), bool)
+
+
+def _neutral_of_add(v: Value) -> bool:
+    return _same(constant_value(v), -0.0 if element_type(v.type).is_float else 0) and element_type(v.type).kind != "bool"
+
+
+def _zero(v: Value) -> bool:
+    return _same(constant_value(v), 0) and element_type(v.type).kind != "bool"
+
+
+def _replace(op: Operation, rewriter: Rewriter, value: Value) -> None:
+    if value.type == op.result.type:
+        rewriter.replace(op, [value])
+
+
+def _right_identity(neutral: Callable[[Value], bool], commutative: bool) -> Pattern:
+    def pattern(op: Operation, rewriter: Rewriter) -> None:
+        a, b = op.operands
+        if neutral(b):
+            _replace(op, rewriter, a)
+        elif commutative and neutral(a):
+            _replace(op, rewriter, b)
+    return pattern
+
+
+def _involution(op: Operation, rewriter: Rewriter) -> None:
+    inner = op.operands[0].defining_op
+    if inner is not None and inner.name == op.name:
+        _replace(op, rewriter, inner.operands[0])
+
+
+def _idempotent_pair(op: Operation, rewriter: Rewriter) -> None:
+    if op.operands[0] is op.operands[1]:
+        _replace(op, rewriter, op.operands[0])
+
+
+def _select(op: Operation, rewriter: Rewriter) -> None:
+    cond, a, b = op.operands
+    known = constant_value(cond)
+    if a is b or known is True:
+        _replace(op, rewriter, a)
+    elif known is False:
+        _replace(op, rewriter, b)
+
+
+def _cast(op: Operation, rewriter: Rewriter) -> None:
+    """A cast to the type it has; a cast of a lossless widening."""
+    x = op.operands[0]
+    if x.type == op.result.type:
+        rewriter.replace(op, [x])
+        return
+    inner = x.defining_op
+    if inner is not None and inner.name == op.name and _lossless(element_type(inner.operands[0].type), element_type(x.type)):
+        source = inner.operands[0]
+        if source.type == op.result.type:
+            rewriter.replace(op, [source])
+        else:
+            op.set_operand(0, source)
+            rewriter.modified(op)
+
+
+def _drop_rounding(op: Operation, rewriter: Rewriter) -> None:
+    """f32 -> bf16 -> f32 inside one body is the identity when intermediate rounding is not asked for."""
+    inner = op.operands[0].defining_op
+    if inner is None or inner.name != "arith.cast":
+        return
+    source, middle, result = inner.operands[0], element_type(inner.result.type), element_type(op.result.type)
+    if element_type(source.type) == result and result.name == "f32" and middle.name in ("bf16", "f16"):
+        rewriter.replace(op, [source])
+
+
+def _lossless(narrow: DType, wide: DType) -> bool:
+    if narrow.is_float and wide.is_float:
+        return wide.bits > narrow.bits and (narrow.name, wide.name) != ("bf16", "f16")
+    if narrow.kind == "bool":
+        return wide.kind != "bool"
+    return narrow.kind == wide.kind and wide.bits > narrow.bits
+
+
+def _identity_view(op: Operation, rewriter: Rewriter) -> None:
+    if op.operands[0].type == op.result.type and _moves_nothing(op):
+        rewriter.replace(op, [op.operands[0]])
+
+
+def _moves_nothing(op: Operation) -> bool:
+    match op.name:
+        case "graph.reshape" | "graph.expand":
+            return True
+        case "graph.permute":
+            return op["perm"] == tuple(range(len(op["perm"])))
+        case "graph.slice":
+            return all(s == 0 for s in op["starts"]) and all(s == 1 for s in op["steps"])
+        case "graph.flip":
+            return not op["dims"]
+    return False
+
+
+def _view_of_view(op: Operation, rewriter: Rewriter) -> None:
+    inner = op.operands[0].defining_op
+    if inner is None or inner.name != op.name:
+        return
+    if op.name == "graph.permute":
+        op.attributes["perm"] = tuple(inner["perm"][p] for p in op["perm"])
+    op.set_operand(0, inner.operands[0])
+    rewriter.modified(op)
+
+
+def _generic(op: Operation, rewriter: Rewriter) -> None:
+    """Drops unused arguments, merges equal reads, removes views that move nothing, and erases dead body ops."""
+    for inner in op.body.reversed():
+        if inner.name != "tensor.yield" and not any(r.uses for r in inner.results):
+            rewriter.erase(inner)
+    if is_identity_view(op) and op["maps"][0] == identity_map(len(op["dims"])) and not op["fills"] and op.operands[0].type == op.result.type:
+        rewriter.replace(op, [op.operands[0]])
+        return
+    seen: dict[Any, int] = {}
+    keep: list[int] = []
+    fills = op["fills"] or (None,) * len(op.operands)
+    for i, (v, m, arg) in enumerate(zip(op.operands, op["maps"], op.body.args, strict=True)):
+        key = (id(v), m, repr(fills[i]))
+        if key in seen:
+            arg.replace_all_uses_with(op.body.args[seen[key]])
+        elif arg.uses:
+            seen[key] = i
+            keep.append(i)
+    if len(keep) == len(op.operands):
+        return
+    _keep_operands(op, keep, rewriter)
+
+
+def _keep_operands(op: Operation, keep: list[int], rewriter: Rewriter) -> None:
+    fills = op["fills"]
+    operands = [op.operands[i] for i in keep]
+    for v in op.operands:
+        if v.defining_op is not None:
+            rewriter.touch(v.defining_op)
+    op.set_operands(operands)
+    op.attributes["maps"] = tuple(op["maps"][i] for i in keep)
+    if fills:
+        kept = tuple(fills[i] for i in keep)
+        if any(f is not None for f in kept):
+            op.attributes["fills"] = kept
+        else:
+            del op.attributes["fills"]
+    for i in reversed(range(len(op.body.args))):
+        if i not in keep:
+            op.body.erase_arg(i)
+    rewriter.modified(op)
+
+
+def _both(name: str, *patterns: Pattern) -> dict[str, list[Pattern]]:
+    return {f"arith.{name}": list(patterns), f"graph.{name}": list(patterns)}
+
+
+_PATTERNS: dict[str, list[Pattern]] = {
+    **_both("add", _right_identity(_neutral_of_add, True)), **_both("sub", _right_identity(_zero, False)),
+    **_both("mul", _right_identity(_is_one, True)), **_both("div", _right_identity(_is_one, False)),
+    **_both("floordiv", _right_identity(lambda v: _is_one(v) and not element_type(v.type).is_float, False)),
+    **_both("neg", _involution), **_both("bitnot", _involution),
+    **_both("max", _idempotent_pair), **_both("min", _idempotent_pair), **_both("and", _idempotent_pair), **_both("or", _idempotent_pair),
+    **_both("select", _select), **_both("cast", _cast),
+    **{f"graph.{n}": [_identity_view] for n in ("expand", "slice", "flip")},
+    "graph.reshape": [_view_of_view, _identity_view], "graph.permute": [_view_of_view, _identity_view],
+    "tensor.generic": [_generic],
+}
+
+__all__ = ["Canonicalize", "constant_value"]

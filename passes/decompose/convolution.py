@@ -1,0 +1,130 @@
+"""Convolutions and their gradients, as contractions with strided, padded reads.
+
+Iteration space of `conv`: (b, o, *out; c, *kernel). Dimensions that are always 1 are left out of the reduction: c when a
+group has one channel (depthwise), and each kernel dimension of size 1, so that a 1x1 convolution is a plain matrix product.
+With groups the channel read is that of the output channel's group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...ir import Builder, Dim, Operation, Value
+from ...ir.expr import floordiv, mod
+from .common import Map, Rule, convert, d, index, reduce, shape_of, tensor_type, to_dtype
+from .contraction import contract
+
+__all__ = ["RULES"]
+
+
+class _Reduction:
+    """The reduction dimensions of a space with `parallel` parallel ones; those of constant size 1 are index 0 instead."""
+
+    def __init__(self, parallel: int):
+        self.parallel = parallel
+        self.sizes: list[Dim] = []
+
+    def add(self, size: Dim) -> Dim:
+        """The index expression of one more dimension."""
+        if size == 1:
+            return 0
+        self.sizes.append(size)
+        return d(self.parallel + len(self.sizes) - 1)
+
+
+def _window(op: Operation, out: Sequence[Dim], kernel: Sequence[Dim]) -> Map:
+    """Where the forward convolution reads its input, per spatial dimension, at output positions `out` and kernel `kernel`."""
+    steps = zip(out, kernel, op["stride"], op["padding"], op["dilation"], strict=True)
+    return tuple(o * stride - padding + k * dilation for o, k, stride, padding, dilation in steps)
+
+
+def _channel(o: Dim, out_channels: Dim, groups: int, per_group: Dim, c: Dim) -> Dim:
+    """The input channel that output channel `o` reads at channel `c` of its group."""
+    if groups == 1:
+        return c
+    return floordiv(o, floordiv(out_channels, groups)) * per_group + c
+
+
+def _fill(op: Operation) -> int | None:
+    return 0 if any(p != 0 for p in op["padding"]) else None
+
+
+def _conv(b: Builder, op: Operation) -> list[Value]:
+    x, w = op.operands
+    out, (channels_out, per_group, *kernel) = shape_of(op.result), shape_of(w)
+    space = _Reduction(len(out))
+    c = space.add(per_group)
+    ks = [space.add(k) for k in kernel]
+    read_x = (d(0), _channel(d(1), channels_out, op["groups"], per_group, c),
+              *_window(op, [d(2 + i) for i in range(len(ks))], ks))
+    return [contract(b, op, out, space.sizes, (x, w), (read_x, (d(1), c, *ks)), _padded(op, x, None))]
+
+
+def _padded(op: Operation, *reads: Value | None) -> tuple:
+    """Fills: zero for the operands given, when the convolution pads."""
+    if _fill(op) is None:
+        return ()
+    return tuple(None if v is None else 0.0 if tensor_type(v).dtype.is_float else 0 for v in reads)
+
+
+def _conv_weight_grad(b: Builder, op: Operation) -> list[Value]:
+    """Dimensions (o, c, *kernel; b, *out)."""
+    grad, x = op.operands
+    out, (batch, channels_out, *spatial) = shape_of(op.result), shape_of(grad)
+    space = _Reduction(len(out))
+    n = space.add(batch)
+    positions = [space.add(s) for s in spatial]
+    kernel = [d(2 + i) for i in range(len(positions))]
+    read_x = (n, _channel(d(0), channels_out, op["groups"], out[1], d(1)), *_window(op, positions, kernel))
+    return [contract(b, op, out, space.sizes, (grad, x), ((n, d(0), *positions), read_x), _padded(op, None, x))]
+
+
+def _conv_transpose(b: Builder, op: Operation) -> list[Value]:
+    """Dimensions (b, c, *result; o, *kernel): each result element gathers the input elements that the convolution spread to it.
+
+    Input position (y + padding - k*dilation) / stride, where that is whole and within the input; elsewhere nothing is added.
+    """
+    x, w = op.operands
+    out, (channels_in, per_group, *kernel) = shape_of(op.result), shape_of(w)
+    groups = op["groups"]
+    per_out = channels_in if groups == 1 else floordiv(channels_in, groups)
+    space = _Reduction(len(out))
+    o = space.add(per_out)
+    ks = [space.add(k) for k in kernel]
+    group_of_c = 0 if groups == 1 else floordiv(d(1), per_group)
+    o = group_of_c * per_out + o
+    steps = list(zip(ks, op["stride"], op["padding"], op["dilation"], strict=True))
+    spread = [d(2 + i) + pad - k * dilation for i, (k, _, pad, dilation) in enumerate(steps)]
+    read_x = (d(0), o, *(floordiv(e, stride) for e, (_, stride, _, _) in zip(spread, steps, strict=True)))
+    read_w = (o, d(1) if groups == 1 else mod(d(1), per_group), *ks)
+    want = tensor_type(op.result).dtype
+    strided = [(i, k, step) for i, (k, *step) in enumerate(steps) if step[0] != 1]
+
+    def position(i: Builder, dim: int, k: Dim, padding: int, dilation: int) -> Value:
+        at = index(i, 2 + dim)
+        if padding:
+            at = i.arith("add", at, padding)
+        if k == 0:
+            return at
+        step = index(i, int(str(k)[1:]))
+        return i.arith("sub", at, step if dilation == 1 else i.arith("mul", step, dilation))
+
+    def masked(i: Builder, value: Value) -> Value:
+        for dim, k, (stride, padding, dilation) in strided:
+            whole = i.arith("eq", i.arith("mod", position(i, dim, k, padding, dilation), stride), 0)
+            value = i.arith("select", whole, value, 0)
+        return value
+
+    def body(i: Builder, value: Value, weight: Value) -> Value:
+        if not want.is_float:
+            value, weight = to_dtype(i, value, want), to_dtype(i, weight, want)
+        return i.arith("mul", masked(i, value), weight)
+
+    zero = 0.0 if tensor_type(x).dtype.is_float else 0
+    total = reduce(b, out, space.sizes, (x, w), (read_x, read_w), body, "sum", fills=(zero, None))
+    return [convert(b, total, want)]
+
+
+RULES: dict[str, Rule] = {
+    "graph.conv": _conv, "graph.conv_transpose": _conv_transpose, "graph.conv_weight_grad": _conv_weight_grad,
+}

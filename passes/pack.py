@@ -1,0 +1,173 @@
+"""CPU contractions get their right operand in panels.
+
+The microkernel wants, for each panel of NR columns and each k, NR contiguous elements. This pass rewrites the right operand B[.., k, n] of a
+contraction into packed[.., n // NR, k.., n % NR], made by an ordinary pointwise generic with zero fill past the last column; elementwise
+producers of B then fuse into the packing. An operand that is made from parameters alone is packed once and kept (the launch is `cached`).
+Operands that are contiguous along n already are packed only if they are parameters, or when columns are ragged.
+Padded (convolution) left operands are materialised with their padding, so that the inner loop tests no bounds.
+
+After: every contraction that will run as a GEMM reads its right operand contiguously along n.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..ir import Builder, Dim, Operation, TensorType, Value, sym
+from ..ir.dialects.tensor import fill_of
+from ..ir.expr import ceildiv, contiguous_linear, delinearize, evaluate, free_symbols, lower_bound, product, simplify, split_linear, substitute, upper_bound
+from ..ir.passes import Pass, PassContext, register
+from ..ir.types import i64
+from .structured import constant_values, in_order, is_contraction, space_bounds
+from .tiling.contraction import Roles, gemm_tile, roles_of
+
+SMALL_M = 4
+"""With fewer rows, packing an operand that is used once costs more than it saves."""
+
+
+@register
+@dataclass(frozen=True)
+class Pack(Pass):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "pack"
+
+    def run(self, module: Operation, ctx: PassContext) -> None:
+        if ctx.target.is_gpu:
+            ctx.remark("note", "tensor cores read operands through shared memory: nothing to pack")
+            return
+        for func in [f for f in module.body if f.name == "func"]:
+            constant = constant_values(func)
+            for op in list(func.body):
+                if is_contraction(op):
+                    roles = roles_of(op)
+                    if roles is not None and roles.k:
+                        _materialise_padding(op, roles, ctx)
+                        _pack_right(op, roles, constant, ctx)
+
+
+def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassContext) -> None:
+    i = roles.right
+    v, m = op.operands[i], op["maps"][i]
+    m_size, n_size, k_size = (_size(op, dims) for dims in (roles.m, roles.n, roles.k))
+    _, nr, _ = gemm_tile(ctx.target, m_size, n_size, op["dims"][roles.k[-1]])
+    is_constant = v in constant
+    if not is_constant:
+        if isinstance(m_size, int) and m_size < SMALL_M:
+            ctx.remark("declined", f"a contraction with {m_size} rows streams its right operand unpacked", op.location)
+            return
+        if _contiguous_along_n(v, m, op, roles) and n_size % nr == 0:
+            return
+    n_dims = [op["dims"][d] for d in roles.n]
+    used = {int(s[1:]) for e in m for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()}
+    batch = [d for d in roles.batch if d in used]
+    panels = ceildiv(n_size, nr)
+    k_order = sorted(roles.k, key=lambda d: -_left_stride(op, roles, d))  # the loop that walks the left operand contiguously is innermost
+    dims: list[Dim] = [*(op["dims"][d] for d in batch), panels, *(op["dims"][d] for d in k_order), nr]
+    at: dict[str, Dim] = {f"d{d}": sym(f"d{j}") for j, d in enumerate(batch)}
+    column = sym(f"d{len(batch)}") * nr + sym(f"d{len(dims) - 1}")
+    ragged = n_size % nr != 0
+    for d, e in zip(roles.n, delinearize(column, n_dims), strict=True):
+        at[f"d{d}"] = e
+    for j, d in enumerate(k_order):
+        at[f"d{d}"] = sym(f"d{len(batch) + 1 + j}")
+    bounds = space_bounds(dims)
+    source_map = tuple(simplify(substitute(e, at), bounds) for e in m)
+    fill = 0 if ragged else fill_of(op, i)
+    b = Builder.before_op(op)
+    packed = b.generic([v], [source_map], dims, _packing_body(column, n_size) if ragged else (lambda bb, x: x), fills=[fill], name=f"{v.name or 'b'}_packed")
+    flat = contiguous_linear([sym(f"d{d}") for d in roles.n], n_dims)
+    op_bounds = space_bounds(op["dims"])
+    new_map = (*(sym(f"d{d}") for d in batch), simplify(flat // nr, op_bounds), *(sym(f"d{d}") for d in k_order), simplify(flat % nr, op_bounds))
+    _set_operand(op, i, packed.result, new_map)
+    op.attributes["_packed"] = True
+    if is_constant:
+        constant.add(packed.result)
+    ctx.remark("done", f"right operand {product(v.type.shape)} packed in panels of {nr}" + (", once" if is_constant else ""), op.location)  # type: ignore[attr-defined]
+
+
+def _packing_body(column: Dim, n_size: Dim) -> Any:
+    """Zero past the last column; the read itself may fall out of bounds there, or wrap around when n has several dimensions."""
+    def body(b: Builder, x: Value) -> Value:
+        parts = sorted(free_symbols(column))
+        first, last = (b.op("tensor.index", type=i64, dim=int(p[1:])) for p in parts)
+        split = split_linear(column, parts[0])
+        assert split is not None
+        position = b.arith("add", b.arith("mul", first, int(split[0])), last)  # type: ignore[arg-type]
+        limit = b.op("tensor.sym", type=i64, expr=n_size)
+        return b.arith("select", b.arith("lt", position, limit), x, 0)
+    return body
+
+
+def _set_operand(op: Operation, i: int, v: Value, m: tuple[Dim, ...]) -> None:
+    maps, fills = list(op["maps"]), list(op["fills"] or (None,) * len(op.operands))
+    maps[i], fills[i] = m, None
+    op.attributes["maps"] = tuple(maps)
+    op.attributes.pop("fills", None)
+    if any(f is not None for f in fills):
+        op.attributes["fills"] = tuple(fills)
+    op.set_operand(i, v)
+
+
+def _contiguous_along_n(v: Value, m: tuple[Dim, ...], op: Operation, roles: Roles) -> bool:
+    assert isinstance(v.type, TensorType)
+    offset: Dim = 0
+    for e, stride in zip(m, v.type.layout, strict=True):
+        offset = offset + e * stride
+    last = f"d{roles.n[-1]}"
+    split = split_linear(simplify(offset, space_bounds(op["dims"])), last)
+    return split is not None and split[0] == 1
+
+
+def _left_stride(op: Operation, roles: Roles, d: int) -> int:
+    """The distance in the left operand between steps of dimension d (sizes unknown at compile time count as 64)."""
+    v, m = op.operands[roles.left], op["maps"][roles.left]
+    assert isinstance(v.type, TensorType)
+    offset: Dim = 0
+    for e, stride in zip(m, v.type.layout, strict=True):
+        offset = offset + e * stride
+    split = split_linear(simplify(offset, space_bounds(op["dims"])), f"d{d}")
+    return 0 if split is None else _stride_estimate(split[0])
+
+
+def _stride_estimate(stride: Dim) -> int:
+    return int(evaluate(stride, {s: 64 for s in free_symbols(stride)}))
+
+
+def _size(op: Operation, dims: tuple[int, ...]) -> Dim:
+    return product(op["dims"][d] for d in dims)
+
+
+def _materialise_padding(op: Operation, roles: Roles, ctx: PassContext) -> None:
+    """Replaces a padded read x[.., i*stride + k - pad, ..] by an in-bounds read of a padded copy of x."""
+    i = roles.left
+    fill = fill_of(op, i)
+    if fill is None:
+        return
+    v, m = op.operands[i], op["maps"][i]
+    assert isinstance(v.type, TensorType)
+    bounds = space_bounds(op["dims"])
+    dims: list[Dim] = []
+    source: list[Dim] = []
+    new_map: list[Dim] = []
+    for j, (e, size) in enumerate(zip(m, v.type.shape, strict=True)):
+        low, high = lower_bound(e, bounds), upper_bound(e, bounds)
+        if low is None or high is None:
+            ctx.remark("declined", f"the padding of dimension {j} has no known bounds", op.location)
+            return
+        low = low if isinstance(low, int) and low < 0 else 0
+        extent = high + 1 - low
+        gap = size - extent
+        dims.append(size if low == 0 and isinstance(gap, int) and gap >= 0 else extent)
+        source.append(sym(f"d{j}") + low)
+        new_map.append(e - low)
+    b = Builder.before_op(op)
+    padded = b.generic([v], [tuple(source)], dims, lambda bb, x: x, fills=[fill], name=f"{v.name or 'x'}_padded")
+    order = sorted(range(v.type.rank), key=lambda d: -_stride_estimate(v.type.layout[d]))  # type: ignore[union-attr]
+    padded.result.type = in_order(padded.result.type, order)  # type: ignore[arg-type]
+    _set_operand(op, i, padded.result, tuple(new_map))
+    ctx.remark("done", "padding materialised", op.location)
+
+
+__all__ = ["Pack"]

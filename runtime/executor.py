@@ -1,0 +1,346 @@
+"""Runs a compiled graph: collects pointers, calls native code, wraps outputs.
+
+    graph = CompiledGraph(manifest, object_code)
+    outputs = graph(*args)          # or graph([...]) with the boxed convention: the list is emptied
+
+Native functions have the type `int32 NAME_i(void **table, int64 *symbols)`. The table holds the addresses of the program's buffers: tensor
+arguments, outputs, buffers that externs fill, persistent buffers by number, and the arena last; `symbols` the size symbols in the order of the
+manifest. Native code between two externs is one segment; a program without externs is one call.
+
+The manifest (JSON, made by `compiler/manifest.py`; sizes as in `sizes.py`):
+
+    name, symbols            names; `symbols` in table order
+    inputs                   per tensor argument: {name, position among the caller's arguments, dtype, shape, strides}
+    symbol_args              [[position, symbol or null], ...]: the caller's other arguments
+    symbol_sources           [[symbol, input, dimension, "size" or "stride"], ...]
+    buffers                  after the inputs: {kind: "output" | "extern" | "late", dtype, shape, strides}
+    results                  {kind: "buffer", buffer} | {kind: "input", input} | {kind: "same", result} | {kind: "int", expr} | {kind: "none"}
+                             | {kind: "item", buffer} | {kind: "view", input, shape, strides, offset}
+    persistent               {bytes, guards, pack, transient, symbolic}; `pack` names a function or is null
+    arena                    bytes
+    steps                    ["call", function] | ["extern", {...}] | ["allocate", [buffers]] | ["drop", [buffers]]
+    mutated                  inputs that the program writes to
+    constants                base64 of the constants that externs read (native code has its own copies)
+    errors                   messages for error codes 1, 2, ... (optional)
+
+Thread safety: one graph may run in several threads at once; every call takes its own frame (table) and arena from pools.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+from .arena import ArenaPool, shared_pool
+from .artifact import ArtifactError
+from .extern_call import ExternCall, TensorSpec
+from .loader import NativeFunction, load_object
+from .packing import PackedMemory, PersistentBuffer
+from .segments import Segments
+from .sizes import Size, SizeError, compile_size, evaluate_size
+
+__all__ = ["CompiledGraph"]
+
+_data_ptr = torch.Tensor.data_ptr
+_bump_version = torch.autograd.graph.increment_version
+_MEMO_LIMIT = 512
+
+
+def _fast_empty() -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]:
+    """An uninitialised CPU tensor; torch's own shortcut past the dispatcher where this torch has it."""
+    guards = getattr(torch._C, "_dynamo", None)
+    shortcut = getattr(getattr(guards, "guards", None), "_empty_strided_cpu", None)
+    return shortcut or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype))
+
+
+_empty = _fast_empty()
+
+
+class _Sizes:
+    """What depends on the symbol values: computed once per combination of values."""
+
+    __slots__ = ("address", "arena", "array", "outputs", "values")
+
+    def __init__(self, values: tuple[int, ...], outputs: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]], arena: int):
+        self.values = values
+        self.array = (ctypes.c_int64 * max(1, len(values)))(*values)
+        self.address = ctypes.addressof(self.array)
+        self.outputs = outputs
+        self.arena = arena
+
+
+class CompiledGraph:
+    """See the module docstring. `calls` counts native calls, `extern_calls` operator calls (exact in one thread)."""
+
+    _boxed_call = True  # AOTAutograd: call with one list, which may be emptied to free the arguments
+
+    def __init__(self, manifest: dict[str, Any], code: bytes, *, arenas: ArenaPool | None = None, check_inputs: bool = False):
+        """`code` is an object file. `arenas` defaults to the pool that all graphs of the process share.
+
+        `check_inputs` compares every argument with the manifest (strict mode). ArtifactError if the manifest is malformed or the
+        code does not fit it.
+        """
+        self.arenas = arenas or shared_pool()
+        self.calls = 0
+        self.extern_calls = 0
+        try:
+            self._read(manifest, code, check_inputs)
+        except (KeyError, TypeError, IndexError, AttributeError, SizeError, ValueError) as error:
+            raise ArtifactError(f"malformed manifest: {type(error).__name__}: {error}") from error
+
+    # -- reading the manifest
+
+    def _read(self, manifest: dict[str, Any], code: bytes, check_inputs: bool) -> None:
+        self.manifest = manifest
+        self.name: str = manifest["name"]
+        names: list[str] = manifest["symbols"]
+        self._positions = {name: i for i, name in enumerate(names)}
+        inputs, buffers = manifest["inputs"], manifest["buffers"]
+        self._input_count, self._buffer_count = len(inputs), len(buffers)
+        self._persistent_slot = len(inputs) + len(buffers)
+        self._arena_slot = self._persistent_slot + len(manifest["persistent"])
+        self._specs = [TensorSpec(b, self._positions) for b in buffers]
+        self._input_specs = [TensorSpec(x, self._positions) for x in inputs] if check_inputs else []
+        self._arena_size: Size = compile_size(manifest["arena"], self._positions)
+        self._pick_inputs(inputs, manifest["symbol_args"])
+        self._symbol_args = [(int(position), self._positions[name]) for position, name in manifest["symbol_args"] if name is not None]
+        self._symbol_sources = [(self._positions[name], _index(i, inputs), int(d), {"size": 0, "stride": 1}[what])
+                                for name, i, d, what in manifest["symbol_sources"]]
+        self._mutated = [_index(i, inputs) for i in manifest["mutated"]]
+        self._errors: list[str] = list(manifest.get("errors", ()))
+
+        calls = [step[1] for step in manifest["steps"] if step[0] == "call"]
+        packs = [p["pack"] for p in manifest["persistent"] if p["pack"] is not None]
+        self.library = load_object(code, dict.fromkeys([*calls, *packs])) if calls or packs else None
+        self._packed = self._read_persistent(manifest["persistent"])
+        self._memo: dict[tuple[int, ...], _Sizes] = {}
+        self._frames: list[tuple[Any, int]] = []
+
+        # Buffers that exist before the first step: all but those that externs make or decide the size of.
+        later = {i for step in manifest["steps"] if step[0] == "allocate" for i in step[1]}
+        later |= {_index(i, buffers) for step in manifest["steps"] if step[0] == "extern" for i in step[1]["buffers"]}
+        self._early = [i for i in range(len(buffers)) if i not in later]
+        self._results = self._read_results(manifest["results"])
+        single = [step[1] for step in manifest["steps"]] if calls and len(manifest["steps"]) == 1 else None
+        constants: list[str] = manifest["constants"]
+        self._segments = None
+        if single is not None and self._early == list(range(len(buffers))):
+            self._native: NativeFunction | None = self._function(single[0])
+        else:
+            self._native = None
+            self._segments = Segments(manifest["steps"], self._function, constants, self._positions, inputs, self._specs,
+                                      self._persistent_slot, self._arena_slot)
+        self._fill = struct.Struct(f"={self._arena_slot + 1}Q").pack_into
+        plain = [{"kind": "buffer", "buffer": i} for i in range(len(buffers))]
+        self._plain = manifest["results"] == plain
+        if not names:
+            self._static: _Sizes | None = self._sizes(())
+        else:
+            self._static = None
+
+    def _pick_inputs(self, inputs: list[dict[str, Any]], symbol_args: list[list[Any]]) -> None:
+        positions = [int(x["position"]) for x in inputs]
+        self._arg_count = len(inputs) + len(symbol_args)
+        if sorted([*positions, *(int(p) for p, _ in symbol_args)]) != list(range(self._arg_count)):
+            raise ValueError("the positions of 'inputs' and 'symbol_args' are not 0, 1, 2, ... once each")
+        self._pick: Callable[[Sequence[Any]], Sequence[torch.Tensor]] | None
+        if positions == list(range(self._arg_count)):
+            self._pick = None
+        elif len(positions) > 1:
+            self._pick = itemgetter(*positions)
+        else:
+            self._pick = lambda args: [args[p] for p in positions]
+
+    def _function(self, name: str) -> NativeFunction:
+        assert self.library is not None
+        return self.library.function(name)
+
+    def _read_persistent(self, rows: list[dict[str, Any]]) -> PackedMemory | None:
+        if not rows:
+            return None
+        buffers = [PersistentBuffer(compile_size(r["bytes"], self._positions), tuple(r["guards"]),
+                                    None if r["pack"] is None else self._function(r["pack"]), bool(r["transient"]), bool(r["symbolic"]))
+                   for r in rows]
+        if any(not 0 <= g < self._input_count for b in buffers for g in b.guards):
+            raise ValueError("a guard is no input")
+        return PackedMemory(buffers, self._arena_slot + 1, self._persistent_slot)
+
+    def _read_results(self, rows: list[dict[str, Any]]) -> list[Callable[[Sequence[Any], Sequence[Any], Sequence[int], list[Any]], Any]]:
+        return [_RESULT_KINDS[row["kind"]](row, self) for row in rows]
+
+    # -- running
+
+    def __call__(self, *args: Any) -> list[Any]:
+        """The outputs. Arguments as the graph was compiled for; IndexError where an index that the program was given is out of range."""
+        if len(args) == 1 and type(args[0]) is list:
+            boxed = args[0]
+            outputs = self._run(boxed)
+            boxed.clear()
+            return outputs
+        return self._run(args)
+
+    def _run(self, args: Sequence[Any]) -> list[Any]:
+        if len(args) != self._arg_count:
+            raise TypeError(f"'{self.name}' takes {self._arg_count} arguments, got {len(args)}")
+        tensors = args if self._pick is None else self._pick(args)
+        pointers = list(map(_data_ptr, tensors))
+        sizes = self._static or self._sizes(self._symbol_values(args, tensors))
+        if self._input_specs:
+            self._check_inputs(tensors, sizes.values)
+        packed = None
+        if self._packed is not None:
+            packed = self._packed.get(tensors, pointers, sizes.values, sizes.address)
+        arena = self.arenas.acquire(sizes.arena) if sizes.arena else None
+        try:
+            table, address = self._frames.pop()
+        except IndexError:
+            table = (ctypes.c_uint64 * (self._arena_slot + 1))()
+            address = ctypes.addressof(table)
+        try:
+            if self._native is not None:
+                buffers: list[Any] = [_empty(*spec) for spec in sizes.outputs]
+                self._fill(table, 0, *pointers, *map(_data_ptr, buffers), *(packed.pointers if packed is not None else ()),
+                           arena.data_ptr() if arena is not None else 0)
+                self.calls += 1
+                code = self._native(address, sizes.address)
+                if code:
+                    self._fail(code)
+                symbols: Sequence[int] = sizes.values
+            else:
+                buffers, symbols = self._run_segments(tensors, pointers, sizes, packed, arena, table, address)
+        finally:
+            self._frames.append((table, address))
+            if arena is not None:
+                self.arenas.release(arena)
+        for i in self._mutated:
+            if not tensors[i].is_inference():
+                _bump_version(tensors[i])
+        if self._plain:
+            return buffers
+        results: list[Any] = []
+        for make in self._results:
+            results.append(make(tensors, buffers, symbols, results))
+        return results
+
+    def _run_segments(self, tensors: Sequence[torch.Tensor], pointers: list[int], sizes: _Sizes, packed: Any, arena: torch.Tensor | None,
+                      table: Any, address: int) -> tuple[list[Any], Sequence[int]]:
+        assert self._segments is not None
+        buffers: list[Any] = [None] * self._buffer_count
+        for i, spec in zip(self._early, sizes.outputs, strict=True):
+            buffers[i] = _empty(*spec)
+        self._fill(table, 0, *pointers, *[0 if b is None else b.data_ptr() for b in buffers],
+                   *(packed.pointers if packed is not None else ()), arena.data_ptr() if arena is not None else 0)
+        symbols = list(sizes.values)
+        array = (ctypes.c_int64 * max(1, len(symbols)))(*symbols)  # of this call alone: externs may define symbols
+        calls, externs, code = self._segments.run(tensors, buffers, packed, arena, table, address, symbols, array)
+        self.calls += calls
+        self.extern_calls += externs
+        if code:
+            self._fail(code)
+        return buffers, symbols
+
+    def _fail(self, code: int) -> None:
+        known = 0 < code <= len(self._errors)
+        raise IndexError(f"{self._errors[code - 1] if known else 'index out of range'} (in the compiled graph '{self.name}', code {code})")
+
+    def _symbol_values(self, args: Sequence[Any], tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+        values = [0] * len(self._positions)
+        for position, symbol in self._symbol_args:
+            values[symbol] = int(args[position])
+        for symbol, i, dimension, what in self._symbol_sources:
+            values[symbol] = tensors[i].stride(dimension) if what else tensors[i].size(dimension)
+        return tuple(values)
+
+    def _sizes(self, values: tuple[int, ...]) -> _Sizes:
+        found = self._memo.get(values)
+        if found is None:
+            outputs = [(self._specs[i].shape(values), self._specs[i].strides(values), self._specs[i].dtype) for i in self._early]
+            found = _Sizes(values, outputs, evaluate_size(self._arena_size, values))
+            if len(self._memo) >= _MEMO_LIMIT:
+                self._memo.clear()
+            self._memo[values] = found
+        return found
+
+    def _check_inputs(self, tensors: Sequence[Any], symbols: Sequence[int]) -> None:
+        for row, spec, t in zip(self.manifest["inputs"], self._input_specs, tensors, strict=True):
+            shape, strides = spec.shape(symbols), spec.strides(symbols)
+            same = t.dtype == spec.dtype and tuple(t.shape) == shape and t.device.type == "cpu" and (
+                t.numel() == 0 or all(n == 1 or a == b for n, a, b in zip(shape, t.stride(), strides, strict=True)))
+            if not same:
+                raise ValueError(f"argument '{row['name']}' of '{self.name}' is {t.dtype} of shape {tuple(t.shape)}, strides {t.stride()} on "
+                                 f"{t.device}; the graph was compiled for {spec.dtype} of shape {shape}, strides {strides} on cpu")
+
+    # -- for those who look
+
+    def invalidate(self) -> None:
+        """Forgets packed parameters: needed after writes that torch does not count, such as through `p.data` or numpy."""
+        if self._packed is not None:
+            self._packed.invalidate()
+
+    @property
+    def packs(self) -> int:
+        """How many times packing code ran."""
+        return 0 if self._packed is None else self._packed.packs
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes: of the arena and the outputs (for the sizes seen last), and of what is packed now."""
+        sizes = self._static or next(reversed(self._memo.values()), None)
+        outputs = 0
+        if sizes is not None:
+            outputs = sum(_empty_bytes(*spec) for spec in sizes.outputs)
+        return {"arena": 0 if sizes is None else sizes.arena, "persistent": 0 if self._packed is None else self._packed.bytes,
+                "outputs": outputs}
+
+
+def _empty_bytes(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> int:
+    if 0 in shape:
+        return 0
+    return (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))) * dtype.itemsize
+
+
+def _index(i: Any, rows: Sequence[Any]) -> int:
+    if type(i) is not int or not 0 <= i < len(rows):
+        raise ValueError(f"{i!r} is no index into {len(rows)} entries")
+    return i
+
+
+# -- kinds of results: (manifest row, graph) -> function of (inputs, buffers, symbols, results so far)
+
+def _result_int(row: dict[str, Any], graph: CompiledGraph) -> Callable[..., Any]:
+    size = compile_size(row["expr"], graph._positions)
+    return lambda tensors, buffers, symbols, results: evaluate_size(size, symbols)
+
+
+def _result_view(row: dict[str, Any], graph: CompiledGraph) -> Callable[..., Any]:
+    at = _index(row["input"], graph.manifest["inputs"])
+    spec = TensorSpec({"dtype": graph.manifest["inputs"][at]["dtype"], **row}, graph._positions)
+    offset = compile_size(row["offset"], graph._positions)
+    return lambda tensors, buffers, symbols, results: tensors[at].as_strided(
+        spec.shape(symbols), spec.strides(symbols), tensors[at].storage_offset() + evaluate_size(offset, symbols))
+
+
+def _from(place: int, key: str, rows: str) -> Callable[[dict[str, Any], CompiledGraph], Callable[..., Any]]:
+    """A result that is one of the inputs (place 0), buffers (1) or earlier results (3)."""
+    def make(row: dict[str, Any], graph: CompiledGraph) -> Callable[..., Any]:
+        at = _index(row[key], graph.manifest[rows])
+        return lambda *given: given[place][at]
+    return make
+
+
+def _result_item(row: dict[str, Any], graph: CompiledGraph) -> Callable[..., Any]:
+    at = _index(row["buffer"], graph.manifest["buffers"])
+    return lambda tensors, buffers, symbols, results: buffers[at].item()
+
+
+_RESULT_KINDS: dict[str, Callable[[dict[str, Any], CompiledGraph], Callable[..., Any]]] = {
+    "buffer": _from(1, "buffer", "buffers"), "input": _from(0, "input", "inputs"), "same": _from(3, "result", "results"),
+    "int": _result_int, "item": _result_item, "view": _result_view,
+    "none": lambda row, graph: lambda *given: None,
+}
+

@@ -1,0 +1,169 @@
+"""Memory that outlives a call: parameters in another layout, made once and again when a parameter has changed.
+
+A parameter counts as unchanged while all of these hold, compared with the time of packing:
+- its data pointer is the same, and the storage it pointed into is still alive (else another tensor may have got the address);
+- its version counter is the same: every in-place operation through torch raises it, those of optimizers, `load_state_dict`
+  and `torch.no_grad()` included;
+- the size symbols have the same values, where the packing depends on them.
+
+What cannot be seen: writes that torch does not count, through `p.data`, numpy views or raw pointers. After such a write call
+`CompiledGraph.invalidate()`.
+Inference tensors (made under `torch.inference_mode()`) have no version counter. They are packed anew in every call, with one
+warning: slower, never stale. Parameters made outside of inference mode and only used inside it have a counter, and are cached.
+
+Threads: a call takes the current `Packed` once and holds it until its native code has returned. Whoever finds it outdated makes a new
+one under the lock, and writes into the old memory only if no other call still holds the old `Packed`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .loader import NativeFunction
+from .sizes import Size, evaluate_size
+
+__all__ = ["Packed", "PackedMemory", "PersistentBuffer"]
+
+_expired = torch.UntypedStorage._expired  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class PersistentBuffer:
+    """`pack` fills the buffer (None: a pack of another buffer does); `transient` ones live only while others are packed from them."""
+
+    bytes: Size
+    guards: tuple[int, ...]
+    pack: NativeFunction | None
+    transient: bool = False
+    symbolic: bool = False
+
+
+class Packed:
+    """One consistent state of all persistent buffers. Immutable once published."""
+
+    __slots__ = ("key", "keys", "memory", "pointers", "refs", "storages", "symbols")
+
+    def __init__(self, key: tuple[tuple[int, ...], tuple[object, ...]], symbols: tuple[int, ...], keys: list[object],
+                 memory: list[torch.Tensor | None], refs: list[StorageWeakRef]):
+        self.key = key            # (pointers, versions) of all guarded arguments
+        self.symbols = symbols    # symbol values, or () when no packing depends on them
+        self.keys = keys          # the same per buffer
+        self.memory = memory
+        self.refs = refs          # weak references: they keep the storage's identity, not its data
+        self.storages = [r.cdata for r in refs]
+        self.pointers = [0 if m is None else m.data_ptr() for m in memory]
+
+    def is_current(self, pointers: tuple[int, ...], versions: tuple[object, ...], symbols: tuple[int, ...]) -> bool:
+        return self.key == (pointers, versions) and self.symbols == symbols and True not in map(_expired, self.storages)
+
+
+class PackedMemory:
+    """The persistent buffers of a graph."""
+
+    def __init__(self, buffers: Sequence[PersistentBuffer], table_size: int, first_slot: int):
+        self.buffers = tuple(buffers)
+        self.guards = tuple(sorted({g for b in buffers for g in b.guards}))
+        self.symbolic = any(b.symbolic for b in buffers)
+        self.packs = 0  # how many times native packing code ran
+        self._place = {g: i for i, g in enumerate(self.guards)}
+        self._table_size = table_size
+        self._first_slot = first_slot
+        self._lock = threading.Lock()
+        self._current: Packed | None = None
+        self._warned = False
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held at present."""
+        packed = self._current
+        return 0 if packed is None else sum(m.nbytes for m in packed.memory if m is not None)
+
+    def invalidate(self) -> None:
+        """Forgets everything; the next call packs anew."""
+        with self._lock:
+            self._current = None
+
+    def get(self, tensors: Sequence[torch.Tensor], pointers: Sequence[int], symbols: tuple[int, ...],
+            symbol_address: int) -> Packed:
+        """The buffers for these arguments, packed now if need be.
+
+        `tensors` and `pointers` are all tensor arguments and their addresses, `symbols` the symbol values, also at `symbol_address`.
+        Hold the result until the native code that uses it has returned. IndexError if packing code reports an error.
+        """
+        guarded = [tensors[g] for g in self.guards]
+        where = tuple([pointers[g] for g in self.guards])
+        if not self.symbolic:
+            symbols = ()
+        try:
+            versions: tuple[object, ...] = tuple([t._version for t in guarded])
+        except RuntimeError:  # inference tensors: a new object equals nothing that was remembered
+            versions = tuple([object() if t.is_inference() else t._version for t in guarded])
+            self._warn_uncounted()
+        packed = self._current
+        if packed is not None and packed.is_current(where, versions, symbols):
+            return packed
+        del packed  # `_renew` counts who holds it
+        with self._lock:
+            packed = self._current
+            if packed is None or not packed.is_current(where, versions, symbols):
+                del packed
+                packed = self._renew(guarded, where, versions, symbols, pointers, symbol_address)
+        return packed
+
+    def _renew(self, guarded: Sequence[torch.Tensor], where: tuple[int, ...], versions: tuple[object, ...], symbols: tuple[int, ...],
+               pointers: Sequence[int], symbol_address: int) -> Packed:
+        old, self._current = self._current, None  # from here on no other call can take `old`
+        unused = old is not None and sys.getrefcount(old) == 2  # `old` and the argument of getrefcount
+        refs = [StorageWeakRef(t.untyped_storage()) for t in guarded]
+        values = list((ctypes.c_int64 * len(symbols)).from_address(symbol_address)) if self.symbolic else []
+        keys: list[object] = []
+        memory: list[torch.Tensor | None] = []
+        stale: list[int] = []
+        for i, b in enumerate(self.buffers):
+            places = [self._place[g] for g in b.guards]
+            key = (tuple((where[p], versions[p]) for p in places), symbols if b.symbolic else ())
+            keys.append(key)
+            kept = old is not None and not b.transient and old.keys[i] == key and not any(_expired(old.storages[p]) for p in places)
+            if kept:
+                memory.append(old.memory[i])  # type: ignore[union-attr]
+                continue
+            stale.append(i)
+            size = evaluate_size(b.bytes, values)
+            previous = old.memory[i] if old is not None and unused else None
+            # held by `old.memory`, `previous` and the argument: an even older state that a call still holds would be a fourth
+            reusable = previous is not None and previous.nbytes == size and sys.getrefcount(previous) == 3
+            memory.append(previous if reusable else torch.empty(size, dtype=torch.uint8))
+        if stale and all(self.buffers[i].transient for i in stale):
+            stale = []  # nobody needs them
+        self._pack(stale, memory, pointers, symbol_address)
+        lasting = [None if b.transient else m for b, m in zip(self.buffers, memory, strict=True)]
+        self._current = packed = Packed((where, versions), symbols, keys, lasting, refs)
+        return packed
+
+    def _pack(self, stale: Sequence[int], memory: Sequence[torch.Tensor | None], pointers: Sequence[int], symbol_address: int) -> None:
+        table = (ctypes.c_uint64 * self._table_size)()
+        table[:len(pointers)] = list(pointers)
+        for i, m in enumerate(memory):
+            table[self._first_slot + i] = 0 if m is None else m.data_ptr()
+        for i in stale:
+            pack = self.buffers[i].pack
+            if pack is not None:
+                self.packs += 1
+                code = pack(ctypes.addressof(table), symbol_address)
+                if code:
+                    raise IndexError(f"index out of range while parameters were prepared (code {code})")
+
+    def _warn_uncounted(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn("aicc: a parameter was made under torch.inference_mode() and has no version counter, so it is packed anew in "
+                          "every call; make the model outside of inference mode", RuntimeWarning, stacklevel=4)
+
