@@ -22,11 +22,14 @@ from ..ir.types import BufferType
 __all__ = ["build_manifest"]
 
 
-def build_manifest(module: Operation, name: str = "main") -> dict[str, Any]:
-    """The manifest of function `name` of a module at the host level. IRError if there is none or it is not fully planned."""
+def build_manifest(module: Operation, name: str = "main", errors: Mapping[int, str] | None = None) -> dict[str, Any]:
+    """The manifest of function `name` of a module at the host level; `errors` are the messages of native error codes.
+
+    IRError if there is no such function or it is not fully planned.
+    """
     for op in module.body:
         if op.name == "func" and op["sym_name"] == name:
-            return _Builder(module, op).build()
+            return _Builder(module, op).build(errors or {})
     raise IRError(f"the module has no function '{name}'")
 
 
@@ -56,7 +59,7 @@ class _Builder:
         if any(self._kind(a) not in ("output", "extern", "late") for a in self.buffers):
             raise IRError("the inputs of a host function must come before its outputs")
 
-    def build(self) -> dict[str, Any]:
+    def build(self, errors: Mapping[int, str]) -> dict[str, Any]:
         func = self.func
         self._find_places()
         steps, mutated = self._steps()
@@ -69,7 +72,8 @@ class _Builder:
             "results": [self._result(r) for r in func["result_attrs"]],
             "persistent": self._persistent(),
             "arena": expr_to_json(func["stats"].get("arena_bytes", 0)),
-            "steps": steps, "mutated": mutated, "constants": self.constants, "errors": [],
+            "steps": steps, "mutated": mutated, "constants": self.constants,
+            "errors": {str(code): message for code, message in errors.items()},
         }
         return json.loads(json.dumps(manifest, allow_nan=False))  # tuples become lists, as after a trip through a file
 

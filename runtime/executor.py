@@ -21,7 +21,7 @@ The manifest (JSON, made by `compiler/manifest.py`; sizes as in `sizes.py`):
     steps                    ["call", function] | ["extern", {...}] | ["allocate", [buffers]] | ["drop", [buffers]]
     mutated                  inputs that the program writes to
     constants                base64 of the constants that externs read (native code has its own copies)
-    errors                   messages for error codes 1, 2, ... (optional)
+    errors                   error code, as a string -> message
 
 Thread safety: one graph may run in several threads at once; every call takes its own frame (table) and arena from pools.
 """
@@ -112,7 +112,7 @@ class CompiledGraph:
         self._symbol_sources = [(self._positions[name], _index(i, inputs), int(d), {"size": 0, "stride": 1}[what])
                                 for name, i, d, what in manifest["symbol_sources"]]
         self._mutated = [_index(i, inputs) for i in manifest["mutated"]]
-        self._errors: list[str] = list(manifest.get("errors", ()))
+        self._errors: dict[str, str] = dict(manifest["errors"])
 
         calls = [step[1] for step in manifest["steps"] if step[0] == "call"]
         packs = [p["pack"] for p in manifest["persistent"] if p["pack"] is not None]
@@ -126,22 +126,15 @@ class CompiledGraph:
         later |= {_index(i, buffers) for step in manifest["steps"] if step[0] == "extern" for i in step[1]["buffers"]}
         self._early = [i for i in range(len(buffers)) if i not in later]
         self._results = self._read_results(manifest["results"])
-        single = [step[1] for step in manifest["steps"]] if calls and len(manifest["steps"]) == 1 else None
         constants: list[str] = manifest["constants"]
-        self._segments = None
-        if single is not None and self._early == list(range(len(buffers))):
-            self._native: NativeFunction | None = self._function(single[0])
-        else:
-            self._native = None
-            self._segments = Segments(manifest["steps"], self._function, constants, self._positions, inputs, self._specs,
-                                      self._persistent_slot, self._arena_slot)
         self._fill = struct.Struct(f"={self._arena_slot + 1}Q").pack_into
         plain = [{"kind": "buffer", "buffer": i} for i in range(len(buffers))]
         self._plain = manifest["results"] == plain
-        if not names:
-            self._static: _Sizes | None = self._sizes(())
-        else:
-            self._static = None
+        self._static: _Sizes | None = None if names else self._sizes(())
+        self._segments = Segments(manifest["steps"], self._function, constants, self._positions, inputs, self._specs)
+        self._run = self._run_steps
+        if len(manifest["steps"]) == len(calls) == 1 and len(self._early) == len(buffers):
+            self._run = self._one_call(self._function(calls[0]))
 
     def _pick_inputs(self, inputs: list[dict[str, Any]], symbol_args: list[list[Any]]) -> None:
         positions = [int(x["position"]) for x in inputs]
@@ -184,39 +177,81 @@ class CompiledGraph:
             return outputs
         return self._run(args)
 
-    def _run(self, args: Sequence[Any]) -> list[Any]:
+    def _one_call(self, native: NativeFunction) -> Callable[[Sequence[Any]], list[Any]]:
+        """How to run a program that is one native call: the same as `_run_steps`, with everything looked up beforehand."""
+        count, pick, static, packed_memory = self._arg_count, self._pick, self._static, self._packed
+        frames, fill, acquire, release = self._frames, self._fill, self.arenas.acquire, self.arenas.release
+        plain = self._plain and not self._mutated
+
+        def run(args: Sequence[Any]) -> list[Any]:
+            if len(args) != count:
+                raise self._wrong_count(args)
+            tensors = args if pick is None else pick(args)
+            pointers = [*map(_data_ptr, tensors)]
+            sizes = static or self._sizes(self._symbol_values(args, tensors))
+            if self._input_specs:
+                self._check_inputs(tensors, sizes.values)
+            buffers = [_empty(*spec) for spec in sizes.outputs]
+            packed = None
+            try:
+                frame = frames.pop()
+            except IndexError:
+                frame = self._new_frame()
+            if packed_memory is not None:
+                packed = packed_memory.get(tensors, pointers, sizes.values, sizes.address)
+                pointers += map(_data_ptr, buffers)
+                pointers += packed.pointers
+            else:
+                pointers += map(_data_ptr, buffers)
+            if sizes.arena:
+                arena = acquire(sizes.arena)
+                fill(frame[0], 0, *pointers, arena.data_ptr())
+                code = native(frame[1], sizes.address)
+                release(arena)
+            else:
+                fill(frame[0], 0, *pointers, 0)
+                code = native(frame[1], sizes.address)
+            frames.append(frame)
+            self.calls += 1
+            if code:
+                self._fail(code)
+            return buffers if plain else self._finish(tensors, buffers, sizes.values)
+
+        return run
+
+    def _run_steps(self, args: Sequence[Any]) -> list[Any]:
         if len(args) != self._arg_count:
-            raise TypeError(f"'{self.name}' takes {self._arg_count} arguments, got {len(args)}")
+            raise self._wrong_count(args)
         tensors = args if self._pick is None else self._pick(args)
         pointers = list(map(_data_ptr, tensors))
         sizes = self._static or self._sizes(self._symbol_values(args, tensors))
         if self._input_specs:
             self._check_inputs(tensors, sizes.values)
-        packed = None
-        if self._packed is not None:
-            packed = self._packed.get(tensors, pointers, sizes.values, sizes.address)
+        packed = None if self._packed is None else self._packed.get(tensors, pointers, sizes.values, sizes.address)
+        buffers: list[Any] = [None] * self._buffer_count
+        for i, spec in zip(self._early, sizes.outputs, strict=True):
+            buffers[i] = _empty(*spec)
         arena = self.arenas.acquire(sizes.arena) if sizes.arena else None
-        try:
-            table, address = self._frames.pop()
-        except IndexError:
-            table = (ctypes.c_uint64 * (self._arena_slot + 1))()
-            address = ctypes.addressof(table)
-        try:
-            if self._native is not None:
-                buffers: list[Any] = [_empty(*spec) for spec in sizes.outputs]
-                self._fill(table, 0, *pointers, *map(_data_ptr, buffers), *(packed.pointers if packed is not None else ()),
-                           arena.data_ptr() if arena is not None else 0)
-                self.calls += 1
-                code = self._native(address, sizes.address)
-                if code:
-                    self._fail(code)
-                symbols: Sequence[int] = sizes.values
-            else:
-                buffers, symbols = self._run_segments(tensors, pointers, sizes, packed, arena, table, address)
-        finally:
-            self._frames.append((table, address))
-            if arena is not None:
-                self.arenas.release(arena)
+        table, address = self._new_frame()
+        self._fill(table, 0, *pointers, *[0 if b is None else b.data_ptr() for b in buffers],
+                   *(packed.pointers if packed is not None else ()), arena.data_ptr() if arena is not None else 0)
+        symbols = list(sizes.values)
+        array = (ctypes.c_int64 * max(1, len(symbols)))(*symbols)  # of this call alone: externs may define symbols
+        calls, externs, code = self._segments.run(tensors, buffers, packed, arena, table, address, symbols, array)
+        if arena is not None:  # after an exception it is simply freed
+            self.arenas.release(arena)
+        self.calls += calls
+        self.extern_calls += externs
+        if code:
+            self._fail(code)
+        return self._finish(tensors, buffers, symbols)
+
+    def _new_frame(self) -> tuple[Any, int]:
+        """A pointer table and its address."""
+        table = (ctypes.c_uint64 * (self._arena_slot + 1))()
+        return table, ctypes.addressof(table)
+
+    def _finish(self, tensors: Sequence[torch.Tensor], buffers: list[Any], symbols: Sequence[int]) -> list[Any]:
         for i in self._mutated:
             if not tensors[i].is_inference():
                 _bump_version(tensors[i])
@@ -227,26 +262,11 @@ class CompiledGraph:
             results.append(make(tensors, buffers, symbols, results))
         return results
 
-    def _run_segments(self, tensors: Sequence[torch.Tensor], pointers: list[int], sizes: _Sizes, packed: Any, arena: torch.Tensor | None,
-                      table: Any, address: int) -> tuple[list[Any], Sequence[int]]:
-        assert self._segments is not None
-        buffers: list[Any] = [None] * self._buffer_count
-        for i, spec in zip(self._early, sizes.outputs, strict=True):
-            buffers[i] = _empty(*spec)
-        self._fill(table, 0, *pointers, *[0 if b is None else b.data_ptr() for b in buffers],
-                   *(packed.pointers if packed is not None else ()), arena.data_ptr() if arena is not None else 0)
-        symbols = list(sizes.values)
-        array = (ctypes.c_int64 * max(1, len(symbols)))(*symbols)  # of this call alone: externs may define symbols
-        calls, externs, code = self._segments.run(tensors, buffers, packed, arena, table, address, symbols, array)
-        self.calls += calls
-        self.extern_calls += externs
-        if code:
-            self._fail(code)
-        return buffers, symbols
+    def _wrong_count(self, args: Sequence[Any]) -> TypeError:
+        return TypeError(f"'{self.name}' takes {self._arg_count} arguments, got {len(args)}")
 
     def _fail(self, code: int) -> None:
-        known = 0 < code <= len(self._errors)
-        raise IndexError(f"{self._errors[code - 1] if known else 'index out of range'} (in the compiled graph '{self.name}', code {code})")
+        raise IndexError(f"{self._errors.get(str(code), 'index out of range')} (in the compiled graph '{self.name}', code {code})")
 
     def _symbol_values(self, args: Sequence[Any], tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
         values = [0] * len(self._positions)

@@ -50,8 +50,7 @@ class Segments:
     """The steps of one program, ready to run."""
 
     def __init__(self, steps: Sequence[Any], function: Callable[[str], NativeFunction], constants: Sequence[str],
-                 positions: Mapping[str, int], inputs: Sequence[Mapping[str, Any]], specs: Sequence[TensorSpec], persistent_slot: int,
-                 arena_slot: int):
+                 positions: Mapping[str, int], inputs: Sequence[Mapping[str, Any]], specs: Sequence[TensorSpec]):
         self._function, self._constants, self._positions = function, constants, positions
         self._inputs, self._specs = inputs, specs
         makers = {"call": self._call, "extern": self._extern, "allocate": self._allocate, "drop": self._drop}

@@ -66,7 +66,7 @@ def manifest(inputs: list[dict[str, Any]], buffers: list[dict[str, Any]], steps:
     outputs = [i for i, b in enumerate(buffers) if b.get("kind", "output") == "output"]
     return {"name": "main", "symbols": [], "inputs": inputs, "symbol_args": [], "symbol_sources": [],
             "buffers": [{"kind": "output", **b} for b in buffers], "results": [{"kind": "buffer", "buffer": i} for i in outputs],
-            "persistent": [], "arena": 0, "steps": steps, "mutated": [], "constants": [], "errors": [], **more}
+            "persistent": [], "arena": 0, "steps": steps, "mutated": [], "constants": [], "errors": {}, **more}
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_strict_mode_checks_arguments(build: Callable[..., CompiledGraph]) -> No
 
 def test_error_codes(build: Callable[..., CompiledGraph]) -> None:
     for code, message in ((1, "row 3 is out of range"), (2, "index out of range.*code 2")):
-        graph = build(manifest([f32(8)], [f32(8)], [["call", "main_0"]], errors=["row 3 is out of range"]), function("main_0", code=code))
+        graph = build(manifest([f32(8)], [f32(8)], [["call", "main_0"]], errors={"1": "row 3 is out of range"}), function("main_0", code=code))
         for _ in range(2):  # frames and arenas are given back
             with pytest.raises(IndexError, match=message):
                 graph(torch.randn(8))
@@ -479,7 +479,7 @@ def test_malformed_manifests(build: Callable[..., CompiledGraph], change: dict[s
         build({**SIMPLE, **change}, SIMPLE_CODE)
 
 
-@pytest.mark.parametrize("key", sorted(SIMPLE.keys() - {"errors"}))
+@pytest.mark.parametrize("key", sorted(SIMPLE))
 def test_missing_fields(build: Callable[..., CompiledGraph], key: str) -> None:
     with pytest.raises(ArtifactError):
         build({k: v for k, v in SIMPLE.items() if k != key}, SIMPLE_CODE)
