@@ -115,6 +115,8 @@ def compile_elementwise(
     function = compile_function(module, "kernel", arity + 1, cpu)
 
     def run(*inputs: torch.Tensor) -> torch.Tensor:
+        if inputs[0].numel() % (width or 1):
+            raise ValueError(f"{inputs[0].numel()} elements are not a multiple of the width {width}")
         output = torch.empty_like(inputs[0], dtype=torch.bool if mask else dtype)
         function(*[x.data_ptr() for x in inputs], output.data_ptr(), output.numel())
         return output

@@ -15,13 +15,15 @@ Encoding of `args` (a tuple, positional) and `kwargs` (a dictionary), as the exe
 `target` is `namespace.op.overload` under torch.ops. `operand_strides` has one entry per operand: the strides, in elements, that the
 operand has in eager, or none for row-major; the executor hands over memory laid out so. Result types carry the strides
 that the operator's own results have. `result_kinds` has one entry per element that the operator returns (one for a single
-value): 'tensor' and 'int' (a 0-d i64) are SSA results, in order; 'none' is not. It is empty for an operator called for its effect.
+value): 'tensor' and 'int' (a 0-d i64) are SSA results, in order; 'none' is not (it is None, or nobody reads it). It is empty for an
+operator called for its effect.
 `defines` maps each unbacked symbol (u0, ...) to [result, dimension] where its value is read off, dimension -1 meaning the value of an 'int'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,8 +91,11 @@ def lower_extern(c: Context, node: fx.Node, env: Mapping[fx.Node, Any], reason: 
     returned = tuple(c.val) if several else () if c.val is None else (c.val,)
     types: list[TensorType] = []
     kinds: list[str] = []
-    for r in returned:
-        if isinstance(r, torch.Tensor):
+    read = {user.args[1] for user in node.users if user.target is operator.getitem} if several else {0}
+    for i, r in enumerate(returned):
+        if i not in read:
+            kinds.append("none")
+        elif isinstance(r, torch.Tensor):
             types.append(c.type_of(r).with_strides(c.dims(r.stride())))
             kinds.append("tensor")
         elif r is None:
@@ -102,7 +107,7 @@ def lower_extern(c: Context, node: fx.Node, env: Mapping[fx.Node, Any], reason: 
             raise Unsupported(f"a result of type {type(r).__name__} from an operator that is not compiled")
     random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
     values = make_extern(c, str(target), encoder.operands, args, kwargs, types, kinds, strides=tuple(encoder.strides),
-                         random=random, reason=reason, defines=_defined(c, returned))
+                         random=random, reason=reason, defines=_defined(c, [r for r, k in zip(returned, kinds, strict=True) if k != "none"]))
     results = iter(values)
     made = tuple(None if k == "none" else next(results) for k in kinds)
     return made if several else made[0] if made else None
@@ -126,7 +131,7 @@ def make_extern(c: Context, target: str, operands: list[Value], args: tuple[Any,
     return list(c.b.create("graph.extern", operands, attrs, types).results)
 
 
-def _defined(c: Context, returned: tuple[Any, ...]) -> dict[str, Any]:
+def _defined(c: Context, returned: Sequence[Any]) -> dict[str, Any]:
     """The unbacked symbols that first appear in these results. Unsupported if one is not a size or value of its own."""
     found: dict[str, Any] = {}
     wanted: set[str] = set()

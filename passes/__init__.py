@@ -1,3 +1,19 @@
 """The passes, one a file. Importing this package registers them all for textual pipelines."""
 
-from . import absorb_views, bufferize, canonicalize, cse, dce, fuse, inline, pack, plan_memory, schedule, sink_reshapes, tiling
+from . import (
+    absorb_views,
+    bufferize,
+    canonicalize,
+    cse,
+    dce,
+    decompose,
+    fold_constants,
+    fuse,
+    inline,
+    layout,
+    pack,
+    plan_memory,
+    schedule,
+    sink_reshapes,
+    tiling,
+)

@@ -37,10 +37,13 @@ def erase_dead(root: Operation) -> int:
 def _removable(op: Operation) -> bool:
     if op.has_trait(Trait.Terminator) or not op.results:
         return False
-    if op.has_trait(Trait.Pure) or op.name in ("tile.for", "tile.load"):
-        return op.name != "tile.for" or not _writes(op)
+    if op.name == "tile.load":
+        return not op["check"]
+    if op.has_trait(Trait.Pure) or op.name == "tile.for":
+        return op.name != "tile.for" or not _has_effect(op)
     return op.name in ("graph.extern", "tensor.extern") and not op["random"]
 
 
-def _writes(op: Operation) -> bool:
-    return any(inner.has_trait(Trait.WritesMemory) for inner in op.walk())
+def _has_effect(op: Operation) -> bool:
+    """A store, or a load that reports bad indices."""
+    return any(inner.has_trait(Trait.WritesMemory) or (inner.name == "tile.load" and inner["check"]) for inner in op.walk())

@@ -42,6 +42,11 @@ class Group:
         self.values.update(op.results)
 
 
+def _is_loop(g: Group) -> bool:
+    """Not a scatter or scan, which are kernels by themselves."""
+    return g.members[0].name == "tensor.generic"
+
+
 def frame_of(op: Operation) -> Group:
     """A new group of one op, whose frame is the op's own iteration space."""
     g = Group(list(op["dims"]), contraction=op if is_contraction(op) else None)
@@ -121,14 +126,14 @@ class Fuse(Pass):
             for user in v.users:
                 if user in of and user is not op and position[op] - position[user] < 64 and not of[user].contraction:
                     found.setdefault(id(of[user]), of[user])
-        return [g for g in found.values() if g.frame or g.members[0].name == "tensor.generic"]
+        return [g for g in found.values() if _is_loop(g)]
 
     def _merge_producer_groups(self, op: Operation, into: Group, of: dict[Operation, Group], groups: list[Group],
                                position: dict[Operation, int]) -> None:
         """Other groups that only feed this one, in the same frame, become part of it (two reductions of one row, say)."""
         for v in op.operands:
             other = of.get(v.defining_op) if v.defining_op is not None else None
-            if other is None or other is into or other.contraction is not None or into.contraction is not None:
+            if other is None or other is into or other.contraction is not None or into.contraction is not None or not _is_loop(other):
                 continue
             merged = self._union(other, into, op, v)
             if merged is None or any(_makes_cycle(other, m, of, position) for m in into.members) or any(

@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 
 from ..ir import Builder, Dim, Operation, TensorType, Value, sym
 from ..ir.dialects.tensor import fill_of
-from ..ir.expr import ceildiv, contiguous_linear, delinearize, free_symbols, lower_bound, product, simplify, split_linear, substitute, upper_bound
+from ..ir.expr import ceildiv, contiguous_linear, delinearize, evaluate, free_symbols, lower_bound, product, simplify, split_linear, substitute, upper_bound
 from ..ir.passes import Pass, PassContext, register
 from ..ir.types import i64
-from .structured import is_contraction, space_bounds
+from .structured import constant_values, in_order, is_contraction, space_bounds
 from .tiling.contraction import Roles, gemm_tile, roles_of
 
 SMALL_M = 4
@@ -47,18 +47,6 @@ class Pack(Pass):
                         _pack_right(op, roles, constant, ctx)
 
 
-def constant_values(func: Operation) -> set[Value]:
-    """Values that depend on parameters and constants alone."""
-    known: set[Value] = {a for a, attrs in zip(func.body.args, func["arg_attrs"] or ({},) * len(func.body.args), strict=True)
-                         if attrs.get("kind") == "param"}
-    assigned = {op.operands[0] for op in func.body if op.name == "tensor.assign"}
-    known -= assigned
-    for op in func.body:
-        if op.name in ("tensor.generic", "tensor.constant") and op.operands and all(v in known for v in op.operands):
-            known.update(op.results)
-    return known
-
-
 def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassContext) -> None:
     i = roles.right
     v, m = op.operands[i], op["maps"][i]
@@ -75,13 +63,14 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     used = {int(s[1:]) for e in m for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()}
     batch = [d for d in roles.batch if d in used]
     panels = ceildiv(n_size, nr)
-    dims: list[Dim] = [*(op["dims"][d] for d in batch), panels, *(op["dims"][d] for d in roles.k), nr]
+    k_order = sorted(roles.k, key=lambda d: -_left_stride(op, roles, d))  # the loop that walks the left operand contiguously is innermost
+    dims: list[Dim] = [*(op["dims"][d] for d in batch), panels, *(op["dims"][d] for d in k_order), nr]
     at: dict[str, Dim] = {f"d{d}": sym(f"d{j}") for j, d in enumerate(batch)}
     column = sym(f"d{len(batch)}") * nr + sym(f"d{len(dims) - 1}")
     ragged = n_size % nr != 0
     for d, e in zip(roles.n, delinearize(column, n_dims), strict=True):
         at[f"d{d}"] = e
-    for j, d in enumerate(roles.k):
+    for j, d in enumerate(k_order):
         at[f"d{d}"] = sym(f"d{len(batch) + 1 + j}")
     bounds = space_bounds(dims)
     source_map = tuple(simplify(substitute(e, at), bounds) for e in m)
@@ -90,11 +79,10 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     packed = b.generic([v], [source_map], dims, _packing_body(column, n_size) if ragged else (lambda bb, x: x), fills=[fill], name=f"{v.name or 'b'}_packed")
     flat = contiguous_linear([sym(f"d{d}") for d in roles.n], n_dims)
     op_bounds = space_bounds(op["dims"])
-    new_map = (*(sym(f"d{d}") for d in batch), simplify(flat // nr, op_bounds), *(sym(f"d{d}") for d in roles.k), simplify(flat % nr, op_bounds))
+    new_map = (*(sym(f"d{d}") for d in batch), simplify(flat // nr, op_bounds), *(sym(f"d{d}") for d in k_order), simplify(flat % nr, op_bounds))
     _set_operand(op, i, packed.result, new_map)
     op.attributes["_packed"] = True
     if is_constant:
-        packed.attributes["_cached"] = True
         constant.add(packed.result)
     ctx.remark("done", f"right operand {product(v.type.shape)} packed in panels of {nr}" + (", once" if is_constant else ""), op.location)  # type: ignore[attr-defined]
 
@@ -132,6 +120,21 @@ def _contiguous_along_n(v: Value, m: tuple[Dim, ...], op: Operation, roles: Role
     return split is not None and split[0] == 1
 
 
+def _left_stride(op: Operation, roles: Roles, d: int) -> int:
+    """The distance in the left operand between steps of dimension d (sizes unknown at compile time count as 64)."""
+    v, m = op.operands[roles.left], op["maps"][roles.left]
+    assert isinstance(v.type, TensorType)
+    offset: Dim = 0
+    for e, stride in zip(m, v.type.layout, strict=True):
+        offset = offset + e * stride
+    split = split_linear(simplify(offset, space_bounds(op["dims"])), f"d{d}")
+    return 0 if split is None else _stride_estimate(split[0])
+
+
+def _stride_estimate(stride: Dim) -> int:
+    return int(evaluate(stride, {s: 64 for s in free_symbols(stride)}))
+
+
 def _size(op: Operation, dims: tuple[int, ...]) -> Dim:
     return product(op["dims"][d] for d in dims)
 
@@ -161,8 +164,10 @@ def _materialise_padding(op: Operation, roles: Roles, ctx: PassContext) -> None:
         new_map.append(e - low)
     b = Builder.before_op(op)
     padded = b.generic([v], [tuple(source)], dims, lambda bb, x: x, fills=[fill], name=f"{v.name or 'x'}_padded")
+    order = sorted(range(v.type.rank), key=lambda d: -_stride_estimate(v.type.layout[d]))  # type: ignore[union-attr]
+    padded.result.type = in_order(padded.result.type, order)  # type: ignore[arg-type]
     _set_operand(op, i, padded.result, tuple(new_map))
     ctx.remark("done", "padding materialised", op.location)
 
 
-__all__ = ["Pack", "constant_values"]
+__all__ = ["Pack"]

@@ -10,9 +10,10 @@ from typing import Any
 
 from ..ir import Block, Builder, Dim, Expr, Operation, Region, ScalarType, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of
-from ..ir.expr import Bounds, contiguous_linear, free_symbols, simplify, substitute
+from ..ir.expr import Bounds, contiguous_linear, fold, free_symbols, product, simplify, substitute
+from ..ir.types import i64
 
-__all__ = ["EXPENSIVE", "body_ops", "composed_map", "identity_map", "inline_into", "is_contraction", "is_identity_view", "is_pointwise",
+__all__ = ["EXPENSIVE", "body_ops", "composed_map", "constant_values", "identity_map", "in_order", "inline_into", "is_contraction", "is_identity_view", "is_pointwise",
            "map_bounds", "plain_dims", "rebuild", "reshape_like", "space_bounds"]
 
 EXPENSIVE = frozenset(f"arith.{n}" for n in (
@@ -129,18 +130,14 @@ def _copy_body(op: Operation, builder: Builder, renamed: dict[Value, Value], ind
 
 def _index_value(b: Builder, e: Dim, like: Operation) -> Value:
     """The i64 value of an index expression over d0, d1, ... inside a body."""
-    from ..ir.expr import fold
-    from ..ir.types import DTYPES
-    i64 = DTYPES["i64"]
-
     def leaf(name: str) -> Value:
         if name[0] == "d" and name[1:].isdigit():
-            return b.op("tensor.index", type=ScalarType(i64), dim=int(name[1:]))
-        return b.op("tensor.sym", type=ScalarType(i64), expr=sym(name))
+            return b.op("tensor.index", type=i64, dim=int(name[1:]))
+        return b.op("tensor.sym", type=i64, expr=sym(name))
 
     names = {"add": "add", "mul": "mul", "floordiv": "floordiv", "mod": "mod", "max": "max", "min": "min"}
     with b.at(like.location):
-        return fold(e, leaf, lambda n: b.constant(n, i64), {k: (lambda x, y, n=n: b.arith(n, x, y)) for k, n in names.items()})
+        return fold(e, leaf, lambda n: b.constant(n, i64.dtype), {k: (lambda x, y, n=n: b.arith(n, x, y)) for k, n in names.items()})
 
 
 def inline_into(consumer: Operation, producer: Operation) -> Operation:
@@ -199,10 +196,26 @@ def inline_into(consumer: Operation, producer: Operation) -> Operation:
     return made
 
 
+def in_order(t: TensorType, order: list[int]) -> TensorType:
+    """The type laid out densely with its dimensions from outermost to innermost in `order`."""
+    strides: list[Dim] = [0] * t.rank
+    for k, d in enumerate(order):
+        strides[d] = product(t.shape[x] for x in order[k + 1:])
+    return t.with_strides(tuple(strides))
+
+
+def constant_values(func: Operation) -> set[Value]:
+    """Values that depend on parameters and constants alone."""
+    known: set[Value] = {a for a, attrs in zip(func.body.args, func["arg_attrs"] or ({},) * len(func.body.args), strict=True)
+                         if attrs.get("kind") == "param"}
+    assigned = {op.operands[0] for op in func.body if op.name == "tensor.assign"}
+    known -= assigned
+    for op in func.body:
+        if op.name in ("tensor.generic", "tensor.constant") and op.operands and all(v in known for v in op.operands):
+            known.update(op.results)
+    return known
+
+
 def uses_dims(op: Operation) -> set[int]:
     """Dimensions whose position the body asks for (tensor.index)."""
     return {o["dim"] for o in op.body if o.name == "tensor.index"}
-
-
-def mentions(e: Dim, name: str) -> bool:
-    return name in free_symbols(e)

@@ -51,7 +51,7 @@ def _bind_inputs(func: Operation, inputs: Sequence[torch.Tensor], ctx: Context) 
         raise IRError(f"@{func['sym_name']} takes {len(args)} arguments, got {len(inputs)}")
     for name, (arg, d) in func["symbol_sources"].items():
         ctx.symbols.setdefault(name, inputs[arg].shape[d])
-    for round in range(2):  # a symbol may be learnt from a later argument than the one that needs it
+    for _ in range(2):  # a symbol may be learnt from a later argument than the one that needs it
         for i, (a, x) in enumerate(zip(args, inputs)):
             if not isinstance(a.type, TensorType):
                 raise IRError(f"argument {i} of @{func['sym_name']} is a {a.type}: only functions on tensors can be interpreted")

@@ -93,8 +93,7 @@ def apply(name: str, operands: Sequence[Tensor]) -> Tensor:
     kind = operands[0].dtype
     if kind in WIDE_UNSIGNED:
         with np.errstate(all="ignore"):
-            result = _UNSIGNED[name](*(x.numpy() for x in operands))
-        return torch.from_numpy(np.asarray(result))
+            return torch.from_numpy(np.asarray(_UNSIGNED[name](*(x.numpy() for x in operands))))
     predicate = BY_NAME[name].result == "i1"
     wide = kind
     if name == "fma":

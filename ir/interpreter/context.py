@@ -125,8 +125,11 @@ def bind_shape(shape: Sequence[Dim], actual: Sequence[int], symbols: MutableMapp
             continue
         name = unknown.pop()
         parts = split_linear(substitute(size, dict(symbols)), name)
-        if parts is not None and all(isinstance(p, int) for p in parts) and parts[0] != 0 and (n - parts[1]) % parts[0] == 0:
-            symbols[name] = (n - parts[1]) // parts[0]  # type: ignore[operator]
+        if parts is None:
+            continue
+        factor, offset = parts
+        if isinstance(factor, int) and isinstance(offset, int) and factor != 0 and (n - offset) % factor == 0:
+            symbols[name] = (n - offset) // factor
     for i, (size, n) in enumerate(zip(shape, actual)):
         if free_symbols(size) <= symbols.keys() and evaluate(size, symbols) != n:
             raise IRError(f"{what} has size {n} in dimension {i}, where its type says '{size}'"

@@ -234,8 +234,8 @@ def _normalised(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, T
 
 def _affine(y: Tensor, parameters: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     """y * weight + bias, of whichever are given, each viewed as `shape`."""
-    for p, combine in zip(parameters, (torch.mul, torch.add)):
-        y = combine(y, _wide(p).reshape(shape))
+    for i, p in enumerate(parameters):
+        y = y * _wide(p).reshape(shape) if i == 0 else y + _wide(p).reshape(shape)
     return y
 
 
@@ -290,7 +290,7 @@ def _avg_pool(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
 
 def _embedding(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     weight, indices = xs
-    if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < weight.shape[0]):
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= weight.shape[0]):
         raise IndexError(f"embedding index out of range: [{int(indices.min())}, {int(indices.max())}] for {weight.shape[0]} rows")
     return [weight[indices]]
 

@@ -100,15 +100,16 @@ class Memory:
                 raise IRError(f"element {at.expand(race.shape)[race][0].item()} is read by one program and written by another")
         return flat_take(self.flat, at)
 
-    def store(self, offset: Tensor, wanted: Tensor, value: Tensor, atomic: str, lanes: Tensor, programs: Tensor) -> None:
-        """Writes (or combines, by `atomic`) `value` at `offset` where `wanted`; all arguments broadcast."""
+    def store(self, offset: Tensor, wanted: Tensor, value: Tensor, lanes: Tensor, programs: Tensor, *, atomic: str = "",
+              ordered: bool = False) -> None:
+        """Writes (or combines, by `atomic`) `value` at `offset` where `wanted`; all tensors broadcast. If `ordered`, later lanes win."""
         offset, wanted, value, lanes, programs = torch.broadcast_tensors(offset, wanted, value, lanes, programs)
         at = self._addresses(offset, wanted, lanes, programs.reshape(programs.shape[0], -1)[:, 0])[wanted]
         chosen = value[wanted]
         if self.writers is not None and not self.private:
             self._record(at, programs[wanted], bool(atomic))
-        if atomic:
-            self.flat = scatter_into(atomic, self.flat, at, chosen)
+        if atomic or ordered:
+            self.flat = scatter_into(atomic or "set", self.flat, at, chosen)
             return
         signed = SAME_WIDTH_SIGNED.get(self.flat.dtype, self.flat.dtype)  # torch cannot index-assign wide unsigned types
         self.flat.view(signed)[at] = chosen.view(signed)

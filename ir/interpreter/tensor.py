@@ -277,7 +277,8 @@ def _generic(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
         body = _Body(ctx, op, xs, space)
         here = tuple(slice(r.start, r.stop) for r in box)
         if product is not None:
-            outputs[0][here] = _contract(*(body.value(v) for v in product.operands), space, parallel)
+            a, b = (body.value(v) for v in product.operands)
+            outputs[0][here] = _contract(a, b, space, parallel)
             continue
         for out, v, kind in zip(outputs, yielded, kinds, strict=True):
             out[here] = body.whole(v) if kind == "none" else combine(kind, body.whole(v), parallel)

@@ -1,8 +1,10 @@
 """Reference semantics of kernels: all programs of a grid at once.
 
 A scalar of a kernel is a torch tensor of shape [P], a tile one of shape [P, *tile], where P is the number of programs that run
-together, or 1 while the value is the same for all of them. Loops with equal bounds are Python loops; where bounds differ, programs
-that are done are masked. `LANES` bounds the memory: larger grids run in pieces, in order.
+together, or 1 while the value is the same for all of them. `LANES` bounds the memory: larger grids run in pieces, in order.
+
+Loops: iterations, too, run together as far as they do not depend on each other (`loops.py`): as lanes of their own, program-major. Where
+bounds differ between programs, iterations run one by one and programs that are done are masked.
 
 Memory is laid out as the tensor types of the launch say. An output that `inplace` pairs with an input starts as a copy of it; all other
 outputs start poisoned. See `memory.py` for what is checked.
@@ -11,7 +13,7 @@ outputs start poisoned. See `memory.py` for what is checked.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +24,7 @@ from ..expr import Dim
 from ..types import BufferType, TensorType, TileType
 from . import arith
 from .context import WIDENED, Context, Handler, bind_shape, evaluate_index, failure
+from .loops import run_together
 from .memory import Memory, extent
 from .tensor import combine
 
@@ -37,24 +40,32 @@ def _rank(v: Value) -> int:
     return v.type.rank if isinstance(v.type, TileType) else 0
 
 
-def _lift(x: Tensor, rank: int) -> Tensor:
+def lift(x: Tensor, rank: int) -> Tensor:
     """A scalar of every program as a tile of size 1; tiles as they are."""
     return x.reshape(x.shape[0], *(1,) * rank) if x.dim() == 1 else x
 
 
 @dataclass
-class _Programs:
-    """Programs that run together. `ids` [P] are their numbers in the grid; `active` [P] is false for those that are done with a loop."""
+class Programs:
+    """Lanes that run together: programs, or iterations of a loop of each.
+
+    ids: [P] the number in the grid of each lane's program.
+    lanes: [P] the number of each lane's program among those that share scratch memory.
+    active: [P] false for programs that are done with a loop; none when all run.
+    written: the buffers that the kernel stores to.
+    largest: elements of the kernel's largest tile.
+    ordered: whether several lanes belong to one program (stores of later lanes then win).
+    """
 
     ctx: Context
     grid: tuple[int, ...]
     ids: Tensor
+    lanes: Tensor
     env: dict[Value, Any]
+    written: frozenset[Value]
+    largest: int
     active: Tensor | None = None
-
-    @property
-    def lanes(self) -> Tensor:
-        return torch.arange(len(self.ids))
+    ordered: bool = False
 
     def run(self, block: Block) -> None:
         """Runs all ops of `block` but its terminator."""
@@ -62,21 +73,27 @@ class _Programs:
         for op in block:
             if op is terminator:
                 return
-            values = [self.env[v] for v in op.operands]
-            try:
-                results = _run_op(self, op, values)
-            except IndexError as e:
-                raise IndexError(str(failure(op, str(e)))) from e
-            except IRError as e:
-                raise e if "\n  in " in str(e) else failure(op, str(e)) from e
-            except (RuntimeError, TypeError, ValueError, KeyError) as e:
-                raise failure(op, f"{type(e).__name__}: {e}") from e
-            self.env.update(zip(op.results, results, strict=True))
+            self.run_op(op)
+
+    def run_op(self, op: Operation) -> None:
+        """Runs one op on the values in `env`, which learns its results."""
+        handler = _OPS.get(op.name)
+        try:
+            if handler is None:
+                raise IRError(f"'{op.name}' cannot stand in a kernel")
+            results = handler(self, op, [self.env[v] for v in op.operands])
+        except IndexError as e:
+            raise IndexError(str(failure(op, str(e)))) from e
+        except IRError as e:
+            raise e if "\n  in " in str(e) else failure(op, str(e)) from e
+        except (RuntimeError, TypeError, ValueError, KeyError) as e:
+            raise failure(op, f"{type(e).__name__}: {e}") from e
+        self.env.update(zip(op.results, results, strict=True))
 
     def index(self, indices: Sequence[Tensor], shape: Sequence[int]) -> Callable[[Dim], Tensor]:
         """A function from expressions over i0.., t0.. and sizes to values of full rank, broadcastable over programs and `shape`."""
         rank = len(shape)
-        grids = {f"i{k}": _lift(x, rank).to(torch.int64) for k, x in enumerate(indices)}
+        grids = {f"i{k}": lift(x, rank).to(torch.int64) for k, x in enumerate(indices)}
         for k, n in enumerate(shape):
             grids[f"t{k}"] = torch.arange(n).reshape([1] + [n if j == k else 1 for j in range(rank)])
 
@@ -87,8 +104,8 @@ class _Programs:
 
     def wanted(self, op: Operation, value: Callable[[Dim], Tensor], rank: int) -> tuple[Tensor, Tensor]:
         """(where the op's mask holds, where besides the program is active)."""
-        mask = _lift(_conjunction(op, value), rank)
-        return mask, mask if self.active is None else mask & _lift(self.active, rank)
+        mask = lift(_conjunction(op, value), rank)
+        return mask, mask if self.active is None else mask & lift(self.active, rank)
 
 
 def _conjunction(op: Operation, value: Callable[[Dim], Tensor]) -> Tensor:
@@ -102,75 +119,75 @@ def _conjunction(op: Operation, value: Callable[[Dim], Tensor]) -> Tensor:
 
 # -- memory -----------------------------------------------------------------------------------------------------------
 
-def _load(p: _Programs, op: Operation, xs: list[Any]) -> list[Any]:
+def _load(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     memory, *indices = xs
     shape = op["shape"]
     value = p.index(indices, shape)
     mask, wanted = p.wanted(op, value, len(shape))
     if op["check"]:
-        outside = ~mask if p.active is None else _lift(p.active, len(shape)) & ~mask
+        outside = ~mask if p.active is None else lift(p.active, len(shape)) & ~mask
         if bool(outside.any()):
             raise IndexError("an index given by the user is out of range")
-    got = memory.load(value(op["offset"]), wanted, _lift(p.lanes, len(shape)), _lift(p.ids, len(shape)))
+    got = memory.load(value(op["offset"]), wanted, lift(p.lanes, len(shape)), lift(p.ids, len(shape)))
     if not bool(wanted.all()):
         got = torch.where(wanted, got, torch.tensor(op["other"], dtype=got.dtype))
     return [got.expand(-1, *shape)]
 
 
-def _store(p: _Programs, op: Operation, xs: list[Any]) -> list[Any]:
+def _store(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     memory, stored, *indices = xs
     shape = op.operands[1].type.shape if _rank(op.operands[1]) else ()  # type: ignore[attr-defined]
     value = p.index(indices, shape)
     _, wanted = p.wanted(op, value, len(shape))
-    memory.store(value(op["offset"]), wanted, _lift(stored, len(shape)), op["atomic"], _lift(p.lanes, len(shape)), _lift(p.ids, len(shape)))
+    memory.store(value(op["offset"]), wanted, *(lift(x, len(shape)) for x in (stored, p.lanes, p.ids)), atomic=op["atomic"], ordered=p.ordered)
     return []
 
 
-def _alloca(p: _Programs, op: Operation, xs: list[Any]) -> list[Any]:
+def _alloca(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     t = op.result.type
     assert isinstance(t, BufferType)
-    return [Memory.fresh(extent(p.ctx.dims(t.shape), p.ctx.dims(t.layout)), p.ctx.dtype(t), programs=len(p.ids))]
+    return [Memory.fresh(extent(p.ctx.dims(t.shape), p.ctx.dims(t.layout)), p.ctx.dtype(t), programs=int(p.lanes[-1]) + 1)]
 
 
 # -- values -----------------------------------------------------------------------------------------------------------
 
-def _program_id(p: _Programs, op: Operation, xs: list[Any]) -> list[Any]:
+def _program_id(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     axis = op["axis"]
     return [p.ids // math.prod(p.grid[axis + 1:]) % p.grid[axis]]
 
 
-def _index(p: _Programs, op: Operation, xs: list[Any]) -> list[Any]:
+def _index(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     shape = op["shape"]
     return [p.ctx.to_type(p.index(xs, shape)(op["expr"]).expand(-1, *shape), op.result.type)]
 
 
-def _mask(p: _Programs, op: Operation, xs: list[Any]) -> list[Any]:
+def _mask(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     shape = op["shape"]
     mask = _conjunction(op, p.index(xs, shape))
-    return [_lift(mask, len(shape)).expand(-1, *shape)]
+    return [lift(mask, len(shape)).expand(-1, *shape)]
 
 
-def _full(p: _Programs, op: Operation, xs: list[Any]) -> list[Any]:
+def _full(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     t = op.result.type
     assert isinstance(t, TileType)
-    return [_lift(xs[0], t.rank).expand(-1, *t.shape)]
+    return [lift(xs[0], t.rank).expand(-1, *p.ctx.dims(t.shape))]
 
 
-def _reduce(p: _Programs, op: Operation, xs: list[Any]) -> list[Any]:
+def _reduce(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     x, axis = xs[0], op["axis"] + 1
     return [combine(op["kind"], x.movedim(axis, -1), x.dim() - 1).unsqueeze(axis)]
 
 
-def _reshape(p: _Programs, op: Operation, xs: list[Any]) -> list[Any]:
+def _reshape(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     shape = op.result.type.shape if _rank(op.result) else ()  # type: ignore[attr-defined]
     return [xs[0].reshape(-1, *shape)]
 
 
-def _transpose(p: _Programs, op: Operation, xs: list[Any]) -> list[Any]:
+def _transpose(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     return [xs[0].transpose(1, 2)]
 
 
-def _dot(p: _Programs, op: Operation, xs: list[Any]) -> list[Any]:
+def _dot(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     a, b, acc = xs
     wide = torch.float32 if acc.dtype in WIDENED else acc.dtype
     if not wide.is_floating_point and a.dtype.itemsize <= 2:
@@ -179,61 +196,45 @@ def _dot(p: _Programs, op: Operation, xs: list[Any]) -> list[Any]:
     return [(acc.to(wide) + product).to(acc.dtype) if wide.is_floating_point and acc.is_floating_point() else acc + product.to(acc.dtype)]
 
 
-def _for(p: _Programs, op: Operation, xs: list[Any]) -> list[Any]:
+def _for(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     n = op["indices"]
     value = p.index(xs[:n], ())
-    lower, upper, step = value(op["lower"]), value(op["upper"]), op["step"]
-    iv, *carried = op.body.args
-    state = list(xs[n:])
-    yielded = op.body.terminator.operands
-    outer = p.active
-    for at, active in _iterations(lower, upper, step, outer):
-        p.env[iv] = at
-        p.env.update(zip(carried, state))
-        p.active = active
-        p.run(op.body)
-        new = [p.env[v] for v in yielded]
-        if active is not outer:
-            new = [torch.where(_lift(active, x.dim() - 1), x, old) for x, old in zip(new, state)]  # type: ignore[arg-type]
-        state = new
-    p.active = outer
-    return state
-
-
-def _iterations(lower: Tensor, upper: Tensor, step: int, active: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(induction values, active programs) of each iteration."""
+    lower, upper = value(op["lower"]), value(op["upper"])
     if bool((lower == lower[0]).all()) and bool((upper == upper[0]).all()):
-        for i in range(int(lower[0]), int(upper[0]), step):
-            yield torch.tensor([i]), active
-        return
+        return run_together(p, op, range(int(lower[0]), int(upper[0]), op["step"]), xs[n:])
+    return _run_masked(p, op, lower, upper, xs[n:])
+
+
+def _run_masked(p: Programs, op: Operation, lower: Tensor, upper: Tensor, state: list[Any]) -> list[Any]:
+    """A loop whose bounds differ between programs; gives the carried values."""
+    iv, *carried = op.body.args
+    outer = p.active
     at = lower.expand(torch.broadcast_shapes(lower.shape, upper.shape))
     while True:
-        running = at < upper if active is None else (at < upper) & active
+        running = at < upper if outer is None else (at < upper) & outer
         if not bool(running.any()):
-            return
-        yield at, running
-        at = at + step
+            p.active = outer
+            return state
+        p.env.update(zip([iv, *carried], [at, *state]))
+        p.active = running
+        p.run(op.body)
+        new = [p.env[v] for v in op.body.terminator.operands]
+        state = [torch.where(lift(running, x.dim() - 1), x, old) for x, old in zip(new, state)]
+        at = at + op["step"]
 
 
-def _arith(p: _Programs, op: Operation, xs: list[Any]) -> list[Any]:
+def _arith(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     rank = _rank(op.result)
-    (got,) = arith.HANDLERS[op.name](p.ctx, op, [_lift(x, rank) for x in xs])
+    (got,) = arith.HANDLERS[op.name](p.ctx, op, [lift(x, rank) for x in xs])
     return [got.reshape(1) if got.dim() == 0 else got]
 
 
-_OPS: dict[str, Callable[[_Programs, Operation, list[Any]], list[Any]]] = {
+_OPS: dict[str, Callable[[Programs, Operation, list[Any]], list[Any]]] = {
     **dict.fromkeys(arith.HANDLERS, _arith),
     "tile.load": _load, "tile.store": _store, "tile.alloca": _alloca, "tile.program_id": _program_id, "tile.index": _index,
     "tile.mask": _mask, "tile.full": _full, "tile.reduce": _reduce, "tile.reshape": _reshape, "tile.transpose": _transpose,
     "tile.dot": _dot, "tile.for": _for,
 }
-
-
-def _run_op(p: _Programs, op: Operation, xs: list[Any]) -> list[Any]:
-    handler = _OPS.get(op.name)
-    if handler is None:
-        raise IRError(f"'{op.name}' cannot stand in a kernel")
-    return handler(p, op, xs)
 
 
 # -- launches ---------------------------------------------------------------------------------------------------------
@@ -274,12 +275,15 @@ def _launch(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
             raise IRError(f"argument {a.index} of @{kernel['sym_name']} is {a.type}, launched with {m.size} elements of {m.flat.dtype}")
     grid = inner.dims(kernel["grid"])
     total = math.prod(grid)
-    largest = max((math.prod(v.type.shape) for o in kernel.walk() for v in (*o.operands, *o.results) if isinstance(v.type, TileType)), default=1)
-    together = max(1, LANES // max(1, largest))
+    tiles = {v.type for o in kernel.walk() for v in (*o.operands, *o.results) if isinstance(v.type, TileType)}
+    largest = max([1, *(math.prod(inner.dims(t.shape)) for t in tiles)])
+    written = frozenset(o.operands[0] for o in kernel.walk() if o.name == "tile.store")
+    together = max(1, LANES // largest)
     try:
         for start in range(0, total, together):
             ids = torch.arange(start, min(start + together, total))
-            _Programs(inner, grid, ids, dict(zip(kernel.body.args, memories))).run(kernel.body)
+            env: dict[Value, Any] = dict(zip(kernel.body.args, memories))
+            Programs(inner, grid, ids, torch.arange(len(ids)), env, written, largest).run(kernel.body)
     except (IRError, IndexError) as e:
         raise type(e)(f"in kernel @{kernel['sym_name']}: {e}") from e
     for i, r in enumerate(op.results, len(xs)):

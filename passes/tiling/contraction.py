@@ -9,14 +9,14 @@ The right operand should be contiguous along N; `passes/pack.py` sees to that on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...ir import Dim, Operation, Target, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of, parallel_dims
-from ...ir.expr import ceildiv, delinearize, free_symbols, minimum, product, simplify, substitute
+from ...ir.expr import ceildiv, delinearize, evaluate, free_symbols, minimum, product, simplify, split_linear, substitute
 from ...ir.types import index
-from ..structured import body_ops
+from ..structured import body_ops, space_bounds
 from .emit import Emitter, Pair, fill_masks
 
 __all__ = ["Roles", "emit_contraction", "gemm_tile", "roles_of"]
@@ -49,6 +49,17 @@ def roles_of(op: Operation) -> Roles | None:
     if not n:
         return None
     return Roles(batch, m, n, tuple(range(parallel, len(op["dims"]))), left, right)
+
+
+def _walk(op: Operation, i: int, d: int) -> int:
+    """The distance in operand i between steps of dimension d; sizes unknown at compile time count as 64."""
+    v = op.operands[i]
+    assert isinstance(v.type, TensorType)
+    offset: Dim = 0
+    for e, stride in zip(op["maps"][i], v.type.layout, strict=True):
+        offset = offset + e * stride
+    split = split_linear(simplify(offset, space_bounds(op["dims"])), f"d{d}")
+    return 0 if split is None else int(evaluate(split[0], {s: 64 for s in free_symbols(split[0])}))
 
 
 def _stride_key(stride: Dim) -> int:
@@ -86,6 +97,7 @@ class _Contraction:
                  tile: tuple[int, int, int]):
         found = roles_of(op)
         assert found is not None
+        found = replace(found, k=tuple(sorted(found.k, key=lambda d: -_walk(op, found.right, d))))
         self.op, self.epilogue, self.outputs, self.e, self.buffers, self.roles = op, epilogue, outputs, e, buffers, found
         self.tile = tile
         dims = op["dims"]

@@ -13,7 +13,7 @@ from ...ir import Block, BufferType, Builder, Operation, Region, SymbolRef, Tens
 from ...ir.expr import Dim, free_symbols
 from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
-from ..structured import is_contraction, is_pointwise
+from ..structured import constant_values, is_contraction, is_pointwise
 from .contraction import emit_contraction, gemm_tile, roles_of
 from .emit import Emitter
 from .frame import Frame, analyse
@@ -33,11 +33,17 @@ class Tile(Pass):
         taken: set[str] = set()
         launches = 0
         for func in [f for f in module.body if f.name == "func"]:
+            constant = constant_values(func)
             for op in list(func.body):
                 if op.name == "tensor.fused":
                     kernel = lower(op, func["symbols"], ctx)
                     name = _intern(kernel, func, kernels, taken)
-                    launch = Builder.before_op(op).create("tile.launch", op.operands, {"kernel": SymbolRef(name)}, [r.type for r in op.results])
+                    attrs: dict = {"kernel": SymbolRef(name)}
+                    if op.operands and all(v in constant for v in op.operands):
+                        attrs["cached"] = True
+                    launch = Builder.before_op(op).create("tile.launch", op.operands, attrs, [r.type for r in op.results])
+                    if "cached" in attrs:
+                        constant.update(launch.results)
                     for old, new in zip(op.results, launch.results, strict=True):
                         new.name = old.name
                         old.replace_all_uses_with(new)

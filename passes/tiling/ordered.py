@@ -12,7 +12,7 @@ from typing import Any
 
 from ...ir import Dim, Operation, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
-from ...ir.expr import ceildiv, simplify, substitute
+from ...ir.expr import ceildiv, free_symbols, simplify, substitute
 from ...ir.types import index
 from ..structured import body_ops
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
@@ -112,15 +112,23 @@ def _update(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, 
     value, *indices = _body(e, op, buffers, at, active, lead=1)
     result = op.result.type
     assert isinstance(result, TensorType)
-    extra = [v for j, v in enumerate(indices) if j not in own]
+    here = e.mask_value([p for p in active if free_symbols(p[0]) & {"t0", "t1"}])
+    extra = [e.builder.arith("select", here, v, 0) if here is not None and isinstance(v.type, TileType) else v
+             for j, v in enumerate(indices) if j not in own]
     number = {j: k for k, j in enumerate(j for j in range(result.rank) if j not in own)}
     offset: Dim = 0
+    first: Dim = 0
     for j, stride in enumerate(result.layout):
         offset = offset + (fixed[j] if j in own else sym(f"i{number[j]}")) * stride
+        first = first + (0 if j in own else sym(f"i{number[j]}")) * stride
     pairs = [(sym(f"i{k}"), result.shape[j]) for j, k in number.items()]
     low = [sym(f"i{k}") for k in number.values()]
     mask = [*pairs, *e.needed(active)]
-    old = e.load(out, simplify(offset, e.bounds()), mask, low, 0, extra=extra, check=bool(pairs))
+    shapes = [v.type.shape for v in extra if isinstance(v.type, TileType)]
+    extra_shape = tuple(max(x) for x in zip(*shapes, strict=True)) if shapes else ()
+    if pairs:  # reports a bad index; its value is not used
+        e.load(out, first, pairs, low, 0, extra=extra, extra_shape=extra_shape, check=True)
+    old = e.load(out, simplify(offset, e.bounds()), mask, low, 0, extra=extra, extra_shape=extra_shape)
     kind = op["combine"]
     if kind != "set":
         value = e.builder.arith({"add": "add", "mul": "mul", "max": "max", "min": "min"}[kind] if element_type(value.type).kind != "bool" else

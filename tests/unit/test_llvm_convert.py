@@ -14,7 +14,7 @@ from llvmlite import ir
 DTYPES = {
     "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64,
     "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "i1": torch.bool,
-    "index": torch.int64,
+    "u16": torch.uint16, "u32": torch.uint32, "u64": torch.uint64, "index": torch.int64,
 }  # fmt: skip
 FLOATS = ("f64", "f32", "f16", "bf16")
 PAIRS = list(itertools.product(DTYPES, DTYPES))
@@ -27,6 +27,7 @@ def cast(x: torch.Tensor, source: str, target: str, width: int | None) -> torch.
         return to_memory(b, emit_cast(b, from_memory(b, value, source), source, target), target)
 
     module = emit_loop(emit, [REPRESENTATIONS[source].memory], REPRESENTATIONS[target].memory, width)
+    assert x.numel() % (width or 1) == 0
     output = torch.empty(x.shape, dtype=DTYPES[target])
     compile_function(module, "kernel", 2)(x.data_ptr(), output.data_ptr(), x.numel())
     return output
@@ -41,7 +42,9 @@ def samples(name: str) -> torch.Tensor:
     if name not in FLOATS:
         info = torch.iinfo(dtype)
         edge = torch.tensor([info.min, info.min + 1, 0, 1, info.max - 1, info.max, *([3] * 10)], dtype=dtype)
-        return torch.cat([edge, torch.randint(info.min, info.max, (240,), generator=generator, dtype=dtype)])
+        # uint64 has no randint of its own: all bits of int64 will do.
+        bits = torch.randint(-(1 << 63), (1 << 63) - 1, (240,), generator=generator, dtype=torch.int64)
+        return torch.cat([edge, bits.to(dtype)])
     edge = torch.tensor([0.0, -0.0, 0.5, -0.5, 0.9999, -0.9999, 1.5, 2.5, 126.9, 127.0, 1e-7, 1e-40, 65.0, 3.0, 4.0, 5.0])
     return torch.cat([edge, torch.rand(240, generator=generator) * 127]).to(dtype)
 
@@ -64,7 +67,7 @@ def test_cast_as_torch(source: str, target: str, width: int | None) -> None:
 
 
 @pytest.mark.parametrize("source", FLOATS)
-@pytest.mark.parametrize("target", [name for name in DTYPES if name not in FLOATS])
+@pytest.mark.parametrize("target", ["i64", "i32", "i16", "i8", "u8", "i1", "index"])
 def test_values_that_do_not_fit(source: str, target: str) -> None:
     """As x86-64: the indefinite integer, of which narrow targets keep the low bits; NaN is true."""
     values = [math.nan, math.inf, -math.inf, 2.0**31, -(2.0**31), 2.0**63, -(2.0**63), 3e9, -3e9, 1e30, 300.0, -1.0, -300.0,
@@ -95,10 +98,17 @@ def test_float_rounding(source: str, target: str) -> None:
     single = bits.to(torch.int32).view(torch.float32)
     ties = ((bits & ~0xFFFF) | 0x8000).to(torch.int32).view(torch.float32)
     narrow = torch.exp2(torch.linspace(-28, 18, 1 << 14)) * (1 + 2.0**-11)
-    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 65504.0, 65519.9, 65520.0, 3.3961775e38, 1e39, 1e-46,
-                            1e-8, 2.0**-25, 2.0**-24, 2.0**-133, 2.0**-134, 1e-46], dtype=torch.float64)  # fmt: skip
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 65504.0, 65519.9, 65520.0, 3.3961775e38, 1e39, 1e-8,
+                            2.0**-25, 2.0**-24, 2.0**-133, 2.0**-134, 1e-46], dtype=torch.float64)  # fmt: skip
     x = torch.cat([single.double(), ties.double(), narrow.double(), -narrow.double(), special]).to(DTYPES[source])
     assert same(cast(x, source, target, 16), x.to(DTYPES[target]))
+
+
+def test_upper_half_of_u64() -> None:
+    x = torch.tensor([2.0**63, 2.0**63 + 2.0**40, 1.5 * 2.0**63, 2.0**64 - 2.0**40, 2.0**62, 5.0, 0.0, 2.0**32] * 2)
+    wanted = [int(v) for v in x.tolist()]
+    for width in (None, 16):
+        assert cast(x, "f32", "u64", width).tolist() == wanted
 
 
 def test_all_bf16_patterns_survive_f32() -> None:

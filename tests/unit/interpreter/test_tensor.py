@@ -213,7 +213,7 @@ def test_scatter(dtype):
 def test_scatter_of_bools_and_out_of_bounds():
     init = torch.tensor([False, True])
     assert scatter("add", init, torch.tensor([0, 1]), torch.tensor([True, False])).tolist() == [True, True]
-    with pytest.raises(IndexError, match="tensor.scatter"):
+    with pytest.raises(IndexError, match=r"tensor\.scatter"):
         scatter("set", init, torch.tensor([2]), torch.tensor([True]))
 
 

@@ -4,8 +4,22 @@ import time
 
 import pytest
 import torch
-from aicc.ir import DTYPES, Block, BufferType, Builder, IRError, Operation, Region, SymbolRef, TensorType, TileType, make_func, make_module, sym
-from aicc.ir.interpreter import interpret, tile
+from aicc.ir import (
+    DTYPES,
+    Block,
+    BufferType,
+    Builder,
+    IRError,
+    Operation,
+    Region,
+    SymbolRef,
+    TensorType,
+    TileType,
+    make_func,
+    make_module,
+    sym,
+)
+from aicc.ir.interpreter import interpret, loops, tile
 from aicc.ir.parser import parse_module
 from aicc.ir.types import index
 
@@ -303,6 +317,100 @@ def test_launches_name_what_is_wrong():
         launch("", "tensor<8xf32>", "tensor<8xf32>", [torch.zeros(8)])
     with pytest.raises(IRError, match="argument 0 of @k is buffer<9xf32>, launched with 8 elements"):
         launch(copy_to("i0", 9), "tensor<8xf32>", "tensor<8xf32>", [torch.zeros(8)])
+
+
+@pytest.fixture(params=[1, 64, 1 << 20], ids=["in order", "in parts", "together"])
+def loop_lanes(request, monkeypatch):
+    """How many iterations of a loop the interpreter takes at once."""
+    monkeypatch.setattr(loops, "LANES", request.param)
+    if request.param == 1:
+        monkeypatch.setattr(loops, "_independent", lambda op, written: set())
+        monkeypatch.setattr(loops, "_commutes", lambda op, written: False)
+
+
+def test_loops_taken_together_agree_with_loops_in_order(loop_lanes):
+    test_streaming_softmax()
+    a, b = torch.randn(20, 21), torch.randn(21, 19)
+    (got,) = launch(gemm("f32", "f32"), "tensor<s0xs2xf32>;tensor<s2xs1xf32>", "tensor<s0xs1xf32>", [a, b], check=True)
+    torch.testing.assert_close(got, a @ b, rtol=1e-5, atol=1e-5)
+
+
+def test_stores_of_later_iterations_win(loop_lanes):
+    kernel = """tile.kernel @k {grid = [3]} {
+      ^(%x: buffer<3x7xf32>, %y: buffer<3x2xf32>):
+        %p = tile.program_id() {axis = 0} : index
+        tile.for {lower = 0, upper = 7} {
+          ^(%i: index):
+            %v = tile.load(%x, %p, %i) {offset = i0*7 + i1, shape = []} : f32
+            tile.store(%y, %v, %p, %i) {offset = i0*2 + i1 % 2}
+            tile.yield()
+        }
+        tile.yield()
+    }"""
+    x = torch.randn(3, 7)
+    (got,) = launch(kernel, "tensor<3x7xf32>", "tensor<3x2xf32>", [x], check=True)
+    assert torch.equal(got, torch.stack([x[:, 6], x[:, 5]], 1))
+
+
+def test_loops_that_read_what_they_wrote_run_in_order(loop_lanes):
+    """A running sum through memory, and a counter of another kind carried beside it."""
+    kernel = """tile.kernel @k {grid = [3], outputs = 2} {
+      ^(%x: buffer<3x7xf32>, %y: buffer<3x8xf32>, %m: buffer<3xf32>):
+        %p = tile.program_id() {axis = 0} : index
+        %z = arith.constant() {value = 0.0} : f32
+        tile.store(%y, %z, %p) {offset = i0*8}
+        %r = tile.for(%z) {lower = 0, upper = 7} : f32 {
+          ^(%i: index, %acc: f32):
+            %v = tile.load(%x, %p, %i) {offset = i0*7 + i1, shape = []} : f32
+            %e = arith.exp(%v) : f32
+            %o = tile.load(%y, %p, %i) {offset = i0*8 + i1, shape = []} : f32
+            %s = arith.add(%o, %e) : f32
+            tile.store(%y, %s, %p, %i) {offset = i0*8 + i1 + 1}
+            %n = arith.max(%acc, %e) : f32
+            tile.yield(%n)
+        }
+        tile.store(%m, %r, %p) {offset = i0}
+        tile.yield()
+    }"""
+    x = torch.randn(3, 7)
+    got, most = launch(kernel, "tensor<3x7xf32>", "tensor<3x8xf32>;tensor<3xf32>", [x], check=True)
+    torch.testing.assert_close(got[:, 1:], x.exp().cumsum(1))
+    torch.testing.assert_close(most, x.exp().amax(1))
+
+
+def test_several_accumulators_share_what_they_read(loop_lanes):
+    """x @ y, x @ (2 y) and the sum of x in one loop, inside a loop over blocks of rows that carries nothing."""
+    kernel = """tile.kernel @k {grid = [2], outputs = 3} {
+      ^(%x: buffer<8x6xf32>, %y: buffer<6x4xf32>, %a: buffer<8x4xf32>, %b: buffer<8x4xf32>, %c: buffer<8xf32>):
+        %p = tile.program_id() {axis = 0} : index
+        %z = arith.constant() {value = 0.0} : f32
+        %two = arith.constant() {value = 2.0} : f32
+        %t = tile.full(%z) : tile<2x4xf32>
+        %s = tile.full(%z) : tile<2x1xf32>
+        tile.for {lower = 0, upper = 4, step = 2} {
+          ^(%j: index):
+            %u, %v, %w = tile.for(%t, %t, %s) {lower = 0, upper = 6, step = 3} : tile<2x4xf32>, tile<2x4xf32>, tile<2x1xf32> {
+              ^(%i: index, %f: tile<2x4xf32>, %g: tile<2x4xf32>, %h: tile<2x1xf32>):
+                %l = tile.load(%x, %p, %j, %i) {offset = (i0*4 + i1 + t0)*6 + i2 + t1, shape = [2, 3]} : tile<2x3xf32>
+                %r = tile.load(%y, %i) {offset = (i0 + t0)*4 + t1, shape = [3, 4]} : tile<3x4xf32>
+                %d = arith.mul(%r, %two) : tile<3x4xf32>
+                %f1 = tile.dot(%l, %r, %f) : tile<2x4xf32>
+                %g1 = tile.dot(%l, %d, %g) : tile<2x4xf32>
+                %q = tile.reduce(%l) {axis = 1, kind = "sum"} : tile<2x1xf32>
+                %h1 = arith.add(%q, %h) : tile<2x1xf32>
+                tile.yield(%f1, %g1, %h1)
+            }
+            tile.store(%a, %u, %p, %j) {offset = (i0*4 + i1 + t0)*4 + t1}
+            tile.store(%b, %v, %p, %j) {offset = (i0*4 + i1 + t0)*4 + t1}
+            tile.store(%c, %w, %p, %j) {offset = i0*4 + i1 + t0}
+            tile.yield()
+        }
+        tile.yield()
+    }"""
+    x, y = torch.randn(8, 6), torch.randn(6, 4)
+    got = launch(kernel, "tensor<8x6xf32>;tensor<6x4xf32>", "tensor<8x4xf32>;tensor<8x4xf32>;tensor<8xf32>", [x, y], check=True)
+    for g, w in zip(got, (x @ y, 2 * x @ y, x.sum(1))):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
 
 
 def test_a_large_gemm_takes_seconds():

@@ -1,0 +1,129 @@
+"""Memory layouts: which dimension of each intermediate tensor is contiguous.
+
+Index maps are logical, so a layout is only the strides of a tensor's type. Rules, in program order:
+  1. a contraction with a parameter (a convolution, say) puts the parameter's own dimensions innermost: output channels become contiguous, so
+     that a vector of them is computed at once from packed weights and stored at once;
+  2. an op that reads a value in such a layout, and walks all its dimensions, gives its result the same order;
+  3. a value that the function returns gets the strides that eager would have given it.
+Before: every tensor is row-major except function arguments. After: some types carry strides. No op is added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..ir import Dim, Operation, TensorType, Value
+from ..ir.dialects.tensor import parallel_dims
+from ..ir.expr import evaluate, free_symbols, product, simplify, split_linear
+from ..ir.passes import Pass, PassContext, register
+from .structured import constant_values, in_order, is_contraction, space_bounds
+
+__all__ = ["Layout", "walk_order"]
+
+
+@register
+@dataclass(frozen=True)
+class Layout(Pass):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "layout"
+
+    def run(self, module: Operation, ctx: PassContext) -> None:
+        changed = 0
+        for func in [f for f in module.body if f.name == "func"]:
+            constant = constant_values(func)
+            for op in func.body:
+                if op.name != "tensor.generic" or len(parallel_dims(op)) < 3:
+                    continue
+                order = _contraction_order(op, constant) if is_contraction(op) else _inherited_order(op)
+                if order is not None:
+                    for r in op.results:
+                        assert isinstance(r.type, TensorType)
+                        r.type = in_order(r.type, order)
+                    changed += 1
+            _match_outputs(func)
+        ctx.remark("done", f"{changed} tensors in another order than row-major")
+
+
+def _contraction_order(op: Operation, constant: set[Value]) -> list[int] | None:
+    """Row-major, but the dimensions that only a parameter has come last; None if they do already or no operand is a parameter."""
+    rank = len(parallel_dims(op))
+    reads = [{int(s[1:]) for e in m for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()} for m in op["maps"]]
+    for i, v in enumerate(op.operands):
+        own = [d for d in range(rank) if d in reads[i] and d not in reads[1 - i]]
+        if v in constant and op.operands[1 - i] not in constant and own:
+            order = [d for d in range(rank) if d not in own] + own
+            return None if order == list(range(rank)) else order
+    return None
+
+
+def _inherited_order(op: Operation) -> list[int] | None:
+    """The order in which the largest operand with a layout of its own is walked."""
+    best: tuple[int, list[int]] | None = None
+    for v, m in zip(op.operands, op["maps"], strict=True):
+        t = v.type
+        if m is None or not isinstance(t, TensorType):
+            continue
+        order = walk_order(op, t, m)
+        if order is not None and (best is None or t.rank > best[0]):
+            best = (t.rank, order)
+            if t.strides is None:
+                return None  # a row-major operand of the same space: stay row-major
+    return best[1] if best is not None and best[1] != list(range(len(best[1]))) else None
+
+
+def walk_order(op: Operation, t: TensorType, m: tuple[Dim, ...]) -> list[int] | None:
+    """Parallel dimensions from the one with the largest stride in `t` to the smallest; None unless every one has a known stride."""
+    offset: Dim = 0
+    for e, stride in zip(m, t.layout, strict=True):
+        offset = offset + e * stride
+    offset = simplify(offset, space_bounds(op["dims"]))
+    strides: dict[int, int] = {}
+    for d, size in enumerate(parallel_dims(op)):
+        if size == 1:
+            strides[d] = 0
+            continue
+        split = split_linear(offset, f"d{d}")
+        if split is None or split[0] == 0:
+            return None
+        value = split[0] if isinstance(split[0], int) else _estimate(split[0])
+        strides[d] = value
+    wide = sorted((d for d in strides if strides[d]), key=lambda d: (-strides[d], d))
+    return [d for d in strides if not strides[d]] + wide
+
+
+def _estimate(e: Dim) -> int:
+    """A symbolic stride with every size taken as 64: only its order among others matters."""
+    return int(evaluate(e, {s: 64 for s in free_symbols(e)}))
+
+
+def _match_outputs(func: Operation) -> None:
+    """Returned values take eager's strides when these describe a dense tensor."""
+    attrs = func["result_attrs"]
+    if not attrs:
+        return
+    for v, a in zip(func.body.terminator.operands, attrs, strict=False):
+        op, wanted = v.defining_op, a.get("strides")
+        if op is None or op.name not in ("tensor.generic", "tensor.scatter", "tensor.scan") or wanted is None or not isinstance(v.type, TensorType):
+            continue
+        order = _dense_order(v.type.shape, tuple(wanted))
+        if order is not None:
+            v.type = v.type.with_strides(tuple(wanted))
+
+
+def _dense_order(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> list[int] | None:
+    """The order of dimensions for which `strides` are dense; None if there is none."""
+    if len(shape) != len(strides):
+        return None
+    left = [d for d in range(len(shape)) if shape[d] != 1]
+    order: list[int] = []
+    step: Dim = 1
+    while left:
+        d = next((d for d in left if strides[d] == step), None)
+        if d is None:
+            return None
+        order.insert(0, d)
+        left.remove(d)
+        step = step * shape[d]
+    return order
