@@ -26,7 +26,7 @@ from typing import ClassVar
 
 from ..ir.builder import Builder
 from ..ir.core import Operation
-from ..ir.expr import Bounds, Dim, Expr, free_symbols, known_less, maximum, product
+from ..ir.expr import Bounds, Dim, Expr, free_symbols, known_less, known_nonnegative, maximum, product
 from ..ir.passes import Pass, PassContext, register
 from .check_plan import check_plan
 from .fit import Block, fit
@@ -157,13 +157,19 @@ def _by_unit(groups: Sequence[Group], effort: int) -> Placement:
 
 
 def _by_slot(groups: Sequence[Group], bounds: Bounds, symbols: Mapping[str, int]) -> Placement:
-    """Slots shared by groups that are never alive together; the first, and provably largest, of a slot's groups gives its size."""
+    """Slots shared by groups that are never alive together; a slot's size is that of its provably largest group."""
     slots: list[tuple[Dim, list[Group]]] = []
+
+    def covers(large: Dim, small: Dim) -> bool:
+        return large == small or known_less(small, large + 1, bounds)
+
     for g in sorted(groups, key=lambda g: (-size_at(g.size, symbols), g.start)):
-        fitting = [(size_at(size, symbols), i) for i, (size, members) in enumerate(slots)
-                   if (size == g.size or known_less(g.size, size + 1, bounds)) and all(g.end < m.start or m.end < g.start for m in members)]
-        if fitting:
-            slots[min(fitting)[1]][1].append(g)
+        free = [i for i, (size, members) in enumerate(slots)
+                if not any(g.meets(m) for m in members) and (covers(size, g.size) or covers(g.size, size))]
+        if free:
+            i = min(free, key=lambda i: size_at(slots[i][0], symbols))
+            size, members = slots[i]
+            slots[i] = (size if covers(size, g.size) else g.size, [*members, g])
         else:
             slots.append((g.size, [g]))
     return _stack([(dict.fromkeys(members, 0), size) for size, members in slots])
@@ -180,5 +186,8 @@ def _lower_bound(groups: Sequence[Group], symbols: Mapping[str, int]) -> Dim:
     for time in sorted(changes):
         live = live + changes[time]
         totals[live] = None
-    leading = sorted(totals, key=lambda e: -size_at(e, symbols))[:MAX_BOUND_TERMS]
-    return maximum(*[e for e in leading if e != 0]) if len(leading) > 1 else 0
+    leading: list[Dim] = []
+    for total in sorted(totals, key=lambda e: -size_at(e, symbols)):
+        if not any(known_nonnegative(other - total) for other in leading):  # else another time is always the worse one
+            leading.append(total)
+    return maximum(*leading[:MAX_BOUND_TERMS])
