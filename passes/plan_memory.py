@@ -1,21 +1,22 @@
 """Gives every temporary buffer a place in one arena.
 
-Before: host functions with `host.alloc`. After: `host.slot` with byte offsets (multiples of 64) into an arena of `stats.arena_bytes`;
-buffers whose size depends on a symbol that an extern defines (unknown when the arena is made) become arguments of kind "late",
-which the executor allocates as soon as the symbol is known.
+Before: host functions with `host.alloc`. After: `host.slot` with byte offsets (multiples of 64) into an arena of
+`stats.arena_bytes`; buffers whose size depends on a symbol that an extern defines (unknown when the arena is made) become
+arguments of kind "late", which the executor allocates as soon as the symbol is known.
 
-1. Live ranges, and in-place reuse: where a kernel allows it and an input of the same size dies at the launch, input and output are one
-   group (`liveness.py`).
-2. Outputs as scratch: until its first write the memory of an output is free, and groups that are dead by then live there (`scratch.py`): they
-   become views of the output.
+1. Live ranges, and in-place reuse: where a kernel allows it and an input of the same size dies at the launch, input and output
+   are one group (`liveness.py`).
+2. Outputs as scratch: until its first write the memory of an output is free, and groups that are dead by then live there
+   (`scratch.py`): they become views of the output.
 3. Offsets, for constant sizes: best fit in several orders, then hill climbing over orders while the arena is larger than
    the lower bound (largest number of live bytes at any time), and an exact search for small programs (`fit.py`).
-4. Symbolic sizes: those that are constant multiples of one expression are packed with each other like constants, in that unit. Alternatively
-   all are put into shared slots, largest first, a buffer going into a slot only if it is proved not to be larger. Both plans are right for all
-   symbol values; the one that is smaller at representative values is kept. Sections follow each other at symbolic offsets.
+4. Symbolic sizes: those that are constant multiples of one expression are packed with each other like constants, in that unit.
+   Alternatively all are put into shared slots, largest first, a buffer going into a slot only if it is proved not to be larger.
+   Both plans are right for all symbol values; the one that is smaller at representative values is kept. Sections follow each
+   other at symbolic offsets.
 
-Recorded in `stats`: arena_bytes, lower_bound (of what is in the arena), unplanned_bytes (sum of all temporaries), reused_in_place
-and placed_in_outputs (numbers of buffers).
+Recorded in `stats`: arena_bytes, lower_bound (of what is in the arena), unplanned_bytes (sum of all temporaries),
+reused_in_place and placed_in_outputs (numbers of buffers).
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ MAX_BOUND_TERMS = 8
 class PlanMemory(Pass):
     """See the module docstring.
 
-    `effort` bounds the search beyond best fit (number of tried orders), `outputs` allows outputs as scratch, `check` verifies the plan.
+    `effort` bounds the search beyond best fit (number of tried orders), `outputs` allows outputs as scratch, `check` verifies
+    the plan.
     """
 
     name: ClassVar[str] = "plan-memory"
@@ -73,18 +75,18 @@ class PlanMemory(Pass):
         offsets, arena = _place(rest, bounds, symbols, self.effort)
         unplanned: Dim = 0
         for value, group in buffers.items():
-            op = value.defining_op
-            assert op is not None
-            unplanned = unplanned + align(op["bytes"])
-            b = Builder.before_op(op)
+            alloc = value.defining_op
+            assert alloc is not None
+            unplanned = unplanned + align(alloc["bytes"])
+            b = Builder.before_op(alloc)
             if group in hosted:
                 output, elements = hosted[group]
                 placed = b.create("host.view", [output], {"offset": elements} if elements else {}, [value.type])
             else:
-                placed = b.create("host.slot", (), {"offset": offsets[group], "bytes": op["bytes"]}, [value.type])
+                placed = b.create("host.slot", (), {"offset": offsets[group], "bytes": alloc["bytes"]}, [value.type])
             placed.result.name = value.name
             value.replace_all_uses_with(placed.result)
-            op.erase()
+            alloc.erase()
         bound = _lower_bound(rest, symbols)
         in_place, scratch = len(buffers) - len(groups), sum(g in hosted for g in buffers.values())
         func.attributes["stats"] = {**func["stats"], "arena_bytes": arena, "lower_bound": bound, "unplanned_bytes": unplanned,
@@ -152,7 +154,8 @@ def _by_unit(groups: Sequence[Group], effort: int) -> Placement:
     sections = []
     for unit, members in units.items():
         placed = fit([Block(k, g.start, g.end) for k, g in members], effort)
-        sections.append(({g: offset * unit for (_, g), offset in zip(members, placed.offsets, strict=True)}, placed.size * unit))
+        sections.append(({g: offset * unit for (_, g), offset in zip(members, placed.offsets, strict=True)},
+                         placed.size * unit))
     return _stack(sections)
 
 
@@ -176,7 +179,7 @@ def _by_slot(groups: Sequence[Group], bounds: Bounds, symbols: Mapping[str, int]
 
 
 def _lower_bound(groups: Sequence[Group], symbols: Mapping[str, int]) -> Dim:
-    """The largest number of live bytes over time; of many incomparable symbolic sums, those that lead at representative values."""
+    """The largest number of live bytes over time; of many incomparable sums, those that lead at representative values."""
     changes: dict[int, Dim] = {}
     for g in groups:
         changes[g.start] = changes.get(g.start, 0) + g.size

@@ -4,12 +4,12 @@ import itertools
 import random
 
 import pytest
+from aicc.passes.fit import Block, fit, peak
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aicc.passes.fit import Block, fit, peak
-
-blocks = st.lists(st.builds(lambda size, start, length: Block(size, start, start + length), st.integers(0, 12), st.integers(0, 8),
+blocks = st.lists(st.builds(lambda size, start, length: Block(size, start, start + length), st.integers(0, 12),
+                            st.integers(0, 8),
                             st.integers(0, 4)), max_size=12)
 
 

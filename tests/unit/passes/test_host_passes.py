@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-
 from aicc.ir import IRError, Operation
 from aicc.ir.parser import parse_module
 from aicc.ir.passes import PassContext, PassError, parse_pipeline, run_pipeline
@@ -54,21 +53,26 @@ B = ": buffer<16xf32>"
 # -- bufferize: results
 
 def test_a_result_is_written_where_it_is_returned() -> None:
-    m = module(f"%x: {T}", f"%a = tile.launch(%x) {{kernel = @k1}} : {T}\n%b = tile.launch(%a) {{kernel = @k1}} : {T}\nreturn(%b)")
-    assert lowered(m) == [f"%a = host.alloc() {{bytes = 64}} {B}", "host.launch(%x, %a) {kernel = @k1}", "host.launch(%a, %b) {kernel = @k1}"]
+    m = module(f"%x: {T}",
+               f"%a = tile.launch(%x) {{kernel = @k1}} : {T}\n%b = tile.launch(%a) {{kernel = @k1}} : {T}\nreturn(%b)")
+    assert lowered(m) == [f"%a = host.alloc() {{bytes = 64}} {B}", "host.launch(%x, %a) {kernel = @k1}",
+                          "host.launch(%a, %b) {kernel = @k1}"]
     func = function(m)
-    assert func["arg_attrs"] == ({"kind": "input"}, {"kind": "output"}) and func["result_attrs"] == ({"kind": "buffer", "arg": 1},)
+    assert func["arg_attrs"] == ({"kind": "input"}, {"kind": "output"})
+    assert func["result_attrs"] == ({"kind": "buffer", "arg": 1},)
 
 
 def test_inputs_and_repeated_results_are_described() -> None:
     m = module(f"%x: {T}", f"%a = tile.launch(%x) {{kernel = @k1}} : {T}\nreturn(%x, %a, %a, %x)")
     assert lowered(m) == ["host.launch(%x, %a) {kernel = @k1}"]
-    assert function(m)["result_attrs"] == ({"kind": "input", "arg": 0}, {"kind": "buffer", "arg": 1}, {"kind": "same", "result": 1},
+    assert function(m)["result_attrs"] == ({"kind": "input", "arg": 0}, {"kind": "buffer", "arg": 1},
+                                           {"kind": "same", "result": 1},
                                            {"kind": "input", "arg": 0})
 
 
 def test_sizes_none_and_views_need_no_memory() -> None:
-    m = module(f"%x: {T}", f"%n = tile.launch(%x) {{kernel = @k1}} : {T}\n%a = tile.launch(%x) {{kernel = @k1}} : {T}\nreturn(%n, %a)",
+    m = module(f"%x: {T}",
+               f"%n = tile.launch(%x) {{kernel = @k1}} : {T}\n%a = tile.launch(%x) {{kernel = @k1}} : {T}\nreturn(%n, %a)",
                'symbols = {s0 = [2, none]}, result_attrs = [{kind = "int", expr = s0*2}, {kind = "none"}, {kind = "tensor"}, '
                '{kind = "view", arg = 0, shape = [4, 4], strides = [1, 4], offset = 0}]')
     assert lowered(m) == ["host.launch(%x, %a) {kernel = @k1}"]
@@ -83,7 +87,8 @@ def test_an_int_without_expression_is_read_from_memory() -> None:
 
 def test_strides_of_eager_are_kept() -> None:
     square = "tensor<4x8xf32, strides=[1, 4]>"
-    m = module("%x: tensor<4x8xf32>", f"%a = tile.launch(%x) {{kernel = @k1}} : {square}\n%b = tile.launch(%x) {{kernel = @k1}} : "
+    m = module("%x: tensor<4x8xf32>",
+               f"%a = tile.launch(%x) {{kernel = @k1}} : {square}\n%b = tile.launch(%x) {{kernel = @k1}} : "
                "tensor<4x8xf32>\nreturn(%a, %b, %b, %x)",
                'result_attrs = [{kind = "tensor", strides = [1, 4]}, {kind = "tensor", strides = [1, 4]}, {kind = "tensor"}, '
                '{kind = "tensor", strides = [1, 4]}]')
@@ -106,7 +111,8 @@ def test_constants_are_copied_into_results() -> None:
 
 
 def test_what_nobody_uses_is_dropped() -> None:
-    m = module(f"%x: {T}", f"%a = tile.launch(%x) {{kernel = @k1}} : {T}\n%b = tile.launch(%a) {{kernel = @k1}} : {T}\nreturn(%x)")
+    m = module(f"%x: {T}",
+               f"%a = tile.launch(%x) {{kernel = @k1}} : {T}\n%b = tile.launch(%a) {{kernel = @k1}} : {T}\nreturn(%x)")
     assert lowered(m) == []
 
 
@@ -127,8 +133,10 @@ def test_an_assignment_writes_directly_after_the_last_read() -> None:
 
 def test_an_assignment_in_place() -> None:
     for kernel, want in (("f1", ["host.launch(%x, %x) {kernel = @f1}"]),
-                         ("k1", [f"%a = host.alloc() {{bytes = 64}} {B}", "host.launch(%x, %a) {kernel = @k1}", "host.copy(%a, %x)"])):
-        assert lowered(module(f"%x: {T}", f"%a = tile.launch(%x) {{kernel = @{kernel}}} : {T}\ntensor.assign(%x, %a)\nreturn()")) == want
+                         ("k1", [f"%a = host.alloc() {{bytes = 64}} {B}", "host.launch(%x, %a) {kernel = @k1}",
+                                 "host.copy(%a, %x)"])):
+        assert lowered(module(f"%x: {T}",
+                              f"%a = tile.launch(%x) {{kernel = @{kernel}}} : {T}\ntensor.assign(%x, %a)\nreturn()")) == want
 
 
 def test_an_assignment_waits_for_later_reads() -> None:
@@ -145,7 +153,8 @@ def test_both_operands_in_place_would_be_wrong() -> None:
 def test_arguments_that_change_places() -> None:
     m = module(f"%x: {T}, %y: {T}", "tensor.assign(%x, %y)\ntensor.assign(%y, %x)\nreturn(%x)")
     assert lowered(m) == [f"%0 = host.alloc() {{bytes = 64}} {B}", f"%1 = host.alloc() {{bytes = 64}} {B}",
-                          "host.copy(%x, %1)", "host.copy(%y, %0)", "host.copy(%x, %x_1)", "host.copy(%0, %x)", "host.copy(%1, %y)"]
+                          "host.copy(%x, %1)", "host.copy(%y, %0)", "host.copy(%x, %x_1)", "host.copy(%0, %x)",
+                          "host.copy(%1, %y)"]
 
 
 # -- bufferize: parameters and externs
@@ -162,20 +171,24 @@ def test_cached_launches_fill_persistent_buffers() -> None:
 
 
 def test_a_parameter_that_the_program_changes_is_not_cached() -> None:
-    m = module(f"%x: {T}, %w: {T}", f"%p = tile.launch(%w) {{kernel = @k1, cached = true}} : {T}\n%a = tile.launch(%p, %x) {{kernel = @k2}} : {T}\n"
+    m = module(f"%x: {T}, %w: {T}",
+               f"%p = tile.launch(%w) {{kernel = @k1, cached = true}} : {T}\n%a = tile.launch(%p, %x) {{kernel = @k2}} : {T}\n"
                "tensor.assign(%w, %x)\nreturn(%a)", 'arg_attrs = [{kind = "input"}, {kind = "param"}]')
     assert not any("persistent" in line or "cached" in line for line in lowered(m))
 
 
 def test_extern_results_are_arguments() -> None:
     m = module(f"%x: {T}", f"%a = tile.launch(%x) {{kernel = @k1}} : {T}\n"
-               f'%s, %i = tensor.extern(%a) {{target = "aten.sort.default", args = [{{operand = 0}}], operand_strides = [none]}} : {T}, '
+               f'%s, %i = tensor.extern(%a) {{target = "aten.sort.default", args = [{{operand = 0}}], '
+               f'operand_strides = [none]}} : {T}, '
                f"tensor<16xi64>\n%b = tile.launch(%s) {{kernel = @k1}} : {T}\nreturn(%b, %i)")
     lines = lowered(m)
     assert lines[1:] == ["host.launch(%x, %a) {kernel = @k1}",
-                         'host.extern(%a, %s, %i) {target = "aten.sort.default", args = [{operand = 0}], operand_strides = [none], inputs = 1}',
+                         'host.extern(%a, %s, %i) {target = "aten.sort.default", args = [{operand = 0}], '
+                         'operand_strides = [none], inputs = 1}',
                          "host.launch(%s, %b) {kernel = @k1}"]
-    assert function(m)["arg_attrs"] == ({"kind": "input"}, {"kind": "output"}, {"kind": "output", "extern": True}, {"kind": "extern"})
+    assert function(m)["arg_attrs"] == ({"kind": "input"}, {"kind": "output"}, {"kind": "output", "extern": True},
+                                        {"kind": "extern"})
 
 
 # -- schedule
@@ -185,7 +198,8 @@ def test_the_order_with_the_smaller_peak_wins() -> None:
     big = "tensor<1024xf32>"
     body = "\n".join([*(f"%e{i} = tile.launch(%x) {{kernel = @k1}} : {big}" for i in range(3)),
                       *(f"%r{i} = tile.launch(%e{i}) {{kernel = @k1}} : {T}" for i in range(3)),
-                      f"%s = tile.launch(%r0, %r1) {{kernel = @k2}} : {T}", f"%t = tile.launch(%s, %r2) {{kernel = @k2}} : {T}", "return(%t)"])
+                      f"%s = tile.launch(%r0, %r1) {{kernel = @k2}} : {T}",
+                      f"%t = tile.launch(%s, %r2) {{kernel = @k2}} : {T}", "return(%t)"])
     m = module(f"%x: {T}", body)
     assert peak_bytes(m, function(m)) == 3 * 4096 + 64
     run_pipeline(m, parse_pipeline("schedule"), PassContext())
@@ -195,7 +209,8 @@ def test_the_order_with_the_smaller_peak_wins() -> None:
 
 
 def test_random_externs_keep_their_order() -> None:
-    body = "\n".join([*(f'%e{i} = tensor.extern() {{target = "aten.rand.default", args = [[1024]], random = true}} : tensor<1024xf32>'
+    body = "\n".join([*(f'%e{i} = tensor.extern() {{target = "aten.rand.default", '
+                        'args = [[1024]], random = true} : tensor<1024xf32>'
                         for i in range(3)),
                       *(f"%r{i} = tile.launch(%e{i}) {{kernel = @k1}} : {T}" for i in (2, 1, 0)), "return(%r0, %r1, %r2)"])
     m = module(f"%x: {T}", body)
@@ -208,7 +223,8 @@ def test_random_externs_keep_their_order() -> None:
 
 def chain(kernel: str, n: int, shape: str = "16", attrs: str = "") -> Operation:
     body = "\n".join(f"%v{i + 1} = tile.launch(%v{i}) {{kernel = @{kernel}}} : tensor<{shape}xf32>" for i in range(n))
-    return module(f"%v0: tensor<{shape}xf32>", f"{body}\n%s = tile.launch(%v{n}) {{kernel = @k1}} : tensor<2xf32>\nreturn(%s)", attrs)
+    return module(f"%v0: tensor<{shape}xf32>", f"{body}\n%s = tile.launch(%v{n}) {{kernel = @k1}} : tensor<2xf32>\nreturn(%s)",
+                  attrs)
 
 
 @pytest.mark.parametrize(("kernel", "arena"), [("f1", 64), ("k1", 128)])
@@ -229,7 +245,8 @@ def test_symbolic_chain_uses_two_slots() -> None:
 def test_sizes_in_one_unit_are_packed_together() -> None:
     """Sizes 1, 3 and 2 times s0*64, of which the first and the last share the place below or above the second."""
     m = module("%x: tensor<(s0)x16xf32>", "%a = tile.launch(%x) {kernel = @k1} : tensor<(s0)x16xf32>\n"
-               "%b = tile.launch(%a) {kernel = @k1} : tensor<(s0)x48xf32>\n%c = tile.launch(%b) {kernel = @k1} : tensor<(s0)x32xf32>\n"
+               "%b = tile.launch(%a) {kernel = @k1} : tensor<(s0)x48xf32>\n"
+               "%c = tile.launch(%b) {kernel = @k1} : tensor<(s0)x32xf32>\n"
                "%d = tile.launch(%c) {kernel = @k1} : tensor<2xf32>\nreturn(%d)", "symbols = {s0 = [2, none]}")
     run_pipeline(m, parse_pipeline("bufferize,plan-memory"), PassContext())
     assert str(function(m)["stats"]["arena_bytes"]) == "s0*320"
@@ -237,8 +254,11 @@ def test_sizes_in_one_unit_are_packed_together() -> None:
 
 def test_a_smaller_size_shares_a_slot_when_that_is_proved() -> None:
     for bound, arena in (("[0, 100]", 64 * 100 + 64), ("[0, none]", None)):
-        m = module(f"%x: {T}", "%a = tile.launch(%x) {kernel = @k1} : tensor<(s0)x16xf32>\n%b = tile.launch(%a) {kernel = @k1} : tensor<16xf32>\n"
-                   "%c = tile.launch(%b) {kernel = @k1} : tensor<100x16xf32>\n%d = tile.launch(%c) {kernel = @k1} : tensor<2xf32>\nreturn(%d)",
+        m = module(f"%x: {T}",
+                   "%a = tile.launch(%x) {kernel = @k1} : tensor<(s0)x16xf32>\n"
+                   "%b = tile.launch(%a) {kernel = @k1} : tensor<16xf32>\n"
+                   "%c = tile.launch(%b) {kernel = @k1} : tensor<100x16xf32>\n"
+                   "%d = tile.launch(%c) {kernel = @k1} : tensor<2xf32>\nreturn(%d)",
                    f"symbols = {{s0 = {bound}}}")
         run_pipeline(m, parse_pipeline("bufferize,plan-memory"), PassContext())
         made = function(m)["stats"]["arena_bytes"]
@@ -247,11 +267,13 @@ def test_a_smaller_size_shares_a_slot_when_that_is_proved() -> None:
 
 def test_outputs_serve_as_scratch() -> None:
     """The input of the last launch lives in the output (in place), and what came before it beside it or in the arena."""
-    m = module(f"%x: {T}", f"%a = tile.launch(%x) {{kernel = @k1}} : {T}\n%b = tile.launch(%a) {{kernel = @f1}} : {T}\nreturn(%b)")
+    m = module(f"%x: {T}",
+               f"%a = tile.launch(%x) {{kernel = @k1}} : {T}\n%b = tile.launch(%a) {{kernel = @f1}} : {T}\nreturn(%b)")
     assert lowered(m, "bufferize,plan-memory") == [f"%a = host.view(%b) {B}", "host.launch(%x, %a) {kernel = @k1}",
                                                    "host.launch(%a, %b) {kernel = @f1}"]
     m = module(f"%x: {T}", f"%a = tile.launch(%x) {{kernel = @k1}} : {T}\n%b = tile.launch(%a) {{kernel = @k1}} : {T}\n"
-               f"%c = tile.launch(%b) {{kernel = @k1}} : tensor<64xf32>\n%d = tile.launch(%c, %x) {{kernel = @k2}} : tensor<64xf32>\n"
+               f"%c = tile.launch(%b) {{kernel = @k1}} : tensor<64xf32>\n"
+               f"%d = tile.launch(%c, %x) {{kernel = @k2}} : tensor<64xf32>\n"
                "return(%d)")
     lines = lowered(m, "bufferize,plan-memory")
     assert lines[0] == f"%a = host.view(%d) {B}" and "%b = host.view(%d) {offset = 16} : buffer<16xf32>" in lines
@@ -259,8 +281,10 @@ def test_outputs_serve_as_scratch() -> None:
 
 
 def test_buffers_of_unknown_size_are_arguments() -> None:
-    m = module(f"%x: {T}", '%n = tensor.extern(%x) {target = "aten.nonzero.default", args = [{operand = 0}], defines = {u0 = [0, 0]}} : '
-               f"tensor<(u0)x1xi64>\n%a = tile.launch(%n) {{kernel = @k1}} : tensor<(u0)xf32>\n%b = tile.launch(%a) {{kernel = @k1}} : {T}\n"
+    m = module(f"%x: {T}",
+               '%n = tensor.extern(%x) {target = "aten.nonzero.default", args = [{operand = 0}], defines = {u0 = [0, 0]}} : '
+               f"tensor<(u0)x1xi64>\n%a = tile.launch(%n) {{kernel = @k1}} : tensor<(u0)xf32>\n"
+               f"%b = tile.launch(%a) {{kernel = @k1}} : {T}\n"
                "return(%b)", "symbols = {u0 = [0, none]}")
     run_pipeline(m, parse_pipeline("bufferize,plan-memory"), PassContext())
     assert [a["kind"] for a in function(m)["arg_attrs"]] == ["input", "output", "extern", "late"]
@@ -285,7 +309,8 @@ PLANNED = """module {{level = "host"}} {{
 
 @pytest.mark.parametrize(("a", "b", "kernel", "last", "problem"), [
     (0, 64, "k1", "%a, %b", None), (0, 0, "f1", "%b, %b", None), (64, 128, "k1", "%b, %a", None),
-    (0, 0, "k1", "%b, %b", "overwrites input"), (0, 0, "f1", "%a, %b", "holds something else"), (0, 32, "k1", "%b, %b", "misaligned"),
+    (0, 0, "k1", "%b, %b", "overwrites input"), (0, 0, "f1", "%a, %b", "holds something else"),
+    (0, 32, "k1", "%b, %b", "misaligned"),
     (0, 192, "k1", "%b, %b", "outside the arena"), (0, -64, "k1", "%b, %b", "outside the arena")])
 def test_wrong_plans_are_found(a: int, b: int, kernel: str, last: str, problem: str | None) -> None:
     m = parse_module(PLANNED.format(kernels=KERNELS, a=a, b=b, kernel=kernel, last=last))
