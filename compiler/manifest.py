@@ -115,6 +115,8 @@ class _Builder:
         for a in self.inputs:
             attrs = self.arg_attrs[a.index]
             following = next(free)
+            if not str(attrs.get("device", "cpu")).startswith("cpu"):
+                raise IRError(f"argument '{attrs.get('name', a.name)}' is on {attrs['device']}; host programs run on the CPU")
             rows.append({"name": attrs.get("name") or a.name or f"argument {a.index}",
                          "position": attrs.get("position", following),
                          **_layout(a.type)})

@@ -20,7 +20,7 @@ from .storage import ALIGNMENT, size_at, storage_bytes
 
 __all__ = ["check_plan"]
 
-_SIZES = (0, 1, 2, 3, 7, 16, 61, 128, 1000)
+_SIZES = (0, 1, 3, 61, 128, 1000)
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class _Memory:
     """Byte ranges and the slot whose data they hold; ranges of different slots are disjoint."""
 
     def __init__(self) -> None:
-        self.holds: list[_Slot] = []
+        self.holds: dict[Value, _Slot] = {}
 
     def write(self, slot: _Slot) -> None:
-        self.holds = [s for s in self.holds if not s.overlaps(slot)]
+        self.holds = {v: s for v, s in self.holds.items() if not s.overlaps(slot)}
         if slot.low < slot.high:
-            self.holds.append(slot)
+            self.holds[slot.value] = slot
 
     def has(self, slot: _Slot) -> bool:
-        return slot.low == slot.high or slot in self.holds
+        return slot.low == slot.high or slot.value in self.holds
 
 
 def check_plan(func: Operation, kernels: Mapping[str, Operation]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ..ir.core import Operation, Value
 from ..ir.expr import Dim
@@ -25,7 +26,7 @@ class Group:
     end: int
     members: list[Value] = field(default_factory=list)
 
-    @property
+    @cached_property
     def size(self) -> Dim:
         """Bytes with the padding that keeps what follows aligned."""
         return align(self.bytes)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 from ..ir.builder import Builder
@@ -163,12 +164,13 @@ def _by_slot(groups: Sequence[Group], bounds: Bounds, symbols: Mapping[str, int]
     """Slots shared by groups that are never alive together; a slot's size is that of its provably largest group."""
     slots: list[tuple[Dim, list[Group]]] = []
 
+    @cache
     def covers(large: Dim, small: Dim) -> bool:
         return large == small or known_less(small, large + 1, bounds)
 
     for g in sorted(groups, key=lambda g: (-size_at(g.size, symbols), g.start)):
         free = [i for i, (size, members) in enumerate(slots)
-                if not any(g.meets(m) for m in members) and (covers(size, g.size) or covers(g.size, size))]
+                if (covers(size, g.size) or covers(g.size, size)) and not any(g.meets(m) for m in members)]
         if free:
             i = min(free, key=lambda i: size_at(slots[i][0], symbols))
             size, members = slots[i]

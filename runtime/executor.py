@@ -85,7 +85,7 @@ class CompiledGraph:
         `check_inputs` compares every argument with the manifest (strict mode). ArtifactError if the manifest is malformed or
         the code does not fit it.
         """
-        # AOTAutograd: call with one list, which may be emptied. Of the instance, for wrappers (torch._dynamo.disable) copy `__dict__`.
+        # AOTAutograd: call with one list, which may be emptied. On the instance, for torch._dynamo.disable copies `__dict__`.
         self._boxed_call = True
         self.arenas = arenas or shared_pool()
         self.calls = 0

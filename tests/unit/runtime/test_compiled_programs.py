@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
 from aicc.compiler import driver
 from aicc.compiler.dynamo import backend
 from aicc.compiler.options import Options
 from aicc.runtime.executor import CompiledGraph
+from torch import nn
 
 Compile = Callable[..., tuple[Callable[..., Any], list[CompiledGraph]]]
 
@@ -61,7 +60,8 @@ def test_changed_parameters_are_seen(compiled: Compile) -> None:
     f, graphs = compiled(m)
     x = torch.randn(16, 48)
     with torch.no_grad():
-        for change in (lambda: None, lambda: m[0].weight.mul_(1.5), lambda: m.load_state_dict(nn.Sequential(*model()).state_dict()),
+        for change in (lambda: None, lambda: m[0].weight.mul_(1.5),
+                       lambda: m.load_state_dict(nn.Sequential(*model()).state_dict()),
                        lambda: setattr(m[3].weight, "data", torch.randn(10, 96))):
             change()
             torch.testing.assert_close(f(x), m(x), rtol=1e-4, atol=1e-5)
