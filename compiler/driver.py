@@ -96,7 +96,7 @@ def compile_graph(module: Operation, options: Options, *, name: str = "graph", o
     compiled = compile_module(module, target)
     compilation.seconds["llvm"] = time.perf_counter() - start
     compilation.llvm_ir = compiled.llvm_ir
-    manifest = build_manifest(module)
+    manifest = build_manifest(module, errors=compiled.errors)
     manifest["stats"] = statistics(module)
     compilation.stats.update(manifest["stats"])
     if cache is not None:
