@@ -304,6 +304,7 @@ class KernelEmitter:
             self.facts, self.cold = facts, cold
             for op in run:
                 self._op(op)
+            outside = [v for v in outside if v in self.env]  # the others are expressions
             ends.append((b.block, [self.env[v] for v in outside]))
             b.branch(done)
         self.facts, self.cold, self.versioned = general, False, False
@@ -321,8 +322,7 @@ class KernelEmitter:
                 user = user.parent_op
             return user is not None
         return [r for op in run for r in op.results
-                if (isinstance(r.type, TileType) or r not in self.resolver.exprs) and not isinstance(r.type, BufferType)
-                and any(not inside(u) for u in r.users)]
+                if not isinstance(r.type, BufferType) and any(not inside(u) for u in r.users)]
 
     def _op(self, op: Operation) -> None:
         if op.has_trait(Trait.Elementwise):
@@ -574,8 +574,8 @@ class KernelEmitter:
         t, dtype = op.result.type, element_type(op.result.type)
         e = self.instantiate(self.resolver.exprs[op.result])
         if isinstance(t, ScalarType):
-            value = self.scalars.emit(e)
-            self.env[op.result] = value if dtype.name in ("i64", "index") else emit_cast(self.b, value, "i64", dtype.name)
+            if dtype.name not in ("i64", "index"):
+                self.env[op.result] = emit_cast(self.b, self.scalars.emit(e), "i64", dtype.name)
             return
         assert isinstance(t, TileType)
         shape: tuple[int, ...] = t.shape  # type: ignore[assignment]
