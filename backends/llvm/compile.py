@@ -56,22 +56,15 @@ def compile_module(module: Operation, target: Target) -> CompiledObject:
     """
     emitter = ModuleEmitter(module, target)
     programs = {op["sym_name"]: emitter.host(op) for op in module.body if op.name == "func"}
-    if _uses_half(module):
-        add_half_conversions(emitter.llvm, target)
+    add_half_conversions(emitter.llvm, target)
     parsed, text = parse(emitter.llvm, target)
     optimize(parsed, target)
     code = target_machine(target).emit_object(parsed)
     return CompiledObject(code, text, tuple(emitter.exported), programs, dict(emitter.errors.messages), target)
 
 
-def _uses_half(module: Operation) -> bool:
-    """A 16-bit float of IEEE format is somewhere in the module."""
-    return any(getattr(getattr(v.type, "dtype", None), "name", "") == "f16" for op in module.walk()
-               for v in (*op.results, *(a for r in op.regions for b in r.blocks for a in b.args)))
-
-
 def parse(module: ir.Module, target: Target) -> tuple[binding.ModuleRef, str]:
-    """The module as LLVM's own object, verified, and its text (which is slow to make). IRError if LLVM rejects it, which is a bug of the emitter."""
+    """The module as LLVM's own object, verified, and its text. IRError if LLVM rejects it, which is a bug of the emitter."""
     machine = target_machine(target)
     module.triple = machine.triple
     module.data_layout = str(machine.target_data)
