@@ -19,7 +19,7 @@ Make = Callable[[], tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]
 
 
 def R(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape)
+    return torch.randn(shape)
 
 
 def ints(high: int, *shape: int) -> torch.Tensor:
