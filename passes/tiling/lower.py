@@ -13,6 +13,7 @@ from ...ir import Block, BufferType, Builder, Operation, Region, SymbolRef, Tens
 from ...ir.expr import Dim, free_symbols
 from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
+from ..storage import storage_bytes
 from ..structured import constant_values, is_contraction, is_pointwise
 from .contraction import emit_contraction, gemm_tile, roles_of
 from .emit import Emitter
@@ -177,6 +178,8 @@ def _inplace_pairs(frame: Frame, fused: Operation) -> tuple[tuple[int, int], ...
         reads = [x.offset for x in frame.accesses if x.value is v and not x.is_store]
         for j, out in enumerate(frame.outputs):
             writes = [x.offset for x in frame.accesses if x.value is out and x.is_store]
-            if v not in whole and reads and writes and all(r == writes[0] for r in reads) and v.type.dtype.bytes == out.type.dtype.bytes:  # type: ignore[attr-defined]
+            same = storage_bytes(v.type) == storage_bytes(out.type) and v.type.dtype.bytes == out.type.dtype.bytes  # type: ignore[arg-type,attr-defined]
+            # A padded read walks the offsets of the whole result, but its tensor is smaller: hence the sizes.
+            if v not in whole and reads and writes and all(r == writes[0] for r in reads) and same:
                 pairs.append((i, n + j))
     return tuple(pairs)
