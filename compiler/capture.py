@@ -24,7 +24,7 @@ from .errors import UserError
 from .model_file import LoadedModel, Script
 from .options import Options
 
-__all__ = ["GraphRecord", "Recorder", "call_model", "compile_and_run", "float_outputs", "scalar_loss"]
+__all__ = ["GraphRecord", "Recorder", "call_eager", "call_model", "compile_and_run", "float_outputs", "prepare", "scalar_loss"]
 
 
 @dataclass
@@ -86,7 +86,23 @@ def compile_and_run(found: LoadedModel | Script, options: Options, *, train: boo
         return None
     prepare(found.model, train)
     compiled = torch.compile(found.model, backend=backend(options), dynamic=dynamic)
-    return call_model(compiled, found, train)
+    try:
+        return call_model(compiled, found, train)
+    except torch._dynamo.exc.BackendCompilerFailed:
+        raise
+    except Exception:
+        call_eager(found, train)  # a fault of the model is told in eager's words
+        raise
+
+
+def call_eager(found: LoadedModel, train: bool) -> Any:
+    """Calls the model as it is. UserError if that fails."""
+    try:
+        return call_model(found.model, found, train)
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"'{found.name}' itself fails, without any compiler: {type(e).__name__}: {e}") from e
 
 
 def prepare(model: Callable[..., Any], train: bool) -> None:

@@ -18,8 +18,11 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(name="aicc", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="An MLIR-style compiler for PyTorch models: torch.compile(model, backend=\"aicc\").")
-for name, command in {"dump-ir": dump_ir, "opt": opt, "run": run, "explain": explain, "env": env}.items():
-    app.command(name)(command)
+app.command("dump-ir")(dump_ir)
+app.command("opt")(opt)
+app.command("run")(run)
+app.command("explain")(explain)
+app.command("env")(env)
 
 
 def main() -> None:

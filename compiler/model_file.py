@@ -157,7 +157,7 @@ def _is_main_guard(node: ast.AST) -> bool:
 
 
 def _says_model(names: set[str]) -> bool:
-    return "model" in names and any(n in names for n in _INPUTS) or "Model" in names
+    return ("model" in names and any(n in names for n in _INPUTS)) or "Model" in names
 
 
 def _compiles_with_aicc(tree: ast.Module) -> bool:

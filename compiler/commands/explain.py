@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...ir.core import Operation
-from ..capture import GraphRecord, Recorder, call_model, prepare
+from ..capture import GraphRecord, Recorder, call_eager, call_model, prepare
 from ..dynamo import backend
 from ..errors import UserError
 from ..model_file import Script, load
@@ -46,6 +46,7 @@ def explain(
             found.run()
         else:
             prepare(found.model, train)
+            call_eager(found, train)  # a fault of the model itself shows before anything is compiled
             compiled = torch.compile(found.model, backend=backend(options), dynamic=dynamic)
             call_model(compiled, found, train)
             first = len(recorder.graphs)

@@ -10,7 +10,7 @@ import torch
 import typer
 from rich.table import Table
 
-from ..capture import Recorder, compile_and_run, prepare
+from ..capture import Recorder, call_eager, compile_and_run, prepare
 from ..driver import Compilation
 from ..dynamo import backend
 from ..errors import UserError
@@ -64,7 +64,8 @@ def _script_report(script: Script, options: Options) -> dict[str, Any]:
 def _report(found: LoadedModel, options: Options, train: bool, dynamic: bool | None, seconds: float) -> dict[str, Any]:
     prepare(found.model, train)
     ours, plain = twin(found), twin(found)
-    eager = results_of(plain.model, plain, train)  # also shows faults of the model itself before anything is compiled
+    call_eager(twin(found), train)  # a fault of the model itself shows before anything is compiled
+    eager = results_of(plain.model, plain, train)
     reference, reference_name = _reference(found, train, eager)
     recorder = Recorder(stages=False)
     compiled = torch.compile(ours.model, backend=backend(options), dynamic=dynamic)
