@@ -77,7 +77,6 @@ class _Sizes:
 class CompiledGraph:
     """See the module docstring. `calls` counts native calls, `extern_calls` operator calls (exact in one thread)."""
 
-    _boxed_call = True  # AOTAutograd: call with one list, which may be emptied to free the arguments
 
     def __init__(self, manifest: dict[str, Any], code: bytes, *, arenas: ArenaPool | None = None, check_inputs: bool = False):
         """`code` is an object file. `arenas` defaults to the pool that all graphs of the process share.
@@ -85,6 +84,8 @@ class CompiledGraph:
         `check_inputs` compares every argument with the manifest (strict mode). ArtifactError if the manifest is malformed or the
         code does not fit it.
         """
+        # AOTAutograd: call with one list, which may be emptied to free the arguments. On the instance: wrappers copy its __dict__.
+        self._boxed_call = True
         self.arenas = arenas or shared_pool()
         self.calls = 0
         self.extern_calls = 0
