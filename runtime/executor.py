@@ -77,7 +77,6 @@ class _Sizes:
 class CompiledGraph:
     """See the module docstring. `calls` counts native calls, `extern_calls` operator calls (exact in one thread)."""
 
-
     def __init__(self, manifest: dict[str, Any], code: bytes, *, arenas: ArenaPool | None = None, check_inputs: bool = False):
         """`code` is an object file. `arenas` defaults to the pool that all graphs of the process share.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
@@ -40,6 +39,7 @@ def explain(
     options = Options.from_user(options={"strict": True, "cache": False})
     recorder = Recorder()
     torch._dynamo.utils.counters.clear()
+    torch._dynamo.utils.clear_compilation_metrics()
     capture: dict[str, Any] = {}
     with recorder.watching():
         if isinstance(found, Script):
@@ -51,9 +51,10 @@ def explain(
             call_model(compiled, found, train)
             first = len(recorder.graphs)
             call_model(compiled, found, train)
-            capture = {"recompiled_on_second_call": len(recorder.graphs) - first, **_guards(found.model)}
+            capture["recompiled_on_second_call"] = len(recorder.graphs) - first
     if not recorder.graphs:
         raise UserError(f"'{model}' ran, but nothing in it was compiled")
+    capture.update(_guards())
     capture["graph_breaks"] = dict(torch._dynamo.utils.counters["graph_break"])
     report = {"model": model, "capture": capture, "graphs": [_graph(g, every_remark) for g in recorder.graphs if g.compilation is not None]}
     if as_json:
@@ -90,22 +91,18 @@ def _origins(kernel: Operation) -> list[str]:
     return list(places)
 
 
-def _guards(model: Callable[..., Any]) -> dict[str, int]:
-    """Compiled versions of the model's forward, and the guards that choose between them."""
-    forward = model.forward if isinstance(model, torch.nn.Module) else model
-    code = getattr(getattr(forward, "__func__", forward), "__code__", None)
-    if code is None:
-        return {}
-    entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(code)
-    return {"versions": len(entries), "guards": sum(len(e.guard_manager.code_parts or ()) for e in entries)}
+def _guards() -> dict[str, int]:
+    """Frames that torch captured since the metrics were cleared, and the guards that it checks before it reuses them."""
+    frames = torch._dynamo.utils.get_compilation_metrics()
+    return {"frames": len(frames), "guards": sum(f.guard_count or 0 for f in frames)}
 
 
 def _show(report: dict[str, Any]) -> None:
     out = console()
     capture = report["capture"]
-    out.print(f"[bold]{escape(report['model'])}[/]: {len(report['graphs'])} compiled graphs"
-              + (f"; {capture['versions']} version(s) of forward behind {capture['guards']} guards, "
-                 f"{capture['recompiled_on_second_call']} recompiled on a second call" if "versions" in capture else ""))
+    again = capture.get("recompiled_on_second_call")
+    out.print(f"[bold]{escape(report['model'])}[/]: {len(report['graphs'])} compiled graphs; torch captured {capture['frames']} frames behind "
+              f"{capture['guards']} guards" + ("" if again is None else f"; a second call recompiled {again}"))
     for reason, times in capture["graph_breaks"].items():
         out.print(f"graph break ({times} times): {escape(str(reason))}")
     for g in report["graphs"]:

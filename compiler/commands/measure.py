@@ -15,12 +15,12 @@ from torch.utils import _pytree as pytree
 from ..capture import call_model, float_outputs
 from ..model_file import LoadedModel
 
-__all__ = ["Errors", "compare", "interleaved_medians", "results_of", "twin"]
+__all__ = ["Errors", "Results", "compare", "interleaved_medians", "results_of", "twin"]
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Against a reference: largest absolute error, and the largest over tensors of that error over the tensor's largest value."""
+    """Against a reference: the largest absolute error, and that error over the largest value of its group (outputs, or gradients)."""
 
     absolute: float
     relative: float
@@ -45,23 +45,37 @@ def twin(found: LoadedModel, dtype: torch.dtype | None = None) -> LoadedModel:
     return LoadedModel(found.name, model, args, kwargs)
 
 
-def results_of(model: Callable[..., Any], found: LoadedModel, train: bool) -> list[torch.Tensor]:
-    """The floating outputs of one call, and after training the gradients of parameters and inputs; `found` holds the parameters."""
+Results = tuple[list[torch.Tensor], list[torch.Tensor]]
+"""The floating outputs, and the gradients."""
+
+
+def results_of(model: Callable[..., Any], found: LoadedModel, train: bool) -> Results:
+    """The results of one call of `model`; gradients, after training, are those of the parameters and arguments that `found` holds."""
     torch.manual_seed(0)
     out = call_model(model, found, train)
-    results = [t.detach() for t in float_outputs(out)]
-    if train:
-        parameters = list(found.model.parameters()) if isinstance(found.model, torch.nn.Module) else []
-        leaves = [t for t in pytree.tree_leaves((found.args, found.kwargs)) if isinstance(t, torch.Tensor)]
-        results += [t.grad for t in (*parameters, *leaves) if t.grad is not None]
-    return results
+    if not train:
+        return float_outputs(out), []
+    parameters = list(found.model.parameters()) if isinstance(found.model, torch.nn.Module) else []
+    leaves = [t for t in pytree.tree_leaves((found.args, found.kwargs)) if isinstance(t, torch.Tensor)]
+    gradients = [t.grad for t in (*parameters, *leaves) if t.grad is not None]
+    for t in (*parameters, *leaves):
+        t.grad = None
+    return [t.detach() for t in float_outputs(out)], gradients
 
 
-def compare(results: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> Errors:
-    """Errors of `results`. ValueError when they differ in number or shape; a NaN where the reference has none is infinitely wrong."""
+def compare(results: Results, reference: Results) -> Errors:
+    """Errors of `results`. ValueError when they differ in number or shape; a NaN where the reference has none is infinitely wrong.
+
+    The scale is that of the whole group: a gradient that is zero in exact arithmetic has only rounding errors, of any relative size.
+    """
+    groups = [_compare_group(got, want) for got, want in zip(results, reference, strict=True)]
+    return Errors(max(e.absolute for e in groups), max(e.relative for e in groups))
+
+
+def _compare_group(results: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> Errors:
     if [t.shape for t in results] != [t.shape for t in reference]:
         raise ValueError(f"the results have shapes {[tuple(t.shape) for t in results]}, the reference {[tuple(t.shape) for t in reference]}")
-    absolute = relative = 0.0
+    largest = scale = 0.0
     for got, want in zip(results, reference, strict=True):
         if not want.numel():
             continue
@@ -69,10 +83,9 @@ def compare(results: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) 
         difference = torch.where(got.double() == wide, 0.0, (got.double() - wide).abs())  # equal infinities differ by nothing
         difference = torch.where(wide.isnan() & got.isnan(), 0.0, difference).nan_to_num(nan=float("inf"), posinf=float("inf"))
         finite = wide[wide.isfinite()]
-        scale = finite.abs().max().item() if finite.numel() else 1.0
-        largest = difference.max().item()
-        absolute, relative = max(absolute, largest), max(relative, largest / scale if scale else largest)
-    return Errors(absolute, relative)
+        largest = max(largest, difference.max().item())
+        scale = max(scale, finite.abs().max().item() if finite.numel() else 0.0)
+    return Errors(largest, largest / scale if scale else largest)
 
 
 def interleaved_medians(contenders: Sequence[Callable[[], Any]], seconds: float = 2.0, most: int = 200) -> list[float]:

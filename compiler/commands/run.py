@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..model_file import LoadedModel, Script, load
 from ..options import Options
 from .common import Debug, Dynamic, ModelSpec, Train, console, reports_errors
-from .measure import compare, interleaved_medians, results_of, twin
+from .measure import Results, compare, interleaved_medians, results_of, twin
 from .places import short_place
 
 __all__ = ["run"]
@@ -38,7 +38,7 @@ def run(
     """Compile MODEL and run it: accuracy, compile time per stage, kernels, memory, speed against eager.
 
     A model that is in training mode is put into evaluation mode unless --train is given. For training, the loss is the mean square of the
-    floating outputs. Errors are relative to the largest value of each tensor, against eager in float64.
+    floating outputs. Errors are against eager in float64, relative to the largest output (or gradient).
     """
     found = load(model)
     options = Options.from_user(options={"strict": True, "cache": cache})
@@ -90,7 +90,7 @@ def _report(found: LoadedModel, options: Options, train: bool, dynamic: bool | N
     return report
 
 
-def _reference(found: LoadedModel, train: bool, eager: list[torch.Tensor]) -> tuple[list[torch.Tensor], str]:
+def _reference(found: LoadedModel, train: bool, eager: Results) -> tuple[Results, str]:
     """Eager float64 results; eager as it is where the model does not run in float64."""
     exact = twin(found, torch.float64)
     try:

@@ -73,6 +73,7 @@ def test_refusals(aicc: Aicc, tmp_path: Path) -> None:
     refused(aicc("opt", tmp_path / "none.aicc"), "cannot be read", "No such file")
     refused(aicc("opt", tmp_path), "is a folder")
     refused(aicc("opt"), "no FILE given")
+    assert aicc("opt", "--nonsense").exit_code == 2
     (tmp_path / "binary.aicc").write_bytes(b"\xff\xfe\x00")
     refused(aicc("opt", tmp_path / "binary.aicc"), "binary.aicc:1:1", "not a text file")
     refused(aicc("opt", "-", "--target", "tpu", input=IR), "unknown target")

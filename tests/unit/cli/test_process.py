@@ -23,19 +23,15 @@ def test_help_and_usage() -> None:
     assert done.returncode == 0
     for command in ("dump-ir", "opt", "run", "explain", "env"):
         assert command in done.stdout
-    assert run("opt", "--nonsense").returncode == 2
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions as on POSIX")
-@pytest.mark.parametrize("place", ["read-only", "a file", "full"])
+@pytest.mark.parametrize("place", ["read-only", "full"])
 def test_a_cache_that_cannot_be_written_gives_a_warning_and_no_more(mlp: Path, tmp_path: Path, place: str) -> None:
+    directory = tmp_path / "closed" / "cache"
     if place == "full":
         directory = Path("/dev/full")  # every write to it says: no space left
-    elif place == "a file":
-        directory = tmp_path / "file"
-        directory.write_text("")
     else:
-        directory = tmp_path / "closed" / "cache"
         directory.parent.mkdir()
         directory.parent.chmod(0o500)
         if os.access(directory.parent, os.W_OK):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aicc.compiler.commands.measure import compare, interleaved_medians
+from aicc.compiler.commands.measure import Errors, compare, interleaved_medians
 from aicc.compiler.commands.places import short_place
 
 from .conftest import Aicc, refused
@@ -84,12 +84,21 @@ def test_refusals(aicc: Aicc, write: Write) -> None:
 
 def test_compare() -> None:
     nan, inf = math.nan, math.inf
-    assert compare([torch.tensor([1.0, 2.5])], [torch.tensor([1.0, 2.0])]).relative == 0.25
-    assert compare([torch.tensor([nan])], [torch.tensor([nan])]).absolute == 0
-    assert compare([torch.tensor([inf])], [torch.tensor([inf])]).absolute == 0
-    assert compare([torch.tensor([nan])], [torch.tensor([1.0])]).absolute > 1e300
+
+    def error(got: list[float], want: list[float]) -> Errors:
+        return compare(([torch.tensor(got)], []), ([torch.tensor(want)], []))
+
+    assert error([1.0, 2.5], [1.0, 2.0]) == Errors(0.5, 0.25)
+    assert error([nan], [nan]).absolute == error([inf], [inf]).absolute == 0
+    assert error([nan], [1.0]).absolute == error([inf], [1.0]).absolute == error([-inf], [inf]).absolute == inf
+    assert error([1e-9], [0.0]).relative == pytest.approx(1e-9)
     with pytest.raises(ValueError, match="shapes"):
-        compare([torch.ones(2)], [torch.ones(3)])
+        error([1.0, 1.0], [1.0])
+
+
+def test_gradients_that_are_zero_are_measured_against_the_others() -> None:
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    assert compare(([], [zero + 1e-8, one]), ([], [zero + 1e-18, one])).relative == pytest.approx(1e-8)
 
 
 def test_interleaved_medians_take_turns() -> None:
