@@ -80,8 +80,9 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
     target = ctx.target
     ranges: dict[str, tuple[Dim, Dim | None]] = {s: (r[0], r[1]) for s, r in symbol_ranges.items()}
     outputs = list(fused.body.terminator.operands)
+    # Names by position, not by layer: equal kernels of different layers must have equal text.
     block = Block([_buffer(v) for v in fused.operands] + [_buffer(r) for r in fused.results],
-                  [v.name for v in fused.body.args] + [r.name for r in fused.results])
+                  [f"in{i}" for i in range(len(fused.operands))] + [f"out{i}" for i in range(len(fused.results))])
     buffers: dict[Value, Value] = {}
     for v, arg in zip([*fused.body.args, *outputs], block.args, strict=True):
         buffers[v] = arg
