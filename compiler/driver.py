@@ -12,7 +12,8 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -36,7 +37,7 @@ from .manifest import build_manifest
 from .options import Options
 from .pipelines import STAGES, pipeline
 
-__all__ = ["Compilation", "Observer", "compile_fx", "compile_graph", "cpu_target", "lower", "statistics"]
+__all__ = ["Compilation", "Observer", "compile_fx", "compile_graph", "cpu_target", "lower", "statistics", "watching"]
 
 Observer = Callable[[str, "Pass | None", Operation], None]
 """Called with the stage, the pass that just ran (None at the end of a stage), and the module."""
@@ -128,15 +129,37 @@ def compile_fx(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options:
         start = time.perf_counter()
         module = import_graph(gm, name="main", arg_kinds=arg_kinds)
         spent = time.perf_counter() - start
-        compilation = compile_graph(module, options or Options.from_user(), name=name, observe=observe)
+        compilation = compile_graph(module, options or Options.from_user(), name=name, observe=observe or _observer())
     compilation.seconds = {"import": spent, **compilation.seconds}
     assert compilation.graph is not None
-    for listener in _LISTENERS:
-        listener(compilation)
+    for watcher in _WATCHERS:
+        if watcher.compiled is not None:
+            watcher.compiled(compilation)
     return compilation.graph
 
 
-_LISTENERS: list[Callable[[Compilation], None]] = []
+@dataclass(frozen=True)
+class _Watcher:
+    observe: Observer | None
+    compiled: Callable[[Compilation], None] | None
+
+
+_WATCHERS: list[_Watcher] = []
+
+
+@contextmanager
+def watching(observe: Observer | None = None, compiled: Callable[[Compilation], None] | None = None) -> Iterator[None]:
+    """While it is open, `compiled` is told of every graph that this process compiles, and `observe` sees the passes at work."""
+    watcher = _Watcher(observe, compiled)
+    _WATCHERS.append(watcher)
+    try:
+        yield
+    finally:
+        _WATCHERS.remove(watcher)
+
+
+def _observer() -> Observer | None:
+    return next((w.observe for w in reversed(_WATCHERS) if w.observe is not None), None)
 
 
 @cache
@@ -148,6 +171,3 @@ def _source_digest() -> str:
         for path in sorted((root / folder).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-

@@ -372,4 +372,3 @@ _RESULT_KINDS: dict[str, Callable[[dict[str, Any], CompiledGraph], Callable[...,
     "int": _result_int, "item": _result_item, "view": _result_view,
     "none": lambda row, graph: lambda *given: None,
 }
-
