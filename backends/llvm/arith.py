@@ -125,17 +125,14 @@ def _mod_int(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
 
 
 def _mod_float(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    r = b.frem(x, y)
-    zero = _like(r, 0.0)
-    wrong = b.xor(b.fcmp_ordered("<", y, zero), b.fcmp_ordered("<", r, zero))
-    return b.select(b.and_(b.fcmp_unordered("!=", r, zero), wrong), b.fadd(r, y), r)
+    return vecmath.BINARY["remainder"](b, x, y)
 
 
 def _floordiv_float(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     """torch's div_floor_floating: the floor of the exact quotient, not of the rounded one."""
     zero, one = _like(x, 0.0), _like(x, 1.0)
     plain = b.fdiv(x, y)
-    r = b.frem(x, y)
+    r = vecmath.BINARY["fmod"](b, x, y)
     q = b.fdiv(b.fsub(x, r), y)
     wrong = b.xor(b.fcmp_ordered("<", y, zero), b.fcmp_ordered("<", r, zero))
     q = b.select(b.and_(b.fcmp_unordered("!=", r, zero), wrong), b.fsub(q, one), q)
@@ -220,7 +217,7 @@ TABLE: dict[str, dict[str, Emit]] = {
     "add": _rows(f=_op("fadd"), iu=_op("add"), b=_op("or_")), "sub": _rows(f=_op("fsub"), iu=_op("sub")),
     "mul": _rows(f=_op("fmul"), iu=_op("mul"), b=_op("and_")), "div": _rows(f=_op("fdiv")),
     "floordiv": _rows(f=_floordiv_float, i=_floordiv_int, u=_udiv), "truncdiv": _rows(i=_truncdiv, u=_udiv),
-    "mod": _rows(f=_mod_float, i=_mod_int, u=_urem), "rem": _rows(f=_op("frem"), i=_rem, u=_urem),
+    "mod": _rows(f=_mod_float, i=_mod_int, u=_urem), "rem": _rows(f=vecmath.BINARY["fmod"], i=_rem, u=_urem),
     "pow": _rows(iu=_pow_int), "copysign": _rows(f=_intrinsic("copysign")),
     "max": _rows(f=_float_extreme(">"), i=_int_extreme(">", True), u=_int_extreme(">", False), b=_op("or_")),
     "min": _rows(f=_float_extreme("<"), i=_int_extreme("<", True), u=_int_extreme("<", False), b=_op("and_")),
@@ -236,13 +233,15 @@ def emit(b: ir.IRBuilder, features: Features, name: str, dtype: DType, *xs: ir.V
     """`arith.<name>` on chunks of element type `dtype`. NotImplementedError names an op that has no lowering."""
     kind = _KIND.get(dtype.kind, "")
     if kind == "f" and dtype.bits < 32:
-        wide = emit(b, features, name, F32, *[emit_cast(b, x, dtype, F32, features) for x in xs])
-        return wide if BY_NAME[name].result == "i1" else emit_cast(b, wide, F32, dtype, features)
+        wide = emit(b, features, name, F32, *[emit_cast(b, x, dtype.name, "f32") for x in xs])
+        return wide if BY_NAME[name].result == "i1" else emit_cast(b, wide, "f32", dtype.name)
     found = TABLE.get(name, {}).get(kind)
     if found is not None:
         return found(b, *xs)
-    if kind == "f":
-        return vecmath.emit(b, name, xs, features)
+    if kind == "f" and name in vecmath.UNARY:
+        return vecmath.UNARY[name](b, xs[0], features)
+    if kind == "f" and name in vecmath.BINARY:
+        return vecmath.BINARY[name](b, xs[0], xs[1], features)
     raise NotImplementedError(f"arith.{name} on {dtype} has no lowering to LLVM")
 
 

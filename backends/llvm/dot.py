@@ -21,7 +21,7 @@ def cast_tile(b: ir.IRBuilder, features: Features, t: Tile, dtype: DType) -> Til
     """The tile with another element type."""
     if t.dtype == dtype:
         return t
-    cast = t.with_values([emit_cast(b, v, t.dtype, dtype, features) for v in t.values])
+    cast = t.with_values([emit_cast(b, v, t.dtype.name, dtype.name) for v in t.values])
     cast.dtype = dtype
     return cast
 

@@ -26,7 +26,7 @@ from .copies import copy_kernel
 from .kernel import ErrorTable, emit_kernel
 from .parallel import emit_launcher
 from .scalars import ScalarEmitter
-from .values import I32, I64, PTR, memory_type
+from .values import I32, I64, PTR, memory_type, stack_slot
 
 __all__ = ["HostProgram", "ModuleEmitter", "Step"]
 
@@ -154,7 +154,7 @@ class _Segment:
     def emit(self, ops: Sequence[Operation]) -> None:
         b = self.b
         table, symbols = self.f.args
-        context = b.alloca(I32)
+        context = stack_slot(b, I32)
         b.store(I32(0), context)
         names = list(self.func["symbols"])
         self.sizes = {s: b.load(b.gep(symbols, [I64(i)], source_etype=I64), typ=I64) for i, s in enumerate(names)}

@@ -31,7 +31,7 @@ from .masks import LaneChunk
 from .scalars import ScalarEmitter, at_block
 from .shapes import emit_reduce, emit_reshape, emit_transpose
 from .symbolic import Facts, Loop, Resolver, position
-from .values import I1, I32, I64, PTR, Tile, chunk_type, constant, memory_type, register_type, splat, with_widths
+from .values import I1, I32, I64, PTR, Tile, chunk_type, constant, memory_type, register_type, splat, stack_slot, with_widths
 
 __all__ = ["ErrorTable", "KernelEmitter", "emit_kernel"]
 
@@ -72,7 +72,7 @@ class Scratch:
             with self._entry() as b:
                 width = self.k.lanes
                 t = chunk_type(memory_type(dtype), width)
-                slot = b.alloca(t)
+                slot = stack_slot(b, t)
                 value = constant(other, dtype, width)
                 b.store(b.zext(value, t) if dtype.name == "i1" else value, slot)
                 self.cache[key] = slot
@@ -82,9 +82,7 @@ class Scratch:
         """A pointer to a full vector that nobody reads."""
         if "sink" not in self.cache:
             with self._entry() as b:
-                slot = b.alloca(ir.ArrayType(I64, max(16, 2 * self.k.lanes)))
-                slot.align = 64
-                self.cache["sink"] = slot
+                self.cache["sink"] = stack_slot(b, ir.ArrayType(I64, max(16, 2 * self.k.lanes)), 64)
         return self.cache["sink"]
 
     def private(self, key: object, size: int) -> ir.Value:
@@ -96,9 +94,7 @@ class Scratch:
     def _private(self, size: int) -> ir.Value:
         with self._entry() as b:
             if size <= HEAP_BYTES:
-                slot = b.alloca(ir.ArrayType(ir.IntType(8), size))
-                slot.align = 64
-                return slot
+                return stack_slot(b, ir.ArrayType(ir.IntType(8), size), 64)
             rounded = -(-size // 64) * 64
             memory = b.call(declare(b.module, "aligned_alloc", PTR, [I64, I64]), [I64(64), I64(rounded)])
             self.heap.append(memory)
@@ -410,7 +406,7 @@ class KernelEmitter:
 
     def widen_index(self, v: ir.Value, dtype: DType) -> ir.Value:
         """An integer chunk as i64."""
-        return emit_cast(self.b, v, dtype, DTYPES["i64"], self.features)
+        return emit_cast(self.b, v, dtype.name, "i64")
 
     def _opaque(self, symbol: str) -> ir.Value:
         name, _, row = symbol.partition("@")
@@ -438,7 +434,7 @@ class KernelEmitter:
 
         def apply(*xs: ir.Value) -> ir.Value:
             if name == "cast":
-                return emit_cast(self.b, xs[0], source, target, self.features)
+                return emit_cast(self.b, xs[0], source.name, target.name)
             if name == "select":
                 return self.b.select(*xs)
             return arith.emit(self.b, self.features, name, source, *xs)
@@ -515,7 +511,7 @@ class KernelEmitter:
         e = self.instantiate(self.resolver.exprs[op.result])
         if isinstance(t, ScalarType):
             if dtype.name not in ("i64", "index"):
-                self.env[op.result] = emit_cast(self.b, self.scalars.emit(e), INDEX, dtype, self.features)
+                self.env[op.result] = emit_cast(self.b, self.scalars.emit(e), "i64", dtype.name)
             return
         assert isinstance(t, TileType)
         shape: tuple[int, ...] = t.shape  # type: ignore[assignment]
@@ -561,7 +557,7 @@ class KernelEmitter:
             base = self.scalars.emit(shared)
             base = b.trunc(base, type_) if type_ == I32 else base
             value = b.add(fit(vector), splat(b, base, lanes.width))
-        return emit_cast(b, value, work, dtype, self.features)
+        return emit_cast(b, value, work.name, dtype.name)
 
     def alloca(self, op: Operation) -> None:
         t = op.result.type

@@ -16,7 +16,7 @@ from ...ir.core import Operation
 from ...ir.expr import Dim, product
 from .intrinsics import declare
 from .scalars import ScalarEmitter
-from .values import I32, I64, PTR
+from .values import I32, I64, PTR, stack_slot
 
 __all__ = ["SERIAL_NANOSECONDS", "emit_launcher", "estimated_nanoseconds"]
 
@@ -83,7 +83,7 @@ def _emit_parallel(b: ir.IRBuilder, scalars: ScalarEmitter, launcher: ir.Functio
     b.position_at_end(parallel)
     shared = ir.LiteralStructType([*(a.type for a in launcher.args), I64, I64, I64])  # arguments, counter, chunk, total
     n = len(launcher.args)
-    data = b.alloca(shared)
+    data = stack_slot(b, shared)
     chunk = b.sdiv(total, b.mul(b.sext(threads, I64), I64(CHUNKS)))
     chunk = b.select(b.icmp_signed("<", chunk, I64(1)), I64(1), chunk)
     for i, v in enumerate([*launcher.args, I64(0), chunk, total]):

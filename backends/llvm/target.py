@@ -65,8 +65,8 @@ def target_machine(target: Target, opt: int = 3) -> binding.TargetMachine:
     """An LLVM target machine that emits position-independent code for `target`."""
     _initialize()
     on = set(target.features)
-    host_like = target.triple.split("-")[0] == binding.get_process_triple().split("-")[0]
-    off = [f for f in binding.get_host_cpu_features() if f not in on] if host_like else []  # which the CPU's name would imply
+    named = target.name == binding.get_host_cpu_name()
+    off = [f for f in binding.get_host_cpu_features() if f not in on] if named else []  # which the CPU's name would imply
     features = ",".join([f"+{f}" for f in target.features] + [f"-{f}" for f in off])
     found = binding.Target.from_triple(target.triple or binding.get_process_triple())
     name = "" if target.name == "generic" else target.name

@@ -20,7 +20,7 @@ from llvmlite import ir
 from ...ir.types import DType
 
 __all__ = ["I1", "I32", "I64", "PTR", "Tile", "chunk_type", "concat", "constant", "extract", "is_constant", "memory_type", "pack", "recut",
-           "register_type", "slice_chunk", "split_widths", "splat", "undef", "with_widths"]
+           "register_type", "slice_chunk", "split_widths", "splat", "stack_slot", "undef", "with_widths"]
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 PTR = ir.PointerType()
@@ -45,6 +45,15 @@ def memory_type(dtype: DType) -> ir.Type:
 def chunk_type(element: ir.Type, width: int) -> ir.Type:
     """A scalar for width 1, else a vector."""
     return element if width == 1 else ir.VectorType(element, width)
+
+
+def stack_slot(b: ir.IRBuilder, type_: ir.Type, align: int = 0) -> ir.Value:
+    """An alloca as an opaque pointer."""
+    slot = b.alloca(type_)
+    slot.type = PTR
+    if align:
+        slot.align = align
+    return slot
 
 
 def undef(type_: ir.Type) -> ir.Constant:

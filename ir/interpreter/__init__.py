@@ -9,8 +9,8 @@ Two levels of one program interpreted on the same inputs must agree: that is how
 Not part of `aicc.ir` proper (which does without torch): import `aicc.ir.interpreter`.
 
 Invariants
-- Values are torch tensors with the declared shape and element type (checked after every op). Layout has no meaning at the graph and
-  tensor levels; `tile.launch` lays its operands out in memory as their types say.
+- Values are torch tensors with the declared shape and element type (checked after every op). Layout has no meaning at the
+  graph and tensor levels; `tile.launch` lays its operands out in memory as their types say.
 - `graph.assign` / `tensor.assign` are carried out at the end, on the caller's tensors: results never alias them.
 """
 
@@ -46,19 +46,19 @@ def _find_func(module: Operation, name: str | None) -> Operation:
 
 def _bind_inputs(func: Operation, inputs: Sequence[torch.Tensor], ctx: Context) -> None:
     """Learns the size symbols from the inputs and checks shapes and element types against the arguments."""
-    args = func.body.args
+    args, name = func.body.args, func["sym_name"]
     if len(inputs) != len(args):
-        raise IRError(f"@{func['sym_name']} takes {len(args)} arguments, got {len(inputs)}")
-    for name, (arg, d) in func["symbol_sources"].items():
-        ctx.symbols.setdefault(name, inputs[arg].shape[d])
+        raise IRError(f"@{name} takes {len(args)} arguments, got {len(inputs)}")
+    for symbol, (arg, d) in func["symbol_sources"].items():
+        ctx.symbols.setdefault(symbol, inputs[arg].shape[d])
     for _ in range(2):  # a symbol may be learnt from a later argument than the one that needs it
         for i, (a, x) in enumerate(zip(args, inputs)):
             if not isinstance(a.type, TensorType):
-                raise IRError(f"argument {i} of @{func['sym_name']} is a {a.type}: only functions on tensors can be interpreted")
-            bind_shape(a.type.shape, x.shape, ctx.symbols, f"argument {i} of @{func['sym_name']}")
+                raise IRError(f"argument {i} of @{name} is a {a.type}: only functions on tensors can be interpreted")
+            bind_shape(a.type.shape, x.shape, ctx.symbols, f"argument {i} of @{name}")
             known = (ctx.dtype(a.type), TORCH_DTYPES[a.type.dtype.name])
             if x.dtype not in known:
-                raise IRError(f"argument {i} of @{func['sym_name']} is {a.type}, got a tensor of {x.dtype}")
+                raise IRError(f"argument {i} of @{name} is {a.type}, got a tensor of {x.dtype}")
     for a in args:
         missing = {s for e in a.type.shape for s in free_symbols(e)} - ctx.symbols.keys()  # type: ignore[attr-defined]
         if missing:
@@ -77,12 +77,13 @@ def interpret(module: Operation, inputs: Sequence[Any], *, symbols: Mapping[str,
         Casts to narrower floats do not round unless `exact`.
     check: kernels also verify that no two programs write one element, and that all of every output is written.
 
-    Tensors that the function assigns to are updated in place at the end, as a compiled function would: pass clones to keep them.
+    Tensors that the function assigns to are updated in place at the end, as a compiled function would: pass clones to
+    keep them.
     Raises IRError with the op and its Python line for IR that is wrong; IndexError for indices (data) out of range.
     """
     function = _find_func(module, func)
-    ctx = Context(HANDLERS, Numerics(precision, exact), dict(symbols or {}), check=check,
-                  kernels={op["sym_name"]: op for op in module.body if op.name == "tile.kernel"} if module.name == "module" else {})
+    kernels = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"} if module.name == "module" else {}
+    ctx = Context(HANDLERS, Numerics(precision, exact), dict(symbols or {}), kernels, check)
     names = function["symbol_args"]
     if names and len(inputs) == len(names) + len(function.body.args):
         ctx.symbols.update((name, int(v)) for name, v in zip(names, inputs))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .context import Context
 
 Tensor = torch.Tensor
+Binary = Callable[[Tensor, Tensor], Tensor]
 
 __all__ = ["HANDLERS", "WIDE_UNSIGNED", "apply", "convert", "select"]
 
@@ -46,7 +47,7 @@ def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return total + torch.where(torch.isfinite(lost), lost, torch.zeros_like(lost))
 
 
-def _integer_division(divide: Callable[[Tensor, Tensor], Tensor], on_minus_one: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def _integer_division(divide: Binary, on_minus_one: Callable[[Tensor], Tensor]) -> Binary:
     """`divide`, kept away from the divisors 0 and -1 that trap on some machines."""
     def run(a: Tensor, b: Tensor) -> Tensor:
         if a.is_floating_point():
@@ -57,20 +58,22 @@ def _integer_division(divide: Callable[[Tensor, Tensor], Tensor], on_minus_one: 
     return run
 
 
-def _round_quotient(mode: str) -> Callable[[Tensor, Tensor], Tensor]:
+def _round_quotient(mode: str) -> Binary:
     return lambda a, b: torch.div(a, b, rounding_mode=mode)
 
 
 _TORCH: dict[str, Callable[..., Tensor]] = {
-    "neg": torch.neg, "abs": torch.abs, "sign": torch.sign, "bitnot": torch.bitwise_not, "isnan": torch.isnan, "isinf": torch.isinf,
-    "floor": torch.floor, "ceil": torch.ceil, "trunc": torch.trunc, "round": torch.round,
+    "neg": torch.neg, "abs": torch.abs, "sign": torch.sign, "bitnot": torch.bitwise_not, "isnan": torch.isnan,
+    "isinf": torch.isinf, "floor": torch.floor, "ceil": torch.ceil, "trunc": torch.trunc, "round": torch.round,
     "exp": torch.exp, "exp2": torch.exp2, "expm1": torch.expm1, "log": torch.log, "log2": torch.log2, "log10": torch.log10,
-    "log1p": torch.log1p, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "reciprocal": torch.reciprocal, "sin": torch.sin, "cos": torch.cos,
-    "tan": torch.tan, "asin": torch.asin, "acos": torch.acos, "atan": torch.atan, "sinh": torch.sinh, "cosh": torch.cosh,
+    "log1p": torch.log1p, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "reciprocal": torch.reciprocal, "sin": torch.sin,
+    "cos": torch.cos, "tan": torch.tan, "asin": torch.asin, "acos": torch.acos, "atan": torch.atan, "sinh": torch.sinh,
+    "cosh": torch.cosh,
     "tanh": torch.tanh, "asinh": torch.asinh, "acosh": torch.acosh, "atanh": torch.atanh, "erf": torch.erf, "erfc": torch.erfc,
     "erfinv": torch.erfinv, "lgamma": torch.lgamma, "digamma": torch.digamma, "sigmoid": torch.sigmoid,
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div,
-    "floordiv": _integer_division(_round_quotient("floor"), torch.neg), "truncdiv": _integer_division(_round_quotient("trunc"), torch.neg),
+    "floordiv": _integer_division(_round_quotient("floor"), torch.neg),
+    "truncdiv": _integer_division(_round_quotient("trunc"), torch.neg),
     "mod": _integer_division(torch.remainder, torch.zeros_like), "rem": _integer_division(torch.fmod, torch.zeros_like),
     "pow": torch.pow, "atan2": torch.atan2, "hypot": torch.hypot, "copysign": torch.copysign, "nextafter": torch.nextafter,
     "max": torch.maximum, "min": torch.minimum, "fmax": torch.fmax, "fmin": torch.fmin,
@@ -81,8 +84,9 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
 _UNSIGNED: dict[str, Callable[..., np.ndarray]] = {
     "neg": np.negative, "abs": np.positive, "sign": lambda x: (x != 0).astype(x.dtype), "bitnot": np.bitwise_not,
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "floordiv": np.floor_divide, "truncdiv": np.floor_divide,
-    "mod": np.mod, "rem": np.mod, "pow": np.power, "max": np.maximum, "min": np.minimum, "and": np.bitwise_and, "or": np.bitwise_or,
-    "xor": np.bitwise_xor, "shl": np.left_shift, "shr": np.right_shift, "eq": np.equal, "ne": np.not_equal, "lt": np.less,
+    "mod": np.mod, "rem": np.mod, "pow": np.power, "max": np.maximum, "min": np.minimum, "and": np.bitwise_and,
+    "or": np.bitwise_or, "xor": np.bitwise_xor, "shl": np.left_shift, "shr": np.right_shift, "eq": np.equal,
+    "ne": np.not_equal, "lt": np.less,
     "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }
 _OWN_PRECISION = frozenset({"nextafter"})  # a neighbour in the type itself
@@ -137,5 +141,6 @@ def _constant(ctx: Context, op: Operation, xs: list[Any]) -> list[Any]:
 
 
 HANDLERS: Mapping[str, Callable[[Context, Operation, list[Any]], list[Any]]] = {
-    **{f"arith.{row.name}": _row(row.name) for row in ROWS}, "arith.select": _select, "arith.cast": _cast, "arith.constant": _constant,
+    **{f"arith.{row.name}": _row(row.name) for row in ROWS},
+    "arith.select": _select, "arith.cast": _cast, "arith.constant": _constant,
 }

@@ -22,14 +22,14 @@ from .arith import convert
 Tensor = torch.Tensor
 Handler = Callable[["Context", Operation, list[Any]], Sequence[Any]]
 
-__all__ = ["SAME_WIDTH_SIGNED", "TORCH_DTYPES", "WIDENED", "Context", "Handler", "Numerics", "affine_index", "bind_shape", "evaluate_index", "failure",
-           "flat_take", "to_tensor"]
+__all__ = ["SAME_WIDTH_SIGNED", "TORCH_DTYPES", "WIDENED", "Context", "Handler", "Numerics", "affine_index", "bind_shape",
+           "evaluate_index", "failure", "flat_take", "to_tensor"]
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f8e4m3fn": torch.float8_e4m3fn,
-    "f8e5m2": torch.float8_e5m2, "i64": torch.int64, "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8,
-    "u16": torch.uint16, "u32": torch.uint32, "u64": torch.uint64, "i1": torch.bool, "c64": torch.complex64, "c128": torch.complex128,
-    "index": torch.int64,
+    "f8e5m2": torch.float8_e5m2, "i64": torch.int64, "i32": torch.int32, "i16": torch.int16, "i8": torch.int8,
+    "u8": torch.uint8, "u16": torch.uint16, "u32": torch.uint32, "u64": torch.uint64, "i1": torch.bool,
+    "c64": torch.complex64, "c128": torch.complex128, "index": torch.int64,
 }
 _BIT_PATTERNS = {"bf16": torch.uint16, "f8e4m3fn": torch.uint8, "f8e5m2": torch.uint8}
 WIDENED = frozenset({torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2})
@@ -97,7 +97,8 @@ def evaluate_index(ctx: Context, e: Dim, grids: Mapping[str, Tensor]) -> Tensor:
     return torch.as_tensor(value)
 
 
-def affine_index(ctx: Context, index: Sequence[Dim], grids: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+def affine_index(ctx: Context, index: Sequence[Dim], grids: Mapping[str, Tensor],
+                 shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(position in a row-major tensor of `shape`, where all indices are in bounds), broadcast over the grids that `index` uses.
 
     Positions that are out of bounds are clamped to 0, so that they can be read and then discarded.
@@ -116,7 +117,7 @@ def bind_shape(shape: Sequence[Dim], actual: Sequence[int], symbols: MutableMapp
     A size that is linear in its only unknown symbol determines it; other sizes are checked once their symbols are known.
     """
     if len(shape) != len(actual):
-        raise IRError(f"{what} has shape {list(actual)}, but its type has {len(shape)} dimensions: [{', '.join(map(str, shape))}]")
+        raise IRError(f"{what} has shape {list(actual)}, but its type says [{', '.join(map(str, shape))}]")
     for size, n in zip(shape, actual):
         if isinstance(size, int):
             continue

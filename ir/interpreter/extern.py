@@ -6,8 +6,9 @@ all else (numbers, strings, none, tuples) is itself. `frontend/extern.py` makes 
   {dtype = "f32"}  a torch dtype, by our name or as "torch.qint8"                     {device = "cpu"}  a torch device
   {layout = "torch.strided"}, {memory_format = "torch.channels_last"}                  the torch constant of that name
 `operand_strides` has the strides (in elements) that each operand has in eager, or none for row-major.
-`result_kinds` has one entry per value that the operator returns: a 'tensor' and an 'int' (as a 0-d i64) are results of the op, 'none'
-is not. `defines` maps each new size symbol to [result, dimension] where it is read off; dimension -1 is the value of an 'int'.
+`result_kinds` has one entry per value that the operator returns: a 'tensor' and an 'int' (as a 0-d i64) are results of
+the op, 'none' is not. `defines` maps each new size symbol to [result, dimension] where it is read off; dimension -1 is the
+value of an 'int'.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ def _expand(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
 
 
 def _slice(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
-    x = xs[0]
-    for d, (start, step, n) in enumerate(zip(ctx.dims(op["starts"]), ctx.dims(op["steps"]), ctx.shape(op.result.type), strict=True)):
+    x, shape = xs[0], ctx.shape(op.result.type)
+    for d, (start, step, n) in enumerate(zip(ctx.dims(op["starts"]), ctx.dims(op["steps"]), shape, strict=True)):
         last = start + step * (n - 1)
         if n and not (0 <= start < x.shape[d] and 0 <= last < x.shape[d]):
             raise IndexError(f"the slice reads elements {start} to {last} of dimension {d}, which has {x.shape[d]}")
@@ -126,16 +126,18 @@ def _matmul(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     return _typed(ctx, op, _wide(xs[0]) @ _wide(xs[1]))
 
 
+def _window(ctx: Context, op: Operation) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    return ctx.dims(op["stride"]), ctx.dims(op["padding"]), ctx.dims(op["dilation"])
+
+
 def _conv(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     x, w = map(_wide, xs)
-    rank = x.dim() - 2
-    return _typed(ctx, op, torch.convolution(x, w, None, ctx.dims(op["stride"]), ctx.dims(op["padding"]), ctx.dims(op["dilation"]), False,
-                                             (0,) * rank, op["groups"]))
+    return _typed(ctx, op, torch.convolution(x, w, None, *_window(ctx, op), False, (0,) * (x.dim() - 2), op["groups"]))
 
 
 def _conv_transpose(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     x, w = map(_wide, xs)
-    stride, padding, dilation = ctx.dims(op["stride"]), ctx.dims(op["padding"]), ctx.dims(op["dilation"])
+    stride, padding, dilation = _window(ctx, op)
     # the result type says how large the convolution's input was; the sizes it leaves open become the output padding
     extra = tuple(n - ((i - 1) * s - 2 * p + d * (k - 1) + 1) for n, i, k, s, p, d in zip(
         ctx.shape(op.result.type)[2:], x.shape[2:], w.shape[2:], stride, padding, dilation, strict=True))
@@ -145,9 +147,9 @@ def _conv_transpose(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tenso
 def _conv_weight_grad(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     grad, x = map(_wide, xs)
     w = x.new_zeros(ctx.shape(op.result.type))
-    rank = x.dim() - 2
-    _, dw, _ = torch.ops.aten.convolution_backward(grad, x, w, None, ctx.dims(op["stride"]), ctx.dims(op["padding"]), ctx.dims(op["dilation"]),
-                                                   False, (0,) * rank, op["groups"], [False, True, False])
+    _, dw, _ = torch.ops.aten.convolution_backward(grad, x, w, None, *_window(ctx, op), False, (0,) * (x.dim() - 2),
+                                                   op["groups"],
+                                                   [False, True, False])
     return _typed(ctx, op, dw)
 
 
@@ -271,8 +273,8 @@ _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 def _max_pool(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     rank = xs[0].dim() - 2
-    values, indices = _MAX_POOL[rank](_wide(xs[0]), op["kernel"], op["stride"], op["padding"], op["dilation"] or 1, op["ceil_mode"],
-                                      return_indices=True)
+    values, indices = _MAX_POOL[rank](_wide(xs[0]), op["kernel"], op["stride"], op["padding"], op["dilation"] or 1,
+                                      op["ceil_mode"], return_indices=True)
     return _typed(ctx, op, values, indices)
 
 
@@ -291,7 +293,7 @@ def _avg_pool(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
 def _embedding(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     weight, indices = xs
     if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= weight.shape[0]):
-        raise IndexError(f"embedding index out of range: [{int(indices.min())}, {int(indices.max())}] for {weight.shape[0]} rows")
+        raise IndexError(f"indices from {int(indices.min())} to {int(indices.max())} do not fit {weight.shape[0]} rows")
     return [weight[indices]]
 
 
@@ -355,13 +357,13 @@ HANDLERS: dict[str, Handler] = {
     "graph.full": _full, "graph.constant": _constant, "graph.iota": _iota, "graph.sym": _sym,
     "graph.reshape": _reshape, "graph.permute": _permute, "graph.expand": _expand, "graph.slice": _slice, "graph.flip": _flip,
     "graph.remap": _remap, "graph.cat": _cat, "graph.pad": _pad,
-    "graph.matmul": _matmul, "graph.conv": _conv, "graph.conv_transpose": _conv_transpose, "graph.conv_weight_grad": _conv_weight_grad,
-    "graph.attention": _attention,
+    "graph.matmul": _matmul, "graph.conv": _conv, "graph.conv_transpose": _conv_transpose,
+    "graph.conv_weight_grad": _conv_weight_grad, "graph.attention": _attention,
     **{f"graph.{name}": _reduction(function) for name, function in _REDUCTIONS.items()},
     "graph.argmax": _arg_extreme(True), "graph.argmin": _arg_extreme(False), "graph.var_mean": _var_mean, "graph.scan": _scan,
     "graph.softmax": _softmax(torch.softmax), "graph.log_softmax": _softmax(torch.log_softmax),
     "graph.layer_norm": _layer_norm, "graph.rms_norm": _rms_norm, "graph.group_norm": _group_norm,
     "graph.max_pool": _max_pool, "graph.avg_pool": _avg_pool,
-    "graph.embedding": _embedding, "graph.gather": _gather, "graph.take": _take, "graph.index": _index, "graph.index_put": _index_put,
-    "graph.scatter": _scatter, "graph.assign": _assign, "graph.extern": extern,
+    "graph.embedding": _embedding, "graph.gather": _gather, "graph.take": _take, "graph.index": _index,
+    "graph.index_put": _index_put, "graph.scatter": _scatter, "graph.assign": _assign, "graph.extern": extern,
 }

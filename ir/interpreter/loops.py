@@ -1,10 +1,11 @@
 """Loops of kernels with their iterations side by side.
 
-`run_together` splits the body of a `tile.for` in two. What depends only on the induction variable, on values from outside and on
-buffers that the kernel never writes is computed for many iterations at once, each a lane. The rest (what the carried
-values need, and stores when something is carried or read back) runs iteration by iteration on slices of those results; when all of it is
-`acc = acc + v`, max, min or a `tile.dot` onto the accumulator, it becomes one reduction. A loop that carries nothing and reads
-nothing it may write runs whole.
+`run_loop` splits the body of a `tile.for` in two. What depends only on the induction variable, on values from outside and
+on buffers that the kernel never writes is computed for many iterations at once, each a lane. The rest (what the carried values
+need, and stores when something is carried or read back) runs iteration by iteration on slices of those results; when all of it
+is `acc = acc + v`, max, min or a `tile.dot` onto the accumulator, it becomes one reduction. A loop that carries nothing and
+reads nothing it may write runs whole. Where programs leave a loop at different times, iterations run one by one and the programs
+that are done are masked.
 
 The values are those of the sequential loop, up to the order in which floats are summed.
 """
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 
-__all__ = ["run_together"]
+__all__ = ["lift", "run_loop"]
 
 LANES = 1 << 20
 """Elements of the largest tile of a kernel, times the lanes that run together."""
@@ -33,18 +34,25 @@ LANES = 1 << 20
 _FOLDS = {"arith.add": "sum", "arith.max": "max", "arith.min": "min"}
 
 
-def run_together(p: Programs, op: Operation, iterations: range, state: list[Any]) -> list[Any]:
-    """The carried values after all `iterations` (the same for all programs) of the `tile.for` op."""
-    if len(iterations) < 2:
-        return _one_by_one(p, op, iterations, state)
-    free = _independent(op, p.written)
+def run_loop(p: Programs, op: Operation, lower: Tensor, upper: Tensor, state: list[Any]) -> list[Any]:
+    """The carried values after the `tile.for` op, whose bounds are [1] or, where programs differ, [P]."""
+    counts = (upper - lower + (op["step"] - 1)) // op["step"]
+    count = max(0, int(counts.max()))
+    same = count == 0 or bool((counts == count).all())
     alone = not state and _commutes(op, p.written)
-    if not free and not alone:
-        return _one_by_one(p, op, iterations, state)
-    step = max(1, LANES // max(1, p.largest * len(p.ids)))
-    for start in range(0, len(iterations), step):
-        part = iterations[start:start + step]
-        side = _expanded(p, op, part)
+    if not same and not alone:
+        return _run_masked(p, op, lower, upper, state)
+    free = _independent(op, p.written)
+    if count < 2 or not free and not alone:
+        return _one_by_one(p, op, lower, count, state)
+    together = max(1, LANES // max(1, p.largest * len(p.ids)))
+    for start in range(0, count, together):
+        part = range(start, min(start + together, count))
+        side = _expanded(p, op, lower, part)
+        if not same:
+            last = _spread(upper.expand(len(p.ids)), len(p.ids), len(part))
+            running = side.env[op.body.args[0]] < last
+            side = replace(side, active=running if side.active is None else running & side.active)
         if alone:
             side.run(op.body)
             continue
@@ -52,14 +60,32 @@ def run_together(p: Programs, op: Operation, iterations: range, state: list[Any]
             if inner in free:
                 side.run_op(inner)
         folded = _fold(p, op, free, side, state, len(part))
-        state = folded if folded is not None else _dependent(p, op, free, side, part, state)
+        state = folded if folded is not None else _dependent(p, op, free, side, lower, part, state)
     return state
 
 
-def _one_by_one(p: Programs, op: Operation, iterations: range, state: list[Any]) -> list[Any]:
+def _run_masked(p: Programs, op: Operation, lower: Tensor, upper: Tensor, state: list[Any]) -> list[Any]:
+    """A loop that some programs leave before others."""
     iv, *carried = op.body.args
-    for i in iterations:
-        p.env.update(zip([iv, *carried], [torch.tensor([i]), *state]))
+    outer = p.active
+    at = lower.expand(torch.broadcast_shapes(lower.shape, upper.shape))
+    while True:
+        running = at < upper if outer is None else (at < upper) & outer
+        if not bool(running.any()):
+            p.active = outer
+            return state
+        p.env.update(zip([iv, *carried], [at, *state]))
+        p.active = running
+        p.run(op.body)
+        new = [p.env[v] for v in op.body.terminator.operands]
+        state = [torch.where(lift(running, x.dim() - 1), x, old) for x, old in zip(new, state)]
+        at = at + op["step"]
+
+
+def _one_by_one(p: Programs, op: Operation, lower: Tensor, count: int, state: list[Any]) -> list[Any]:
+    iv, *carried = op.body.args
+    for k in range(count):
+        p.env.update(zip([iv, *carried], [lower + k * op["step"], *state]))
         p.run(op.body)
         state = [p.env[v] for v in op.body.terminator.operands]
     return state
@@ -69,7 +95,7 @@ def _one_by_one(p: Programs, op: Operation, iterations: range, state: list[Any])
 
 def _reads_only(op: Operation, written: frozenset[Value]) -> bool:
     """Whether the op, with all that it holds, writes nothing and reads no buffer in `written`."""
-    return all(o.name not in ("tile.store", "tile.alloca") and not (o.name == "tile.load" and o.operands[0] in written) for o in op.walk())
+    return _commutes(op, written) and all(o.name != "tile.store" for o in op.walk())
 
 
 def _commutes(op: Operation, written: frozenset[Value]) -> bool:
@@ -94,20 +120,28 @@ def _independent(op: Operation, written: frozenset[Value]) -> set[Operation]:
 
 # -- lanes ------------------------------------------------------------------------------------------------------------
 
-def _expanded(p: Programs, op: Operation, part: range) -> Programs:
-    """Lanes for all iterations in `part` of all programs, program-major, with the values that the body takes from outside."""
+def lift(x: Tensor, rank: int) -> Tensor:
+    """A scalar of every program as a tile of size 1; tiles as they are."""
+    return x.reshape(x.shape[0], *(1,) * rank) if x.dim() == 1 else x
+
+
+def _spread(x: Any, programs: int, n: int) -> Any:
+    """A value of all programs repeated for n iterations of each; memory, and what is the same for all programs, as it is."""
+    if not isinstance(x, Tensor) or x.shape[0] != programs:
+        return x
+    return x.unsqueeze(1).expand(programs, n, *x.shape[1:]).reshape(programs * n, *x.shape[1:])
+
+
+def _expanded(p: Programs, op: Operation, lower: Tensor, part: range) -> Programs:
+    """Lanes for the iterations numbered in `part` of all programs, program-major, with the values that the body takes from outside."""
     programs, n = len(p.ids), len(part)
-
-    def spread(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.shape[0] != programs:
-            return x  # memory, or the same for all programs
-        return x.unsqueeze(1).expand(programs, n, *x.shape[1:]).reshape(programs * n, *x.shape[1:])
-
     inside = {v for inner in op.body for o in inner.walk() for v in o.results}
-    env = {v: spread(p.env[v]) for inner in op.body for o in inner.walk() for v in o.operands if v in p.env and v not in inside}
-    env[op.body.args[0]] = torch.arange(part.start, part.stop, part.step).repeat(programs)
-    active = None if p.active is None else spread(p.active.expand(programs))
-    return replace(p, ids=spread(p.ids), lanes=spread(p.lanes), env=env, active=active, ordered=True)
+    outside = {v for inner in op.body for o in inner.walk() for v in o.operands if v in p.env and v not in inside}
+    env = {v: _spread(p.env[v], programs, n) for v in outside}
+    numbers = torch.arange(part.start, part.stop) * op["step"]
+    env[op.body.args[0]] = (lower.expand(programs).unsqueeze(1) + numbers).reshape(-1)
+    active = None if p.active is None else _spread(p.active.expand(programs), programs, n)
+    return replace(p, ids=_spread(p.ids, programs, n), lanes=_spread(p.lanes, programs, n), env=env, active=active, ordered=True)
 
 
 def _by_iteration(x: Tensor, programs: int, n: int) -> Tensor:
@@ -115,7 +149,8 @@ def _by_iteration(x: Tensor, programs: int, n: int) -> Tensor:
     return x.reshape(programs, n, *x.shape[1:]) if x.shape[0] == programs * n else x.unsqueeze(1)
 
 
-def _dependent(p: Programs, op: Operation, free: set[Operation], side: Programs, part: range, state: list[Any]) -> list[Any]:
+def _dependent(p: Programs, op: Operation, free: set[Operation], side: Programs, lower: Tensor, part: range,
+               state: list[Any]) -> list[Any]:
     """The rest of the body, iteration by iteration."""
     iv, *carried = op.body.args
     terminator = op.body.terminator
@@ -123,9 +158,9 @@ def _dependent(p: Programs, op: Operation, free: set[Operation], side: Programs,
     results = {v for inner in free for v in inner.results}
     needed = {v for inner in [*rest, terminator] for o in inner.walk() for v in o.operands if v in results}
     values = {v: _by_iteration(side.env[v], len(p.ids), len(part)) for v in needed}
-    for k, i in enumerate(part):
+    for k, number in enumerate(part):
         p.env.update({v: x[:, k] if x.shape[1] > 1 else x[:, 0] for v, x in values.items()})
-        p.env.update(zip([iv, *carried], [torch.tensor([i]), *state]))
+        p.env.update(zip([iv, *carried], [lower + number * op["step"], *state]))
         for inner in rest:
             p.run_op(inner)
         state = [p.env[v] for v in terminator.operands]
@@ -146,10 +181,11 @@ def _fold(p: Programs, op: Operation, free: set[Operation], side: Programs, stat
         assert update is not None
         if list(carried.uses) != [(update, list(update.operands).index(carried))] or acc.dtype in WIDENED:
             return None
-        others = [_by_iteration(side.env[v], len(p.ids), n) if v in side.env else None for v in update.operands if v is not carried]
-        if any(x is None for x in others):
+        others = [v for v in update.operands if v is not carried]
+        if not all(v in side.env for v in others):
             return None
-        values = [x.expand(-1, n, *x.shape[2:]) for x in others if x is not None]
+        values = [_by_iteration(side.env[v], len(p.ids), n) for v in others]
+        values = [x.expand(-1, n, *x.shape[2:]) for x in values]
         if update.name in _FOLDS:
             totals = [combine(_FOLDS[update.name], v.movedim(1, -1), v.dim() - 1) for v in values]
         elif update.name == "tile.dot" and update.operands[2] is carried:  # one dot product, n times as long

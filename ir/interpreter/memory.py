@@ -1,7 +1,7 @@
 """Memory as kernels see it: a flat run of elements, read and written at offsets by many programs at once.
 
-Fresh memory is poisoned (NaN, or the byte 0xAB), so that an element which nobody writes shows. Every access is checked to be in bounds.
-With `check`, an element remembers which program wrote it: a second program that writes or reads it is an error.
+Fresh memory is poisoned (NaN, or the byte 0xAB), so that an element which nobody writes shows. Every access is checked to be in
+bounds. With `check`, an element remembers which program wrote it: a second program that writes or reads it is an error.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class Memory:
         return missing[0].tolist() if len(missing) else None
 
     def _addresses(self, offset: Tensor, wanted: Tensor, lanes: Tensor, programs: Tensor) -> Tensor:
-        """`offset` as positions in `flat`, 0 where not wanted; `lanes` and `programs` number the programs, here and in the grid.
+        """`offset` as positions in `flat`, 0 where not wanted. IRError if a wanted one is out of bounds.
 
-        IRError if a wanted one is out of bounds.
+        `lanes` and `programs` number the programs, here and in the grid.
         """
         outside = wanted & ((offset < 0) | (offset >= self.size))
         if bool(outside.any()):
@@ -102,7 +102,10 @@ class Memory:
 
     def store(self, offset: Tensor, wanted: Tensor, value: Tensor, lanes: Tensor, programs: Tensor, *, atomic: str = "",
               ordered: bool = False) -> None:
-        """Writes (or combines, by `atomic`) `value` at `offset` where `wanted`; all tensors broadcast. If `ordered`, later lanes win."""
+        """Writes (or combines, by `atomic`) `value` at `offset` where `wanted`; all tensors broadcast.
+
+        If `ordered`, later lanes win.
+        """
         offset, wanted, value, lanes, programs = torch.broadcast_tensors(offset, wanted, value, lanes, programs)
         at = self._addresses(offset, wanted, lanes, programs.reshape(programs.shape[0], -1)[:, 0])[wanted]
         chosen = value[wanted]

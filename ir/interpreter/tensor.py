@@ -29,8 +29,9 @@ __all__ = ["HANDLERS", "LIMIT", "combine", "scatter_into"]
 LIMIT = 1 << 23
 """Points of an iteration space that are evaluated at once."""
 
-_UNSIGNED_UFUNCS: dict[str, np.ufunc] = {"sum": np.add, "add": np.add, "prod": np.multiply, "mul": np.multiply, "max": np.maximum,
-                                         "min": np.minimum}
+_UNSIGNED_UFUNCS: dict[str, np.ufunc] = {
+    "sum": np.add, "add": np.add, "prod": np.multiply, "mul": np.multiply, "max": np.maximum, "min": np.minimum,
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class _Space:
 
 
 def _boxes(sizes: Sequence[int], inner: int) -> Iterator[tuple[range, ...]]:
-    """Boxes that cover dimensions of `sizes` in row-major order; `inner` points lie under each point. Each has <= LIMIT points if it can."""
+    """Boxes that cover dimensions of `sizes` in row-major order, each of at most LIMIT points when `inner` lie under each."""
     total = math.prod(sizes) * inner
     if total <= LIMIT or not sizes:
         yield tuple(map(range, sizes))
@@ -198,8 +199,9 @@ def _arg(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 _COMBINE: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda x: x.sum(-1), "prod": lambda x: x.prod(-1), "max": _extreme("max", torch.amax), "min": _extreme("min", torch.amin),
-    "any": lambda x: x.any(-1), "all": lambda x: x.all(-1), "argmax": _arg(torch.argmax), "argmin": _arg(torch.argmin),
+    "sum": lambda x: x.sum(-1), "prod": lambda x: x.prod(-1), "max": _extreme("max", torch.amax),
+    "min": _extreme("min", torch.amin), "any": lambda x: x.any(-1), "all": lambda x: x.all(-1), "argmax": _arg(torch.argmax),
+    "argmin": _arg(torch.argmin),
 }
 
 
@@ -253,7 +255,8 @@ def _contract(u: Tensor, v: Tensor, space: _Space, parallel: int) -> Tensor:
     rank = len(space.ranges)
     letters = [[k for k in range(rank) if x.shape[k] != 1] for x in (u, v)]
     out = [k for k in range(parallel) if k in letters[0] or k in letters[1]]
-    got = torch.einsum(u.reshape([u.shape[k] for k in letters[0]]), letters[0], v.reshape([v.shape[k] for k in letters[1]]), letters[1], out)
+    u, v = (x.reshape([x.shape[k] for k in ks]) for x, ks in zip((u, v), letters))
+    got = torch.einsum(u, letters[0], v, letters[1], out)
     unused = math.prod(n for k, n in enumerate(space.shape) if k >= parallel and k not in letters[0] and k not in letters[1])
     shape = space.shape[:parallel]
     got = got.reshape([n if k in out else 1 for k, n in enumerate(shape)])
@@ -324,7 +327,7 @@ def scatter_into(kind: str, target: Tensor, index: Tensor, values: Tensor) -> Te
 
 
 def _scatter(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
-    """One combination per point, in row-major order; of several 'set' the last wins. Narrow floats accumulate in f32 within a box."""
+    """One combination per point, in row-major order: the last 'set' wins. Narrow floats accumulate in f32 within a box."""
     init, *inputs = xs
     sizes = ctx.dims(op["dims"])
     target = ctx.to_type(init, op.result.type).reshape(-1).clone()
@@ -357,5 +360,6 @@ def _sym(ctx: Context, op: Operation, xs: list[Any]) -> list[Any]:
 
 HANDLERS: dict[str, Handler] = {
     "tensor.generic": _generic, "tensor.scan": _scan, "tensor.scatter": _scatter, "tensor.fused": _fused, "tensor.sym": _sym,
-    "tensor.extract": _extract, "tensor.constant": _constant, "tensor.assign": graph.HANDLERS["graph.assign"], "tensor.extern": extern,
+    "tensor.extract": _extract, "tensor.constant": _constant,
+    "tensor.assign": graph.HANDLERS["graph.assign"], "tensor.extern": extern,
 }

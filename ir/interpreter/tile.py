@@ -3,11 +3,11 @@
 A scalar of a kernel is a torch tensor of shape [P], a tile one of shape [P, *tile], where P is the number of programs that run
 together, or 1 while the value is the same for all of them. `LANES` bounds the memory: larger grids run in pieces, in order.
 
-Loops: iterations, too, run together as far as they do not depend on each other (`loops.py`): as lanes of their own, program-major. Where
-bounds differ between programs, iterations run one by one and programs that are done are masked.
+Loops: iterations, too, run together as far as they do not depend on each other (`loops.py`): as lanes of their own,
+program-major.
 
-Memory is laid out as the tensor types of the launch say. An output that `inplace` pairs with an input starts as a copy of it; all other
-outputs start poisoned. See `memory.py` for what is checked.
+Memory is laid out as the tensor types of the launch say. An output that `inplace` pairs with an input starts as a copy of it;
+all other outputs start poisoned. See `memory.py` for what is checked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..expr import Dim
 from ..types import BufferType, TensorType, TileType
 from . import arith
 from .context import WIDENED, Context, Handler, bind_shape, evaluate_index, failure
-from .loops import run_together
+from .loops import lift, run_loop
 from .memory import Memory, extent
 from .tensor import combine
 
@@ -38,11 +38,6 @@ LANES = 1 << 22
 
 def _rank(v: Value) -> int:
     return v.type.rank if isinstance(v.type, TileType) else 0
-
-
-def lift(x: Tensor, rank: int) -> Tensor:
-    """A scalar of every program as a tile of size 1; tiles as they are."""
-    return x.reshape(x.shape[0], *(1,) * rank) if x.dim() == 1 else x
 
 
 @dataclass
@@ -91,7 +86,7 @@ class Programs:
         self.env.update(zip(op.results, results, strict=True))
 
     def index(self, indices: Sequence[Tensor], shape: Sequence[int]) -> Callable[[Dim], Tensor]:
-        """A function from expressions over i0.., t0.. and sizes to values of full rank, broadcastable over programs and `shape`."""
+        """A function from expressions over i0.., t0.. and sizes to values of full rank, broadcastable to [P, *shape]."""
         rank = len(shape)
         grids = {f"i{k}": lift(x, rank).to(torch.int64) for k, x in enumerate(indices)}
         for k, n in enumerate(shape):
@@ -139,7 +134,8 @@ def _store(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     shape = op.operands[1].type.shape if _rank(op.operands[1]) else ()  # type: ignore[attr-defined]
     value = p.index(indices, shape)
     _, wanted = p.wanted(op, value, len(shape))
-    memory.store(value(op["offset"]), wanted, *(lift(x, len(shape)) for x in (stored, p.lanes, p.ids)), atomic=op["atomic"], ordered=p.ordered)
+    stored, lanes, ids = (lift(x, len(shape)) for x in (stored, p.lanes, p.ids))
+    memory.store(value(op["offset"]), wanted, stored, lanes, ids, atomic=op["atomic"], ordered=p.ordered)
     return []
 
 
@@ -189,38 +185,18 @@ def _transpose(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
 
 def _dot(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     a, b, acc = xs
+    if not acc.is_floating_point():
+        # in f64, sums of products of narrow integers are exact, and much faster
+        wide = torch.float64 if a.dtype.itemsize <= 2 else acc.dtype
+        return [acc + (a.to(wide) @ b.to(wide)).to(acc.dtype)]
     wide = torch.float32 if acc.dtype in WIDENED else acc.dtype
-    if not wide.is_floating_point and a.dtype.itemsize <= 2:
-        wide = torch.float64  # exact for sums of products of narrow integers, and much faster
-    product = a.to(wide) @ b.to(wide)
-    return [(acc.to(wide) + product).to(acc.dtype) if wide.is_floating_point and acc.is_floating_point() else acc + product.to(acc.dtype)]
+    return [(acc.to(wide) + a.to(wide) @ b.to(wide)).to(acc.dtype)]
 
 
 def _for(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     n = op["indices"]
     value = p.index(xs[:n], ())
-    lower, upper = value(op["lower"]), value(op["upper"])
-    if bool((lower == lower[0]).all()) and bool((upper == upper[0]).all()):
-        return run_together(p, op, range(int(lower[0]), int(upper[0]), op["step"]), xs[n:])
-    return _run_masked(p, op, lower, upper, xs[n:])
-
-
-def _run_masked(p: Programs, op: Operation, lower: Tensor, upper: Tensor, state: list[Any]) -> list[Any]:
-    """A loop whose bounds differ between programs; gives the carried values."""
-    iv, *carried = op.body.args
-    outer = p.active
-    at = lower.expand(torch.broadcast_shapes(lower.shape, upper.shape))
-    while True:
-        running = at < upper if outer is None else (at < upper) & outer
-        if not bool(running.any()):
-            p.active = outer
-            return state
-        p.env.update(zip([iv, *carried], [at, *state]))
-        p.active = running
-        p.run(op.body)
-        new = [p.env[v] for v in op.body.terminator.operands]
-        state = [torch.where(lift(running, x.dim() - 1), x, old) for x, old in zip(new, state)]
-        at = at + op["step"]
+    return run_loop(p, op, value(op["lower"]), value(op["upper"]), xs[n:])
 
 
 def _arith(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
@@ -242,10 +218,12 @@ _OPS: dict[str, Callable[[Programs, Operation, list[Any]], list[Any]]] = {
 def _kernel_of(ctx: Context, op: Operation) -> Operation:
     kernel = ctx.kernels.get(op["kernel"].name)
     if kernel is None:
-        raise IRError(f"there is no kernel {op['kernel']} in the module; kernels: {', '.join('@' + k for k in ctx.kernels) or 'none'}")
+        known = ", ".join(f"@{k}" for k in ctx.kernels)
+        raise IRError(f"there is no kernel {op['kernel']} in the module; kernels: {known or 'none'}")
     given, taken = (len(op.operands), len(op.results)), (len(kernel.body.args) - kernel["outputs"], kernel["outputs"])
     if given != taken:
-        raise IRError(f"@{kernel['sym_name']} takes {taken[0]} inputs and gives {taken[1]} outputs, launched with {given[0]} and {given[1]}")
+        raise IRError(f"@{kernel['sym_name']} has {taken[0]} inputs and {taken[1]} outputs, "
+                      f"launched with {given[0]} and {given[1]}")
     return kernel
 
 
@@ -262,7 +240,8 @@ def _kernel_symbols(ctx: Context, kernel: Operation, op: Operation) -> dict[str,
 def _launch(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     kernel = _kernel_of(ctx, op)
     inner = replace(ctx, symbols=_kernel_symbols(ctx, kernel, op))
-    layouts = [(ctx.shape(v.type), ctx.dims(v.type.layout)) for v in (*op.operands, *op.results) if isinstance(v.type, TensorType)]
+    types = [v.type for v in (*op.operands, *op.results)]
+    layouts = [(ctx.shape(t), ctx.dims(t.layout)) for t in types if isinstance(t, TensorType)]
     memories = [Memory.holding(x, strides) for x, (_, strides) in zip(xs, layouts)]
     paired = {output: source for source, output in kernel["inplace"]}
     for i, r in enumerate(op.results, len(xs)):
@@ -272,7 +251,8 @@ def _launch(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     for a, m in zip(kernel.body.args, memories, strict=True):
         assert isinstance(a.type, BufferType)
         if m.flat.dtype != inner.dtype(a.type) or extent(inner.shape(a.type), inner.dims(a.type.layout)) > m.size:
-            raise IRError(f"argument {a.index} of @{kernel['sym_name']} is {a.type}, launched with {m.size} elements of {m.flat.dtype}")
+            raise IRError(f"argument {a.index} of @{kernel['sym_name']} is {a.type}, launched with {m.size} elements "
+                          f"of {m.flat.dtype}")
     grid = inner.dims(kernel["grid"])
     total = math.prod(grid)
     tiles = {v.type for o in kernel.walk() for v in (*o.operands, *o.results) if isinstance(v.type, TileType)}
