@@ -23,7 +23,7 @@ from ...ir.types import BufferType, DType, TileType, element_type
 from .arith import arith_text, literal
 from .dtypes import pointer, tl_type
 from .expressions import IndexText, Range
-from .helpers import used_helpers
+from .helpers import HELPERS, used_helpers
 
 __all__ = ["KernelSource", "print_kernel"]
 
@@ -57,7 +57,7 @@ class _Printer:
     lines: list[str] = field(default_factory=list)
     names: dict[Value, str] = field(default_factory=dict)
     ranges: dict[Value, Range] = field(default_factory=dict)
-    taken: set[str] = field(default_factory=lambda: {ERROR, "tl", "triton", "libdevice", "pid", "float"})
+    taken: set[str] = field(default_factory=lambda: {ERROR, "tl", "triton", "libdevice", "float", *HELPERS})
     aranges: dict[tuple[int, int, int], str] = field(default_factory=dict)
     written: set[Value] = field(default_factory=set)   # buffers stored to since the last barrier
     read: set[Value] = field(default_factory=set)      # buffers loaded from since the last barrier
@@ -190,8 +190,7 @@ class _Printer:
         self._write(f"for {name} in range({text(op['lower'])}, {text(op['upper'])}, {op['step']}):")
         self.indent += 1
         start = len(self.lines)
-        if self.wide:
-            self._write(f"{name} = tl.cast({name}, tl.int64)")
+        self._write(f"{name} = tl.cast({name}, {self.index_type})")  # in the interpreter it is a Python number
         self.written |= touched_store & touched_load  # by the iteration before
         self.read |= touched_store & touched_load
         self._block(op)
@@ -212,6 +211,8 @@ class _Printer:
         """`text`, of a shape that is `shape` where `reached` has an axis and 1 elsewhere (None: a scalar), at the full shape."""
         if not shape or (reached is not None and tuple(reached) == tuple(shape)):
             return text
+        if reached is None:
+            text = f"tl.cast({text}, {self.index_type})"
         return f"tl.broadcast_to({text}, [{', '.join(map(str, shape))}])"
 
     def _reach(self, e: Dim, operands: Sequence[Value], text: IndexText) -> tuple[int, ...] | None:
@@ -295,7 +296,9 @@ class _Printer:
     def mask(self, op: Operation) -> None:
         text = self._text(op.operands, op["shape"])
         mask, reach = self._mask(op["mask"], (), op.operands, text)
-        self._define(op, self._spread(mask, op["shape"], reach))
+        partial = op["shape"] and (reach is None or tuple(reach) != tuple(op["shape"]))
+        spread = f"tl.full([{', '.join(map(str, op['shape']))}], True, tl.int1) & " if partial else ""
+        self._define(op, spread + mask)
 
     def full(self, op: Operation) -> None:
         self._define(op, f"tl.broadcast_to({self._name(op.operands[0])}, [{_dims(op.result)}])")
