@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ir import Dim, Operation, TensorType, Value
+from ..ir import Dim, Operation, TensorType, Trait, Value
 from ..ir.dialects.tensor import parallel_dims
 from ..ir.expr import evaluate, free_symbols, product, simplify, split_linear
 from ..ir.passes import Pass, PassContext, register
@@ -40,10 +40,20 @@ class Layout(Pass):
                 if order is not None:
                     for r in op.results:
                         assert isinstance(r.type, TensorType)
-                        r.type = in_order(r.type, order)
+                        _set_type(r, in_order(r.type, order))
                     changed += 1
             _match_outputs(func)
         ctx.remark("done", f"{changed} tensors in another order than row-major")
+
+
+def _set_type(v: Value, t: TensorType) -> None:
+    """Changes a value's layout, also where a body receives the tensor whole."""
+    v.type = t
+    for user, i in v.uses:
+        if user.has_trait(Trait.Structured):
+            lead = 1 if user.name == "tensor.scatter" else 0
+            if i >= lead and user["maps"][i - lead] is None:
+                user.body.args[i - lead].type = t
 
 
 def _contraction_order(op: Operation, constant: set[Value]) -> list[int] | None:
@@ -109,7 +119,7 @@ def _match_outputs(func: Operation) -> None:
             continue
         order = _dense_order(v.type.shape, tuple(wanted))
         if order is not None:
-            v.type = v.type.with_strides(tuple(wanted))
+            _set_type(v, v.type.with_strides(tuple(wanted)))
 
 
 def _dense_order(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> list[int] | None:

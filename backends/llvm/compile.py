@@ -12,6 +12,7 @@ from llvmlite import binding, ir
 
 from ...ir.core import IRError, Operation
 from ...ir.target import Target
+from .half import add_half_conversions
 from .host import HostProgram, ModuleEmitter
 from .target import target_machine
 
@@ -55,6 +56,8 @@ def compile_module(module: Operation, target: Target) -> CompiledObject:
     """
     emitter = ModuleEmitter(module, target)
     programs = {op["sym_name"]: emitter.host(op) for op in module.body if op.name == "func"}
+    if "half" in (text := str(emitter.llvm)):
+        add_half_conversions(emitter.llvm, target)
     parsed = parse(emitter.llvm, target)
     text = str(emitter.llvm)
     optimize(parsed, target)

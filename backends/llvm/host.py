@@ -25,7 +25,7 @@ from ...ir.types import BufferType
 from .copies import copy_kernel
 from .kernel import ErrorTable, emit_kernel
 from .parallel import emit_launcher
-from .scalars import ScalarEmitter
+from .scalars import ScalarEmitter, at_block
 from .values import I32, I64, PTR, memory_type, stack_slot
 
 __all__ = ["HostProgram", "ModuleEmitter", "Step"]
@@ -148,12 +148,13 @@ class _Segment:
         self.b = ir.IRBuilder(f.append_basic_block("entry"))
         self.scalars = ScalarEmitter(self.b, _unknown_symbol)
         self.pointers: dict[Value, ir.Value] = {}
+        self.table: dict[int, ir.Value] = {}
         ids = [int(op["id"]) for op in func.body if op.name == "host.persistent"]
         self.persistents = max(ids, default=-1) + 1
 
     def emit(self, ops: Sequence[Operation]) -> None:
         b = self.b
-        table, symbols = self.f.args
+        symbols = self.f.args[1]
         context = stack_slot(b, I32)
         b.store(I32(0), context)
         names = list(self.func["symbols"])
@@ -183,7 +184,11 @@ class _Segment:
         return self.pointers[v]
 
     def _slot(self, n: int) -> ir.Value:
-        return self.b.load(self.b.gep(self.f.args[0], [I64(n)], source_etype=PTR), typ=PTR)
+        """Entry n of the table, read before everything else."""
+        if n not in self.table:
+            with at_block(self.b, self.scalars.scopes[0].hoist):
+                self.table[n] = self.b.load(self.b.gep(self.f.args[0], [I64(n)], source_etype=PTR), typ=PTR)
+        return self.table[n]
 
     def _pointer(self, v: Value) -> ir.Value:
         op = v.defining_op

@@ -4,8 +4,7 @@
 on buffers that the kernel never writes is computed for many iterations at once, each a lane. The rest (what the carried values
 need, and stores when something is carried or read back) runs iteration by iteration on slices of those results; when all of it
 is `acc = acc + v`, max, min or a `tile.dot` onto the accumulator, it becomes one reduction. A loop that carries nothing and
-reads nothing it may write runs whole. Where programs leave a loop at different times, iterations run one by one and the programs
-that are done are masked.
+reads nothing it may write runs whole. Where programs leave a loop at different times, those that are done are masked.
 
 The values are those of the sequential loop, up to the order in which floats are summed.
 """
@@ -43,7 +42,7 @@ def run_loop(p: Programs, op: Operation, lower: Tensor, upper: Tensor, state: li
     if not same and not alone:
         return _run_masked(p, op, lower, upper, state)
     free = _independent(op, p.written)
-    if count < 2 or not free and not alone:
+    if count < 2 or not (free or alone):
         return _one_by_one(p, op, lower, count, state)
     together = max(1, LANES // max(1, p.largest * len(p.ids)))
     for start in range(0, count, together):
@@ -133,7 +132,7 @@ def _spread(x: Any, programs: int, n: int) -> Any:
 
 
 def _expanded(p: Programs, op: Operation, lower: Tensor, part: range) -> Programs:
-    """Lanes for the iterations numbered in `part` of all programs, program-major, with the values that the body takes from outside."""
+    """Lanes for the iterations numbered in `part` of all programs, program-major, with the values taken from outside."""
     programs, n = len(p.ids), len(part)
     inside = {v for inner in op.body for o in inner.walk() for v in o.results}
     outside = {v for inner in op.body for o in inner.walk() for v in o.operands if v in p.env and v not in inside}
@@ -141,7 +140,8 @@ def _expanded(p: Programs, op: Operation, lower: Tensor, part: range) -> Program
     numbers = torch.arange(part.start, part.stop) * op["step"]
     env[op.body.args[0]] = (lower.expand(programs).unsqueeze(1) + numbers).reshape(-1)
     active = None if p.active is None else _spread(p.active.expand(programs), programs, n)
-    return replace(p, ids=_spread(p.ids, programs, n), lanes=_spread(p.lanes, programs, n), env=env, active=active, ordered=True)
+    ids, lanes = (_spread(x, programs, n) for x in (p.ids, p.lanes))
+    return replace(p, ids=ids, lanes=lanes, env=env, active=active, ordered=True)
 
 
 def _by_iteration(x: Tensor, programs: int, n: int) -> Tensor:

@@ -352,6 +352,26 @@ def test_stores_of_later_iterations_win(loop_lanes):
     assert torch.equal(got, torch.stack([x[:, 6], x[:, 5]], 1))
 
 
+def test_triangular_loops(loop_lanes):
+    """Program p handles columns p to 6: bounds differ, nothing is carried, and reads past the end must not happen."""
+    kernel = """tile.kernel @k {grid = [7]} {
+      ^(%x: buffer<7x7xf32>, %y: buffer<7x7xf32>):
+        %p = tile.program_id() {axis = 0} : index
+        tile.for(%p) {lower = i0, upper = min(7, i0*2 + 2), indices = 1} {
+          ^(%i: index):
+            %v = tile.load(%x, %p, %i) {offset = i0*7 + i1, shape = []} : f32
+            tile.store(%y, %v, %p, %i) {offset = i0*7 + i1}
+            tile.yield()
+        }
+        tile.yield()
+    }"""
+    x = torch.randn(7, 7)
+    (got,) = launch(kernel, "tensor<7x7xf32>", "tensor<7x7xf32>", [x])
+    row, column = torch.arange(7)[:, None], torch.arange(7)
+    written = (column >= row) & (column < 2 * row + 2)
+    assert torch.equal(got.isnan(), ~written) and torch.equal(got[written], x[written])
+
+
 def test_loops_that_read_what_they_wrote_run_in_order(loop_lanes):
     """A running sum through memory, and a counter of another kind carried beside it."""
     kernel = """tile.kernel @k {grid = [3], outputs = 2} {
