@@ -35,7 +35,7 @@ def build_manifest(module: Operation, name: str = "main", errors: Mapping[int, s
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a buffer is: a space, a number within it, and an offset (elements; bytes in the arena)."""
+    """Where a buffer is: a space, a number within it, and an offset in bytes."""
 
     space: str
     index: int
@@ -93,8 +93,7 @@ class _Builder:
                 self.constant_ops.append(op)
             elif op.name == "host.view":
                 base = self.places[op.operands[0]]
-                scale = op.result.type.dtype.bytes if base.space == "arena" else 1  # type: ignore[attr-defined]
-                self.places[op.result] = _Place(base.space, base.index, base.offset + op["offset"] * scale)
+                self.places[op.result] = _Place(base.space, base.index, base.offset + op["offset"] * op.operands[0].type.dtype.bytes)  # type: ignore[attr-defined]
             elif op.name == "host.alloc":
                 raise IRError("'host.alloc' is left: run plan-memory before building a manifest")
 

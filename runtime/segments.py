@@ -2,8 +2,7 @@
 
 `Segments.run` walks the steps of a manifest (see `executor.py`). An extern's operands are described by where they live:
 
-    {"space": "input" | "buffer" | "persistent" | "constant", "index": n, "offset": elements, "dtype", "shape", "strides"}
-    {"space": "arena", "offset": bytes, "dtype", "shape", "strides"}
+    {"space": "input" | "buffer" | "persistent" | "constant" | "arena", "index": n, "offset": bytes, "dtype", "shape", "strides"}
 
 A constant's data is base64 in the manifest's `constants`. Results are torch's own tensors: they become the buffers that `"buffers"` names, and
 native code reads them where they are.
@@ -125,12 +124,12 @@ class Segments:
         spec = TensorSpec(row, self._positions)
         offset = compile_size(row["offset"], self._positions)
         base = _SPACES[space](self, row)
-        scale = spec.dtype.itemsize if space == "arena" else 1
+        scale = spec.dtype.itemsize
 
         def place(call: _Call) -> torch.Tensor:
             memory = base(call)
             shape, strides = spec.shape(call.symbols), spec.strides(call.symbols)
-            at = evaluate_size(offset, call.symbols) // scale
+            at = evaluate_size(offset, call.symbols) // scale  # offsets are multiples of the element size
             if at == 0 and memory.dtype == spec.dtype and memory.shape == shape and memory.stride() == strides:
                 return memory
             if memory.dtype == spec.dtype:

@@ -21,7 +21,7 @@ from aicc.ir.types import BufferType
 from aicc.passes.bufferize import Bufferize
 from aicc.passes.plan_memory import PlanMemory
 from aicc.passes.schedule import Schedule, peak_bytes
-from aicc.passes.storage import size_at
+from aicc.passes.storage import size_at, storage_bytes
 
 F32 = DTYPES["f32"]
 SHAPES: dict[str, list[tuple[Any, ...]]] = {
@@ -152,9 +152,11 @@ class Memory:
 
 def evaluate_host(func: Operation, inputs: int, symbols: dict[str, int]) -> tuple[list[Any], list[Any], list[str]]:
     memory = Memory()
-    places: dict[Value, tuple[Any, int, int]] = {a: (f"arg{i}", 0, 1) for i, a in enumerate(func.body.args)}
-    for i in range(inputs):
-        memory.write((f"arg{i}", 0, 1), f"arg{i}")
+    places: dict[Value, tuple[Any, int, int]] = {}
+    for i, a in enumerate(func.body.args):
+        places[a] = (f"arg{i}", 0, evaluate(storage_bytes(a.type), symbols))  # type: ignore[arg-type]
+        if i < inputs:
+            memory.write(places[a], f"arg{i}")
     effects = []
     for op in func.body:
         if op.name == "host.constant":
@@ -165,6 +167,10 @@ def evaluate_host(func: Operation, inputs: int, symbols: dict[str, int]) -> tupl
         elif op.name == "host.slot":
             low = evaluate(op["offset"], symbols)
             places[op.result] = ("arena", low, low + evaluate(op["bytes"], symbols))
+        elif op.name == "host.view":
+            space, start, _ = places[op.operands[0]]
+            low = start + 4 * evaluate(op["offset"], symbols)
+            places[op.result] = (space, low, low + evaluate(storage_bytes(op.result.type), symbols))  # type: ignore[arg-type]
         elif op.name == "host.copy":
             memory.write(places[op.operands[1]], memory.read(places[op.operands[0]]))
         elif op.name in ("host.launch", "host.extern"):
@@ -176,8 +182,8 @@ def evaluate_host(func: Operation, inputs: int, symbols: dict[str, int]) -> tupl
                 effects.append(op["target"])
     results: list[Any] = []
     for r in func["result_attrs"]:
-        results.append(results[r["result"]] if r["kind"] == "same" else memory.read((f"arg{r['arg']}", 0, 1)))
-    return results, [memory.read((f"arg{i}", 0, 1)) for i in range(inputs)], effects
+        results.append(results[r["result"]] if r["kind"] == "same" else memory.read(places[func.body.args[r["arg"]]]))
+    return results, [memory.read(places[a]) for a in func.body.args[:inputs]], effects
 
 
 CASES = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

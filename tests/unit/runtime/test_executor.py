@@ -401,8 +401,8 @@ def test_views_of_operands_and_constants(build: Callable[..., CompiledGraph]) ->
     import base64
     import struct
     constant = base64.b64encode(struct.pack("<6f", *range(6))).decode()
-    step = extern("aten.add.Tensor", [{"operand": 0}, {"operand": 1}], [place("input", 0, 2, **f32(2, 2, strides=[3, 1])),
-                                                                     place("constant", 0, 1, **f32(2, 2))], [f32(2, 2)], [0])
+    step = extern("aten.add.Tensor", [{"operand": 0}, {"operand": 1}], [place("input", 0, 8, **f32(2, 2, strides=[3, 1])),
+                                                                     place("constant", 0, 4, **f32(2, 2))], [f32(2, 2)], [0])
     x = torch.arange(10.0)
     out, = build(manifest([f32(10)], [f32(2, 2)], [step], constants=[constant]))(x)
     assert out.tolist() == [[2 + 1, 3 + 2], [5 + 3, 6 + 4]]
