@@ -17,6 +17,7 @@ from typing import Any
 
 import llvmlite
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import __version__, passes  # noqa: F401  (importing passes registers them)
 from ..backends.llvm import compile_module, host_target
@@ -120,10 +121,11 @@ def statistics(module: Operation) -> dict[str, Any]:
 def compile_fx(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options | None = None, *, name: str = "graph",
                arg_kinds: Sequence[str] | None = None, observe: Observer | None = None) -> CompiledGraph:
     """Compiles an AOTAutograd graph. The result takes a list of arguments (which it empties) and returns a list."""
-    start = time.perf_counter()
-    module = import_graph(gm, name="main", arg_kinds=arg_kinds)
-    spent = time.perf_counter() - start
-    compilation = compile_graph(module, options or Options.from_user(), name=name, observe=observe)
+    with _disable_current_modes():  # AOTAutograd compiles under fake tensors; constants must be folded on real ones
+        start = time.perf_counter()
+        module = import_graph(gm, name="main", arg_kinds=arg_kinds)
+        spent = time.perf_counter() - start
+        compilation = compile_graph(module, options or Options.from_user(), name=name, observe=observe)
     compilation.seconds = {"import": spent, **compilation.seconds}
     assert compilation.graph is not None
     for listener in _LISTENERS:

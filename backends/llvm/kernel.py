@@ -510,8 +510,8 @@ class KernelEmitter:
         t, dtype = op.result.type, element_type(op.result.type)
         e = self.instantiate(self.resolver.exprs[op.result])
         if isinstance(t, ScalarType):
-            if dtype.name not in ("i64", "index"):
-                self.env[op.result] = emit_cast(self.b, self.scalars.emit(e), "i64", dtype.name)
+            value = self.scalars.emit(e)
+            self.env[op.result] = value if dtype.name in ("i64", "index") else emit_cast(self.b, value, "i64", dtype.name)
             return
         assert isinstance(t, TileType)
         shape: tuple[int, ...] = t.shape  # type: ignore[assignment]
