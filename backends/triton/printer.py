@@ -5,7 +5,7 @@
     source.signature     # argument name -> type, in order: buffers, size symbols (i64), then `err` (*i32) if an index is checked
 
 Programs are numbered row-major over the grid, the last axis fastest, and launched on a one-dimensional grid. Index arithmetic is 32 bits
-wide where sizes are constant and small, else 64. `err` points to one int32: a checked access that fails stores 1 + its number there.
+wide where sizes are constant and small, else 64. `err` points to one int32: a checked access that fails stores 1 there.
 
 Threads of a program see each other's writes to memory only after a barrier: one is put between a store and a load (or load and store) of one buffer.
 """
@@ -265,7 +265,7 @@ class _Printer:
         self.checks += 1
         _, reach = self._mask(op["mask"], op["mask_low"], op.operands[1:], text)
         place = f"{ERROR} + tl.zeros([{', '.join(map(str, reach))}], tl.int32)" if reach is not None else ERROR
-        self._write(f"tl.store({place}, {self.checks}, mask=~({mask}))")
+        self._write(f"tl.store({place}, 1, mask=~({mask}))")
 
     def store(self, op: Operation) -> None:
         buffer, value, operands = op.operands[0], op.operands[1], op.operands[2:]

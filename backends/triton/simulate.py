@@ -73,19 +73,25 @@ def run_kernel(source: KernelSource, programs: int, buffers: Sequence[torch.Tens
 
 @contextmanager
 def _mended() -> Iterator[None]:
-    """Triton's interpreter forgets that a comparison of scalars is boolean when it is broadcast; here it is not forgotten."""
-    original = interpreter_builder.create_splat
+    """Two faults of Triton's interpreter set right: it forgets that a comparison of scalars is boolean when it is broadcast, and
+    multiplies matrices of bfloat16, which it keeps as bit patterns, as if they were integers."""
+    original, dot = interpreter_builder.create_splat, interpreter_builder.create_dot
 
     def splat(ret_ty: Any, arg: Any) -> Any:
         if ret_ty.scalar == tl.int1:
             return TensorHandle(np.full(ret_ty.shape, np.asarray(arg.data).reshape(-1)[0], dtype=bool), tl.int1)
         return original(ret_ty, arg)
 
-    interpreter_builder.create_splat = splat
+    def widened_dot(a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) for x in (a, b))
+        return dot(a, b, *rest)
+
+    interpreter_builder.create_splat, interpreter_builder.create_dot = splat, widened_dot
     try:
         yield
     finally:
-        del interpreter_builder.create_splat
+        del interpreter_builder.create_splat, interpreter_builder.create_dot
 
 
 class SimulatedLibrary:
