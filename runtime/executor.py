@@ -33,7 +33,7 @@ import ctypes
 import struct
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -62,6 +62,14 @@ def _fast_empty() -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], t
 _empty = _fast_empty()
 
 
+class Library(Protocol):
+    """Compiled functions by name: native code (`loader.py`) or launches of CUDA kernels (`cuda.py`)."""
+
+    def function(self, name: str) -> NativeFunction: ...
+
+    def bind(self, symbols: Sequence[str]) -> None: ...
+
+
 class _Sizes:
     """What depends on the symbol values: computed once per combination of values."""
 
@@ -79,15 +87,22 @@ class _Sizes:
 class CompiledGraph:
     """See the module docstring. `calls` counts native calls, `extern_calls` operator calls (exact in one thread)."""
 
-    def __init__(self, manifest: dict[str, Any], code: bytes, *, arenas: ArenaPool | None = None, check_inputs: bool = False):
-        """`code` is an object file. `arenas` defaults to the pool that all graphs of the process share.
+    def __init__(self, manifest: dict[str, Any], code: bytes = b"", *, arenas: ArenaPool | None = None, check_inputs: bool = False,
+                 device: torch.device | str = "cpu", library: Library | None = None):
+        """`code` is an object file; or else `library` has the functions. `arenas` defaults to the pool that all graphs of the process share.
 
-        `check_inputs` compares every argument with the manifest (strict mode). ArtifactError if the manifest is malformed or
-        the code does not fit it.
+        `device` is where arguments and results are.
+        `check_inputs` compares every argument with the manifest (strict mode). ArtifactError if the manifest is malformed or the
+        code does not fit it.
         """
         # AOTAutograd: call with one list, which may be emptied. On the instance, for torch._dynamo.disable copies `__dict__`.
         self._boxed_call = True
-        self.arenas = arenas or shared_pool()
+        self.device = torch.device(device)
+        on_cpu = self.device.type == "cpu"
+        self._empty = _empty if on_cpu else lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
+        # torch's CUDA allocator is quick, and knows on which stream memory is still in use: nothing is kept beside it.
+        self.arenas = arenas or (shared_pool() if on_cpu else ArenaPool(0, self.device))
+        self.library: Library | None = library
         self.calls = 0
         self.extern_calls = 0
         try:
@@ -119,7 +134,10 @@ class CompiledGraph:
 
         calls = [step[1] for step in manifest["steps"] if step[0] == "call"]
         packs = [p["pack"] for p in manifest["persistent"] if p["pack"] is not None]
-        self.library = load_object(code, dict.fromkeys([*calls, *packs])) if calls or packs else None
+        if self.library is not None:
+            self.library.bind(names)
+        elif calls or packs:
+            self.library = load_object(code, dict.fromkeys([*calls, *packs]))
         self._packed = self._read_persistent(manifest["persistent"])
         self._memo: dict[tuple[int, ...], _Sizes] = {}
         self._frames: list[tuple[Any, int]] = []
@@ -134,7 +152,8 @@ class CompiledGraph:
         plain = [{"kind": "buffer", "buffer": i} for i in range(len(buffers))]
         self._plain = manifest["results"] == plain
         self._static: _Sizes | None = None if names else self._sizes(())
-        self._segments = Segments(manifest["steps"], self._function, constants, self._positions, inputs, self._specs)
+        self._segments = Segments(manifest["steps"], self._function, constants, self._positions, inputs, self._specs,
+                                  self.device)
         self._run: Callable[[Sequence[Any]], list[Any]] = self._run_steps
         if len(manifest["steps"]) == len(calls) == 1 and len(self._early) == len(buffers):
             self._run = self._one_call(self._function(calls[0]))
@@ -165,7 +184,7 @@ class CompiledGraph:
                    for r in rows]
         if any(not 0 <= g < self._input_count for b in buffers for g in b.guards):
             raise ValueError("a guard is no input")
-        return PackedMemory(buffers, self._arena_slot + 1, self._persistent_slot)
+        return PackedMemory(buffers, self._arena_slot + 1, self._persistent_slot, self.device)
 
     def _read_results(self, rows: list[dict[str, Any]]) -> list[Callable[[Sequence[Any], Sequence[Any], Sequence[int],
                                                                           list[Any]], Any]]:
@@ -186,7 +205,7 @@ class CompiledGraph:
         """How to run a program that is one native call: the same as `_run_steps`, with everything looked up beforehand."""
         count, pick, static, packed_memory = self._arg_count, self._pick, self._static, self._packed
         frames, fill, acquire, release = self._frames, self._fill, self.arenas.acquire, self.arenas.release
-        plain = self._plain and not self._mutated
+        plain, empty = self._plain and not self._mutated, self._empty
 
         def run(args: Sequence[Any]) -> list[Any]:
             if len(args) != count:
@@ -196,7 +215,7 @@ class CompiledGraph:
             sizes = static or self._sizes(self._symbol_values(args, tensors))
             if self._input_specs:
                 self._check_inputs(tensors, sizes.values)
-            buffers = [_empty(*spec) for spec in sizes.outputs]
+            buffers = [empty(*spec) for spec in sizes.outputs]
             packed = None
             try:
                 frame = frames.pop()
@@ -235,7 +254,7 @@ class CompiledGraph:
         packed = None if self._packed is None else self._packed.get(tensors, pointers, sizes.values, sizes.address)
         buffers: list[Any] = [None] * self._buffer_count
         for i, spec in zip(self._early, sizes.outputs, strict=True):
-            buffers[i] = _empty(*spec)
+            buffers[i] = self._empty(*spec)
         arena = self.arenas.acquire(sizes.arena) if sizes.arena else None
         table, address = self._new_frame()
         self._fill(table, 0, *pointers, *[0 if b is None else b.data_ptr() for b in buffers],
@@ -296,13 +315,11 @@ class CompiledGraph:
     def _check_inputs(self, tensors: Sequence[Any], symbols: Sequence[int]) -> None:
         for row, spec, t in zip(self.manifest["inputs"], self._input_specs, tensors, strict=True):
             shape, strides = spec.shape(symbols), spec.strides(symbols)
-            same = t.dtype == spec.dtype and tuple(t.shape) == shape and t.device.type == "cpu" and (
+            same = t.dtype == spec.dtype and tuple(t.shape) == shape and t.device.type == self.device.type and (
                 t.numel() == 0 or all(n == 1 or a == b for n, a, b in zip(shape, t.stride(), strides, strict=True)))
             if not same:
-                raise ValueError(
-                    f"argument '{row['name']}' of '{self.name}' is {t.dtype} of shape {tuple(t.shape)}, "
-                    f"strides {t.stride()} on {t.device}; the graph was compiled for {spec.dtype} of shape {shape}, "
-                    f"strides {strides} on cpu")
+                raise ValueError(f"argument '{row['name']}' of '{self.name}' is {t.dtype} of shape {tuple(t.shape)}, strides {t.stride()} on "
+                                 f"{t.device}; the graph was compiled for {spec.dtype} of shape {shape}, strides {strides} on {self.device.type}")
 
     # -- for those who look
 

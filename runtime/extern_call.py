@@ -124,7 +124,7 @@ def _laid_out(t: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...])
     """`t` itself if its strides are right wherever they matter, else a copy with these strides."""
     if t.stride() == strides or all(n == 1 or a == b for n, a, b in zip(shape, t.stride(), strides, strict=True)):
         return t
-    return torch.empty_strided(shape, strides, dtype=t.dtype).copy_(t)
+    return torch.empty_strided(shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
 class ExternCall:
@@ -162,11 +162,12 @@ class ExternCall:
             define(position, int(values[result]) if axis < 0 else values[result].shape[axis])
         taken = {t.untyped_storage()._cdata for t in operands}
         found = [v for v, kind in zip(values, self._kinds, strict=True) if kind != "none"]
-        return [self._result(v, spec, taken, symbols) for v, spec in zip(found, self._results, strict=True)]
+        device = operands[0].device if operands else torch.device("cpu")
+        return [self._result(v, spec, taken, symbols, device) for v, spec in zip(found, self._results, strict=True)]
 
-    def _result(self, value: Any, spec: TensorSpec, taken: set[int], symbols: Sequence[int]) -> torch.Tensor:
+    def _result(self, value: Any, spec: TensorSpec, taken: set[int], symbols: Sequence[int], device: torch.device) -> torch.Tensor:
         if not isinstance(value, torch.Tensor):
-            return torch.scalar_tensor(value, dtype=spec.dtype)
+            return torch.scalar_tensor(value, dtype=spec.dtype, device=device)
         shape, strides = spec.shape(symbols), spec.strides(symbols)
         if tuple(value.shape) != shape or value.dtype != spec.dtype:
             raise RuntimeError(f"'{self.target}' returned {value.dtype} of shape {tuple(value.shape)}; "
@@ -174,5 +175,5 @@ class ExternCall:
         if value.is_conj() or value.is_neg():
             value = value.resolve_conj().resolve_neg()
         if value.untyped_storage()._cdata in taken:
-            return torch.empty_strided(shape, strides, dtype=spec.dtype).copy_(value)
+            return torch.empty_strided(shape, strides, dtype=spec.dtype, device=value.device).copy_(value)
         return _laid_out(value, shape, strides)

@@ -16,7 +16,7 @@ import ctypes
 import itertools
 import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -118,6 +118,9 @@ class NativeLibrary:
         native = _PROTOTYPE(self.address(name))
         native._library = self  # type: ignore[attr-defined]  # code must not be unmapped while the callable lives
         return native
+
+    def bind(self, symbols: Sequence[str]) -> None:
+        """The order of symbol values is compiled into the code: nothing to do."""
 
     def __del__(self) -> None:
         # The tracker must go before the JIT that owns its memory.

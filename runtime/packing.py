@@ -72,7 +72,7 @@ class Packed:
 class PackedMemory:
     """The persistent buffers of a graph."""
 
-    def __init__(self, buffers: Sequence[PersistentBuffer], table_size: int, first_slot: int):
+    def __init__(self, buffers: Sequence[PersistentBuffer], table_size: int, first_slot: int, device: torch.device | str = "cpu"):
         self.buffers = tuple(buffers)
         self.guards = tuple(sorted({g for b in buffers for g in b.guards}))
         self.symbolic = any(b.symbolic for b in buffers)
@@ -82,6 +82,7 @@ class PackedMemory:
         self._place = {g: i for i, g in enumerate(self.guards)}
         self._table_size = table_size
         self._first_slot = first_slot
+        self._device = torch.device(device)
         self._lock = threading.Lock()
         self._current: Packed | None = None
         self._warned = False
@@ -146,7 +147,7 @@ class PackedMemory:
             previous = old.memory[i] if old is not None and unused else None
             # held by `old.memory`, `previous` and the argument: an even older state that a call still holds would be a fourth
             reusable = previous is not None and previous.nbytes == size and sys.getrefcount(previous) == 3
-            memory.append(previous if reusable else torch.empty(size, dtype=torch.uint8))
+            memory.append(previous if reusable else torch.empty(size, dtype=torch.uint8, device=self._device))
         if stale and all(self.buffers[i].transient for i in stale):
             stale = []  # nobody needs them
         self._pack(stale, memory, pointers, symbol_address)

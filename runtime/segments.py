@@ -50,11 +50,12 @@ class Segments:
     """The steps of one program, ready to run."""
 
     def __init__(self, steps: Sequence[Any], function: Callable[[str], NativeFunction], constants: Sequence[str],
-                 positions: Mapping[str, int], inputs: Sequence[Mapping[str, Any]], specs: Sequence[TensorSpec]):
+                 positions: Mapping[str, int], inputs: Sequence[Mapping[str, Any]], specs: Sequence[TensorSpec],
+                 device: torch.device | str = "cpu"):
         self._function, self._constants, self._positions = function, constants, positions
         self._inputs, self._specs = inputs, specs
-        makers: dict[str, Callable[[Any], Step]] = {
-            "call": self._call, "extern": self._extern, "allocate": self._allocate, "drop": self._drop}
+        self._device = torch.device(device)
+        makers: dict[str, Callable[[Any], Step]] = {"call": self._call, "extern": self._extern, "allocate": self._allocate, "drop": self._drop}
         self._steps: list[Step] = [makers[kind](value) for kind, value in steps]
 
     def run(self, tensors: Sequence[torch.Tensor], buffers: list[Any], packed: Any, arena: torch.Tensor | None, table: Any,
@@ -84,7 +85,7 @@ class Segments:
 
         def step(call: _Call) -> None:
             for slot, i, spec in specs:
-                made = torch.empty_strided(spec.shape(call.symbols), spec.strides(call.symbols), dtype=spec.dtype)
+                made = torch.empty_strided(spec.shape(call.symbols), spec.strides(call.symbols), dtype=spec.dtype, device=self._device)
                 call.buffers[i] = made
                 call.table[slot] = made.data_ptr()
         return step
@@ -138,7 +139,7 @@ class Segments:
             if memory.dtype == spec.dtype:
                 return memory.as_strided(shape, strides, memory.storage_offset() + at)
             start = memory.storage_offset() * memory.element_size() // spec.dtype.itemsize + at
-            return torch.empty(0, dtype=spec.dtype).set_(memory.untyped_storage(), start, shape, strides)
+            return torch.empty(0, dtype=spec.dtype, device=self._device).set_(memory.untyped_storage(), start, shape, strides)
         return place
 
     def _input(self, row: Mapping[str, Any]) -> Place:
@@ -164,6 +165,7 @@ class Segments:
     def _constant(self, row: Mapping[str, Any]) -> Place:
         data = base64.b64decode(self._constants[int(row["index"])], validate=True)
         memory = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        memory = memory.to(self._device)
         return lambda call: memory
 
 

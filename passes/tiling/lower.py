@@ -58,7 +58,7 @@ def _intern(kernel: Operation, func: Operation, kernels: dict[str, str], taken: 
     """Adds the kernel before the function unless an equal one is there already; returns its name."""
     wanted = kernel.attributes.pop("sym_name")
     provenance = kernel.attributes.pop("provenance", ())
-    text = print_op(kernel)
+    text = _anonymous_text(kernel)
     if text in kernels:
         kernel.drop_references()
         return kernels[text]
@@ -74,6 +74,17 @@ def _intern(kernel: Operation, func: Operation, kernels: dict[str, str], taken: 
     assert func.parent is not None
     func.parent.insert_before(func, kernel)
     return name
+
+
+def _anonymous_text(kernel: Operation) -> str:
+    """The kernel as text without the names of its arguments, which say where it is used."""
+    names = [a.name for a in kernel.body.args]
+    for a in kernel.body.args:
+        a.name = ""
+    text = print_op(kernel)
+    for a, name in zip(kernel.body.args, names, strict=True):
+        a.name = name
+    return text
 
 
 def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
@@ -104,7 +115,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         roles = roles_of(contraction)
         assert roles is not None
         sizes = [_product(contraction, d) for d in (roles.m, roles.n, roles.k)]
-        tile = gemm_tile(target, sizes[0], sizes[1], contraction["dims"][roles.k[-1]])
+        tile = gemm_tile(target, *sizes, exact=not element_type(contraction.result.type).is_float)
         flops = 2 * _product(contraction, range(len(contraction["dims"])))  # type: ignore[arg-type]
         e = Emitter(builder, (tile[0], tile[1]), ranges)
         grid = emit_contraction(contraction, [m for m in members if m is not contraction], outputs, target, e, buffers, tile)
