@@ -1,0 +1,1 @@
+"""Auto-parallelism: see docs/planner.md. Public names are re-exported here."""
