@@ -3,9 +3,9 @@
 Entry points: `load_cluster("h100-sxm", nodes=16)` for a preset or a TOML file, `Mesh.parse("2x8")`.
 
 A cluster is a tower of levels, innermost first: level 0 joins the devices of one node (NVLink, PCIe), level 1 joins nodes
-(InfiniBand, Ethernet), further levels join pods. Ranks count through level 0 first. Invariants: every number is positive, the
-innermost level's size is the devices per node, and the outermost level may be open (size 0: as many nodes as asked for).
-A mixed cluster is a list of node groups in rank order with the same number of devices per node.
+(InfiniBand, Ethernet), further levels join pods. Ranks count through level 0 first. Invariants: every number is positive,
+the innermost level's size is the devices per node, and the outermost level may be open (size 0: as many nodes as asked
+for). A mixed cluster is a list of node groups in rank order with the same number of devices per node.
 
 Units: seconds, bytes, bytes/s in one direction, FLOP/s without sparsity.
 """
@@ -73,10 +73,10 @@ class Device:
 class Level:
     """Links that join `size` children (devices at level 0, else units of the level below).
 
-    alpha: seconds per message. bandwidth: bytes/s of one port, one way. ports: how many ports one child has (level 0: one per
-    device; above: NICs of a node). efficiency: the fraction of line rate that long messages reach. topology: `switch` is
-    non-blocking; `bus` is one medium that all children share; `ring` has neighbour links only.
-    oversubscription: how many times less than the sum of the ports the level can carry when all talk at once.
+    alpha: seconds per message. bandwidth: bytes/s of one port, one way. ports: how many ports one child has (level 0: one
+    per device; above: NICs of a node). efficiency: the fraction of line rate that long messages reach. topology: `switch`
+    is non-blocking; `bus` is one medium that all children share; `ring` has neighbour links only. oversubscription: how
+    many times less than the sum of the ports the level can carry when all talk at once.
     """
 
     name: str
@@ -219,8 +219,8 @@ def preset_names() -> tuple[str, ...]:
 def load_cluster(name: str | Path, nodes: int | None = None, mesh: Mesh | None = None) -> Cluster:
     """A cluster from a preset's name or from a TOML file (a path ending in `.toml`).
 
-    `nodes` sets the number of nodes; `mesh` sets nodes and devices per node (`2x8`), where a one-axis mesh larger than a node
-    fills as many nodes as it needs. Raises ConfigError with file, line, key and what is allowed.
+    `nodes` sets the number of nodes; `mesh` sets nodes and devices per node (`2x8`), where a one-axis mesh larger than a
+    node fills as many nodes as it needs. Raises ConfigError with file, line, key and what is allowed.
     """
     path = Path(name)
     if path.suffix != ".toml":
@@ -250,7 +250,9 @@ def _fit_mesh(cluster: Cluster, mesh: Mesh) -> Cluster:
 
 
 def parse_cluster(reader: TableReader) -> Cluster:
-    """Read a cluster table: one `[device]` with `[[levels]]`, or `[[groups]]` of presets with the `[[levels]]` above a node."""
+    """Read a cluster table: one `[device]` with `[[levels]]`, or `[[groups]]` of presets with the `[[levels]]` above a
+    node.
+    """
     name = reader.text("name")
     reader.text("description", "")
     if "groups" in reader.table:

@@ -32,7 +32,9 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 @dataclass
 class TableReader:
-    """One TOML table. `prefix` is its dotted path in the file (`levels[1]`); `source` is the file's text, for line numbers."""
+    """One TOML table. `prefix` is its dotted path in the file (`levels[1]`); `source` is the file's text, for line
+    numbers.
+    """
 
     file: str
     source: str

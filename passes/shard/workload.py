@@ -25,10 +25,10 @@ __all__ = ["BlockWork", "Comm", "Kernel", "Saved", "block_work", "model_flops"]
 class Kernel:
     """One kernel of the forward pass and what its backward does.
 
-    gemm: (batch, m, n, k), empty for a memory-bound kernel. forward/backward: bytes through memory besides the GEMM's
-    own operands. weight: the GEMM's second operand is a parameter, so backward has a weight-gradient GEMM. core: inside
-    the attention core, which selective recomputation runs again. fused: a streaming attention kernel. scale: the
-    share of the GEMM's FLOPs that is really done (a causal mask skips half).
+    gemm: (batch, m, n, k), empty for a memory-bound kernel. forward/backward: bytes through memory besides the GEMM's own
+    operands. weight: the GEMM's second operand is a parameter, so backward has a weight-gradient GEMM. core: run again by
+    selective recomputation (the attention core; norms and activations where attention streams). fused: a streaming
+    attention kernel. scale: the share of the GEMM's FLOPs that is really done (a causal mask skips half).
     """
 
     name: str
@@ -114,6 +114,11 @@ class _Sizes:
         return cls(config, shard, micro_batch, rows, rows / shard.tp if shard.sp else rows, ELEMENT[config.dtype])
 
     @property
+    def streaming(self) -> bool:
+        """Attention streams, so selective recomputation takes the next cheapest: norms and the MLP's activation."""
+        return self.config.attention == "flash"
+
+    @property
     def hidden_bytes(self) -> float:
         """The residual stream of all rows."""
         return self.rows * self.config.hidden * self.unit
@@ -166,7 +171,7 @@ def _tp_pair(z: _Sizes, name: str) -> list[Comm]:
 
 def _norm(z: _Sizes, name: str) -> tuple[Kernel, Saved]:
     width = z.unit * z.thin * z.config.hidden
-    return Kernel(name, forward=2 * width, backward=3 * width), Saved(f"{name}_input", width)
+    return Kernel(name, forward=2 * width, backward=3 * width, core=z.streaming), Saved(f"{name}_input", width)
 
 
 def _residual(z: _Sizes, name: str) -> tuple[Kernel, tuple[Saved, ...]]:
@@ -195,11 +200,11 @@ def _attention(z: _Sizes) -> tuple[list[Kernel], list[Comm], list[Saved]]:
     # Splitting the packed projection into contiguous q, k, v (and turning them, with rotary) is one pass over them.
     layout = Kernel("qkv_layout", forward=2 * u * z.rows * (heads * score_dim + kv_width) + rotary,
                     backward=2 * u * z.rows * (heads * score_dim + kv_width) + rotary)
-    saved = [norm_saved, Saved("qkv_input", u * z.thin * c.hidden), *latents,
+    saved = [norm_saved, Saved("qkv_input", u * z.thin * c.hidden, core=z.streaming), *latents,
              Saved("q", u * z.rows * heads * score_dim), Saved("k", u * z.rows * kv_heads * score_dim),
              Saved("v", u * z.rows * kv_heads * value_dim), Saved("projection_input", u * z.rows * heads * value_dim), *mask]
     if c.attention == "flash":
-        saved.append(Saved("log_sum_exp", 4 * z.rows * heads, core=True))
+        saved.append(Saved("log_sum_exp", 4 * z.rows * heads))
     else:
         scores = z.micro_batch * heads * (c.seq / z.shard.cp) * context
         saved.append(Saved("softmax", u * scores, core=True))
@@ -235,7 +240,7 @@ def _core(z: _Sizes, heads: float, score_dim: int, value_dim: int, context: floa
     c, u = z.config, z.unit
     batch, queries = z.micro_batch * heads, c.seq / z.shard.cp
     if c.attention == "flash":
-        return [Kernel("flash_attention", (batch, queries, context, score_dim + value_dim), core=True, fused=True, scale=0.5)]
+        return [Kernel("flash_attention", (batch, queries, context, score_dim + value_dim), fused=True, scale=0.5)]
     scores = batch * queries * context
     kernels = [Kernel("scores", (batch, queries, context, score_dim), core=True),
                Kernel("softmax", forward=2 * u * scores, backward=3 * u * scores, core=True)]
@@ -249,7 +254,7 @@ def _dense(z: _Sizes) -> BlockWork:
     mlp_kernels, mlp_saved = _mlp(z, z.config.ffn / z.shard.tp, z.rows, "mlp")
     norm, norm_saved = _norm(z, "mlp_norm")
     residual, mask = _residual(z, "mlp_residual")
-    saved += [norm_saved, Saved("mlp_input", z.unit * z.thin * z.config.hidden), *mlp_saved, *mask]
+    saved += [norm_saved, Saved("mlp_input", z.unit * z.thin * z.config.hidden, core=z.streaming), *mlp_saved, *mask]
     return BlockWork((*kernels, norm, *mlp_kernels, residual), (*comms, *_tp_pair(z, "mlp")), tuple(saved),
                      z.unit * z.thin * z.config.hidden)
 
@@ -259,9 +264,10 @@ def _mlp(z: _Sizes, width: float, rows: float, name: str, batch: float = 1.0) ->
     c, u, elements = z.config, z.unit, batch * rows * width
     fan = 2 if c.gated else 1
     kernels = [Kernel(f"{name}_up", (batch, rows, fan * width, c.hidden), weight=True),
-               Kernel(f"{name}_act", forward=(fan + 1) * u * elements, backward=(2 * fan + 1) * u * elements),
+               Kernel(f"{name}_act", forward=(fan + 1) * u * elements, backward=(2 * fan + 1) * u * elements,
+                      core=z.streaming),
                Kernel(f"{name}_down", (batch, rows, c.hidden, width), weight=True)]
-    return kernels, [Saved(f"{name}_up", fan * u * elements), Saved(f"{name}_act", u * elements)]
+    return kernels, [Saved(f"{name}_up", fan * u * elements), Saved(f"{name}_act", u * elements, core=z.streaming)]
 
 
 def _experts(z: _Sizes) -> BlockWork:
@@ -280,8 +286,8 @@ def _experts(z: _Sizes) -> BlockWork:
     kernels += [norm, Kernel("router", (1, own, moe.experts, c.hidden), weight=True),
                 Kernel("permute", forward=wide, backward=wide), *routed,
                 Kernel("unpermute", forward=wide, backward=wide), residual]
-    saved += [norm_saved, Saved("mlp_input", u * z.thin * c.hidden), Saved("expert_input", u * received * c.hidden),
-              *routed_saved, Saved("combine_input", u * sent * c.hidden), *mask]
+    saved += [norm_saved, Saved("mlp_input", u * z.thin * c.hidden, core=z.streaming),
+              Saved("expert_input", u * received * c.hidden), *routed_saved, Saved("combine_input", u * sent * c.hidden), *mask]
     if moe.shared_ffn:
         shared, shared_saved = _mlp(z, moe.shared_ffn / z.shard.tp, z.rows, "shared")
         kernels += shared
@@ -298,8 +304,9 @@ _BUILDERS = {"embedding": _embedding, "head": _head, "dense": _dense, "moe": _ex
 
 
 def model_flops(config: ModelConfig, tokens: float) -> float:
-    """FLOPs of forward and backward on `tokens` tokens with no recomputation: what MFU counts. The whole score matrix counts,
-    masked or not, as in the published figures."""
+    """FLOPs of forward and backward on `tokens` tokens with no recomputation: what MFU counts. The whole score matrix
+    counts, masked or not, as in the published figures.
+    """
     per_sequence = 0.0
     for kind, count in config.runs:
         work = block_work(config, kind, 1, Shard())
