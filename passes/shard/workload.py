@@ -146,7 +146,8 @@ def _head(z: _Sizes) -> BlockWork:
         Kernel("logits", (1, z.rows, vocab, h), weight=True),
         # Cross-entropy in fp32: cast, row maximum, exponent and sum; backward writes the 16-bit gradient.
         Kernel("cross_entropy", forward=(u + 12) * logits, backward=(8 + u) * logits))
-    comms = _tp_pair(z, "head")[1:]
+    # Vocabulary-parallel: the input is gathered (sp) or there already, the output stays cut.
+    comms = [c for c in _tp_pair(z, "head") if c.name not in ("head_out", "head_dy")]
     # Kept: norm input, GEMM input, 16-bit logits and their fp32 softmax.
     saved = (Saved("norm_input", u * z.thin * h), Saved("logits_input", u * z.thin * h), Saved("softmax", (4 + u) * logits))
     return BlockWork(kernels, tuple(comms), saved, u * z.thin * h + (4 + u) * logits)
