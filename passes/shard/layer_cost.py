@@ -52,9 +52,13 @@ SOFTWARE: dict[str, Software] = {s.name: s for s in (
     # Megatron-LM as of SC'21: everything in sequence, fp16 gradients added by a separate kernel.
     Software("megatron-2021", overlap_tensor=False, overlap_gradients=False, overlap_parameters=False, overlap_p2p=False,
              fused_accumulation=False, gradient_bytes=2),
+    # The same with torch's DDP around the model, which reduces gradients beside backward.
+    Software("megatron-2021-ddp", overlap_tensor=False, overlap_parameters=False, overlap_p2p=False, fused_accumulation=False,
+             gradient_bytes=2),
     # Megatron-LM as of Korthikanti et al. 2022: tensor-parallel collectives beside weight gradients, fused accumulation.
     Software("megatron-2022", overlap_gradients=False, overlap_parameters=False, overlap_p2p=False),
-    # DeepSpeed ZeRO-3 as of SC'21: gradients scattered beside backward, parameters fetched when needed, over one port a node.
+    # DeepSpeed ZeRO-3 as of SC'21: gradients scattered beside backward, parameters fetched when needed, over one port a
+    # node.
     Software("deepspeed-2021", overlap_tensor=False, overlap_parameters=False, overlap_p2p=False, fused_accumulation=False,
              gradient_bytes=2, gather_rails=1),
 )}
@@ -177,7 +181,8 @@ def _communication(work: BlockWork, placement: Placement, phase: str, pools: _Po
 
 
 @lru_cache(maxsize=1 << 15)
-def block_cost(config: ModelConfig, kind: str, micro_batch: int, recompute: str, placement: Placement, gather: bool = False) -> BlockCost:
+def block_cost(config: ModelConfig, kind: str, micro_batch: int, recompute: str, placement: Placement,
+               gather: bool = False) -> BlockCost:
     """The cost of one block. `gather`: parameters are sharded over the data group (ZeRO-3) and gathered for forward and
     backward, gradients scattered after it.
     """
@@ -212,7 +217,8 @@ def block_cost(config: ModelConfig, kind: str, micro_batch: int, recompute: str,
         max(0.0, work.saved_bytes("none") - kept), 3 * work.flops(), 3 * work.flops() + flops_again)
 
 
-def _gather_exposed(config: ModelConfig, kind: str, placement: Placement, forward: float, backward: float) -> tuple[float, float]:
+def _gather_exposed(config: ModelConfig, kind: str, placement: Placement, forward: float,
+                    backward: float) -> tuple[float, float]:
     """Exposed seconds of ZeRO-3 collectives: one gather forward; one gather and one reduce-scatter backward."""
     software = placement.software
     unit = ELEMENT[config.dtype]

@@ -67,6 +67,7 @@ class ModelConfig:
     tied: bool = True
     learned_positions: bool = False
     attention: str = "flash"
+    fused_loss: bool = True
     dtype: str = "bf16"
     moe: MixtureOfExperts | None = None
     latent: LatentAttention | None = None

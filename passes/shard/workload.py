@@ -144,8 +144,11 @@ def _head(z: _Sizes) -> BlockWork:
     kernels = (
         Kernel("final_norm", forward=2 * u * z.thin * h, backward=3 * u * z.thin * h),
         Kernel("logits", (1, z.rows, vocab, h), weight=True),
-        # Cross-entropy in fp32: cast, row maximum, exponent and sum; backward writes the 16-bit gradient.
-        Kernel("cross_entropy", forward=(u + 12) * logits, backward=(8 + u) * logits))
+        # Cross-entropy in fp32. Fused: cast, row maximum, exponent and sum. Unfused: cast, maximum, subtract, exponent,
+        # sum,
+        # divide, each its own pass. Backward scales, subtracts one, and casts back.
+        Kernel("cross_entropy", forward=(u + 12) * logits, backward=(8 + u) * logits) if z.config.fused_loss else
+        Kernel("cross_entropy", forward=(u + 36) * logits, backward=(12 + u) * logits))
     # Vocabulary-parallel: the input is gathered (sp) or there already, the output stays cut.
     comms = [c for c in _tp_pair(z, "head") if c.name not in ("head_out", "head_dy")]
     # Kept: norm input, GEMM input, 16-bit logits and their fp32 softmax.
@@ -168,6 +171,11 @@ def _tp_pair(z: _Sizes, name: str) -> list[Comm]:
             Comm(f"{name}_dy", "all_gather", "tp", size, "backward"),
             Comm(f"{name}_x", "all_gather", "tp", size, "backward", "dgrad"),
             Comm(f"{name}_dx", "reduce_scatter", "tp", size, "backward", "weight")]
+
+
+def _bias(z: _Sizes, elements: float) -> float:
+    """Bytes that the gradient of a GEMM's bias reads (gated models have no biases)."""
+    return 0.0 if z.config.gated else z.unit * elements
 
 
 def _norm(z: _Sizes, name: str) -> tuple[Kernel, Saved]:
@@ -195,7 +203,8 @@ def _attention(z: _Sizes) -> tuple[list[Kernel], list[Comm], list[Saved]]:
     score_dim, value_dim, projections, latents = _projections(z, heads, kv_heads)
     context = c.seq  # keys that one query row meets, over all steps of the ring
     core = _core(z, heads, score_dim, value_dim, context)
-    output = Kernel("attention_out", (1, z.rows, c.hidden, heads * value_dim), weight=True)
+    output = Kernel("attention_out", (1, z.rows, c.hidden, heads * value_dim), backward=_bias(z, z.rows * c.hidden),
+                    weight=True)
     kv_width = kv_heads * (score_dim + value_dim)
     rotary = 2 * u * z.rows * (heads + kv_heads) * score_dim if c.rotary else 0.0
     # Splitting the packed projection into contiguous q, k, v (and turning them, with rotary) is one pass over them.
@@ -225,7 +234,8 @@ def _projections(z: _Sizes, heads: float, kv_heads: float) -> tuple[int, int, li
     c = z.config
     if c.latent is None:
         width = (heads + 2 * kv_heads) * c.head_dim
-        return c.head_dim, c.head_dim, [Kernel("qkv", (1, z.rows, width, c.hidden), weight=True)], []
+        return c.head_dim, c.head_dim, [
+            Kernel("qkv", (1, z.rows, width, c.hidden), backward=_bias(z, z.rows * width), weight=True)], []
     m, rows, u = c.latent, z.rows, z.unit
     score = m.nope_dim + m.rope_dim
     down = m.q_rank + m.kv_rank + m.rope_dim
@@ -264,10 +274,10 @@ def _mlp(z: _Sizes, width: float, rows: float, name: str, batch: float = 1.0) ->
     """Up (and gate), activation, down. `rows` per GEMM, `batch` GEMMs side by side (experts)."""
     c, u, elements = z.config, z.unit, batch * rows * width
     fan = 2 if c.gated else 1
-    kernels = [Kernel(f"{name}_up", (batch, rows, fan * width, c.hidden), weight=True),
+    kernels = [Kernel(f"{name}_up", (batch, rows, fan * width, c.hidden), backward=_bias(z, elements), weight=True),
                Kernel(f"{name}_act", forward=(fan + 1) * u * elements, backward=(2 * fan + 1) * u * elements,
                       core=z.streaming),
-               Kernel(f"{name}_down", (batch, rows, c.hidden, width), weight=True)]
+               Kernel(f"{name}_down", (batch, rows, c.hidden, width), backward=_bias(z, batch * rows * c.hidden), weight=True)]
     return kernels, [Saved(f"{name}_up", fan * u * elements), Saved(f"{name}_act", u * elements, core=z.streaming)]
 
 
