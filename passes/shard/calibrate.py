@@ -3,7 +3,7 @@
 Entry points:
 - `CONSTANTS`: every constant of the model, what it means, and whether it is fitted;
 - `fit_constants(cases)`: least squares on the rows of `validate.FITTED`, for the constants marked fitted;
-- `fit_gemm`, `fit_memory`, `fit_link`: from timed samples to `Efficiency` and `Level` values (`aicc calibrate` measures, these fit);
+- `fit_gemm`, `fit_memory`, `fit_link`: from timed samples to `Efficiency` and `Level` values;
 - `cluster_toml(cluster)`: the cluster file to write.
 """
 

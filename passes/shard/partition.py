@@ -1,19 +1,22 @@
 """Which blocks each model part holds.
 
-Entry points: `even_split(layers, parts)`, `part_blocks(config, plan, split)`. The embedding joins the first part and the
-head the last.
+Entry points: `even_split(layers, parts)`, `best_split(...)` (dynamic programming), `part_blocks(config, plan, split)`.
+The embedding joins the first part and the head the last.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
+
+import numpy as np
 
 from .model import ModelConfig
 from .plan import Plan
 from .schedules import SCHEDULES
 
-__all__ = ["PartLayout", "even_split", "part_blocks", "part_ranks"]
+__all__ = ["MemoryLimit", "PartLayout", "best_split", "even_split", "part_blocks", "part_ranks"]
 
 
 @dataclass(frozen=True)
@@ -49,3 +52,64 @@ def part_blocks(config: ModelConfig, plan: Plan, split: tuple[int, ...]) -> Part
         runs.append(tuple((kind, len(list(group))) for kind, group in groupby(kinds[first:last])))
         start += count
     return PartLayout(tuple(runs), part_ranks(plan.schedule, plan.pp, len(split)))
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """Bytes that a part's blocks may take. per_block: bytes of each block if it lies on that part, (parts, blocks);
+    capacity: bytes left for blocks on each part.
+    """
+
+    per_block: tuple[tuple[float, ...], ...]
+    capacity: tuple[float, ...]
+
+
+def best_split(times: tuple[tuple[float, ...], ...], first: float, last: float, limit: MemoryLimit | None = None) -> tuple[int, ...] | None:
+    """Blocks per part such that the slowest part is as fast as possible; among those, the most even (least sum of squares).
+
+    times[part][block]: seconds of a block on that part's device, shape (parts, blocks). first and last: seconds of
+    embedding and head on the first and last part. Dynamic programming over (part, blocks placed), O(parts * blocks^2).
+    Returns None when `limit` admits no split.
+    """
+    return _best_split(times, first, last, limit)
+
+
+@lru_cache(maxsize=4096)
+def _best_split(times: tuple[tuple[float, ...], ...], first: float, last: float, limit: MemoryLimit | None) -> tuple[int, ...] | None:
+    parts, blocks = len(times), len(times[0])
+    segments = [_segments(times[p], (first if p == 0 else 0.0) + (last if p == parts - 1 else 0.0)) for p in range(parts)]
+    if limit is not None:
+        for p in range(parts):
+            segments[p] = np.where(_segments(limit.per_block[p], 0.0) <= limit.capacity[p], segments[p], np.inf)
+    slowest = _minimise(segments, blocks, np.maximum)[0][blocks]
+    if not np.isfinite(slowest):
+        return None
+    # Second pass: the most even split whose slowest part is no slower.
+    squares = [np.where(s <= slowest * (1 + 1e-12), s * s, np.inf) for s in segments]
+    best, choices = _minimise(squares, blocks, np.add)
+    split, end = [], blocks
+    for choice in reversed(choices):
+        start = int(choice[end])
+        split.append(end - start)
+        end = start
+    return tuple(reversed(split)) if np.isfinite(best[blocks]) else None
+
+
+def _segments(weights: tuple[float, ...], extra: float) -> np.ndarray:
+    """(i, j) -> extra + sum of weights[i:j]; infinite for j < i. Shape (blocks + 1, blocks + 1)."""
+    prefix = np.concatenate([[0.0], np.cumsum(weights)])
+    table = prefix[None, :] - prefix[:, None] + extra
+    return np.where(np.tri(len(prefix), k=-1, dtype=bool), np.inf, table)
+
+
+def _minimise(segments: list[np.ndarray], blocks: int, join: np.ufunc) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Best cost of placing the first j blocks on the parts so far, and per part the start of its segment."""
+    best = np.full(blocks + 1, np.inf)
+    best[0] = 0.0
+    choices = []
+    for table in segments:
+        joined = join(best[:, None], table)
+        choice = joined.argmin(axis=0)
+        best = joined[choice, np.arange(blocks + 1)]
+        choices.append(choice)
+    return best, choices
