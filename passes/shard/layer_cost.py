@@ -11,8 +11,10 @@ does not fit is exposed. Hidden communication still slows compute a little: it t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from functools import lru_cache
+from operator import attrgetter
 
 from .cluster import Cluster, Device
 from .collectives import Group, axis_group, collective_time
@@ -115,6 +117,27 @@ class BlockCost:
     def total(self) -> float:
         return self.forward + self.backward_input + self.backward_weight
 
+    def hideable(self, software: Software) -> tuple[float, float]:
+        """All-to-all seconds of forward and of backward that disappear when a forward and a backward overlap (DualPipe): no
+        more than the other one's compute, less what compute loses."""
+        compute_forward = self.forward - self.forward_comm
+        compute_backward = self.backward_input + self.backward_weight - self.backward_comm
+        keep = 1 - software.overlap_loss
+        return (keep * min(self.alltoall_forward, compute_backward), keep * min(self.alltoall_backward, compute_forward))
+
+    @staticmethod
+    def sum(runs: Iterable[tuple[int, BlockCost]]) -> BlockCost:
+        """Costs of blocks in a row: everything adds up but the working set, which is the largest one's."""
+        rows = [(n, _values(cost)) for n, cost in runs]
+        added = [sum(n * row[i] for n, row in rows) for i in range(len(_FIELDS))]
+        added[_WORKING] = max((row[_WORKING] for _, row in rows), default=0.0)
+        return BlockCost(*added)
+
+
+_FIELDS = tuple(f.name for f in fields(BlockCost))
+_WORKING = _FIELDS.index("working")
+_values = attrgetter(*_FIELDS)
+
 
 def _forward(kernel: Kernel, device: Device, dtype: str) -> float:
     seconds = memory_time(device, kernel.forward)
@@ -135,16 +158,16 @@ def _backward_input(kernel: Kernel, device: Device, dtype: str) -> float:
     return seconds
 
 
-def _backward_weight(kernel: Kernel, placement: Placement, dtype: str) -> float:
+def _backward_weight(kernel: Kernel, device: Device, software: Software, dtype: str) -> float:
     if not kernel.gemm or not kernel.weight:
         return 0.0
     batch, m, n, k = kernel.gemm
-    software, unit = placement.software, ELEMENT[dtype]
+    unit = ELEMENT[dtype]
     if software.fused_accumulation:
-        return gemm_time(placement.device, dtype, batch, k, n, m, 2 * software.gradient_bytes - unit, unit)
+        return gemm_time(device, dtype, batch, k, n, m, 2 * software.gradient_bytes - unit, unit)
     # A separate kernel reads the new gradient and the buffer, and writes the buffer.
     add = (unit + 2 * software.gradient_bytes) * batch * k * n
-    return gemm_time(placement.device, dtype, batch, k, n, m, unit=unit) + memory_time(placement.device, add)
+    return gemm_time(device, dtype, batch, k, n, m, unit=unit) + memory_time(device, add)
 
 
 @dataclass(frozen=True)
@@ -180,41 +203,54 @@ def _communication(work: BlockWork, placement: Placement, phase: str, pools: _Po
     return exposed, alltoall, lost
 
 
-@lru_cache(maxsize=1 << 15)
+@dataclass(frozen=True)
+class _KernelSeconds:
+    """Per kernel of a block: forward, input-gradient and weight-gradient seconds."""
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    weight: tuple[float, ...]
+
+
+@lru_cache(maxsize=1 << 14)
+def _kernel_seconds(config: ModelConfig, kind: str, micro_batch: int, shard: Shard, device: Device,
+                    software: Software) -> _KernelSeconds:
+    dtype, kernels = config.dtype, block_work(config, kind, micro_batch, shard).kernels
+    return _KernelSeconds(tuple(_forward(k, device, dtype) for k in kernels),
+                          tuple(_backward_input(k, device, dtype) for k in kernels),
+                          tuple(_backward_weight(k, device, software, dtype) for k in kernels))
+
+
 def block_cost(config: ModelConfig, kind: str, micro_batch: int, recompute: str, placement: Placement,
                gather: bool = False) -> BlockCost:
     """The cost of one block. `gather`: parameters are sharded over the data group (ZeRO-3) and gathered for forward and
     backward, gradients scattered after it.
     """
-    dtype, device = config.dtype, placement.device
     work = block_work(config, kind, micro_batch, placement.shard)
-    ahead = [_forward(k, device, dtype) for k in work.kernels]
-    back = [_backward_input(k, device, dtype) for k in work.kernels]
-    weight = [_backward_weight(k, placement, dtype) for k in work.kernels]
-    first = sum(w for k, w in zip(work.kernels, weight, strict=True) if k.name.startswith(_COMPUTE))
-    attention = [(f, b) for k, f, b in zip(work.kernels, ahead, back, strict=True) if k.fused or (k.core and k.gemm)]
-    core_forward, core_backward = sum(a for a, _ in attention), sum(b for _, b in attention)
-    sent, alltoall, lost = _communication(work, placement, "forward", _Pools(0.0, 0.0, core_forward))
+    times = _kernel_seconds(config, kind, micro_batch, placement.shard, placement.device, placement.software)
+    first = sum(w for k, w in zip(work.kernels, times.weight, strict=True) if k.name.startswith(_COMPUTE))
+    core = [i for i, k in enumerate(work.kernels) if k.fused or (k.core and k.gemm)]
+    ahead, back = sum(times.forward), sum(times.backward)
+    sent, alltoall, lost = _communication(work, placement, "forward", _Pools(0.0, 0.0, sum(times.forward[i] for i in core)))
     sent_back, alltoall_back, lost_back = _communication(
-        work, placement, "backward", _Pools(first, sum(back) / 2, core_backward))
-    forward = sum(ahead) + sent + lost
+        work, placement, "backward", _Pools(first, back / 2, sum(times.backward[i] for i in core)))
+    forward = ahead + sent + lost
     again = resent = flops_again = alltoall_again = 0.0
     if recompute == "full" and kind not in ("embedding", "head"):
         again, resent, flops_again, alltoall_again = forward, sent, work.flops(), alltoall
     elif recompute == "selective":
-        again = sum(f for k, f in zip(work.kernels, ahead, strict=True) if k.core)
+        again = sum(f for k, f in zip(work.kernels, times.forward, strict=True) if k.core)
         flops_again = sum(k.flops for k in work.kernels if k.core)
-    backward_input = sum(back) + sent_back + lost_back + again
-    backward_weight = sum(weight)
+    backward_input, backward_weight = back + sent_back + lost_back + again, sum(times.weight)
+    sent_back += resent
     if gather:
-        pay_forward, pay_backward = _gather_exposed(config, kind, placement, forward, backward_input + backward_weight)
-        forward, backward_input, sent, sent_back = (forward + pay_forward, backward_input + pay_backward, sent + pay_forward,
-                                                    sent_back + pay_backward)
+        pay, pay_back = _gather_exposed(config, kind, placement, forward, backward_input + backward_weight)
+        forward, backward_input = forward + pay, backward_input + pay_back
+        sent, sent_back = sent + pay, sent_back + pay_back
     kept = work.saved_bytes(recompute)
-    return BlockCost(
-        forward, backward_input, backward_weight, sent, sent_back + (sent if recompute == "full" and again else 0.0), alltoall,
-        alltoall_back + alltoall_again, again - resent, kept,
-        max(0.0, work.saved_bytes("none") - kept), 3 * work.flops(), 3 * work.flops() + flops_again)
+    return BlockCost(forward, backward_input, backward_weight, sent, sent_back, alltoall, alltoall_back + alltoall_again,
+                     again - resent, kept, max(0.0, work.saved_bytes("none") - kept), 3 * work.flops(),
+                     3 * work.flops() + flops_again)
 
 
 def _gather_exposed(config: ModelConfig, kind: str, placement: Placement, forward: float,

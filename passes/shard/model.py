@@ -97,7 +97,7 @@ class ModelConfig:
     @property
     def blocks(self) -> tuple[str, ...]:
         """Every block's kind in order."""
-        return tuple(kind for kind, count in self.runs for _ in range(count))
+        return _blocks(self.runs)
 
     def experts(self) -> MixtureOfExperts:
         """The experts. Raises ValueError for a dense model."""
@@ -116,6 +116,11 @@ class ModelConfig:
             return self.params()
         idle = (self.moe.experts - self.moe.top_k) * 3 * self.hidden * self.moe.ffn
         return self.params() - idle * sum(count for kind, count in self.runs if kind == "moe")
+
+
+@lru_cache(maxsize=256)
+def _blocks(runs: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
+    return tuple(kind for kind, count in runs for _ in range(count))
 
 
 @dataclass(frozen=True)

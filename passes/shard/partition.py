@@ -64,7 +64,8 @@ class MemoryLimit:
     capacity: tuple[float, ...]
 
 
-def best_split(times: tuple[tuple[float, ...], ...], first: float, last: float, limit: MemoryLimit | None = None) -> tuple[int, ...] | None:
+def best_split(times: tuple[tuple[float, ...], ...], first: float, last: float,
+               limit: MemoryLimit | None = None) -> tuple[int, ...] | None:
     """Blocks per part such that the slowest part is as fast as possible; among those, the most even (least sum of squares).
 
     times[part][block]: seconds of a block on that part's device, shape (parts, blocks). first and last: seconds of
@@ -75,9 +76,13 @@ def best_split(times: tuple[tuple[float, ...], ...], first: float, last: float, 
 
 
 @lru_cache(maxsize=4096)
-def _best_split(times: tuple[tuple[float, ...], ...], first: float, last: float, limit: MemoryLimit | None) -> tuple[int, ...] | None:
+def _best_split(times: tuple[tuple[float, ...], ...], first: float, last: float,
+                limit: MemoryLimit | None) -> tuple[int, ...] | None:
     parts, blocks = len(times), len(times[0])
-    segments = [_segments(times[p], (first if p == 0 else 0.0) + (last if p == parts - 1 else 0.0)) for p in range(parts)]
+    tables = {row: _segments(row, 0.0) for row in set(times)}
+    segments = [tables[row] for row in times]
+    segments[0] = segments[0] + first
+    segments[-1] = segments[-1] + last
     if limit is not None:
         for p in range(parts):
             segments[p] = np.where(_segments(limit.per_block[p], 0.0) <= limit.capacity[p], segments[p], np.inf)
@@ -85,7 +90,8 @@ def _best_split(times: tuple[tuple[float, ...], ...], first: float, last: float,
     if not np.isfinite(slowest):
         return None
     # Second pass: the most even split whose slowest part is no slower.
-    squares = [np.where(s <= slowest * (1 + 1e-12), s * s, np.inf) for s in segments]
+    squared = {id(s): np.where(s <= slowest * (1 + 1e-12), s * s, np.inf) for s in segments}
+    squares = [squared[id(s)] for s in segments]
     best, choices = _minimise(squares, blocks, np.add)
     split, end = [], blocks
     for choice in reversed(choices):
@@ -96,10 +102,10 @@ def _best_split(times: tuple[tuple[float, ...], ...], first: float, last: float,
 
 
 def _segments(weights: tuple[float, ...], extra: float) -> np.ndarray:
-    """(i, j) -> extra + sum of weights[i:j]; infinite for j < i. Shape (blocks + 1, blocks + 1)."""
+    """(j, i) -> extra + sum of weights[i:j]; infinite for j < i. Shape (blocks + 1, blocks + 1)."""
     prefix = np.concatenate([[0.0], np.cumsum(weights)])
-    table = prefix[None, :] - prefix[:, None] + extra
-    return np.where(np.tri(len(prefix), k=-1, dtype=bool), np.inf, table)
+    table = prefix[:, None] - prefix[None, :] + extra
+    return np.where(np.tri(len(prefix), dtype=bool), table, np.inf)
 
 
 def _minimise(segments: list[np.ndarray], blocks: int, join: np.ufunc) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -108,8 +114,8 @@ def _minimise(segments: list[np.ndarray], blocks: int, join: np.ufunc) -> tuple[
     best[0] = 0.0
     choices = []
     for table in segments:
-        joined = join(best[:, None], table)
-        choice = joined.argmin(axis=0)
-        best = joined[choice, np.arange(blocks + 1)]
+        joined = join(best, table)
+        choice = joined.argmin(axis=1)
+        best = joined[np.arange(blocks + 1), choice]
         choices.append(choice)
     return best, choices

@@ -23,7 +23,7 @@ from time import monotonic
 
 from .cluster import Cluster, Device
 from .kernels import memory_time
-from .layer_cost import SOFTWARE, BlockCost, Placement, Software, block_cost
+from .layer_cost import SOFTWARE, BlockCost, Software
 from .model import ModelConfig
 from .partition import MemoryLimit, PartLayout, best_split, even_split, part_blocks, part_ranks
 from .plan import Plan
@@ -35,6 +35,7 @@ from .step import (
     PartCosts,
     StepReport,
     assemble,
+    costs_of,
     part_costs,
     pipeline_costs,
     predict_step,
@@ -55,7 +56,7 @@ class Problem:
     cluster: Cluster
     global_batch: int
     software: Software = SOFTWARE["aicc"]
-    space: Space = Space()
+    space: Space = field(default_factory=Space)
     memory_limit: float | None = None
     budget_s: float = 600.0
 
@@ -106,6 +107,7 @@ class _State:
     heap: list[tuple[float, int, Plan, bool]] = field(default_factory=list)
     order: count[int] = field(default_factory=count)
     found: dict[tuple[int, ...], StepReport] = field(default_factory=dict)
+    costs: dict[tuple[object, ...], dict[str, BlockCost]] = field(default_factory=dict)
     best: StepReport | None = None
     considered: int = 0
     simulated: int = 0
@@ -133,7 +135,7 @@ def search(problem: Problem) -> SearchResult:
     for plan in skeletons(problem.config, problem.cluster, problem.global_batch, problem.space):
         state.considered += 1
         if _static_bytes(problem, plan) <= problem.capacity(problem.cluster.device):
-            state.push(_skeleton_bound(problem, plan), plan, False)
+            state.push(_skeleton_bound(problem, plan, state), plan, False)
     if not state.considered:
         pins = ", ".join(f"{k}={v}" for k, v in problem.space.pins)
         raise Infeasible(f"no plan exists for {problem.cluster.size} devices and global batch {problem.global_batch}"
@@ -157,37 +159,34 @@ def search(problem: Problem) -> SearchResult:
     best = predict_step(problem.config, state.best.plan, problem.cluster, problem.global_batch, problem.software)
     others = sorted((r for r in state.found.values() if r is not state.best), key=_rank)
     open_bound = best.seconds if proved else min(best.seconds, state.heap[0][0])
-    return SearchResult(best, tuple(others[:20]), min(lower, best.seconds), open_bound, proved, state.considered, state.simulated,
-                        monotonic() - began)
+    return SearchResult(best, tuple(others[:20]), min(lower, best.seconds), open_bound, proved, state.considered,
+                        state.simulated, monotonic() - began)
 
 
-def _costs_by_kind(problem: Problem, plan: Plan, device: Device) -> dict[str, BlockCost]:
-    place = _placement(plan.dp, plan.tp, plan.cp, plan.ep, plan.pp, plan.sp, problem.cluster, problem.software, device)
-    return {kind: block_cost(problem.config, kind, plan.micro_batch, plan.recompute, place, plan.zero == 3)
-            for kind, _ in problem.config.runs}
-
-
-@lru_cache(maxsize=8192)
-def _placement(dp: int, tp: int, cp: int, ep: int, pp: int, sp: bool, cluster: Cluster, software: Software, device: Device) -> Placement:
-    return Placement.of(Plan(dp=dp, tp=tp, cp=cp, ep=ep, pp=pp, sp=sp), cluster, software, device)
+def _costs_by_kind(problem: Problem, plan: Plan, device: Device, state: _State) -> dict[str, BlockCost]:
+    """Block costs by kind, remembered by what they depend on."""
+    gathers = plan.dp if plan.zero == 3 else 0  # the data group matters only to those who gather over it
+    key = (gathers, plan.tp, plan.cp, plan.ep, plan.sp, plan.micro_batch, plan.recompute, id(device))
+    if key not in state.costs:
+        state.costs[key] = costs_of(problem.config, plan, problem.cluster, problem.software, device)
+    return state.costs[key]
 
 
 def _fastest(cluster: Cluster) -> Device:
     return max((g.device for g in cluster.groups), key=lambda d: max(d.peak_flops.values()))
 
 
-def _skeleton_bound(problem: Problem, plan: Plan) -> float:
+def _skeleton_bound(problem: Problem, plan: Plan, state: _State) -> float:
     """Seconds that no schedule, split or ZeRO stage of this skeleton can beat: the busiest rank does at least its share
     of the work and at least the blocks that rounding leaves it, on the fastest device, with all-to-all hidden if some
     schedule could hide it.
     """
     config, m = problem.config, plan.micro_batches(problem.global_batch)
     device = _fastest(problem.cluster)
-    costs = _costs_by_kind(problem, plan, device)
+    costs = _costs_by_kind(problem, plan, device, state)
 
     def least(cost: BlockCost) -> float:
-        hidden = cost.alltoall_forward + cost.alltoall_backward if plan.pp > 1 else 0.0
-        return cost.total - hidden
+        return cost.total - (sum(cost.hideable(problem.software)) if plan.pp > 1 else 0.0)
 
     work = sum(n * least(costs[kind]) for kind, n in config.runs)
     middle = min(least(costs[kind]) for kind, _ in config.runs[1:-1])
@@ -209,15 +208,15 @@ def _static_bytes(problem: Problem, plan: Plan) -> float:
 def _expand(problem: Problem, plan: Plan, state: _State) -> None:
     """Push every schedule and split of a skeleton with a bound that knows both."""
     for choice in schedule_choices(problem.config, plan, problem.global_batch, problem.space):
-        for split in _splits(problem, choice):
+        for split in _splits(problem, choice, state):
             candidate = replace(choice, split=split)
-            _, _, costs = _prepare(problem, candidate)
+            _, _, costs = _prepare(problem, candidate, state)
             bound = _schedule_bound(candidate, costs, candidate.micro_batches(problem.global_batch))
             if state.best is None or bound < state.best.seconds:
                 state.push(bound, candidate, True)
 
 
-def _splits(problem: Problem, plan: Plan) -> list[tuple[int, ...]]:
+def _splits(problem: Problem, plan: Plan, state: _State) -> list[tuple[int, ...]]:
     """Splits worth trying: even, the fastest slowest part, and the same under the memory limit when those do not fit."""
     pinned = dict(problem.space.pins).get("split")
     if pinned:
@@ -228,22 +227,26 @@ def _splits(problem: Problem, plan: Plan) -> list[tuple[int, ...]]:
         return [even]
     devices = rank_devices(plan, problem.cluster)
     ranks = part_ranks(plan.schedule, plan.pp, parts)
-    by_device = {d: _costs_by_kind(problem, plan, d) for d in set(devices)}
+    by_rank = [_costs_by_kind(problem, plan, d, state) for d in devices]
     blocks = config.blocks[1:-1]
-    times = tuple(tuple(by_device[devices[r]][k].total for k in blocks) for r in ranks)
-    first, last = by_device[devices[ranks[0]]]["embedding"].total, by_device[devices[ranks[-1]]]["head"].total
+    rows = {}
+    for costs in by_rank:
+        if id(costs) not in rows:
+            rows[id(costs)] = tuple(map({k: c.total for k, c in costs.items()}.__getitem__, blocks))
+    times = tuple(rows[id(by_rank[r])] for r in ranks)
+    first, last = by_rank[ranks[0]]["embedding"].total, by_rank[ranks[-1]]["head"].total
     splits = [even]
     fastest = best_split(times, first, last)
     if fastest and fastest not in splits:
         splits.insert(0, fastest)
-    if parts == plan.pp and not any(_fitting_zeros(problem, replace(plan, split=s)) for s in splits):
-        lean = best_split(times, first, last, _memory_limit(problem, plan, devices, by_device))
+    if parts == plan.pp and not any(_fitting_zeros(problem, replace(plan, split=s), state) for s in splits):
+        lean = best_split(times, first, last, _memory_limit(problem, plan, devices, by_rank))
         if lean:
             splits = [lean]
     return splits
 
 
-def _memory_limit(problem: Problem, plan: Plan, devices: list[Device], costs: dict[Device, dict[str, BlockCost]]) -> MemoryLimit:
+def _memory_limit(problem: Problem, plan: Plan, devices: list[Device], by_rank: list[dict[str, BlockCost]]) -> MemoryLimit:
     """What a block takes on each rank (weights under the leanest ZeRO stage allowed, activations in flight), and what
     there is.
     """
@@ -260,10 +263,10 @@ def _memory_limit(problem: Problem, plan: Plan, devices: list[Device], costs: di
             weights[kind] = m.parameters + m.gradients + m.optimizer
             fixed = m.working + m.reserved
         kinds = config.blocks
-        each = {k: weights[k] + alive[rank].get(rank, 0) * costs[device][k].saved for k, _ in config.runs}
+        each = {k: weights[k] + alive[rank].get(rank, 0) * by_rank[rank][k].saved for k, _ in config.runs}
         rows.append(tuple(each[k] for k in kinds[1:-1]))
         ends = (each["embedding"] if rank == 0 else 0.0) + (each["head"] if rank == plan.pp - 1 else 0.0)
-        capacity.append(problem.capacity(device) - fixed - max(c.working for c in costs[device].values()) - ends)
+        capacity.append(problem.capacity(device) - fixed - max(c.working for c in by_rank[rank].values()) - ends)
     return MemoryLimit(tuple(rows), tuple(capacity))
 
 
@@ -288,10 +291,11 @@ def _alive(schedule: str, ranks: int, micro_batches: int, interleave: int) -> tu
     return tuple(result)
 
 
-def _prepare(problem: Problem, plan: Plan) -> tuple[PartLayout, PartCosts, PipelineCosts]:
+def _prepare(problem: Problem, plan: Plan, state: _State) -> tuple[PartLayout, PartCosts, PipelineCosts]:
     layout = part_blocks(problem.config, plan, plan.split)
-    parts = part_costs(problem.config, plan, problem.cluster, problem.software, layout)
-    return layout, parts, pipeline_costs(plan, parts, problem.software)
+    parts = part_costs(problem.config, plan, problem.cluster, problem.software, layout,
+                       lambda device: _costs_by_kind(problem, plan, device, state))
+    return layout, parts, pipeline_costs(parts, problem.software)
 
 
 def _schedule_bound(plan: Plan, costs: PipelineCosts, m: int) -> float:
@@ -320,17 +324,18 @@ def _schedule_bound(plan: Plan, costs: PipelineCosts, m: int) -> float:
     return worst
 
 
-def _fitting_zeros(problem: Problem, plan: Plan) -> list[int]:
+def _fitting_zeros(problem: Problem, plan: Plan, state: _State) -> list[int]:
     """ZeRO stages of this plan that may fit: activations counted at the moment when most are alive, which never
     overstates.
     """
-    layout, parts, costs = _prepare(problem, plan)
+    layout, parts, costs = _prepare(problem, plan, state)
     # A long schedule keeps no more alive than a short one (gpipe apart), so the short one's order bounds it from below.
     m = plan.micro_batches(problem.global_batch)
     short = min(m, 4 * plan.pp + m % plan.pp)
     alive = _alive(plan.schedule, plan.pp, short, plan.interleave)
     activations = [sum(max(0.0, n) * costs.activation[part] for part, n in alive[r].items()) for r in range(plan.pp)]
-    return [zero for zero in _zero_stages(problem, plan) if _fits(problem, replace(plan, zero=zero), layout, parts, activations)]
+    stages = [replace(plan, zero=zero) for zero in _zero_stages(problem, plan)]
+    return [staged.zero for staged in stages if _fits(problem, staged, layout, parts, activations)]
 
 
 def _zero_stages(problem: Problem, plan: Plan) -> tuple[int, ...]:
@@ -342,7 +347,7 @@ def _zero_stages(problem: Problem, plan: Plan) -> tuple[int, ...]:
 
 def _fits(problem: Problem, plan: Plan, layout: PartLayout, parts: PartCosts, activations: list[float]) -> bool:
     for rank, device in enumerate(rank_devices(plan, problem.cluster)):
-        working = max((c.working for i, r in enumerate(layout.ranks) if r == rank for _, c in parts.blocks[i]), default=0.0)
+        working = max(c.working for c, holder in zip(parts.parts, layout.ranks, strict=True) if holder == rank)
         memory = stage_memory(problem.config, plan, layout, rank, activations[rank], working, device, problem.software)
         if memory.total > problem.capacity(device):
             return False
@@ -351,16 +356,16 @@ def _fits(problem: Problem, plan: Plan, layout: PartLayout, parts: PartCosts, ac
 
 def _simulate(problem: Problem, plan: Plan, state: _State) -> None:
     """Run one schedule and split, and offer it under every ZeRO stage that fits."""
-    zeros = _fitting_zeros(problem, plan)
+    zeros = _fitting_zeros(problem, plan, state)
     if not zeros:
         return
-    layout, parts, costs = _prepare(problem, plan)
+    layout, parts, costs = _prepare(problem, plan, state)
     m = plan.micro_batches(problem.global_batch)
-    seconds, activations = pipeline_time(plan.schedule, plan.pp, m, plan.interleave, costs)
+    timing = pipeline_time(plan.schedule, plan.pp, m, plan.interleave, costs)
     state.simulated += 1
     for zero in zeros:
-        report = assemble(problem.config, replace(plan, zero=zero), problem.cluster, problem.global_batch, problem.software, layout, parts,
-                          seconds, activations)
+        report = assemble(problem.config, replace(plan, zero=zero), problem.cluster, problem.global_batch, problem.software,
+                          layout, parts, timing)
         limits = [problem.capacity(d) for d in rank_devices(plan, problem.cluster)]
         if all(mem.total <= limit for mem, limit in zip(report.memory, limits, strict=True)):
             state.offer(report)
@@ -371,14 +376,18 @@ def _infeasible(problem: Problem, state: _State) -> Infeasible:
     try.
     """
     lean = replace(problem, memory_limit=None, space=replace(problem.space, recompute=("full",)))
-    plans = sorted(skeletons(lean.config, lean.cluster, lean.global_batch, lean.space),
-                   key=lambda p: (_static_bytes(lean, p) + _costs_by_kind(lean, p, lean.cluster.device)[lean.config.blocks[1]].working,
-                                  p.micro_batch))[:40]
+
+    def size(plan: Plan) -> tuple[float, int]:
+        costs = _costs_by_kind(lean, plan, lean.cluster.device, state)
+        return _static_bytes(lean, plan) + costs[lean.config.blocks[1]].working, plan.micro_batch
+
+    plans = sorted(skeletons(lean.config, lean.cluster, lean.global_batch, lean.space), key=size)[:40]
     smallest: StepReport | None = None
     for plan in plans:
         for choice in schedule_choices(lean.config, plan, lean.global_batch, lean.space):
             for zero in _zero_stages(lean, choice):
-                report = predict_step(lean.config, replace(choice, zero=zero), lean.cluster, lean.global_batch, lean.software, exact=False)
+                trial = replace(choice, zero=zero)
+                report = predict_step(lean.config, trial, lean.cluster, lean.global_batch, lean.software, exact=False)
                 if smallest is None or report.peak_memory < smallest.peak_memory:
                     smallest = report
     if smallest is None:
@@ -387,9 +396,9 @@ def _infeasible(problem: Problem, state: _State) -> Infeasible:
     binding = max(("parameters", "gradients", "optimizer", "activations", "working"), key=lambda f: getattr(worst, f))
     limit = problem.capacity(problem.cluster.device)
     return Infeasible(
-        f"{problem.config.name} does not fit on {problem.cluster.size} x {problem.cluster.device.name} under any plan: the smallest found "
-        f"needs {worst.total / 1e9:.1f} GB per device, {limit / 1e9:.1f} GB are there ({smallest.plan.label}); "
-        f"most of it is {binding} ({getattr(worst, binding) / 1e9:.1f} GB)", smallest)
+        f"{problem.config.name} does not fit on {problem.cluster.size} x {problem.cluster.device.name} under any plan: "
+        f"the smallest found needs {worst.total / 1e9:.1f} GB per device, {limit / 1e9:.1f} GB are there "
+        f"({smallest.plan.label}); most of it is {binding} ({getattr(worst, binding) / 1e9:.1f} GB)", smallest)
 
 
 def pareto(problem: Problem, points: int = 6) -> tuple[StepReport, ...]:

@@ -4,20 +4,26 @@ Entry points: `simulate(schedule, costs)` for a full run, `pipeline_time(...)` f
 extrapolated from the steady state, which is exact once the schedule repeats).
 
 Rules: a rank runs its operations in order, one at a time. F of a stage waits for the same micro-batch's F of the stage
-before, B for the B of the stage after and for its own F, W for its B. A result that goes to another rank takes the
-boundary's p2p time, one message after the other on each channel (pair of ranks and direction); with `blocking` the sender
-waits for the message to leave. A schedule whose order contradicts its dependencies never finishes: that is reported as a
-deadlock, naming the operations.
+before, B for the B of the stage after (the last stage's for its own F); W follows its B in the list. A result that goes
+to another rank takes the boundary's p2p time, one message after the other on each channel (two ranks, forward or
+backward); with `blocking` the sender waits for the message to arrive.
+
+The order of events does not depend on costs, so it is worked out once per schedule (`_compile`): operations become nodes,
+sorted by level such that a level depends on earlier ones only, and a run evaluates a level at a time with numpy. A schedule
+whose order contradicts its dependencies has no such sorting: that is reported as a deadlock, naming the operations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
 
 from .schedules import Op, Schedule, build_schedule
 
-__all__ = ["Interval", "PipelineCosts", "PipelineRun", "pipeline_time", "simulate"]
+__all__ = ["Interval", "PipelineCosts", "PipelineRun", "PipelineTime", "pipeline_time", "simulate"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class PipelineRun:
-    """The result. busy, peak_bytes and in_flight are per rank; in_flight counts part-activations alive at the peak."""
+    """The result. busy (seconds) and peak_bytes (activations) are per rank."""
 
     seconds: float
     busy: tuple[float, ...]
@@ -88,141 +94,235 @@ def simulate(schedule: Schedule, costs: PipelineCosts, timeline: bool = True) ->
     for name in ("forward", "backward_input", "backward_weight"):
         if len(getattr(costs, name)) != parts:
             raise ValueError(f"{name} has {len(getattr(costs, name))} entries, the schedule has {parts} parts")
-    return _Run(schedule, costs).run(timeline)
+    program = _compile(schedule)
+    start, end, free = program.run(costs)
+    ops, ranks = program.ops, schedule.ranks
+    busy = np.bincount(program.rank, weights=end - start, minlength=ranks)
+    log: tuple[tuple[Interval, ...], ...] = ()
+    if timeline:
+        log = tuple(tuple(_intervals([(ops[n], start[n], end[n]) for n in row], program, costs)) for row in program.by_rank)
+    return PipelineRun(float(free.max()), tuple(busy.tolist()), tuple(_peaks(schedule, costs)), log)
 
 
-class _Run:
-    """State of one simulation: ready times of every (stage, micro-batch) result, clocks of ranks and channels."""
+@dataclass(frozen=True)
+class _Program:
+    """A schedule ready to run. Nodes are operations (an overlapped pair is one node) numbered by level.
 
-    def __init__(self, schedule: Schedule, costs: PipelineCosts) -> None:
-        self.schedule, self.costs = schedule, costs
-        stages, m = len(schedule.rank_of), schedule.micro_batches
-        self.next_stage = [-1] * stages
-        for stage, before in enumerate(schedule.previous):
-            if before >= 0:
-                self.next_stage[before] = stage
-        # Arrival times of inputs: forward_in[stage][micro-batch] and backward_in; None until the producer has run.
-        self.forward_in: list[list[float | None]] = [[0.0 if b < 0 else None] * m for b in schedule.previous]
-        self.backward_in: list[list[float | None]] = [[None] * m for _ in range(stages)]
-        self.channel: dict[tuple[int, int], float] = {}
-        self.seconds = self._durations()
+    Messages have the number 2 * node + slot; the last one is always at time 0. previous: the node before on the rank, the
+    last node number for none. needs: two messages per node. after: the message before on the same channel. crosses: the
+    message goes to another rank. boundary: the smaller part of the two that a message joins. kinds and stages: rows of
+    the duration table and stages of the node's one or two operations.
+    """
 
-    def _durations(self) -> dict[tuple[str, bool], list[float]]:
-        """Seconds per (kind, overlapped), indexed by stage."""
-        c, s = self.costs, self.schedule
-        zero = (0.0,) * s.parts
-        hidden_f, hidden_b = c.hidden_forward or zero, c.hidden_backward or zero
-        table: dict[tuple[str, bool], Sequence[float]] = {
-            ("F", False): c.forward, ("F", True): [f - x for f, x in zip(c.forward, hidden_f, strict=True)],
-            ("B", False): c.backward_input, ("B", True): [b - x for b, x in zip(c.backward_input, hidden_b, strict=True)],
-            ("W", False): c.backward_weight, ("W", True): c.backward_weight}
-        for flag in (False, True):
-            table["BW", flag] = [b + w for b, w in zip(table["B", flag], c.backward_weight, strict=True)]
-        slow = c.slowdown or (1.0,) * s.ranks
-        return {key: [row[part] * slow[rank] for part, rank in zip(s.part_of, s.rank_of, strict=True)]
-                for key, row in table.items()}
+    ops: tuple[tuple[Op, ...], ...]
+    levels: tuple[tuple[int, int], ...]
+    rank: np.ndarray
+    previous: np.ndarray
+    needs: np.ndarray
+    after: np.ndarray
+    crosses: np.ndarray
+    boundary: np.ndarray
+    kinds: np.ndarray
+    stages: np.ndarray
+    by_rank: tuple[tuple[int, ...], ...]
+    part_of: np.ndarray
+    rank_of: np.ndarray
 
-    def _send(self, source: int, target: int, at: float) -> float:
-        """When a message that leaves stage `source` at `at` reaches stage `target`."""
-        s, c = self.schedule, self.costs
-        a, b = s.rank_of[source], s.rank_of[target]
-        if a == b or not c.p2p:
-            return at
-        seconds = c.p2p[min(s.part_of[source], s.part_of[target])]
-        start = max(at, self.channel.get((a, b), 0.0))
-        self.channel[a, b] = start + seconds
-        return start + seconds
+    def durations(self, costs: PipelineCosts) -> np.ndarray:
+        """Seconds per node and term, shape (nodes, 2)."""
+        table = _duration_table(costs)
+        slow = np.array(costs.slowdown)[self.rank_of] if costs.slowdown else np.ones(len(self.rank_of))
+        per_stage = np.concatenate([table[:, self.part_of] * slow, np.zeros((1, len(self.part_of)))])
+        return np.asarray(per_stage[self.kinds, self.stages])
 
-    def run(self, timeline: bool) -> PipelineRun:
-        s, blocking = self.schedule, self.costs.blocking
-        clock, busy, cursor = [0.0] * s.ranks, [0.0] * s.ranks, [0] * s.ranks
-        held, peak = [0.0] * s.ranks, [0.0] * s.ranks
-        log: list[list[Interval]] = [[] for _ in range(s.ranks)]
-        pending, queued = list(range(s.ranks)), [True] * s.ranks
-        while pending:
-            rank = pending.pop()
-            queued[rank] = False
-            ops, now = s.ops[rank], clock[rank]
-            while cursor[rank] < len(ops):
-                # An overlapped F and the BW after it are one unit: both inputs needed, both results at its end.
-                first = ops[cursor[rank]]
-                unit = ops[cursor[rank]:cursor[rank] + 2] if first.overlapped and first.kind == "F" else (first,)
-                ready = self._ready(unit)
-                if ready is None:
-                    break
-                start = ready if ready > now else now
-                for op in unit:
-                    began, seconds = now if op is not first else start, self.seconds[op.kind, op.overlapped][op.stage]
-                    now = began + seconds
-                    busy[rank] += seconds
-                    before, after = _deltas(op, self.costs, s)
-                    held[rank] += before
-                    peak[rank] = max(peak[rank], held[rank])
-                    held[rank] += after
-                    if timeline:
-                        log[rank].append(Interval(op, began, now))
-                cursor[rank] += len(unit)
-                finished = now
-                for op in unit:
-                    target, arrival = self._deliver(op, finished)
-                    other = s.rank_of[target] if target >= 0 else rank
-                    if blocking and other != rank:
-                        now = max(now, arrival)
-                    if other != rank and not queued[other]:
+    def run(self, costs: PipelineCosts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(start, end, time at which the rank is free again) per node."""
+        nodes = len(self.ops)
+        seconds = self.durations(costs).sum(axis=1)
+        p2p = np.where(self.crosses, np.array(costs.p2p)[self.boundary], 0.0) if costs.p2p else np.zeros((nodes, 2))
+        start, end, free = np.zeros(nodes), np.zeros(nodes), np.zeros(nodes + 1)
+        arrival = np.zeros(2 * nodes + 2)
+        messages = arrival.reshape(-1, 2)
+        for a, b in self.levels:
+            begin = np.maximum(free[self.previous[a:b]], arrival[self.needs[a:b]].max(axis=1))
+            done = begin + seconds[a:b]
+            start[a:b], end[a:b] = begin, done
+            sent = np.where(self.crosses[a:b], np.maximum(done[:, None], arrival[self.after[a:b]]), done[:, None]) + p2p[a:b]
+            messages[a:b] = sent
+            free[a:b] = np.where(self.crosses[a:b], sent, done[:, None]).max(axis=1) if costs.blocking else done
+        return start, end, free[:-1]
+
+
+_KINDS = ("F", "B", "W", "BW")
+
+
+def _duration_table(costs: PipelineCosts) -> np.ndarray:
+    """Seconds by (kind, overlapped) in rows 2 * kind + overlapped, and part."""
+    forward, backward, weight = (np.array(x) for x in (costs.forward, costs.backward_input, costs.backward_weight))
+    ahead = np.array(costs.hidden_forward) if costs.hidden_forward else 0.0
+    back = np.array(costs.hidden_backward) if costs.hidden_backward else 0.0
+    return np.stack([forward, forward - ahead, backward, backward - back, weight, weight, backward + weight,
+                     backward - back + weight])
+
+
+def _intervals(nodes: Sequence[tuple[tuple[Op, ...], float, float]], program: _Program, costs: PipelineCosts) -> list[Interval]:
+    """One interval per operation; the halves of a pair follow each other inside the pair's time."""
+    table, slow = _duration_table(costs), costs.slowdown
+    found = []
+    for ops, start, end in nodes:
+        at = float(start)
+        for op in ops:
+            stage = op.stage
+            seconds = table[2 * _KINDS.index(op.kind) + op.overlapped, program.part_of[stage]]
+            seconds *= slow[program.rank_of[stage]] if slow else 1.0
+            last = op is ops[-1]
+            found.append(Interval(op, at, float(end) if last else at + float(seconds)))
+            at += float(seconds)
+    return found
+
+
+def _peaks(schedule: Schedule, costs: PipelineCosts) -> list[float]:
+    """Activation bytes at every rank's peak: the order of operations alone decides."""
+    if not costs.activation:
+        return [0.0] * schedule.ranks
+    size = np.array(costs.activation)
+    change = np.array([0.0, costs.weight_fraction - 1.0, -costs.weight_fraction, -1.0])
+    peaks = []
+    for kinds, parts in _orders(schedule):
+        taken = np.where(kinds == 0, size[parts], 0.0)
+        given = change[kinds] * size[parts]
+        held = np.cumsum(taken + given) - given
+        peaks.append(float(held.max(initial=0.0)))
+    return peaks
+
+
+@lru_cache(maxsize=128)
+def _orders(schedule: Schedule) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Per rank: kind and part of its operations in order."""
+    return tuple((np.array([_KINDS.index(op.kind) for op in ops], dtype=np.int8),
+                  np.array([schedule.part_of[op.stage] for op in ops], dtype=np.int32)) for ops in schedule.ops)
+
+
+@lru_cache(maxsize=128)
+def _compile(schedule: Schedule) -> _Program:
+    """Sort the schedule's operations by level. Raises RuntimeError on a deadlock."""
+    units = [_units(ops) for ops in schedule.ops]
+    first_id = np.concatenate([[0], np.cumsum([len(u) for u in units])]).tolist()
+    total = first_id[-1]
+    following = {before: stage for stage, before in enumerate(schedule.previous) if before >= 0}
+    dummy = 2 * total
+    # Messages by (kind, stage, micro-batch) that receives them, known once their sender has been placed.
+    inbox: dict[tuple[str, int, int], int] = {}
+    level = [0] * (total + 1)
+    previous, needs = [total] * total, [[dummy, dummy] for _ in range(total)]
+    after, crosses, boundary = ([[v, v] for _ in range(total)] for v in (dummy, False, 0))
+    channel: dict[tuple[int, int, bool], int] = {}
+    cursor, pending, queued = [0] * schedule.ranks, list(range(schedule.ranks)), [True] * schedule.ranks
+    while pending:
+        rank = pending.pop()
+        queued[rank] = False
+        row, base = units[rank], first_id[rank]
+        while cursor[rank] < len(row):
+            unit, node = row[cursor[rank]], base + cursor[rank]
+            wanted = [_need(op, schedule) for op in unit]
+            if any(key is not None and key not in inbox for key in wanted):
+                break
+            needs[node] = [dummy if key is None else inbox[key] for key in wanted] + [dummy] * (2 - len(wanted))
+            if cursor[rank]:
+                previous[node] = node - 1
+            level[node] = 1 + max(level[previous[node]], *(level[m // 2] for m in needs[node]))
+            cursor[rank] += 1
+            for slot, op in enumerate(unit):
+                key = _result(op, schedule, following)
+                if key is None:
+                    continue
+                message = inbox[key] = 2 * node + slot
+                other = schedule.rank_of[key[1]]
+                if other != rank:
+                    lane = (rank, other, key[0] == "F")
+                    after[node][slot], channel[lane] = channel.get(lane, dummy), message
+                    crosses[node][slot] = True
+                    boundary[node][slot] = min(schedule.part_of[op.stage], schedule.part_of[key[1]])
+                    if not queued[other]:
                         queued[other] = True
                         pending.append(other)
-            clock[rank] = now
-        stuck = [str(tuple(s.ops[r][cursor[r]])) for r in range(s.ranks) if cursor[r] < len(s.ops[r])]
-        if stuck:
-            raise RuntimeError(f"schedule {s.name} deadlocks; ranks wait at {', '.join(stuck[:8])}")
-        return PipelineRun(max(clock), tuple(busy), tuple(peak), tuple(map(tuple, log)))
+    stuck = [str(tuple(units[r][cursor[r]][0])) for r in range(schedule.ranks) if cursor[r] < len(units[r])]
+    if stuck:
+        raise RuntimeError(f"schedule {schedule.name} deadlocks; ranks wait at {', '.join(stuck[:8])}")
+    flat = [unit for row in units for unit in row]
+    order = np.argsort(np.array(level[:total]), kind="stable")
+    new = np.empty(total + 1, dtype=np.int64)
+    new[order], new[total] = np.arange(total), total
+    renamed = np.concatenate([np.stack([2 * new[:total], 2 * new[:total] + 1], axis=1).ravel(), [dummy]])
+    sizes = np.bincount(np.array(level[:total]))[1:]
+    ends = np.cumsum(sizes)
+    kinds = np.array([[2 * _KINDS.index(u[0].kind) + u[0].overlapped, 2 * _KINDS.index(u[1].kind) + u[1].overlapped]
+                      if len(u) == 2 else [2 * _KINDS.index(u[0].kind) + u[0].overlapped, 8] for u in flat])
+    return _Program(
+        ops=tuple(flat[n] for n in order), levels=tuple(zip((ends - sizes).tolist(), ends.tolist(), strict=True)),
+        rank=np.repeat(np.arange(schedule.ranks), [len(u) for u in units])[order], previous=new[np.array(previous)][order],
+        needs=renamed[np.array(needs)][order], after=renamed[np.array(after)][order], crosses=np.array(crosses)[order],
+        boundary=np.array(boundary)[order], kinds=kinds[order], stages=np.array([[u[0].stage, u[-1].stage] for u in flat])[order],
+        by_rank=tuple(tuple(new[first_id[r]:first_id[r + 1]].tolist()) for r in range(schedule.ranks)),
+        part_of=np.array(schedule.part_of), rank_of=np.array(schedule.rank_of))
 
-    def _ready(self, unit: Sequence[Op]) -> float | None:
-        """When all inputs of `unit` are there, or None. A rank's own earlier operations are ordered by its list."""
-        latest = 0.0
-        for op in unit:
-            if op.kind == "W":  # follows its B in the rank's list
-                continue
-            arrival = (self.forward_in if op.kind == "F" else self.backward_in)[op.stage][op.micro_batch]
-            if arrival is None:
-                return None
-            latest = max(latest, arrival)
-        return latest
 
-    def _deliver(self, op: Op, at: float) -> tuple[int, float]:
-        """Hand the result to the next stage. Returns it (or -1) and the arrival time."""
-        if op.kind == "F":
-            target, inbox = self.next_stage[op.stage], self.forward_in
-            if target < 0:  # the loss: its gradient is there at once
-                self.backward_in[op.stage][op.micro_batch] = at
-        elif op.kind in ("B", "BW"):
-            target, inbox = self.schedule.previous[op.stage], self.backward_in
+def _units(ops: Sequence[Op]) -> list[tuple[Op, ...]]:
+    """Operations with every overlapped F joined to the BW after it."""
+    units: list[tuple[Op, ...]] = []
+    for op in ops:
+        if op.kind == "BW" and op.overlapped and units and units[-1][-1].kind == "F" and units[-1][-1].overlapped:
+            units[-1] = (units[-1][0], op)
         else:
-            return -1, at
-        if target < 0:
-            return -1, at
-        arrival = self._send(op.stage, target, at)
-        inbox[target][op.micro_batch] = arrival
-        return target, arrival
+            units.append((op,))
+    return units
 
 
-def pipeline_time(name: str, ranks: int, micro_batches: int, interleave: int, costs: PipelineCosts) -> tuple[float,
-tuple[float, ...]]:
-    """(seconds, peak activation bytes per rank) of a schedule, for the search.
+def _need(op: Op, schedule: Schedule) -> tuple[str, int, int] | None:
+    """The message that an operation waits for, or None."""
+    if op.kind == "W" or (op.kind == "F" and schedule.previous[op.stage] < 0):
+        return None
+    return ("F" if op.kind == "F" else "B", op.stage, op.micro_batch)
 
-    Beyond a few times the pipeline's depth the schedule repeats every `ranks` micro-batches, so two shorter runs give
-    its period and the rest is added. Peak memory is reached before that.
+
+def _result(op: Op, schedule: Schedule, following: dict[int, int]) -> tuple[str, int, int] | None:
+    """The message that an operation sends, named by its receiver. The last stage's F is its own backward's input (the
+    loss).
     """
+    if op.kind == "F":
+        return ("F", following[op.stage], op.micro_batch) if op.stage in following else ("B", op.stage, op.micro_batch)
+    if op.kind == "W" or schedule.previous[op.stage] < 0:
+        return None
+    return ("B", schedule.previous[op.stage], op.micro_batch)
+
+
+@dataclass(frozen=True)
+class PipelineTime:
+    """What the search keeps of a run: seconds, mean busy seconds of a rank, peak activation bytes per rank."""
+
+    seconds: float
+    busy: float
+    peak_bytes: tuple[float, ...]
+
+
+def pipeline_time(name: str, ranks: int, micro_batches: int, interleave: int, costs: PipelineCosts) -> PipelineTime:
+    """A run of a schedule, for the search.
+
+    Beyond a few times the pipeline's depth the schedule repeats every `ranks` micro-batches, so two shorter runs give its
+    period and the rest is added. Peak memory is reached before that.
+    """
+
+    def run(m: int) -> PipelineTime:
+        done = simulate(build_schedule(name, ranks, m, interleave), costs, timeline=False)
+        return PipelineTime(done.seconds, sum(done.busy) / ranks, done.peak_bytes)
+
     short = 4 * ranks + micro_batches % ranks
     if micro_batches <= short + 2 * ranks:
-        run = simulate(build_schedule(name, ranks, micro_batches, interleave), costs, timeline=False)
-        return run.seconds, run.peak_bytes
-    first = simulate(build_schedule(name, ranks, short, interleave), costs, timeline=False)
-    second = simulate(build_schedule(name, ranks, short + 2 * ranks, interleave), costs, timeline=False)
-    if name == "gpipe":  # keeps every micro-batch
-        grow = [(b - a) / (2 * ranks) for a, b in zip(first.peak_bytes, second.peak_bytes, strict=True)]
-        peak = tuple(b + g * (micro_batches - short - 2 * ranks) for b, g in zip(second.peak_bytes, grow, strict=True))
-    else:
-        peak = second.peak_bytes
+        return run(micro_batches)
+    first, second = run(short), run(short + 2 * ranks)
     periods = (micro_batches - short - 2 * ranks) / (2 * ranks)
-    return second.seconds + periods * (second.seconds - first.seconds), peak
+    peak = second.peak_bytes
+    if name == "gpipe":  # keeps every micro-batch
+        peak = tuple(b + (b - a) * periods for a, b in zip(first.peak_bytes, second.peak_bytes, strict=True))
+    return PipelineTime(second.seconds + periods * (second.seconds - first.seconds),
+                        second.busy + periods * (second.busy - first.busy), peak)

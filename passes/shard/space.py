@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from typing import Any
 
 from .cluster import Cluster
@@ -54,7 +55,7 @@ class Space:
 
 def parse_pins(text: str) -> dict[str, Any]:
     """Pins from `tp=8,zero=1,recompute=full`. Raises ConfigError for unknown fields and values of the wrong type."""
-    kinds = {f.name: type(f.default) for f in fields(Plan)}
+    kinds: dict[str, type] = {name: type(value) for name, value in vars(Plan()).items()}
     pins: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = (s.strip() for s in item.partition("="))
@@ -106,19 +107,20 @@ def _contexts(config: ModelConfig, space: Space) -> tuple[int, ...]:
     return tuple(d for d in divisors(config.seq) if d <= space.max_context and (d == 1 or config.seq // d >= space.min_rows))
 
 
-def _policies(config: ModelConfig, plan: Plan, global_batch: int, space: Space, zeros: list[int], cluster: Cluster) -> Iterator[Plan]:
+def _policies(config: ModelConfig, plan: Plan, global_batch: int, space: Space, zeros: list[int],
+              cluster: Cluster) -> Iterator[Plan]:
     experts = config.moe.experts if config.moe else 1
     stage = plan.devices // plan.pp
     micro = tuple(d for d in divisors(global_batch // plan.dp) if d <= space.max_micro_batch)
-    for ep in space.values("ep", tuple(d for d in divisors(experts) if stage % d == 0)):
-        for sp in space.values("sp", (True, False) if plan.tp > 1 else (False,)):
-            for micro_batch in space.values("micro_batch", micro):
-                for recompute in space.values("recompute", space.recompute):
-                    for zero in zeros if stage > 1 else zeros[:1]:
-                        for offload in space.values("offload", (False, True) if space.offload else (False,)):
-                            found = replace(plan, ep=ep, sp=sp, micro_batch=micro_batch, recompute=recompute, zero=zero, offload=offload)
-                            if not plan_problems(found, config, cluster, global_batch):
-                                yield found
+    choices = product(
+        space.values("ep", tuple(d for d in divisors(experts) if stage % d == 0)),
+        space.values("sp", (True, False) if plan.tp > 1 else (False,)), space.values("micro_batch", micro),
+        space.values("recompute", space.recompute), zeros if stage > 1 else zeros[:1],
+        space.values("offload", (False, True) if space.offload else (False,)))
+    for ep, sp, micro_batch, recompute, zero, offload in choices:
+        found = replace(plan, ep=ep, sp=sp, micro_batch=micro_batch, recompute=recompute, zero=zero, offload=offload)
+        if not plan_problems(found, config, cluster, global_batch):
+            yield found
 
 
 def schedule_choices(config: ModelConfig, plan: Plan, global_batch: int, space: Space) -> Iterator[Plan]:

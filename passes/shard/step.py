@@ -10,17 +10,19 @@ peak, the working set of the block that runs backward, and what the device reser
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .cluster import Cluster, Device
 from .collectives import Group, collective_time
 from .kernels import memory_time
 from .layer_cost import SOFTWARE, BlockCost, Placement, Software, block_cost
-from .model import ELEMENT, ModelConfig, block_params
+from .model import ELEMENT, ModelConfig, Shard, block_params
 from .partition import PartLayout, even_split, part_blocks
 from .plan import Plan, plan_problems
 from .schedules import SCHEDULES, build_schedule
-from .simulate import PipelineCosts, pipeline_time, simulate
+from .simulate import PipelineCosts, PipelineTime, pipeline_time, simulate
 from .tables import ConfigError
 from .workload import model_flops
 
@@ -93,70 +95,89 @@ class StepReport:
 
 def rank_devices(plan: Plan, cluster: Cluster) -> list[Device]:
     """The slowest device of every pipeline rank."""
+    if cluster.uniform:
+        return [cluster.groups[0].device] * plan.pp
     stage = plan.devices // plan.pp
     return [cluster.device_of_range(r * stage, stage) for r in range(plan.pp)]
 
 
+CostsOf = Callable[[Device], Mapping[str, BlockCost]]
+
+
 @dataclass(frozen=True)
 class PartCosts:
-    """Costs of every model part, and the boundary between parts."""
+    """Summed block costs of every model part, and seconds of a message between parts on different ranks."""
 
-    blocks: tuple[tuple[tuple[int, BlockCost], ...], ...]
+    parts: tuple[BlockCost, ...]
     p2p: float
 
-    def total(self, part: int, field: str) -> float:
-        return float(sum(count * getattr(cost, field) for count, cost in self.blocks[part]))
+    def row(self, name: str) -> tuple[float, ...]:
+        return tuple(getattr(part, name) for part in self.parts)
 
 
-def part_costs(config: ModelConfig, plan: Plan, cluster: Cluster, software: Software, layout: PartLayout) -> PartCosts:
-    """Block costs per part, on the device that holds the part."""
+def costs_of(config: ModelConfig, plan: Plan, cluster: Cluster, software: Software, device: Device) -> dict[str, BlockCost]:
+    """Block costs by kind on `device`."""
+    place = Placement.of(plan, cluster, software, device)
+    return {kind: block_cost(config, kind, plan.micro_batch, plan.recompute, place, plan.zero == 3) for kind, _ in config.runs}
+
+
+def part_costs(config: ModelConfig, plan: Plan, cluster: Cluster, software: Software, layout: PartLayout,
+               lookup: CostsOf | None = None) -> PartCosts:
+    """Costs per part, on the device that holds it. `lookup` gives block costs by kind on a device (default: computed
+    here).
+    """
     devices = rank_devices(plan, cluster)
-    places = {d: Placement.of(plan, cluster, software, d) for d in set(devices)}
-    blocks = tuple(
-        tuple((count, block_cost(config, kind, plan.micro_batch, plan.recompute, places[devices[rank]], plan.zero == 3))
-              for kind, count in runs)
-        for runs, rank in zip(layout.runs, layout.ranks, strict=True))
-    place = places[devices[0]]
-    # Activations between stages: every tensor rank sends its slice (scatter/gather), whether or not sp is on.
+    kinds = [d for i, d in enumerate(devices) if d is not devices[i - 1] or i == 0]  # runs of one device object
+    by_device = {id(d): (lookup(d) if lookup else costs_of(config, plan, cluster, software, d)) for d in kinds}
+    known: dict[tuple[int, tuple[tuple[str, int], ...]], BlockCost] = {}
+    parts = []
+    for runs, rank in zip(layout.runs, layout.ranks, strict=True):
+        key = (id(devices[rank]), runs)
+        if key not in known:
+            costs = by_device[id(devices[rank])]
+            known[key] = BlockCost.sum((n, costs[kind]) for kind, n in runs)
+        parts.append(known[key])
+    return PartCosts(tuple(parts), _message_seconds(config, plan, Placement.of(plan, cluster, software, devices[0])))
+
+
+def _message_seconds(config: ModelConfig, plan: Plan, place: Placement) -> float:
+    """Activations between stages: every tensor rank sends its slice (scatter/gather), whether or not sp is on."""
+    if plan.pp == 1:
+        return 0.0
     size = ELEMENT[config.dtype] * plan.micro_batch * config.seq / plan.cp * config.hidden / plan.tp
-    p2p = collective_time("p2p", size, place.pipeline) if plan.pp > 1 else 0.0
-    if plan.pp > 1 and plan.tp > 1 and not plan.sp:
-        p2p += collective_time("all_gather", size * plan.tp, place.tensor)
-    return PartCosts(blocks, p2p)
+    seconds = collective_time("p2p", size, place.pipeline)
+    if plan.tp > 1 and not plan.sp:
+        seconds += collective_time("all_gather", size * plan.tp, place.tensor)
+    return seconds
 
 
-def pipeline_costs(plan: Plan, parts: PartCosts, software: Software) -> PipelineCosts:
+def pipeline_costs(parts: PartCosts, software: Software) -> PipelineCosts:
     """What the simulator needs, per part."""
-    n = len(parts.blocks)
-
-    def row(field: str) -> tuple[float, ...]:
-        return tuple(parts.total(i, field) for i in range(n))
-
     return PipelineCosts(
-        forward=row("forward"), backward_input=row("backward_input"), backward_weight=row("backward_weight"),
-        activation=row("saved"), p2p=(parts.p2p,) * (n - 1), hidden_forward=row("alltoall_forward"),
-        hidden_backward=row("alltoall_backward"), blocking=not software.overlap_p2p)
+        forward=parts.row("forward"), backward_input=parts.row("backward_input"), backward_weight=parts.row("backward_weight"),
+        activation=parts.row("saved"), p2p=(parts.p2p,) * (len(parts.parts) - 1),
+        hidden_forward=tuple(c.hideable(software)[0] for c in parts.parts),
+        hidden_backward=tuple(c.hideable(software)[1] for c in parts.parts), blocking=not software.overlap_p2p)
 
 
 def _parameters(config: ModelConfig, plan: Plan, layout: PartLayout, rank: int) -> tuple[float, float]:
     """(dense, expert) parameters on one device of `rank`, before ZeRO."""
+    holders = [rank]
+    if plan.pp > 1 and SCHEDULES[plan.schedule].copies == 2:
+        holders.append(plan.pp - 1 - rank)  # the mirrored rank's part lives here too
     dense = expert = 0.0
     for runs, holder in zip(layout.runs, layout.ranks, strict=True):
-        if holder == rank:
-            for kind, count in runs:
-                d, e = block_params(config, kind).local(plan.shard)
-                dense, expert = dense + count * d, expert + count * e
+        for kind, count in runs if holder in holders else ():
+            d, e = _local_params(config, kind, plan.tp, plan.ep)
+            dense, expert = dense + count * holders.count(holder) * d, expert + count * holders.count(holder) * e
     if config.tied and plan.pp == 1:
         dense -= config.vocab * config.hidden / plan.tp
-    copies = SCHEDULES[plan.schedule].copies if plan.pp > 1 else 1
-    if copies == 2:  # the mirrored rank's part lives here too
-        mirror = plan.pp - 1 - rank
-        for runs, holder in zip(layout.runs, layout.ranks, strict=True):
-            if holder == mirror:
-                for kind, count in runs:
-                    d, e = block_params(config, kind).local(plan.shard)
-                    dense, expert = dense + count * d, expert + count * e
     return dense, expert
+
+
+@lru_cache(maxsize=4096)
+def _local_params(config: ModelConfig, kind: str, tp: int, ep: int) -> tuple[float, float]:
+    return block_params(config, kind).local(Shard(tp=tp, ep=ep))
 
 
 def stage_memory(config: ModelConfig, plan: Plan, layout: PartLayout, rank: int, activations: float, working: float,
@@ -174,7 +195,7 @@ def stage_memory(config: ModelConfig, plan: Plan, layout: PartLayout, rank: int,
     bucket = 0.0
     if plan.zero >= 2:
         # Two blocks' parameters (gathered ahead) and one block's gradients are whole at a time.
-        biggest = max(sum(block_params(config, kind).local(plan.shard)) for kind, _ in config.runs)
+        biggest = max(sum(_local_params(config, kind, plan.tp, plan.ep)) for kind, _ in config.runs)
         bucket = biggest * (software.gradient_bytes + (2 * unit if plan.zero == 3 else 0))
     master = OPTIMIZER_STATE if unit < 4 else 8
     optimizer = 0.0 if plan.offload else sharded(master, 1)
@@ -219,53 +240,65 @@ def predict_step(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch
     micro_batches = plan.micro_batches(global_batch)
     layout = part_blocks(config, plan, plan.split or even_split(config.layers, plan.parts))
     parts = part_costs(config, plan, cluster, software, layout)
-    costs = pipeline_costs(plan, parts, software)
+    costs = pipeline_costs(parts, software)
     if exact:
         run = simulate(build_schedule(plan.schedule, plan.pp, micro_batches, plan.interleave), costs, timeline=False)
-        pipeline, activations = run.seconds, run.peak_bytes
+        timing = PipelineTime(run.seconds, sum(run.busy) / plan.pp, run.peak_bytes)
     else:
-        pipeline, activations = pipeline_time(plan.schedule, plan.pp, micro_batches, plan.interleave, costs)
-    return assemble(config, plan, cluster, global_batch, software, layout, parts, pipeline, activations)
+        timing = pipeline_time(plan.schedule, plan.pp, micro_batches, plan.interleave, costs)
+    return assemble(config, plan, cluster, global_batch, software, layout, parts, timing)
 
 
 def assemble(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch: int, software: Software, layout: PartLayout,
-             parts: PartCosts, pipeline: float, activations: tuple[float, ...]) -> StepReport:
+             parts: PartCosts, timing: PipelineTime) -> StepReport:
     """The report of a step whose pipeline has been run."""
     micro_batches = plan.micro_batches(global_batch)
     devices = rank_devices(plan, cluster)
-    memory, reduce, optimizer, gather = [], 0.0, 0.0, 0.0
-    per_rank: list[list[int]] = [[i for i, r in enumerate(layout.ranks) if r == rank] for rank in range(plan.pp)]
+    held: list[list[BlockCost]] = [[] for _ in devices]
+    for cost, holder in zip(parts.parts, layout.ranks, strict=True):
+        held[holder].append(cost)
+    places = {id(d): Placement.of(plan, cluster, software, d) for d in dict.fromkeys(devices)}
+    memory, tail = [], (0.0, 0.0, 0.0)
+    known: dict[tuple[int, ...], tuple[float, float, float]] = {}
     for rank, device in enumerate(devices):
-        place = Placement.of(plan, cluster, software, device)
-        working = max((cost.working for i in per_rank[rank] for _, cost in parts.blocks[i]), default=0.0)
-        memory.append(stage_memory(config, plan, layout, rank, activations[rank], working, device, software))
-        red, opt, gat = data_parallel_seconds(config, plan, layout, rank, place, micro_batches)
-        backward = sum(parts.total(i, "backward_input") + parts.total(i, "backward_weight") for i in per_rank[rank])
-        ahead = sum(parts.total(i, "forward") for i in per_rank[rank])
-        if software.overlap_gradients:
-            # All but the last bucket hides behind the last micro-batch's backward (every micro-batch's under ZeRO-2).
-            red = _exposed(red, backward * (micro_batches if plan.zero == 2 else 1), software, len(parts.blocks))
-        if software.overlap_parameters:
-            gat = _exposed(gat, ahead, software, len(parts.blocks))
-        if red + opt + gat > reduce + optimizer + gather:
-            reduce, optimizer, gather = red, opt, gat
-    everything = range(len(parts.blocks))
+        working = max(c.working for c in held[rank])
+        memory.append(stage_memory(config, plan, layout, rank, timing.peak_bytes[rank], working, device, software))
+        key = (id(device), *map(id, held[rank]), *map(id, held[-1 - rank]))
+        if key not in known:
+            known[key] = _tail(config, plan, layout, rank, places[id(device)], micro_batches, held[rank])
+        tail = max(tail, known[key], key=sum)
+    reduce, optimizer, gather = tail
 
     def mean(*names: str) -> float:
         """Seconds of the average rank."""
-        return micro_batches * sum(parts.total(i, name) for i in everything for name in names) / plan.pp
+        return micro_batches * sum(sum(parts.row(name)) for name in names) / plan.pp
 
     stage = plan.devices // plan.pp
-    seconds = pipeline + reduce + optimizer + gather
+    seconds = timing.seconds + reduce + optimizer + gather
+    # What overlapped operations hid is the difference between their nominal and their busy seconds.
+    hidden = mean("forward", "backward_input", "backward_weight") - timing.busy
     peak = sum(d.flops(config.dtype) for d in devices) * stage
     tokens = global_batch * config.seq
     return StepReport(
-        plan=plan, seconds=seconds, pipeline=pipeline,
-        bubble=max(0.0, pipeline - mean("forward", "backward_input", "backward_weight")),
-        exposed_comm=mean("forward_comm", "backward_comm"), recompute=mean("recompute"), gradient_reduce=reduce,
+        plan=plan, seconds=seconds, pipeline=timing.seconds, bubble=timing.seconds - timing.busy,
+        exposed_comm=mean("forward_comm", "backward_comm") - hidden, recompute=mean("recompute"), gradient_reduce=reduce,
         optimizer=optimizer, parameter_gather=gather, memory=tuple(memory), capacity=tuple(d.memory_bytes for d in devices),
         tokens_per_second=tokens / seconds, mfu=model_flops(config, tokens) / seconds / peak,
         hfu=mean("hfu_flops") * plan.pp * stage / seconds / peak)
+
+
+def _tail(config: ModelConfig, plan: Plan, layout: PartLayout, rank: int, place: Placement, micro_batches: int,
+          held: list[BlockCost]) -> tuple[float, float, float]:
+    """(gradient reduction, optimizer, parameter gather) seconds that a rank adds after its pipeline, overlap counted."""
+    software, buckets = place.software, len(layout.ranks)
+    reduce, optimizer, gather = data_parallel_seconds(config, plan, layout, rank, place, micro_batches)
+    if software.overlap_gradients:
+        # All but the last bucket hides behind the last micro-batch's backward (every micro-batch's under ZeRO-2).
+        backward = sum(c.backward_input + c.backward_weight for c in held)
+        reduce = _exposed(reduce, backward * (micro_batches if plan.zero == 2 else 1), software, buckets)
+    if software.overlap_parameters:
+        gather = _exposed(gather, sum(c.forward for c in held), software, buckets)
+    return reduce, optimizer, gather
 
 
 def _exposed(seconds: float, cover: float, software: Software, buckets: int) -> float:
