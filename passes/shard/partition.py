@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import heapify, heappop, heappush
 from itertools import groupby
 
 import numpy as np
@@ -79,6 +80,8 @@ def best_split(times: tuple[tuple[float, ...], ...], first: float, last: float,
 def _best_split(times: tuple[tuple[float, ...], ...], first: float, last: float,
                 limit: MemoryLimit | None) -> tuple[int, ...] | None:
     parts, blocks = len(times), len(times[0])
+    if all(len(set(row)) == 1 for row in set(times)) and (limit is None or all(len(set(r)) == 1 for r in set(limit.per_block))):
+        return _split_equal_blocks(times, first, last, limit)
     tables = {row: _segments(row, 0.0) for row in set(times)}
     segments = [tables[row] for row in times]
     segments[0] = segments[0] + first
@@ -99,6 +102,27 @@ def _best_split(times: tuple[tuple[float, ...], ...], first: float, last: float,
         split.append(end - start)
         end = start
     return tuple(reversed(split)) if np.isfinite(best[blocks]) else None
+
+
+def _split_equal_blocks(times: tuple[tuple[float, ...], ...], first: float, last: float,
+                        limit: MemoryLimit | None) -> tuple[int, ...] | None:
+    """All blocks are alike: give the next one to the part that is then least loaded. Exact, because costs are convex."""
+    parts = len(times)
+    most = [len(times[0])] * parts
+    if limit is not None:
+        most = [int(c // row[0]) if row[0] > 0 else len(row) for row, c in zip(limit.per_block, limit.capacity, strict=True)]
+    load = [(first if p == 0 else 0.0) + (last if p == parts - 1 else 0.0) for p in range(parts)]
+    heap = [(load[p] + times[p][0], p) for p in range(parts) if most[p] > 0]
+    heapify(heap)
+    split = [0] * parts
+    for _ in times[0]:
+        if not heap:
+            return None
+        loaded, p = heappop(heap)
+        split[p] += 1
+        if split[p] < most[p]:
+            heappush(heap, (loaded + times[p][0], p))
+    return tuple(split)
 
 
 def _segments(weights: tuple[float, ...], extra: float) -> np.ndarray:

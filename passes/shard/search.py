@@ -16,8 +16,8 @@ fits, `Infeasible` says the smallest memory found and what takes it.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import count
 from time import monotonic
 
@@ -27,8 +27,8 @@ from .layer_cost import SOFTWARE, BlockCost, Software
 from .model import ModelConfig
 from .partition import MemoryLimit, PartLayout, best_split, even_split, part_blocks, part_ranks
 from .plan import Plan
-from .schedules import SCHEDULES, build_schedule
-from .simulate import PipelineCosts, pipeline_time
+from .schedules import SCHEDULES
+from .simulate import PipelineCosts, peak_activations, pipeline_time
 from .space import Space, schedule_choices, skeletons
 from .step import (
     OPTIMIZER_TRAFFIC,
@@ -251,7 +251,9 @@ def _memory_limit(problem: Problem, plan: Plan, devices: list[Device], by_rank: 
     there is.
     """
     config = problem.config
-    alive = _alive(plan.schedule, plan.pp, min(plan.micro_batches(problem.global_batch), 4 * plan.pp), plan.interleave)
+    one = (1.0,) * plan.pp
+    alone = PipelineCosts(one, one, one, one)
+    alive = peak_activations(plan.schedule, plan.pp, plan.micro_batches(problem.global_batch), plan.interleave, alone)
     zero = max(z for z in problem.space.values("zero", problem.space.zero) if (z == 3) == (plan.zero == 3))
     single = replace(plan, zero=zero, schedule="1f1b")
     rows, capacity = [], []
@@ -263,32 +265,11 @@ def _memory_limit(problem: Problem, plan: Plan, devices: list[Device], by_rank: 
             weights[kind] = m.parameters + m.gradients + m.optimizer
             fixed = m.working + m.reserved
         kinds = config.blocks
-        each = {k: weights[k] + alive[rank].get(rank, 0) * by_rank[rank][k].saved for k, _ in config.runs}
+        each = {k: weights[k] + alive[rank] * by_rank[rank][k].saved for k, _ in config.runs}
         rows.append(tuple(each[k] for k in kinds[1:-1]))
         ends = (each["embedding"] if rank == 0 else 0.0) + (each["head"] if rank == plan.pp - 1 else 0.0)
         capacity.append(problem.capacity(device) - fixed - max(c.working for c in by_rank[rank].values()) - ends)
     return MemoryLimit(tuple(rows), tuple(capacity))
-
-
-@lru_cache(maxsize=4096)
-def _alive(schedule: str, ranks: int, micro_batches: int, interleave: int) -> tuple[dict[int, float], ...]:
-    """Per rank: activations of each part alive when most are (part -> micro-batches), from the order of operations
-    alone.
-    """
-    built = build_schedule(schedule, ranks, micro_batches, interleave)
-    result = []
-    for ops in built.ops:
-        held: dict[int, float] = {}
-        total, most, best = 0.0, 0.0, {}
-        for op in ops:
-            part = built.part_of[op.stage]
-            change = {"F": 1.0, "BW": -1.0, "B": -0.5, "W": -0.5}[op.kind]
-            held[part] = held.get(part, 0.0) + change
-            total += change
-            if total > most:
-                most, best = total, dict(held)
-        result.append(best)
-    return tuple(result)
 
 
 def _prepare(problem: Problem, plan: Plan, state: _State) -> tuple[PartLayout, PartCosts, PipelineCosts]:
@@ -329,11 +310,8 @@ def _fitting_zeros(problem: Problem, plan: Plan, state: _State) -> list[int]:
     overstates.
     """
     layout, parts, costs = _prepare(problem, plan, state)
-    # A long schedule keeps no more alive than a short one (gpipe apart), so the short one's order bounds it from below.
     m = plan.micro_batches(problem.global_batch)
-    short = min(m, 4 * plan.pp + m % plan.pp)
-    alive = _alive(plan.schedule, plan.pp, short, plan.interleave)
-    activations = [sum(max(0.0, n) * costs.activation[part] for part, n in alive[r].items()) for r in range(plan.pp)]
+    activations = peak_activations(plan.schedule, plan.pp, m, plan.interleave, costs)
     stages = [replace(plan, zero=zero) for zero in _zero_stages(problem, plan)]
     return [staged.zero for staged in stages if _fits(problem, staged, layout, parts, activations)]
 
@@ -345,11 +323,17 @@ def _zero_stages(problem: Problem, plan: Plan) -> tuple[int, ...]:
     return tuple(z for z in allowed if (z == 3) == (plan.zero == 3))
 
 
-def _fits(problem: Problem, plan: Plan, layout: PartLayout, parts: PartCosts, activations: list[float]) -> bool:
+def _fits(problem: Problem, plan: Plan, layout: PartLayout, parts: PartCosts, activations: Sequence[float]) -> bool:
+    known: dict[tuple[int, ...], float] = {}
+    held: list[list[BlockCost]] = [[] for _ in range(plan.pp)]
+    for cost, holder in zip(parts.parts, layout.ranks, strict=True):
+        held[holder].append(cost)
     for rank, device in enumerate(rank_devices(plan, problem.cluster)):
-        working = max(c.working for c, holder in zip(parts.parts, layout.ranks, strict=True) if holder == rank)
-        memory = stage_memory(problem.config, plan, layout, rank, activations[rank], working, device, problem.software)
-        if memory.total > problem.capacity(device):
+        key = (id(device), *map(id, held[rank]), *map(id, held[-1 - rank]))
+        if key not in known:
+            working = max(c.working for c in held[rank])
+            known[key] = stage_memory(problem.config, plan, layout, rank, 0.0, working, device, problem.software).total
+        if known[key] + activations[rank] > problem.capacity(device):
             return False
     return True
 

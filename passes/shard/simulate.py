@@ -23,7 +23,8 @@ import numpy as np
 
 from .schedules import Op, Schedule, build_schedule
 
-__all__ = ["Interval", "PipelineCosts", "PipelineRun", "PipelineTime", "pipeline_time", "simulate"]
+__all__ = ["Interval", "PipelineCosts", "PipelineRun", "PipelineTime", "peak_activations", "pipeline_time",
+           "simulate"]
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,8 @@ def _compile(schedule: Schedule) -> _Program:
         ops=tuple(flat[n] for n in order), levels=tuple(zip((ends - sizes).tolist(), ends.tolist(), strict=True)),
         rank=np.repeat(np.arange(schedule.ranks), [len(u) for u in units])[order], previous=new[np.array(previous)][order],
         needs=renamed[np.array(needs)][order], after=renamed[np.array(after)][order], crosses=np.array(crosses)[order],
-        boundary=np.array(boundary)[order], kinds=kinds[order], stages=np.array([[u[0].stage, u[-1].stage] for u in flat])[order],
+        boundary=np.array(boundary)[order], kinds=kinds[order],
+        stages=np.array([[u[0].stage, u[-1].stage] for u in flat])[order],
         by_rank=tuple(tuple(new[first_id[r]:first_id[r + 1]].tolist()) for r in range(schedule.ranks)),
         part_of=np.array(schedule.part_of), rank_of=np.array(schedule.rank_of))
 
@@ -316,7 +318,7 @@ def pipeline_time(name: str, ranks: int, micro_batches: int, interleave: int, co
         done = simulate(build_schedule(name, ranks, m, interleave), costs, timeline=False)
         return PipelineTime(done.seconds, sum(done.busy) / ranks, done.peak_bytes)
 
-    short = 4 * ranks + micro_batches % ranks
+    short = _short(ranks, micro_batches)
     if micro_batches <= short + 2 * ranks:
         return run(micro_batches)
     first, second = run(short), run(short + 2 * ranks)
@@ -326,3 +328,14 @@ def pipeline_time(name: str, ranks: int, micro_batches: int, interleave: int, co
         peak = tuple(b + (b - a) * periods for a, b in zip(first.peak_bytes, second.peak_bytes, strict=True))
     return PipelineTime(second.seconds + periods * (second.seconds - first.seconds),
                         second.busy + periods * (second.busy - first.busy), peak)
+
+
+def _short(ranks: int, micro_batches: int) -> int:
+    """Micro-batches after which a schedule repeats, with the same remainder over ranks."""
+    return 4 * ranks + micro_batches % ranks
+
+
+def peak_activations(name: str, ranks: int, micro_batches: int, interleave: int, costs: PipelineCosts) -> tuple[float, ...]:
+    """Activation bytes at every rank's peak, without running: the order of operations alone decides."""
+    few = micro_batches if name == "gpipe" else min(micro_batches, _short(ranks, micro_batches))
+    return tuple(_peaks(build_schedule(name, ranks, few, interleave), costs))
