@@ -12,7 +12,7 @@ does not fit is exposed. Hidden communication still slows compute a little: it t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from operator import attrgetter
 
@@ -23,7 +23,7 @@ from .model import ELEMENT, ModelConfig, Shard, block_params
 from .plan import Plan
 from .workload import BlockWork, Kernel, block_work
 
-__all__ = ["SOFTWARE", "BlockCost", "Placement", "Software", "block_cost"]
+__all__ = ["SOFTWARE", "BlockCost", "Placement", "Software", "block_cost", "with_gather"]
 
 
 @dataclass(frozen=True)
@@ -237,20 +237,24 @@ def block_cost(config: ModelConfig, kind: str, micro_batch: int, recompute: str,
     forward = ahead + sent + lost
     again = resent = flops_again = alltoall_again = 0.0
     if recompute == "full" and kind not in ("embedding", "head"):
-        again, resent, flops_again, alltoall_again = forward, sent, work.flops(), alltoall
+        again, resent, flops_again, alltoall_again = forward, sent, work.forward_flops, alltoall
     elif recompute == "selective":
         again = sum(f for k, f in zip(work.kernels, times.forward, strict=True) if k.core)
         flops_again = sum(k.flops for k in work.kernels if k.core)
     backward_input, backward_weight = back + sent_back + lost_back + again, sum(times.weight)
     sent_back += resent
-    if gather:
-        pay, pay_back = _gather_exposed(config, kind, placement, forward, backward_input + backward_weight)
-        forward, backward_input = forward + pay, backward_input + pay_back
-        sent, sent_back = sent + pay, sent_back + pay_back
     kept = work.saved_bytes(recompute)
-    return BlockCost(forward, backward_input, backward_weight, sent, sent_back, alltoall, alltoall_back + alltoall_again,
-                     again - resent, kept, max(0.0, work.saved_bytes("none") - kept), 3 * work.flops(),
-                     3 * work.flops() + flops_again)
+    flops = 3 * work.forward_flops
+    cost = BlockCost(forward, backward_input, backward_weight, sent, sent_back, alltoall, alltoall_back + alltoall_again,
+                     again - resent, kept, max(0.0, work.saved_bytes("none") - kept), flops, flops + flops_again)
+    return with_gather(cost, config, kind, placement) if gather else cost
+
+
+def with_gather(cost: BlockCost, config: ModelConfig, kind: str, placement: Placement) -> BlockCost:
+    """The cost of a block whose parameters are sharded over the data group (ZeRO-3)."""
+    ahead, back = _gather_exposed(config, kind, placement, cost.forward, cost.backward_input + cost.backward_weight)
+    return replace(cost, forward=cost.forward + ahead, backward_input=cost.backward_input + back,
+                   forward_comm=cost.forward_comm + ahead, backward_comm=cost.backward_comm + back)
 
 
 def _gather_exposed(config: ModelConfig, kind: str, placement: Placement, forward: float,

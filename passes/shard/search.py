@@ -23,7 +23,7 @@ from time import monotonic
 
 from .cluster import Cluster, Device
 from .kernels import memory_time
-from .layer_cost import SOFTWARE, BlockCost, Software
+from .layer_cost import SOFTWARE, BlockCost, Placement, Software, with_gather
 from .model import ModelConfig
 from .partition import MemoryLimit, PartLayout, best_split, even_split, part_blocks, part_ranks
 from .plan import Plan
@@ -168,7 +168,12 @@ def _costs_by_kind(problem: Problem, plan: Plan, device: Device, state: _State) 
     gathers = plan.dp if plan.zero == 3 else 0  # the data group matters only to those who gather over it
     key = (gathers, plan.tp, plan.cp, plan.ep, plan.sp, plan.micro_batch, plan.recompute, id(device))
     if key not in state.costs:
-        state.costs[key] = costs_of(problem.config, plan, problem.cluster, problem.software, device)
+        if gathers:
+            place = Placement.of(plan, problem.cluster, problem.software, device)
+            local = _costs_by_kind(problem, replace(plan, zero=0), device, state)
+            state.costs[key] = {kind: with_gather(cost, problem.config, kind, place) for kind, cost in local.items()}
+        else:
+            state.costs[key] = costs_of(problem.config, plan, problem.cluster, problem.software, device)
     return state.costs[key]
 
 

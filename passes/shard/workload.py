@@ -14,7 +14,7 @@ Units: bytes, FLOPs, elements. `s` sequence, `b` micro-batch, `h` hidden, `t` te
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import ceil
 
 from .model import ELEMENT, ModelConfig, Shard
@@ -79,7 +79,9 @@ class BlockWork:
     saved: tuple[Saved, ...]
     input_bytes: float
 
-    def flops(self) -> float:
+    @cached_property
+    def forward_flops(self) -> float:
+        """FLOPs of the forward pass."""
         return sum(k.flops for k in self.kernels)
 
     def saved_bytes(self, recompute: str) -> float:

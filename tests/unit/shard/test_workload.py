@@ -60,14 +60,14 @@ def test_known_models():
 
 @pytest.mark.parametrize(("model", "kind"), [(GPT, "dense"), (LLAMA, "dense"), (DEEPSEEK, "moe"), (LLAMA, "head")])
 def test_sharding_divides_gemm_work(model, kind):
-    whole = block_work(model, kind, 1, Shard()).flops()
+    whole = block_work(model, kind, 1, Shard()).forward_flops
     for shard in (Shard(tp=4, sp=True), Shard(cp=4), Shard(tp=2, cp=2)):
         if model.latent and shard.tp > 1:
             continue  # the latent projections down are repeated on every tensor rank
-        assert block_work(model, kind, 1, shard).flops() == pytest.approx(whole / (shard.tp * shard.cp), rel=1e-9)
+        assert block_work(model, kind, 1, shard).forward_flops == pytest.approx(whole / (shard.tp * shard.cp), rel=1e-9)
     if model.moe:
         # Experts spread over ep: each device's tokens leave and as many come.
-        assert block_work(model, kind, 1, Shard(ep=8)).flops() == pytest.approx(whole, rel=1e-9)
+        assert block_work(model, kind, 1, Shard(ep=8)).forward_flops == pytest.approx(whole, rel=1e-9)
         assert block_params(model, kind).local(Shard(ep=8))[1] == block_params(model, kind).expert / 8
 
 
@@ -94,7 +94,7 @@ def test_grouped_queries_save_keys_and_values():
 
 def test_imbalance_slows_experts():
     uneven = replace(DEEPSEEK, moe=replace(DEEPSEEK.moe, imbalance=1.5))
-    even_flops, uneven_flops = (block_work(m, "moe", 1, Shard(ep=8)).flops() for m in (DEEPSEEK, uneven))
+    even_flops, uneven_flops = (block_work(m, "moe", 1, Shard(ep=8)).forward_flops for m in (DEEPSEEK, uneven))
     assert uneven_flops > even_flops
 
 
