@@ -76,7 +76,7 @@ def published_cases():
             yield pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.plan.devices > 128 else [])
 
 
-@pytest.mark.parametrize("case", published_cases())
+@pytest.mark.parametrize("case", list(published_cases()))
 def test_at_least_as_fast_as_the_published_plan(case):
     published = predict_case(case)
     # The published plan's own software, and a space around it; the search must not lose to it. Its micro-batch may be odd.
