@@ -62,7 +62,7 @@ def peak_gflops(target: Target) -> float:
         total = b.fadd(total, v)
     b.store(total, out, align=4)
     b.ret(ir.IntType(32)(0))
-    parsed = parse(module, target)
+    parsed, _ = parse(module, target)
     optimize(parsed, target)
     library = load_object(target_machine(target).emit_object(parsed), ["peak"])
     data = torch.zeros(64)

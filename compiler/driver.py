@@ -8,11 +8,14 @@ The stages are `frontend.import_graph`, then the pipelines of `pipelines.py`, th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import llvmlite
@@ -77,14 +80,14 @@ def compile_graph(module: Operation, options: Options, *, name: str = "graph", o
     target = cpu_target(options)
     compilation = Compilation(name, target)
     env = read_environment()
-    cache = ArtifactCache(env.cache_dir) if options.cache and observe is None else None
+    store = ArtifactCache(env.cache_dir) if options.cache and observe is None else None
     key = ""
-    if cache is not None:
+    if store is not None:
         start = time.perf_counter()
         text, resources = print_with_resources(module, locations=False)
         key = cache_key([text, *sorted(resources), options.key, target.digest, __version__, torch.__version__, llvmlite.__version__,
                          platform.machine(), _source_digest()])
-        found = cache.get(key)
+        found = store.get(key)
         compilation.seconds["cache"] = time.perf_counter() - start
         if found is not None:
             compilation.cached = True
@@ -96,11 +99,11 @@ def compile_graph(module: Operation, options: Options, *, name: str = "graph", o
     compiled = compile_module(module, target)
     compilation.seconds["llvm"] = time.perf_counter() - start
     compilation.llvm_ir = compiled.llvm_ir
-    manifest = build_manifest(module)
+    manifest = build_manifest(module, errors=compiled.errors)
     manifest["stats"] = statistics(module)
     compilation.stats.update(manifest["stats"])
-    if cache is not None:
-        cache.put(key, Artifact(json.loads(json.dumps(manifest)), {"object": compiled.object_code}))
+    if store is not None:
+        store.put(key, Artifact(json.loads(json.dumps(manifest)), {"object": compiled.object_code}))
     start = time.perf_counter()
     compilation.graph = CompiledGraph(manifest, compiled.object_code)
     compilation.seconds["load"] = time.perf_counter() - start
@@ -136,8 +139,15 @@ def compile_fx(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options:
 _LISTENERS: list[Callable[[Compilation], None]] = []
 
 
+@cache
 def _source_digest() -> str:
-    return __version__
+    """A hash of aicc's own source: artifacts of another version of the compiler are never used."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for folder in ("ir", "frontend", "passes", "backends", "runtime", "compiler"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 

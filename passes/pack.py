@@ -3,7 +3,7 @@
 The microkernel wants, for each panel of NR columns and each k, NR contiguous elements. This pass rewrites the right operand B[.., k, n] of a
 contraction into packed[.., n // NR, k.., n % NR], made by an ordinary pointwise generic with zero fill past the last column; elementwise
 producers of B then fuse into the packing. An operand that is made from parameters alone is packed once and kept (the launch is `cached`).
-Operands that are contiguous along n already are packed only if they are parameters, or when columns are ragged.
+Other operands that are contiguous along n already are packed when columns are ragged, or when a panel's rows lie far apart.
 Padded (convolution) left operands are materialised with their padding, so that the inner loop tests no bounds.
 
 After: every contraction that will run as a GEMM reads its right operand contiguously along n.
@@ -57,13 +57,13 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
         if isinstance(m_size, int) and m_size < SMALL_M:
             ctx.remark("declined", f"a contraction with {m_size} rows streams its right operand unpacked", op.location)
             return
-        if _contiguous_along_n(v, m, op, roles) and n_size % nr == 0:
+        if _contiguous_along_n(v, m, op, roles) and n_size % nr == 0 and _panel_is_compact(op, roles):
             return
     n_dims = [op["dims"][d] for d in roles.n]
     used = {int(s[1:]) for e in m for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()}
     batch = [d for d in roles.batch if d in used]
     panels = ceildiv(n_size, nr)
-    k_order = sorted(roles.k, key=lambda d: -_left_stride(op, roles, d))  # the loop that walks the left operand contiguously is innermost
+    k_order = sorted(roles.k, key=lambda d: -_stride(op, roles.left, d))  # the loop that walks the left operand contiguously is innermost
     dims: list[Dim] = [*(op["dims"][d] for d in batch), panels, *(op["dims"][d] for d in k_order), nr]
     at: dict[str, Dim] = {f"d{d}": sym(f"d{j}") for j, d in enumerate(batch)}
     column = sym(f"d{len(batch)}") * nr + sym(f"d{len(dims) - 1}")
@@ -120,9 +120,19 @@ def _contiguous_along_n(v: Value, m: tuple[Dim, ...], op: Operation, roles: Role
     return split is not None and split[0] == 1
 
 
-def _left_stride(op: Operation, roles: Roles, d: int) -> int:
-    """The distance in the left operand between steps of dimension d (sizes unknown at compile time count as 64)."""
-    v, m = op.operands[roles.left], op["maps"][roles.left]
+COMPACT = 1 << 17
+"""A panel whose rows span more bytes than this misses the TLB and evicts itself from the caches: packing pays."""
+
+
+def _panel_is_compact(op: Operation, roles: Roles) -> bool:
+    """All rows of a panel, unpacked, lie within `COMPACT` bytes."""
+    span = sum(_stride(op, roles.right, d) * (size if isinstance(size := op["dims"][d], int) else 1 << 12) for d in roles.k)
+    return span * 4 <= COMPACT
+
+
+def _stride(op: Operation, i: int, d: int) -> int:
+    """The distance in operand i between steps of dimension d (sizes unknown at compile time count as 64)."""
+    v, m = op.operands[i], op["maps"][i]
     assert isinstance(v.type, TensorType)
     offset: Dim = 0
     for e, stride in zip(m, v.type.layout, strict=True):

@@ -341,7 +341,7 @@ class _Storer(Accessor):
 
 def emit_store(k: KernelEmitter, op: Operation) -> None:
     """A `tile.store`."""
-    value = k.env[op.operands[1]]
+    value = k.value(op.operands[1])
     if not isinstance(value, Tile):
         dtype = op.operands[1].type.dtype  # type: ignore[attr-defined]
         value = Tile((1,), dtype, (1,), [[value]])

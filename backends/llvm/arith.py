@@ -19,6 +19,7 @@ from ...ir.types import DTYPES, DType
 from . import vecmath
 from .convert import emit_cast
 from .intrinsics import call_same
+from .lanes import splat as repeated
 from .values import constant, is_constant
 
 __all__ = ["Features", "emit", "identity"]
@@ -31,8 +32,7 @@ _KIND = {"float": "f", "int": "i", "uint": "u", "bool": "b", "index": "i"}
 
 def _like(x: ir.Value, number: Any) -> ir.Constant:
     """The constant `number` of x's type (float or integer), in every lane."""
-    t = x.type
-    return ir.Constant(t, [number] * t.count) if isinstance(t, ir.VectorType) else ir.Constant(t, number)
+    return repeated(x.type, number)
 
 
 def _all_ones(x: ir.Value) -> ir.Constant:

@@ -58,6 +58,7 @@ class ModuleEmitter:
         self.llvm = ir.Module(name)
         self.errors = ErrorTable()
         self.launchers: dict[str, tuple[Operation, ir.Function]] = {}
+        self.same: dict[str, ir.Function] = {}
         self.copies: dict[tuple[BufferType, BufferType], str] = {}
         self.exported: list[str] = []
         self.constants: dict[Operation, ir.GlobalVariable] = {}
@@ -68,7 +69,10 @@ class ModuleEmitter:
             kernel = self.source.get(name)
             if kernel is None:
                 raise IRError(f"'host.launch' of unknown kernel '@{name}'; the module has {', '.join(sorted(self.source)) or 'none'}")
-            self.launchers[name] = kernel, emit_launcher(self.llvm, kernel, emit_kernel(self.llvm, kernel, self.target, self.errors))
+            key = _structure(kernel)
+            if key not in self.same:
+                self.same[key] = emit_launcher(self.llvm, kernel, emit_kernel(self.llvm, kernel, self.target, self.errors))
+            self.launchers[name] = kernel, self.same[key]
         return self.launchers[name]
 
     def copier(self, source: BufferType, target: BufferType) -> str:
@@ -127,6 +131,25 @@ class ModuleEmitter:
             g.initializer = ir.Constant(g.value_type, bytearray(data))
             self.constants[op] = g
         return self.constants[op]
+
+
+_NAMES_ONLY = ("sym_name", "provenance")
+
+
+def _structure(kernel: Operation) -> str:
+    """A text that two kernels share if they differ in nothing but names and where they come from."""
+    numbers: dict[Value, int] = {}
+    parts: list[str] = []
+    for op in kernel.walk():
+        attrs = {k: v for k, v in op.attributes.items() if op is not kernel or k not in _NAMES_ONLY}
+        parts.append(f"{op.name} {[numbers[v] for v in op.operands]} {sorted(attrs.items())} {[str(r.type) for r in op.results]}")
+        new = [a for region in op.regions for block in region.blocks for a in block.args]
+        for v in (*op.results, *new):
+            numbers[v] = len(numbers)
+        parts.append(f"{[str(a.type) for a in new]} {sum(len(block) for region in op.regions for block in region.blocks)}")
+        if op.name == "tile.load" and op["check"]:
+            parts.append(str(op.location))  # which the error message names
+    return "\n".join(parts)
 
 
 def _packed_id(op: Operation) -> int:

@@ -3,8 +3,9 @@
     void NAME(ptr buffer..., i64 symbol..., i64 begin, i64 end, ptr context)
 
 Programs are numbered row-major over the grid, the last axis fastest. `context` points to an i32 that is zero until a checked
-access fails. Masks that hold for all but the programs at the edge are tested once per program: the body exists twice, without and
-with them. Loops whose masks fail only in the last, partial step have it peeled off.
+access fails. Masks that hold for all but the programs at the edge are tested as a whole: the ops that need them exist twice, without and
+with them (but not the loops around which they stand, such as the K loop of a GEMM). Loops whose masks fail only in the last,
+partial step have it peeled off.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ from .values import I1, I32, I64, PTR, Tile, chunk_type, constant, memory_type, 
 __all__ = ["ErrorTable", "KernelEmitter", "emit_kernel"]
 
 INDEX = DTYPES["index"]
+Conditions = dict[tuple[tuple[Dim, Dim], tuple[int, ...]], Dim]
+"""(mask, tile shape) -> an expression over the program's coordinates that is >= 0 where the mask holds all over."""
+
 HEAP_BYTES = 64 * 1024
 """Scratch memory above this comes from the heap."""
 
@@ -119,6 +123,9 @@ class KernelEmitter:
         self.env: dict[Value, Any] = {}
         self.instances: dict[str, Dim] = {}
         self.scratch = Scratch(self)
+        self.conditions: Conditions = {}
+        self.versioned = False  # inside a run that exists twice
+        self.cold = False       # in code for edges: not worth more versions or unrolling
         self._codes: dict[Operation, int] = {}
 
     # -- the function
@@ -183,7 +190,8 @@ class KernelEmitter:
         for phi, first in zip(coordinates, at):
             phi.add_incoming(first, before)
         with self.scalars.scope({f"%p{n}": v for n, v in enumerate(coordinates)}, "program"):
-            self._versions()
+            self.conditions = self._program_conditions(self.kernel, self.facts)
+            self._block(self.kernel)
             following = self._next_coordinates(coordinates, grid)
             one_more = b.add(number, I64(1), flags=("nsw",))
             number.add_incoming(one_more, b.block)
@@ -206,38 +214,12 @@ class KernelEmitter:
             result.insert(0, value)
         return result
 
-    def _versions(self) -> None:
-        """The body, in two versions if some masks hold for whole programs under a condition on their coordinates."""
-        conditions = self._program_conditions(self.kernel, self.facts)
-        if not conditions:
-            self._block(self.kernel)
-            return
-        b = self.b
-        holds = None
-        for gap in dict.fromkeys(conditions.values()):
-            this = b.icmp_signed(">=", self.scalars.emit(gap), I64(0))
-            holds = this if holds is None else b.and_(holds, this)
-        inner, edge, done = (b.append_basic_block(n) for n in ("inner", "edge", "next"))
-        b.cbranch(holds, inner, edge)
-        general = self.facts
-        for block, facts in ((inner, general.assuming(frozenset(conditions))), (edge, general)):
-            b.position_at_end(block)
-            self.facts = facts
-            saved = dict(self.env)
-            self._block(self.kernel)
-            self.env = saved
-            b.branch(done)
-        self.facts = general
-        b.position_at_end(done)
-
-    def _program_conditions(self, parent: Operation, facts: Facts) -> dict[tuple[tuple[Dim, Dim], tuple[int, ...]], Dim]:
+    def _program_conditions(self, parent: Operation, facts: Facts) -> Conditions:
         """(mask, tile shape) -> an expression over the coordinates that is >= 0 where the mask holds for the whole program."""
-        found: dict[tuple[tuple[Dim, Dim], tuple[int, ...]], Dim] = {}
+        found: Conditions = {}
         for op in parent.body:
             if op in self.resolver.loops:
-                loop = self.resolver.loops[op]
-                last = loop.last if loop.divisible else loop.upper - loop.step
-                found |= self._program_conditions(op, facts.inside(loop.symbol, loop.lower, last))
+                found |= self._program_conditions(op, self._in_full_steps(op, facts))
             elif op in self.resolver.accesses:
                 access = self.resolver.accesses[op]
                 for pair in access.conditions:
@@ -248,15 +230,99 @@ class KernelEmitter:
                         found[pair, access.shape] = gap
         return found
 
+    def _in_full_steps(self, op: Operation, facts: Facts) -> Facts:
+        """Inside a loop, its last partial step left out if that is peeled off."""
+        loop = self.resolver.loops[op]
+        return facts.inside(loop.symbol, loop.lower, loop.last if loop.divisible or self._is_inlined(op) else loop.upper - loop.step)
+
+    def _is_inlined(self, op: Operation) -> bool:
+        """Loops of so few rounds that no loop is left after unrolling."""
+        trips = self.resolver.loops[op].trips
+        return trips is not None and trips <= max(1, op["unroll"])
+
     # -- blocks and loops
 
     def _block(self, parent: Operation) -> list[Any]:
-        """Emits the ops of a body; gives the values that it yields."""
-        for op in parent.body:
-            if op.name == "tile.yield":
-                return [self.value(v) for v in op.operands]
-            self._op(op)
-        raise IRError(f"the body of '{parent.name}' does not end with 'tile.yield'")
+        """Emits the ops of a body; gives the values that it yields. Runs of ops whose masks hold in most programs are made twice."""
+        ops = list(parent.body)
+        if ops[-1].name != "tile.yield":
+            raise IRError(f"the body of '{parent.name}' does not end with 'tile.yield'")
+        at = 0
+        while at < len(ops) - 1:
+            end = self._run_end(ops, at)
+            if end > at:
+                self._versions(ops[at:end])
+            else:
+                self._op(ops[at])
+            at = max(end, at + 1)
+        return [self.value(v) for v in ops[-1].operands]
+
+    def _needs(self, op: Operation) -> Conditions:
+        """The program conditions under which `op` needs no masks."""
+        if self.cold or self.versioned:
+            return {}
+        found: Conditions = {}
+        for inner in op.walk():
+            access = self.resolver.accesses.get(inner)
+            if access is not None:
+                found |= {(p, access.shape): self.conditions[p, access.shape] for p in access.conditions if (p, access.shape) in self.conditions}
+        return found
+
+    def _run_end(self, ops: list[Operation], start: int) -> int:
+        """The end of the run of ops to version together that starts at `start`; `start` itself if none does."""
+        end = start
+        for n in range(start, len(ops) - 1):
+            op = ops[n]
+            needs = self._needs(op)
+            loops = [x for x in op.walk() if x in self.resolver.loops]
+            if loops and not all(self._needs(x) for x in loops):
+                break  # a loop without masks: once is enough, and the masks around it are dealt with inside
+            if needs:
+                end = n + 1
+            elif end == start:
+                break
+        return end
+
+    def _versions(self, run: list[Operation]) -> None:
+        """A run of ops without the masks that hold for this whole program, and with them otherwise."""
+        b = self.b
+        conditions: Conditions = {}
+        for op in run:
+            conditions |= self._needs(op)
+        holds = None
+        for gap in dict.fromkeys(conditions.values()):
+            this = b.icmp_signed(">=", self.scalars.emit(gap), I64(0))
+            holds = this if holds is None else b.and_(holds, this)
+        inner, edge, done = (b.append_basic_block(n) for n in ("inner", "edge", "next"))
+        b.cbranch(holds, inner, edge)
+        general = self.facts
+        outside = self._used_outside(run)
+        self.versioned = True
+        ends: list[tuple[ir.Block, list[Any]]] = []
+        for block, facts, cold in ((inner, general.assuming(frozenset(conditions)), False), (edge, general, True)):
+            b.position_at_end(block)
+            self.facts, self.cold = facts, cold
+            for op in run:
+                self._op(op)
+            outside = [v for v in outside if v in self.env]  # the others are expressions
+            ends.append((b.block, [self.env[v] for v in outside]))
+            b.branch(done)
+        self.facts, self.cold, self.versioned = general, False, False
+        b.position_at_end(done)
+        (from_x, xs), (from_y, ys) = ends
+        merged = [x if x is y else _merge(b, x, from_x, y, from_y) for x, y in zip(_flatten(xs), _flatten(ys))]
+        self.env.update(zip(outside, _unflatten(xs, merged)))
+
+    def _used_outside(self, run: list[Operation]) -> list[Value]:
+        """Results of the run that later ops use and that are held in registers."""
+        members = set(run)
+
+        def inside(user: Operation | None) -> bool:
+            while user is not None and user not in members:
+                user = user.parent_op
+            return user is not None
+        return [r for op in run for r in op.results
+                if not isinstance(r.type, BufferType) and any(not inside(u) for u in r.users)]
 
     def _op(self, op: Operation) -> None:
         if op.has_trait(Trait.Elementwise):
@@ -270,10 +336,10 @@ class KernelEmitter:
     def for_loop(self, op: Operation) -> None:
         loop = self.resolver.loops[op]
         values = [self.value(v) for v in op.operands[op["indices"]:]]
-        unroll = max(1, op["unroll"])
+        unroll = 1 if self.cold else max(1, op["unroll"])
         outer = self.facts
-        if loop.trips is not None and loop.trips <= unroll:
-            for n in range(loop.trips):
+        if self._is_inlined(op):
+            for n in range(loop.trips or 0):
                 at = loop.lower + n * loop.step
                 self.facts = outer.inside(loop.symbol, at, at)
                 self.instances[loop.symbol] = self.instantiate(at)
@@ -353,13 +419,13 @@ class KernelEmitter:
         body, done = b.append_basic_block("tail"), b.append_basic_block("tail.end")
         b.cbranch(b.icmp_signed("<", at, limit), body, done)
         b.position_at_end(body)
-        outer = self.facts
-        self.facts = facts
+        outer, cold = self.facts, self.cold
+        self.facts, self.cold = facts, True
         with self.scalars.scope({loop.symbol: at}, "tail"):
             after = self._iterate(op, values)
             latch = b.block
             b.branch(done)
-        self.facts = outer
+        self.facts, self.cold = outer, cold
         b.position_at_end(done)
         return _unflatten(values, [_merge(b, x, before, y, latch) for x, y in zip(_flatten(values), _flatten(after))])
 
@@ -372,9 +438,7 @@ class KernelEmitter:
     def _differs(self, parent: Operation, full: Facts, partial: Facts) -> bool:
         for op in parent.body:
             if op in self.resolver.loops:
-                inner = self.resolver.loops[op]
-                last = inner.last if inner.divisible else inner.upper - inner.step
-                if self._differs(op, full.inside(inner.symbol, inner.lower, last), partial.inside(inner.symbol, inner.lower, last)):
+                if self._differs(op, self._in_full_steps(op, full), self._in_full_steps(op, partial)):
                     return True
             elif op in self.resolver.accesses:
                 access = self.resolver.accesses[op]
@@ -510,8 +574,8 @@ class KernelEmitter:
         t, dtype = op.result.type, element_type(op.result.type)
         e = self.instantiate(self.resolver.exprs[op.result])
         if isinstance(t, ScalarType):
-            value = self.scalars.emit(e)
-            self.env[op.result] = value if dtype.name in ("i64", "index") else emit_cast(self.b, value, "i64", dtype.name)
+            if dtype.name not in ("i64", "index"):
+                self.env[op.result] = emit_cast(self.b, self.scalars.emit(e), "i64", dtype.name)
             return
         assert isinstance(t, TileType)
         shape: tuple[int, ...] = t.shape  # type: ignore[assignment]

@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from ...ir.expr import Dim, Expr, FloorDiv, Max, Min, Mod, Sym, floordiv, fold, free_symbols, split_linear, substitute
 from .scalars import ScalarEmitter
-from .values import I32, I64, chunk_type, splat
+from .values import I32, I64, chunk_type, sequence, splat
 
 __all__ = ["LaneChunk"]
 
@@ -91,9 +91,7 @@ class LaneChunk:
 
     def iota(self, type_: ir.Type, step: int = 1, first: int = 0) -> ir.Constant:
         """first, first + step, ... over the lanes of the chunk (counting from its own start)."""
-        if self.width == 1:
-            return ir.Constant(type_, first)
-        return ir.Constant(ir.VectorType(type_, self.width), [first + step * i for i in range(self.width)])
+        return sequence(type_, tuple(first + step * i for i in range(self.width)))
 
     def index(self, e: Dim) -> tuple[Dim, ir.Value]:
         """(part that all lanes share, vector of i32 or i64 to add to it)."""

@@ -14,6 +14,7 @@ from ...ir import Block, Builder, Dim, DType, Operation, Region, ScalarType, Til
 from ...ir.builder import arith_result_type, with_tile_shape
 from ...ir.expr import Bounds, free_symbols, known_less, known_nonnegative, lower_bound, mod, simplify, substitute
 from ...ir.types import DTYPES, index
+from ..structured import identity_of
 
 __all__ = ["COMBINE_OPS", "Emitter", "Pair", "identity_of", "tile_or_scalar"]
 
@@ -23,21 +24,6 @@ COMBINE_OPS = {"sum": "add", "prod": "mul", "max": "max", "min": "min", "any": "
 
 def tile_or_scalar(shape: Sequence[int], dtype: DType) -> Type:
     return TileType(tuple(shape), dtype) if shape else ScalarType(dtype)
-
-
-def identity_of(kind: str, dtype: DType) -> bool | int | float:
-    """The neutral element of a combination."""
-    if kind in ("sum", "any"):
-        return False if dtype.kind == "bool" else 0
-    if kind in ("prod", "all"):
-        return True if dtype.kind == "bool" else 1
-    if dtype.kind == "bool":
-        return kind == "min"
-    if dtype.is_float:
-        return float("-inf") if kind == "max" else float("inf")
-    low = 0 if dtype.kind == "uint" else -(1 << (dtype.bits - 1))
-    high = (1 << dtype.bits) - 1 if dtype.kind == "uint" else (1 << (dtype.bits - 1)) - 1
-    return low if kind == "max" else high
 
 
 @dataclass

@@ -213,6 +213,8 @@ def _collapse(frame: Frame, symbols: Bounds) -> None:
                 for e in m:
                     env = {f"d{j}": p for j, p in enumerate(frame.position[op])}
                     pinned |= _names(substitute(e, env))
+    if 0 in frame.sizes.values():
+        return  # nothing will run
     for f in [f for f, s in frame.sizes.items() if s == 1]:
         _substitute(frame, {f: 0}, symbols)
         del frame.sizes[f]

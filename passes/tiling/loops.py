@@ -64,6 +64,7 @@ def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
         return _gpu_tile(frame, vector, size)
     width = lanes * (2 if heavy > 24 else 4)
     if isinstance(size, int):
+        size = max(size, 1)
         while width > lanes and width >= 2 * size:
             width //= 2
         if size < lanes:
@@ -112,6 +113,8 @@ class _Lowering:
         self.kept: set[Value] = set()            # borrowed values already written
         self.outer_values: dict[Value, Value] = {}
         self.bounds = frame.bounds(e.symbols)
+        # Reductions over dimensions of size 1 have accumulators too, though the frame has no inner dimension.
+        self.staged = bool(frame.inner) or any(op["reductions"] for op in frame.members)
 
     # -- the loop nest ------------------------------------------------------------------------------------------------
 
@@ -121,7 +124,7 @@ class _Lowering:
         t = self.tile
         for f in self.frame.outer:
             if f == t.vector:
-                per = t.chunk if not self.frame.inner else t.shape[1]
+                per = t.shape[1] if self.staged else t.chunk
                 axes.append((f, ceildiv(self.frame.sizes[f], per), per))
             elif f == t.row:
                 axes.append((f, ceildiv(self.frame.sizes[f], t.shape[0]), t.shape[0]))
@@ -141,12 +144,12 @@ class _Lowering:
             if t is not None:
                 top.active[f] = (top.at[f], self.frame.sizes[f])
         vector = self.tile.vector
-        if vector is not None and vector not in self.frame.inner and not self.frame.inner and self.tile.chunk > self.tile.shape[1]:
-            self._pointwise_loop(top, vector)
-        elif not self.frame.inner:
-            self._stage(top, self.frame.members)
-        else:
+        if self.staged:
             self._stages(top)
+        elif vector is not None and self.tile.chunk > self.tile.shape[1]:
+            self._pointwise_loop(top, vector)
+        else:
+            self._stage(top, self.frame.members)
         return [programs for _, programs, _ in axes]
 
     def _pointwise_loop(self, top: _Scope, vector: str) -> None:

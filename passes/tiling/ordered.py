@@ -116,18 +116,19 @@ def _update(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, 
     extra = [e.builder.arith("select", here, v, 0) if here is not None and isinstance(v.type, TileType) else v
              for j, v in enumerate(indices) if j not in own]
     number = {j: k for k, j in enumerate(j for j in range(result.rank) if j not in own)}
+    init = op.operands[0]
     offset: Dim = 0
     first: Dim = 0
-    for j, stride in enumerate(result.layout):
+    for j, (stride, read) in enumerate(zip(result.layout, init.type.layout, strict=True)):  # type: ignore[attr-defined]
         offset = offset + (fixed[j] if j in own else sym(f"i{number[j]}")) * stride
-        first = first + (0 if j in own else sym(f"i{number[j]}")) * stride
+        first = first + (0 if j in own else sym(f"i{number[j]}")) * read
     pairs = [(sym(f"i{k}"), result.shape[j]) for j, k in number.items()]
     low = [sym(f"i{k}") for k in number.values()]
     mask = [*pairs, *e.needed(active)]
     shapes = [v.type.shape for v in extra if isinstance(v.type, TileType)]
     extra_shape = tuple(max(x) for x in zip(*shapes, strict=True)) if shapes else ()
-    if pairs:  # reports a bad index; its value is not used
-        e.load(out, first, pairs, low, 0, extra=extra, extra_shape=extra_shape, check=True)
+    if pairs:  # reports a bad index; the value is not used. From init: other programs may be writing this element of the result
+        e.load(buffers[init], first, pairs, low, 0, extra=extra, extra_shape=extra_shape, check=True)
     old = e.load(out, simplify(offset, e.bounds()), mask, low, 0, extra=extra, extra_shape=extra_shape)
     kind = op["combine"]
     if kind != "set":
