@@ -404,8 +404,8 @@ CREATION: dict[str, Case] = {
 }
 
 FAMILIES = {"unary": UNARY, "binary": BINARY, "selection": SELECTION, "activations": ACTIVATIONS, "casts": CASTS,
-            "views": VIEWS, "reductions": REDUCTIONS, "contractions": CONTRACTIONS, "indexing": INDEXING, "pooling": POOLING, "norms": NORMS,
-            "creation": CREATION}
+            "views": VIEWS, "reductions": REDUCTIONS, "contractions": CONTRACTIONS, "indexing": INDEXING, "pooling": POOLING,
+            "norms": NORMS, "creation": CREATION}
 CASES = [pytest.param(fn, args, id=f"{family}: {name}")
          for family, cases in FAMILIES.items() for name, (fn, args) in cases.items()]
 

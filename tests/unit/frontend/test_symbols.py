@@ -48,7 +48,7 @@ def test_same_value(expr):
 
 
 @pytest.mark.parametrize(("expr", "message"), [
-    (TruncToInt(ToFloat(a) * sympy.Float(0.1)), "0.1"), (sympy.sqrt(a), "power"), (sympy.sin(a), "sin"), 
+    (TruncToInt(ToFloat(a) * sympy.Float(0.1)), "0.1"), (sympy.sqrt(a), "power"), (sympy.sin(a), "sin"),
     (a / 3, "not an integer"), (sympy.Symbol("zf3", integer=False), "zf3"),
 ])
 def test_refused(expr, message):
