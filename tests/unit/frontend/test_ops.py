@@ -133,9 +133,8 @@ SELECTION: dict[str, Case] = {
 
 ACTIVATIONS: dict[str, Case] = {
     **{n: (getattr(F, n), (f(3, 8) * 4,)) for n in (
-
-                   "gelu", "silu", "relu6", "elu", "leaky_relu", "hardsigmoid", "hardswish", "hardtanh", "softplus", "mish", "selu", "celu",
-        "softsign", "tanhshrink", "hardshrink", "softshrink", "logsigmoid")},
+        "gelu", "silu", "relu6", "elu", "leaky_relu", "hardsigmoid", "hardswish", "hardtanh", "softplus", "mish", "selu",
+        "celu", "softsign", "tanhshrink", "hardshrink", "softshrink", "logsigmoid")},
     **{f"{n} of bf16": (getattr(F, n), (b(3, 8),)) for n in ("gelu", "silu", "elu", "hardswish", "softplus", "mish")},
     "gelu tanh": (lambda x: F.gelu(x, approximate="tanh"), (f(9),)),
     "prelu": (F.prelu, (f(2, 3, 4), f(3))),
@@ -404,12 +403,11 @@ CREATION: dict[str, Case] = {
     "fraction of a size": (lambda x: x / math.sqrt(x.shape[0] * 1.0) + 1 / x.shape[1], (f(5, 3),)),
 }
 
-
-    AMILIES = {"unary": UNARY, "binary": BINARY, "selection": SELECTION, "activations": ACTIVATIONS, "casts": CASTS, "views": VIEWS,
-            "reductions": REDUCTIONS, "contractions": CONTRACTIONS, "indexing": INDEXING, "pooling": POOLING, "norms": NORMS,
-            "creation": CREATION}
-CASES = [pytest.param(fn, args, id=f"{family}: {name}") for family, cases in FAMILIES.items() for name,
-    (fn, args) in cases.items()]
+FAMILIES = {"unary": UNARY, "binary": BINARY, "selection": SELECTION, "activations": ACTIVATIONS, "casts": CASTS,
+            "views": VIEWS, "reductions": REDUCTIONS, "contractions": CONTRACTIONS, "indexing": INDEXING, "pooling": POOLING,
+            "norms": NORMS, "creation": CREATION}
+CASES = [pytest.param(fn, args, id=f"{family}: {name}")
+         for family, cases in FAMILIES.items() for name, (fn, args) in cases.items()]
 
 
 @pytest.mark.parametrize(("fn", "args"), CASES)

@@ -33,7 +33,7 @@ EXPRESSIONS = {
     "ceil": CeilToInt(IntTrueDiv(a, sympy.Integer(8))), "floor": FloorToInt(IntTrueDiv(a, b)),
     "half": TruncToInt(ToFloat(a) * sympy.Float(0.5)), "scaled": FloorToInt(ToFloat(a) * sympy.Float(1.75)),
     "double": TruncToInt(sympy.Float(2.0) * ToFloat(a)), "sympy floor": sympy.floor(a / 2),
-        "sympy ceiling": sympy.ceiling(a / 3),
+    "sympy ceiling": sympy.ceiling(a / 3),
     "negative divisor": FloorDiv(a, -2), "truncated negative": TruncToInt(IntTrueDiv(5 - a, sympy.Integer(2))),
 }
 
@@ -43,14 +43,13 @@ def test_same_value(expr):
     converted = to_dim(expr)
     for x in (1, 2, 3, 7, 16, 33):
         for y in (1, 2, 5):
-            assert evaluate(converted, {"s0": x, "s1": y}) == int(expr.subs({a: x, b: y}).expand(identity=True)),
-                (converted, x, y)
+            expected = int(expr.subs({a: x, b: y}).expand(identity=True))
+            assert evaluate(converted, {"s0": x, "s1": y}) == expected, (converted, x, y)
 
 
 @pytest.mark.parametrize(("expr", "message"), [
-    (TruncToInt(ToFloat(a) * sympy.Float(0.1)), "0.1"), (sympy.sqrt(a), "power"), (sympy.sin(a), "sin"), (a / 3,
-        "not an integer"),
-    (sympy.Symbol("zf3", integer=False), "zf3"),
+    (TruncToInt(ToFloat(a) * sympy.Float(0.1)), "0.1"), (sympy.sqrt(a), "power"), (sympy.sin(a), "sin"),
+    (a / 3, "not an integer"), (sympy.Symbol("zf3", integer=False), "zf3"),
 ])
 def test_refused(expr, message):
     with pytest.raises(Unsupported, match=message):
