@@ -6,7 +6,6 @@ Run it: python examples/02_dump_ir.py. The text itself: aicc dump-ir examples/02
 from collections import Counter
 
 import torch
-
 from aicc.compiler.driver import watching
 
 

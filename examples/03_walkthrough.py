@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 
 import torch
-
 from aicc.compiler.capture import Recorder, compile_and_run
 from aicc.compiler.model_file import LoadedModel
 from aicc.compiler.options import Options
@@ -18,6 +17,7 @@ from aicc.ir.core import Operation, equivalent
 from aicc.ir.interpreter import interpret
 from aicc.ir.parser import parse_module
 from aicc.ir.printer import print_op
+
 
 # [model]
 class Block(torch.nn.Module):

@@ -16,7 +16,19 @@ from typing import Any, ClassVar
 
 from ..ir import Builder, Dim, Operation, TensorType, Value, sym
 from ..ir.dialects.tensor import fill_of
-from ..ir.expr import ceildiv, contiguous_linear, delinearize, evaluate, free_symbols, lower_bound, product, simplify, split_linear, substitute, upper_bound
+from ..ir.expr import (
+    ceildiv,
+    contiguous_linear,
+    delinearize,
+    evaluate,
+    free_symbols,
+    lower_bound,
+    product,
+    simplify,
+    split_linear,
+    substitute,
+    upper_bound,
+)
 from ..ir.passes import Pass, PassContext, register
 from ..ir.types import i64
 from .structured import constant_values, in_order, is_contraction, space_bounds
@@ -142,7 +154,7 @@ def _stride(op: Operation, i: int, d: int) -> int:
 
 
 def _stride_estimate(stride: Dim) -> int:
-    return int(evaluate(stride, {s: 64 for s in free_symbols(stride)}))
+    return int(evaluate(stride, dict.fromkeys(free_symbols(stride), 64)))
 
 
 def _size(op: Operation, dims: tuple[int, ...]) -> Dim:

@@ -603,7 +603,7 @@ class KernelEmitter:
         b = self.b
         low, high = self.facts.inside(lanes.position, 0, lanes.size - 1).range_of(e)
         narrow = low is not None and high is not None and low >= -(1 << 31) and high < 1 << 31
-        work = DTYPES["i32"] if narrow or dtype.is_integer and dtype.bits <= 32 else INDEX  # i32 wraps alike
+        work = DTYPES["i32"] if narrow or (dtype.is_integer and dtype.bits <= 32) else INDEX  # i32 wraps alike
         type_ = register_type(work)
 
         def fit(v: ir.Value) -> ir.Value:

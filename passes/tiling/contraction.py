@@ -59,7 +59,7 @@ def _walk(op: Operation, i: int, d: int) -> int:
     for e, stride in zip(op["maps"][i], v.type.layout, strict=True):
         offset = offset + e * stride
     split = split_linear(simplify(offset, space_bounds(op["dims"])), f"d{d}")
-    return 0 if split is None else int(evaluate(split[0], {s: 64 for s in free_symbols(split[0])}))
+    return 0 if split is None else int(evaluate(split[0], dict.fromkeys(free_symbols(split[0]), 64)))
 
 
 def _stride_key(stride: Dim) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from ...ir import Dim, Operation, TensorType, Value, sym
 from ...ir.dialects.tensor import fill_of, parallel_dims
 from ...ir.expr import Bounds, product, simplify, split_linear, substitute
-from ..structured import EXPENSIVE, body_ops, map_bounds, uses_dims
+from ..structured import EXPENSIVE, body_ops, uses_dims
 
 __all__ = ["Access", "Frame", "analyse"]
 

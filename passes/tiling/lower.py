@@ -144,7 +144,7 @@ def _worth_gemm(op: Operation, members: list[Operation]) -> bool:
         return False
     has_epilogue = len(members) > 1
     n, k = _product(op, roles.n), _product(op, roles.k)
-    return has_epilogue or not (isinstance(n, int) and n < 4) and not (isinstance(k, int) and k < 4)
+    return has_epilogue or (not (isinstance(n, int) and n < 4) and not (isinstance(k, int) and k < 4))
 
 
 def _product(op: Operation, dims) -> Dim:  # type: ignore[no-untyped-def]

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
-
 from aicc.compiler.cli import app
+from typer.testing import CliRunner, Result
 
 MLP = """
 import torch

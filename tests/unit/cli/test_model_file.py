@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from aicc.compiler.errors import UserError
 from aicc.compiler.model_file import LoadedModel, Script, load
 

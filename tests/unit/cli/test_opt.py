@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from aicc.compiler.commands.opt import parse_target
 from aicc.compiler.errors import UserError
 

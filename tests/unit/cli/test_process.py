@@ -7,9 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import aicc
+import pytest
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

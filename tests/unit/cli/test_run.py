@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from aicc.compiler.commands.measure import Errors, compare, interleaved_medians
 from aicc.compiler.commands.places import short_place
 
