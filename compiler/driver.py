@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def lower(module: Operation, target: Target, options: Options, compilation: Comp
     for stage in STAGES:
         start = time.perf_counter()
         run_pipeline(module, parse_pipeline(pipeline(stage, target, options)), ctx, verify_each=options.verify,
-                     after_each=None if observe is None else lambda p, m, stage=stage: observe(stage, p, m))
+                     after_each=None if observe is None else partial(observe, stage))
         compilation.seconds[stage] = time.perf_counter() - start
         if observe is not None:
             observe(stage, None, module)

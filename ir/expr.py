@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 Dim = Union[int, "Expr"]
-Bounds = Mapping[str, tuple[Dim, "Dim | None"]]
+Bounds = Mapping[str, tuple["Dim | None", "Dim | None"]]
 """Symbol name -> (smallest value, largest value or None when unbounded), both inclusive."""
 
 

@@ -39,7 +39,7 @@ class CudaGraph(CompiledGraph):
         given: Sequence[Any] = args if boxed is None else boxed
         if self._foreign is None:  # devices are part of what a graph is compiled for
             self._foreign = [i for i in self._places if not given[i].is_cuda]
-        if self._foreign or any([_data_ptr(given[i]) % ALIGNMENT for i in self._places]):
+        if self._foreign or any(_data_ptr(given[i]) % ALIGNMENT for i in self._places):
             outputs = self._moved(given)
         else:
             outputs = self._run(given)
