@@ -43,7 +43,7 @@ class Emitter:
         self.ranges[name] = (low, high)
         return sym(name)
 
-    def bounds(self) -> dict[str, tuple[Dim, Dim | None]]:
+    def bounds(self) -> dict[str, tuple[Dim | None, Dim | None]]:
         return {**self.symbols, **self.ranges, "t0": (0, self.shape[0] - 1), "t1": (0, self.shape[1] - 1)}
 
     # -- positions ----------------------------------------------------------------------------------------------------
