@@ -14,8 +14,6 @@ import re
 import time
 
 import torch
-from llvmlite import ir
-
 from aicc.backends.llvm import compile_module, host_target
 from aicc.backends.llvm.compile import optimize, parse
 from aicc.backends.llvm.target import target_machine
@@ -24,6 +22,7 @@ from aicc.ir.expr import ceildiv, minimum
 from aicc.ir.target import Target
 from aicc.ir.types import DTYPES, index
 from aicc.runtime.loader import NativeLibrary, load_object
+from llvmlite import ir
 
 F32 = DTYPES["f32"]
 ROUNDS = 200_000

@@ -28,7 +28,6 @@ from .symbolic import position
 from .values import (
     I1,
     I32,
-    I64,
     PTR,
     Tile,
     chunk_type,
@@ -40,7 +39,6 @@ from .values import (
     shuffle,
     slice_chunk,
     splat,
-    undef,
     with_widths,
 )
 
@@ -160,7 +158,7 @@ class Accessor:
     @property
     def has_masked(self) -> bool:
         f = self.k.features
-        return self.memory_bits in (32, 64) and ("avx512f" in f or "avx2" in f) or self.memory_bits in (8, 16) and "avx512bw" in f
+        return (self.memory_bits in (32, 64) and ("avx512f" in f or "avx2" in f)) or (self.memory_bits in (8, 16) and "avx512bw" in f)
 
     @property
     def memory_bits(self) -> int:

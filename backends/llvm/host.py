@@ -23,9 +23,10 @@ from ...ir.expr import Dim, sym
 from ...ir.target import Target
 from ...ir.types import BufferType
 from .copies import copy_kernel
-from .kernel import ErrorTable, emit_kernel
+from .kernel import emit_kernel
 from .parallel import emit_launcher
 from .scalars import ScalarEmitter, at_block
+from .scratch import ErrorTable
 from .values import I32, I64, PTR, memory_type, stack_slot
 
 __all__ = ["HostProgram", "ModuleEmitter", "Step"]

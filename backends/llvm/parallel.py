@@ -52,7 +52,7 @@ def emit_launcher(module: ir.Module, kernel: Operation, function: ir.Function) -
     sizes = dict(zip(symbols, launcher.args[buffers:]))
     grid = product(kernel["grid"])
     estimate = estimated_nanoseconds(kernel)
-    never = isinstance(grid, int) and grid <= 1 or isinstance(estimate, int) and estimate < SERIAL_NANOSECONDS
+    never = (isinstance(grid, int) and grid <= 1) or (isinstance(estimate, int) and estimate < SERIAL_NANOSECONDS)
     with scalars.scope(sizes, "launch"):
         total = scalars.emit(grid)
         serial = b.append_basic_block("serial")

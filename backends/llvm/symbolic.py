@@ -19,8 +19,26 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ...ir.core import Operation, Value
-from ...ir.expr import (Bounds, Dim, Expr, FloorDiv, Max, Min, Sym, floordiv, fold, free_symbols, known_nonnegative, lower_bound,
-                        maximum, minimum, mod, simplify, substitute, sym)
+from ...ir.expr import (
+    Bounds,
+    Dim,
+    Expr,
+    FloorDiv,
+    Max,
+    Min,
+    Sym,
+    floordiv,
+    fold,
+    free_symbols,
+    known_nonnegative,
+    lower_bound,
+    maximum,
+    minimum,
+    mod,
+    simplify,
+    substitute,
+    sym,
+)
 from ...ir.types import ScalarType, TileType
 
 __all__ = ["Access", "Facts", "Loop", "Resolver", "position"]
@@ -324,7 +342,7 @@ def _relax(gap: Dim) -> Iterator[Dim]:
                 continue
             atom = m[0]
             term = Expr(((m, c),), 0)
-            if isinstance(atom, Min) and c < 0 or isinstance(atom, Max) and c > 0:
+            if (isinstance(atom, Min) and c < 0) or (isinstance(atom, Max) and c > 0):
                 for arg in atom.args:
                     yield from _relax(gap - term + arg * c)
                 return

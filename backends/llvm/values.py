@@ -21,8 +21,29 @@ from llvmlite import ir
 from ...ir.types import DType
 from .lanes import splat as repeated
 
-__all__ = ["I1", "I32", "I64", "PTR", "Tile", "chunk_type", "concat", "constant", "extract", "is_constant", "memory_type", "pack", "recut",
-           "register_type", "sequence", "slice_chunk", "split_widths", "splat", "stack_slot", "undef", "with_widths"]
+__all__ = [
+    "I1",
+    "I32",
+    "I64",
+    "PTR",
+    "Tile",
+    "chunk_type",
+    "concat",
+    "constant",
+    "extract",
+    "is_constant",
+    "memory_type",
+    "pack",
+    "recut",
+    "register_type",
+    "sequence",
+    "slice_chunk",
+    "splat",
+    "split_widths",
+    "stack_slot",
+    "undef",
+    "with_widths",
+]
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 PTR = ir.PointerType()

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from aicc.backends.llvm import host_target
 from aicc.ir.target import Target
 

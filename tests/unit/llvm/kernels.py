@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-
 from aicc.backends.llvm import CompiledObject, compile_module, host_target
 from aicc.ir import Block, BufferType, Builder, Operation, Region, SymbolRef, TileType, Value, make_func, make_module
 from aicc.ir.core import Block as IRBlock
@@ -74,7 +73,7 @@ def module_of(kernel_op: Operation, sizes: Mapping[str, Any] | None = None) -> O
     module, top = make_module("host")
     top.append(kernel_op)
     types = [a.type for a in kernel_op.body.args]
-    _, body = make_func(top, "main", types, symbols={s: (0, None) for s in (sizes or {})})
+    _, body = make_func(top, "main", types, symbols=dict.fromkeys(sizes or {}, (0, None)))
     b = Builder.at_end(body)
     b.create("host.launch", list(body.args), {"kernel": SymbolRef(kernel_op["sym_name"]), "outputs": kernel_op["outputs"]})
     b.create("return")

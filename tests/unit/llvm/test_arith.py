@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import TORCH, buffer, kernel, run
-
 from aicc.ir import sym
 from aicc.ir.dialects.arith import BY_NAME
 from aicc.ir.types import DTYPES
+from kernels import TORCH, buffer, kernel, run
 
 t0 = sym("t0")
 N = 67
@@ -78,7 +77,7 @@ def test_unary(name, dtype):
 
 @pytest.mark.parametrize("name,dtype", cases(BINARY))
 def test_binary(name, dtype):
-    if name == "hypot" and dtype == "bf16" or name == "nextafter" and dtype in ("bf16", "f16"):
+    if (name == "hypot" and dtype == "bf16") or (name == "nextafter" and dtype in ("bf16", "f16")):
         pytest.skip("torch has no such operator, or rounds twice")
     x, y = values(dtype, 1), values(dtype, 2)
     if not y.is_floating_point():

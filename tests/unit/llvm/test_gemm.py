@@ -6,12 +6,11 @@ import re
 
 import pytest
 import torch
-from kernels import TORCH, buffer, kernel, module_of, run
-
 from aicc.backends.llvm import compile_module, host_target
 from aicc.ir import TileType, sym
 from aicc.ir.expr import ceildiv, minimum
 from aicc.ir.types import DTYPES
+from kernels import TORCH, buffer, kernel, module_of, run
 
 i0, i1, i2, t0, t1 = map(sym, ("i0", "i1", "i2", "t0", "t1"))
 MR, NR = 12, 32

@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kernels import buffer, call, kernel, module_of, run
-
 from aicc.backends.llvm import Step, compile_module, host_target, make_target
 from aicc.backends.llvm.parallel import estimated_nanoseconds
 from aicc.ir import Builder, Dense, IRError, SymbolRef, make_func, make_module, sym
 from aicc.ir.expr import ceildiv
 from aicc.ir.types import DTYPES
+from kernels import buffer, call, kernel, module_of, run
 
 i0, t0, s0 = sym("i0"), sym("t0"), sym("s0")
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels import TORCH, buffer, kernel, run, tile
-
 from aicc.ir import sym
 from aicc.ir.types import DTYPES
+from kernels import TORCH, buffer, kernel, run, tile
 
 i0, i1, i2, t0, t1, s0, s1 = map(sym, ("i0", "i1", "i2", "t0", "t1", "s0", "s1"))
 
