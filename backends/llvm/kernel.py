@@ -3,9 +3,9 @@
     void NAME(ptr buffer..., i64 symbol..., i64 begin, i64 end, ptr context)
 
 Programs are numbered row-major over the grid, the last axis fastest. `context` points to an i32 that is zero until a checked
-access fails. Masks that hold for all but the programs at the edge are tested as a whole: the ops that need them exist twice, without and
-with them (but not the loops around which they stand, such as the K loop of a GEMM). Loops whose masks fail only in the last,
-partial step have it peeled off.
+access fails. Masks that hold for all but the programs at the edge are tested as a whole: the ops that need them exist twice,
+without and with them (but not the loops around which they stand, such as the K loop of a GEMM). Loops whose masks fail only in
+the last, partial step have it peeled off.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ class KernelEmitter:
     def _in_full_steps(self, op: Operation, facts: Facts) -> Facts:
         """Inside a loop, its last partial step left out if that is peeled off."""
         loop = self.resolver.loops[op]
-        return facts.inside(loop.symbol, loop.lower, loop.last if loop.divisible or self._is_inlined(op) else loop.upper - loop.step)
+        return facts.inside(loop.symbol, loop.lower,
+                            loop.last if loop.divisible or self._is_inlined(op) else loop.upper - loop.step)
 
     def _is_inlined(self, op: Operation) -> bool:
         """Loops of so few rounds that no loop is left after unrolling."""
@@ -169,7 +170,7 @@ class KernelEmitter:
     # -- blocks and loops
 
     def _block(self, parent: Operation) -> list[Any]:
-        """Emits the ops of a body; gives the values that it yields. Runs of ops whose masks hold in most programs are made twice."""
+        """Emits the ops of a body, runs of ops whose masks hold in most programs twice; gives the values that it yields."""
         ops = list(parent.body)
         if ops[-1].name != "tile.yield":
             raise IRError(f"the body of '{parent.name}' does not end with 'tile.yield'")
@@ -191,7 +192,8 @@ class KernelEmitter:
         for inner in op.walk():
             access = self.resolver.accesses.get(inner)
             if access is not None:
-                found |= {(p, access.shape): self.conditions[p, access.shape] for p in access.conditions if (p, access.shape) in self.conditions}
+                keys = [(p, access.shape) for p in access.conditions]
+                found |= {key: self.conditions[key] for key in keys if key in self.conditions}
         return found
 
     def _run_end(self, ops: list[Operation], start: int) -> int:
@@ -267,9 +269,9 @@ class KernelEmitter:
         outer = self.facts
         if self._is_inlined(op):
             for n in range(loop.trips or 0):
-                at = loop.lower + n * loop.step
-                self.facts = outer.inside(loop.symbol, at, at)
-                self.instances[loop.symbol] = self.instantiate(at)
+                value = loop.lower + n * loop.step
+                self.facts = outer.inside(loop.symbol, value, value)
+                self.instances[loop.symbol] = self.instantiate(value)
                 values = self._iterate(op, values)
                 del self.instances[loop.symbol]
         else:
@@ -297,7 +299,8 @@ class KernelEmitter:
 
     def _canonical(self, op: Operation, values: list[Any]) -> list[Any]:
         """Loop-carried tiles in their standard layout."""
-        return [with_widths(self.b, v, self.layouts.widths(r)) if isinstance(v, Tile) else v for v, r in zip(values, op.results)]
+        return [with_widths(self.b, v, self.layouts.widths(r)) if isinstance(v, Tile) else v
+                for v, r in zip(values, op.results)]
 
     def _loop(self, op: Operation, loop: Loop, facts: Facts, start: Dim | ir.Value, bound: Dim, copies: int,
               values: list[Any]) -> tuple[ir.Value, list[Any]]:

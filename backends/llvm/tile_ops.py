@@ -1,4 +1,5 @@
-"""Tile and arith ops that need no control flow, one function each: `LOWERINGS[op.name](k, op)` puts the op's value into `k.env`.
+"""Tile and arith ops that need no control flow, one function each: `LOWERINGS[op.name](k, op)` puts the op's value into
+`k.env`.
 
 Elementwise ops run chunk by chunk with broadcasting; a chunk that several rows share is computed once.
 """
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llvmlite import ir
 
 from ...ir.core import Operation
-from ...ir.expr import Dim, free_symbols, substitute, sym
+from ...ir.expr import Dim, as_int, free_symbols, substitute, sym
 from ...ir.types import DTYPES, BufferType, DType, ScalarType, TileType, element_type
 from . import arith
 from .access import AccessChunk, Accessor, broadcast_row, emit_load, emit_store, full_mask, row_coordinates
@@ -174,8 +175,8 @@ def _index_chunk(k: KernelEmitter, lanes: LaneChunk, e: Dim, dtype: DType) -> ir
 def private_buffer(k: KernelEmitter, op: Operation) -> None:
     t = op.result.type
     assert isinstance(t, BufferType) and isinstance(t.numel, int)
-    span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.layout))  # type: ignore[operator]
-    k.env[op.result] = k.scratch.private(op, max(1, span * t.dtype.bytes))  # type: ignore[operator]
+    span = sum((as_int(n) - 1) * as_int(s) for n, s in zip(t.shape, t.layout)) + 1
+    k.env[op.result] = k.scratch.private(op, max(1, span * t.dtype.bytes))
 
 
 def load(k: KernelEmitter, op: Operation) -> None:
@@ -208,7 +209,8 @@ def symbolic(k: KernelEmitter, op: Operation) -> None:
 
 
 LOWERINGS: dict[str, Callable[[KernelEmitter, Operation], None]] = {
-    "arith.constant": constant_value, "tile.program_id": symbolic, "tile.load": load, "tile.store": emit_store, "tile.index": index_value,
+    "arith.constant": constant_value, "tile.program_id": symbolic, "tile.load": load, "tile.store": emit_store,
+    "tile.index": index_value,
     "tile.mask": mask_tile, "tile.full": full_tile, "tile.reduce": reduce, "tile.reshape": reshape, "tile.transpose": transpose,
     "tile.dot": dot, "tile.alloca": private_buffer,
 }
