@@ -22,11 +22,11 @@ from typing import Any
 from ...ir.core import Operation
 from ...ir.expr_json import expr_to_json
 from ...ir.target import Target
-from .compile import CompiledKernel, compile_kernel
+from .compile import CompiledKernel, compile_kernel, triton_cache
 from .host import Copy, Launch, Program, build_program
 from .printer import KernelSource, print_kernel
 
-__all__ = ["CompiledGpu", "CompiledKernel", "KernelSource", "compile_gpu", "compile_kernel", "print_kernel", "program_json"]
+__all__ = ["CompiledGpu", "CompiledKernel", "KernelSource", "compile_gpu", "compile_kernel", "print_kernel", "program_json", "triton_cache"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,8 @@ def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = N
     def one(name: str) -> CompiledKernel:
         return compile_kernel(sources[name], target, divisible=program.divisible(name), cache_dir=cache_dir)
 
-    if threads > 1:
-        with ThreadPoolExecutor(threads) as pool:
-            compiled = dict(zip(sources, pool.map(one, sources), strict=True))
-    else:
-        compiled = {name: one(name) for name in sources}
+    with triton_cache(cache_dir), ThreadPoolExecutor(threads) as pool:
+        compiled = dict(zip(sources, pool.map(one, sources), strict=True))
     blobs = {f"cubin_{name}": k.cubin for name, k in compiled.items()}
     return CompiledGpu(program_json(program, sources, compiled), blobs, compiled, {n: s.text for n, s in sources.items()})
 

@@ -12,8 +12,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import os
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from ...ir.target import Target
 from .elf import resource_usage
 from .printer import KernelSource
 
-__all__ = ["CompiledKernel", "compile_kernel", "load_function"]
+__all__ = ["CompiledKernel", "compile_kernel", "default_cache", "load_function", "triton_cache"]
 
 SHARED_LIMITS = {70: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 """KiB of shared memory that one block may have, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
@@ -61,7 +64,7 @@ def compile_kernel(source: KernelSource, target: Target, *, divisible: Sequence[
                    cache_dir: Path | None = None) -> CompiledKernel:
     """Compiles for `target.capability`. `divisible` says of each buffer argument whether its address is always a multiple of 16.
 
-    IRError, with the source, if Triton rejects it. When the block needs more shared memory than the target has, fewer stages are tried.
+    cache_dir: where the source file goes. Enter `triton_cache` around calls, to say where Triton's own files go. IRError, with the source, if Triton rejects it. When the block needs more shared memory than the target has, fewer stages are tried.
     """
     folder = cache_dir or default_cache()
     function = load_function(source, folder)
@@ -73,9 +76,7 @@ def compile_kernel(source: KernelSource, target: Target, *, divisible: Sequence[
     for stages in range(num_stages if source.dot else 1, 0, -1):
         options = _options(num_warps=warps, num_stages=stages, enable_fp_fusion=True, enable_reflect_ftz=False)
         try:
-            with triton.knobs.cache.scope():
-                triton.knobs.cache.dir = str(folder / "triton")
-                made = triton.compile(ASTSource(function, source.signature, {}, attrs), target=gpu, options=options)
+            made = triton.compile(ASTSource(function, source.signature, {}, attrs), target=gpu, options=options)
         except Exception as e:
             raise IRError(f"Triton rejects kernel '{source.name}': {type(e).__name__}: {str(e)[:2000]}\n{source.text}") from e
         if made.metadata.shared <= limit:
@@ -87,6 +88,14 @@ def compile_kernel(source: KernelSource, target: Target, *, divisible: Sequence[
     return CompiledKernel(source.name, metadata.name, cubin, source.text, tuple(source.signature[a] for a in arguments),
                           _count_parameters(made.asm["ptx"], metadata.name), warps, stages, metadata.shared, registers, spills,
                           getattr(metadata, "global_scratch_size", 0) or 0, source.checks)
+
+
+@contextmanager
+def triton_cache(folder: Path | None) -> Iterator[None]:
+    """Triton keeps its files below `folder` meanwhile. The setting is the process's: enter it in one thread only."""
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str((folder or default_cache()) / "triton")
+        yield
 
 
 def load_function(source: KernelSource, folder: Path) -> Any:
@@ -106,8 +115,8 @@ def load_function(source: KernelSource, folder: Path) -> Any:
 
 
 def default_cache() -> Path:
-    """Beside Triton's own cache."""
-    return Path(triton.knobs.cache.dir).parent / "aicc-triton"
+    """Below the folder for temporary files, one per user."""
+    return Path(tempfile.gettempdir()) / f"aicc-{os.getuid()}"
 
 
 def _warps(source: KernelSource) -> int:
