@@ -71,7 +71,7 @@ def peak_gflops(target: Target) -> float:
 
 def gemm_kernel(size: int, rows: int, columns: int, block_rows: int, packed: bool = True) -> Operation:
     """C = A @ B for square matrices; B in panels [size / columns][size][columns], or row-major when not packed."""
-    i0, i1, i2, t0, t1 = map(sym, ("i0", "i1", "i2", "t0", "t1"))
+    i0, i1, t0, t1 = map(sym, ("i0", "i1", "t0", "t1"))
     acc_type = TileType((rows, columns), F32)
     block = Block([BufferType((size * size,), F32)] * 3)
     a, w, c = block.args

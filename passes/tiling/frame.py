@@ -42,7 +42,7 @@ class Frame:
     def outer(self) -> list[str]:
         return [f for f in self.sizes if f not in self.inner]
 
-    def bounds(self, symbols: Bounds) -> dict[str, tuple[Dim, Dim | None]]:
+    def bounds(self, symbols: Bounds) -> dict[str, tuple[Dim | None, Dim | None]]:
         return {**symbols, **{f: (0, s - 1) for f, s in self.sizes.items()}}
 
     def is_full(self, op: Operation) -> bool:
