@@ -187,7 +187,7 @@ def inline_into(consumer: Operation, producer: Operation) -> Operation:
             pending.append((m, arg, producer.results.index(v)))  # type: ignore[arg-type]
         else:
             renamed[arg] = argument(v, m, fill_of(consumer, i))
-    for m, arg, which in pending:
+    for m, wanted, which in pending:
         if m not in copies:
             env = dict(enumerate(m))
             local: dict[Value, Value] = {}
@@ -195,7 +195,7 @@ def inline_into(consumer: Operation, producer: Operation) -> Operation:
                 local[parg] = argument(pv, None if pm is None else composed_map(m, pm, bounds), fill_of(producer, k))
             _copy_body(producer, inner, local, env, bounds)
             copies[m] = local
-        renamed[arg] = copies[m][producer.body.terminator.operands[which]]
+        renamed[wanted] = copies[m][producer.body.terminator.operands[which]]
     for op in body_ops(consumer):
         inner.insert(op.clone(renamed))
     inner.create("tensor.yield", [renamed.get(v, v) for v in consumer.body.terminator.operands])

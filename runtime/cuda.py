@@ -233,7 +233,7 @@ class CudaFunction:
         with self._lock:
             self._frame[:n] = [slots[s] + o for s, o in zip(self._slots, sizes.offsets)]
             if self._values is not None:
-                self._values[:] = values
+                self._values[:] = values  # type: ignore[call-overload]
             for step, extent in zip(self._steps, sizes.extents):
                 if not extent:
                     continue

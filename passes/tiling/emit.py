@@ -91,7 +91,7 @@ class Emitter:
     def store(self, buffer: Value, value: Value, offset: Dim, mask: Sequence[Pair] = (), atomic: str = "", extra: Sequence[Value] = ()) -> None:
         """Writes `value`, broadcast to the tile that `offset` spans."""
         operands, names = self._operands([offset, *(e for p in mask for e in p)], extra)
-        shape = self.tile_shape([offset, *(p[0] for p in mask)])
+        shape: tuple[Dim, ...] = self.tile_shape([offset, *(p[0] for p in mask)])
         if extra and isinstance(value.type, TileType):
             shape = value.type.shape
         if shape and (not isinstance(value.type, TileType) or value.type.shape != shape):
@@ -105,7 +105,7 @@ class Emitter:
             attrs["atomic"] = atomic
         self.builder.create("tile.store", [buffer, value, *operands], attrs)
 
-    def broadcast(self, value: Value, shape: tuple[int, ...]) -> Value:
+    def broadcast(self, value: Value, shape: tuple[Dim, ...]) -> Value:
         return self.builder.op("tile.full", value, type=TileType(shape, element_type(value.type)))
 
     # -- values -------------------------------------------------------------------------------------------------------
