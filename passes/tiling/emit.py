@@ -91,13 +91,13 @@ class Emitter:
     def store(self, buffer: Value, value: Value, offset: Dim, mask: Sequence[Pair] = (), atomic: str = "", extra: Sequence[Value] = ()) -> None:
         """Writes `value`, broadcast to the tile that `offset` spans."""
         operands, names = self._operands([offset, *(e for p in mask for e in p)], extra)
-        shape: tuple[Dim, ...] = self.tile_shape([offset, *(p[0] for p in mask)])
+        shape = self.tile_shape([offset, *(p[0] for p in mask)])
         if extra and isinstance(value.type, TileType):
-            shape = value.type.shape
+            shape = value.type.shape  # type: ignore[assignment]  # tiles have constant shapes
         if shape and (not isinstance(value.type, TileType) or value.type.shape != shape):
             value = self.broadcast(value, shape)
         elif not shape and isinstance(value.type, TileType):
-            shape = value.type.shape
+            shape = value.type.shape  # type: ignore[assignment]  # tiles have constant shapes
         attrs: dict[str, Any] = {"offset": substitute(offset, names)}
         if mask:
             attrs["mask"] = tuple((substitute(a, names), substitute(b, names)) for a, b in mask)
@@ -105,7 +105,7 @@ class Emitter:
             attrs["atomic"] = atomic
         self.builder.create("tile.store", [buffer, value, *operands], attrs)
 
-    def broadcast(self, value: Value, shape: tuple[Dim, ...]) -> Value:
+    def broadcast(self, value: Value, shape: tuple[int, ...]) -> Value:
         return self.builder.op("tile.full", value, type=TileType(shape, element_type(value.type)))
 
     # -- values -------------------------------------------------------------------------------------------------------
