@@ -17,7 +17,7 @@ from typing import Any
 from ...ir.core import Block, IRError, Operation, Region, Value
 from ...ir.expr import Dim, ceildiv, delinearize, free_symbols, product, sym
 from ...ir.expr_json import expr_to_json
-from ...ir.types import BufferType, TileType, index
+from ...ir.types import BufferType, TileType, element_type, index
 
 __all__ = ["Copy", "Launch", "Place", "Program", "build_program"]
 
@@ -128,7 +128,7 @@ class _Builder:
 
     def _view(self, op: Operation) -> Place:
         base = self.places[op.operands[0]]
-        offset = op["offset"] * op.result.type.dtype.bytes  # type: ignore[attr-defined]
+        offset = op["offset"] * element_type(op.operands[0].type).bytes  # the offset counts elements of the source
         aligned = isinstance(offset, int) and offset % ALIGNMENT == 0
         return Place(base.slot, base.offset + offset, base.constant, base.aligned and aligned)
 
