@@ -53,7 +53,7 @@ def cuda_target(device: str) -> Target:
 def compile_cuda(module: Operation, target: Target, *, cache_dir: Path | None = None, threads: int | None = None) -> Artifact:
     """The artifact of a planned host-level module. Kernels compile `threads` at a time (default: one per core, at most 8)."""
     compiled = compile_gpu(module, target, cache_dir=cache_dir, threads=threads or min(8, os.cpu_count() or 1))
-    manifest = build_manifest(module, errors=ERRORS)
+    manifest = build_manifest(module, errors=ERRORS, device="cuda")
     manifest["cuda"] = compiled.program
     return Artifact(manifest, compiled.blobs)
 

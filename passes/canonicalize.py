@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..ir import DType, Operation, Value, element_type
+from ..ir import Builder, Dim, DType, Operation, TensorType, Trait, Value, element_type, sym
+from ..ir.dialects.tensor import fill_of, parallel_dims
+from ..ir.expr import substitute
 from ..ir.passes import Pass, PassContext, register
 from ..ir.rewriter import Pattern, Rewriter, rewrite_greedily
-from .structured import identity_map, is_identity_view
+from .structured import identity_map, identity_of, is_identity_view, rebuild
 
 
 @register
@@ -154,6 +156,57 @@ def _view_of_view(op: Operation, rewriter: Rewriter) -> None:
     rewriter.modified(op)
 
 
+def _empty_result(op: Operation, rewriter: Rewriter) -> None:
+    """A graph op whose results have no elements: nothing to compute, and no size 0 to divide by further down."""
+    types = [r.type for r in op.results]
+    if op.opdef.dialect != "graph" or not op.has_trait(Trait.Pure) or op.has_trait(Trait.ConstantLike) or not types or not all(
+            isinstance(t, TensorType) and t.numel == 0 and t.dtype.kind != "complex" for t in types):
+        return
+    b = rewriter.builder(op)
+    convert: dict[str, Any] = {"float": float, "bool": bool}
+    rewriter.replace(op, [b.op("graph.full", type=t, value=convert.get(element_type(t).kind, int)(0)) for t in types])
+
+
+def _empty_space(op: Operation, rewriter: Rewriter) -> None:
+    """A structured op over no points gives what it starts from: neutral elements, or a scatter's initial tensor."""
+    if 0 not in op["dims"] or not op.operands:
+        return
+    b = rewriter.builder(op)
+    dims = op.results[0].type.shape if op.name != "tensor.generic" else parallel_dims(op)  # type: ignore[attr-defined]
+    if op.name == "tensor.scatter":
+        made = b.generic([op.operands[0]], [identity_map(len(dims))], dims, lambda _, x: x)
+    else:
+        kinds = op["combine"] if op.name == "tensor.generic" and op["reductions"] else ("sum",) * len(op.results)
+        dtypes = [element_type(r.type) for r in op.results]
+        made = b.generic([], [], dims, lambda i: [i.constant(identity_of(kind.removeprefix("arg"), dtype), dtype)
+                                                  for kind, dtype in zip(kinds, dtypes, strict=True)])
+    rewriter.touch(made)
+    for old, new in zip(op.results, made.results, strict=True):
+        new.name = old.name
+    rewriter.replace(op, made.results)
+
+
+def _unit_reduction(op: Operation, rewriter: Rewriter) -> None:
+    """Reducing dimensions of size 1 alone is pointwise: fusion relies on a reduction having something to loop over."""
+    n = len(parallel_dims(op))
+    dims = op["dims"]
+    if not op["reductions"] or any(size != 1 for size in dims[n:]):
+        return
+    b = rewriter.builder(op)
+    at: dict[str, Dim] = {f"d{d}": 0 for d in range(n, len(dims))}
+    maps = [None if m is None else tuple(substitute(e, at) for e in m) for m in op["maps"]]
+    index_map: dict[int, Dim] = {d: sym(f"d{d}") if d < n else 0 for d in range(len(dims))}
+    fills = [fill_of(op, i) for i in range(len(op.operands))]
+    made = rebuild(op, b, op.operands, maps, fills, dims[:n], index_map, reductions=0)
+    made.attributes.pop("combine")
+    end = made.body.terminator
+    for k, kind in enumerate(op["combine"]):
+        if kind in ("argmax", "argmin"):
+            end.set_operand(k, Builder.before_op(end).constant(0, element_type(op.results[k].type)))
+    rewriter.touch(made)
+    rewriter.replace(op, made.results)
+
+
 def _generic(op: Operation, rewriter: Rewriter) -> None:
     """Drops unused arguments, merges equal reads, removes views that move nothing, and erases dead body ops."""
     for inner in op.body.reversed():
@@ -210,7 +263,8 @@ _PATTERNS: dict[str, list[Pattern]] = {
     **_both("select", _select), **_both("cast", _cast),
     **{f"graph.{n}": [_identity_view] for n in ("expand", "slice", "flip")},
     "graph.reshape": [_view_of_view, _identity_view], "graph.permute": [_view_of_view, _identity_view],
-    "tensor.generic": [_generic],
+    "tensor.generic": [_empty_space, _unit_reduction, _generic], "tensor.scan": [_empty_space], "tensor.scatter": [_empty_space],
+    "*": [_empty_result],
 }
 
 __all__ = ["Canonicalize", "constant_value"]

@@ -1,12 +1,14 @@
 """Which buffers are alive when, and which may share memory because one takes over from another.
 
-Entry points: `live_ranges`, `find_groups`. Positions are those of the ops in the function's body; ranges are inclusive at both ends.
+Entry points: `live_ranges`, `find_groups`. Positions are those of the ops in the function's body; ranges are inclusive at both
+ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ..ir.core import Operation, Value
 from ..ir.expr import Dim
@@ -24,7 +26,7 @@ class Group:
     end: int
     members: list[Value] = field(default_factory=list)
 
-    @property
+    @cached_property
     def size(self) -> Dim:
         """Bytes with the padding that keeps what follows aligned."""
         return align(self.bytes)
@@ -61,7 +63,8 @@ def live_ranges(func: Operation) -> dict[Value, tuple[int, int]]:
 def find_groups(func: Operation, kernels: Mapping[str, Operation]) -> dict[Value, Group]:
     """Every allocation's group, after in-place reuse.
 
-    An output takes over from an input where the kernel's `inplace` allows it, the input dies at the launch, and the sizes are equal.
+    An output takes over from an input where the kernel's `inplace` allows it, the input dies at the launch, and the sizes are
+    equal.
     """
     found = {v: Group(buffer_bytes(v), start, end, [v]) for v, (start, end) in live_ranges(func).items()}
     for at, op in enumerate(func.body):

@@ -1,32 +1,34 @@
 """Gives every temporary buffer a place in one arena.
 
-Before: host functions with `host.alloc`. After: `host.slot` with byte offsets (multiples of 64) into an arena of `stats.arena_bytes`;
-buffers whose size depends on a symbol that an extern defines (unknown when the arena is made) become arguments of kind "late",
-which the executor allocates as soon as the symbol is known.
+Before: host functions with `host.alloc`. After: `host.slot` with byte offsets (multiples of 64) into an arena of
+`stats.arena_bytes`; buffers whose size depends on a symbol that an extern defines (unknown when the arena is made) become
+arguments of kind "late", which the executor allocates as soon as the symbol is known.
 
-1. Live ranges, and in-place reuse: where a kernel allows it and an input of the same size dies at the launch, input and output are one
-   group (`liveness.py`).
-2. Outputs as scratch: until its first write the memory of an output is free, and groups that are dead by then live there (`scratch.py`): they
-   become views of the output.
+1. Live ranges, and in-place reuse: where a kernel allows it and an input of the same size dies at the launch, input and output
+   are one group (`liveness.py`).
+2. Outputs as scratch: until its first write the memory of an output is free, and groups that are dead by then live there
+   (`scratch.py`): they become views of the output.
 3. Offsets, for constant sizes: best fit in several orders, then hill climbing over orders while the arena is larger than
    the lower bound (largest number of live bytes at any time), and an exact search for small programs (`fit.py`).
-4. Symbolic sizes: those that are constant multiples of one expression are packed with each other like constants, in that unit. Alternatively
-   all are put into shared slots, largest first, a buffer going into a slot only if it is proved not to be larger. Both plans are right for all
-   symbol values; the one that is smaller at representative values is kept. Sections follow each other at symbolic offsets.
+4. Symbolic sizes: those that are constant multiples of one expression are packed with each other like constants, in that unit.
+   Alternatively all are put into shared slots, largest first, a buffer going into a slot only if it is proved not to be larger.
+   Both plans are right for all symbol values; the one that is smaller at representative values is kept. Sections follow each
+   other at symbolic offsets.
 
-Recorded in `stats`: arena_bytes, lower_bound (of what is in the arena), unplanned_bytes (sum of all temporaries), reused_in_place
-and placed_in_outputs (numbers of buffers).
+Recorded in `stats`: arena_bytes, lower_bound (of what is in the arena), unplanned_bytes (sum of all temporaries),
+reused_in_place and placed_in_outputs (numbers of buffers).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 from ..ir.builder import Builder
 from ..ir.core import Operation
-from ..ir.expr import Bounds, Dim, Expr, free_symbols, known_less, maximum, product
+from ..ir.expr import Bounds, Dim, Expr, free_symbols, known_less, known_nonnegative, maximum, product
 from ..ir.passes import Pass, PassContext, register
 from .check_plan import check_plan
 from .fit import Block, fit
@@ -44,7 +46,8 @@ MAX_BOUND_TERMS = 8
 class PlanMemory(Pass):
     """See the module docstring.
 
-    `effort` bounds the search beyond best fit (number of tried orders), `outputs` allows outputs as scratch, `check` verifies the plan.
+    `effort` bounds the search beyond best fit (number of tried orders), `outputs` allows outputs as scratch, `check` verifies
+    the plan.
     """
 
     name: ClassVar[str] = "plan-memory"
@@ -73,18 +76,18 @@ class PlanMemory(Pass):
         offsets, arena = _place(rest, bounds, symbols, self.effort)
         unplanned: Dim = 0
         for value, group in buffers.items():
-            op = value.defining_op
-            assert op is not None
-            unplanned = unplanned + align(op["bytes"])
-            b = Builder.before_op(op)
+            alloc = value.defining_op
+            assert alloc is not None
+            unplanned = unplanned + align(alloc["bytes"])
+            b = Builder.before_op(alloc)
             if group in hosted:
                 output, elements = hosted[group]
                 placed = b.create("host.view", [output], {"offset": elements} if elements else {}, [value.type])
             else:
-                placed = b.create("host.slot", (), {"offset": offsets[group], "bytes": op["bytes"]}, [value.type])
+                placed = b.create("host.slot", (), {"offset": offsets[group], "bytes": alloc["bytes"]}, [value.type])
             placed.result.name = value.name
             value.replace_all_uses_with(placed.result)
-            op.erase()
+            alloc.erase()
         bound = _lower_bound(rest, symbols)
         in_place, scratch = len(buffers) - len(groups), sum(g in hosted for g in buffers.values())
         func.attributes["stats"] = {**func["stats"], "arena_bytes": arena, "lower_bound": bound, "unplanned_bytes": unplanned,
@@ -152,25 +155,33 @@ def _by_unit(groups: Sequence[Group], effort: int) -> Placement:
     sections = []
     for unit, members in units.items():
         placed = fit([Block(k, g.start, g.end) for k, g in members], effort)
-        sections.append(({g: offset * unit for (_, g), offset in zip(members, placed.offsets, strict=True)}, placed.size * unit))
+        sections.append(({g: offset * unit for (_, g), offset in zip(members, placed.offsets, strict=True)},
+                         placed.size * unit))
     return _stack(sections)
 
 
 def _by_slot(groups: Sequence[Group], bounds: Bounds, symbols: Mapping[str, int]) -> Placement:
-    """Slots shared by groups that are never alive together; the first, and provably largest, of a slot's groups gives its size."""
+    """Slots shared by groups that are never alive together; a slot's size is that of its provably largest group."""
     slots: list[tuple[Dim, list[Group]]] = []
+
+    @cache
+    def covers(large: Dim, small: Dim) -> bool:
+        return large == small or known_less(small, large + 1, bounds)
+
     for g in sorted(groups, key=lambda g: (-size_at(g.size, symbols), g.start)):
-        fitting = [(size_at(size, symbols), i) for i, (size, members) in enumerate(slots)
-                   if (size == g.size or known_less(g.size, size + 1, bounds)) and all(g.end < m.start or m.end < g.start for m in members)]
-        if fitting:
-            slots[min(fitting)[1]][1].append(g)
+        free = [i for i, (size, members) in enumerate(slots)
+                if (covers(size, g.size) or covers(g.size, size)) and not any(g.meets(m) for m in members)]
+        if free:
+            i = min(free, key=lambda i: size_at(slots[i][0], symbols))
+            size, members = slots[i]
+            slots[i] = (size if covers(size, g.size) else g.size, [*members, g])
         else:
             slots.append((g.size, [g]))
     return _stack([(dict.fromkeys(members, 0), size) for size, members in slots])
 
 
 def _lower_bound(groups: Sequence[Group], symbols: Mapping[str, int]) -> Dim:
-    """The largest number of live bytes over time; of many incomparable symbolic sums, those that lead at representative values."""
+    """The largest number of live bytes over time; of many incomparable sums, those that lead at representative values."""
     changes: dict[int, Dim] = {}
     for g in groups:
         changes[g.start] = changes.get(g.start, 0) + g.size
@@ -180,5 +191,8 @@ def _lower_bound(groups: Sequence[Group], symbols: Mapping[str, int]) -> Dim:
     for time in sorted(changes):
         live = live + changes[time]
         totals[live] = None
-    leading = sorted(totals, key=lambda e: -size_at(e, symbols))[:MAX_BOUND_TERMS]
-    return maximum(*[e for e in leading if e != 0]) if len(leading) > 1 else 0
+    leading: list[Dim] = []
+    for total in sorted(totals, key=lambda e: -size_at(e, symbols)):
+        if not any(known_nonnegative(other - total) for other in leading):  # else another time is always the worse one
+            leading.append(total)
+    return maximum(*leading[:MAX_BOUND_TERMS])

@@ -2,8 +2,8 @@
 
     hosted = find_scratch(func, kernels, groups, bounds)       # group -> (output, offset in the output's elements)
 
-The outputs are allocated for the whole call anyway, so such a group costs nothing. In particular the input of the launch that writes an
-output in place lives there itself.
+The outputs are allocated for the whole call anyway, so such a group costs nothing. In particular the input of the launch that
+writes an output in place lives there itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def find_scratch(func: Operation, kernels: Mapping[str, Operation], groups: Sequ
     """Places as many bytes as it can, large groups and large outputs first."""
     hosted: Hosted = {}
     outputs = []
-    unknown = {s for op in func.body if op.name == "host.extern" for s in op["defines"]}  # such an output does not exist from the start
+    # an output whose size an extern decides does not exist from the start
+    unknown = {s for op in func.body if op.name == "host.extern" for s in op["defines"]}
     for arg, attrs in zip(func.body.args, func["arg_attrs"], strict=False):
         if attrs.get("kind") == "output" and not attrs.get("extern") and not free_symbols(storage_bytes(arg.type)) & unknown:  # type: ignore[arg-type]
             first = _first_write(func, arg)
@@ -57,7 +58,8 @@ def _first_write(func: Operation, arg: BlockArg) -> tuple[int, Operation] | None
     return None
 
 
-def _taken_over(op: Operation, arg: BlockArg, kernels: Mapping[str, Operation], groups: Sequence[Group], at: int, size: Dim) -> Group | None:
+def _taken_over(op: Operation, arg: BlockArg, kernels: Mapping[str, Operation], groups: Sequence[Group], at: int,
+                size: Dim) -> Group | None:
     """The group that dies at `op` and that `op` may overwrite with the output."""
     if op.name != "host.launch" or op["kernel"].name not in kernels or op.operands.count(arg) > 1:
         return None

@@ -1,8 +1,8 @@
 """Temporary memory for calls, kept between calls.
 
-A graph needs one arena per call. Asking the system for it each time would cost a page fault per 4 KiB, which for the arenas of large
-models is more than the kernels take; so arenas go back to a pool. One pool serves all graphs of a program: graphs that run one after the
-other share one arena, as large as the largest of them needs.
+A graph needs one arena per call. Asking the system for it each time would cost a page fault per 4 KiB, which for the arenas of
+large models is more than the kernels take; so arenas go back to a pool. One pool serves all graphs of a program: graphs that
+run one after the other share one arena, as large as the largest of them needs.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     graph = CompiledGraph(manifest, object_code)
     outputs = graph(*args)          # or graph([...]) with the boxed convention: the list is emptied
 
-Native functions have the type `int32 NAME_i(void **table, int64 *symbols)`. The table holds the addresses of the program's buffers: tensor
-arguments, outputs, buffers that externs fill, persistent buffers by number, and the arena last; `symbols` the size symbols in the order of the
-manifest. Native code between two externs is one segment; a program without externs is one call.
+Native functions have the type `int32 NAME_i(void **table, int64 *symbols)`. The table holds the addresses of the program's
+buffers: tensor arguments, outputs, buffers that externs fill, persistent buffers by number, and the arena last; `symbols` the
+size symbols in the order of the manifest. Native code between two externs is one segment; a program without externs is one
+call.
 
 The manifest (JSON, made by `compiler/manifest.py`; sizes as in `sizes.py`):
 
@@ -14,8 +15,8 @@ The manifest (JSON, made by `compiler/manifest.py`; sizes as in `sizes.py`):
     symbol_args              [[position, symbol or null], ...]: the caller's other arguments
     symbol_sources           [[symbol, input, dimension, "size" or "stride"], ...]
     buffers                  after the inputs: {kind: "output" | "extern" | "late", dtype, shape, strides}
-    results                  {kind: "buffer", buffer} | {kind: "input", input} | {kind: "same", result} | {kind: "int", expr} | {kind: "none"}
-                             | {kind: "item", buffer} | {kind: "view", input, shape, strides, offset}
+    results                  {kind: "buffer", buffer} | {kind: "input", input} | {kind: "same", result} | {kind: "int", expr}
+                             | {kind: "none"} | {kind: "item", buffer} | {kind: "view", input, shape, strides, offset}
     persistent               {bytes, guards, pack, transient, symbolic}; `pack` names a function or is null
     arena                    bytes
     steps                    ["call", function] | ["extern", {...}] | ["allocate", [buffers]] | ["drop", [buffers]]
@@ -38,7 +39,7 @@ import torch
 
 from .arena import ArenaPool, shared_pool
 from .artifact import ArtifactError
-from .extern_call import ExternCall, TensorSpec
+from .extern_call import TensorSpec
 from .loader import NativeFunction, load_object
 from .packing import PackedMemory, PersistentBuffer
 from .segments import Segments
@@ -74,7 +75,8 @@ class _Sizes:
 
     __slots__ = ("address", "arena", "array", "outputs", "values")
 
-    def __init__(self, values: tuple[int, ...], outputs: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]], arena: int):
+    def __init__(self, values: tuple[int, ...], outputs: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]],
+                 arena: int):
         self.values = values
         self.array = (ctypes.c_int64 * max(1, len(values)))(*values)
         self.address = ctypes.addressof(self.array)
@@ -85,8 +87,6 @@ class _Sizes:
 class CompiledGraph:
     """See the module docstring. `calls` counts native calls, `extern_calls` operator calls (exact in one thread)."""
 
-    _boxed_call = True  # AOTAutograd: call with one list, which may be emptied to free the arguments
-
     def __init__(self, manifest: dict[str, Any], code: bytes = b"", *, arenas: ArenaPool | None = None, check_inputs: bool = False,
                  device: torch.device | str = "cpu", library: Library | None = None):
         """`code` is an object file; or else `library` has the functions. `arenas` defaults to the pool that all graphs of the process share.
@@ -95,6 +95,8 @@ class CompiledGraph:
         `check_inputs` compares every argument with the manifest (strict mode). ArtifactError if the manifest is malformed or the
         code does not fit it.
         """
+        # AOTAutograd: call with one list, which may be emptied. On the instance, for torch._dynamo.disable copies `__dict__`.
+        self._boxed_call = True
         self.device = torch.device(device)
         on_cpu = self.device.type == "cpu"
         self._empty = _empty if on_cpu else lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
@@ -123,7 +125,8 @@ class CompiledGraph:
         self._input_specs = [TensorSpec(x, self._positions) for x in inputs] if check_inputs else []
         self._arena_size: Size = compile_size(manifest["arena"], self._positions)
         self._pick_inputs(inputs, manifest["symbol_args"])
-        self._symbol_args = [(int(position), self._positions[name]) for position, name in manifest["symbol_args"] if name is not None]
+        self._symbol_args = [(int(position), self._positions[name]) for position, name in manifest["symbol_args"]
+                             if name is not None]
         self._symbol_sources = [(self._positions[name], _index(i, inputs), int(d), {"size": 0, "stride": 1}[what])
                                 for name, i, d, what in manifest["symbol_sources"]]
         self._mutated = [_index(i, inputs) for i in manifest["mutated"]]
@@ -151,7 +154,7 @@ class CompiledGraph:
         self._static: _Sizes | None = None if names else self._sizes(())
         self._segments = Segments(manifest["steps"], self._function, constants, self._positions, inputs, self._specs,
                                   self.device)
-        self._run = self._run_steps
+        self._run: Callable[[Sequence[Any]], list[Any]] = self._run_steps
         if len(manifest["steps"]) == len(calls) == 1 and len(self._early) == len(buffers):
             self._run = self._one_call(self._function(calls[0]))
 
@@ -176,19 +179,21 @@ class CompiledGraph:
         if not rows:
             return None
         buffers = [PersistentBuffer(compile_size(r["bytes"], self._positions), tuple(r["guards"]),
-                                    None if r["pack"] is None else self._function(r["pack"]), bool(r["transient"]), bool(r["symbolic"]))
+                                    None if r["pack"] is None else self._function(r["pack"]), bool(r["transient"]),
+                                    bool(r["symbolic"]))
                    for r in rows]
         if any(not 0 <= g < self._input_count for b in buffers for g in b.guards):
             raise ValueError("a guard is no input")
         return PackedMemory(buffers, self._arena_slot + 1, self._persistent_slot, self.device)
 
-    def _read_results(self, rows: list[dict[str, Any]]) -> list[Callable[[Sequence[Any], Sequence[Any], Sequence[int], list[Any]], Any]]:
+    def _read_results(self, rows: list[dict[str, Any]]) -> list[Callable[[Sequence[Any], Sequence[Any], Sequence[int],
+                                                                          list[Any]], Any]]:
         return [_RESULT_KINDS[row["kind"]](row, self) for row in rows]
 
     # -- running
 
     def __call__(self, *args: Any) -> list[Any]:
-        """The outputs. Arguments as the graph was compiled for; IndexError where an index that the program was given is out of range."""
+        """The outputs, for arguments as the graph was compiled for. IndexError where an index in the data is out of range."""
         if len(args) == 1 and type(args[0]) is list:
             boxed = args[0]
             outputs = self._run(boxed)
@@ -285,7 +290,8 @@ class CompiledGraph:
         return TypeError(f"'{self.name}' takes {self._arg_count} arguments, got {len(args)}")
 
     def _fail(self, code: int) -> None:
-        raise IndexError(f"{self._errors.get(str(code), 'index out of range')} (in the compiled graph '{self.name}', code {code})")
+        message = self._errors.get(str(code), "index out of range")
+        raise IndexError(f"{message} (in the compiled graph '{self.name}', code {code})")
 
     def _symbol_values(self, args: Sequence[Any], tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
         values = [0] * len(self._positions)
@@ -298,7 +304,8 @@ class CompiledGraph:
     def _sizes(self, values: tuple[int, ...]) -> _Sizes:
         found = self._memo.get(values)
         if found is None:
-            outputs = [(self._specs[i].shape(values), self._specs[i].strides(values), self._specs[i].dtype) for i in self._early]
+            specs = [self._specs[i] for i in self._early]
+            outputs = [(spec.shape(values), spec.strides(values), spec.dtype) for spec in specs]
             found = _Sizes(values, outputs, evaluate_size(self._arena_size, values))
             if len(self._memo) >= _MEMO_LIMIT:
                 self._memo.clear()
@@ -382,4 +389,3 @@ _RESULT_KINDS: dict[str, Callable[[dict[str, Any], CompiledGraph], Callable[...,
     "int": _result_int, "item": _result_item, "view": _result_view,
     "none": lambda row, graph: lambda *given: None,
 }
-

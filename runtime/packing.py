@@ -11,8 +11,8 @@ What cannot be seen: writes that torch does not count, through `p.data`, numpy v
 Inference tensors (made under `torch.inference_mode()`) have no version counter. They are packed anew in every call, with one
 warning: slower, never stale. Parameters made outside of inference mode and only used inside it have a counter, and are cached.
 
-Threads: a call takes the current `Packed` once and holds it until its native code has returned. Whoever finds it outdated makes a new
-one under the lock, and writes into the old memory only if no other call still holds the old `Packed`.
+Threads: a call takes the current `Packed` once and holds it until its native code has returned. Whoever finds it outdated makes
+a new one under the lock, and writes into the old memory only if no other call still holds the old `Packed`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _expired = torch.UntypedStorage._expired  # type: ignore[attr-defined]
 
 @dataclass(frozen=True)
 class PersistentBuffer:
-    """`pack` fills the buffer (None: a pack of another buffer does); `transient` ones live only while others are packed from them."""
+    """`pack` fills the buffer (None: that of another buffer does); `transient` ones live only while others are packed."""
 
     bytes: Size
     guards: tuple[int, ...]
@@ -66,7 +66,7 @@ class Packed:
 
     def is_current(self, pointers: Sequence[int], versions: list[object], symbols: tuple[int, ...]) -> bool:
         return (self.versions == versions and self.where == pointers and self.symbols == symbols
-                and True not in map(_expired, self.storages))
+                and not any(map(_expired, self.storages)))
 
 
 class PackedMemory:
@@ -102,8 +102,9 @@ class PackedMemory:
             symbol_address: int) -> Packed:
         """The buffers for these arguments, packed now if need be.
 
-        `tensors` and `pointers` are all tensor arguments and their addresses, `symbols` the symbol values, also at `symbol_address`.
-        Hold the result until the native code that uses it has returned. IndexError if packing code reports an error.
+        `tensors` and `pointers` are all tensor arguments and their addresses, `symbols` the symbol values, also at
+        `symbol_address`. Hold the result until the native code that uses it has returned. IndexError if packing code reports an
+        error.
         """
         guarded, where = self._pick(tensors), self._pick(pointers)
         if not self.symbolic:
@@ -137,8 +138,8 @@ class PackedMemory:
             places = [self._place[g] for g in b.guards]
             key = (tuple((where[p], versions[p]) for p in places), symbols if b.symbolic else ())
             keys.append(key)
-            kept = old is not None and not b.transient and old.keys[i] == key and not any(_expired(old.storages[p]) for p in places)
-            if kept:
+            same = old is not None and old.keys[i] == key and not any(_expired(old.storages[p]) for p in places)
+            if same and not b.transient:
                 memory.append(old.memory[i])  # type: ignore[union-attr]
                 continue
             stale.append(i)
@@ -154,7 +155,8 @@ class PackedMemory:
         self._current = packed = Packed(where, versions, symbols, keys, lasting, refs)
         return packed
 
-    def _pack(self, stale: Sequence[int], memory: Sequence[torch.Tensor | None], pointers: Sequence[int], symbol_address: int) -> None:
+    def _pack(self, stale: Sequence[int], memory: Sequence[torch.Tensor | None], pointers: Sequence[int],
+              symbol_address: int) -> None:
         table = (ctypes.c_uint64 * self._table_size)()
         table[:len(pointers)] = list(pointers)
         for i, m in enumerate(memory):
@@ -170,6 +172,6 @@ class PackedMemory:
     def _warn_uncounted(self) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn("aicc: a parameter was made under torch.inference_mode() and has no version counter, so it is packed anew in "
-                          "every call; make the model outside of inference mode", RuntimeWarning, stacklevel=4)
+            warnings.warn("aicc: a parameter was made under torch.inference_mode() and has no version counter, so it is packed "
+                          "anew in every call; make the model outside of inference mode", RuntimeWarning, stacklevel=4)
 

@@ -2,10 +2,10 @@
 
 `Segments.run` walks the steps of a manifest (see `executor.py`). An extern's operands are described by where they live:
 
-    {"space": "input" | "buffer" | "persistent" | "constant" | "arena", "index": n, "offset": bytes, "dtype", "shape", "strides"}
+    {"space": "input" | "buffer" | "persistent" | "constant" | "arena", "index", "offset" (bytes), "dtype", "shape", "strides"}
 
-A constant's data is base64 in the manifest's `constants`. Results are torch's own tensors: they become the buffers that `"buffers"` names, and
-native code reads them where they are.
+A constant's data is base64 in the manifest's `constants`. Results are torch's own tensors: they become the buffers that
+`"buffers"` names, and native code reads them where they are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class _Call:
 
     __slots__ = ("address", "arena", "array", "buffers", "calls", "code", "externs", "packed", "symbols", "table", "tensors")
 
-    def __init__(self, tensors: Sequence[torch.Tensor], buffers: list[Any], packed: Any, arena: torch.Tensor | None, table: Any, address: int,
+    def __init__(self, tensors: Sequence[torch.Tensor], buffers: list[Any], packed: Any, arena: torch.Tensor | None,
+                 table: Any, address: int,
                  symbols: list[int], array: Any):
         self.tensors, self.buffers, self.packed, self.arena = tensors, buffers, packed, arena
         self.table, self.address, self.symbols, self.array = table, address, symbols, array
@@ -54,12 +55,13 @@ class Segments:
         self._function, self._constants, self._positions = function, constants, positions
         self._inputs, self._specs = inputs, specs
         self._device = torch.device(device)
-        makers = {"call": self._call, "extern": self._extern, "allocate": self._allocate, "drop": self._drop}
+        makers: dict[str, Callable[[Any], Step]] = {"call": self._call, "extern": self._extern, "allocate": self._allocate, "drop": self._drop}
         self._steps: list[Step] = [makers[kind](value) for kind, value in steps]
 
-    def run(self, tensors: Sequence[torch.Tensor], buffers: list[Any], packed: Any, arena: torch.Tensor | None, table: Any, address: int,
+    def run(self, tensors: Sequence[torch.Tensor], buffers: list[Any], packed: Any, arena: torch.Tensor | None, table: Any,
+            address: int,
             symbols: list[int], array: Any) -> tuple[int, int, int]:
-        """Runs all steps; fills in `buffers` and `symbols`. (native calls, extern calls, error code of the segment that failed or 0)."""
+        """Runs all steps, filling in `buffers` and `symbols`; (native calls, extern calls, error code or 0)."""
         call = _Call(tensors, buffers, packed, arena, table, address, symbols, array)
         with torch.no_grad():  # the graph is below autograd already
             for step in self._steps:

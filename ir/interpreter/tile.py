@@ -6,7 +6,7 @@ together, or 1 while the value is the same for all of them. `LANES` bounds the m
 Loops: iterations, too, run together as far as they do not depend on each other (`loops.py`): as lanes of their own,
 program-major.
 
-Memory is laid out as the tensor types of the launch say. An output that `inplace` pairs with an input starts as a copy of it;
+Memory is laid out as the tensor types of the launch say. An output that `inplace` pairs with an input shares its memory;
 all other outputs start poisoned. See `memory.py` for what is checked.
 """
 
@@ -243,11 +243,16 @@ def _launch(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     types = [v.type for v in (*op.operands, *op.results)]
     layouts = [(ctx.shape(t), ctx.dims(t.layout)) for t in types if isinstance(t, TensorType)]
     memories = [Memory.holding(x, strides) for x, (_, strides) in zip(xs, layouts)]
-    paired = {output: source for source, output in kernel["inplace"]}
+    paired: dict[int, int] = {}
+    for source, output in kernel["inplace"]:
+        if output not in paired and source not in paired.values():
+            paired[output] = source
     for i, r in enumerate(op.results, len(xs)):
-        shape, strides = layouts[i]
-        memories.append(Memory.holding(xs[paired[i]].reshape(shape), strides, check=ctx.check) if i in paired else
-                        Memory.fresh(extent(shape, strides), ctx.dtype(r.type), check=ctx.check))
+        fresh = Memory.fresh(extent(*layouts[i]), ctx.dtype(r.type), check=ctx.check)
+        source = memories[paired[i]].flat if i in paired else fresh.flat
+        if source is not fresh.flat and (source.dtype, source.shape) == (fresh.flat.dtype, fresh.flat.shape):
+            memories[paired[i]] = fresh = Memory(source, fresh.size, writers=fresh.writers)
+        memories.append(fresh)
     for a, m in zip(kernel.body.args, memories, strict=True):
         assert isinstance(a.type, BufferType)
         if m.flat.dtype != inner.dtype(a.type) or extent(inner.shape(a.type), inner.dims(a.type.layout)) > m.size:

@@ -14,6 +14,7 @@ from ...ir import Block, Builder, Dim, DType, Operation, Region, ScalarType, Til
 from ...ir.builder import arith_result_type, with_tile_shape
 from ...ir.expr import Bounds, free_symbols, known_less, known_nonnegative, lower_bound, mod, simplify, substitute
 from ...ir.types import DTYPES, index
+from ..structured import identity_of
 
 __all__ = ["COMBINE_OPS", "Emitter", "Pair", "identity_of", "tile_or_scalar"]
 
@@ -23,21 +24,6 @@ COMBINE_OPS = {"sum": "add", "prod": "mul", "max": "max", "min": "min", "any": "
 
 def tile_or_scalar(shape: Sequence[int], dtype: DType) -> Type:
     return TileType(tuple(shape), dtype) if shape else ScalarType(dtype)
-
-
-def identity_of(kind: str, dtype: DType) -> bool | int | float:
-    """The neutral element of a combination."""
-    if kind in ("sum", "any"):
-        return False if dtype.kind == "bool" else 0
-    if kind in ("prod", "all"):
-        return True if dtype.kind == "bool" else 1
-    if dtype.kind == "bool":
-        return kind == "min"
-    if dtype.is_float:
-        return float("-inf") if kind == "max" else float("inf")
-    low = 0 if dtype.kind == "uint" else -(1 << (dtype.bits - 1))
-    high = (1 << dtype.bits) - 1 if dtype.kind == "uint" else (1 << (dtype.bits - 1)) - 1
-    return low if kind == "max" else high
 
 
 @dataclass
@@ -57,7 +43,7 @@ class Emitter:
         self.ranges[name] = (low, high)
         return sym(name)
 
-    def bounds(self) -> dict[str, tuple[Dim, Dim | None]]:
+    def bounds(self) -> dict[str, tuple[Dim | None, Dim | None]]:
         return {**self.symbols, **self.ranges, "t0": (0, self.shape[0] - 1), "t1": (0, self.shape[1] - 1)}
 
     # -- positions ----------------------------------------------------------------------------------------------------
@@ -107,11 +93,11 @@ class Emitter:
         operands, names = self._operands([offset, *(e for p in mask for e in p)], extra)
         shape = self.tile_shape([offset, *(p[0] for p in mask)])
         if extra and isinstance(value.type, TileType):
-            shape = value.type.shape
+            shape = value.type.shape  # type: ignore[assignment]  # tiles have constant shapes
         if shape and (not isinstance(value.type, TileType) or value.type.shape != shape):
             value = self.broadcast(value, shape)
         elif not shape and isinstance(value.type, TileType):
-            shape = value.type.shape
+            shape = value.type.shape  # type: ignore[assignment]  # tiles have constant shapes
         attrs: dict[str, Any] = {"offset": substitute(offset, names)}
         if mask:
             attrs["mask"] = tuple((substitute(a, names), substitute(b, names)) for a, b in mask)

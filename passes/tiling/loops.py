@@ -64,6 +64,7 @@ def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
         return _gpu_tile(frame, vector, size)
     width = lanes * (2 if heavy > 24 else 4)
     if isinstance(size, int):
+        size = max(size, 1)
         while width > lanes and width >= 2 * size:
             width //= 2
         if size < lanes:
@@ -106,12 +107,14 @@ class _Scope:
 class _Lowering:
     def __init__(self, frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value]):
         self.frame, self.tile, self.e, self.buffers = frame, tile, e, buffers
-        self.made = {r: op for op in frame.members for r in op.results}
+        self.made: dict[Value, Operation] = {r: op for op in frame.members for r in op.results}
         self.stores = {x.value: x.offset for x in frame.accesses if x.is_store}
         self.borrowed: dict[Value, Value] = {}   # an expensive value -> the output whose memory keeps it between stages
         self.kept: set[Value] = set()            # borrowed values already written
         self.outer_values: dict[Value, Value] = {}
         self.bounds = frame.bounds(e.symbols)
+        # Reductions over dimensions of size 1 have accumulators too, though the frame has no inner dimension.
+        self.staged = bool(frame.inner) or any(op["reductions"] for op in frame.members)
 
     # -- the loop nest ------------------------------------------------------------------------------------------------
 
@@ -121,7 +124,7 @@ class _Lowering:
         t = self.tile
         for f in self.frame.outer:
             if f == t.vector:
-                per = t.chunk if not self.frame.inner else t.shape[1]
+                per = t.shape[1] if self.staged else t.chunk
                 axes.append((f, ceildiv(self.frame.sizes[f], per), per))
             elif f == t.row:
                 axes.append((f, ceildiv(self.frame.sizes[f], t.shape[0]), t.shape[0]))
@@ -141,12 +144,12 @@ class _Lowering:
             if t is not None:
                 top.active[f] = (top.at[f], self.frame.sizes[f])
         vector = self.tile.vector
-        if vector is not None and vector not in self.frame.inner and not self.frame.inner and self.tile.chunk > self.tile.shape[1]:
-            self._pointwise_loop(top, vector)
-        elif not self.frame.inner:
-            self._stage(top, self.frame.members)
-        else:
+        if self.staged:
             self._stages(top)
+        elif vector is not None and self.tile.chunk > self.tile.shape[1]:
+            self._pointwise_loop(top, vector)
+        else:
+            self._stage(top, self.frame.members)
         return [programs for _, programs, _ in axes]
 
     def _pointwise_loop(self, top: _Scope, vector: str) -> None:
@@ -167,7 +170,7 @@ class _Lowering:
         """Inner dimensions, outermost loop first; the tiled one last."""
         names = [f for f in self.frame.sizes if f in self.frame.inner]
         tiled = [f for f in (self.tile.row, self.tile.vector) if f in names]
-        return [f for f in names if f not in tiled] + [f for f in tiled]  # type: ignore[misc]
+        return [f for f in names if f not in tiled] + list(tiled)  # type: ignore[misc]
 
     def _extent(self, f: str) -> int:
         return self.tile.shape[1] if f == self.tile.vector else self.tile.shape[0] if f == self.tile.row else 1
@@ -290,7 +293,7 @@ class _Lowering:
         if inner.name == "tensor.extract":
             source = op.operands[inner.operands[0].index]  # type: ignore[attr-defined]
             return emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"],
-                                [p for p in scope.active.values()])
+                                list(scope.active.values()))
         return e.arith(inner, [local[v] for v in inner.operands])
 
     def _load(self, scope: _Scope, v: Value, m: tuple[Dim, ...], positions: dict[str, Dim], fill: Any) -> Value:

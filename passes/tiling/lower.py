@@ -13,6 +13,7 @@ from ...ir import Block, BufferType, Builder, Operation, Region, SymbolRef, Tens
 from ...ir.expr import Dim, free_symbols
 from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
+from ..storage import storage_bytes
 from ..structured import constant_values, is_contraction, is_pointwise
 from .contraction import emit_contraction, gemm_tile, roles_of
 from .emit import Emitter
@@ -91,8 +92,9 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
     target = ctx.target
     ranges: dict[str, tuple[Dim, Dim | None]] = {s: (r[0], r[1]) for s, r in symbol_ranges.items()}
     outputs = list(fused.body.terminator.operands)
+    # Names by position, not by layer: equal kernels of different layers must have equal text.
     block = Block([_buffer(v) for v in fused.operands] + [_buffer(r) for r in fused.results],
-                  [v.name for v in fused.body.args] + [r.name for r in fused.results])
+                  [f"in{i}" for i in range(len(fused.operands))] + [f"out{i}" for i in range(len(fused.results))])
     buffers: dict[Value, Value] = {}
     for v, arg in zip([*fused.body.args, *outputs], block.args, strict=True):
         buffers[v] = arg
@@ -142,7 +144,7 @@ def _worth_gemm(op: Operation, members: list[Operation]) -> bool:
         return False
     has_epilogue = len(members) > 1
     n, k = _product(op, roles.n), _product(op, roles.k)
-    return has_epilogue or not (isinstance(n, int) and n < 4) and not (isinstance(k, int) and k < 4)
+    return has_epilogue or (not (isinstance(n, int) and n < 4) and not (isinstance(k, int) and k < 4))
 
 
 def _product(op: Operation, dims) -> Dim:  # type: ignore[no-untyped-def]
@@ -187,6 +189,8 @@ def _inplace_pairs(frame: Frame, fused: Operation) -> tuple[tuple[int, int], ...
         reads = [x.offset for x in frame.accesses if x.value is v and not x.is_store]
         for j, out in enumerate(frame.outputs):
             writes = [x.offset for x in frame.accesses if x.value is out and x.is_store]
-            if v not in whole and reads and writes and all(r == writes[0] for r in reads) and v.type.dtype.bytes == out.type.dtype.bytes:  # type: ignore[attr-defined]
+            same = storage_bytes(v.type) == storage_bytes(out.type) and v.type.dtype.bytes == out.type.dtype.bytes  # type: ignore[arg-type,attr-defined]
+            # A padded read walks the offsets of the whole result, but its tensor is smaller: hence the sizes.
+            if v not in whole and reads and writes and all(r == writes[0] for r in reads) and same:
                 pairs.append((i, n + j))
     return tuple(pairs)

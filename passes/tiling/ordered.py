@@ -65,6 +65,7 @@ def emit_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Va
     """Writes the kernel into `e`; returns the grid. `out` is the buffer of the result."""
     result, init = op.result.type, op.operands[0]
     assert isinstance(result, TensorType) and isinstance(init.type, TensorType)
+    init_layout = init.type.layout
     own = _own_dims(op)
     vector = next((j for j in sorted(own, reverse=True) if result.layout[j] == 1), None)
     grid: list[Dim] = []
@@ -87,7 +88,7 @@ def emit_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Va
             inner.loop(0, result.shape[todo[0]], 1, [], body)
             return
         index_of = [at[j] for j in range(result.rank)]
-        value = inner.load(buffers[init], _dot(index_of, init.type.layout, inner), inner.needed(active))
+        value = inner.load(buffers[init], _dot(index_of, init_layout, inner), inner.needed(active))
         inner.store(out, value, _dot(index_of, result.layout, inner), inner.needed(active))
 
     copy(e, [j for j in range(result.rank) if j not in fixed], dict(fixed))
@@ -116,18 +117,19 @@ def _update(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, 
     extra = [e.builder.arith("select", here, v, 0) if here is not None and isinstance(v.type, TileType) else v
              for j, v in enumerate(indices) if j not in own]
     number = {j: k for k, j in enumerate(j for j in range(result.rank) if j not in own)}
+    init = op.operands[0]
     offset: Dim = 0
     first: Dim = 0
-    for j, stride in enumerate(result.layout):
+    for j, (stride, read) in enumerate(zip(result.layout, init.type.layout, strict=True)):  # type: ignore[attr-defined]
         offset = offset + (fixed[j] if j in own else sym(f"i{number[j]}")) * stride
-        first = first + (0 if j in own else sym(f"i{number[j]}")) * stride
+        first = first + (0 if j in own else sym(f"i{number[j]}")) * read
     pairs = [(sym(f"i{k}"), result.shape[j]) for j, k in number.items()]
     low = [sym(f"i{k}") for k in number.values()]
     mask = [*pairs, *e.needed(active)]
     shapes = [v.type.shape for v in extra if isinstance(v.type, TileType)]
     extra_shape = tuple(max(x) for x in zip(*shapes, strict=True)) if shapes else ()
-    if pairs:  # reports a bad index; its value is not used
-        e.load(out, first, pairs, low, 0, extra=extra, extra_shape=extra_shape, check=True)
+    if pairs:  # reports a bad index; the value is not used. From init: other programs may be writing this element of the result
+        e.load(buffers[init], first, pairs, low, 0, extra=extra, extra_shape=extra_shape, check=True)
     old = e.load(out, simplify(offset, e.bounds()), mask, low, 0, extra=extra, extra_shape=extra_shape)
     kind = op["combine"]
     if kind != "set":

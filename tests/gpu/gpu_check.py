@@ -45,7 +45,8 @@ LIMIT = 330
 """Seconds after which no further row is begun."""
 ROWS: list[dict[str, Any]] = []
 STATS: list[Any] = []
-driver._LISTENERS.append(STATS.append)
+WATCH = driver.watching(compiled=STATS.append)
+WATCH.__enter__()
 
 
 def late() -> bool:

@@ -1,8 +1,8 @@
 """Random programs through schedule, bufferize and plan_memory, run on symbolic contents before and after.
 
-A value's content is a term: ("k", kernel, output, operand contents...). The tensor-level program is evaluated with values; the host program with
-bytes: each buffer is a byte range of the arena (or an argument) that holds the term last written there. Any clobbered buffer, wrong order
-or lost assignment gives another term.
+A value's content is a term: ("k", kernel, output, operand contents...). The tensor-level program is evaluated with values; the
+host program with bytes: each buffer is a byte range of the arena (or an argument) that holds the term last written there. Any
+clobbered buffer, wrong order or lost assignment gives another term.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from aicc.ir import DTYPES, Block, Builder, Dense, Operation, Region, SymbolRef, TensorType, Value, make_func, make_module, sym
 from aicc.ir.expr import evaluate
 from aicc.ir.passes import PassContext, run_pipeline
@@ -22,6 +19,8 @@ from aicc.passes.bufferize import Bufferize
 from aicc.passes.plan_memory import PlanMemory
 from aicc.passes.schedule import Schedule, peak_bytes
 from aicc.passes.storage import size_at, storage_bytes
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 F32 = DTYPES["f32"]
 SHAPES: dict[str, list[tuple[Any, ...]]] = {
@@ -41,14 +40,16 @@ class Program:
     kernels: int = 0
     values: list[Value] = field(default_factory=list)
 
-    def launch(self, inputs: list[Value], types: list[TensorType], inplace: list[tuple[int, int]], cached: bool = False) -> Operation:
+    def launch(self, inputs: list[Value], types: list[TensorType], inplace: list[tuple[int, int]],
+               cached: bool = False) -> Operation:
         name = f"k{self.kernels}"
         self.kernels += 1
         args = [BufferType(v.type.shape, v.type.dtype, v.type.strides) for v in inputs]  # type: ignore[attr-defined]
         inner = Block([*args, *(BufferType(t.shape, t.dtype) for t in types)])
         inner.append(Operation.create("tile.yield"))
         symbols = ("s0", "s1") if self.func.attributes.get("symbols") else ()
-        kernel = Operation.create("tile.kernel", (), {"sym_name": name, "grid": (1,), "outputs": len(types), "inplace": tuple(inplace),
+        kernel = Operation.create("tile.kernel", (),
+                                  {"sym_name": name, "grid": (1,), "outputs": len(types), "inplace": tuple(inplace),
                                                       "symbols": symbols}, (), [Region([inner])])
         self.block.insert_before(self.func, kernel)
         attrs: dict[str, Any] = {"kernel": SymbolRef(name), **({"cached": True} if cached else {})}
