@@ -2,8 +2,8 @@
 
     manifest = build_manifest(module)       # plain JSON data
 
-Names of native functions, agreed with the backend: each maximal run of launches and copies between externs is a segment, `NAME_0`,
-`NAME_1`, ...; `NAME_pack_<id>` fills persistent buffer <id>, and all other outputs of the same cached launch.
+Names of native functions, agreed with the backend: each maximal run of launches and copies between externs is a segment,
+`NAME_0`, `NAME_1`, ...; `NAME_pack_<id>` fills persistent buffer <id>, and all other outputs of the same cached launch.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ from typing import Any
 from ..ir.core import BlockArg, IRError, Operation, Value
 from ..ir.expr import Dim, Expr, free_symbols
 from ..ir.expr_json import expr_to_json
-from ..ir.types import BufferType
+from ..ir.types import BufferType, element_type
 
 __all__ = ["build_manifest"]
 
 
-def build_manifest(module: Operation, name: str = "main") -> dict[str, Any]:
-    """The manifest of function `name` of a module at the host level. IRError if there is none or it is not fully planned."""
+def build_manifest(module: Operation, name: str = "main", errors: Mapping[int, str] | None = None, *, device: str = "cpu") -> dict[str, Any]:
+    """The manifest of function `name` of a module at the host level; `errors` are the messages of native error codes.
+
+    IRError if there is no such function, it is not fully planned, or an argument is on a device that a program for `device` cannot read.
+    """
     for op in module.body:
         if op.name == "func" and op["sym_name"] == name:
-            return _Builder(module, op).build()
+            return _Builder(module, op, device).build(errors or {})
     raise IRError(f"the module has no function '{name}'")
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a buffer is: a space, a number within it, and an offset (elements; bytes in the arena)."""
+    """Where a buffer is: a space, a number within it, and an offset in bytes."""
 
     space: str
     index: int
@@ -40,8 +43,9 @@ class _Place:
 
 
 class _Builder:
-    def __init__(self, module: Operation, func: Operation):
+    def __init__(self, module: Operation, func: Operation, device: str):
         self.func = func
+        self.device = device
         self.kernels = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
         self.args = func.body.args
         self.arg_attrs: Sequence[Mapping[str, Any]] = func["arg_attrs"] or ({"kind": "input"},) * len(self.args)
@@ -56,7 +60,7 @@ class _Builder:
         if any(self._kind(a) not in ("output", "extern", "late") for a in self.buffers):
             raise IRError("the inputs of a host function must come before its outputs")
 
-    def build(self) -> dict[str, Any]:
+    def build(self, errors: Mapping[int, str]) -> dict[str, Any]:
         func = self.func
         self._find_places()
         steps, mutated = self._steps()
@@ -64,12 +68,13 @@ class _Builder:
             "name": func["sym_name"], "symbols": list(func["symbols"]),
             "inputs": self._inputs(),
             "symbol_args": [[a["position"], str(a["expr"]) if _is_symbol(a["expr"]) else None] for a in func["symbol_args"]],
-            "symbol_sources": [[name, *source[:2], *(source[2:] or ("size",))] for name, source in func["symbol_sources"].items()],
+            "symbol_sources": [[name, *where[:2], *(where[2:] or ("size",))] for name, where in func["symbol_sources"].items()],
             "buffers": [{"kind": self._kind(a), **_layout(a.type)} for a in self.buffers],
             "results": [self._result(r) for r in func["result_attrs"]],
             "persistent": self._persistent(),
             "arena": expr_to_json(func["stats"].get("arena_bytes", 0)),
-            "steps": steps, "mutated": mutated, "constants": self.constants, "errors": [],
+            "steps": steps, "mutated": mutated, "constants": self.constants,
+            "errors": {str(code): message for code, message in errors.items()},
         }
         return json.loads(json.dumps(manifest, allow_nan=False))  # tuples become lists, as after a trip through a file
 
@@ -89,8 +94,8 @@ class _Builder:
                 self.constant_ops.append(op)
             elif op.name == "host.view":
                 base = self.places[op.operands[0]]
-                scale = op.result.type.dtype.bytes if base.space == "arena" else 1  # type: ignore[attr-defined]
-                self.places[op.result] = _Place(base.space, base.index, base.offset + op["offset"] * scale)
+                moved = op["offset"] * element_type(op.operands[0].type).bytes
+                self.places[op.result] = _Place(base.space, base.index, base.offset + moved)
             elif op.name == "host.alloc":
                 raise IRError("'host.alloc' is left: run plan-memory before building a manifest")
 
@@ -111,7 +116,10 @@ class _Builder:
         for a in self.inputs:
             attrs = self.arg_attrs[a.index]
             following = next(free)
-            rows.append({"name": attrs.get("name") or a.name or f"argument {a.index}", "position": attrs.get("position", following),
+            if self.device == "cpu" and not str(attrs.get("device", "cpu")).startswith("cpu"):
+                raise IRError(f"argument '{attrs.get('name', a.name)}' is on {attrs['device']}; this program runs on the CPU")
+            rows.append({"name": attrs.get("name") or a.name or f"argument {a.index}",
+                         "position": attrs.get("position", following),
                          **_layout(a.type)})
         return rows
 
@@ -139,9 +147,11 @@ class _Builder:
         launches = [op for op in self.func.body if op.name == "host.launch"]
         for op in self.func.body:
             if op.name == "host.persistent":
-                rows[op["id"]] = {"bytes": expr_to_json(op["bytes"]), "guards": list(op["guards"]), "pack": None, "transient": False,
+                rows[op["id"]] = {"bytes": expr_to_json(op["bytes"]), "guards": list(op["guards"]), "pack": None,
+                                  "transient": False,
                                   "symbolic": isinstance(op["bytes"], Expr)}
-        used = {self.places[v].index for op in self.func.body if op.name in _READS and not (op.name == "host.launch" and op["cached"])
+        used = {self.places[v].index for op in self.func.body if op.name in _READS
+                and not (op.name == "host.launch" and op["cached"])
                 for v in op.operands if v in self.places and self.places[v].space == "persistent"}
         for op in launches:
             if not op["cached"]:
@@ -163,7 +173,10 @@ class _Builder:
         steps: list[list[Any]] = []
         mutated: set[int] = set()
         last_use: dict[int, int] = {}  # buffer -> the last step that touches it
-        known = {s for s in self.func["symbols"]} - {s for op in self.func.body if op.name == "host.extern" for s in op["defines"]}
+        known = set(self.func["symbols"])
+        for op in self.func.body:
+            if op.name == "host.extern":
+                known -= set(op["defines"])
         made = {self.places[v].index for op in self.func.body if op.name == "host.extern" for v in op.operands[op["inputs"]:]}
         waiting = [a for a in self.buffers if self.places[a].index not in made and not _needs(a.type) <= known]
         segment, busy = 0, False
@@ -184,7 +197,8 @@ class _Builder:
                 outputs = op["outputs"] if op.name == "host.launch" else 1
                 busy = True
                 touch(op)
-                mutated |= {self.places[v].index for v in op.operands[len(op.operands) - outputs:] if self.places[v].space == "input"}
+                mutated |= {self.places[v].index for v in op.operands[len(op.operands) - outputs:]
+                            if self.places[v].space == "input"}
             elif op.name == "host.extern":
                 close()
                 touch(op)
@@ -212,16 +226,18 @@ class _Builder:
 
     def _extern(self, op: Operation) -> dict[str, Any]:
         n = op["inputs"]
-        return {"target": op["target"], "args": [_encode(a) for a in op["args"]], "kwargs": {k: _encode(v) for k, v in op["kwargs"].items()},
+        strides = op["operand_strides"] or (None,) * n
+        return {"target": op["target"], "args": [_encode(a) for a in op["args"]],
+                "kwargs": {k: _encode(v) for k, v in op["kwargs"].items()},
                 "operands": [self._operand(v) for v in op.operands[:n]],
-                "operand_strides": [self._strides(v, s) for v, s in zip(
-                    op.operands[:n], op["operand_strides"] or (None,) * n, strict=True)],
+                "operand_strides": [self._strides(v, s) for v, s in zip(op.operands[:n], strides, strict=True)],
                 "result_kinds": list(op["result_kinds"]) or ["tensor"] * (len(op.operands) - n),
-                "results": [_layout(v.type) for v in op.operands[n:]], "buffers": [self.places[v].index for v in op.operands[n:]],
+                "results": [_layout(v.type) for v in op.operands[n:]],
+                "buffers": [self.places[v].index for v in op.operands[n:]],
                 "defines": [[name, *where] for name, where in op["defines"].items()]}
 
     def _strides(self, v: Value, wanted: tuple[Dim, ...] | None) -> list[Any] | None:
-        """The strides that an operand must be given (in eager it has them; none means row-major); None if it has them already."""
+        """The strides that an operand must be given (it has them in eager; none: row-major); None if it has them already."""
         t = v.type
         assert isinstance(t, BufferType)
         strides = BufferType(t.shape, t.dtype).layout if wanted is None else wanted

@@ -22,9 +22,10 @@ from ..ir.expr import Dim, Expr, known_nonnegative, product
 from ..ir.types import DTYPES, DType, TensorType
 from .dtypes import FROM_TORCH, TO_TORCH, from_torch
 from .errors import Unsupported
+from .scalars import lower_number
 from .symbols import SymbolTable
 
-__all__ = ["Context", "Number", "SymScalar", "fits"]
+__all__ = ["Context", "Number", "SymScalar", "fits", "typeof"]
 
 I1, I64, F32, F64 = (DTYPES[n] for n in ("i1", "i64", "f32", "f64"))
 Number = bool | int | float
@@ -60,6 +61,11 @@ class Context:
             raise Unsupported("the result is not a tensor")
         return found
 
+    def argument(self, i: int) -> torch.Tensor:
+        """The fake tensor of the node's i-th argument, for its strides and device."""
+        given: Any = self.node.args[i]
+        return given.meta["val"]
+
     def out(self, i: int | None = None) -> TensorType:
         return self.type_of(self.fake(i))
 
@@ -87,7 +93,7 @@ class Context:
         """Dimensions counted from the front, ascending; none or an empty list stands for all."""
         if rank == 0:
             return ()
-        if dims is None or not isinstance(dims, int) and not len(dims):
+        if dims is None or (not isinstance(dims, int) and not len(dims)):
             return tuple(range(rank))
         return tuple(sorted({d % rank for d in ((dims,) if isinstance(dims, int) else dims)}))
 
@@ -112,7 +118,7 @@ class Context:
         if isinstance(x, Expr):
             return self.cast(self.b.op("graph.sym", type=TensorType((), I64), expr=x), dtype)
         if isinstance(x, SymScalar):
-            raise Unsupported(f"the symbolic number {x.value}")
+            return self.cast(lower_number(self, x.value.node.expr), dtype)
         return self.full((), x, dtype)
 
     def full(self, shape: Sequence[Dim], value: Number, dtype: DType) -> Value:
@@ -139,12 +145,12 @@ class Context:
         groups: list[list[torch.dtype]] = [[], [], []]
         for x in xs:
             if isinstance(x, Value):
-                groups[0 if _tensor(x).rank else 1].append(TO_TORCH[_tensor(x).dtype])
+                groups[0 if typeof(x).rank else 1].append(TO_TORCH[typeof(x).dtype])
             elif isinstance(x, bool):
                 groups[2].append(torch.bool)
             elif isinstance(x, (int, Expr)):
                 groups[2].append(torch.int64)
-            elif isinstance(x, float):
+            elif isinstance(x, (float, SymScalar)):
                 groups[2].append(torch.get_default_dtype())
             else:
                 raise Unsupported(f"an operand of type {type(x).__name__}")
@@ -164,7 +170,7 @@ class Context:
 
     def cast(self, x: Value, dtype: DType) -> Value:
         """`x` converted; anything but zero is true, as in torch."""
-        t = _tensor(x)
+        t = typeof(x)
         if t.dtype == dtype:
             return x
         if "complex" in (t.dtype.kind, dtype.kind):
@@ -176,7 +182,7 @@ class Context:
     def ew(self, name: str, *operands: Any, **attrs: Any) -> Value:
         """`graph.<name>` of broadcasting operands of one element type; numbers and sizes take the type of the tensors."""
         typed = [v for v in (operands[1:] if name == "select" else operands) if isinstance(v, Value)]
-        dtype = _tensor(typed[0]).dtype
+        dtype = typeof(typed[0]).dtype
         if dtype.kind == "complex":
             raise Unsupported("complex numbers")
         values = [v if isinstance(v, Value) else self.scalar(v, dtype) for v in operands]
@@ -187,16 +193,16 @@ class Context:
 
     def _broadcast(self, values: list[Value]) -> tuple[list[Value], tuple[Dim, ...]]:
         """The broadcast shape. Sizes that torch has proved equal but that read differently are unified by a reshape."""
-        rank = max(_tensor(v).rank for v in values)
+        rank = max(typeof(v).rank for v in values)
         shape: list[Dim] = [1] * rank
         for v in values:
-            t = _tensor(v)
+            t = typeof(v)
             for j, size in enumerate(t.shape, rank - t.rank):
-                if shape[j] == 1 or isinstance(size, int) and size != 1:
+                if shape[j] == 1 or (isinstance(size, int) and size != 1):
                     shape[j] = size
         matched = []
         for v in values:
-            t = _tensor(v)
+            t = typeof(v)
             want = tuple(1 if size == 1 else shape[j] for j, size in enumerate(t.shape, rank - t.rank))
             matched.append(v if want == t.shape else self.reshape(v, want))
         return matched, tuple(shape)
@@ -204,42 +210,43 @@ class Context:
     # -- movement
 
     def reshape(self, x: Value, shape: Sequence[Dim]) -> Value:
-        t = _tensor(x)
+        t = typeof(x)
         if t.shape == tuple(shape):
             return x
         return self.b.op("graph.reshape", x, type=TensorType(tuple(shape), t.dtype))
 
     def permute(self, x: Value, perm: Sequence[int]) -> Value:
-        t = _tensor(x)
+        t = typeof(x)
         if list(perm) == list(range(t.rank)):
             return x
         return self.b.op("graph.permute", x, type=TensorType(tuple(t.shape[p] for p in perm), t.dtype), perm=tuple(perm))
 
     def transpose(self, x: Value, i: int, j: int) -> Value:
-        perm = list(range(_tensor(x).rank))
+        perm = list(range(typeof(x).rank))
         perm[i], perm[j] = perm[j], perm[i]
         return self.permute(x, perm)
 
     def expand(self, x: Value, shape: Sequence[Dim]) -> Value:
-        t = _tensor(x)
+        t = typeof(x)
         if t.shape == tuple(shape):
             return x
         return self.b.op("graph.expand", x, type=TensorType(tuple(shape), t.dtype))
 
     def slice(self, x: Value, dim: int, start: Dim, size: Dim, step: int = 1) -> Value:
         """`size` elements of dimension `dim` from `start` on, every `step`-th."""
-        t = _tensor(x)
+        t = typeof(x)
         if start == 0 and step == 1 and size == t.shape[dim]:
             return x
-        starts, steps, shape = [0] * t.rank, [1] * t.rank, list(t.shape)
-        starts[dim], steps[dim], shape[dim] = start, step, size  # type: ignore[call-overload]
+        starts: list[Dim] = [0] * t.rank
+        steps, shape = [1] * t.rank, list(t.shape)
+        starts[dim], steps[dim], shape[dim] = start, step, size
         return self.b.op("graph.slice", x, type=TensorType(tuple(shape), t.dtype), starts=tuple(starts), steps=tuple(steps))
 
     def remap(self, x: Value, shape: Sequence[Dim], index: Sequence[Dim]) -> Value:
-        return self.b.op("graph.remap", x, type=TensorType(tuple(shape), _tensor(x).dtype), map=tuple(index))
+        return self.b.op("graph.remap", x, type=TensorType(tuple(shape), typeof(x).dtype), map=tuple(index))
 
     def pad(self, x: Value, low: Sequence[Dim], high: Sequence[Dim], value: Number) -> Value:
-        t = _tensor(x)
+        t = typeof(x)
         if all(x == 0 for x in (*low, *high)):
             return x
         shape = tuple(a + s + b for a, s, b in zip(low, t.shape, high, strict=True))
@@ -249,10 +256,10 @@ class Context:
     def cat(self, xs: Sequence[Value], dim: int) -> Value:
         if len(xs) == 1:
             return xs[0]
-        shape = list(_tensor(xs[0]).shape)
+        shape = list(typeof(xs[0]).shape)
         for x in xs[1:]:
-            shape[dim] = shape[dim] + _tensor(x).shape[dim]
-        return self.b.op("graph.cat", *xs, type=TensorType(tuple(shape), _tensor(xs[0]).dtype), dim=dim)
+            shape[dim] = shape[dim] + typeof(x).shape[dim]
+        return self.b.op("graph.cat", *xs, type=TensorType(tuple(shape), typeof(xs[0]).dtype), dim=dim)
 
     def iota(self, size: Dim, dtype: DType = I64, start: Dim = 0, step: Dim = 1) -> Value:
         extra: dict[str, Any] = {**({"start": start} if start != 0 else {}), **({"step": step} if step != 1 else {})}
@@ -265,14 +272,14 @@ class Context:
     # -- contractions and reductions
 
     def matmul(self, a: Value, b: Value) -> Value:
-        ta, tb = _tensor(a), _tensor(b)
+        ta, tb = typeof(a), typeof(b)
         if ta.shape[:-2] != tb.shape[:-2] or ta.shape[-1] != tb.shape[-2]:  # equal for torch, written differently
             b = self.reshape(b, (*ta.shape[:-2], ta.shape[-1], tb.shape[-1]))
         return self.b.op("graph.matmul", a, b, type=TensorType((*ta.shape[:-1], tb.shape[-1]), ta.dtype))
 
     def reduce(self, name: str, x: Value, dims: Sequence[int], keepdim: bool = False, dtype: DType | None = None) -> Value:
         """`graph.<name>` over `dims` (ascending, from the front); an identity when there are none."""
-        t = _tensor(x)
+        t = typeof(x)
         if not dims and name not in ("argmax", "argmin"):
             return x
         shape = tuple(1 if i in dims else s for i, s in enumerate(t.shape) if keepdim or i not in dims)
@@ -280,7 +287,7 @@ class Context:
         return self.b.op(f"graph.{name}", x, type=TensorType(shape, dtype or t.dtype), dims=tuple(dims), **extra)
 
     def numel(self, x: Value, dims: Sequence[int]) -> Dim:
-        return product(_tensor(x).shape[d] for d in dims)
+        return product(typeof(x).shape[d] for d in dims)
 
 
 def fits(x: Any, dtype: DType) -> bool:
@@ -302,7 +309,8 @@ def fits(x: Any, dtype: DType) -> bool:
     return bool(struct.unpack("<f", bits)[0] == value) and bits[:2] == b"\0\0"
 
 
-def _tensor(v: Value) -> TensorType:
+def typeof(v: Value) -> TensorType:
+    """The type of a value; every value of a graph is a tensor."""
     assert isinstance(v.type, TensorType)
     return v.type
 

@@ -12,12 +12,12 @@ Encoding of `args` (a tuple, positional) and `kwargs` (a dictionary), as the exe
     {memory_format = "torch.contiguous_format"}
     {complex = [re, im]}            a Python complex number
 
-`target` is `namespace.op.overload` under torch.ops. `operand_strides` has one entry per operand: the strides, in elements, that the
-operand has in eager, or none for row-major; the executor hands over memory laid out so. Result types carry the strides
+`target` is `namespace.op.overload` under torch.ops. `operand_strides` has one entry per operand: the strides, in elements, that
+the operand has in eager, or none for row-major; the executor hands over memory laid out so. Result types carry the strides
 that the operator's own results have. `result_kinds` has one entry per element that the operator returns (one for a single
-value): 'tensor' and 'int' (a 0-d i64) are SSA results, in order; 'none' is not (it is None, or nobody reads it). It is empty for an
-operator called for its effect.
-`defines` maps each unbacked symbol (u0, ...) to [result, dimension] where its value is read off, dimension -1 meaning the value of an 'int'.
+value): 'tensor' and 'int' (a 0-d i64) are SSA results, in order; 'none' is not (it is None, or nobody reads it). It is empty
+for an operator called for its effect. `defines` maps each unbacked symbol (u0, ...) to [result, dimension] where its value is
+read off: the index of the SSA result, and dimension -1 for the value of an 'int'.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ _ENCODINGS: tuple[tuple[type, Callable[[Any], Attribute]], ...] = (
 
 
 def lower_extern(c: Context, node: fx.Node, env: Mapping[fx.Node, Any], reason: str) -> Any:
-    """The node as a `graph.extern`; gives its value, or a tuple when the operator returns several. `env` holds values of nodes."""
+    """The node as a `graph.extern`; gives its value, or a tuple when the operator returns several. `env`: values of nodes."""
     target: Any = node.target
     encoder = _Encoder(c, env)
     args, kwargs = encoder.encode(node.args), {k: encoder.encode(v) for k, v in node.kwargs.items()}
@@ -91,7 +91,7 @@ def lower_extern(c: Context, node: fx.Node, env: Mapping[fx.Node, Any], reason: 
     returned = tuple(c.val) if several else () if c.val is None else (c.val,)
     types: list[TensorType] = []
     kinds: list[str] = []
-    read = {user.args[1] for user in node.users if user.target is operator.getitem} if several else {0}
+    read = {user.args[1] for user in node.users if user.target is operator.getitem and user.users} if several else {0}
     for i, r in enumerate(returned):
         if i not in read:
             kinds.append("none")
@@ -106,8 +106,9 @@ def lower_extern(c: Context, node: fx.Node, env: Mapping[fx.Node, Any], reason: 
         else:
             raise Unsupported(f"a result of type {type(r).__name__} from an operator that is not compiled")
     random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+    given = [r for r, k in zip(returned, kinds, strict=True) if k != "none"]
     values = make_extern(c, str(target), encoder.operands, args, kwargs, types, kinds, strides=tuple(encoder.strides),
-                         random=random, reason=reason, defines=_defined(c, [r for r, k in zip(returned, kinds, strict=True) if k != "none"]))
+                         random=random, reason=reason, defines=_defined(c, given))
     results = iter(values)
     made = tuple(None if k == "none" else next(results) for k in kinds)
     return made if several else made[0] if made else None

@@ -3,13 +3,14 @@
     module = import_graph(gm, arg_kinds=["param", "input"])
 
 Conventions of the function that comes out:
-- Block arguments are the tensor placeholders, in order; their types carry strides. `arg_attrs[i]` has the FX `name`, the `kind`, the
-  `position` among all placeholders (what the caller passes), and the `device` when it is not the CPU.
-- `symbol_args` has one entry {position, expr} per other placeholder: `expr` is the size that is passed there (a bare symbol is thereby
-  defined), or none when nothing is read from it. `symbol_sources` says where the remaining symbols are read off tensor arguments:
-  symbol -> [block argument, dimension], or [block argument, dimension, "stride"].
+- Block arguments are the tensor placeholders, in order; their types carry strides. `arg_attrs[i]` has the FX `name`, the
+  `kind`, the `position` among all placeholders (what the caller passes), and the `device` when it is not the CPU.
+- `symbol_args` has one entry {position, expr} per other placeholder: `expr` is the size that is passed there (a bare symbol is
+  thereby defined), or none when nothing is read from it. `symbol_sources` says where the remaining symbols are read off tensor
+  arguments: symbol -> [block argument, dimension], or [block argument, dimension, "stride"].
 - `result_attrs` has one entry per FX output: {kind = "tensor", strides} (strides absent: row-major), {kind = "int", expr} or
-  {kind = "none"}. `return` has an operand for each tensor and each int (a 0-d i64), none for a "none".
+  {kind = "none"}. A tensor result with `alias_of_arg` is that block argument itself, after the assignments. `return` has an
+  operand for each tensor and each int (a 0-d i64), none for a "none".
 - Values keep their FX names. Every op has the location of its node.
 
 A node whose row declines becomes a `graph.extern`. UnsupportedError means that the graph as a whole cannot be imported.
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from ..ir.attributes import Dense
 from ..ir.builder import Builder, make_func, make_module
@@ -63,6 +65,7 @@ class _Importer:
         self.func, self.body = make_func(block, name, ())
         self.c = Context(Builder.at_end(self.body), self.symbols)
         self.env: dict[fx.Node, Any] = {}
+        self.assigned: dict[Any, BlockArg] = {}  # copy_ node -> the argument that it writes
         self.arg_kinds = arg_kinds
 
     def run(self, module: Operation) -> Operation:
@@ -159,6 +162,8 @@ class _Importer:
             self.env[node] = None
         elif isinstance(self.c.val, (*_SYMBOLIC, int, float)) and str(node.target) not in _READS_NUMBER:
             self.env[node] = self._number(self.c.val)
+        elif isinstance(self.c.val, (list, tuple)) and all(isinstance(v, (*_SYMBOLIC, int, float)) for v in self.c.val):
+            self.env[node] = tuple(self._number(v) for v in self.c.val)
         else:
             self.env[node] = self._operator(node)
         value = self.env.get(node)
@@ -239,20 +244,21 @@ class _Importer:
         assert isinstance(target.type, TensorType)
         value = self.c.expand(self.c.cast(source, target.type.dtype), target.type.shape)
         self.c.b.create("graph.assign", [target, value])
+        self.assigned[node] = target
         return value
 
     def _constant(self, node: fx.Node) -> Any:
         owner: Any = self.gm
         for part in str(node.target).split("."):
             owner = getattr(owner, part)
-        if not isinstance(owner, torch.Tensor) or isinstance(owner, torch._subclasses.FakeTensor):
+        if not isinstance(owner, torch.Tensor) or isinstance(owner, FakeTensor):
             raise Unsupported(f"the attribute '{node.target}' of type {type(owner).__name__}")
         self.c.val = owner if self.c.val is None else self.c.val
-        dtype = from_torch(owner.dtype)
-        if owner.numel() == 1 and dtype.kind != "complex":
-            return self.c.full(tuple(owner.shape), owner.item(), dtype)
-        shape = tuple(owner.shape)
-        raw = owner.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if owner.numel() else b""
+        dtype, shape = from_torch(owner.dtype), tuple(owner.shape)
+        with unset_fake_temporarily(), torch.no_grad():  # a real tensor, while AOTAutograd traces with fake ones
+            if owner.numel() == 1 and dtype.kind != "complex":
+                return self.c.full(shape, owner.item(), dtype)
+            raw = owner.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if owner.numel() else b""
         return self.c.b.op("graph.constant", type=TensorType(shape, dtype), value=Dense(dtype, shape, raw))
 
     # -- results
@@ -268,7 +274,9 @@ class _Importer:
                 attrs.append({"kind": "none"})
             elif isinstance(value, Value):
                 values.append(value)
-                attrs.append({"kind": "tensor", **self._result_strides(r, value)})
+                same = self.assigned.get(r, value)
+                alias = {"alias_of_arg": same.index} if isinstance(same, BlockArg) else {}
+                attrs.append({"kind": "tensor", **self._result_strides(r, value), **alias})
             elif isinstance(value, (int, Expr)) and not isinstance(value, bool):
                 values.append(self.c.scalar(value, from_torch(torch.int64)))
                 attrs.append({"kind": "int", "expr": value})

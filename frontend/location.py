@@ -40,7 +40,7 @@ def _innermost(trace: str) -> tuple[str, int]:
     if not frames:
         return "", 0
     best = min(_rank(file) for file, _ in frames)
-    return next((f for f in reversed(frames) if _rank(f[0]) == best))
+    return next(f for f in reversed(frames) if _rank(f[0]) == best)
 
 
 def _module_path(stack: dict[str, Any]) -> str:

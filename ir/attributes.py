@@ -18,7 +18,7 @@ import numpy as np
 from .expr import Dim, Expr
 from .types import DType, Type
 
-__all__ = ["Attribute", "SymbolRef", "Dense", "check_attribute", "attribute_equal", "NUMPY_DTYPES"]
+__all__ = ["NUMPY_DTYPES", "Attribute", "Dense", "SymbolRef", "attribute_equal", "check_attribute"]
 
 Attribute = Any
 """See the module docstring; kept loose because a recursive alias helps no type checker."""
@@ -80,7 +80,7 @@ def check_attribute(value: Attribute) -> None:
 def attribute_equal(a: Attribute, b: Attribute) -> bool:
     """Structural equality in which NaN equals NaN, and 1, 1.0 and true differ."""
     if isinstance(a, float) and isinstance(b, float):
-        return a == b and str(a) == str(b) or a != a and b != b
+        return (a == b and str(a) == str(b)) or (a != a and b != b)
     if type(a) is not type(b):
         return False
     if isinstance(a, tuple):

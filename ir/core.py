@@ -19,8 +19,19 @@ from .types import Type
 if TYPE_CHECKING:
     from .opdef import OpDef
 
-__all__ = ["Location", "Value", "OpResult", "BlockArg", "Operation", "Block", "Region", "UNKNOWN", "IRError", "equivalent",
-           "clone_region"]
+__all__ = [
+    "UNKNOWN",
+    "Block",
+    "BlockArg",
+    "IRError",
+    "Location",
+    "OpResult",
+    "Operation",
+    "Region",
+    "Value",
+    "clone_region",
+    "equivalent",
+]
 
 
 class IRError(Exception):
@@ -46,7 +57,7 @@ UNKNOWN = Location()
 class Value:
     """A typed SSA value. `uses` maps (operation, operand index) to None, in the order the uses were made."""
 
-    __slots__ = ("type", "uses", "name")
+    __slots__ = ("name", "type", "uses")
 
     def __init__(self, type: Type, name: str = ""):
         self.type = type
@@ -81,7 +92,7 @@ class Value:
 
 
 class OpResult(Value):
-    __slots__ = ("op", "index")
+    __slots__ = ("index", "op")
 
     def __init__(self, op: Operation, index: int, type: Type, name: str = ""):
         super().__init__(type, name)
@@ -113,7 +124,7 @@ class BlockArg(Value):
 class Operation:
     """One operation. Its meaning is its `OpDef`, found by name in the registry."""
 
-    __slots__ = ("name", "_operands", "results", "attributes", "regions", "location", "parent", "_prev", "_next", "opdef")
+    __slots__ = ("_next", "_operands", "_prev", "attributes", "location", "name", "opdef", "parent", "regions", "results")
 
     def __init__(self, opdef: OpDef, operands: Sequence[Value], attributes: dict[str, Any], result_types: Sequence[Type],
                  regions: Sequence[Region], location: Location):
@@ -269,7 +280,7 @@ class Operation:
 class Block:
     """A list of operations with arguments."""
 
-    __slots__ = ("args", "parent", "first", "last", "_length")
+    __slots__ = ("_length", "args", "first", "last", "parent")
 
     def __init__(self, arg_types: Sequence[Type] = (), names: Sequence[str] = ()):
         self.args: list[BlockArg] = []
@@ -400,7 +411,7 @@ def equivalent(a: Operation, b: Operation, *, locations: bool = False) -> bool:
 def _equivalent(a: Operation, b: Operation, same: dict[Value, Value], locations: bool) -> bool:
     if (a.name != b.name or len(a._operands) != len(b._operands) or len(a.results) != len(b.results)
             or len(a.regions) != len(b.regions) or not attribute_equal(a.attributes, b.attributes)
-            or locations and a.location != b.location):
+            or (locations and a.location != b.location)):
         return False
     if any(same.get(x, x) is not y for x, y in zip(a._operands, b._operands, strict=True)):
         return False

@@ -22,20 +22,42 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Union
 
-__all__ = ["Dim", "Expr", "Sym", "sym", "floordiv", "mod", "ceildiv", "maximum", "minimum", "evaluate", "substitute",
-           "simplify", "free_symbols", "product", "fold", "Bounds", "upper_bound", "lower_bound", "known_less",
-           "known_nonnegative", "split_linear", "as_int",
-           "contiguous_linear", "delinearize"]
+__all__ = [
+    "Bounds",
+    "Dim",
+    "Expr",
+    "Sym",
+    "as_int",
+    "ceildiv",
+    "contiguous_linear",
+    "delinearize",
+    "evaluate",
+    "floordiv",
+    "fold",
+    "free_symbols",
+    "known_less",
+    "known_nonnegative",
+    "lower_bound",
+    "maximum",
+    "minimum",
+    "mod",
+    "product",
+    "simplify",
+    "split_linear",
+    "substitute",
+    "sym",
+    "upper_bound",
+]
 
 Dim = Union[int, "Expr"]
-Bounds = Mapping[str, tuple[Dim, "Dim | None"]]
+Bounds = Mapping[str, tuple["Dim | None", "Dim | None"]]
 """Symbol name -> (smallest value, largest value or None when unbounded), both inclusive."""
 
 
 class Atom:
     """An indivisible factor of a monomial. `key` is its canonical text and its identity."""
 
-    __slots__ = ("key", "args", "_hash")
+    __slots__ = ("_hash", "args", "key")
 
     def __init__(self, key: str, args: tuple[Dim, ...] = ()):
         self.key = key
@@ -81,7 +103,7 @@ Monomial = tuple[Atom, ...]
 class Expr:
     """A canonical integer polynomial: `sum(coefficient * monomial) + const`. Immutable and hashable."""
 
-    __slots__ = ("terms", "const", "_hash", "_text")
+    __slots__ = ("_hash", "_text", "const", "terms")
     terms: tuple[tuple[Monomial, int], ...]
     const: int
 

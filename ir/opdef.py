@@ -16,7 +16,7 @@ from .core import IRError
 if TYPE_CHECKING:
     from .core import Operation
 
-__all__ = ["Trait", "OpDef", "AttrSpec", "define", "lookup", "registered", "attr", "optional"]
+__all__ = ["AttrSpec", "OpDef", "Trait", "attr", "define", "lookup", "optional", "registered"]
 
 
 class Trait(Enum):

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lark import Lark, Token, Transformer, v_args
+from lark import Lark, Token, Transformer
 from lark.exceptions import UnexpectedInput, VisitError
 
 from . import expr as E
@@ -39,6 +39,9 @@ class ParseError(IRError):
         self.line, self.column = line, column
 
 
+Children = list[Any]
+
+
 class _Tree(Transformer):
     """Bottom-up: attribute values become Python values, ops become plain tuples (built into IR afterwards)."""
 
@@ -46,70 +49,70 @@ class _Tree(Transformer):
         super().__init__()
         self.resources = resources
 
-    def start(self, c: list) -> Any:
+    def start(self, c: Children) -> Any:
         return c[0]
 
-    def op(self, c: list) -> tuple:
+    def op(self, c: Children) -> Any:
         results, name, symbol, operands, attrs, types, *rest = c
         return (results or [], name, symbol, operands or [], attrs or {}, types or [], rest[:-1], rest[-1])
 
-    def results(self, c: list) -> list:
+    def results(self, c: Children) -> Children:
         return c
 
-    def operands(self, c: list) -> list:
+    def operands(self, c: Children) -> Children:
         return [x for x in c if x is not None]
 
     types = results
 
-    def region(self, c: list) -> tuple:
+    def region(self, c: Children) -> Any:
         return (c[0] or [], c[1:])
 
-    def block_args(self, c: list) -> list:
+    def block_args(self, c: Children) -> Children:
         return [x for x in c if x is not None]
 
-    def block_arg(self, c: list) -> tuple:
+    def block_arg(self, c: Children) -> Any:
         return (c[0], c[1])
 
-    def loc(self, c: list) -> Location:
+    def loc(self, c: Children) -> Location:
         return Location(json.loads(c[0]), int(c[1]), json.loads(c[2]))
 
-    def type(self, c: list) -> Type:
+    def type(self, c: Children) -> Type:
         return parse_type(str(c[0]))
 
-    def attrs(self, c: list) -> dict:
+    def attrs(self, c: Children) -> Any:
         return dict(c)
 
-    def pair(self, c: list) -> tuple:
+    def pair(self, c: Children) -> Any:
         key = json.loads(c[0]) if c[0].type == "STRING" else str(c[0])
         return (key, c[1])
 
-    def float(self, c: list) -> float:
+    def float(self, c: Children) -> Any:
         return float(c[0])
 
-    def string(self, c: list) -> str:
+    def string(self, c: Children) -> str:
         return str(json.loads(c[0]))
 
-    def symbol(self, c: list) -> SymbolRef:
+    def symbol(self, c: Children) -> SymbolRef:
         return SymbolRef(str(c[0])[1:])
 
-    def shaped(self, c: list) -> Type:
+    def shaped(self, c: Children) -> Type:
         return parse_type(str(c[0]))
 
-    def list(self, c: list) -> tuple:
+    def list(self, c: Children) -> Any:
         return tuple(x for x in c if x is not _ABSENT)
 
-    def empty_dict(self, c: list) -> dict:
+    def empty_dict(self, c: Children) -> Any:
         return {}
 
-    def dict(self, c: list) -> dict:
+    def dict(self, c: Children) -> Any:
         return c[0]
 
-    def int(self, c: list) -> int:
+    def int(self, c: Children) -> Any:
         if len(c[0]) > 4000:
             raise ValueError("integer literal too long")
         return int(c[0])
 
-    def name(self, c: list) -> Any:
+    def name(self, c: Children) -> Any:
         text = str(c[0])
         constants = {"true": True, "false": False, "none": None}
         if text in constants:
@@ -118,32 +121,32 @@ class _Tree(Transformer):
             return E.sym(text)
         return ScalarType(DTYPES[text]) if text in DTYPES else E.sym(text)
 
-    def dense(self, c: list) -> Dense:
+    def dense(self, c: Children) -> Dense:
         dtype, shape, data = DTYPES[str(c[0])], _unwrap(c[1]), _unwrap(c[2])
         return _dense(dtype, shape, data, self.resources)
 
-    def neg(self, c: list) -> Any:
+    def neg(self, c: Children) -> Any:
         return -_dim(c[0])
 
-    def add(self, c: list) -> Any:
+    def add(self, c: Children) -> Any:
         return _dim(c[0]) + _dim(c[1])
 
-    def sub(self, c: list) -> Any:
+    def sub(self, c: Children) -> Any:
         return _dim(c[0]) - _dim(c[1])
 
-    def mul(self, c: list) -> Any:
+    def mul(self, c: Children) -> Any:
         return _dim(c[0]) * _dim(c[1])
 
-    def floordiv(self, c: list) -> Any:
+    def floordiv(self, c: Children) -> Any:
         return E.floordiv(_dim(c[0]), _dim(c[1]))
 
-    def mod(self, c: list) -> Any:
+    def mod(self, c: Children) -> Any:
         return E.mod(_dim(c[0]), _dim(c[1]))
 
-    def max(self, c: list) -> Any:
+    def max(self, c: Children) -> Any:
         return E.maximum(*map(_dim, c))
 
-    def min(self, c: list) -> Any:
+    def min(self, c: Children) -> Any:
         return E.minimum(*map(_dim, c))
 
 
@@ -308,7 +311,7 @@ def parse_module(text: str, *, filename: str = "<text>", resources: Mapping[str,
         tree = _Tree(resources or {}).transform(_grammar().parse(text, start="start"))
     except UnexpectedInput as e:
         token = getattr(e, "token", None)
-        seen = "the end of the text" if token is None and e.pos_in_stream in (None, -1) or token is not None and token.type == "$END" else (
+        seen = "the end of the text" if (token is None and e.pos_in_stream in (None, -1)) or (token is not None and token.type == "$END") else (
             f"'{token}'" if token is not None else f"character {text[e.pos_in_stream]!r}")  # type: ignore[index]
         expected = sorted(getattr(e, "accepts", None) or getattr(e, "expected", None) or getattr(e, "allowed", None) or ())
         line, column = max(e.line, 1), max(e.column, 1)

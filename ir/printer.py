@@ -62,7 +62,7 @@ def _print_dense(value: Dense, resources: dict[str, bytes] | None) -> str:
         return f'dense<{value.dtype}, {shape}, "sha256:{value.digest}">'
     plain = value.dtype.kind in ("int", "uint", "bool") or value.dtype.name in ("f32", "f64", "f16")
     flat = value.to_numpy().reshape(-1)
-    if not plain or flat.dtype.kind == "f" and bool(np.isnan(flat).any()):
+    if not plain or (flat.dtype.kind == "f" and bool(np.isnan(flat).any())):
         return f'dense<{value.dtype}, {shape}, "0x{value.data.hex()}">'
     return f"dense<{value.dtype}, {shape}, {print_attribute(tuple(x.item() for x in flat))}>"
 
@@ -80,7 +80,7 @@ class _Printer:
         found = self.names.get(v)
         if found is not None:
             return found
-        hint = "".join(c if c.isalnum() and c.isascii() or c == "_" else "_" for c in v.name)
+        hint = "".join(c if (c.isalnum() and c.isascii()) or c == "_" else "_" for c in v.name)
         if not hint or hint[0].isdigit():
             while str(self.counter) in self.taken:
                 self.counter += 1

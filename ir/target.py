@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass
 
-__all__ = ["Target", "GENERIC_CPU"]
+__all__ = ["GENERIC_CPU", "Target"]
 
 
 @dataclass(frozen=True)

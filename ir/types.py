@@ -7,8 +7,29 @@ from functools import cached_property
 
 from .expr import Dim, product
 
-__all__ = ["DType", "Type", "ScalarType", "TensorType", "BufferType", "TileType", "dtype", "DTYPES", "element_type",
-           "contiguous_strides", "f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "i1", "index"]
+__all__ = [
+    "DTYPES",
+    "BufferType",
+    "DType",
+    "ScalarType",
+    "TensorType",
+    "TileType",
+    "Type",
+    "bf16",
+    "contiguous_strides",
+    "dtype",
+    "element_type",
+    "f16",
+    "f32",
+    "f64",
+    "i1",
+    "i8",
+    "i16",
+    "i32",
+    "i64",
+    "index",
+    "u8",
+]
 
 
 @dataclass(frozen=True)
@@ -93,7 +114,7 @@ class _Shaped(Type):
         return product(self.shape)
 
     def _dims(self) -> str:
-        return "".join(f"{d if isinstance(d, int) or len(d.terms) == 1 and str(d).isidentifier() else f'({d})'}x"
+        return "".join(f"{d if isinstance(d, int) or (len(d.terms) == 1 and str(d).isidentifier()) else f'({d})'}x"
                        for d in self.shape)
 
 
@@ -137,6 +158,8 @@ class BufferType(_Shaped):
 @dataclass(frozen=True)
 class TileType(_Shaped):
     """A block of elements in registers; the shape is constant."""
+
+    shape: tuple[int, ...]
 
     def __str__(self) -> str:
         return f"tile<{self._dims()}{self.dtype}>"

@@ -1,21 +1,23 @@
 """From values to memory: functions of `tile.launch` on tensors become host functions on buffers.
 
-Before: functions of `tile.launch`, `tensor.constant`, `tensor.extern`, `tensor.assign` and `return`, in their final order. `result_attrs` has one
-entry per result of the program (or none, for plain tensors): {kind = "tensor", strides} takes an operand of `return`, wants these
-strides (absent: row-major); {kind = "int", expr} takes one too (which is ignored when `expr` is given); {kind = "none"} and
-{kind = "view", arg, shape, strides, offset} (a view of an argument, in elements) take none.
+Before: functions of `tile.launch`, `tensor.constant`, `tensor.extern`, `tensor.assign` and `return`, in their final order.
+`result_attrs` has one entry per result of the program (or none, for plain tensors): {kind = "tensor", strides} takes an operand
+of `return`, wants these strides (absent: row-major); {kind = "int", expr} takes one too (which is ignored when `expr` is
+given); {kind = "none"} and {kind = "view", arg, shape, strides, offset} (a view of an argument, in elements) take none.
 
 After: block arguments are the inputs, the outputs, then one buffer per other extern result; temporaries are `host.alloc`.
-`arg_attrs` gains {kind = "output"} ({kind = "output", extern = true} when an extern's result is returned as it is) and {kind = "extern"}: memory that
-the executor fills in from the operator's result, without a copy. `result_attrs` says what the program returns:
+`arg_attrs` gains {kind = "output"} and {kind = "extern"} (memory that the executor takes over from an operator's result
+without a copy; {kind = "output", extern = true} when that result is returned). `result_attrs` says what the program returns:
 
     {kind = "buffer", arg = k}     the output buffer k              {kind = "input", arg = k}   argument k itself
     {kind = "same", result = j}    the same tensor as result j      {kind = "view", ...}        as above
     {kind = "item", arg = k}       the value of a 0-d buffer        {kind = "int", expr}, {kind = "none"}
 
-- A returned value is written where it is returned, unless its layout differs, or it is constant, cached or returned in two layouts: then `host.copy`.
-- `tensor.assign` writes straight into the argument when no later op reads the old contents (the launch itself may, where its kernel allows
-  that in place); otherwise it is a copy after the last read. Old contents that are returned or assigned elsewhere are saved first.
+- A returned value is written where it is returned, unless its layout differs, or it is constant, cached or returned in two
+  layouts: then `host.copy`.
+- `tensor.assign` writes straight into the argument when no later op reads the old contents (the launch itself may, where its
+  kernel allows that in place); otherwise it is a copy after the last read. Old contents that are returned or assigned elsewhere
+  are saved first.
 - The result of a `cached` launch is a `host.persistent`, guarded by all the arguments that it was made from.
 - Launches and constants that nobody uses are dropped.
 """
@@ -126,7 +128,8 @@ class _Bufferizer:
         for a in attrs:
             takes = a.get("kind", "tensor") in ("tensor", "int")
             if takes and not operands:
-                raise IRError(f"'result_attrs' describes more tensors than the {len(self.old.terminator.operands)} operands of 'return'")
+                count = len(self.old.terminator.operands)
+                raise IRError(f"'result_attrs' describes more tensors than the {count} operands of 'return'")
             entries.append((a, operands.pop(0) if takes else None))
         if operands:
             raise IRError(f"'return' has {len(operands)} operands that 'result_attrs' does not describe")
@@ -163,7 +166,8 @@ class _Bufferizer:
                     made: set[int] = set().union(*(self.guards[v] for v in op.operands))
                     self.guards.update(dict.fromkeys(op.results, made))
                 else:
-                    self.ctx.remark("declined", f"'{op['kernel']}' is not cached: it reads what changes between calls", op.location)
+                    self.ctx.remark("declined", f"'{op['kernel']}' is not cached: it reads what changes between calls",
+                                    op.location)
 
     def _is_cached(self, op: Operation) -> bool:
         return op.name == "tile.launch" and all(r in self.guards for r in op.results) and bool(op["cached"])
@@ -199,7 +203,7 @@ class _Bufferizer:
         if op is None:
             self.first.append((out, self.buffer[v]))
             return out
-        direct = op.name == "tensor.extern" or op.name == "tile.launch" and not self._is_cached(op)
+        direct = op.name == "tensor.extern" or (op.name == "tile.launch" and not self._is_cached(op))
         if direct and v not in self.home and same_layout(t.shape, t.layout, strides):
             self.home[v] = out
             if op.name == "tensor.extern":
@@ -281,7 +285,8 @@ class _Bufferizer:
         for r in op.results:
             self.buffer[r] = self.home[r] if r in self.home else self._argument(_tensor(r), {"kind": "extern"}, r.name)
         attrs = {k: op.attributes[k] for k in _EXTERN_ATTRS if k in op.attributes}
-        self.b.create("host.extern", [self.buffer[v] for v in (*op.operands, *op.results)], {**attrs, "inputs": len(op.operands)})
+        self.b.create("host.extern", [self.buffer[v] for v in (*op.operands, *op.results)],
+                      {**attrs, "inputs": len(op.operands)})
 
     def _emit_assign(self, op: Operation) -> None:
         """Nothing here: the write is a copy elsewhere, or the launch that makes the value."""

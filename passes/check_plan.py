@@ -2,10 +2,11 @@
 
     check_plan(func, kernels)        # raises IRError where a buffer would be read after something else overwrote it
 
-It shares nothing with the planner: no live ranges, no groups. A buffer is identified by its `host.slot` op; writing marks the byte range as
-that slot's, reading demands that the whole range still is. Within a launch an output may touch an input's bytes only where the kernel
-says so (`inplace`) and the ranges are equal. Symbolic plans are run at several symbol values within their ranges.
-Every slot must be aligned and inside the arena.
+It shares nothing with the planner: no live ranges, no groups. A buffer is a `host.slot`, an argument, or a view of an output
+(scratch); writing marks the byte range as that buffer's, reading demands that the whole range still is. Within a launch an
+output may touch an input's bytes only where the kernel says so (`inplace`) and the ranges are equal. At the end all outputs
+must hold their own data. Symbolic plans are run at several symbol values within their ranges. Slots must be aligned and inside
+the arena, views inside the output.
 """
 
 from __future__ import annotations
@@ -15,41 +16,43 @@ from dataclasses import dataclass
 
 from ..ir.core import IRError, Operation, Value
 from ..ir.expr import as_int
-from .storage import ALIGNMENT, size_at
+from .storage import ALIGNMENT, size_at, storage_bytes
 
 __all__ = ["check_plan"]
 
-_SIZES = (0, 1, 2, 3, 7, 16, 61, 128, 1000)
+_SIZES = (0, 1, 3, 61, 128, 1000)
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """A slot's byte range [low, high)."""
+    """A buffer's byte range [low, high) in a space: the arena (-1) or the memory of an argument (its number)."""
 
-    op: Operation
+    value: Value
+    space: int
     low: int
     high: int
 
     def overlaps(self, other: _Slot) -> bool:
-        return self.low < other.high and other.low < self.high
+        return self.space == other.space and self.low < other.high and other.low < self.high
 
     def __str__(self) -> str:
-        return f"'{self.op.result.name or 'slot'}' [{self.low}, {self.high})"
+        place = "the arena" if self.space < 0 else f"argument {self.space}"
+        return f"'{self.value.name or 'buffer'}' [{self.low}, {self.high}) of {place}"
 
 
 class _Memory:
     """Byte ranges and the slot whose data they hold; ranges of different slots are disjoint."""
 
     def __init__(self) -> None:
-        self.holds: list[_Slot] = []
+        self.holds: dict[Value, _Slot] = {}
 
     def write(self, slot: _Slot) -> None:
-        self.holds = [s for s in self.holds if not s.overlaps(slot)]
+        self.holds = {v: s for v, s in self.holds.items() if not s.overlaps(slot)}
         if slot.low < slot.high:
-            self.holds.append(slot)
+            self.holds[slot.value] = slot
 
     def has(self, slot: _Slot) -> bool:
-        return slot.low == slot.high or slot in self.holds
+        return slot.low == slot.high or slot.value in self.holds
 
 
 def check_plan(func: Operation, kernels: Mapping[str, Operation]) -> None:
@@ -67,21 +70,40 @@ def _check(func: Operation, kernels: Mapping[str, Operation], symbols: Mapping[s
     arena = size_at(func["stats"].get("arena_bytes", 0), symbols)
     slots: dict[Value, _Slot] = {}
     memory = _Memory()
+    outputs = []
+    kinds = [attrs.get("kind") for attrs in func["arg_attrs"]] or ["input"] * len(func.body.args)
+    for arg, kind in zip(func.body.args, kinds, strict=True):
+        slots[arg] = _Slot(arg, arg.index, 0, size_at(storage_bytes(arg.type), symbols))  # type: ignore[arg-type]
+        if kind == "output":
+            outputs.append(arg)
+        elif kind not in ("extern", "late"):
+            memory.write(slots[arg])
     for op in func.body:
         if op.name == "host.alloc":
             raise IRError(f"'host.alloc' of '{op.result.name}' is left after planning")
         if op.name == "host.slot":
             low = size_at(op["offset"], symbols)
-            slot = slots[op.result] = _Slot(op, low, low + size_at(op["bytes"], symbols))
+            slot = slots[op.result] = _Slot(op.result, -1, low, low + size_at(op["bytes"], symbols))
             if low % ALIGNMENT or low < 0 or slot.high > arena:
                 raise IRError(f"{slot} is misaligned or outside the arena of {arena} bytes; sizes {dict(symbols)}")
         elif op.name == "host.view":
-            if op.operands[0] in slots:
-                slots[op.result] = slots[op.operands[0]]
+            source = op.operands[0]
+            if source in outputs:
+                low = size_at(op["offset"], symbols) * source.type.dtype.bytes  # type: ignore[attr-defined]
+                slot = _Slot(op.result, slots[source].space, low,
+                             low + size_at(storage_bytes(op.result.type), symbols))  # type: ignore[arg-type]
+                slots[op.result] = slot
+                if low % ALIGNMENT or low < 0 or slot.high > slots[source].high:
+                    raise IRError(f"{slot} is misaligned or outside {slots[source]}; sizes {dict(symbols)}")
+            elif source in slots:
+                slots[op.result] = slots[source]
         elif op.name in _SPLIT:
-            inputs, outputs = _SPLIT[op.name](op)
-            _check_access(op, kernels, [(i, slots[op.operands[i]]) for i in inputs if op.operands[i] in slots],
-                          [(i, slots[op.operands[i]]) for i in outputs if op.operands[i] in slots], memory, symbols)
+            read, written = _SPLIT[op.name](op)
+            _check_access(op, kernels, [(i, slots[op.operands[i]]) for i in read if op.operands[i] in slots],
+                          [(i, slots[op.operands[i]]) for i in written if op.operands[i] in slots], memory, symbols)
+    for arg in outputs:
+        if arg.uses and not memory.has(slots[arg]):
+            raise IRError(f"{slots[arg]} does not hold the result at the end; sizes {dict(symbols)}")
 
 
 def _launch(op: Operation) -> tuple[range, range]:
@@ -96,7 +118,8 @@ def _extern(op: Operation) -> tuple[range, range]:
 _SPLIT = {"host.launch": _launch, "host.extern": _extern, "host.copy": lambda op: (range(1), range(1, 2))}
 
 
-def _check_access(op: Operation, kernels: Mapping[str, Operation], inputs: list[tuple[int, _Slot]], outputs: list[tuple[int, _Slot]],
+def _check_access(op: Operation, kernels: Mapping[str, Operation], inputs: list[tuple[int, _Slot]],
+                  outputs: list[tuple[int, _Slot]],
                   memory: _Memory, symbols: Mapping[str, int]) -> None:
     kernel = kernels.get(op["kernel"].name) if op.name == "host.launch" else None
     allowed = {tuple(pair) for pair in kernel["inplace"]} if kernel is not None else set()

@@ -59,7 +59,8 @@ def fit(blocks: Sequence[Block], effort: int = 200) -> Fit:
         return blocks[i].end - blocks[i].start + 1
 
     orders = [sorted(range(n), key=key) for key in (
-        lambda i: (-blocks[i].size, -length(i), i), lambda i: (-blocks[i].size * length(i), i), lambda i: (-length(i), -blocks[i].size, i),
+        lambda i: (-blocks[i].size, -length(i), i), lambda i: (-blocks[i].size * length(i), i),
+        lambda i: (-length(i), -blocks[i].size, i),
         lambda i: (blocks[i].start, -blocks[i].size, i), lambda i: (-len(overlaps[i]), -blocks[i].size, i))]
     best_order, best, best_size = orders[0], [0] * n, -1
     for order in orders:
@@ -111,7 +112,8 @@ def _place(blocks: Sequence[Block], overlaps: Sequence[Sequence[int]], order: Se
     return offsets
 
 
-def _climb(blocks: Sequence[Block], overlaps: Sequence[Sequence[int]], order: list[int], offsets: list[int], size: int, bound: int,
+def _climb(blocks: Sequence[Block], overlaps: Sequence[Sequence[int]], order: list[int], offsets: list[int], size: int,
+           bound: int,
            effort: int) -> tuple[list[int], int]:
     """Moves a block that reaches the top forward in the order, or swaps two at random; keeps what is not worse."""
     choose = random.Random(len(blocks))
@@ -140,8 +142,9 @@ def _climb(blocks: Sequence[Block], overlaps: Sequence[Sequence[int]], order: li
 def _exact(blocks: Sequence[Block], overlaps: Sequence[Sequence[int]], above: int, bound: int) -> list[int] | None:
     """An optimal placement smaller than `above`, or None if there is none (or the step limit was reached first).
 
-    In an optimal placement all blocks can be pushed down until each rests on 0 or on another; placing blocks by ascending offset, each
-    at the lowest place above those below it, finds it. So it is enough to enumerate orders of non-decreasing offset.
+    In an optimal placement all blocks can be pushed down until each rests on 0 or on another; placing blocks by ascending
+    offset, each at the lowest place above those below it, finds it. So it is enough to enumerate orders of non-decreasing
+    offset.
     """
     n = len(blocks)
     offsets = [-1] * n

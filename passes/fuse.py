@@ -286,7 +286,7 @@ def _makes_cycle(g: Group, op: Operation, of: dict[Operation, Group], position: 
     seen: set[Operation] = set()
     while stack:
         p = stack.pop()
-        if p in seen or position[p] < first and p not in of:
+        if p in seen or (position[p] < first and p not in of):
             continue
         seen.add(p)
         group = of.get(p)

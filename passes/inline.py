@@ -15,7 +15,7 @@ from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import product
 from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
-from .structured import EXPENSIVE, body_ops, inline_into, is_contraction, is_pointwise
+from .structured import EXPENSIVE, body_ops, identity_map, inline_into, is_contraction, is_pointwise
 
 TRIVIAL = frozenset({"arith.cast", "arith.constant", "tensor.index", "tensor.sym"})
 
@@ -61,8 +61,8 @@ class Inline(Pass):
                 len(reader.operands) + len(producer.operands) > self.max_operands):
             return False
         if is_contraction(reader) and (len(producer.operands) != 1 or any(o.name != "arith.cast" for o in body_ops(producer))
-                                       or fill_of(producer, 0) is not None or producer["maps"][0] is None):
-            return False
+                                       or fill_of(producer, 0) is not None or producer["maps"][0] != identity_map(len(producer["dims"]))):
+            return False  # packed and padded operands are there on purpose
         lead = 1 if reader.name == "tensor.scatter" else 0
         if lead and reader.operands[0].defining_op is producer:
             return False

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from ..ir import Dim, Operation, TensorType, Trait, Value
 from ..ir.dialects.tensor import parallel_dims
-from ..ir.expr import evaluate, free_symbols, product, simplify, split_linear
+from ..ir.expr import evaluate, free_symbols, simplify, split_linear
 from ..ir.passes import Pass, PassContext, register
 from .structured import constant_values, in_order, is_contraction, space_bounds
 
@@ -105,7 +105,7 @@ def walk_order(op: Operation, t: TensorType, m: tuple[Dim, ...]) -> list[int] | 
 
 def _estimate(e: Dim) -> int:
     """A symbolic stride with every size taken as 64: only its order among others matters."""
-    return int(evaluate(e, {s: 64 for s in free_symbols(e)}))
+    return int(evaluate(e, dict.fromkeys(free_symbols(e), 64)))
 
 
 def _match_outputs(func: Operation) -> None:

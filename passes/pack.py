@@ -3,7 +3,7 @@
 The microkernel wants, for each panel of NR columns and each k, NR contiguous elements. This pass rewrites the right operand B[.., k, n] of a
 contraction into packed[.., n // NR, k.., n % NR], made by an ordinary pointwise generic with zero fill past the last column; elementwise
 producers of B then fuse into the packing. An operand that is made from parameters alone is packed once and kept (the launch is `cached`).
-Operands that are contiguous along n already are packed only if they are parameters, or when columns are ragged.
+Other operands that are contiguous along n already are packed when columns are ragged, or when a panel's rows lie far apart.
 Padded (convolution) left operands are materialised with their padding, so that the inner loop tests no bounds.
 
 After: every contraction that will run as a GEMM reads its right operand contiguously along n.
@@ -16,7 +16,19 @@ from typing import Any, ClassVar
 
 from ..ir import Builder, Dim, Operation, TensorType, Value, sym
 from ..ir.dialects.tensor import fill_of
-from ..ir.expr import ceildiv, contiguous_linear, delinearize, evaluate, free_symbols, lower_bound, product, simplify, split_linear, substitute, upper_bound
+from ..ir.expr import (
+    ceildiv,
+    contiguous_linear,
+    delinearize,
+    evaluate,
+    free_symbols,
+    lower_bound,
+    product,
+    simplify,
+    split_linear,
+    substitute,
+    upper_bound,
+)
 from ..ir.passes import Pass, PassContext, register
 from ..ir.types import i64
 from .structured import constant_values, in_order, is_contraction, space_bounds
@@ -50,20 +62,20 @@ class Pack(Pass):
 def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassContext) -> None:
     i = roles.right
     v, m = op.operands[i], op["maps"][i]
-    m_size, n_size, k_size = (_size(op, dims) for dims in (roles.m, roles.n, roles.k))
+    m_size, n_size = _size(op, roles.m), _size(op, roles.n)
     _, nr, _ = gemm_tile(ctx.target, m_size, n_size, op["dims"][roles.k[-1]])
     is_constant = v in constant
     if not is_constant:
         if isinstance(m_size, int) and m_size < SMALL_M:
             ctx.remark("declined", f"a contraction with {m_size} rows streams its right operand unpacked", op.location)
             return
-        if _contiguous_along_n(v, m, op, roles) and n_size % nr == 0:
+        if _contiguous_along_n(v, m, op, roles) and n_size % nr == 0 and _panel_is_compact(op, roles):
             return
     n_dims = [op["dims"][d] for d in roles.n]
     used = {int(s[1:]) for e in m for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()}
     batch = [d for d in roles.batch if d in used]
     panels = ceildiv(n_size, nr)
-    k_order = sorted(roles.k, key=lambda d: -_left_stride(op, roles, d))  # the loop that walks the left operand contiguously is innermost
+    k_order = sorted(roles.k, key=lambda d: -_stride(op, roles.left, d))  # the loop that walks the left operand contiguously is innermost
     dims: list[Dim] = [*(op["dims"][d] for d in batch), panels, *(op["dims"][d] for d in k_order), nr]
     at: dict[str, Dim] = {f"d{d}": sym(f"d{j}") for j, d in enumerate(batch)}
     column = sym(f"d{len(batch)}") * nr + sym(f"d{len(dims) - 1}")
@@ -76,7 +88,8 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     source_map = tuple(simplify(substitute(e, at), bounds) for e in m)
     fill = 0 if ragged else fill_of(op, i)
     b = Builder.before_op(op)
-    packed = b.generic([v], [source_map], dims, _packing_body(column, n_size) if ragged else (lambda bb, x: x), fills=[fill], name=f"{v.name or 'b'}_packed")
+    body = _packing_body(len(batch), len(dims) - 1, nr, n_size) if ragged else (lambda bb, x: x)
+    packed = b.generic([v], [source_map], dims, body, fills=[fill], name=f"{v.name or 'b'}_packed")
     flat = contiguous_linear([sym(f"d{d}") for d in roles.n], n_dims)
     op_bounds = space_bounds(op["dims"])
     new_map = (*(sym(f"d{d}") for d in batch), simplify(flat // nr, op_bounds), *(sym(f"d{d}") for d in k_order), simplify(flat % nr, op_bounds))
@@ -87,14 +100,11 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     ctx.remark("done", f"right operand {product(v.type.shape)} packed in panels of {nr}" + (", once" if is_constant else ""), op.location)  # type: ignore[attr-defined]
 
 
-def _packing_body(column: Dim, n_size: Dim) -> Any:
+def _packing_body(panel: int, lane: int, nr: int, n_size: Dim) -> Any:
     """Zero past the last column; the read itself may fall out of bounds there, or wrap around when n has several dimensions."""
     def body(b: Builder, x: Value) -> Value:
-        parts = sorted(free_symbols(column))
-        first, last = (b.op("tensor.index", type=i64, dim=int(p[1:])) for p in parts)
-        split = split_linear(column, parts[0])
-        assert split is not None
-        position = b.arith("add", b.arith("mul", first, int(split[0])), last)  # type: ignore[arg-type]
+        first, last = (b.op("tensor.index", type=i64, dim=d) for d in (panel, lane))
+        position = b.arith("add", b.arith("mul", first, nr), last)
         limit = b.op("tensor.sym", type=i64, expr=n_size)
         return b.arith("select", b.arith("lt", position, limit), x, 0)
     return body
@@ -120,9 +130,19 @@ def _contiguous_along_n(v: Value, m: tuple[Dim, ...], op: Operation, roles: Role
     return split is not None and split[0] == 1
 
 
-def _left_stride(op: Operation, roles: Roles, d: int) -> int:
-    """The distance in the left operand between steps of dimension d (sizes unknown at compile time count as 64)."""
-    v, m = op.operands[roles.left], op["maps"][roles.left]
+COMPACT = 1 << 17
+"""A panel whose rows span more bytes than this misses the TLB and evicts itself from the caches: packing pays."""
+
+
+def _panel_is_compact(op: Operation, roles: Roles) -> bool:
+    """All rows of a panel, unpacked, lie within `COMPACT` bytes."""
+    span = sum(_stride(op, roles.right, d) * (size if isinstance(size := op["dims"][d], int) else 1 << 12) for d in roles.k)
+    return span * 4 <= COMPACT
+
+
+def _stride(op: Operation, i: int, d: int) -> int:
+    """The distance in operand i between steps of dimension d (sizes unknown at compile time count as 64)."""
+    v, m = op.operands[i], op["maps"][i]
     assert isinstance(v.type, TensorType)
     offset: Dim = 0
     for e, stride in zip(m, v.type.layout, strict=True):
@@ -132,7 +152,7 @@ def _left_stride(op: Operation, roles: Roles, d: int) -> int:
 
 
 def _stride_estimate(stride: Dim) -> int:
-    return int(evaluate(stride, {s: 64 for s in free_symbols(stride)}))
+    return int(evaluate(stride, dict.fromkeys(free_symbols(stride), 64)))
 
 
 def _size(op: Operation, dims: tuple[int, ...]) -> Dim:
@@ -164,8 +184,9 @@ def _materialise_padding(op: Operation, roles: Roles, ctx: PassContext) -> None:
         new_map.append(e - low)
     b = Builder.before_op(op)
     padded = b.generic([v], [tuple(source)], dims, lambda bb, x: x, fills=[fill], name=f"{v.name or 'x'}_padded")
-    order = sorted(range(v.type.rank), key=lambda d: -_stride_estimate(v.type.layout[d]))  # type: ignore[union-attr]
-    padded.result.type = in_order(padded.result.type, order)  # type: ignore[arg-type]
+    layout = v.type.layout
+    assert isinstance(padded.result.type, TensorType)
+    padded.result.type = in_order(padded.result.type, sorted(range(v.type.rank), key=lambda d: -_stride_estimate(layout[d])))
     _set_operand(op, i, padded.result, tuple(new_map))
     ctx.remark("done", "padding materialised", op.location)
 

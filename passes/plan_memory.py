@@ -1,36 +1,42 @@
 """Gives every temporary buffer a place in one arena.
 
-Before: host functions with `host.alloc`. After: `host.slot` with byte offsets (multiples of 64) into an arena of `stats.arena_bytes`;
-buffers whose size depends on a symbol that an extern defines (unknown when the arena is made) become arguments of kind "late",
-which the executor allocates as soon as the symbol is known.
+Before: host functions with `host.alloc`. After: `host.slot` with byte offsets (multiples of 64) into an arena of
+`stats.arena_bytes`; buffers whose size depends on a symbol that an extern defines (unknown when the arena is made) become
+arguments of kind "late", which the executor allocates as soon as the symbol is known.
 
-1. Live ranges: from the op that first writes a buffer (or a view of it) to its last use.
-2. In-place reuse: where a kernel allows it (`inplace`) and an input of the same size dies at the launch, input and output are one group.
+1. Live ranges, and in-place reuse: where a kernel allows it and an input of the same size dies at the launch, input and output
+   are one group (`liveness.py`).
+2. Outputs as scratch: until its first write the memory of an output is free, and groups that are dead by then live there
+   (`scratch.py`): they become views of the output.
 3. Offsets, for constant sizes: best fit in several orders, then hill climbing over orders while the arena is larger than
    the lower bound (largest number of live bytes at any time), and an exact search for small programs (`fit.py`).
-4. Symbolic sizes: those that are constant multiples of one expression are packed with each other like constants, in that unit. Alternatively
-   all are put into shared slots, largest first, a buffer going into a slot only if it is proved not to be larger. Both plans are right for all
-   symbol values; the one that is smaller at representative values is kept. Sections follow each other at symbolic offsets.
+4. Symbolic sizes: those that are constant multiples of one expression are packed with each other like constants, in that unit.
+   Alternatively all are put into shared slots, largest first, a buffer going into a slot only if it is proved not to be larger.
+   Both plans are right for all symbol values; the one that is smaller at representative values is kept. Sections follow each
+   other at symbolic offsets.
 
-Recorded in `stats`: arena_bytes, lower_bound, unplanned_bytes (sum of all temporaries), reused_in_place.
+Recorded in `stats`: arena_bytes, lower_bound (of what is in the arena), unplanned_bytes (sum of all temporaries),
+reused_in_place and placed_in_outputs (numbers of buffers).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 from ..ir.builder import Builder
-from ..ir.core import Operation, Value
-from ..ir.expr import Bounds, Dim, Expr, free_symbols, known_less, maximum, product
+from ..ir.core import Operation
+from ..ir.expr import Bounds, Dim, Expr, free_symbols, known_less, known_nonnegative, maximum, product
 from ..ir.passes import Pass, PassContext, register
-from ..ir.types import BufferType
 from .check_plan import check_plan
 from .fit import Block, fit
+from .liveness import Group, find_groups
+from .scratch import find_scratch
 from .storage import align, representative_symbols, size_at, symbol_bounds
 
-__all__ = ["PlanMemory", "live_ranges"]
+__all__ = ["PlanMemory"]
 
 MAX_BOUND_TERMS = 8
 
@@ -38,10 +44,15 @@ MAX_BOUND_TERMS = 8
 @register
 @dataclass(frozen=True)
 class PlanMemory(Pass):
-    """See the module docstring. `effort` bounds the search beyond best fit (number of tried orders); `check` verifies the plan."""
+    """See the module docstring.
+
+    `effort` bounds the search beyond best fit (number of tried orders), `outputs` allows outputs as scratch, `check` verifies
+    the plan.
+    """
 
     name: ClassVar[str] = "plan-memory"
     effort: int = 200
+    outputs: bool = True
     check: bool = True
 
     def run(self, module: Operation, ctx: PassContext) -> None:
@@ -54,25 +65,35 @@ class PlanMemory(Pass):
                     check_plan(func, kernels)
 
     def _plan(self, func: Operation, kernels: Mapping[str, Operation], ctx: PassContext) -> None:
-        buffers = _groups(func, kernels)
+        for op in func.body.ops:
+            if op.name == "host.alloc" and not op.result.uses:
+                op.erase()
+        buffers = find_groups(func, kernels)
         groups = list(dict.fromkeys(buffers.values()))
-        symbols = representative_symbols(func)
-        offsets, arena = _place(groups, symbol_bounds(func), symbols, self.effort)
-        for value, group in buffers.items():
-            op = value.defining_op
-            assert op is not None
-            slot = Builder.before_op(op).create("host.slot", (), {"offset": offsets[group], "bytes": op["bytes"]}, [value.type])
-            slot.result.name = value.name
-            value.replace_all_uses_with(slot.result)
-            op.erase()
+        symbols, bounds = representative_symbols(func), symbol_bounds(func)
+        hosted = find_scratch(func, kernels, groups, bounds) if self.outputs else {}
+        rest = [g for g in groups if g not in hosted]
+        offsets, arena = _place(rest, bounds, symbols, self.effort)
         unplanned: Dim = 0
-        for group in groups:
-            unplanned = unplanned + group.total
-        bound = _lower_bound(groups, symbols)
+        for value, group in buffers.items():
+            alloc = value.defining_op
+            assert alloc is not None
+            unplanned = unplanned + align(alloc["bytes"])
+            b = Builder.before_op(alloc)
+            if group in hosted:
+                output, elements = hosted[group]
+                placed = b.create("host.view", [output], {"offset": elements} if elements else {}, [value.type])
+            else:
+                placed = b.create("host.slot", (), {"offset": offsets[group], "bytes": alloc["bytes"]}, [value.type])
+            placed.result.name = value.name
+            value.replace_all_uses_with(placed.result)
+            alloc.erase()
+        bound = _lower_bound(rest, symbols)
+        in_place, scratch = len(buffers) - len(groups), sum(g in hosted for g in buffers.values())
         func.attributes["stats"] = {**func["stats"], "arena_bytes": arena, "lower_bound": bound, "unplanned_bytes": unplanned,
-                                    "reused_in_place": len(buffers) - len(groups)}
+                                    "reused_in_place": in_place, "placed_in_outputs": scratch}
         ctx.remark("done", f"'{func['sym_name']}': arena of {arena} bytes, lower bound {bound}, {unplanned} without planning, "
-                           f"{len(buffers) - len(groups)} buffers reused in place")
+                           f"{in_place} buffers reused in place, {scratch} placed in outputs")
 
 
 def _make_late(func: Operation) -> None:
@@ -89,75 +110,13 @@ def _make_late(func: Operation) -> None:
     func.attributes["arg_attrs"] = tuple(arg_attrs)
 
 
-@dataclass(eq=False)
-class _Group:
-    """Buffers that share one place: the same memory handed from launch to launch. Times are positions of ops, inclusive."""
-
-    size: Dim
-    start: int
-    end: int
-    total: Dim = 0  # bytes of all members, had each its own memory
-    members: list[Value] = field(default_factory=list)
-
-
-def live_ranges(func: Operation) -> dict[Value, tuple[int, int]]:
-    """`host.alloc` result -> (position of the first, of the last op that touches it or a view of it)."""
-    base: dict[Value, Value] = {}
-    ranges: dict[Value, tuple[int, int]] = {}
-    for at, op in enumerate(func.body):
-        if op.name == "host.alloc":
-            base[op.result] = op.result
-        elif op.name == "host.view":
-            if op.operands[0] in base:
-                base[op.result] = base[op.operands[0]]
-        else:
-            for v in op.operands:
-                if v in base:
-                    first, _ = ranges.get(base[v], (at, at))
-                    ranges[base[v]] = (first, at)
-    return ranges
-
-
-def _groups(func: Operation, kernels: Mapping[str, Operation]) -> dict[Value, _Group]:
-    """Every allocation's group, after in-place reuse. Allocations that nothing touches are dropped."""
-    ranges = live_ranges(func)
-    for op in func.body.ops:
-        if op.name == "host.alloc" and not op.result.uses:
-            op.erase()
-    found: dict[Value, _Group] = {}
-    for v, (start, end) in ranges.items():
-        size = align(_bytes(v))
-        found[v] = _Group(size, start, end, size, [v])
-    for at, op in enumerate(func.body):
-        if op.name != "host.launch" or op["kernel"].name not in kernels:
-            continue
-        taken: set[_Group] = set()
-        for i, j in kernels[op["kernel"].name]["inplace"]:
-            source, target = found.get(op.operands[i]), found.get(op.operands[j])
-            if (source is None or target is None or source in taken or source.end != at or target.start != at
-                    or _bytes(op.operands[i]) != _bytes(op.operands[j]) or op.operands.count(op.operands[i]) > 1):
-                continue
-            taken.add(source)
-            source.end = target.end
-            source.total = source.total + target.total
-            source.members += target.members
-            for v in target.members:
-                found[v] = source
-    return found
-
-
-def _bytes(v: Value) -> Dim:
-    assert v.defining_op is not None
-    return v.defining_op["bytes"]
-
-
 # -- placement --------------------------------------------------------------------------------------------------------
 
-Placement = tuple[dict[_Group, Dim], Dim]
+Placement = tuple[dict[Group, Dim], Dim]
 """Offset of each group, and the size of the whole."""
 
 
-def _place(groups: Sequence[_Group], bounds: Bounds, symbols: Mapping[str, int], effort: int) -> Placement:
+def _place(groups: Sequence[Group], bounds: Bounds, symbols: Mapping[str, int], effort: int) -> Placement:
     candidates = [_by_unit(groups, effort)]
     symbolic = [g for g in groups if isinstance(g.size, Expr)]
     if symbolic:
@@ -168,7 +127,7 @@ def _place(groups: Sequence[_Group], bounds: Bounds, symbols: Mapping[str, int],
 
 
 def _stack(sections: Sequence[Placement]) -> Placement:
-    offsets: dict[_Group, Dim] = {}
+    offsets: dict[Group, Dim] = {}
     base: Dim = 0
     for placed, size in sections:
         for group, offset in placed.items():
@@ -187,34 +146,42 @@ def _unit(size: Dim) -> tuple[int, Dim]:
     return 1, size
 
 
-def _by_unit(groups: Sequence[_Group], effort: int) -> Placement:
+def _by_unit(groups: Sequence[Group], effort: int) -> Placement:
     """Sizes that are multiples of one unit are packed together; the packings follow each other."""
-    units: dict[Dim, list[tuple[int, _Group]]] = {}
+    units: dict[Dim, list[tuple[int, Group]]] = {}
     for g in groups:
         k, unit = _unit(g.size)
         units.setdefault(unit, []).append((k, g))
     sections = []
     for unit, members in units.items():
         placed = fit([Block(k, g.start, g.end) for k, g in members], effort)
-        sections.append(({g: offset * unit for (_, g), offset in zip(members, placed.offsets, strict=True)}, placed.size * unit))
+        sections.append(({g: offset * unit for (_, g), offset in zip(members, placed.offsets, strict=True)},
+                         placed.size * unit))
     return _stack(sections)
 
 
-def _by_slot(groups: Sequence[_Group], bounds: Bounds, symbols: Mapping[str, int]) -> Placement:
-    """Slots shared by groups that are never alive together; the first, and provably largest, of a slot's groups gives its size."""
-    slots: list[tuple[Dim, list[_Group]]] = []
+def _by_slot(groups: Sequence[Group], bounds: Bounds, symbols: Mapping[str, int]) -> Placement:
+    """Slots shared by groups that are never alive together; a slot's size is that of its provably largest group."""
+    slots: list[tuple[Dim, list[Group]]] = []
+
+    @cache
+    def covers(large: Dim, small: Dim) -> bool:
+        return large == small or known_less(small, large + 1, bounds)
+
     for g in sorted(groups, key=lambda g: (-size_at(g.size, symbols), g.start)):
-        fitting = [(size_at(size, symbols), i) for i, (size, members) in enumerate(slots)
-                   if (size == g.size or known_less(g.size, size + 1, bounds)) and all(g.end < m.start or m.end < g.start for m in members)]
-        if fitting:
-            slots[min(fitting)[1]][1].append(g)
+        free = [i for i, (size, members) in enumerate(slots)
+                if (covers(size, g.size) or covers(g.size, size)) and not any(g.meets(m) for m in members)]
+        if free:
+            i = min(free, key=lambda i: size_at(slots[i][0], symbols))
+            size, members = slots[i]
+            slots[i] = (size if covers(size, g.size) else g.size, [*members, g])
         else:
             slots.append((g.size, [g]))
     return _stack([(dict.fromkeys(members, 0), size) for size, members in slots])
 
 
-def _lower_bound(groups: Sequence[_Group], symbols: Mapping[str, int]) -> Dim:
-    """The largest number of live bytes over time; of many incomparable symbolic sums, those that lead at representative values."""
+def _lower_bound(groups: Sequence[Group], symbols: Mapping[str, int]) -> Dim:
+    """The largest number of live bytes over time; of many incomparable sums, those that lead at representative values."""
     changes: dict[int, Dim] = {}
     for g in groups:
         changes[g.start] = changes.get(g.start, 0) + g.size
@@ -224,5 +191,8 @@ def _lower_bound(groups: Sequence[_Group], symbols: Mapping[str, int]) -> Dim:
     for time in sorted(changes):
         live = live + changes[time]
         totals[live] = None
-    leading = sorted(totals, key=lambda e: -size_at(e, symbols))[:MAX_BOUND_TERMS]
-    return maximum(*[e for e in leading if e != 0]) if len(leading) > 1 else 0
+    leading: list[Dim] = []
+    for total in sorted(totals, key=lambda e: -size_at(e, symbols)):
+        if not any(known_nonnegative(other - total) for other in leading):  # else another time is always the worse one
+            leading.append(total)
+    return maximum(*leading[:MAX_BOUND_TERMS])

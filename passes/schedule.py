@@ -1,15 +1,16 @@
 """Orders the launches of a function so that little memory is alive at any time.
 
-Before and after: functions of `tile.launch`, `tensor.constant`, `tensor.extern`, `tensor.assign` and `return`, with value semantics.
-After: the same ops in an order that respects data flow, keeps externs with effects (random, or without results) in their
-order, and whose peak of temporary bytes is never above that of the given order.
+Before and after: functions of `tile.launch`, `tensor.constant`, `tensor.extern`, `tensor.assign` and `return`, with value
+semantics. After: the same ops in an order that respects data flow, keeps externs with effects (random, or without results) in
+their order, and whose peak of temporary bytes is never above that of the given order.
 
-Candidates: the given order; greedy list scheduling (of the ready ops the one with the smallest allocated minus freed bytes, ties by
-given order; Kernighan-style with no look-ahead); and a depth-first order from the results, which visits the operand
+Candidates: the given order; greedy list scheduling (of the ready ops the one with the smallest allocated minus freed bytes,
+ties by given order, no look-ahead); and a depth-first order from the results, which visits the operand
 subtree with the larger surplus first (Sethi and Ullman 1970, generalised to graphs by Liu 1987). The best is kept.
-What counts: values made and used inside the function. Arguments, returned values (memory of their own for the
-whole call), constants and cached launches (they outlive the call) cost nothing.
-Symbolic sizes are compared at representative values; that decides only which order is better, not what is right.
+
+What counts: values made and used inside the function. Arguments, returned values (memory of their own for the whole call),
+constants and cached launches (they outlive the call) cost nothing. Symbolic sizes are compared at representative values; that
+decides only which order is better, not what is right.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class _Costs:
         returned = set(func.body.terminator.operands)
         self.bytes: dict[Value, int] = {}
         for op in func.body:
-            if op.name == "tensor.constant" or op.name == "tile.launch" and op["cached"]:
+            if op.name == "tensor.constant" or (op.name == "tile.launch" and op["cached"]):
                 continue
             for r in op.results:
                 if r not in returned and isinstance(r.type, TensorType):

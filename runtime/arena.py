@@ -1,8 +1,8 @@
 """Temporary memory for calls, kept between calls.
 
-A graph needs one arena per call. Asking the system for it each time would cost a page fault per 4 KiB, which for the arenas of large
-models is more than the kernels take; so arenas go back to a pool. One pool serves all graphs of a program: graphs that run one after the
-other share one arena, as large as the largest of them needs.
+A graph needs one arena per call. Asking the system for it each time would cost a page fault per 4 KiB, which for the arenas of
+large models is more than the kernels take; so arenas go back to a pool. One pool serves all graphs of a program: graphs that
+run one after the other share one arena, as large as the largest of them needs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class ArenaPool:
     At most `keep_bytes` stay allocated while idle; a larger arena is given back to the allocator after its call.
     """
 
-    def __init__(self, keep_bytes: int = 1 << 30):
+    def __init__(self, keep_bytes: int = 1 << 30, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
         self.keep_bytes = keep_bytes
         self._idle: list[torch.Tensor] = []
         self._lock = threading.Lock()
@@ -31,11 +32,11 @@ class ArenaPool:
         try:
             arena = self._idle.pop()  # atomic: the list is only touched by pop and append outside the lock
         except IndexError:
-            return torch.empty(size, dtype=torch.uint8)
+            return torch.empty(size, dtype=torch.uint8, device=self.device)
         if arena.nbytes >= size:
             return arena
         del arena  # give the small one back before asking for the large one
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def release(self, arena: torch.Tensor) -> None:
         """The arena may serve other calls from now on."""

@@ -13,9 +13,9 @@ Layout, all integers little-endian:
     52      H      header: JSON {"manifest": ..., "blobs": [[name, size, sha256 in hex], ...]}
     52+H    ...    the blobs, one after the other, in that order; nothing after the last
 
-Every byte is covered: by a comparison (magic, version), by a hash, or by the exact total length; so any damage raises ArtifactError.
-The reader allocates no more than the file's own size, whatever lengths the file claims, and runs nothing (no pickle, no eval).
-Hashes guard against accidents, not against an enemy who can write the file: object code is code.
+Every byte is covered: by a comparison (magic, version), by a hash, or by the exact total length; so any damage raises
+ArtifactError. The reader allocates no more than the file's own size, whatever lengths the file claims, and runs nothing (no
+pickle, no eval). Hashes guard against accidents, not against an enemy who can write the file: object code is code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["Artifact", "ArtifactError", "FORMAT_VERSION"]
+__all__ = ["FORMAT_VERSION", "Artifact", "ArtifactError"]
 
 MAGIC = b"AICCART\0"
 FORMAT_VERSION = 1
@@ -40,7 +40,7 @@ class ArtifactError(Exception):
 
 @dataclass(frozen=True)
 class Artifact:
-    """`manifest` is JSON data (dicts with string keys, lists, strings, ints, floats, bools, None); `blobs` are bytes by name."""
+    """`manifest` is JSON data (dicts with string keys, lists, strings, ints, floats, bools, None); `blobs` bytes by name."""
 
     manifest: dict[str, Any]
     blobs: dict[str, bytes] = field(default_factory=dict)

@@ -4,8 +4,8 @@
     found = cache.get(key)                       # Artifact or None
     cache.put(key, artifact)
 
-A key is the SHA-256 (hex) of everything that decides the result (`cache_key`): so an entry is never stale, only absent, whole or
-damaged. Rules:
+A key is the SHA-256 (hex) of everything that decides the result (`cache_key`): so an entry is never stale, only absent, whole
+or damaged. Rules:
 - An entry appears atomically: it is written to a temporary file in its own directory and renamed.
 - A damaged entry is removed, with one warning, and counts as absent.
 - A directory that cannot be made, read or written, or a full disk, gives one warning; the program goes on without that entry.
@@ -177,7 +177,8 @@ class ArtifactCache:
             self._warn("write", f"the cache directory {self.directory} cannot be used ({error}); going on without it")
             return False
         if mode & stat.S_IWOTH:
-            self._warn("open", f"the cache directory {self.directory} is writable by everybody and holds native code; it is not used. "
+            self._warn("open",
+                       f"the cache directory {self.directory} is writable by everybody and holds native code; it is not used. "
                                f"chmod o-w it, or choose another")
             return False
         return True

@@ -3,9 +3,10 @@
     graph = CompiledGraph(manifest, object_code)
     outputs = graph(*args)          # or graph([...]) with the boxed convention: the list is emptied
 
-Native functions have the type `int32 NAME_i(void **table, int64 *symbols)`. The table holds the addresses of the program's buffers: tensor
-arguments, outputs, buffers that externs fill, persistent buffers by number, and the arena last; `symbols` the size symbols in the order of the
-manifest. Native code between two externs is one segment; a program without externs is one call.
+Native functions have the type `int32 NAME_i(void **table, int64 *symbols)`. The table holds the addresses of the program's
+buffers: tensor arguments, outputs, buffers that externs fill, persistent buffers by number, and the arena last; `symbols` the
+size symbols in the order of the manifest. Native code between two externs is one segment; a program without externs is one
+call.
 
 The manifest (JSON, made by `compiler/manifest.py`; sizes as in `sizes.py`):
 
@@ -14,14 +15,14 @@ The manifest (JSON, made by `compiler/manifest.py`; sizes as in `sizes.py`):
     symbol_args              [[position, symbol or null], ...]: the caller's other arguments
     symbol_sources           [[symbol, input, dimension, "size" or "stride"], ...]
     buffers                  after the inputs: {kind: "output" | "extern" | "late", dtype, shape, strides}
-    results                  {kind: "buffer", buffer} | {kind: "input", input} | {kind: "same", result} | {kind: "int", expr} | {kind: "none"}
-                             | {kind: "item", buffer} | {kind: "view", input, shape, strides, offset}
+    results                  {kind: "buffer", buffer} | {kind: "input", input} | {kind: "same", result} | {kind: "int", expr}
+                             | {kind: "none"} | {kind: "item", buffer} | {kind: "view", input, shape, strides, offset}
     persistent               {bytes, guards, pack, transient, symbolic}; `pack` names a function or is null
     arena                    bytes
     steps                    ["call", function] | ["extern", {...}] | ["allocate", [buffers]] | ["drop", [buffers]]
     mutated                  inputs that the program writes to
     constants                base64 of the constants that externs read (native code has its own copies)
-    errors                   messages for error codes 1, 2, ... (optional)
+    errors                   error code, as a string -> message
 
 Thread safety: one graph may run in several threads at once; every call takes its own frame (table) and arena from pools.
 """
@@ -32,13 +33,13 @@ import ctypes
 import struct
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from .arena import ArenaPool, shared_pool
 from .artifact import ArtifactError
-from .extern_call import ExternCall, TensorSpec
+from .extern_call import TensorSpec
 from .loader import NativeFunction, load_object
 from .packing import PackedMemory, PersistentBuffer
 from .segments import Segments
@@ -61,12 +62,21 @@ def _fast_empty() -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], t
 _empty = _fast_empty()
 
 
+class Library(Protocol):
+    """Compiled functions by name: native code (`loader.py`) or launches of CUDA kernels (`cuda.py`)."""
+
+    def function(self, name: str) -> NativeFunction: ...
+
+    def bind(self, symbols: Sequence[str]) -> None: ...
+
+
 class _Sizes:
     """What depends on the symbol values: computed once per combination of values."""
 
     __slots__ = ("address", "arena", "array", "outputs", "values")
 
-    def __init__(self, values: tuple[int, ...], outputs: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]], arena: int):
+    def __init__(self, values: tuple[int, ...], outputs: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]],
+                 arena: int):
         self.values = values
         self.array = (ctypes.c_int64 * max(1, len(values)))(*values)
         self.address = ctypes.addressof(self.array)
@@ -77,15 +87,22 @@ class _Sizes:
 class CompiledGraph:
     """See the module docstring. `calls` counts native calls, `extern_calls` operator calls (exact in one thread)."""
 
-    _boxed_call = True  # AOTAutograd: call with one list, which may be emptied to free the arguments
+    def __init__(self, manifest: dict[str, Any], code: bytes = b"", *, arenas: ArenaPool | None = None, check_inputs: bool = False,
+                 device: torch.device | str = "cpu", library: Library | None = None):
+        """`code` is an object file; or else `library` has the functions. `arenas` defaults to the pool that all graphs of the process share.
 
-    def __init__(self, manifest: dict[str, Any], code: bytes, *, arenas: ArenaPool | None = None, check_inputs: bool = False):
-        """`code` is an object file. `arenas` defaults to the pool that all graphs of the process share.
-
+        `device` is where arguments and results are.
         `check_inputs` compares every argument with the manifest (strict mode). ArtifactError if the manifest is malformed or the
         code does not fit it.
         """
-        self.arenas = arenas or shared_pool()
+        # AOTAutograd: call with one list, which may be emptied. On the instance, for torch._dynamo.disable copies `__dict__`.
+        self._boxed_call = True
+        self.device = torch.device(device)
+        on_cpu = self.device.type == "cpu"
+        self._empty = _empty if on_cpu else lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
+        # torch's CUDA allocator is quick, and knows on which stream memory is still in use: nothing is kept beside it.
+        self.arenas = arenas or (shared_pool() if on_cpu else ArenaPool(0, self.device))
+        self.library: Library | None = library
         self.calls = 0
         self.extern_calls = 0
         try:
@@ -108,15 +125,19 @@ class CompiledGraph:
         self._input_specs = [TensorSpec(x, self._positions) for x in inputs] if check_inputs else []
         self._arena_size: Size = compile_size(manifest["arena"], self._positions)
         self._pick_inputs(inputs, manifest["symbol_args"])
-        self._symbol_args = [(int(position), self._positions[name]) for position, name in manifest["symbol_args"] if name is not None]
+        self._symbol_args = [(int(position), self._positions[name]) for position, name in manifest["symbol_args"]
+                             if name is not None]
         self._symbol_sources = [(self._positions[name], _index(i, inputs), int(d), {"size": 0, "stride": 1}[what])
                                 for name, i, d, what in manifest["symbol_sources"]]
         self._mutated = [_index(i, inputs) for i in manifest["mutated"]]
-        self._errors: list[str] = list(manifest.get("errors", ()))
+        self._errors: dict[str, str] = dict(manifest["errors"])
 
         calls = [step[1] for step in manifest["steps"] if step[0] == "call"]
         packs = [p["pack"] for p in manifest["persistent"] if p["pack"] is not None]
-        self.library = load_object(code, dict.fromkeys([*calls, *packs])) if calls or packs else None
+        if self.library is not None:
+            self.library.bind(names)
+        elif calls or packs:
+            self.library = load_object(code, dict.fromkeys([*calls, *packs]))
         self._packed = self._read_persistent(manifest["persistent"])
         self._memo: dict[tuple[int, ...], _Sizes] = {}
         self._frames: list[tuple[Any, int]] = []
@@ -126,22 +147,16 @@ class CompiledGraph:
         later |= {_index(i, buffers) for step in manifest["steps"] if step[0] == "extern" for i in step[1]["buffers"]}
         self._early = [i for i in range(len(buffers)) if i not in later]
         self._results = self._read_results(manifest["results"])
-        single = [step[1] for step in manifest["steps"]] if calls and len(manifest["steps"]) == 1 else None
         constants: list[str] = manifest["constants"]
-        self._segments = None
-        if single is not None and self._early == list(range(len(buffers))):
-            self._native: NativeFunction | None = self._function(single[0])
-        else:
-            self._native = None
-            self._segments = Segments(manifest["steps"], self._function, constants, self._positions, inputs, self._specs,
-                                      self._persistent_slot, self._arena_slot)
         self._fill = struct.Struct(f"={self._arena_slot + 1}Q").pack_into
         plain = [{"kind": "buffer", "buffer": i} for i in range(len(buffers))]
         self._plain = manifest["results"] == plain
-        if not names:
-            self._static: _Sizes | None = self._sizes(())
-        else:
-            self._static = None
+        self._static: _Sizes | None = None if names else self._sizes(())
+        self._segments = Segments(manifest["steps"], self._function, constants, self._positions, inputs, self._specs,
+                                  self.device)
+        self._run: Callable[[Sequence[Any]], list[Any]] = self._run_steps
+        if len(manifest["steps"]) == len(calls) == 1 and len(self._early) == len(buffers):
+            self._run = self._one_call(self._function(calls[0]))
 
     def _pick_inputs(self, inputs: list[dict[str, Any]], symbol_args: list[list[Any]]) -> None:
         positions = [int(x["position"]) for x in inputs]
@@ -164,19 +179,21 @@ class CompiledGraph:
         if not rows:
             return None
         buffers = [PersistentBuffer(compile_size(r["bytes"], self._positions), tuple(r["guards"]),
-                                    None if r["pack"] is None else self._function(r["pack"]), bool(r["transient"]), bool(r["symbolic"]))
+                                    None if r["pack"] is None else self._function(r["pack"]), bool(r["transient"]),
+                                    bool(r["symbolic"]))
                    for r in rows]
         if any(not 0 <= g < self._input_count for b in buffers for g in b.guards):
             raise ValueError("a guard is no input")
-        return PackedMemory(buffers, self._arena_slot + 1, self._persistent_slot)
+        return PackedMemory(buffers, self._arena_slot + 1, self._persistent_slot, self.device)
 
-    def _read_results(self, rows: list[dict[str, Any]]) -> list[Callable[[Sequence[Any], Sequence[Any], Sequence[int], list[Any]], Any]]:
+    def _read_results(self, rows: list[dict[str, Any]]) -> list[Callable[[Sequence[Any], Sequence[Any], Sequence[int],
+                                                                          list[Any]], Any]]:
         return [_RESULT_KINDS[row["kind"]](row, self) for row in rows]
 
     # -- running
 
     def __call__(self, *args: Any) -> list[Any]:
-        """The outputs. Arguments as the graph was compiled for; IndexError where an index that the program was given is out of range."""
+        """The outputs, for arguments as the graph was compiled for. IndexError where an index in the data is out of range."""
         if len(args) == 1 and type(args[0]) is list:
             boxed = args[0]
             outputs = self._run(boxed)
@@ -184,39 +201,81 @@ class CompiledGraph:
             return outputs
         return self._run(args)
 
-    def _run(self, args: Sequence[Any]) -> list[Any]:
+    def _one_call(self, native: NativeFunction) -> Callable[[Sequence[Any]], list[Any]]:
+        """How to run a program that is one native call: the same as `_run_steps`, with everything looked up beforehand."""
+        count, pick, static, packed_memory = self._arg_count, self._pick, self._static, self._packed
+        frames, fill, acquire, release = self._frames, self._fill, self.arenas.acquire, self.arenas.release
+        plain, empty = self._plain and not self._mutated, self._empty
+
+        def run(args: Sequence[Any]) -> list[Any]:
+            if len(args) != count:
+                raise self._wrong_count(args)
+            tensors = args if pick is None else pick(args)
+            pointers = [*map(_data_ptr, tensors)]
+            sizes = static or self._sizes(self._symbol_values(args, tensors))
+            if self._input_specs:
+                self._check_inputs(tensors, sizes.values)
+            buffers = [empty(*spec) for spec in sizes.outputs]
+            packed = None
+            try:
+                frame = frames.pop()
+            except IndexError:
+                frame = self._new_frame()
+            if packed_memory is not None:
+                packed = packed_memory.get(tensors, pointers, sizes.values, sizes.address)
+                pointers += map(_data_ptr, buffers)
+                pointers += packed.pointers
+            else:
+                pointers += map(_data_ptr, buffers)
+            if sizes.arena:
+                arena = acquire(sizes.arena)
+                fill(frame[0], 0, *pointers, arena.data_ptr())
+                code = native(frame[1], sizes.address)
+                release(arena)
+            else:
+                fill(frame[0], 0, *pointers, 0)
+                code = native(frame[1], sizes.address)
+            frames.append(frame)
+            self.calls += 1
+            if code:
+                self._fail(code)
+            return buffers if plain else self._finish(tensors, buffers, sizes.values)
+
+        return run
+
+    def _run_steps(self, args: Sequence[Any]) -> list[Any]:
         if len(args) != self._arg_count:
-            raise TypeError(f"'{self.name}' takes {self._arg_count} arguments, got {len(args)}")
+            raise self._wrong_count(args)
         tensors = args if self._pick is None else self._pick(args)
         pointers = list(map(_data_ptr, tensors))
         sizes = self._static or self._sizes(self._symbol_values(args, tensors))
         if self._input_specs:
             self._check_inputs(tensors, sizes.values)
-        packed = None
-        if self._packed is not None:
-            packed = self._packed.get(tensors, pointers, sizes.values, sizes.address)
+        packed = None if self._packed is None else self._packed.get(tensors, pointers, sizes.values, sizes.address)
+        buffers: list[Any] = [None] * self._buffer_count
+        for i, spec in zip(self._early, sizes.outputs, strict=True):
+            buffers[i] = self._empty(*spec)
         arena = self.arenas.acquire(sizes.arena) if sizes.arena else None
-        try:
-            table, address = self._frames.pop()
-        except IndexError:
-            table = (ctypes.c_uint64 * (self._arena_slot + 1))()
-            address = ctypes.addressof(table)
-        try:
-            if self._native is not None:
-                buffers: list[Any] = [_empty(*spec) for spec in sizes.outputs]
-                self._fill(table, 0, *pointers, *map(_data_ptr, buffers), *(packed.pointers if packed is not None else ()),
-                           arena.data_ptr() if arena is not None else 0)
-                self.calls += 1
-                code = self._native(address, sizes.address)
-                if code:
-                    self._fail(code)
-                symbols: Sequence[int] = sizes.values
-            else:
-                buffers, symbols = self._run_segments(tensors, pointers, sizes, packed, arena, table, address)
-        finally:
-            self._frames.append((table, address))
-            if arena is not None:
-                self.arenas.release(arena)
+        table, address = self._new_frame()
+        self._fill(table, 0, *pointers, *[0 if b is None else b.data_ptr() for b in buffers],
+                   *(packed.pointers if packed is not None else ()), arena.data_ptr() if arena is not None else 0)
+        symbols = list(sizes.values)
+        array = (ctypes.c_int64 * max(1, len(symbols)))(*symbols)  # of this call alone: externs may define symbols
+        calls, externs, code = self._segments.run(tensors, buffers, packed, arena, table, address, symbols, array)
+        if arena is not None:  # after an exception it is simply freed
+            self.arenas.release(arena)
+        self.calls += calls
+        self.extern_calls += externs
+        if code:
+            self._fail(code)
+        return self._finish(tensors, buffers, symbols)
+
+    def _new_frame(self) -> tuple[Any, int]:
+        """A pointer table and its address."""
+        table = (ctypes.c_uint64 * (self._arena_slot + 1))()
+        return table, ctypes.addressof(table)
+
+    def _finish(self, tensors: Sequence[torch.Tensor], buffers: list[Any], symbols: Sequence[int]) -> list[Any]:
         for i in self._mutated:
             if not tensors[i].is_inference():
                 _bump_version(tensors[i])
@@ -227,26 +286,12 @@ class CompiledGraph:
             results.append(make(tensors, buffers, symbols, results))
         return results
 
-    def _run_segments(self, tensors: Sequence[torch.Tensor], pointers: list[int], sizes: _Sizes, packed: Any, arena: torch.Tensor | None,
-                      table: Any, address: int) -> tuple[list[Any], Sequence[int]]:
-        assert self._segments is not None
-        buffers: list[Any] = [None] * self._buffer_count
-        for i, spec in zip(self._early, sizes.outputs, strict=True):
-            buffers[i] = _empty(*spec)
-        self._fill(table, 0, *pointers, *[0 if b is None else b.data_ptr() for b in buffers],
-                   *(packed.pointers if packed is not None else ()), arena.data_ptr() if arena is not None else 0)
-        symbols = list(sizes.values)
-        array = (ctypes.c_int64 * max(1, len(symbols)))(*symbols)  # of this call alone: externs may define symbols
-        calls, externs, code = self._segments.run(tensors, buffers, packed, arena, table, address, symbols, array)
-        self.calls += calls
-        self.extern_calls += externs
-        if code:
-            self._fail(code)
-        return buffers, symbols
+    def _wrong_count(self, args: Sequence[Any]) -> TypeError:
+        return TypeError(f"'{self.name}' takes {self._arg_count} arguments, got {len(args)}")
 
     def _fail(self, code: int) -> None:
-        known = 0 < code <= len(self._errors)
-        raise IndexError(f"{self._errors[code - 1] if known else 'index out of range'} (in the compiled graph '{self.name}', code {code})")
+        message = self._errors.get(str(code), "index out of range")
+        raise IndexError(f"{message} (in the compiled graph '{self.name}', code {code})")
 
     def _symbol_values(self, args: Sequence[Any], tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
         values = [0] * len(self._positions)
@@ -259,7 +304,8 @@ class CompiledGraph:
     def _sizes(self, values: tuple[int, ...]) -> _Sizes:
         found = self._memo.get(values)
         if found is None:
-            outputs = [(self._specs[i].shape(values), self._specs[i].strides(values), self._specs[i].dtype) for i in self._early]
+            specs = [self._specs[i] for i in self._early]
+            outputs = [(spec.shape(values), spec.strides(values), spec.dtype) for spec in specs]
             found = _Sizes(values, outputs, evaluate_size(self._arena_size, values))
             if len(self._memo) >= _MEMO_LIMIT:
                 self._memo.clear()
@@ -269,11 +315,11 @@ class CompiledGraph:
     def _check_inputs(self, tensors: Sequence[Any], symbols: Sequence[int]) -> None:
         for row, spec, t in zip(self.manifest["inputs"], self._input_specs, tensors, strict=True):
             shape, strides = spec.shape(symbols), spec.strides(symbols)
-            same = t.dtype == spec.dtype and tuple(t.shape) == shape and t.device.type == "cpu" and (
+            same = t.dtype == spec.dtype and tuple(t.shape) == shape and t.device.type == self.device.type and (
                 t.numel() == 0 or all(n == 1 or a == b for n, a, b in zip(shape, t.stride(), strides, strict=True)))
             if not same:
                 raise ValueError(f"argument '{row['name']}' of '{self.name}' is {t.dtype} of shape {tuple(t.shape)}, strides {t.stride()} on "
-                                 f"{t.device}; the graph was compiled for {spec.dtype} of shape {shape}, strides {strides} on cpu")
+                                 f"{t.device}; the graph was compiled for {spec.dtype} of shape {shape}, strides {strides} on {self.device.type}")
 
     # -- for those who look
 
@@ -343,4 +389,3 @@ _RESULT_KINDS: dict[str, Callable[[dict[str, Any], CompiledGraph], Callable[...,
     "int": _result_int, "item": _result_item, "view": _result_view,
     "none": lambda row, graph: lambda *given: None,
 }
-

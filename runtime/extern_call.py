@@ -6,10 +6,12 @@ The encoding of arguments is that of `graph.extern` (see `frontend/extern.py`), 
     list                            a list
     {"operand": i}                  tensor operand i
     {"expr": e}                     a size expression (see `sizes.py`)
-    {"dtype": "f32"}, {"device": "cpu"}, {"layout": "torch.strided"}, {"memory_format": "torch.channels_last"}, {"complex": [re, im]}
+    {"dtype": "f32"}, {"device": "cpu"}, {"layout": "torch.strided"}, {"memory_format": "torch.channels_last"},
+    {"complex": [re, im]}
     {"float": "nan"}                a float that JSON has no number for: nan, inf, -inf
 
-Entry point: `ExternCall`. Tensors of operands and results are given and taken as torch tensors; where they live is the executor's affair.
+Entry point: `ExternCall`. Tensors of operands and results are given and taken as torch tensors; where they live is the
+executor's affair.
 """
 
 from __future__ import annotations
@@ -57,8 +59,8 @@ def resolve_operator(target: str) -> Any:
         for part in parts:
             found = getattr(found, part)
     except (AttributeError, RuntimeError) as error:
-        raise ArtifactError(f"torch has no operator '{target}' ({error}); import the library that registers it before the program runs"
-                            ) from error
+        raise ArtifactError(f"torch has no operator '{target}' ({error}); import the library that registers it "
+                            "before the program runs") from error
     return found
 
 
@@ -122,7 +124,11 @@ def _laid_out(t: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...])
     """`t` itself if its strides are right wherever they matter, else a copy with these strides."""
     if t.stride() == strides or all(n == 1 or a == b for n, a, b in zip(shape, t.stride(), strides, strict=True)):
         return t
-    return torch.empty_strided(shape, strides, dtype=t.dtype).copy_(t)
+    repeated = [d for d, (n, stride) in enumerate(zip(shape, strides, strict=True)) if stride == 0 and n > 1]
+    for d in repeated:  # an expanded dimension: every element along it is the same memory
+        t = t.narrow(d, 0, 1)
+    made = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+    return made.expand(shape) if repeated else made
 
 
 class ExternCall:
@@ -140,7 +146,8 @@ class ExternCall:
         if len(self._results) != sum(kind != "none" for kind in self._kinds):
             raise ArtifactError(f"'{self.target}' has {len(self._results)} results described by {self._kinds}")
 
-    def __call__(self, operands: list[torch.Tensor], symbols: Sequence[int], define: Callable[[int, int], None]) -> list[torch.Tensor]:
+    def __call__(self, operands: list[torch.Tensor], symbols: Sequence[int],
+                 define: Callable[[int, int], None]) -> list[torch.Tensor]:
         """The results as tensors with the declared type and strides, sharing no memory with the operands.
 
         `define(position, value)` is called for each symbol that the results decide, before result shapes are checked.
@@ -153,16 +160,18 @@ class ExternCall:
         several = isinstance(returned, (list, tuple))
         values = list(returned) if several else [] if not self._kinds else [returned]
         if len(values) != len(self._kinds):
-            raise RuntimeError(f"'{self.target}' returned {len(values)} values; the program was compiled for {len(self._kinds)}")
+            raise RuntimeError(f"'{self.target}' returned {len(values)} values; "
+                               f"the program was compiled for {len(self._kinds)}")
         for position, result, axis in self._defines:
             define(position, int(values[result]) if axis < 0 else values[result].shape[axis])
         taken = {t.untyped_storage()._cdata for t in operands}
         found = [v for v, kind in zip(values, self._kinds, strict=True) if kind != "none"]
-        return [self._result(v, spec, taken, symbols) for v, spec in zip(found, self._results, strict=True)]
+        device = operands[0].device if operands else torch.device("cpu")
+        return [self._result(v, spec, taken, symbols, device) for v, spec in zip(found, self._results, strict=True)]
 
-    def _result(self, value: Any, spec: TensorSpec, taken: set[int], symbols: Sequence[int]) -> torch.Tensor:
+    def _result(self, value: Any, spec: TensorSpec, taken: set[int], symbols: Sequence[int], device: torch.device) -> torch.Tensor:
         if not isinstance(value, torch.Tensor):
-            return torch.scalar_tensor(value, dtype=spec.dtype)
+            return torch.scalar_tensor(value, dtype=spec.dtype, device=device)
         shape, strides = spec.shape(symbols), spec.strides(symbols)
         if tuple(value.shape) != shape or value.dtype != spec.dtype:
             raise RuntimeError(f"'{self.target}' returned {value.dtype} of shape {tuple(value.shape)}; "
@@ -170,5 +179,5 @@ class ExternCall:
         if value.is_conj() or value.is_neg():
             value = value.resolve_conj().resolve_neg()
         if value.untyped_storage()._cdata in taken:
-            return torch.empty_strided(shape, strides, dtype=spec.dtype).copy_(value)
+            return torch.empty_strided(shape, strides, dtype=spec.dtype, device=value.device).copy_(value)
         return _laid_out(value, shape, strides)

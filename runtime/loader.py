@@ -16,7 +16,7 @@ import ctypes
 import itertools
 import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -30,10 +30,13 @@ NativeFunction = Callable[[int, int], int]
 """(address of the pointer table, address of the int64 symbols) -> error code, 0 for success. The GIL is released meanwhile."""
 
 _PROTOTYPE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)
-_OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_max_threads", "omp_in_parallel", "omp_get_thread_num", "omp_get_num_threads")
+_OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_max_threads", "omp_in_parallel", "omp_get_thread_num",
+           "omp_get_num_threads")
 _OPENMP_NAMES = ("libgomp", "libomp", "libiomp5")
-_LIBM = ("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh",
-         "tanh", "asinh", "acosh", "atanh", "pow", "fmod", "remainder", "erf", "erfc", "lgamma", "tgamma", "sqrt", "cbrt", "floor",
+_LIBM = ("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh",
+         "cosh",
+         "tanh", "asinh", "acosh", "atanh", "pow", "fmod", "remainder", "erf", "erfc", "lgamma", "tgamma", "sqrt", "cbrt",
+         "floor",
          "ceil", "trunc", "round", "rint", "nearbyint", "fabs", "fma", "fmax", "fmin", "ldexp", "frexp", "hypot", "copysign",
          "nextafter")
 _LIBC = ("memcpy", "memmove", "memset", "memcmp", "malloc", "free", "aligned_alloc", "abort")
@@ -56,7 +59,8 @@ def _loaded_paths() -> list[str]:
 def openmp_library() -> ctypes.CDLL:
     """The OpenMP runtime that torch uses. RuntimeError if there is none with GOMP entry points."""
     beside_torch = Path(torch.__file__).parent
-    places = [p for folder in (beside_torch / "lib", beside_torch.parent / "torch.libs") if folder.is_dir() for p in folder.iterdir()]
+    folders = [f for f in (beside_torch / "lib", beside_torch.parent / "torch.libs") if f.is_dir()]
+    places = [p for folder in folders for p in folder.iterdir()]
     mapped = _loaded_paths()
     # torch's own copy first, as other packages may have loaded another one; then whatever is mapped
     candidates = [str(p) for p in sorted(places) if str(p) in mapped] + mapped
@@ -115,6 +119,9 @@ class NativeLibrary:
         native._library = self  # type: ignore[attr-defined]  # code must not be unmapped while the callable lives
         return native
 
+    def bind(self, symbols: Sequence[str]) -> None:
+        """The order of symbol values is compiled into the code: nothing to do."""
+
     def __del__(self) -> None:
         # The tracker must go before the JIT that owns its memory.
         tracker, jit = self.__dict__.pop("_tracker", None), self.__dict__.pop("_jit", None)
@@ -157,7 +164,7 @@ _IMPLICIT = {"_GLOBAL_OFFSET_TABLE_"}   # the linker's own
 
 
 def _undefined_symbols(code: bytes) -> set[str]:
-    """Names that a 64-bit little-endian ELF object refers to and does not define, for error messages; empty for what is no such object."""
+    """Names that a 64-bit little-endian ELF object refers to and does not define, for error messages; empty for other data."""
     try:
         sections, = struct.unpack_from("<Q", code, 40)
         size, count, _ = struct.unpack_from("<HHH", code, 58)

@@ -2,11 +2,10 @@
 
 `Segments.run` walks the steps of a manifest (see `executor.py`). An extern's operands are described by where they live:
 
-    {"space": "input" | "buffer" | "persistent" | "constant", "index": n, "offset": elements, "dtype", "shape", "strides"}
-    {"space": "arena", "offset": bytes, "dtype", "shape", "strides"}
+    {"space": "input" | "buffer" | "persistent" | "constant" | "arena", "index", "offset" (bytes), "dtype", "shape", "strides"}
 
-A constant's data is base64 in the manifest's `constants`. Results are torch's own tensors: they become the buffers that `"buffers"` names, and
-native code reads them where they are.
+A constant's data is base64 in the manifest's `constants`. Results are torch's own tensors: they become the buffers that
+`"buffers"` names, and native code reads them where they are.
 """
 
 from __future__ import annotations
@@ -31,7 +30,8 @@ class _Call:
 
     __slots__ = ("address", "arena", "array", "buffers", "calls", "code", "externs", "packed", "symbols", "table", "tensors")
 
-    def __init__(self, tensors: Sequence[torch.Tensor], buffers: list[Any], packed: Any, arena: torch.Tensor | None, table: Any, address: int,
+    def __init__(self, tensors: Sequence[torch.Tensor], buffers: list[Any], packed: Any, arena: torch.Tensor | None,
+                 table: Any, address: int,
                  symbols: list[int], array: Any):
         self.tensors, self.buffers, self.packed, self.arena = tensors, buffers, packed, arena
         self.table, self.address, self.symbols, self.array = table, address, symbols, array
@@ -50,16 +50,18 @@ class Segments:
     """The steps of one program, ready to run."""
 
     def __init__(self, steps: Sequence[Any], function: Callable[[str], NativeFunction], constants: Sequence[str],
-                 positions: Mapping[str, int], inputs: Sequence[Mapping[str, Any]], specs: Sequence[TensorSpec], persistent_slot: int,
-                 arena_slot: int):
+                 positions: Mapping[str, int], inputs: Sequence[Mapping[str, Any]], specs: Sequence[TensorSpec],
+                 device: torch.device | str = "cpu"):
         self._function, self._constants, self._positions = function, constants, positions
         self._inputs, self._specs = inputs, specs
-        makers = {"call": self._call, "extern": self._extern, "allocate": self._allocate, "drop": self._drop}
+        self._device = torch.device(device)
+        makers: dict[str, Callable[[Any], Step]] = {"call": self._call, "extern": self._extern, "allocate": self._allocate, "drop": self._drop}
         self._steps: list[Step] = [makers[kind](value) for kind, value in steps]
 
-    def run(self, tensors: Sequence[torch.Tensor], buffers: list[Any], packed: Any, arena: torch.Tensor | None, table: Any, address: int,
+    def run(self, tensors: Sequence[torch.Tensor], buffers: list[Any], packed: Any, arena: torch.Tensor | None, table: Any,
+            address: int,
             symbols: list[int], array: Any) -> tuple[int, int, int]:
-        """Runs all steps; fills in `buffers` and `symbols`. (native calls, extern calls, error code of the segment that failed or 0)."""
+        """Runs all steps, filling in `buffers` and `symbols`; (native calls, extern calls, error code or 0)."""
         call = _Call(tensors, buffers, packed, arena, table, address, symbols, array)
         with torch.no_grad():  # the graph is below autograd already
             for step in self._steps:
@@ -83,7 +85,7 @@ class Segments:
 
         def step(call: _Call) -> None:
             for slot, i, spec in specs:
-                made = torch.empty_strided(spec.shape(call.symbols), spec.strides(call.symbols), dtype=spec.dtype)
+                made = torch.empty_strided(spec.shape(call.symbols), spec.strides(call.symbols), dtype=spec.dtype, device=self._device)
                 call.buffers[i] = made
                 call.table[slot] = made.data_ptr()
         return step
@@ -126,18 +128,18 @@ class Segments:
         spec = TensorSpec(row, self._positions)
         offset = compile_size(row["offset"], self._positions)
         base = _SPACES[space](self, row)
-        scale = spec.dtype.itemsize if space == "arena" else 1
+        scale = spec.dtype.itemsize
 
         def place(call: _Call) -> torch.Tensor:
             memory = base(call)
             shape, strides = spec.shape(call.symbols), spec.strides(call.symbols)
-            at = evaluate_size(offset, call.symbols) // scale
+            at = evaluate_size(offset, call.symbols) // scale  # offsets are multiples of the element size
             if at == 0 and memory.dtype == spec.dtype and memory.shape == shape and memory.stride() == strides:
                 return memory
             if memory.dtype == spec.dtype:
                 return memory.as_strided(shape, strides, memory.storage_offset() + at)
             start = memory.storage_offset() * memory.element_size() // spec.dtype.itemsize + at
-            return torch.empty(0, dtype=spec.dtype).set_(memory.untyped_storage(), start, shape, strides)
+            return torch.empty(0, dtype=spec.dtype, device=self._device).set_(memory.untyped_storage(), start, shape, strides)
         return place
 
     def _input(self, row: Mapping[str, Any]) -> Place:
@@ -163,6 +165,7 @@ class Segments:
     def _constant(self, row: Mapping[str, Any]) -> Place:
         data = base64.b64decode(self._constants[int(row["index"])], validate=True)
         memory = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        memory = memory.to(self._device)
         return lambda call: memory
 
 

@@ -1,8 +1,8 @@
 """Loads and stores of tiles.
 
 Each row of a tile is one run of lanes. By the coefficient of the last tile position in the offset a chunk of it is read as
-one vector (1), one element for all (0), a vector turned round (-1), runs of neighbours, or lane by lane (`llvm.masked.gather` where
-the target has it). Addresses share bases, so that rows differ by a constant displacement or one hoisted pointer.
+one vector (1), one element for all (0), a vector turned round (-1), runs of neighbours, or lane by lane (`llvm.masked.gather`
+where the target has it). Addresses share bases, so that rows differ by a constant displacement or one hoisted pointer.
 
 Masks that `Facts` cannot prove are computed. No access ever touches memory outside its mask: a mask over lanes becomes a masked
 instruction (or one address per lane), a mask over whole rows redirects the address to a scratch vector that holds
@@ -28,7 +28,6 @@ from .symbolic import position
 from .values import (
     I1,
     I32,
-    I64,
     PTR,
     Tile,
     chunk_type,
@@ -40,7 +39,6 @@ from .values import (
     shuffle,
     slice_chunk,
     splat,
-    undef,
     with_widths,
 )
 
@@ -160,7 +158,8 @@ class Accessor:
     @property
     def has_masked(self) -> bool:
         f = self.k.features
-        return self.memory_bits in (32, 64) and ("avx512f" in f or "avx2" in f) or self.memory_bits in (8, 16) and "avx512bw" in f
+        return ((self.memory_bits in (32, 64) and ("avx512f" in f or "avx2" in f))
+                or self.memory_bits in (8, 16) and "avx512bw" in f)  # noqa: RUF021
 
     @property
     def memory_bits(self) -> int:
@@ -252,7 +251,8 @@ class _Loader(Accessor):
         width = c.lanes.width
         t = chunk_type(self.memory, width)
         pointers = self.vector_address(c)
-        return call(self.b, f"llvm.masked.gather.{suffix(t)}.v{width}p0", t, [pointers, I32(self.align), mask, self._other(width)])
+        return call(self.b, f"llvm.masked.gather.{suffix(t)}.v{width}p0", t,
+                    [pointers, I32(self.align), mask, self._other(width)])
 
 
 def _lane_of(b: ir.IRBuilder, scalar: ir.Value | None, vector: ir.Value | None, lane: int) -> ir.Value | None:
@@ -292,7 +292,8 @@ class _Storer(Accessor):
         scalar, vector = lanes.mask(c.gaps)
         if self.op["atomic"]:
             for i, p in enumerate(self.lane_addresses(c)):
-                emit_atomic(b, self.k.features, self.op["atomic"], self.dtype, p, extract(b, value, i), _lane_of(b, scalar, vector, i))
+                emit_atomic(b, self.k.features, self.op["atomic"], self.dtype, p, extract(b, value, i),
+                            _lane_of(b, scalar, vector, i))
             return
         steps = self.steps(c)
         if steps is not None and lanes.width > 1:
@@ -332,16 +333,18 @@ class _Storer(Accessor):
                 self._guarded(self.address(offset + i), extract(b, value, i), _lane_of(b, scalar, vector, i))
             return
         mask = full_mask(self.b, scalar, vector, width)
-        call(b, f"llvm.masked.store.{suffix(value.type)}.p0", ir.VoidType(), [value, self.address(offset), I32(self.align), mask])
+        call(b, f"llvm.masked.store.{suffix(value.type)}.p0", ir.VoidType(),
+             [value, self.address(offset), I32(self.align), mask])
 
     def _scatter(self, c: AccessChunk, value: ir.Value, mask: ir.Value) -> None:
         pointers = self.vector_address(c)
-        call(self.b, f"llvm.masked.scatter.{suffix(value.type)}.v{c.lanes.width}p0", ir.VoidType(), [value, pointers, I32(self.align), mask])
+        call(self.b, f"llvm.masked.scatter.{suffix(value.type)}.v{c.lanes.width}p0", ir.VoidType(),
+             [value, pointers, I32(self.align), mask])
 
 
 def emit_store(k: KernelEmitter, op: Operation) -> None:
     """A `tile.store`."""
-    value = k.env[op.operands[1]]
+    value = k.value(op.operands[1])
     if not isinstance(value, Tile):
         dtype = op.operands[1].type.dtype  # type: ignore[attr-defined]
         value = Tile((1,), dtype, (1,), [[value]])

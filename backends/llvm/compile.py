@@ -1,6 +1,7 @@
 """LLVM IR -> machine code: the pass pipeline and object emission.
 
-Vectors are explicit in the IR, so the loop and SLP vectorisers are off, and so is loop unrolling: kernels unroll where their IR says.
+Vectors are explicit in the IR, so the loop and SLP vectorisers are off, and so is loop unrolling: kernels unroll where their
+IR says.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ __all__ = ["CompiledObject", "compile_module", "optimize", "parse"]
 class CompiledObject:
     """Native code of a module.
 
-    `symbols` are the exported functions, `programs` what the executor walks per host function, `errors` the meaning of each error word (0 is success). `llvm_ir` is the code before optimisation.
+    `symbols` are the exported functions, `programs` what the executor walks per host function, `errors` the meaning of each
+    error word (0 is success). `llvm_ir` is the code before optimisation.
     """
 
     object_code: bytes
@@ -56,17 +58,15 @@ def compile_module(module: Operation, target: Target) -> CompiledObject:
     """
     emitter = ModuleEmitter(module, target)
     programs = {op["sym_name"]: emitter.host(op) for op in module.body if op.name == "func"}
-    if "half" in (text := str(emitter.llvm)):
-        add_half_conversions(emitter.llvm, target)
-    parsed = parse(emitter.llvm, target)
-    text = str(emitter.llvm)
+    add_half_conversions(emitter.llvm, target)
+    parsed, text = parse(emitter.llvm, target)
     optimize(parsed, target)
     code = target_machine(target).emit_object(parsed)
     return CompiledObject(code, text, tuple(emitter.exported), programs, dict(emitter.errors.messages), target)
 
 
-def parse(module: ir.Module, target: Target) -> binding.ModuleRef:
-    """The module as LLVM's own object, verified. IRError if LLVM rejects it, which is a bug of the emitter."""
+def parse(module: ir.Module, target: Target) -> tuple[binding.ModuleRef, str]:
+    """The module as LLVM's own object, verified, and its text. IRError if LLVM rejects it, which is a bug of the emitter."""
     machine = target_machine(target)
     module.triple = machine.triple
     module.data_layout = str(machine.target_data)
@@ -76,7 +76,7 @@ def parse(module: ir.Module, target: Target) -> binding.ModuleRef:
         parsed.verify()
     except RuntimeError as e:
         raise IRError(f"LLVM rejects the generated code of '{module.name}': {str(e)[:2000]}") from e
-    return parsed
+    return parsed, text
 
 
 def optimize(parsed: binding.ModuleRef, target: Target, level: int = 2) -> None:

@@ -1,7 +1,7 @@
 """f16 conversions for x86 processors without F16C.
 
-There LLVM calls `__extendhfsf2` and `__truncsfhf2` of compiler-rt, which a Python process does not have. A module that uses f16 gets its own
-definitions of them, in integer arithmetic.
+There LLVM calls `__extendhfsf2` and `__truncsfhf2` of compiler-rt, which a Python process does not have. A module that uses
+f16 gets its own definitions of them, in integer arithmetic.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ I16, I32, F16, F32 = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType
 
 
 def add_half_conversions(module: ir.Module, target: Target) -> None:
-    """Defines the conversion functions if the target needs them."""
-    if target.triple.startswith("x86_64") and not {"f16c", "avx512f"} & set(target.features):
+    """Defines the conversion functions if the target needs them and the module uses f16."""
+    uses_half = any("half" in str(f) for f in module.functions) if _lacks_f16c(target) else False
+    if uses_half:
         _extend(module)
         _truncate(module)
+
+
+def _lacks_f16c(target: Target) -> bool:
+    return target.triple.startswith("x86_64") and not {"f16c", "avx512f"} & set(target.features)
 
 
 def _function(module: ir.Module, name: str, result: ir.Type, operand: ir.Type) -> tuple[ir.IRBuilder, ir.Value]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from llvmlite import ir
@@ -48,7 +49,15 @@ def overload(type_: ir.Type) -> str:
 
 def splat(type_: ir.Type, value: float | int) -> ir.Constant:
     """The constant `value` in every lane of `type_`."""
-    return ir.Constant(type_, [value] * type_.count if isinstance(type_, ir.VectorType) else value)
+    count = type_.count if isinstance(type_, ir.VectorType) else 0
+    return _splat(element_type(type_), count, repr(value), isinstance(value, float))
+
+
+@lru_cache(maxsize=4096)
+def _splat(element: ir.Type, count: int, value: str, is_float: bool) -> ir.Constant:
+    """Shared constants: making and printing one costs as much as ten instructions. repr() tells -0.0, NaN and 1.0 apart."""
+    scalar = ir.Constant(element, float(value) if is_float else int(value))
+    return ir.Constant(ir.VectorType(element, count), [scalar] * count) if count else scalar
 
 
 def split_single(value: float) -> tuple[float, float]:

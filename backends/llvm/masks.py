@@ -1,7 +1,7 @@
 """Lane masks and lane indices: expressions in the position along the last tile dimension, as vectors.
 
-`Lanes` is one chunk of one row: lanes [start, start + width) of dimension `axis`. Expressions given to it hold no other tile positions, and
-`vectors` gives the chunk of every gathered index tile that varies along the row.
+`Lanes` is one chunk of one row: lanes [start, start + width) of dimension `axis`. Expressions given to it hold no other tile
+positions, and `vectors` gives the chunk of every gathered index tile that varies along the row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from ...ir.expr import Dim, Expr, FloorDiv, Max, Min, Mod, Sym, floordiv, fold, free_symbols, split_linear, substitute
 from .scalars import ScalarEmitter
-from .values import I32, I64, chunk_type, splat
+from .values import I32, I64, chunk_type, sequence, splat
 
 __all__ = ["LaneChunk"]
 
@@ -57,7 +57,7 @@ class LaneChunk:
         for gap in gaps:
             if not self.varies(gap):
                 scalar = self._both(scalar, self.b.icmp_signed(">=", self.scalars.emit(gap), I64(0)))
-            elif self.width == 1 and self.position in free_symbols(gap) and not any(s in self.vectors for s in free_symbols(gap)):
+            elif self.width == 1 and not any(s in self.vectors for s in free_symbols(gap)):
                 scalar = self._both(scalar, self.b.icmp_signed(">=", self.scalars.emit(self.at(gap, 0)), I64(0)))
             else:
                 lanes = self._lane_mask(gap)
@@ -74,7 +74,8 @@ class LaneChunk:
         b = self.b
         found = self.linear(gap)
         if found is not None and isinstance(found[0], int) and self.width > 1:
-            c, rest = found
+            c: int = found[0]
+            rest = found[1]
             # c < 0: t <= rest // -c; c > 0: t >= ceil(-rest / c)
             n = self.scalars.emit(floordiv(rest, -c) + 1 if c < 0 else -floordiv(rest, c))
             n = b.select(b.icmp_signed("<", n, I64(0)), I64(0), n)
@@ -91,9 +92,7 @@ class LaneChunk:
 
     def iota(self, type_: ir.Type, step: int = 1, first: int = 0) -> ir.Constant:
         """first, first + step, ... over the lanes of the chunk (counting from its own start)."""
-        if self.width == 1:
-            return ir.Constant(type_, first)
-        return ir.Constant(ir.VectorType(type_, self.width), [first + step * i for i in range(self.width)])
+        return sequence(type_, tuple(first + step * i for i in range(self.width)))
 
     def index(self, e: Dim) -> tuple[Dim, ir.Value]:
         """(part that all lanes share, vector of i32 or i64 to add to it)."""

@@ -12,15 +12,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 
 from ...ir.types import DType
+from .lanes import splat as repeated
 
-__all__ = ["I1", "I32", "I64", "PTR", "Tile", "chunk_type", "concat", "constant", "extract", "is_constant", "memory_type", "pack", "recut",
-           "register_type", "slice_chunk", "split_widths", "splat", "stack_slot", "undef", "with_widths"]
+__all__ = [
+    "I1",
+    "I32",
+    "I64",
+    "PTR",
+    "Tile",
+    "chunk_type",
+    "concat",
+    "constant",
+    "extract",
+    "is_constant",
+    "memory_type",
+    "pack",
+    "recut",
+    "register_type",
+    "sequence",
+    "slice_chunk",
+    "splat",
+    "split_widths",
+    "stack_slot",
+    "undef",
+    "with_widths",
+]
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 PTR = ir.PointerType()
@@ -57,7 +80,19 @@ def stack_slot(b: ir.IRBuilder, type_: ir.Type, align: int = 0) -> ir.Value:
 
 
 def undef(type_: ir.Type) -> ir.Constant:
-    return ir.Constant(type_, ir.Undefined)
+    """An undefined value; vectors and scalars of one type are shared."""
+    return _undef(type_.element, type_.count) if isinstance(type_, ir.VectorType) else _undef(type_, 0)
+
+
+@lru_cache(maxsize=256)
+def _undef(element: ir.Type, count: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(element, count) if count else element, ir.Undefined)
+
+
+@lru_cache(maxsize=1024)
+def sequence(element: ir.Type, values: tuple[int, ...]) -> ir.Constant:
+    """These integers as a chunk."""
+    return ir.Constant(chunk_type(element, len(values)), list(values) if len(values) > 1 else values[0])
 
 
 def is_constant(value: ir.Value) -> bool:
@@ -81,7 +116,7 @@ def constant(value: Any, dtype: DType, width: int = 1) -> ir.Constant:
         number = int(bool(value))
     else:
         number = int(value)
-    return ir.Constant(element, number) if width == 1 else ir.Constant(ir.VectorType(element, width), [number] * width)
+    return repeated(chunk_type(element, width), number)
 
 
 def width_of(value: ir.Value) -> int:
@@ -95,6 +130,11 @@ def element_of(value: ir.Value) -> ir.Type:
 
 
 def _order(lanes: Sequence[int]) -> ir.Constant:
+    return _mask(tuple(lanes))
+
+
+@lru_cache(maxsize=1024)
+def _mask(lanes: tuple[int, ...]) -> ir.Constant:
     return ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
 
 
@@ -104,7 +144,7 @@ def splat(b: ir.IRBuilder, value: ir.Value, width: int) -> ir.Value:
         return value
     type_ = ir.VectorType(value.type, width)
     if is_constant(value):
-        return ir.Constant(type_, [value] * width)
+        return repeated(type_, value.constant)
     first = b.insert_element(undef(type_), value, I32(0))
     return b.shuffle_vector(first, undef(type_), _order([0] * width))
 

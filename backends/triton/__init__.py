@@ -1,0 +1,82 @@
+"""The Triton backend: a host-level module in, cubins and lists of launches out. No GPU is needed to compile.
+
+    compiled = compile_gpu(module, target)
+    compiled.program      # JSON data for `runtime.cuda.CudaLibrary`: kernels, functions, constants
+    compiled.blobs        # cubins by name
+    compiled.sources      # Triton text by kernel, for `aicc dump-ir`
+
+`printer.py` makes the text (with `expressions.py`, `arith.py`, `helpers.py`), `compile.py` the cubins, `host.py` the launches; `simulate.py` runs
+kernels in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...ir.core import Operation
+from ...ir.expr_json import expr_to_json
+from ...ir.target import Target
+from .compile import CompiledKernel, compile_kernel, triton_cache
+from .host import Copy, Launch, Program, build_program
+from .printer import KernelSource, print_kernel
+
+__all__ = ["CompiledGpu", "CompiledKernel", "KernelSource", "compile_gpu", "compile_kernel", "print_kernel", "program_json", "triton_cache"]
+
+
+@dataclass(frozen=True)
+class CompiledGpu:
+    """What the runtime needs, and what people look at. `program` goes into the artifact's manifest under "cuda", `blobs` beside it."""
+
+    program: dict[str, Any]
+    blobs: dict[str, bytes]
+    kernels: dict[str, CompiledKernel]
+    sources: dict[str, str]
+
+
+def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = None, threads: int = 1) -> CompiledGpu:
+    """Compiles a module at the host level (after plan-memory) for a CUDA target, such as `Target(kind="cuda", name="sm_90", capability=90)`.
+
+    cache_dir: where sources and Triton's intermediate files go. threads: kernels compiled side by side.
+    IRError names an op, or shows a kernel, that cannot be compiled.
+
+    The manifest of `compiler.manifest.build_manifest(module)` fits: run with
+        CompiledGraph(manifest, library=CudaLibrary(compiled.program, compiled.blobs, device), device=device)
+    """
+    program = build_program(module)
+    sources = {name: print_kernel(kernel) for name, kernel in program.kernels.items()}
+
+    def one(name: str) -> CompiledKernel:
+        return compile_kernel(sources[name], target, divisible=program.divisible(name), cache_dir=cache_dir)
+
+    with triton_cache(cache_dir), ThreadPoolExecutor(threads) as pool:
+        compiled = dict(zip(sources, pool.map(one, sources), strict=True))
+    blobs = {f"cubin_{name}": k.cubin for name, k in compiled.items()}
+    return CompiledGpu(program_json(program, sources, compiled), blobs, compiled, {n: s.text for n, s in sources.items()})
+
+
+def program_json(program: Program, sources: Mapping[str, KernelSource], compiled: Mapping[str, CompiledKernel]) -> dict[str, Any]:
+    """The program as JSON data; kernels without a compiled form (in simulation) have no entry point."""
+    kernels: dict[str, Any] = {}
+    for name, kernel in program.kernels.items():
+        source = sources[name]
+        row: dict[str, Any] = {"buffers": source.buffers, "symbols": list(source.symbols), "checks": source.checks,
+                               "grid": [expr_to_json(g) for g in kernel["grid"]]}
+        if name in compiled:
+            k = compiled[name]
+            row |= {"blob": f"cubin_{name}", "symbol": k.symbol, "threads": 32 * k.num_warps, "shared": k.shared, "parameters": k.parameters,
+                    "digest": hashlib.sha256(k.cubin).hexdigest()[:16]}
+        kernels[name] = row
+    return {"kernels": kernels, "constants": [base64.b64encode(c).decode() for c in program.constants],
+            "functions": {name: [_step(s) for s in steps] for name, steps in program.functions.items()}}
+
+
+def _step(step: Launch | Copy) -> list[Any]:
+    if isinstance(step, Launch):
+        return ["launch", step.kernel, [p.to_json() for p in step.buffers]]
+    return ["copy", step.source.to_json(), step.target.to_json(), expr_to_json(step.bytes)]

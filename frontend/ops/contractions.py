@@ -11,14 +11,9 @@ import torch
 from ...ir.core import Value
 from ...ir.expr import Dim, product
 from ...ir.types import TensorType
-from ..context import F32, I1, Context
+from ..context import F32, I1, Context, typeof
 from ..errors import Unsupported
 from .table import Lower
-
-
-def _t(x: Value) -> TensorType:
-    assert isinstance(x.type, TensorType)
-    return x.type
 
 
 def matmul(c: Context, a: Value, b: Value, out_dtype: Any = None) -> Value:
@@ -45,7 +40,7 @@ def add_batch_product(c: Context, bias: Value, a: Value, b: Value, *, beta: Any 
 
 
 def _column(c: Context, v: Value) -> Value:
-    return c.reshape(v, (*_t(v).shape, 1))
+    return c.reshape(v, (*typeof(v).shape, 1))
 
 
 def mv(c: Context, a: Value, v: Value) -> Value:
@@ -58,12 +53,12 @@ def addmv(c: Context, bias: Value, a: Value, v: Value, *, beta: Any = 1, alpha: 
 
 
 def dot(c: Context, a: Value, b: Value) -> Value:
-    return c.reshape(c.matmul(c.reshape(a, (1, *_t(a).shape)), _column(c, b)), ())
+    return c.reshape(c.matmul(c.reshape(a, (1, *typeof(a).shape)), _column(c, b)), ())
 
 
 def linear(c: Context, x: Value, w: Value, bias: Value | None = None) -> Value:
-    *batch, k = _t(x).shape
-    made = c.reshape(c.matmul(c.reshape(x, (product(batch), k)), c.transpose(w, 0, 1)), (*batch, _t(w).shape[0]))
+    *batch, k = typeof(x).shape
+    made = c.reshape(c.matmul(c.reshape(x, (product(batch), k)), c.transpose(w, 0, 1)), (*batch, typeof(w).shape[0]))
     return made if bias is None else c.ew("add", made, bias)
 
 
@@ -79,7 +74,7 @@ def _spread(x: Sequence[Any], n: int) -> tuple[int, ...]:
 
 def convolution(c: Context, x: Value, w: Value, bias: Value | None, stride: Any, padding: Any, dilation: Any, transposed: bool,
                 output_padding: Any, groups: int) -> Value:
-    n = _t(x).rank - 2
+    n = typeof(x).rank - 2
     window: dict[str, Any] = {"stride": _spread(stride, n), "padding": _spread(padding, n), "dilation": _spread(dilation, n)}
     if groups != 1:
         window["groups"] = groups
@@ -88,13 +83,13 @@ def convolution(c: Context, x: Value, w: Value, bias: Value | None, stride: Any,
         made = c.b.op("graph.conv_transpose", x, w, type=c.out(), **window, **({"output_padding": extra} if any(extra) else {}))
     else:
         made = c.b.op("graph.conv", x, w, type=c.out(), **window)
-    return made if bias is None else c.ew("add", made, c.reshape(bias, (_t(bias).shape[0], *(1,) * n)))
+    return made if bias is None else c.ew("add", made, c.reshape(bias, (typeof(bias).shape[0], *(1,) * n)))
 
 
 def convolution_backward(c: Context, grad: Value, x: Value, w: Value, bias_sizes: Any, stride: Any, padding: Any, dilation: Any,
                          transposed: bool, output_padding: Any, groups: int, mask: Sequence[bool]) -> tuple[Value | None, ...]:
     """The gradients of input, weight and bias, where `mask` wants them. A transposed convolution swaps input and output."""
-    n = _t(x).rank - 2
+    n = typeof(x).rank - 2
     window: dict[str, Any] = {"stride": _spread(stride, n), "padding": _spread(padding, n), "dilation": _spread(dilation, n)}
     if groups != 1:
         window["groups"] = groups
@@ -102,8 +97,8 @@ def convolution_backward(c: Context, grad: Value, x: Value, w: Value, bias_sizes
     if mask[0] and transposed:
         dx = c.b.op("graph.conv", grad, w, type=c.out(0), **window)
     elif mask[0]:
-        extra = [_rest(_t(x).shape[i + 2], _t(grad).shape[i + 2], _t(w).shape[i + 2], window["stride"][i], window["padding"][i],
-                       window["dilation"][i]) for i in range(n)]
+        sizes = zip(typeof(x).shape[2:], typeof(grad).shape[2:], typeof(w).shape[2:], strict=True)
+        extra = [_rest(*s, window["stride"][i], window["padding"][i], window["dilation"][i]) for i, s in enumerate(sizes)]
         more = {} if all(e == 0 for e in extra) else {"output_padding": tuple(extra)}
         dx = c.b.op("graph.conv_transpose", grad, w, type=c.out(0), **window, **more)
     if mask[1]:
@@ -124,16 +119,17 @@ def _rest(size: Dim, out: Dim, kernel: Dim, stride: int, padding: int, dilation:
 
 def _attention(c: Context, q: Value, k: Value, v: Value, mask: Value | None, causal: bool, scale: float | None,
                lse_shape: tuple[Dim, ...]) -> tuple[Value, Value]:
-    q_type, v_type = _t(q), _t(v)
+    q_type, v_type = typeof(q), typeof(v)
     if q_type.rank != 4:
         raise Unsupported("attention of other than 4-d tensors")
-    if mask is not None and _t(mask).dtype == I1:
+    if mask is not None and typeof(mask).dtype == I1:
         zero = c.full((), 0.0, q_type.dtype)
         mask = c.ew("select", mask, zero, -math.inf)
-    if scale is None:
-        if not isinstance(q_type.shape[-1], int):
-            raise Unsupported("the default scale of attention with a symbolic head size")
+    if scale is None and isinstance(q_type.shape[-1], int):
         scale = 1 / math.sqrt(q_type.shape[-1])
+    elif scale is None:  # a symbolic head size: the scale is computed, and applied to q
+        root = c.ew("rsqrt", c.scalar(q_type.shape[-1], F32))
+        q, scale = c.cast(c.ew("mul", c.cast(q, F32), root), q_type.dtype), 1.0
     if not isinstance(scale, (int, float)):
         raise Unsupported("a symbolic scale of attention")
     masks = [] if mask is None else [c.cast(mask, q_type.dtype)]
@@ -151,8 +147,8 @@ def flash_cpu(c: Context, q: Value, k: Value, v: Value, dropout_p: float = 0.0, 
               attn_mask: Value | None = None, scale: float | None = None) -> tuple[Value, ...]:
     _no_dropout(dropout_p)
     if c.out(1).dtype != F32:
-        raise Unsupported(f"attention in {_t(q).dtype}")
-    return _attention(c, q, k, v, attn_mask, is_causal, scale, _t(q).shape[:-1])
+        raise Unsupported(f"attention in {typeof(q).dtype}")
+    return _attention(c, q, k, v, attn_mask, is_causal, scale, typeof(q).shape[:-1])
 
 
 def flash(c: Context, q: Value, k: Value, v: Value, dropout_p: float = 0.0, is_causal: bool = False, debug: bool = False, *,
@@ -161,26 +157,26 @@ def flash(c: Context, q: Value, k: Value, v: Value, dropout_p: float = 0.0, is_c
     _no_dropout(dropout_p)
     if debug:
         raise Unsupported("attention with a debug mask")
-    out, lse = _attention(c, q, k, v, None, is_causal, scale, _t(q).shape[:-1])
+    out, lse = _attention(c, q, k, v, None, is_causal, scale, typeof(q).shape[:-1])
     return (out, lse, *_seeds(c, 2))
 
 
 def efficient(c: Context, q: Value, k: Value, v: Value, bias: Value | None, compute_lse: bool, dropout_p: float = 0.0,
               is_causal: bool = False, *, scale: float | None = None) -> tuple[Any, ...]:
-    """The memory-efficient variant of CUDA: (result, lse, seed, offset); its lse is padded to a multiple of 32 when asked for."""
+    """The memory-efficient variant of CUDA: (result, lse, seed, offset); torch pads the lse to a multiple of 32."""
     _no_dropout(dropout_p)
     wanted = c.out(1).shape
-    out, lse = _attention(c, q, k, v, bias, is_causal, scale, _t(q).shape[:-1])
+    out, lse = _attention(c, q, k, v, bias, is_causal, scale, typeof(q).shape[:-1])
     if product(wanted) == 0:
         return (out, c.full(wanted, 0.0, F32), *_seeds(c, 2))
-    high = wanted[-1] - _t(lse).shape[-1]
+    high = wanted[-1] - typeof(lse).shape[-1]
     return (out, c.pad(lse, (0, 0, 0), (0, 0, high), math.inf), *_seeds(c, 2))
 
 
 def cudnn(c: Context, q: Value, k: Value, v: Value, bias: Value | None, compute_lse: bool, dropout_p: float = 0.0,
           is_causal: bool = False, debug: bool = False, *, scale: float | None = None) -> tuple[Any, ...]:
     _no_dropout(dropout_p)
-    out, lse = _attention(c, q, k, v, bias, is_causal, scale, _t(q).shape[:-1])
+    out, lse = _attention(c, q, k, v, bias, is_causal, scale, typeof(q).shape[:-1])
     wanted = c.out(1).shape
     lse = c.reshape(lse, wanted) if len(wanted) >= 3 and product(wanted) != 0 else c.full(wanted, 0.0, F32)
     return (out, lse, *_seeds(c, 2))
@@ -189,13 +185,13 @@ def cudnn(c: Context, q: Value, k: Value, v: Value, bias: Value | None, compute_
 def overrideable(c: Context, q: Value, k: Value, v: Value, bias: Value | None = None, dropout_p: float = 0.0,
                  is_causal: bool = False, debug: bool = False, *, scale: float | None = None) -> tuple[Any, ...]:
     _no_dropout(dropout_p)
-    return (*_attention(c, q, k, v, bias, is_causal, scale, _t(q).shape[:-1]), *_seeds(c, 2))
+    return (*_attention(c, q, k, v, bias, is_causal, scale, typeof(q).shape[:-1]), *_seeds(c, 2))
 
 
 def sdpa(c: Context, q: Value, k: Value, v: Value, attn_mask: Value | None = None, dropout_p: float = 0.0,
          is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> Value:
     _no_dropout(dropout_p)
-    return _attention(c, q, k, v, attn_mask, is_causal, scale, _t(q).shape[:-1])[0]
+    return _attention(c, q, k, v, attn_mask, is_causal, scale, typeof(q).shape[:-1])[0]
 
 
 def _seeds(c: Context, start: int) -> tuple[Any, ...]:

@@ -46,7 +46,7 @@ def arange(c: Context, start: Any, end: Any, step: Any = 1, **_: Any) -> Value:
         if c.dtype.is_integer:
             return c.iota(size, c.dtype, start, step)
         return c.cast(c.iota(size, I64, start, step), c.dtype)
-    if all(isinstance(v, float) and v.is_integer() or isinstance(v, int) for v in (start, step)):
+    if all((isinstance(v, float) and v.is_integer()) or isinstance(v, int) for v in (start, step)):
         return c.cast(c.iota(size, I64, int(start), int(step)), c.dtype)
     if not c.dtype.is_float:
         raise Unsupported("an integer range with fractional steps")
@@ -82,8 +82,8 @@ def iota(c: Context, length: Any, *, start: Any, step: Any, **_: Any) -> Value:
     return c.iota(c.shape[0], c.dtype, start, step)
 
 
-_ZEROS = ("zeros.default", "zeros_like.default", "new_zeros.default", "empty.memory_format", "empty_like.default", "new_empty.default",
-          "empty_strided.default", "new_empty_strided.default", "empty_permuted.default")
+_ZEROS = ("zeros.default", "zeros_like.default", "new_zeros.default", "empty.memory_format", "empty_like.default",
+          "new_empty.default", "empty_strided.default", "new_empty_strided.default", "empty_permuted.default")
 
 ROWS: dict[str, Lower] = {
     "aten.full.default": full,

@@ -13,8 +13,8 @@ import torch
 
 from ...ir.core import Value
 from ...ir.types import DType
-from ..context import F32, F64, I1, Context, fits
-from ..dtypes import from_torch
+from ..context import F32, F64, I1, Context, fits, typeof
+from ..dtypes import TO_TORCH, from_torch
 from ..errors import Unsupported
 from .table import Lower
 
@@ -28,12 +28,12 @@ def unary(name: str) -> Lower:
 
 def rounding(name: str) -> Lower:
     """Rounding: integers are left as they are."""
-    return lambda c, x: c.ew(name, x) if x.type.dtype.is_float else x
+    return lambda c, x: c.ew(name, x) if typeof(x).dtype.is_float else x
 
 
 def predicate(name: str) -> Lower:
     """A test for a special float; false for integers."""
-    return lambda c, x: c.ew(name, x) if x.type.dtype.is_float else c.full(x.type.shape, False, I1)
+    return lambda c, x: c.ew(name, x) if typeof(x).dtype.is_float else c.full(typeof(x).shape, False, I1)
 
 
 def identity(c: Context, x: Value, *_: Any, **__: Any) -> Value:
@@ -45,12 +45,12 @@ def bitwise_not(c: Context, x: Value) -> Value:
 
 
 def logical_not(c: Context, x: Value) -> Value:
-    return c.ew("bitnot", x) if x.type.dtype == I1 else c.ew("eq", x, 0)
+    return c.ew("bitnot", x) if typeof(x).dtype == I1 else c.ew("eq", x, 0)
 
 
 def round_decimals(c: Context, x: Value, *, decimals: int) -> Value:
     if decimals == 0:
-        return c.ew("round", x) if x.type.dtype.is_float else x
+        return c.ew("round", x) if typeof(x).dtype.is_float else x
     raise Unsupported(f"round to {decimals} decimals")
 
 
@@ -59,9 +59,9 @@ def sgn(c: Context, x: Value) -> Value:
 
 
 def signbit(c: Context, x: Value) -> Value:
-    if not x.type.dtype.is_float:
+    if not typeof(x).dtype.is_float:
         return c.ew("lt", x, 0)
-    return c.ew("lt", c.ew("copysign", c.full((), 1.0, x.type.dtype), x), 0)
+    return c.ew("lt", c.ew("copysign", c.full((), 1.0, typeof(x).dtype), x), 0)
 
 
 def square(c: Context, x: Value) -> Value:
@@ -73,21 +73,21 @@ def frac(c: Context, x: Value) -> Value:
 
 
 def isfinite(c: Context, x: Value) -> Value:
-    if not x.type.dtype.is_float:
-        return c.full(x.type.shape, True, I1)
+    if not typeof(x).dtype.is_float:
+        return c.full(typeof(x).shape, True, I1)
     return c.ew("lt", c.ew("abs", x), math.inf)
 
 
 def infinite(sign: float) -> Lower:
     def lower(c: Context, x: Value) -> Value:
-        return c.ew("eq", x, sign * math.inf) if x.type.dtype.is_float else c.full(x.type.shape, False, I1)
+        return c.ew("eq", x, sign * math.inf) if typeof(x).dtype.is_float else c.full(typeof(x).shape, False, I1)
     return lower
 
 
 def nan_to_num(c: Context, x: Value, nan: float | None, posinf: float | None, neginf: float | None) -> Value:
-    if not x.type.dtype.is_float:
+    if not typeof(x).dtype.is_float:
         return x
-    limits = torch.finfo({"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[x.type.dtype.name])
+    limits = torch.finfo(TO_TORCH[typeof(x).dtype])
     y = c.ew("select", c.ew("isnan", x), 0.0 if nan is None else nan, x)
     y = c.ew("select", c.ew("eq", x, math.inf), limits.max if posinf is None else posinf, y)
     return c.ew("select", c.ew("eq", x, -math.inf), limits.min if neginf is None else neginf, y)
@@ -103,8 +103,8 @@ def working_type(c: Context, *operands: Any) -> DType:
         return dtype
     for x in operands:
         if isinstance(x, Value):
-            t = x.type
-            if t.rank == 0 and t.dtype in (F32, F64) and len(c.shape) and not fits(c.constant_of(x), dtype):  # type: ignore[attr-defined]
+            t = typeof(x)
+            if t.rank == 0 and t.dtype in (F32, F64) and len(c.shape) and not fits(c.constant_of(x), dtype):
                 return F32
         elif not fits(x, dtype):
             return F32
@@ -154,7 +154,7 @@ def floor_divide(c: Context, a: Any, b: Any) -> Value:
 def power(c: Context, a: Any, b: Any) -> Value:
     """The exponents that eager treats specially are written out: they are exact there, and cheap."""
     work = F32 if c.dtype.name in ("bf16", "f16") and not (isinstance(a, Value) and isinstance(b, Value)) else c.dtype
-    exponent = c.constant_of(b) if not (isinstance(b, Value) and b.type.rank) else None  # type: ignore[attr-defined]
+    exponent = c.constant_of(b) if not (isinstance(b, Value) and typeof(b).rank) else None
     rule = _POWERS.get(float(exponent)) if exponent is not None else None
     if rule is not None and (work.is_float or exponent in (0, 1, 2, 3)):
         return c.cast(rule(c, c.scalar(a, work)), c.dtype)
@@ -165,7 +165,7 @@ def power(c: Context, a: Any, b: Any) -> Value:
 
 
 _POWERS: dict[float, Lower] = {
-    0.0: lambda c, x: c.full(x.type.shape, 1, x.type.dtype),
+    0.0: lambda c, x: c.full(typeof(x).shape, 1, typeof(x).dtype),
     1.0: lambda c, x: x,
     2.0: lambda c, x: c.ew("mul", x, x),
     3.0: lambda c, x: c.ew("mul", c.ew("mul", x, x), x),
@@ -310,12 +310,12 @@ def threshold(c: Context, x: Value, limit: Any, value: Any) -> Value:
 
 
 def threshold_backward(c: Context, grad: Value, x: Value, limit: Any) -> Value:
-    return c.ew("select", c.ew("le", x, limit), c.full((), 0, grad.type.dtype), grad)
+    return c.ew("select", c.ew("le", x, limit), c.full((), 0, typeof(grad).dtype), grad)
 
 
 def hardtanh_backward(c: Context, grad: Value, x: Value, low: Any, high: Any) -> Value:
     outside = c.ew("or", c.ew("le", x, low), c.ew("ge", x, high))
-    return c.ew("select", outside, c.full((), 0, grad.type.dtype), grad)
+    return c.ew("select", outside, c.full((), 0, typeof(grad).dtype), grad)
 
 
 def prelu(c: Context, x: Value, weight: Value) -> Value:
@@ -326,7 +326,7 @@ def prelu(c: Context, x: Value, weight: Value) -> Value:
 
 
 def to_copy(c: Context, x: Value, *, device: Any = None, **_: Any) -> Value:
-    source = c.node.args[0].meta["val"]  # type: ignore[union-attr]
+    source = c.argument(0)
     if device is not None and source.device != c.fake().device:
         raise Unsupported(f"a copy from {source.device} to {c.fake().device}")
     return c.cast(x, c.dtype)
@@ -337,12 +337,12 @@ def convert(c: Context, x: Value, dtype: Any) -> Value:
 
 
 def copy(c: Context, target: Value, source: Value, *_: Any) -> Value:
-    return c.expand(c.cast(source, target.type.dtype), target.type.shape)
+    return c.expand(c.cast(source, typeof(target).dtype), typeof(target).shape)
 
 
 _UNARY = ("neg", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan",
-          "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "erfc", "erfinv", "lgamma", "digamma",
-          "sigmoid", "abs", "sign", "relu", "silu")
+          "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "erfc", "erfinv", "lgamma",
+          "digamma", "sigmoid", "abs", "sign", "relu", "silu")
 _COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
 
 ROWS: dict[str, Lower] = {

@@ -8,28 +8,23 @@ from typing import Any
 from ...ir.core import Value
 from ...ir.expr import Dim
 from ...ir.types import TensorType
-from ..context import F32, I1, I64, Context
+from ..context import F32, I1, I64, Context, typeof
 from ..errors import Unsupported
 from ..extern import make_extern
 from .table import Lower
-
-
-def _t(x: Value) -> TensorType:
-    assert isinstance(x.type, TensorType)
-    return x.type
 
 
 def _indices(c: Context, x: Value, indices: Sequence[Value | None]) -> tuple[tuple[int, ...], list[Value]]:
     """The indexed dimensions and their i64 index tensors. A mask of truth values would make the shape depend on data."""
     dims = tuple(i for i, index in enumerate(indices) if index is not None)
     given = [index for index in indices if index is not None]
-    if any(_t(i).dtype.name in ("i1", "u8") for i in given):
+    if any(typeof(i).dtype.name in ("i1", "u8") for i in given):
         raise Unsupported("indexing with a mask: the shape depends on data")
     return dims, [c.cast(i, I64) for i in given]
 
 
 def index(c: Context, x: Value, indices: Sequence[Value | None]) -> Value:
-    if _t(x).dtype.kind == "complex":
+    if typeof(x).dtype.kind == "complex":
         raise Unsupported("complex numbers")
     dims, given = _indices(c, x, indices)
     return c.b.op("graph.index", x, *given, type=c.out(), dims=dims)
@@ -37,24 +32,24 @@ def index(c: Context, x: Value, indices: Sequence[Value | None]) -> Value:
 
 def index_put(c: Context, x: Value, indices: Sequence[Value | None], values: Value, accumulate: bool = False, *_: Any) -> Value:
     given = [i for i in indices if i is not None]
-    if len(given) == 1 and _t(given[0]).dtype == I1:
+    if len(given) == 1 and typeof(given[0]).dtype == I1:
         return _masked_put(c, x, indices, given[0], values, accumulate)
     dims, tensors = _indices(c, x, indices)
-    values = c.cast(values, _t(x).dtype)
+    values = c.cast(values, typeof(x).dtype)
     extra = {"accumulate": True} if accumulate else {}
-    return c.b.op("graph.index_put", x, values, *tensors, type=_t(x), dims=dims, **extra)
+    return c.b.op("graph.index_put", x, values, *tensors, type=typeof(x), dims=dims, **extra)
 
 
 def _masked_put(c: Context, x: Value, indices: Sequence[Value | None], mask: Value, values: Value, accumulate: bool) -> Value:
     """x[.., mask, ..] = values, where the values are the same for every true element: a select."""
     start = next(i for i, index in enumerate(indices) if index is not None)
-    rank, covered = _t(x).rank, _t(mask).rank
+    rank, covered = typeof(x).rank, typeof(mask).rank
     trailing = rank - start - covered
-    if _t(values).rank > trailing and any(s != 1 for s in _t(values).shape[:_t(values).rank - trailing]):
+    if typeof(values).rank > trailing and any(s != 1 for s in typeof(values).shape[:typeof(values).rank - trailing]):
         raise Unsupported("a masked assignment of different values to different elements")
-    values = c.reshape(values, _t(values).shape[max(_t(values).rank - trailing, 0):])
-    wide = c.reshape(mask, (*_t(mask).shape, *(1,) * trailing))
-    new = c.cast(values, _t(x).dtype)
+    values = c.reshape(values, typeof(values).shape[max(typeof(values).rank - trailing, 0):])
+    wide = c.reshape(mask, (*typeof(mask).shape, *(1,) * trailing))
+    new = c.cast(values, typeof(x).dtype)
     return c.ew("select", wide, c.ew("add", x, new) if accumulate else new, x)
 
 
@@ -63,17 +58,17 @@ def embedding(c: Context, weight: Value, indices: Value, *_: Any) -> Value:
 
 
 def gather(c: Context, x: Value, dim: int, at: Value, *, sparse_grad: bool = False) -> Value:
-    if _t(x).rank == 0 or _t(at).rank == 0:
-        return c.expand(c.reshape(x, ()), c.shape) if _t(x).rank == 0 else c.reshape(
+    if typeof(x).rank == 0 or typeof(at).rank == 0:
+        return c.expand(c.reshape(x, ()), c.shape) if typeof(x).rank == 0 else c.reshape(
             c.b.op("graph.take", x, c.reshape(c.cast(at, I64), (1,)), type=TensorType((1,), c.dtype), dim=0), c.shape)
-    return c.b.op("graph.gather", x, c.cast(at, I64), type=c.out(), dim=c.axis(dim, _t(x).rank))
+    return c.b.op("graph.gather", x, c.cast(at, I64), type=c.out(), dim=c.axis(dim, typeof(x).rank))
 
 
 def index_select(c: Context, x: Value, dim: int, at: Value) -> Value:
-    if _t(x).rank == 0:
+    if typeof(x).rank == 0:
         return c.reshape(x, c.shape)
-    at = c.reshape(c.cast(at, I64), (c.shape[c.axis(dim, _t(x).rank)],))
-    return c.b.op("graph.take", x, at, type=c.out(), dim=c.axis(dim, _t(x).rank))
+    at = c.reshape(c.cast(at, I64), (c.shape[c.axis(dim, typeof(x).rank)],))
+    return c.b.op("graph.take", x, at, type=c.out(), dim=c.axis(dim, typeof(x).rank))
 
 
 # -- scatters ---------------------------------------------------------------------------------------------------------
@@ -82,17 +77,16 @@ def index_select(c: Context, x: Value, dim: int, at: Value) -> Value:
 def _scatter(c: Context, x: Value, dim: int, at: Value, src: Any, reduce: str) -> Value:
     at = c.cast(at, I64)
     if not isinstance(src, Value):
-        src = c.expand(c.scalar(src, _t(x).dtype), _t(at).shape)
-    src = c.cast(src, _t(x).dtype)
-    rank = _t(x).rank
+        src = c.expand(c.scalar(src, typeof(x).dtype), typeof(at).shape)
+    src = c.cast(src, typeof(x).dtype)
+    rank = typeof(x).rank
     if rank == 0:
         one = (1,)
-        made = c.b.op("graph.scatter", c.reshape(x, one), c.reshape(at, one), c.reshape(src, one), type=TensorType(one, _t(x).dtype),
-                      dim=0, **({} if reduce == "set" else {"reduce": reduce}))
+        made = _scatter(c, c.reshape(x, one), 0, c.reshape(at, one), c.reshape(src, one), reduce)
         return c.reshape(made, ())
-    if _t(at).rank == 0:
+    if typeof(at).rank == 0:
         at, src = c.reshape(at, (1,)), c.reshape(src, (1,))
-    return c.b.op("graph.scatter", x, at, _cut(c, src, _t(at).shape), type=_t(x), dim=c.axis(dim, rank),
+    return c.b.op("graph.scatter", x, at, _cut(c, src, typeof(at).shape), type=typeof(x), dim=c.axis(dim, rank),
                   **({} if reduce == "set" else {"reduce": reduce}))
 
 
@@ -115,8 +109,8 @@ def scatter_add(c: Context, x: Value, dim: int, at: Value, src: Value) -> Value:
 
 
 def scatter_reduce(c: Context, x: Value, dim: int, at: Value, src: Value, reduce: str, *, include_self: bool = True) -> Value:
-    """The mean divides the sum by how many elements met; without `include_self`, touched elements start from the neutral one."""
-    t = _t(x)
+    """The mean divides the sum by how many elements met; without `include_self`, touched elements start neutral."""
+    t = typeof(x)
     if reduce == "mean" and not t.dtype.is_float:
         raise Unsupported("scatter_reduce with mean of integers")
     kind = _REDUCE["sum" if reduce == "mean" else reduce]
@@ -125,13 +119,10 @@ def scatter_reduce(c: Context, x: Value, dim: int, at: Value, src: Value, reduce
     total = _scatter(c, x, dim, at, src, kind)
     if reduce != "mean":
         return total
-    ones = c.full(_t(at).shape, 1.0, F32)
+    ones = c.full(typeof(at).shape, 1.0, F32)
     count = _scatter(c, c.full(t.shape, 1.0 if include_self else 0.0, F32), dim, at, ones, "add")
-    return c.cast(c.ew("div", c.cast(total, F32) if t.dtype.bits < 32 else total, c.cast(c.ew("max", count, 1.0), _wide(t))), t.dtype)
-
-
-def _wide(t: TensorType) -> Any:
-    return F32 if t.dtype.bits < 32 else t.dtype
+    work = F32 if t.dtype.bits < 32 else t.dtype
+    return c.cast(c.ew("div", c.cast(total, work), c.cast(c.ew("max", count, 1.0), work)), t.dtype)
 
 
 def _neutral(kind: str, t: TensorType) -> Any:
@@ -154,16 +145,16 @@ def index_copy(c: Context, x: Value, dim: int, at: Value, src: Value) -> Value:
 
 
 def index_fill(c: Context, x: Value, dim: int, at: Value, value: Any) -> Value:
-    return _put_along(c, x, dim, at, c.scalar(value, _t(x).dtype), accumulate=False)
+    return _put_along(c, x, dim, at, c.scalar(value, typeof(x).dtype), accumulate=False)
 
 
 def _put_along(c: Context, x: Value, dim: int, at: Value, src: Value, accumulate: bool) -> Value:
-    t = _t(x)
+    t = typeof(x)
     if t.rank == 0:
         raise Unsupported("an indexed write to a 0-d tensor")
     at = c.cast(at, I64)
-    at = c.reshape(at, (1,)) if _t(at).rank == 0 else at
-    if _t(src).rank not in (0, t.rank):
+    at = c.reshape(at, (1,)) if typeof(at).rank == 0 else at
+    if typeof(src).rank not in (0, t.rank):
         raise Unsupported("an indexed write of another rank")
     return c.b.op("graph.index_put", x, c.cast(src, t.dtype), at, type=t, dims=(c.axis(dim, t.rank),),
                   **({"accumulate": True} if accumulate else {}))
@@ -171,16 +162,16 @@ def _put_along(c: Context, x: Value, dim: int, at: Value, src: Value, accumulate
 
 def masked_scatter(c: Context, x: Value, mask: Value, src: Value) -> Value:
     """The n-th true element takes src[n]: n is a running count of the mask."""
-    t = _t(x)
+    t = typeof(x)
     if t.rank == 0:
         raise Unsupported("masked_scatter of a 0-d tensor")
     count = c.numel(x, range(t.rank))
     wide = c.expand(c.cast(mask, I1), t.shape)
     flat = c.reshape(c.cast(wide, I64), (count,))
-    order = c.ew("sub", c.b.op("graph.scan", flat, type=_t(flat), dim=0, kind="sum"), 1)
-    items = c.numel(src, range(_t(src).rank))
+    order = c.ew("sub", c.b.op("graph.scan", flat, type=typeof(flat), dim=0, kind="sum"), 1)
+    items = c.numel(src, range(typeof(src).rank))
     at = c.ew("min", c.ew("max", order, 0), c.scalar(items - 1, I64))
-    taken = c.b.op("graph.take", c.reshape(src, (items,)), at, type=TensorType((count,), _t(src).dtype), dim=0)
+    taken = c.b.op("graph.take", c.reshape(src, (items,)), at, type=TensorType((count,), typeof(src).dtype), dim=0)
     return c.ew("select", wide, c.reshape(taken, t.shape), x)
 
 
@@ -189,22 +180,24 @@ def masked_scatter(c: Context, x: Value, mask: Value, src: Value) -> Value:
 
 def topk(c: Context, x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Value, Value]:
     """The first one is a maximum; more need a sort."""
-    t = _t(x)
+    t = typeof(x)
     if k != 1 or t.rank == 0:
         raise Unsupported("topk of more than one element: a library routine")
     axes = c.axes(dim, t.rank)
-    return (c.reduce("amax" if largest else "amin", x, axes, True), c.reduce("argmax" if largest else "argmin", x, axes, True, I64))
+    value, place = ("amax", "argmax") if largest else ("amin", "argmin")
+    return c.reduce(value, x, axes, True), c.reduce(place, x, axes, True, I64)
 
 
 def native_dropout(c: Context, x: Value, p: float, train: bool | None) -> tuple[Value, Value]:
     """The mask is drawn by ATen from the global generator, as eager does; the rest is compiled."""
-    t = _t(x)
+    t = typeof(x)
     if train is False or p == 0:
         return x, c.full(t.shape, True, I1)
     if p == 1:
         return c.full(t.shape, 0, t.dtype), c.full(t.shape, False, I1)
-    drawn, = make_extern(c, "aten.bernoulli.p", [c.expand(c.full((), 0.0, F32), t.shape)], ({"operand": 0}, 1 - p), {},
-                         [TensorType(t.shape, F32)], ["tensor"], random=True, reason="random numbers come from torch's generator")
+    like = c.full(t.shape, 0.0, F32)
+    drawn, = make_extern(c, "aten.bernoulli.p", [like], ({"operand": 0}, 1 - p), {}, [typeof(like)], ["tensor"], random=True,
+                         reason="random numbers come from torch's generator")
     mask = c.cast(drawn, I1)
     work = F32 if t.dtype.name in ("bf16", "f16") else t.dtype
     scaled = c.ew("mul", c.ew("mul", c.cast(x, work), c.cast(drawn, work)), 1 / (1 - p))

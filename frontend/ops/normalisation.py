@@ -8,20 +8,15 @@ import torch
 
 from ...ir.core import Value
 from ...ir.types import DType, TensorType
-from ..context import F32, Context
+from ..context import F32, Context, typeof
 from ..dtypes import TO_TORCH
 from .table import Lower
-
-
-def _t(x: Value) -> TensorType:
-    assert isinstance(x.type, TensorType)
-    return x.type
 
 
 def _weights(c: Context, dtype: DType, weight: Value | None, bias: Value | None) -> list[Value]:
     """[], [weight] or [weight, bias] in the input's type; ones stand in for a missing weight."""
     if bias is not None and weight is None:
-        weight = c.full(_t(bias).shape, 1.0, dtype)
+        weight = c.full(typeof(bias).shape, 1.0, dtype)
     return [c.cast(w, dtype) for w in (weight, bias) if w is not None]
 
 
@@ -31,10 +26,10 @@ def _cast_all(c: Context, made: list[Value]) -> tuple[Value, ...]:
 
 def _layer_norm(c: Context, x: Value, normalized: Any, weight: Value | None, bias: Value | None, eps: float) -> list[Value]:
     """Result, mean and rstd; the statistics keep their dimensions, as in torch."""
-    t = _t(x)
+    t = typeof(x)
     stats = TensorType((*t.shape[:t.rank - len(normalized)], *(1,) * len(normalized)), _statistics(t.dtype))
-    made = c.b.create("graph.layer_norm", [x, *_weights(c, t.dtype, weight, bias)], {"ndims": len(normalized), "eps": float(eps)},
-                      [t, stats, stats])
+    attrs = {"ndims": len(normalized), "eps": float(eps)}
+    made = c.b.create("graph.layer_norm", [x, *_weights(c, t.dtype, weight, bias)], attrs, [t, stats, stats])
     return list(made.results)
 
 
@@ -50,7 +45,7 @@ def layer_norm_only(c: Context, x: Value, normalized: Any, weight: Value | None 
 
 def rms_norm(c: Context, x: Value, normalized: Any, weight: Value | None, eps: float | None) -> tuple[Value, Value]:
     """(result, rstd) of _fused_rms_norm; without eps, the smallest step of the input's type."""
-    t = _t(x)
+    t = typeof(x)
     eps = torch.finfo(TO_TORCH[t.dtype]).eps if eps is None else eps
     stats = TensorType((*t.shape[:t.rank - len(normalized)], *(1,) * len(normalized)), _statistics(t.dtype))
     made = c.b.create("graph.rms_norm", [x, *_weights(c, t.dtype, weight, None)], {"ndims": len(normalized), "eps": float(eps)},
@@ -65,7 +60,7 @@ def fused_rms_norm(c: Context, *args: Any) -> tuple[Value, ...]:
 def group_norm(c: Context, x: Value, weight: Value | None, bias: Value | None, n: Any, channels: Any, area: Any, groups: int,
                eps: float) -> tuple[Value, ...]:
     """(result, mean, rstd); the statistics are [N, groups]."""
-    t = _t(x)
+    t = typeof(x)
     stats = TensorType((t.shape[0], groups), _statistics(t.dtype))
     made = c.b.create("graph.group_norm", [x, *_weights(c, t.dtype, weight, bias)], {"groups": groups, "eps": float(eps)},
                       [t, stats, stats])
@@ -76,10 +71,10 @@ def _statistics(dtype: DType) -> DType:
     return F32 if dtype.bits < 32 else dtype
 
 
-def batch_norm_inference(c: Context, x: Value, weight: Value | None, bias: Value | None, mean: Value, var: Value, momentum: float,
-                         eps: float) -> tuple[Value, ...]:
-    """x * scale + shift, with both folded per channel first, as ATen does: scale = weight / sqrt(var + eps), shift = bias - mean * scale."""
-    t = _t(x)
+def batch_norm_inference(c: Context, x: Value, weight: Value | None, bias: Value | None, mean: Value, var: Value,
+                         momentum: float, eps: float) -> tuple[Value, ...]:
+    """x * scale + shift, folded per channel first, as ATen does: scale = weight * rsqrt(var + eps)."""
+    t = typeof(x)
     work = _statistics(t.dtype)
     scale = c.ew("rsqrt", c.ew("add", c.cast(var, work), eps))
     if weight is not None:
@@ -87,7 +82,7 @@ def batch_norm_inference(c: Context, x: Value, weight: Value | None, bias: Value
     shift = c.ew("neg", c.ew("mul", c.cast(mean, work), scale))
     if bias is not None:
         shift = c.ew("add", shift, c.cast(bias, work))
-    per_channel = (_t(scale).shape[0], *(1,) * (t.rank - 2))
+    per_channel = (typeof(scale).shape[0], *(1,) * (t.rank - 2))
     y = c.ew("add", c.ew("mul", c.cast(x, work), c.reshape(scale, per_channel)), c.reshape(shift, per_channel))
     return (c.cast(y, t.dtype), *(c.full(c.out(i).shape, 0, c.out(i).dtype) for i in range(1, len(c.val))))
 

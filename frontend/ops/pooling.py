@@ -8,14 +8,9 @@ from typing import Any
 from ...ir.core import Value
 from ...ir.expr import Dim, product
 from ...ir.types import TensorType
-from ..context import F32, I64, Context
+from ..context import F32, I64, Context, typeof
 from ..errors import Unsupported
 from .table import Lower
-
-
-def _t(x: Value) -> TensorType:
-    assert isinstance(x.type, TensorType)
-    return x.type
 
 
 def _window(x: Any, n: int, default: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -30,7 +25,7 @@ def _window(x: Any, n: int, default: Sequence[int] | None = None) -> tuple[int, 
 
 def _batched(c: Context, x: Value, n: int) -> Value:
     """[C, *] as [1, C, *]."""
-    return x if _t(x).rank == n + 2 else c.reshape(x, (1, *_t(x).shape))
+    return x if typeof(x).rank == n + 2 else c.reshape(x, (1, *typeof(x).shape))
 
 
 def _type(c: Context, i: int | None, n: int) -> TensorType:
@@ -54,12 +49,13 @@ def max_pool_backward(n: int) -> Lower:
     """Each output gradient goes to the input position that won."""
     def lower(c: Context, grad: Value, x: Value, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool,
               indices: Value) -> Value:
-        shape = _t(x).shape
+        shape = typeof(x).shape
         lead, area = shape[:-n], product(shape[-n:])
-        points = product(_t(grad).shape[-n:])
-        base = c.full((*lead, area), 0, _t(grad).dtype)
-        made = c.b.op("graph.scatter", base, c.reshape(indices, (*lead, points)), c.reshape(grad, (*lead, points)), type=_t(base),
-                      dim=len(lead), reduce="add")
+        points = product(typeof(grad).shape[-n:])
+        base = c.full((*lead, area), 0, typeof(grad).dtype)
+        flat = (*lead, points)
+        made = c.b.op("graph.scatter", base, c.reshape(indices, flat), c.reshape(grad, flat), type=typeof(base), dim=len(lead),
+                      reduce="add")
         return c.reshape(made, shape)
     return lower
 
@@ -78,17 +74,14 @@ def avg_pool(n: int) -> Lower:
 
 def avg_pool_backward(n: int) -> Lower:
     """Divides the gradient by the size of its window, then spreads it: a transposed depthwise convolution with ones."""
-    def lower(c: Context, grad: Value, x: Value, kernel: Any, stride: Any, padding: Any, ceil_mode: bool, count_include_pad: bool,
-              divisor: int | None) -> Value:
+    def lower(c: Context, grad: Value, x: Value, kernel: Any, stride: Any, padding: Any, ceil_mode: bool,
+              count_include_pad: bool, divisor: int | None) -> Value:
         size, pads = _window(kernel, n), _window(padding, n)
         steps = _window(stride, n, size)
-        shape = _t(_batched(c, x, n)).shape
+        shape = typeof(_batched(c, x, n)).shape
         grad = _batched(c, grad, n)
-        out = _t(grad).shape
-        work = F32 if _t(grad).dtype.name in ("bf16", "f16") else _t(grad).dtype
-        channels = shape[1]
-        if not isinstance(channels, int):
-            raise Unsupported("pooling with a symbolic number of channels")
+        out = typeof(grad).shape
+        work = F32 if typeof(grad).dtype.name in ("bf16", "f16") else typeof(grad).dtype
         share = c.cast(grad, work)
         if divisor is not None:
             share = c.ew("div", share, float(divisor))
@@ -96,9 +89,13 @@ def avg_pool_backward(n: int) -> Lower:
             for i in range(n):
                 count = _window_size(c, out[2 + i], shape[2 + i], size[i], steps[i], pads[i], count_include_pad)
                 share = c.ew("div", share, c.reshape(c.cast(count, work), [out[2 + i] if j == i else 1 for j in range(n)]))
+        if pads == (0,) * n and size == steps and divisor is None and _divided(shape[-n:], out[-n:]) == size:
+            return c.cast(c.reshape(_repeated(c, share, size), c.shape), c.dtype)
+        lead = out[0] * out[1]
         reach = [(out[2 + i] - 1) * steps[i] + size[i] for i in range(n)]
-        whole = c.b.op("graph.conv_transpose", share, c.full((channels, 1, *size), 1.0, work), stride=steps, padding=(0,) * n,
-                       dilation=(1,) * n, groups=channels, type=TensorType((*out[:2], *reach), work))
+        single, ones = c.reshape(share, (lead, 1, *out[2:])), c.full((1, 1, *size), 1.0, work)
+        whole = c.b.op("graph.conv_transpose", single, ones, stride=steps,
+                       padding=(0,) * n, dilation=(1,) * n, type=TensorType((lead, 1, *reach), work))
         low = [0, 0, *(-p for p in pads)]
         high = [0, 0, *(shape[2 + i] + pads[i] - reach[i] for i in range(n))]  # cropped, or never covered by a window
         return c.cast(c.reshape(c.pad(whole, low, high, 0.0), c.shape), c.dtype)
@@ -114,35 +111,40 @@ def _window_size(c: Context, out: Dim, size: Dim, kernel: int, step: int, pad: i
     return c.ew("sub", last, first)
 
 
+def _divided(size: Sequence[Dim], out: Sequence[Dim]) -> tuple[int, ...]:
+    """The window of each dimension when `out` divides `size`; empty when it does not or when that is unknown."""
+    if any(not isinstance(s, int) or not isinstance(o, int) or s % o for s, o in zip(size, out, strict=True)):
+        return ()
+    return tuple(s // o for s, o in zip(size, out, strict=True))  # type: ignore[misc]
+
+
+def _repeated(c: Context, x: Value, window: Sequence[int]) -> Value:
+    """Each element repeated over its window of the trailing dimensions."""
+    lead, out = typeof(x).shape[:-len(window)], typeof(x).shape[-len(window):]
+    unit = [v for o in out for v in (o, 1)]
+    apart = [v for o, k in zip(out, window, strict=True) for v in (o, k)]
+    return c.reshape(c.expand(c.reshape(x, (*lead, *unit)), (*lead, *apart)),
+                     (*lead, *(o * k for o, k in zip(out, window, strict=True))))
+
+
 def adaptive_avg_pool(n: int) -> Lower:
     """Windows of one size when the output divides the input; the mean of everything when the output is 1."""
     def lower(c: Context, x: Value, output_size: Any) -> Value:
-        shape, rank = _t(x).shape, _t(x).rank
-        out = c.shape[-n:]
+        rank, out = typeof(x).rank, c.shape[-n:]
         if all(o == 1 for o in out):
             return c.reduce("mean", x, tuple(range(rank - n, rank)), True)
-        kernel = []
-        for s, o in zip(shape[-n:], out, strict=True):
-            if not isinstance(s, int) or not isinstance(o, int) or s % o:
-                raise Unsupported("adaptive pooling with windows of several sizes")
-            kernel.append(s // o)
-        return avg_pool(n)(c, x, kernel, kernel)
+        window = _divided(typeof(x).shape[-n:], out)
+        if not window:
+            raise Unsupported("adaptive pooling with windows of several sizes")
+        return avg_pool(n)(c, x, window, window)
     return lower
 
 
 def adaptive_avg_pool_backward(c: Context, grad: Value, x: Value) -> Value:
-    shape, out = _t(x).shape, _t(grad).shape
-    n = 2
-    kernel: list[int] = []
-    for s, o in zip(shape[-n:], out[-n:], strict=True):
-        if not isinstance(s, int) or not isinstance(o, int) or s % o:
-            raise Unsupported("adaptive pooling with windows of several sizes")
-        kernel.append(s // o)
-    lead = shape[:-n]
-    apart = [v for o, k in zip(out[-n:], kernel, strict=True) for v in (o, k)]
-    unit = [v for o in out[-n:] for v in (o, 1)]
-    spread = c.expand(c.reshape(grad, (*lead, *unit)), (*lead, *apart))
-    return c.ew("div", c.reshape(spread, shape), float(product(kernel)))  # type: ignore[arg-type]
+    window = _divided(typeof(x).shape[-2:], typeof(grad).shape[-2:])
+    if not window:
+        raise Unsupported("adaptive pooling with windows of several sizes")
+    return _repeated(c, c.ew("div", grad, float(window[0] * window[1])), window)
 
 
 ROWS: dict[str, Lower] = {

@@ -7,15 +7,14 @@ from typing import Any
 
 from ...ir.core import Value
 from ...ir.types import TensorType
-from ..context import F32, I1, I64, Context
+from ..context import F32, I1, I64, Context, typeof
 from ..dtypes import from_torch
 from ..errors import Unsupported
 from .table import Lower
 
 
 def _rank(x: Value) -> int:
-    assert isinstance(x.type, TensorType)
-    return x.type.rank
+    return typeof(x).rank
 
 
 def simple(name: str) -> Lower:
@@ -77,16 +76,15 @@ def aminmax(c: Context, x: Value, *, dim: int | None = None, keepdim: bool = Fal
 
 
 def _var_mean(c: Context, x: Value, dims: Any, correction: Any, keepdim: bool) -> tuple[Value, Value]:
-    t = x.type
-    assert isinstance(t, TensorType)
+    t = typeof(x)
     if not t.dtype.is_float:
         raise Unsupported(f"variance of {t.dtype}")
     axes = c.axes(dims, t.rank)
     if not axes:
         raise Unsupported("variance of a 0-d tensor")
     shape = tuple(1 if i in axes else s for i, s in enumerate(t.shape) if keepdim or i not in axes)
-    made = c.b.create("graph.var_mean", [x], {"dims": axes, "correction": float(correction), **({"keepdim": True} if keepdim else {})},
-                      [TensorType(shape, t.dtype)] * 2)
+    attrs = {"dims": axes, "correction": float(correction), **({"keepdim": True} if keepdim else {})}
+    made = c.b.create("graph.var_mean", [x], attrs, [TensorType(shape, t.dtype)] * 2)
     return made.results[0], made.results[1]
 
 
@@ -135,7 +133,7 @@ def logsumexp(c: Context, x: Value, dims: Any, keepdim: bool = False) -> Value:
     high = c.ew("select", c.ew("isinf", high), 0, high)  # of infinities only: nothing to subtract
     total = c.ew("log", c.reduce("sum", c.ew("exp", c.ew("sub", x, high)), axes, True))
     made = c.ew("add", total, high)
-    shape = [1 if i in axes else s for i, s in enumerate(x.type.shape) if keepdim or i not in axes]  # type: ignore[attr-defined]
+    shape = [1 if i in axes else s for i, s in enumerate(typeof(x).shape) if keepdim or i not in axes]
     return c.cast(c.reshape(made, shape), c.dtype)
 
 
@@ -151,7 +149,7 @@ def scan(kind: str) -> Lower:
         x = c.cast(x, c.dtype)
         if _rank(x) == 0:
             return x
-        return c.b.op("graph.scan", x, type=x.type, dim=c.axis(dim, _rank(x)), kind=kind)
+        return c.b.op("graph.scan", x, type=typeof(x), dim=c.axis(dim, _rank(x)), kind=kind)
     return lower
 
 
@@ -160,7 +158,7 @@ def softmax(name: str) -> Lower:
         x = c.cast(x, c.dtype)
         if _rank(x) == 0:
             return c.full((), 1.0 if name == "softmax" else 0.0, c.dtype)
-        return c.b.op(f"graph.{name}", x, type=x.type, dim=c.axis(dim, _rank(x)))
+        return c.b.op(f"graph.{name}", x, type=typeof(x), dim=c.axis(dim, _rank(x)))
     return lower
 
 
@@ -180,7 +178,7 @@ ROWS: dict[str, Lower] = {
     "aten.sum.default": whole("sum"),
     "aten.sum.dim_IntList": simple("sum"),
     "aten.nansum.default": lambda c, x, dims=None, keepdim=False, *, dtype=None: simple("sum")(
-        c, c.ew("select", c.ew("isnan", x), 0, x) if x.type.dtype.is_float else x, dims, keepdim),
+        c, c.ew("select", c.ew("isnan", x), 0, x) if typeof(x).dtype.is_float else x, dims, keepdim),
     "aten.mean.default": whole("mean"),
     "aten.mean.dim": simple("mean"),
     "aten.prod.default": whole("prod"),

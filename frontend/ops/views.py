@@ -7,7 +7,8 @@ from typing import Any
 
 from ...ir.core import Value
 from ...ir.expr import Dim, ceildiv, floordiv, maximum, minimum, mod, product, sym
-from ..context import I1, Context, Number
+from ...ir.types import contiguous_strides
+from ..context import I1, Context, Number, typeof
 from ..errors import Unsupported
 from .table import Lower
 
@@ -22,16 +23,16 @@ def reshape(c: Context, x: Value, *_: Any) -> Value:
 
 
 def permute(c: Context, x: Value, dims: Sequence[int]) -> Value:
-    return c.permute(x, [c.axis(i, x.type.rank) for i in dims])
+    return c.permute(x, [c.axis(i, typeof(x).rank) for i in dims])
 
 
 def transpose(c: Context, x: Value, i: int, j: int) -> Value:
-    rank = x.type.rank
+    rank = typeof(x).rank
     return c.transpose(x, c.axis(i, rank), c.axis(j, rank)) if rank else x
 
 
 def t(c: Context, x: Value) -> Value:
-    return c.transpose(x, 0, 1) if x.type.rank == 2 else x
+    return c.transpose(x, 0, 1) if typeof(x).rank == 2 else x
 
 
 def expand(c: Context, x: Value, *_: Any, **__: Any) -> Value:
@@ -40,7 +41,7 @@ def expand(c: Context, x: Value, *_: Any, **__: Any) -> Value:
 
 def slice_bounds(c: Context, x: Value, dim: int, start: Any, end: Any, length: Dim) -> Dim:
     """The first index of a slice that has `length` elements: torch has decided on clamping, its result's size tells how."""
-    size = x.type.shape[dim]
+    size = typeof(x).shape[dim]
     if start is None:
         return 0
     if isinstance(start, int) and isinstance(size, int):
@@ -51,21 +52,21 @@ def slice_bounds(c: Context, x: Value, dim: int, start: Any, end: Any, length: D
 
 
 def slice_(c: Context, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
-    dim = c.axis(dim, x.type.rank)
+    dim = c.axis(dim, typeof(x).rank)
     length = c.shape[dim]
-    if length == x.type.shape[dim]:
+    if length == typeof(x).shape[dim]:
         return x
     return c.slice(x, dim, slice_bounds(c, x, dim, start, end, length), length, step)
 
 
 def select(c: Context, x: Value, dim: int, index: Any) -> Value:
-    dim = c.axis(dim, x.type.rank)
-    return c.reshape(c.slice(x, dim, c.index(c.dim(index), x.type.shape[dim]), 1), c.shape)
+    dim = c.axis(dim, typeof(x).rank)
+    return c.reshape(c.slice(x, dim, c.index(c.dim(index), typeof(x).shape[dim]), 1), c.shape)
 
 
 def split(c: Context, x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
     """split, chunk and split_with_sizes: torch has computed the sizes of the parts."""
-    dim = c.axis(dim, x.type.rank)
+    dim = c.axis(dim, typeof(x).rank)
     parts, start = [], 0
     for i in range(len(c.val)):
         length = c.out(i).shape[dim]
@@ -75,26 +76,26 @@ def split(c: Context, x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
 
 
 def unbind(c: Context, x: Value, dim: int = 0) -> tuple[Value, ...]:
-    dim = c.axis(dim, x.type.rank)
+    dim = c.axis(dim, typeof(x).rank)
     return tuple(c.reshape(c.slice(x, dim, i, 1), c.out(i).shape) for i in range(len(c.val)))
 
 
 def flip(c: Context, x: Value, dims: Sequence[int]) -> Value:
-    axes = c.axes(dims, x.type.rank) if len(dims) else ()
-    return c.b.op("graph.flip", x, type=x.type, dims=axes) if axes else x
+    axes = c.axes(dims, typeof(x).rank) if len(dims) else ()
+    return c.b.op("graph.flip", x, type=typeof(x), dims=axes) if axes else x
 
 
 def roll(c: Context, x: Value, shifts: Any, dims: Any = ()) -> Value:
     shifts = [shifts] if not isinstance(shifts, (list, tuple)) else shifts
     dims = [dims] if isinstance(dims, int) else dims
     if not len(dims):
-        flat = c.reshape(x, (product(x.type.shape),))
-        return c.reshape(_rolled(c, flat, shifts, [0]), x.type.shape)
+        flat = c.reshape(x, (product(typeof(x).shape),))
+        return c.reshape(_rolled(c, flat, shifts, [0]), typeof(x).shape)
     return _rolled(c, x, shifts, dims)
 
 
 def _rolled(c: Context, x: Value, shifts: Sequence[Any], dims: Sequence[int]) -> Value:
-    shape, rank = x.type.shape, x.type.rank
+    shape, rank = typeof(x).shape, typeof(x).rank
     index = [d(i) for i in range(rank)]
     for shift, dim in zip(shifts, dims, strict=True):
         i = c.axis(dim, rank)
@@ -107,16 +108,16 @@ def repeat(c: Context, x: Value, repeats: Sequence[Any]) -> Value:
     """Numpy's tile: each dimension [n] becomes [r, n] by expansion, then one of r * n."""
     counts = c.dims(repeats)
     rank = len(counts)
-    shape = [1] * (rank - x.type.rank) + list(x.type.shape)
+    shape = [1] * (rank - typeof(x).rank) + list(typeof(x).shape)
     apart = [s for n in shape for s in (1, n)]
     spread = [s for r, n in zip(counts, shape, strict=True) for s in (r, n)]
     return c.reshape(c.expand(c.reshape(x, apart), spread), c.shape)
 
 
 def cat(c: Context, xs: Sequence[Value], dim: int = 0) -> Value:
-    kept = [c.cast(x, c.dtype) for x in xs if not (x.type.rank == 1 and x.type.shape == (0,) and len(c.shape) != 1)]
+    kept = [c.cast(x, c.dtype) for x in xs if not (typeof(x).rank == 1 and typeof(x).shape == (0,) and len(c.shape) != 1)]
     dim = c.axis(dim, len(c.shape))
-    kept = [x for x in kept if x.type.shape[dim] != 0]
+    kept = [x for x in kept if typeof(x).shape[dim] != 0]
     return c.cat(kept, dim) if kept else c.full(c.shape, 0, c.dtype)
 
 
@@ -134,7 +135,7 @@ def constant_pad(c: Context, x: Value, pad: Sequence[Any], value: Number = 0) ->
 def _pad_amounts(c: Context, x: Value, pad: Sequence[Any]) -> tuple[list[Dim], list[Dim]]:
     """torch lists (low, high) from the last dimension backwards."""
     amounts = c.dims(pad)
-    rank = x.type.rank
+    rank = typeof(x).rank
     low: list[Dim] = [0] * rank
     high: list[Dim] = [0] * rank
     for i in range(len(amounts) // 2):
@@ -145,7 +146,7 @@ def _pad_amounts(c: Context, x: Value, pad: Sequence[Any]) -> tuple[list[Dim], l
 def replication_pad(c: Context, x: Value, pad: Sequence[Any]) -> Value:
     low, _ = _pad_amounts(c, x, pad)
     return c.remap(x, c.shape, [d(i) if c.shape[i] == n else maximum(minimum(d(i) - low[i], n - 1), 0)
-                                for i, n in enumerate(x.type.shape)])
+                                for i, n in enumerate(typeof(x).shape)])
 
 
 def reflection_pad(c: Context, x: Value, pad: Sequence[Any]) -> Value:
@@ -157,11 +158,11 @@ def reflection_pad(c: Context, x: Value, pad: Sequence[Any]) -> Value:
         gap = (n - 1) - p
         return (n - 1) - maximum(gap, -gap)  # around the last
 
-    return c.remap(x, c.shape, [d(i) if c.shape[i] == n else reflected(i, n) for i, n in enumerate(x.type.shape)])
+    return c.remap(x, c.shape, [d(i) if c.shape[i] == n else reflected(i, n) for i, n in enumerate(typeof(x).shape)])
 
 
 def diagonal(c: Context, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Value:
-    rank = x.type.rank
+    rank = typeof(x).rank
     i, j = c.axis(dim1, rank), c.axis(dim2, rank)
     last = d(rank - 2)
     index: list[Dim] = []
@@ -177,7 +178,7 @@ def diagonal(c: Context, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1
 
 
 def unfold(c: Context, x: Value, dim: int, size: int, step: int) -> Value:
-    rank = x.type.rank
+    rank = typeof(x).rank
     if rank == 0:
         return c.reshape(x, c.shape)
     dim = c.axis(dim, rank)
@@ -186,15 +187,17 @@ def unfold(c: Context, x: Value, dim: int, size: int, step: int) -> Value:
 
 
 def as_strided(c: Context, x: Value, size: Any, stride: Any, storage_offset: Any = None) -> Value:
-    """Undoes the strides of the source: only for a source that fills its memory without gaps or overlap, in any order of dimensions."""
-    fake = c.node.args[0].meta["val"]  # type: ignore[union-attr]
-    sizes, strides = x.type.shape, c.dims(fake.stride())
+    """Undoes the strides of the source, which must fill its memory without gaps or overlap, in any order of dimensions."""
+    fake = c.argument(0)
+    sizes, strides = typeof(x).shape, c.dims(fake.stride())
     offset = 0 if storage_offset is None else c.dim(storage_offset) - c.dim(fake.storage_offset())
     if c.shape == sizes and c.dims(stride) == strides and offset == 0:
         return x
     if product(c.shape) == 0:
         return c.full(c.shape, 0, c.dtype)
-    order = sorted((i for i in range(len(sizes)) if sizes[i] != 1), key=lambda i: _constant(strides[i]))
+    order = [i for i in reversed(range(len(sizes))) if sizes[i] != 1]  # innermost first
+    if strides != contiguous_strides(sizes):
+        order.sort(key=lambda i: _constant(strides[i]))
     expected: Dim = 1
     for i in order:
         if strides[i] != expected:
@@ -219,29 +222,30 @@ def _constant(e: Dim) -> int:
 
 
 def slice_scatter(c: Context, x: Value, src: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
-    dim = c.axis(dim, x.type.rank)
-    size, length = x.type.shape[dim], src.type.shape[dim]
-    src = c.cast(src, x.type.dtype)
+    dim = c.axis(dim, typeof(x).rank)
+    size, length = typeof(x).shape[dim], typeof(src).shape[dim]
+    src = c.cast(src, typeof(x).dtype)
     if length == size:
-        return c.expand(src, x.type.shape)
+        return c.expand(src, typeof(x).shape)
     if length == 0:
         return x
     first = slice_bounds(c, x, dim, start, end, length)
     if step != 1:
         return _strided_scatter(c, x, src, dim, first, step)
-    src = c.expand(src, [length if i == dim else s for i, s in enumerate(x.type.shape)])
+    src = c.expand(src, [length if i == dim else s for i, s in enumerate(typeof(x).shape)])
     rest = size - first - length
     background = c.constant_of(x)
     if background is not None:
-        low, high = [0] * x.type.rank, [0] * x.type.rank
-        low[dim], high[dim] = first, rest  # type: ignore[call-overload]
+        low: list[Dim] = [0] * typeof(x).rank
+        high: list[Dim] = [0] * typeof(x).rank
+        low[dim], high[dim] = first, rest
         return c.pad(src, low, high, background)
     parts = [c.slice(x, dim, 0, first), src, c.slice(x, dim, first + length, rest)]
-    return c.cat([p for p in parts if p.type.shape[dim] != 0], dim)
+    return c.cat([p for p in parts if typeof(p).shape[dim] != 0], dim)
 
 
 def _strided_scatter(c: Context, x: Value, src: Value, dim: int, first: Dim, step: int) -> Value:
-    shape, length = x.type.shape, src.type.shape[dim]
+    shape, length = typeof(x).shape, typeof(src).shape[dim]
     src = c.expand(src, [length if i == dim else s for i, s in enumerate(shape)])
     nearest = [maximum(minimum(floordiv(d(i) - first, step), length - 1), 0) if i == dim else d(i) for i in range(len(shape))]
     away = c.ew("sub", c.positions(shape, dim), first)
@@ -251,47 +255,47 @@ def _strided_scatter(c: Context, x: Value, src: Value, dim: int, first: Dim, ste
 
 
 def select_scatter(c: Context, x: Value, src: Value, dim: int, index: Any) -> Value:
-    dim = c.axis(dim, x.type.rank)
-    first = c.index(c.dim(index), x.type.shape[dim])
-    unit = c.reshape(src, [1 if i == dim else s for i, s in enumerate(x.type.shape)])
-    if x.type.shape[dim] == 1:
-        return c.cast(unit, x.type.dtype)
+    dim = c.axis(dim, typeof(x).rank)
+    first = c.index(c.dim(index), typeof(x).shape[dim])
+    unit = c.reshape(src, [1 if i == dim else s for i, s in enumerate(typeof(x).shape)])
+    if typeof(x).shape[dim] == 1:
+        return c.cast(unit, typeof(x).dtype)
     return slice_scatter(c, x, unit, dim, first, None)
 
 
 def diagonal_scatter(c: Context, x: Value, src: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Value:
-    shape, rank = x.type.shape, x.type.rank
+    shape, rank = typeof(x).shape, typeof(x).rank
     i, j = c.axis(dim1, rank), c.axis(dim2, rank)
     row, col = c.positions(shape, i), c.positions(shape, j)
     on = c.ew("eq", c.ew("sub", col, row), offset)
-    length = src.type.shape[-1]
+    length = typeof(src).shape[-1]
     if length == 0:
         return x
     index = [d(k) for k in range(rank) if k not in (i, j)]
     index.append(minimum(maximum(d(i) - max(-offset, 0), 0), length - 1))
-    return c.ew("select", on, c.remap(c.cast(src, x.type.dtype), shape, index), x)
+    return c.ew("select", on, c.remap(c.cast(src, typeof(x).dtype), shape, index), x)
 
 
 def triangle(upper: bool) -> Lower:
     """triu and tril: elements on the wrong side of diagonal k become 0."""
     def lower(c: Context, x: Value, k: int = 0) -> Value:
-        shape, rank = x.type.shape, x.type.rank
+        shape, rank = typeof(x).shape, typeof(x).rank
         gap = c.ew("sub", c.positions(shape[-2:], 1), c.positions(shape[-2:], 0))
         keep = c.ew("ge" if upper else "le", gap, k)
-        assert keep.type.dtype == I1 and rank >= 2  # type: ignore[attr-defined]
-        return c.ew("select", keep, x, c.full((), 0, x.type.dtype))
+        assert typeof(keep).dtype == I1 and rank >= 2
+        return c.ew("select", keep, x, c.full((), 0, typeof(x).dtype))
     return lower
 
 
 def pixel_shuffle(c: Context, x: Value, r: int) -> Value:
-    *batch, ch, h, w = x.type.shape
+    *batch, ch, h, w = typeof(x).shape
     n = len(batch)
     apart = c.reshape(x, (*batch, floordiv(ch, r * r), r, r, h, w))
     return c.reshape(c.permute(apart, [*range(n), n, n + 3, n + 1, n + 4, n + 2]), c.shape)
 
 
 def pixel_unshuffle(c: Context, x: Value, r: int) -> Value:
-    *batch, ch, h, w = x.type.shape
+    *batch, ch, h, w = typeof(x).shape
     n = len(batch)
     apart = c.reshape(x, (*batch, ch, ceildiv(h, r), r, ceildiv(w, r), r))
     return c.reshape(c.permute(apart, [*range(n), n, n + 2, n + 4, n + 1, n + 3]), c.shape)
@@ -311,7 +315,7 @@ ROWS: dict[str, Lower] = {
     "aten.transpose.int": transpose,
     "aten.transpose_copy.int": transpose,
     "aten.t.default": t,
-    "aten.numpy_T.default": lambda c, x: c.permute(x, list(reversed(range(x.type.rank)))),
+    "aten.numpy_T.default": lambda c, x: c.permute(x, list(reversed(range(typeof(x).rank)))),
     "aten.movedim.int": lambda c, x, *_: _moved(c, x, *_),
     "aten.expand.default": expand,
     "aten.expand_copy.default": expand,
@@ -347,7 +351,7 @@ ROWS: dict[str, Lower] = {
 
 
 def _moved(c: Context, x: Value, source: int, target: int) -> Value:
-    rank = x.type.rank
+    rank = typeof(x).rank
     order = [i for i in range(rank) if i != c.axis(source, rank)]
     order.insert(c.axis(target, rank), c.axis(source, rank))
     return c.permute(x, order)

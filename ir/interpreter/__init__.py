@@ -25,7 +25,7 @@ from ..core import IRError, Operation
 from ..expr import free_symbols
 from ..types import TensorType
 from . import arith, graph, tensor, tile
-from .context import TORCH_DTYPES, Context, Numerics, bind_shape, failure
+from .context import TORCH_DTYPES, Context, Handler, Numerics, bind_shape, failure
 
 __all__ = ["interpret", "interpret_op"]
 
@@ -67,7 +67,8 @@ def _bind_inputs(func: Operation, inputs: Sequence[torch.Tensor], ctx: Context) 
 
 @torch.no_grad()
 def interpret(module: Operation, inputs: Sequence[Any], *, symbols: Mapping[str, int] | None = None, func: str | None = None,
-              precision: torch.dtype | None = None, exact: bool = False, check: bool = False) -> list[torch.Tensor]:
+              precision: torch.dtype | None = None, exact: bool = False, check: bool = False,
+              handlers: Mapping[str, Handler] | None = None) -> list[torch.Tensor]:
     """Runs a function of `module` (the only one, or `func`) on `inputs`; gives the operands of its `return`.
 
     inputs: one CPU tensor per argument, of the argument's element type (or `precision`, for floats), preceded by the values of
@@ -77,13 +78,15 @@ def interpret(module: Operation, inputs: Sequence[Any], *, symbols: Mapping[str,
         Casts to narrower floats do not round unless `exact`.
     check: kernels also verify that no two programs write one element, and that all of every output is written.
 
+    handlers: other semantics for some ops, by name (a backend that runs `tile.launch` itself, say).
+
     Tensors that the function assigns to are updated in place at the end, as a compiled function would: pass clones to
     keep them.
     Raises IRError with the op and its Python line for IR that is wrong; IndexError for indices (data) out of range.
     """
     function = _find_func(module, func)
     kernels = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"} if module.name == "module" else {}
-    ctx = Context(HANDLERS, Numerics(precision, exact), dict(symbols or {}), kernels, check)
+    ctx = Context({**HANDLERS, **(handlers or {})}, Numerics(precision, exact), dict(symbols or {}), kernels, check)
     names = function["symbol_args"]
     if names and len(inputs) == len(names) + len(function.body.args):
         ctx.symbols.update((name, int(v)) for name, v in zip(names, inputs))

@@ -59,18 +59,20 @@ def _walk(op: Operation, i: int, d: int) -> int:
     for e, stride in zip(op["maps"][i], v.type.layout, strict=True):
         offset = offset + e * stride
     split = split_linear(simplify(offset, space_bounds(op["dims"])), f"d{d}")
-    return 0 if split is None else int(evaluate(split[0], {s: 64 for s in free_symbols(split[0])}))
+    return 0 if split is None else int(evaluate(split[0], dict.fromkeys(free_symbols(split[0]), 64)))
 
 
 def _stride_key(stride: Dim) -> int:
     return stride if isinstance(stride, int) else 1 << 40
 
 
-def gemm_tile(target: Target, m: Dim, n: Dim, k: Dim) -> tuple[int, int, int]:
+def gemm_tile(target: Target, m: Dim, n: Dim, k: Dim, *, exact: bool = False) -> tuple[int, int, int]:
     """(rows, columns, K step) of one register tile (CPU) or one program (GPU)."""
     if target.is_gpu:
         def fit(size: Dim, most: int) -> int:
             return most if not isinstance(size, int) else max(16, min(most, 1 << (size - 1).bit_length()))
+        if exact:  # integers: rank-1 updates, as matrix units do not have their types
+            return fit(m, 32), fit(n, 32), 1
         return fit(m, 128 if isinstance(m, int) and m >= 512 else 64), fit(n, 128), fit(k, 32)
     lanes = target.lanes(32)
     if target.vector_registers >= 32:
@@ -97,7 +99,8 @@ class _Contraction:
                  tile: tuple[int, int, int]):
         found = roles_of(op)
         assert found is not None
-        found = replace(found, k=tuple(sorted(found.k, key=lambda d: -_walk(op, found.right, d))))
+        right = found.right
+        found = replace(found, k=tuple(sorted(found.k, key=lambda d: -_walk(op, right, d))))
         self.op, self.epilogue, self.outputs, self.e, self.buffers, self.roles = op, epilogue, outputs, e, buffers, found
         self.tile = tile
         dims = op["dims"]
@@ -117,8 +120,8 @@ class _Contraction:
                 at[f"d{d}"] = simplify(value, bounds)
         return at
 
-    def read(self, e: Emitter, i: int, at: dict[str, Dim], mask: list[Pair]) -> Value:
-        """Operand i at a position, cast as the body says."""
+    def read(self, e: Emitter, i: int, at: dict[str, Dim], mask: list[Pair], cast: bool = True) -> Value:
+        """Operand i at a position, cast as the body says (unless `cast` is off)."""
         v, m = self.op.operands[i], self.op["maps"][i]
         fill = fill_of(self.op, i)
         bounds = e.bounds()
@@ -127,11 +130,11 @@ class _Contraction:
         value = e.load(self.buffers[v], offset, [*pairs, *e.needed(mask)], low, 0 if fill is None else fill)
         chain = []
         x = next(iter(self.op.body.args[i].uses))[0]
-        while x.name == "arith.cast":
+        while cast and x.name == "arith.cast":
             chain.append(x)
             x = next(iter(x.result.uses))[0]
-        for cast in chain:
-            value = e.arith(cast, [value])
+        for conversion in chain:
+            value = e.arith(conversion, [value])
         return value
 
     # -- epilogue -----------------------------------------------------------------------------------------------------
@@ -161,9 +164,9 @@ class _Contraction:
             with e.builder.at(op.location):
                 self._member(e, op, at, values, loads, mask, bounds)
         for out in self.outputs:
-            op = out.defining_op
-            assert op is not None and isinstance(out.type, TensorType)
-            index_of = [frame[f] for f in place[op]]
+            maker = out.defining_op
+            assert maker is not None and isinstance(out.type, TensorType)
+            index_of = [frame[f] for f in place[maker]]
             offset: Dim = 0
             for x, stride in zip(index_of, out.type.layout, strict=True):
                 offset = offset + x * stride
@@ -264,6 +267,11 @@ class _Contraction:
         left, right = _as_tile(e, left, (self.tile[0], 1)), _as_tile(e, right, (1, self.tile[1]))
         return e.builder.op("tile.dot", left, right, acc, type=self.acc_type)
 
+    def _narrow_products(self) -> bool:
+        """Both operands are of one 16-bit float type and accumulated in f32: their products are exact there, so no cast is needed first."""
+        types = {element_type(v.type).name for v in self.op.operands[:2]}
+        return len(types) == 1 and types <= {"bf16", "f16"} and self.acc_type.dtype.name == "f32"
+
     def gpu(self) -> list[Dim]:
         e, (bm, bn, bk) = self.e, self.tile
         batch = self._batch(e, 0)
@@ -273,17 +281,21 @@ class _Contraction:
         m, n = p_m * bm + sym("t0"), p_n * bn + sym("t1")
         bounds_m, bounds_n = (m, self.m), (n, self.n)
 
-        def step(ke: Emitter, ks: list[Dim], acc: Value) -> Value:
-            k_row, k_col = [*ks[:-1], ks[-1] + sym("t1")], [*ks[:-1], ks[-1] + sym("t0")]
-            size = self.k_sizes[-1]
-            left_e = _with_shape(ke, (bm, bk))
-            left = self.read(left_e, self.roles.left, self.positions(batch, m, 0, k_row, left_e), [bounds_m, (k_row[-1], size)])
-            right_e = _with_shape(ke, (bk, bn))
-            right = self.read(right_e, self.roles.right, self.positions(batch, 0, n, k_col, right_e), [(k_col[-1], size), bounds_n])
-            left, right = _as_tile(ke, left, (bm, bk)), _as_tile(ke, right, (bk, bn))
-            return ke.builder.op("tile.dot", left, right, acc, type=self.acc_type)
+        size = product(self.k_sizes)  # all of K is one loop: a window of 3 x 3 would leave most of a step of its own empty
+        narrow = self._narrow_products()
 
-        acc = self._k_loops(e, self._zero(e), step)
+        def step(ke: Emitter, k: Dim, carried: list[Value]) -> list[Value]:
+            k_row, k_col = k + sym("t1"), k + sym("t0")
+            left_e = _with_shape(ke, (bm, bk))
+            left = self.read(left_e, self.roles.left, self.positions(batch, m, 0, delinearize(k_row, self.k_sizes), left_e),
+                             [bounds_m, (k_row, size)], cast=not narrow)
+            right_e = _with_shape(ke, (bk, bn))
+            right = self.read(right_e, self.roles.right, self.positions(batch, 0, n, delinearize(k_col, self.k_sizes), right_e),
+                              [(k_col, size), bounds_n], cast=not narrow)
+            left, right = _as_tile(ke, left, (bm, bk)), _as_tile(ke, right, (bk, bn))
+            return [ke.builder.op("tile.dot", left, right, carried[0], type=self.acc_type)]
+
+        acc, = e.loop(0, size, bk, [self._zero(e)], step)
         self.finish(e, acc, batch, m, n, [bounds_m, bounds_n])
         return [*(self.op["dims"][d] for d in self.roles.batch), ceildiv(self.m, bm), ceildiv(self.n, bn)]
 

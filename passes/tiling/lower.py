@@ -58,7 +58,7 @@ def _intern(kernel: Operation, func: Operation, kernels: dict[str, str], taken: 
     """Adds the kernel before the function unless an equal one is there already; returns its name."""
     wanted = kernel.attributes.pop("sym_name")
     provenance = kernel.attributes.pop("provenance", ())
-    text = print_op(kernel)
+    text = _anonymous_text(kernel)
     if text in kernels:
         kernel.drop_references()
         return kernels[text]
@@ -76,13 +76,25 @@ def _intern(kernel: Operation, func: Operation, kernels: dict[str, str], taken: 
     return name
 
 
+def _anonymous_text(kernel: Operation) -> str:
+    """The kernel as text without the names of its arguments, which say where it is used."""
+    names = [a.name for a in kernel.body.args]
+    for a in kernel.body.args:
+        a.name = ""
+    text = print_op(kernel)
+    for a, name in zip(kernel.body.args, names, strict=True):
+        a.name = name
+    return text
+
+
 def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
     """A detached `tile.kernel` that computes the group: arguments are the group's operands, then its results."""
     target = ctx.target
     ranges: dict[str, tuple[Dim, Dim | None]] = {s: (r[0], r[1]) for s, r in symbol_ranges.items()}
     outputs = list(fused.body.terminator.operands)
+    # Names by position, not by layer: equal kernels of different layers must have equal text.
     block = Block([_buffer(v) for v in fused.operands] + [_buffer(r) for r in fused.results],
-                  [v.name for v in fused.body.args] + [r.name for r in fused.results])
+                  [f"in{i}" for i in range(len(fused.operands))] + [f"out{i}" for i in range(len(fused.results))])
     buffers: dict[Value, Value] = {}
     for v, arg in zip([*fused.body.args, *outputs], block.args, strict=True):
         buffers[v] = arg
@@ -103,7 +115,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         roles = roles_of(contraction)
         assert roles is not None
         sizes = [_product(contraction, d) for d in (roles.m, roles.n, roles.k)]
-        tile = gemm_tile(target, sizes[0], sizes[1], contraction["dims"][roles.k[-1]])
+        tile = gemm_tile(target, *sizes, exact=not element_type(contraction.result.type).is_float)
         flops = 2 * _product(contraction, range(len(contraction["dims"])))  # type: ignore[arg-type]
         e = Emitter(builder, (tile[0], tile[1]), ranges)
         grid = emit_contraction(contraction, [m for m in members if m is not contraction], outputs, target, e, buffers, tile)
@@ -132,7 +144,7 @@ def _worth_gemm(op: Operation, members: list[Operation]) -> bool:
         return False
     has_epilogue = len(members) > 1
     n, k = _product(op, roles.n), _product(op, roles.k)
-    return has_epilogue or not (isinstance(n, int) and n < 4) and not (isinstance(k, int) and k < 4)
+    return has_epilogue or (not (isinstance(n, int) and n < 4) and not (isinstance(k, int) and k < 4))
 
 
 def _product(op: Operation, dims) -> Dim:  # type: ignore[no-untyped-def]

@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.profiles import register  # noqa: E402  (needs the path)
+from support.profiles import register
 
 register()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels import buffer, kernel, run
-
 from aicc.backends.llvm import compile_module
 from aicc.ir import sym
+from kernels import buffer, kernel, run
 
 i0, i1, t0, t1, s0 = map(sym, ("i0", "i1", "t0", "t1", "s0"))
 

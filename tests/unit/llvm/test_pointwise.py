@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels import TORCH, buffer, kernel, run, tile
-
 from aicc.ir import sym
 from aicc.ir.types import DTYPES
+from kernels import TORCH, buffer, kernel, run, tile
 
 i0, i1, i2, t0, t1, s0, s1 = map(sym, ("i0", "i1", "i2", "t0", "t1", "s0", "s1"))
 
@@ -38,7 +37,9 @@ def test_loop_with_peeled_tail(n, target):
     assert (y[:n] == -x).all() and (y[n:] == 7).all()
 
 
-@pytest.mark.parametrize("shape,strides", [((13, 37), (37, 1)), ((13, 37), (1, 13)), ((13, 37), (80, 2)), ((13, 37), (0, 1)), ((13, 37), (1, 0))])
+@pytest.mark.parametrize("shape,strides",
+                         [((13, 37), (37, 1)), ((13, 37), (1, 13)), ((13, 37), (80, 2)), ((13, 37), (0, 1)),
+                          ((13, 37), (1, 0))])
 @pytest.mark.parametrize("symbolic", [False, True])
 def test_strided_loads(shape, strides, symbolic, target):
     rows, columns = shape

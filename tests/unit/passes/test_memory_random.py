@@ -1,8 +1,8 @@
 """Random programs through schedule, bufferize and plan_memory, run on symbolic contents before and after.
 
-A value's content is a term: ("k", kernel, output, operand contents...). The tensor-level program is evaluated with values; the host program with
-bytes: each buffer is a byte range of the arena (or an argument) that holds the term last written there. Any clobbered buffer, wrong order
-or lost assignment gives another term.
+A value's content is a term: ("k", kernel, output, operand contents...). The tensor-level program is evaluated with values; the
+host program with bytes: each buffer is a byte range of the arena (or an argument) that holds the term last written there. Any
+clobbered buffer, wrong order or lost assignment gives another term.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from aicc.ir import DTYPES, Block, Builder, Dense, Operation, Region, SymbolRef, TensorType, Value, make_func, make_module, sym
 from aicc.ir.expr import evaluate
 from aicc.ir.passes import PassContext, run_pipeline
@@ -21,7 +18,9 @@ from aicc.ir.types import BufferType
 from aicc.passes.bufferize import Bufferize
 from aicc.passes.plan_memory import PlanMemory
 from aicc.passes.schedule import Schedule, peak_bytes
-from aicc.passes.storage import size_at
+from aicc.passes.storage import size_at, storage_bytes
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 F32 = DTYPES["f32"]
 SHAPES: dict[str, list[tuple[Any, ...]]] = {
@@ -41,14 +40,16 @@ class Program:
     kernels: int = 0
     values: list[Value] = field(default_factory=list)
 
-    def launch(self, inputs: list[Value], types: list[TensorType], inplace: list[tuple[int, int]], cached: bool = False) -> Operation:
+    def launch(self, inputs: list[Value], types: list[TensorType], inplace: list[tuple[int, int]],
+               cached: bool = False) -> Operation:
         name = f"k{self.kernels}"
         self.kernels += 1
         args = [BufferType(v.type.shape, v.type.dtype, v.type.strides) for v in inputs]  # type: ignore[attr-defined]
         inner = Block([*args, *(BufferType(t.shape, t.dtype) for t in types)])
         inner.append(Operation.create("tile.yield"))
         symbols = ("s0", "s1") if self.func.attributes.get("symbols") else ()
-        kernel = Operation.create("tile.kernel", (), {"sym_name": name, "grid": (1,), "outputs": len(types), "inplace": tuple(inplace),
+        kernel = Operation.create("tile.kernel", (),
+                                  {"sym_name": name, "grid": (1,), "outputs": len(types), "inplace": tuple(inplace),
                                                       "symbols": symbols}, (), [Region([inner])])
         self.block.insert_before(self.func, kernel)
         attrs: dict[str, Any] = {"kernel": SymbolRef(name), **({"cached": True} if cached else {})}
@@ -152,9 +153,11 @@ class Memory:
 
 def evaluate_host(func: Operation, inputs: int, symbols: dict[str, int]) -> tuple[list[Any], list[Any], list[str]]:
     memory = Memory()
-    places: dict[Value, tuple[Any, int, int]] = {a: (f"arg{i}", 0, 1) for i, a in enumerate(func.body.args)}
-    for i in range(inputs):
-        memory.write((f"arg{i}", 0, 1), f"arg{i}")
+    places: dict[Value, tuple[Any, int, int]] = {}
+    for i, a in enumerate(func.body.args):
+        places[a] = (f"arg{i}", 0, evaluate(storage_bytes(a.type), symbols))  # type: ignore[arg-type]
+        if i < inputs:
+            memory.write(places[a], f"arg{i}")
     effects = []
     for op in func.body:
         if op.name == "host.constant":
@@ -165,6 +168,10 @@ def evaluate_host(func: Operation, inputs: int, symbols: dict[str, int]) -> tupl
         elif op.name == "host.slot":
             low = evaluate(op["offset"], symbols)
             places[op.result] = ("arena", low, low + evaluate(op["bytes"], symbols))
+        elif op.name == "host.view":
+            space, start, _ = places[op.operands[0]]
+            low = start + 4 * evaluate(op["offset"], symbols)
+            places[op.result] = (space, low, low + evaluate(storage_bytes(op.result.type), symbols))  # type: ignore[arg-type]
         elif op.name == "host.copy":
             memory.write(places[op.operands[1]], memory.read(places[op.operands[0]]))
         elif op.name in ("host.launch", "host.extern"):
@@ -176,8 +183,8 @@ def evaluate_host(func: Operation, inputs: int, symbols: dict[str, int]) -> tupl
                 effects.append(op["target"])
     results: list[Any] = []
     for r in func["result_attrs"]:
-        results.append(results[r["result"]] if r["kind"] == "same" else memory.read((f"arg{r['arg']}", 0, 1)))
-    return results, [memory.read((f"arg{i}", 0, 1)) for i in range(inputs)], effects
+        results.append(results[r["result"]] if r["kind"] == "same" else memory.read(places[func.body.args[r["arg"]]]))
+    return results, [memory.read(places[a]) for a in func.body.args[:inputs]], effects
 
 
 CASES = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aicc.runtime.artifact import Artifact, ArtifactError
 from hypothesis import given
 from hypothesis import strategies as st
-
-from aicc.runtime.artifact import Artifact, ArtifactError
 
 SAMPLE = Artifact({"name": "main", "sizes": [1, ["mul", "s0", 4]], "text": "é\n", "none": None, "x": 0.1},
                   {"object": bytes(range(256)) * 3, "empty": b"", "c": b"\0"})
@@ -59,11 +58,15 @@ def test_noise_after_a_good_prefix(text: bytes) -> None:
 
 
 @pytest.mark.parametrize("header", [
-    [], 3, {}, {"manifest": {}}, {"manifest": [], "blobs": []}, {"manifest": {}, "blobs": {}}, {"manifest": {}, "blobs": [], "more": 1},
-    {"manifest": {}, "blobs": [["a", 1]]}, {"manifest": {}, "blobs": [["a", -1, ""]]}, {"manifest": {}, "blobs": [["a", True, ""]]},
-    {"manifest": {}, "blobs": [[1, 0, ""]]}, {"manifest": {}, "blobs": [["a", 1 << 62, ""]]}, {"manifest": {}, "blobs": [["a", 0, "00"]]},
+    [], 3, {}, {"manifest": {}}, {"manifest": [], "blobs": []}, {"manifest": {}, "blobs": {}}, {"manifest": {}, "blobs": [],
+                                                                                                "more": 1},
+    {"manifest": {}, "blobs": [["a", 1]]}, {"manifest": {}, "blobs": [["a", -1, ""]]}, {"manifest": {},
+                                                                                        "blobs": [["a", True, ""]]},
+    {"manifest": {}, "blobs": [[1, 0, ""]]}, {"manifest": {}, "blobs": [["a", 1 << 62, ""]]}, {"manifest": {},
+                                                                                               "blobs": [["a", 0, "00"]]},
     {"manifest": {}, "blobs": [["a", 0, hashlib.sha256().hexdigest()]] * 2},
-    b'{"manifest": {"x": NaN}, "blobs": []}', b"[" * 200_000, b'{"manifest": {"x": ' + b"9" * 100_000 + b'}, "blobs": []}', b"\xff\xfe"])
+    b'{"manifest": {"x": NaN}, "blobs": []}', b"[" * 200_000, b'{"manifest": {"x": ' + b"9" * 100_000 + b'}, "blobs": []}',
+    b"\xff\xfe"])
 def test_inconsistent_headers(header: Any) -> None:
     with pytest.raises(ArtifactError):
         Artifact.from_bytes(with_header(header))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from aicc.runtime.artifact import Artifact
 from aicc.runtime.cache import ArtifactCache, cache_key, default_directory
 
@@ -43,7 +42,8 @@ def test_other_keys_are_refused(tmp_path: Path, key: str) -> None:
         ArtifactCache(tmp_path).get(key)
 
 
-@pytest.mark.parametrize("damage", [lambda d: d[:-1], lambda d: d[:20], lambda d: b"", lambda d: d[:60] + bytes([d[60] ^ 1]) + d[61:],
+@pytest.mark.parametrize("damage",
+                         [lambda d: d[:-1], lambda d: d[:20], lambda d: b"", lambda d: d[:60] + bytes([d[60] ^ 1]) + d[61:],
                                     lambda d: d[:-3] + b"???", lambda d: b"x" * len(d)])
 def test_a_damaged_entry_is_dropped_with_one_warning(tmp_path: Path, damage: Any) -> None:
     cache = ArtifactCache(tmp_path)
@@ -167,7 +167,7 @@ def test_processes_share_a_directory(tmp_path: Path) -> None:
     cache = ArtifactCache(tmp_path)
     for _, _, path in cache.entries():
         assert cache.get(path.stem) is not None
-    assert not [p for p in tmp_path.rglob("*.partial")]
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_default_directory() -> None:

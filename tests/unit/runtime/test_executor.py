@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from aicc.runtime.arena import ArenaPool
 from aicc.runtime.artifact import ArtifactError
 from aicc.runtime.executor import CompiledGraph
 
-# Each function takes the table and the symbols. `binary` writes table[out][i] = table[a][i] OP table[b][i] for i < symbols[0] or a constant.
+# table[out][i] = table[a][i] + table[b][i], or their product, for i < n
 LIBRARY = """
 define private void @elementwise(ptr %table, i64 %a, i64 %b, i64 %out, i64 %n, i1 %multiply) {
   %pa = getelementptr ptr, ptr %table, i64 %a
@@ -65,8 +64,9 @@ def manifest(inputs: list[dict[str, Any]], buffers: list[dict[str, Any]], steps:
     inputs = [{"name": f"x{i}", "position": i, **x} for i, x in enumerate(inputs)]
     outputs = [i for i, b in enumerate(buffers) if b.get("kind", "output") == "output"]
     return {"name": "main", "symbols": [], "inputs": inputs, "symbol_args": [], "symbol_sources": [],
-            "buffers": [{"kind": "output", **b} for b in buffers], "results": [{"kind": "buffer", "buffer": i} for i in outputs],
-            "persistent": [], "arena": 0, "steps": steps, "mutated": [], "constants": [], "errors": [], **more}
+            "buffers": [{"kind": "output", **b} for b in buffers],
+            "results": [{"kind": "buffer", "buffer": i} for i in outputs],
+            "persistent": [], "arena": 0, "steps": steps, "mutated": [], "constants": [], "errors": {}, **more}
 
 
 @pytest.fixture
@@ -117,7 +117,8 @@ def test_strict_mode_checks_arguments(build: Callable[..., CompiledGraph]) -> No
 
 def test_error_codes(build: Callable[..., CompiledGraph]) -> None:
     for code, message in ((1, "row 3 is out of range"), (2, "index out of range.*code 2")):
-        graph = build(manifest([f32(8)], [f32(8)], [["call", "main_0"]], errors=["row 3 is out of range"]), function("main_0", code=code))
+        graph = build(manifest([f32(8)], [f32(8)], [["call", "main_0"]], errors={"1": "row 3 is out of range"}),
+                      function("main_0", code=code))
         for _ in range(2):  # frames and arenas are given back
             with pytest.raises(IndexError, match=message):
                 graph(torch.randn(8))
@@ -151,7 +152,8 @@ def test_result_kinds(build: Callable[..., CompiledGraph]) -> None:
 
 
 def test_output_strides(build: Callable[..., CompiledGraph]) -> None:
-    graph = build(manifest([f32(8), f32(8)], [f32(2, 4, strides=[1, 2])], [["call", "main_0"]]), function("main_0", op(0, 1, 2)))
+    graph = build(manifest([f32(8), f32(8)], [f32(2, 4, strides=[1, 2])], [["call", "main_0"]]),
+                  function("main_0", op(0, 1, 2)))
     out, = graph(torch.arange(8.0), torch.zeros(8))
     assert out.stride() == (1, 2)
     torch.testing.assert_close(out, torch.arange(8.0).view(4, 2).t())
@@ -205,7 +207,8 @@ def test_strides_as_symbols(build: Callable[..., CompiledGraph]) -> None:
 PACKED = manifest([f32(8), f32(8)], [f32(8)], [["call", "main_0"]], persistent=[
     {"bytes": 32, "guards": [1], "pack": "main_pack_0", "transient": True, "symbolic": False},
     {"bytes": 32, "guards": [1], "pack": "main_pack_1", "transient": False, "symbolic": False}])
-PACKED_CODE = (function("main_0", op(0, 4, 2)) + function("main_pack_0", op(1, 1, 3)) + function("main_pack_1", op(3, 1, 4, multiply=True)))
+PACKED_CODE = (function("main_0", op(0, 4, 2)) + function("main_pack_0", op(1, 1, 3)) + function("main_pack_1",
+                                                                                                 op(3, 1, 4, multiply=True)))
 
 
 @pytest.fixture
@@ -256,7 +259,7 @@ def test_changed_parameters_are_packed_again(packed: Any) -> None:
 
 def test_an_address_used_again_is_noticed(packed: Any) -> None:
     """A freed parameter's memory may go to the next one, whose version counter is the same."""
-    graph, check = packed
+    _, check = packed
     memory = np.arange(8, dtype=np.float32)
     w = torch.from_numpy(memory)
     check(w, 2)
@@ -269,7 +272,7 @@ def test_an_address_used_again_is_noticed(packed: Any) -> None:
 
 
 def test_inference_tensors_are_packed_in_every_call(packed: Any) -> None:
-    graph, check = packed
+    _, check = packed
     with torch.inference_mode():
         w = torch.nn.Parameter(torch.randn(8), requires_grad=False)
         with pytest.warns(RuntimeWarning, match="inference_mode") as caught:
@@ -280,7 +283,7 @@ def test_inference_tensors_are_packed_in_every_call(packed: Any) -> None:
 
 
 def test_parameters_do_not_outlive_their_owner(packed: Any) -> None:
-    graph, check = packed
+    _, check = packed
     w = torch.randn(8)
     alive = weakref.ref(w)
     check(w, 2)
@@ -346,8 +349,10 @@ def test_threads_share_a_graph_while_its_parameter_changes(build: Callable[..., 
 # -- operator calls
 
 def extern(target: str, args: list[Any], operands: list[Any], results: list[Any], buffers: list[int], **more: Any) -> list[Any]:
-    return ["extern", {"target": target, "args": args, "kwargs": {}, "operands": operands, "operand_strides": [None] * len(operands),
-                       "result_kinds": ["tensor"] * len(results), "results": results, "buffers": buffers, "defines": [], **more}]
+    return ["extern", {"target": target, "args": args, "kwargs": {}, "operands": operands,
+                       "operand_strides": [None] * len(operands),
+                       "result_kinds": ["tensor"] * len(results), "results": results, "buffers": buffers, "defines": [],
+                       **more}]
 
 
 def place(space: str, index: int = 0, offset: Any = 0, **layout: Any) -> dict[str, Any]:
@@ -362,7 +367,8 @@ def test_operators_between_segments(build: Callable[..., CompiledGraph]) -> None
                [f32(8), {"dtype": "i64", "shape": [8], "strides": [1]}], [2, 1]),
         ["call", "main_1"], ["drop", [2]]], arena=128)
     # the arena's base is the last entry: main_0 writes 64 bytes further on by way of a shifted table entry
-    shift = "  %q = getelementptr ptr, ptr %t, i64 5\n  %b = load ptr, ptr %q\n  %c = getelementptr i8, ptr %b, i64 64\n  store ptr %c, ptr %q\n"
+    shift = ("  %q = getelementptr ptr, ptr %t, i64 5\n  %b = load ptr, ptr %q\n"
+             "  %c = getelementptr i8, ptr %b, i64 64\n  store ptr %c, ptr %q\n")
     back = "  store ptr %b, ptr %q\n"
     graph = build(described, function("main_0", shift, op(0, 1, 5), back), function("main_1", op(4, 0, 2)))
     a, b = torch.randn(8, requires_grad=True), torch.randn(8)
@@ -374,7 +380,8 @@ def test_operators_between_segments(build: Callable[..., CompiledGraph]) -> None
 
 
 def test_results_that_share_memory_with_operands_are_copied(build: Callable[..., CompiledGraph]) -> None:
-    graph = build(manifest([f32(8)], [f32(8)], [extern("aten.view.default", [{"operand": 0}, [8]], [place("input")], [f32(8)], [0])]))
+    graph = build(manifest([f32(8)], [f32(8)], [extern("aten.view.default", [{"operand": 0}, [8]], [place("input")], [f32(8)],
+                                                       [0])]))
     x = torch.randn(8)
     out, = graph(x)
     assert torch.equal(out, x) and out.data_ptr() != x.data_ptr() and graph.calls == 0
@@ -382,7 +389,8 @@ def test_results_that_share_memory_with_operands_are_copied(build: Callable[...,
 
 def test_results_get_the_declared_strides(build: Callable[..., CompiledGraph]) -> None:
     spec = f32(2, 3, strides=[1, 2])
-    graph = build(manifest([f32(2, 3)], [spec], [extern("aten.exp.default", [{"operand": 0}], [place("input", **f32(2, 3))], [spec], [0])]))
+    graph = build(manifest([f32(2, 3)], [spec], [extern("aten.exp.default", [{"operand": 0}], [place("input", **f32(2, 3))],
+                                                        [spec], [0])]))
     x = torch.randn(2, 3)
     out, = graph(x)
     assert out.stride() == (1, 2) and torch.equal(out, x.exp())
@@ -401,8 +409,8 @@ def test_views_of_operands_and_constants(build: Callable[..., CompiledGraph]) ->
     import base64
     import struct
     constant = base64.b64encode(struct.pack("<6f", *range(6))).decode()
-    step = extern("aten.add.Tensor", [{"operand": 0}, {"operand": 1}], [place("input", 0, 2, **f32(2, 2, strides=[3, 1])),
-                                                                     place("constant", 0, 1, **f32(2, 2))], [f32(2, 2)], [0])
+    step = extern("aten.add.Tensor", [{"operand": 0}, {"operand": 1}], [place("input", 0, 8, **f32(2, 2, strides=[3, 1])),
+                                                                     place("constant", 0, 4, **f32(2, 2))], [f32(2, 2)], [0])
     x = torch.arange(10.0)
     out, = build(manifest([f32(10)], [f32(2, 2)], [step], constants=[constant]))(x)
     assert out.tolist() == [[2 + 1, 3 + 2], [5 + 3, 6 + 4]]
@@ -410,8 +418,10 @@ def test_views_of_operands_and_constants(build: Callable[..., CompiledGraph]) ->
 
 def test_encoded_arguments(build: Callable[..., CompiledGraph]) -> None:
     steps = [
-        extern("aten.full.default", [[2, {"expr": ["add", "s0", 1]}], {"float": "-inf"}], [], [f32(2, ["add", "s0", 1], strides=[["add", "s0", 1], 1])],
-               [0], kwargs={"dtype": {"dtype": "f32"}, "device": {"device": "cpu"}, "layout": {"layout": "torch.strided"}, "pin_memory": False}),
+        extern("aten.full.default", [[2, {"expr": ["add", "s0", 1]}], {"float": "-inf"}], [],
+               [f32(2, ["add", "s0", 1], strides=[["add", "s0", 1], 1])],
+               [0], kwargs={"dtype": {"dtype": "f32"}, "device": {"device": "cpu"}, "layout": {"layout": "torch.strided"},
+                            "pin_memory": False}),
         extern("aten.clone.default", [{"operand": 0}], [place("input", **f32("s0"))], [f32("s0")], [1],
                kwargs={"memory_format": {"memory_format": "torch.contiguous_format"}}),
         extern("aten.add.Scalar", [{"operand": 0}, {"complex": [1.0, 2.0]}], [place("input", **f32("s0"))],
@@ -421,7 +431,8 @@ def test_encoded_arguments(build: Callable[..., CompiledGraph]) -> None:
                            symbols=["s0"], symbol_sources=[["s0", 0, 0, "size"]]))
     x = torch.randn(5)
     filled, cloned, added = graph(x)
-    assert torch.equal(filled, torch.full((2, 6), float("-inf"))) and torch.equal(cloned, x) and torch.equal(added, x + (1 + 2j))
+    assert torch.equal(filled, torch.full((2, 6), float("-inf"))) and torch.equal(cloned, x) and torch.equal(added,
+                                                                                                             x + (1 + 2j))
 
 
 def test_sizes_that_an_operator_decides(build: Callable[..., CompiledGraph]) -> None:
@@ -441,7 +452,8 @@ def test_sizes_that_an_operator_decides(build: Callable[..., CompiledGraph]) -> 
 def test_integers_that_an_operator_returns(build: Callable[..., CompiledGraph]) -> None:
     scalar = {"dtype": "i64", "shape": [], "strides": []}
     graph = build(manifest([{"dtype": "i64", "shape": [], "strides": []}], [{**scalar, "kind": "extern"}, f32("u0")], [
-        extern("aten._local_scalar_dense.default", [{"operand": 0}], [place("input", **scalar)], [scalar], [0], result_kinds=["int"],
+        extern("aten._local_scalar_dense.default", [{"operand": 0}], [place("input", **scalar)], [scalar], [0],
+               result_kinds=["int"],
                defines=[["u0", 0, -1]]), ["allocate", [1]]], symbols=["u0"], results=[{"kind": "buffer", "buffer": 1}]))
     assert graph(torch.tensor(13))[0].shape == (13,)
 
@@ -453,7 +465,8 @@ def test_an_operator_that_returns_something_else(build: Callable[..., CompiledGr
 
 
 def test_errors_of_segments_stop_the_program(build: Callable[..., CompiledGraph]) -> None:
-    graph = build(manifest([f32(8)], [f32(8)], [["call", "main_0"], extern("aten.exp.default", [{"operand": 0}], [place("input")], [f32(8)], [0])]),
+    graph = build(manifest([f32(8)], [f32(8)], [["call", "main_0"], extern("aten.exp.default", [{"operand": 0}],
+                                                                           [place("input")], [f32(8)], [0])]),
                   function("main_0", code=1))
     with pytest.raises(IndexError):
         graph(torch.randn(8))
@@ -464,9 +477,12 @@ def test_errors_of_segments_stop_the_program(build: Callable[..., CompiledGraph]
 
 @pytest.mark.parametrize("change", [
     {"steps": [["call", "main_9"]]}, {"steps": [["jump", 1]]}, {"arena": ["pow", 2, 3]}, {"arena": "s7"}, {"symbols": None},
-    {"inputs": [{"name": "x", "position": 3, **f32(8)}]}, {"buffers": [{"kind": "output", "dtype": "f99", "shape": [], "strides": []}]},
-    {"results": [{"kind": "buffer", "buffer": 5}]}, {"results": [{"kind": "what"}]}, {"mutated": [9]}, {"symbol_sources": [["s0", 0, 0, "size"]]},
-    {"persistent": [{"bytes": 4, "guards": [7], "pack": None, "transient": False, "symbolic": False}]}, {"steps": [["drop", [4]]]},
+    {"inputs": [{"name": "x", "position": 3, **f32(8)}]}, {"buffers": [{"kind": "output", "dtype": "f99", "shape": [],
+                                                                        "strides": []}]},
+    {"results": [{"kind": "buffer",
+                  "buffer": 5}]}, {"results": [{"kind": "what"}]}, {"mutated": [9]}, {"symbol_sources": [["s0", 0, 0, "size"]]},
+    {"persistent": [{"bytes": 4, "guards": [7], "pack": None, "transient": False, "symbolic": False}]}, {"steps": [["drop",
+                                                                                                                    [4]]]},
     {"steps": [["extern", {"target": "aten.nothing.default"}]]},
     {"steps": [extern("aten.no_such_operator.default", [], [], [], [])]}, {"steps": [extern("os.system", [], [], [], [])]},
     {"steps": [extern("aten.exp.default", [{"operand": 0, "x": 1}], [place("input")], [f32(8)], [0])]},
@@ -479,7 +495,7 @@ def test_malformed_manifests(build: Callable[..., CompiledGraph], change: dict[s
         build({**SIMPLE, **change}, SIMPLE_CODE)
 
 
-@pytest.mark.parametrize("key", sorted(SIMPLE.keys() - {"errors"}))
+@pytest.mark.parametrize("key", sorted(SIMPLE))
 def test_missing_fields(build: Callable[..., CompiledGraph], key: str) -> None:
     with pytest.raises(ArtifactError):
         build({k: v for k, v in SIMPLE.items() if k != key}, SIMPLE_CODE)

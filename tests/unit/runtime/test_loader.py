@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from aicc.runtime.artifact import ArtifactError
 from aicc.runtime.loader import load_object, openmp_library, runtime_symbols
 
@@ -52,7 +51,8 @@ def test_the_openmp_library_is_the_one_beside_torch() -> None:
     assert {"GOMP_parallel", "omp_get_thread_num", "expf", "memcpy"} <= runtime_symbols().keys()
 
 
-@pytest.mark.parametrize("options", [{}, {"codemodel": "default"}, {"codemodel": "jitdefault", "reloc": "default"}, {"codemodel": "large"}])
+@pytest.mark.parametrize("options", [{}, {"codemodel": "default"}, {"codemodel": "jitdefault", "reloc": "default"},
+                                     {"codemodel": "large"}])
 def test_code_models(compile_ir: Callable[..., bytes], options: dict[str, str]) -> None:
     main = load_object(compile_ir(source(BIG), **options), ["main_0"]).function("main_0")
     assert main(0, 0) == ord("A") + 1000 * torch.get_num_threads() + 1
@@ -64,10 +64,12 @@ def test_calls_reach_any_address(compile_ir: Callable[..., bytes], high: int) ->
     if b"x86" not in __import__("platform").machine().encode():
         pytest.skip("machine code of x86-64")
     libc = ctypes.CDLL(None)
-    libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3,
+                                                              ctypes.c_long]
     at = libc.mmap(high, 4096, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     ctypes.memmove(at, b"\xb8\x2a\x00\x00\x00\xc3", 6)  # mov eax, 42; ret
-    code = compile_ir("declare i32 @distant()\ndefine i32 @main_0(ptr %t, ptr %s) {\n  %r = call i32 @distant()\n  ret i32 %r\n}")
+    code = compile_ir("declare i32 @distant()\n"
+                      "define i32 @main_0(ptr %t, ptr %s) {\n  %r = call i32 @distant()\n  ret i32 %r\n}")
     assert load_object(code, ["main_0"], {"distant": at}).function("main_0")(0, 0) == 42
 
 

@@ -4,12 +4,11 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from aicc.ir.expr import Dim, ceildiv, evaluate, floordiv, maximum, minimum, mod, sym
 from aicc.ir.expr_json import expr_to_json, json_to_expr
 from aicc.runtime.sizes import SizeError, compile_size, compile_sizes, evaluate_size
+from hypothesis import given
+from hypothesis import strategies as st
 
 POSITIONS = {"s0": 0, "s1": 1}
 
@@ -20,7 +19,8 @@ def expressions(draw: st.DrawFn, depth: int = 3) -> Dim:
         return draw(st.one_of(st.integers(-9, 9), st.sampled_from([sym("s0"), sym("s1")])))
     a, b = draw(expressions(depth - 1)), draw(expressions(depth - 1))
     divisor = draw(st.one_of(st.integers(1, 64), st.just(sym("s0") + 1)))
-    return draw(st.sampled_from([lambda: a + b, lambda: a - b, lambda: a * b, lambda: floordiv(a, divisor), lambda: mod(a, divisor),
+    return draw(st.sampled_from([lambda: a + b, lambda: a - b, lambda: a * b, lambda: floordiv(a, divisor),
+                                 lambda: mod(a, divisor),
                                  lambda: maximum(a, b), lambda: minimum(a, b), lambda: ceildiv(a, divisor)]))()
 
 
@@ -39,7 +39,8 @@ def test_constants_are_folded() -> None:
     assert callable(shape) and shape([5, 7]) == (2, 7)
 
 
-@pytest.mark.parametrize("tree", [None, True, 1.5, "s9", [], ["add"], ["add", 1], ["pow", 2, 3], ["floordiv", 1, 2, 3], ["floordiv", "s0", 0],
+@pytest.mark.parametrize("tree", [None, True, 1.5, "s9", [], ["add"], ["add", 1], ["pow", 2, 3], ["floordiv", 1, 2, 3],
+                                  ["floordiv", "s0", 0],
                                   ["mod", 3, -1], {"add": 1}, [["add"], 1, 2], ["__import__", "os", "s0"]])
 def test_malformed(tree: Any) -> None:
     with pytest.raises(SizeError):

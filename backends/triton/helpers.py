@@ -1,0 +1,108 @@
+'''Triton functions that generated kernels call, as source text: a kernel's file contains those that it needs.
+
+`used_helpers(body)` gives the texts that a kernel's body needs.
+'''
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["HELPERS", "used_helpers"]
+
+
+def _jit(text: str) -> str:
+    return "@triton.jit\n" + text.strip("\n") + "\n"
+
+
+_SOURCES = """
+def floor_div(a, b):
+    q = a // b  # rounds toward zero
+    r = a - q * b
+    return tl.where((r != 0) & ((r < 0) != (b < 0)), q - 1, q)
+
+def floor_mod(a, b):
+    r = a % b  # has the sign of a
+    return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)
+
+def float_mod(a, b):
+    r = libdevice.fmod(a, b)
+    return tl.where((r != 0) & ((b < 0) != (r < 0)), r + b, r)
+
+def float_floor_div(a, b):
+    r = libdevice.fmod(a, b)
+    q = libdevice.div_rn(a - r, b)
+    q = tl.where((r != 0) & ((b < 0) != (r < 0)), q - 1, q)
+    down = tl.floor(q)
+    down = tl.where(q - down > 0.5, down + 1, down)
+    plain = libdevice.div_rn(a, b)
+    return tl.where(b == 0, plain, tl.where(q == 0, libdevice.copysign(q * 0, plain), down))
+
+def max_nan(a, b):
+    return tl.where((a > b) | (a != a), a, b)
+
+def min_nan(a, b):
+    return tl.where((a < b) | (a != a), a, b)
+
+def product(a, b):
+    return a * b
+
+def int_pow(x, n, BITS: tl.constexpr):
+    result = x * 0 + 1
+    power = x + n * 0
+    for bit in tl.static_range(BITS):
+        result = tl.where(((n >> bit) & 1) != 0, result * power, result)
+        power = power * power
+    one = x * 0 + 1
+    minus = tl.where((n & 1) != 0, x, one)
+    negative = tl.where(x == 1, one, tl.where(x == -1, minus, x * 0))
+    return tl.where(n < 0, negative, result)
+
+def shift_left(x, n, BITS: tl.constexpr):
+    inside = (n >= 0) & (n < BITS)
+    return tl.where(inside, x << tl.where(inside, n, n * 0), x * 0)
+
+def shift_right(x, n, BITS: tl.constexpr, SIGNED: tl.constexpr):
+    inside = (n >= 0) & (n < BITS)
+    if SIGNED:
+        return x >> tl.where(inside, n, n * 0 + (BITS - 1))
+    return tl.where(inside, x >> tl.where(inside, n, n * 0), x * 0)
+
+def sigmoid(x):
+    return libdevice.rcp_rn(1.0 + libdevice.exp(-x))
+
+def to_e4m3(x):
+    # torch gives NaN above the largest number where the hardware saturates
+    return tl.where(tl.abs(x) > 464.0, float("nan"), x).to(tl.float8e4nv)
+
+def to_e5m2(x):
+    bits = x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    infinite = tl.where(x < 0, 0xFC, 0x7C).to(tl.uint8)
+    return tl.where(tl.abs(x) >= 61440.0, infinite, bits).to(tl.float8e5, bitcast=True)
+
+def digamma(x):
+    # reflection below 0, recurrence up to 10, then the asymptotic series (Cephes psi)
+    whole = (x == tl.floor(x)) & (x <= 0)
+    reflected = x < 0
+    y = tl.where(reflected, 1.0 - x, x)
+    total = y * 0
+    for _ in tl.static_range(10):
+        small = y < 10.0
+        total = total - tl.where(small, libdevice.rcp_rn(tl.where(small, y, y * 0 + 1.0)), y * 0)
+        y = tl.where(small, y + 1.0, y)
+    z = libdevice.rcp_rn(y * y)
+    series = z * (1.0 / 12 - z * (1.0 / 120 - z * (1.0 / 252 - z * (1.0 / 240 - z * (1.0 / 132 - z * (691.0 / 32760 - z * (1.0 / 12)))))))
+    value = total + libdevice.log(y) - libdevice.div_rn(y * 0 + 0.5, y) - series
+    fraction = x - libdevice.trunc(x)
+    cotangent = libdevice.div_rn(fraction * 0 + 3.141592653589793, libdevice.tan(3.141592653589793 * fraction))
+    value = tl.where(reflected, value - cotangent, value)
+    at_zero = libdevice.copysign(x * 0 + float("inf"), -x)
+    return tl.where(x == 0, at_zero, tl.where(whole, float("nan"), value))
+"""
+
+HELPERS: dict[str, str] = {re.match(r"def (\w+)", text).group(1): _jit(text)  # type: ignore[union-attr]
+                           for text in re.split(r"\n(?=def )", _SOURCES.strip("\n"))}
+
+
+def used_helpers(body: str) -> list[str]:
+    """Source texts of the helpers that `body` calls, in a fixed order. Helpers do not call each other."""
+    return [text for name, text in HELPERS.items() if re.search(rf"\b{name}\b", body)]

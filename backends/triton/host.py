@@ -1,0 +1,191 @@
+"""Host functions -> lists of launches, as `runtime/cuda.py` runs them.
+
+    program = build_program(module)         # a module at the host level
+    program.functions["main_0"]             # [Launch | Copy, ...] in order
+
+Functions have the names and the table that every backend agrees on (`compiler/manifest.py`): each maximal run of launches and copies between
+externs is one function, NAME_0, NAME_1, ...; NAME_pack_ID has the cached launches that fill persistent buffer ID. The table holds the function's
+arguments, the persistent buffers by number, and the arena last. Constants are buffers of the library itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...ir.core import Block, IRError, Operation, Region, Value
+from ...ir.expr import Dim, ceildiv, delinearize, free_symbols, product, sym
+from ...ir.expr_json import expr_to_json
+from ...ir.types import BufferType, TileType, index
+
+__all__ = ["Copy", "Launch", "Place", "Program", "build_program"]
+
+ALIGNMENT = 16
+COPY_TILE = 1024
+
+
+@dataclass(frozen=True)
+class Place:
+    """An address: `slot` of the table (or constant number `slot`) plus `offset` bytes. `aligned`: always a multiple of 16 (an input is taken to be)."""
+
+    slot: int
+    offset: Dim
+    constant: bool = False
+    aligned: bool = True
+
+    def to_json(self) -> list[Any]:
+        return ["constant" if self.constant else "table", self.slot, expr_to_json(self.offset)]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel on buffers; grid and symbols are those of the kernel."""
+
+    kernel: str
+    buffers: tuple[Place, ...]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """`bytes` bytes from one place to another: layouts agree."""
+
+    source: Place
+    target: Place
+    bytes: Dim
+
+
+@dataclass
+class Program:
+    """`kernels` are the `tile.kernel`s that are launched, copies between layouts included."""
+
+    kernels: dict[str, Operation] = field(default_factory=dict)
+    functions: dict[str, list[Launch | Copy]] = field(default_factory=dict)
+    constants: list[bytes] = field(default_factory=list)
+
+    def divisible(self, kernel: str) -> tuple[bool, ...]:
+        """For each buffer of a kernel: whether every launch passes an address that is a multiple of 16."""
+        rows = [s.buffers for steps in self.functions.values() for s in steps if isinstance(s, Launch) and s.kernel == kernel]
+        return tuple(all(p.aligned for p in column) for column in zip(*rows, strict=True))
+
+
+def build_program(module: Operation) -> Program:
+    """IRError for host ops that are not fully planned, or unknown."""
+    kernels = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
+    program = Program()
+    for op in module.body:
+        if op.name == "func":
+            _Builder(op, kernels, program).run()
+    return program
+
+
+class _Builder:
+    def __init__(self, func: Operation, kernels: Mapping[str, Operation], program: Program):
+        self.func, self.kernels, self.program = func, kernels, program
+        self.places: dict[Value, Place] = {}
+        ids = [int(op["id"]) for op in func.body if op.name == "host.persistent"]
+        self.arguments, self.persistent = len(func.body.args), max(ids, default=-1) + 1
+        self.copies: dict[tuple[BufferType, BufferType], str] = {}
+
+    def run(self) -> None:
+        func, name = self.func, self.func["sym_name"]
+        kinds = [a.get("kind", "input") for a in func["arg_attrs"]] or ["input"] * self.arguments
+        for a, kind in zip(func.body.args, kinds, strict=True):
+            self.places[a] = Place(a.index, 0, aligned=kind != "extern")
+        steps: list[Launch | Copy] = []
+        packs: dict[int, list[Launch | Copy]] = {}
+        segments = 0
+        for op in [*func.body]:
+            if op.name in _PLACES:
+                self.places[op.result] = _PLACES[op.name](self, op)
+            elif op.name == "host.launch" and op["cached"]:
+                packs.setdefault(self._packed_id(op), []).append(self._launch(op))
+            elif op.name == "host.launch":
+                steps.append(self._launch(op))
+            elif op.name == "host.copy":
+                steps.append(self._copy(op))
+            elif op.name == "host.extern":
+                if steps:
+                    self.program.functions[f"{name}_{segments}"], steps = steps, []
+                    segments += 1
+            elif op.name != "return":
+                raise IRError(f"'{op.name}' cannot stand in a planned host function")
+        if steps:
+            self.program.functions[f"{name}_{segments}"] = steps
+        self.program.functions |= {f"{name}_pack_{i}": launches for i, launches in packs.items()}
+
+    # -- addresses
+
+    def _slot(self, op: Operation) -> Place:
+        return Place(self.arguments + self.persistent, op["offset"])
+
+    def _persistent(self, op: Operation) -> Place:
+        return Place(self.arguments + op["id"], 0)
+
+    def _constant(self, op: Operation) -> Place:
+        self.program.constants.append(op["value"].data)
+        return Place(len(self.program.constants) - 1, 0, constant=True)
+
+    def _view(self, op: Operation) -> Place:
+        base = self.places[op.operands[0]]
+        offset = op["offset"] * op.result.type.dtype.bytes  # type: ignore[attr-defined]
+        aligned = isinstance(offset, int) and offset % ALIGNMENT == 0
+        return Place(base.slot, base.offset + offset, base.constant, base.aligned and aligned)
+
+    def _packed_id(self, op: Operation) -> int:
+        made = [v.defining_op["id"] for v in op.operands[len(op.operands) - op["outputs"]:] if v.defining_op is not None]
+        if not made:
+            raise IRError("a cached 'host.launch' must write a 'host.persistent'")
+        return int(min(made))
+
+    # -- steps
+
+    def _launch(self, op: Operation) -> Launch:
+        name = op["kernel"].name
+        kernel = self.kernels.get(name)
+        if kernel is None or len(kernel.body.args) != len(op.operands):
+            raise IRError(f"'host.launch' of '@{name}' on {len(op.operands)} buffers, but there is no such kernel" if kernel is None else
+                          f"kernel '@{name}' takes {len(kernel.body.args)} buffers, but is launched on {len(op.operands)}")
+        self.program.kernels[name] = kernel
+        return Launch(name, tuple(self.places[v] for v in op.operands))
+
+    def _copy(self, op: Operation) -> Launch | Copy:
+        source, target = (v.type for v in op.operands)
+        assert isinstance(source, BufferType) and isinstance(target, BufferType)
+        places = self.places[op.operands[0]], self.places[op.operands[1]]
+        if source.layout == target.layout == BufferType(source.shape, source.dtype).layout:
+            return Copy(*places, source.numel * source.dtype.bytes)
+        if (source, target) not in self.copies:
+            name = f"copy_layout{len(self.copies)}"
+            while name in self.kernels or name in self.program.kernels:
+                name += "_"
+            self.copies[source, target] = name
+            self.program.kernels[name] = copy_kernel(name, source, target, self.func["symbols"])
+        return Launch(self.copies[source, target], places)
+
+
+_PLACES = {"host.slot": _Builder._slot, "host.persistent": _Builder._persistent, "host.constant": _Builder._constant, "host.view": _Builder._view}
+
+
+def copy_kernel(name: str, source: BufferType, target: BufferType, ranges: Mapping[str, Any]) -> Operation:
+    """A kernel that copies elements between two layouts of one shape."""
+    block = Block([source, target], ["source", "target"])
+    pid = block.append(Operation.create("tile.program_id", (), {"axis": 0}, [index])).result
+    linear = sym("i0") * COPY_TILE + sym("t0")
+    at = delinearize(linear, source.shape)
+    mask = ((linear, source.numel),)
+
+    def offset(strides: tuple[Dim, ...]) -> Dim:
+        total: Dim = 0
+        for i, s in zip(at, strides, strict=True):
+            total = total + i * s
+        return total
+
+    attrs = {"offset": offset(source.layout), "shape": (COPY_TILE,), "mask": mask, "other": {"float": 0.0, "bool": False}.get(source.dtype.kind, 0)}
+    tile = block.append(Operation.create("tile.load", [block.args[0], pid], attrs, [TileType((COPY_TILE,), source.dtype)])).result
+    block.append(Operation.create("tile.store", [block.args[1], tile, pid], {"offset": offset(target.layout), "mask": mask}))
+    block.append(Operation.create("tile.yield"))
+    symbols = sorted({s for e in (*source.shape, *source.layout, *target.layout) for s in free_symbols(e)})
+    return Operation.create("tile.kernel", (), {
+        "sym_name": name, "grid": (ceildiv(product(source.shape), COPY_TILE),), "symbols": tuple(symbols), "outputs": 1,
+        "bounds": {s: tuple(ranges[s]) for s in symbols if s in ranges}}, (), [Region([block])])

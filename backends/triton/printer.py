@@ -1,0 +1,389 @@
+"""`tile.kernel` -> Triton source, one self-contained file per kernel.
+
+    source = print_kernel(kernel)
+    source.text          # Python text that defines `source.name` and the helpers that it calls
+    source.signature     # argument name -> type, in order: buffers, size symbols (i64), then `err` (*i32) if an index is checked
+
+Programs are numbered row-major over the grid, the last axis fastest, and launched on a one-dimensional grid. Index arithmetic is 32 bits
+wide where sizes are constant and small, else 64. `err` points to one int32: a checked access that fails stores 1 there.
+
+Threads of a program see each other's writes to memory only after a barrier: one is put between a store and a load (or load and store) of one buffer.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ...ir.core import IRError, Operation, Value
+from ...ir.expr import Dim, free_symbols, lower_bound, product
+from ...ir.types import BufferType, DType, TileType, element_type
+from .arith import arith_text, literal
+from .dtypes import pointer, tl_type
+from .expressions import IndexText, Range
+from .helpers import HELPERS, used_helpers
+
+__all__ = ["KernelSource", "print_kernel"]
+
+SMALL = 1 << 30
+"""Sizes below this leave room for a tile's overhang in 32 bits."""
+ERROR = "err"
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """A kernel as Triton text. `tile` is the number of elements of its largest tile, `dot` whether it multiplies matrices."""
+
+    name: str
+    text: str
+    signature: dict[str, str]
+    buffers: int
+    symbols: tuple[str, ...]
+    checks: int
+    tile: int
+    dot: bool
+
+
+def print_kernel(kernel: Operation) -> KernelSource:
+    """The Triton source of a `tile.kernel`. IRError names an op that Triton cannot express."""
+    return _Printer(kernel).run()
+
+
+@dataclass
+class _Printer:
+    kernel: Operation
+    lines: list[str] = field(default_factory=list)
+    names: dict[Value, str] = field(default_factory=dict)
+    ranges: dict[Value, Range] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=lambda: {ERROR, "tl", "triton", "libdevice", "float", *HELPERS})
+    aranges: dict[tuple[int, int, int], str] = field(default_factory=dict)
+    written: set[Value] = field(default_factory=set)   # buffers stored to since the last barrier
+    read: set[Value] = field(default_factory=set)      # buffers loaded from since the last barrier
+    checks: int = 0
+    indent: int = 1
+
+    def run(self) -> KernelSource:
+        kernel = self.kernel
+        symbols: tuple[str, ...] = tuple(kernel["symbols"])
+        self.taken |= set(symbols)
+        self.sizes: dict[str, Range] = {s: tuple(r) for s, r in kernel["bounds"].items()}  # type: ignore[misc]
+        self.wide = bool(symbols) or not _is_small(kernel)
+        self.index_type = "tl.int64" if self.wide else "tl.int32"
+        self.both = _stored(kernel.body) & _loaded(kernel.body)
+        name = _identifier(kernel["sym_name"])
+        self.taken.add(name)
+        signature: dict[str, str] = {}
+        for arg in kernel.body.args:
+            signature[self._name(arg, "p")] = pointer(element_type(arg.type))
+        signature |= dict.fromkeys(symbols, "i64")
+        self._block(kernel)
+        if self.checks:
+            signature[ERROR] = "*i32"
+        body = "\n".join([*self._prologue(symbols), *self.lines]) or "    pass"
+        header = [f"# {line}" for line in _provenance(kernel)]
+        helpers = used_helpers(body)
+        function = f"@triton.jit\ndef {name}({', '.join(signature)}):\n{body}\n"
+        libdevice = "from triton.language.extra import libdevice\n" if "libdevice." in body + "".join(helpers) else ""
+        imports = "import triton\nimport triton.language as tl\n" + libdevice
+        text = "\n\n".join(["\n".join(header) + "\n" + imports, *(h.rstrip() + "\n" for h in helpers), function])
+        tiles = [int(product(v.type.shape)) for op in kernel.walk() for v in (*op.operands, *op.results)  # type: ignore[call-overload]
+                 if isinstance(v.type, TileType)]
+        return KernelSource(name, text, signature, len(kernel.body.args), symbols, self.checks, max(tiles, default=1),
+                            any(op.name == "tile.dot" for op in kernel.walk()))
+
+    # -- names
+
+    def _name(self, v: Value, prefix: str = "v") -> str:
+        if v not in self.names:
+            stem = _identifier(v.name) if v.name else ""
+            name, n = stem, 1
+            if not stem:
+                n = len(self.names)
+                name = f"{prefix}{n}"
+            while name in self.taken or keyword.iskeyword(name):
+                n += 1
+                name = f"{stem or prefix}{'_' if stem else ''}{n}"
+            self.taken.add(name)
+            self.names[v] = name
+        return self.names[v]
+
+    def _arange(self, axis: int, size: int, rank: int) -> str:
+        key = (axis, size, rank)
+        if key not in self.aranges:
+            stem = {(0, 2): "row", (1, 2): "col"}.get((axis, rank), f"t{axis}_{rank}d_")
+            name = f"{stem}{size}"
+            while name in self.taken:
+                name += "_"
+            self.taken.add(name)
+            self.aranges[key] = name
+        return self.aranges[key]
+
+    def _prologue(self, symbols: Sequence[str]) -> list[str]:
+        """Size symbols and position vectors, which the body turned out to need."""
+        lines = [f"    {s} = {s}.to(tl.int64)" for s in symbols]
+        for (axis, size, rank), name in self.aranges.items():
+            place = f"[{', '.join(':' if k == axis else 'None' for k in range(rank))}]" if rank > 1 else ""
+            lines.append(f"    {name} = tl.arange(0, {size}){'.to(tl.int64)' if self.wide else ''}{place}")
+        return lines
+
+    def _write(self, text: str) -> None:
+        self.lines.append("    " * self.indent + text)
+
+    def _define(self, op: Operation, text: str) -> None:
+        self._write(f"{self._name(op.result)} = {text}")
+
+    # -- blocks
+
+    def _block(self, parent: Operation) -> None:
+        for op in parent.body:
+            if op.name == "tile.yield":
+                return
+            handler = _HANDLERS.get(op.name)
+            if handler is not None:
+                handler(self, op)
+            elif op.name == "arith.constant":
+                self._define(op, f"tl.full((), {literal(op['value'])}, {self._type(element_type(op.result.type))})")
+            elif op.name.startswith("arith."):
+                self._define(op, arith_text(op, [self._name(v) for v in op.operands], self.index_type))
+            else:
+                raise IRError(f"'{op.name}' has no lowering to Triton")
+
+    def _type(self, dtype: DType) -> str:
+        return self.index_type if dtype.kind == "index" else tl_type(dtype)
+
+    def program_id(self, op: Operation) -> None:
+        """The coordinate on one axis of the linear program number."""
+        grid, axis = self.kernel["grid"], op["axis"]
+        below, size = product(grid[axis + 1:]), grid[axis]
+        text = IndexText({}, self.sizes, (), self._arange)
+        if size == 1:
+            self._define(op, "0")
+            self.ranges[op.result] = (0, 0)
+            return
+        pid = "tl.program_id(0).to(tl.int64)" if self.wide else "tl.program_id(0)"
+        if below != 1:
+            pid = f"{pid} // ({text(below)})"
+        if any(n != 1 for n in grid[:axis]):
+            pid = f"{pid} % ({text(size)})"
+        self._define(op, pid)
+        self.ranges[op.result] = (0, size - 1)
+
+    def for_loop(self, op: Operation) -> None:
+        n = op["indices"]
+        text = self._text(op.operands[:n], ())
+        inits, (iv, *carried) = op.operands[n:], op.body.args
+        touched_store, touched_load = _stored(op.body), _loaded(op.body)
+        if (touched_load & self.written) or (touched_store & self.read & self.both):
+            self._barrier()
+        state: list[str] = []
+        for init, arg, result in zip(inits, carried, op.results, strict=True):
+            name = self._name(result, "acc")
+            self.names[arg] = name
+            state.append(name)
+            self._write(f"{name} = {self._name(init)}")
+        name = self._name(iv, "i")
+        low = lower_bound(op["lower"], text.bounds)
+        high = op["upper"] - 1 if isinstance(op["upper"], int) else None
+        self.ranges[iv] = (low, high)
+        self._write(f"for {name} in range({text(op['lower'])}, {text(op['upper'])}, {op['step']}):")
+        self.indent += 1
+        start = len(self.lines)
+        self._write(f"{name} = tl.cast({name}, {self.index_type})")  # in the interpreter it is a Python number
+        self.written |= touched_store & touched_load  # by the iteration before
+        self.read |= touched_store & touched_load
+        self._block(op)
+        yields = [self._name(v) for v in op.body.terminator.operands]
+        changes = [(a, b) for a, b in zip(state, yields, strict=True) if a != b]
+        if changes:
+            self._write(f"{', '.join(a for a, _ in changes)} = {', '.join(b for _, b in changes)}")
+        if len(self.lines) == start:
+            self._write("pass")
+        self.indent -= 1
+
+    # -- positions and masks
+
+    def _text(self, operands: Sequence[Value], shape: Sequence[int]) -> IndexText:
+        return IndexText({f"i{k}": (self._name(v), self.ranges.get(v, (None, None))) for k, v in enumerate(operands)}, self.sizes, shape, self._arange)
+
+    def _spread(self, text: str, shape: Sequence[int], reached: Sequence[int] | None) -> str:
+        """`text`, of a shape that is `shape` where `reached` has an axis and 1 elsewhere (None: a scalar), at the full shape."""
+        if not shape or (reached is not None and tuple(reached) == tuple(shape)):
+            return text
+        if reached is None:
+            text = f"tl.cast({text}, {self.index_type})"
+        return f"tl.broadcast_to({text}, [{', '.join(map(str, shape))}])"
+
+    def _reach(self, e: Dim, operands: Sequence[Value], text: IndexText) -> tuple[int, ...] | None:
+        """The shape of the value of `e` as Triton sees it; None for a scalar."""
+        used = free_symbols(e)
+        axes = text.axes(e)
+        tiles = [v.type.shape for k, v in enumerate(operands) if f"i{k}" in used and isinstance(v.type, TileType)]
+        if not axes and not tiles:
+            return None
+        rank = len(text.shape)
+        return tuple(max([text.shape[k] if k in axes else 1, *(int(s[k]) for s in tiles)]) for k in range(rank))  # type: ignore[call-overload]
+
+    def _mask(self, pairs: Sequence[tuple[Dim, Dim]], low: Sequence[Dim], operands: Sequence[Value], text: IndexText) -> tuple[str, tuple[int, ...] | None]:
+        """(condition, its shape); ('', None) where there is none."""
+        terms, shapes = [], []
+        for a, b in pairs:
+            terms.append(f"({text(a)} < {text(b)})")
+            shapes += [self._reach(a, operands, text), self._reach(b, operands, text)]
+        for e in low:
+            terms.append(f"({text(e)} >= 0)")
+            shapes.append(self._reach(e, operands, text))
+        found = [s for s in shapes if s is not None]
+        reach = tuple(max(sizes) for sizes in zip(*found, strict=True)) if found else None
+        return " & ".join(terms), reach
+
+    # -- memory
+
+    def _barrier(self) -> None:
+        self._write("tl.debug_barrier()")
+        self.written.clear()
+        self.read.clear()
+
+    def load(self, op: Operation) -> None:
+        buffer, operands, shape = op.operands[0], op.operands[1:], op["shape"]
+        text = self._text(operands, shape)
+        mask, _ = self._mask(op["mask"], op["mask_low"], operands, text)
+        if op["check"]:
+            self._check(op, mask, text)
+        if not op.result.uses:
+            return
+        if buffer in self.written:
+            self._barrier()
+        if buffer in self.both:
+            self.read.add(buffer)
+        place = self._spread(text(op["offset"]), shape, self._reach(op["offset"], operands, text))
+        masked = f", mask={mask}, other={literal(op['other'])}" if mask else ""
+        self._define(op, f"tl.load({self._name(buffer)} + {_term(place)}{masked})")
+
+    def _check(self, op: Operation, mask: str, text: IndexText) -> None:
+        self.checks += 1
+        _, reach = self._mask(op["mask"], op["mask_low"], op.operands[1:], text)
+        place = f"{ERROR} + tl.zeros([{', '.join(map(str, reach))}], tl.int32)" if reach is not None else ERROR
+        self._write(f"tl.store({place}, 1, mask=~({mask}))")
+
+    def store(self, op: Operation) -> None:
+        buffer, value, operands = op.operands[0], op.operands[1], op.operands[2:]
+        shape = value.type.shape if isinstance(value.type, TileType) else ()
+        text = self._text(operands, shape)  # type: ignore[arg-type]
+        mask, _ = self._mask(op["mask"], op.attributes.get("mask_low", ()), operands, text)
+        if buffer in self.read:
+            self._barrier()
+        place = self._spread(text(op["offset"]), shape, self._reach(op["offset"], operands, text))  # type: ignore[arg-type]
+        target = f"{self._name(buffer)} + {_term(place)}"
+        masked = f", mask={mask}" if mask else ""
+        if op["atomic"]:
+            self._write(f"tl.atomic_{op['atomic']}({target}, {self._name(value)}{masked}, sem=\"relaxed\")")
+        else:
+            self._write(f"tl.store({target}, {self._name(value)}{masked})")
+        if buffer in self.both:
+            self.written.add(buffer)
+
+    # -- values
+
+    def index(self, op: Operation) -> None:
+        text = self._text(op.operands, op["shape"])
+        spread = self._spread(text(op["expr"]), op["shape"], self._reach(op["expr"], op.operands, text))
+        self._define(op, f"tl.cast({spread}, {self._type(element_type(op.result.type))})")
+        if not op["shape"]:
+            self.ranges[op.result] = (lower_bound(op["expr"], text.bounds), None)
+
+    def mask(self, op: Operation) -> None:
+        text = self._text(op.operands, op["shape"])
+        mask, reach = self._mask(op["mask"], (), op.operands, text)
+        partial = op["shape"] and (reach is None or tuple(reach) != tuple(op["shape"]))
+        spread = f"tl.full([{', '.join(map(str, op['shape']))}], True, tl.int1) & " if partial else ""
+        self._define(op, spread + mask)
+
+    def full(self, op: Operation) -> None:
+        self._define(op, f"tl.broadcast_to({self._name(op.operands[0])}, [{_dims(op.result)}])")
+
+    def reshape(self, op: Operation) -> None:
+        self._define(op, f"tl.reshape({self._name(op.operands[0])}, [{_dims(op.result)}])")
+
+    def transpose(self, op: Operation) -> None:
+        self._define(op, f"tl.trans({self._name(op.operands[0])})")
+
+    def reduce(self, op: Operation) -> None:
+        x, dtype, axis = self._name(op.operands[0]), element_type(op.result.type), op["axis"]
+        template = _REDUCTIONS[op["kind"]][_KINDS[dtype.kind]]
+        back = f".to({tl_type(dtype)})" if dtype.bits < 32 and dtype.kind != "bool" else ""
+        self._define(op, template.format(x=x, axis=axis) + back)
+
+    def dot(self, op: Operation) -> None:
+        a, b, acc = (self._name(v) for v in op.operands)
+        (m, k), n = op.operands[0].type.shape, op.operands[1].type.shape[1]  # type: ignore[attr-defined]
+        dtype, out = element_type(op.operands[0].type), element_type(op.result.type)
+        if k == 1:
+            widen = f".to({tl_type(out)})" if dtype != out else ""
+            self._define(op, f"{acc} + {a}{widen} * {b}{widen}")
+        elif min(m, n, k) < 16 or not dtype.is_float:
+            widen = f".to({tl_type(out)})" if dtype != out else ""
+            self._define(op, f"{acc} + tl.sum({a}{widen}[:, :, None] * {b}{widen}[None, :, :], 1)")
+        else:
+            precision = f", input_precision=\"{op['precision']}\"" if dtype.name == "f32" else ""
+            self._define(op, f"tl.dot({a}, {b}, {acc}{precision}, out_dtype={tl_type(out)})")
+
+
+_KINDS = {"float": "f", "int": "i", "uint": "i", "bool": "b", "index": "i"}
+_PLAIN = "tl.reduce({{x}}, {{axis}}, {}, keep_dims=True)"
+_REDUCTIONS = {
+    "sum": {"f": "tl.sum({x}, {axis}, keep_dims=True)", "i": "tl.sum({x}, {axis}, keep_dims=True)",
+            "b": "(tl.max({x}.to(tl.int32), {axis}, keep_dims=True) != 0)"},
+    "prod": {"f": _PLAIN.format("product"), "i": _PLAIN.format("product"), "b": "(tl.min({x}.to(tl.int32), {axis}, keep_dims=True) != 0)"},
+    "max": {"f": _PLAIN.format("max_nan"), "i": "tl.max({x}, {axis}, keep_dims=True)", "b": "(tl.max({x}.to(tl.int32), {axis}, keep_dims=True) != 0)"},
+    "min": {"f": _PLAIN.format("min_nan"), "i": "tl.min({x}, {axis}, keep_dims=True)", "b": "(tl.min({x}.to(tl.int32), {axis}, keep_dims=True) != 0)"},
+}
+_REDUCTIONS["any"], _REDUCTIONS["all"] = _REDUCTIONS["max"], _REDUCTIONS["min"]
+
+_HANDLERS = {
+    "tile.program_id": _Printer.program_id, "tile.for": _Printer.for_loop, "tile.load": _Printer.load, "tile.store": _Printer.store,
+    "tile.index": _Printer.index, "tile.mask": _Printer.mask, "tile.full": _Printer.full, "tile.reshape": _Printer.reshape,
+    "tile.transpose": _Printer.transpose, "tile.reduce": _Printer.reduce, "tile.dot": _Printer.dot,
+}
+
+
+def _dims(v: Value) -> str:
+    return ", ".join(map(str, v.type.shape)) if isinstance(v.type, TileType) else ""
+
+
+def _term(text: str) -> str:
+    return f"({text})" if re.search(r" [-+] |^-", text) else text
+
+
+def _identifier(name: str) -> str:
+    text = re.sub(r"\W", "_", name)
+    return f"_{text}" if not text or text[0].isdigit() else text
+
+
+def _stored(block) -> set[Value]:  # type: ignore[no-untyped-def]
+    return {o.operands[0] for op in block for o in op.walk() if o.name == "tile.store"}
+
+
+def _loaded(block) -> set[Value]:  # type: ignore[no-untyped-def]
+    return {o.operands[0] for op in block for o in op.walk() if o.name == "tile.load" and o.result.uses}
+
+
+def _is_small(kernel: Operation) -> bool:
+    """All buffers, loops and grids have constant sizes that leave headroom in 32 bits."""
+    for arg in kernel.body.args:
+        t = arg.type
+        assert isinstance(t, BufferType)
+        reach = sum(((n - 1) * s for n, s in zip(t.shape, t.layout, strict=True)), 0)  # type: ignore[misc]
+        if not isinstance(reach, int) or reach >= SMALL or any(not isinstance(n, int) or n >= SMALL for n in t.shape):
+            return False
+    programs = product(kernel["grid"])
+    bounds = [b for op in kernel.walk() if op.name == "tile.for" for b in (op["lower"], op["upper"])]
+    return isinstance(programs, int) and programs < SMALL and all(not isinstance(b, int) or b < SMALL for b in bounds)
+
+
+def _provenance(kernel: Operation) -> list[str]:
+    lines = [f"aicc kernel '{kernel['sym_name']}', grid [{', '.join(map(str, kernel['grid']))}]"]
+    lines += [f"  argument {a.index}: {a.type}" for a in kernel.body.args]
+    lines += [f"  computes {p}" for p in kernel["provenance"]]
+    return lines

@@ -1,0 +1,169 @@
+"""Kernels in Triton's interpreter, on CPU tensors: what the generated text means, without a GPU.
+
+    os.environ["TRITON_INTERPRET"] = "1"          # before anything imports triton
+    outputs = simulate(module, inputs)            # a module at the tile level, as `ir.interpreter.interpret` takes it
+    library = SimulatedLibrary(module)            # a module at the host level: CompiledGraph(manifest, library=library) runs it on the CPU
+
+Every `tile.launch` runs its kernel's Triton text; everything else is the reference interpreter's. Outputs start poisoned.
+libdevice, which Triton's interpreter does not have, is replaced by torch's functions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import TensorHandle, interpreter_builder
+
+from ...ir.core import IRError, Operation
+from ...ir.expr import evaluate
+from ...ir.interpreter import interpret
+from ...ir.interpreter.context import TORCH_DTYPES, Context
+from ...ir.interpreter.memory import Memory, extent
+from ...ir.types import BufferType, TensorType
+from .compile import default_cache, load_function
+from .host import Copy, Place, build_program
+from .printer import KernelSource, print_kernel
+
+__all__ = ["Libdevice", "SimulatedLibrary", "simulate"]
+
+
+def simulate(module: Operation, inputs: Sequence[Any], *, symbols: Mapping[str, int] | None = None, cache_dir: Path | None = None) -> list[torch.Tensor]:
+    """Runs the module's only function. IndexError where a checked index fails; IRError if the interpreter is not on."""
+    if not triton.knobs.runtime.interpret:
+        raise IRError("set TRITON_INTERPRET=1 before triton is imported")
+    folder = cache_dir or default_cache()
+    return interpret(module, inputs, symbols=symbols, handlers={"tile.launch": lambda ctx, op, xs: _launch(ctx, op, xs, folder)})
+
+
+def _launch(ctx: Context, op: Operation, xs: list[torch.Tensor], folder: Path) -> list[torch.Tensor]:
+    kernel = ctx.kernels[op["kernel"].name]
+    source = print_kernel(kernel)
+    types = [v.type for v in (*op.operands, *op.results)]
+    layouts = [(ctx.shape(t), ctx.dims(t.layout)) for t in types if isinstance(t, TensorType)]
+    memories = [Memory.holding(x, strides) for x, (_, strides) in zip(xs, layouts)]
+    paired = {output: given for given, output in kernel["inplace"]}
+    for i, r in enumerate(op.results, len(xs)):
+        shape, strides = layouts[i]
+        memories.append(Memory.holding(xs[paired[i]].reshape(shape), strides) if i in paired else Memory.fresh(extent(shape, strides), ctx.dtype(r.type)))
+    programs = math.prod(ctx.dims(kernel["grid"]))
+    run_kernel(source, programs, [m.flat for m in memories], [ctx.symbols[s] for s in source.symbols], folder)
+    return [m.tensor(*layout) for m, layout in zip(memories[len(xs):], layouts[len(xs):])]
+
+
+def run_kernel(source: KernelSource, programs: int, buffers: Sequence[torch.Tensor], symbols: Sequence[int], folder: Path) -> None:
+    """One launch on flat CPU tensors. IndexError where a checked index fails."""
+    function = load_function(source, folder)
+    function.fn.__globals__["libdevice"] = Libdevice()
+    error = torch.zeros(1, dtype=torch.int32)
+    if programs:
+        with np.errstate(all="ignore"), _mended():
+            function[(programs,)](*buffers, *symbols, *([error] if source.checks else []))
+    if int(error):
+        raise IndexError(f"in kernel '{source.name}': an index given by the user is out of range")
+
+
+@contextmanager
+def _mended() -> Iterator[None]:
+    """Two faults of Triton's interpreter set right: it forgets that a comparison of scalars is boolean when it is broadcast, and
+    multiplies matrices of bfloat16, which it keeps as bit patterns, as if they were integers."""
+    original, dot = interpreter_builder.create_splat, interpreter_builder.create_dot
+
+    def splat(ret_ty: Any, arg: Any) -> Any:
+        if ret_ty.scalar == tl.int1:
+            return TensorHandle(np.full(ret_ty.shape, np.asarray(arg.data).reshape(-1)[0], dtype=bool), tl.int1)
+        return original(ret_ty, arg)
+
+    def widened_dot(a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) for x in (a, b))
+        return dot(a, b, *rest)
+
+    interpreter_builder.create_splat, interpreter_builder.create_dot = splat, widened_dot
+    try:
+        yield
+    finally:
+        del interpreter_builder.create_splat, interpreter_builder.create_dot
+
+
+class SimulatedLibrary:
+    """The functions of a host-level module with the executor's calling convention, each launch interpreted on CPU memory."""
+
+    def __init__(self, module: Operation, cache_dir: Path | None = None):
+        self.program = build_program(module)
+        self.sources = {name: print_kernel(k) for name, k in self.program.kernels.items()}
+        self.constants = [ctypes.create_string_buffer(c, max(1, len(c))) for c in self.program.constants]
+        self.folder = cache_dir or default_cache()
+        self.symbols: list[str] = []
+        self.launches = 0
+
+    def bind(self, symbols: Sequence[str]) -> None:
+        self.symbols = list(symbols)
+
+    def function(self, name: str) -> Callable[[int, int], int]:
+        """Runs function `name`: 0, or 1 where an index is out of range."""
+        steps = self.program.functions[name]
+
+        def run(table: int, symbols: int) -> int:
+            env = dict(zip(self.symbols, (ctypes.c_int64 * len(self.symbols)).from_address(symbols)[:])) if self.symbols else {}
+
+            def address(p: Place) -> int:
+                base = ctypes.addressof(self.constants[p.slot]) if p.constant else ctypes.c_uint64.from_address(table + 8 * p.slot).value
+                return base + evaluate(p.offset, env)
+
+            for step in steps:
+                if isinstance(step, Copy):
+                    ctypes.memmove(address(step.target), address(step.source), evaluate(step.bytes, env))
+                    continue
+                kernel, source = self.program.kernels[step.kernel], self.sources[step.kernel]
+                flat = [_memory(address(p), a.type, env) for p, a in zip(step.buffers, kernel.body.args, strict=True)]
+                self.launches += 1
+                try:
+                    run_kernel(source, math.prod(evaluate(g, env) for g in kernel["grid"]), flat, [env[s] for s in source.symbols], self.folder)
+                except IndexError:
+                    return 1
+            return 0
+
+        return run
+
+
+def _memory(address: int, t: Any, env: Mapping[str, int]) -> torch.Tensor:
+    """The memory of a buffer as a flat tensor."""
+    assert isinstance(t, BufferType)
+    dtype = TORCH_DTYPES[t.dtype.name]
+    n = extent([evaluate(d, env) for d in t.shape], [evaluate(d, env) for d in t.layout])
+    if n == 0:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer((ctypes.c_uint8 * (n * dtype.itemsize)).from_address(address), dtype=dtype)
+
+
+_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "rint": torch.round, "sqrt_rn": torch.sqrt, "rcp_rn": torch.reciprocal, "div_rn": torch.div, "rsqrt": torch.rsqrt, "fma": lambda a, b, c: (
+        a.double() * b.double() + c.double()).to(a.dtype)}
+
+
+class Libdevice:
+    """libdevice's functions on interpreted tensors, each by torch's function of the same name unless listed above."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = _FUNCTIONS.get(name) or getattr(torch, name)
+
+        def call(*args: Any) -> Any:
+            first = next(a for a in args if isinstance(a, tl.tensor))
+            dtype = first.handle.data.dtype
+            arrays = [np.asarray(a.handle.data if isinstance(a, tl.tensor) else a, dtype) for a in args]
+            shape = np.broadcast_shapes(*(a.shape for a in arrays))
+            made = function(*[torch.from_numpy(np.array(np.broadcast_to(a, shape))) for a in arrays]).numpy()
+            scalar = first.type.scalar
+            return tl.tensor(TensorHandle(made, scalar), tl.block_type(scalar, list(shape)) if shape and any(
+                isinstance(a, tl.tensor) and a.type.is_block() for a in args) else scalar)
+
+        return call

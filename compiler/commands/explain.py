@@ -1,0 +1,133 @@
+"""`aicc explain`: what became of each op, what was declined and why, and what torch guards."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from ...ir.core import Operation
+from ..capture import GraphRecord, Recorder, call_eager, call_model, prepare
+from ..dynamo import backend
+from ..errors import UserError
+from ..model_file import Script, load
+from ..options import Options
+from .common import Debug, Dynamic, ModelSpec, Train, console, reports_errors
+from .places import short_place
+
+__all__ = ["explain"]
+
+_BOOKKEEPING = ("module", "func", "return", "tile.kernel", "tile.return", "yield", "tensor.yield")
+
+
+@reports_errors
+def explain(
+    model: ModelSpec,
+    train: Train = False,
+    dynamic: Dynamic = None,
+    every_remark: Annotated[bool, typer.Option("--all", help="Remarks on what was done as well as on what was declined.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Explain what MODEL compiles to: ops, fused groups, kernels, ATen calls with the Python line and reason, and what was declined."""
+    found = load(model)
+    options = Options.from_user(options={"strict": True, "cache": False})
+    recorder = Recorder()
+    torch._dynamo.utils.counters.clear()
+    torch._dynamo.utils.clear_compilation_metrics()
+    capture: dict[str, Any] = {}
+    with recorder.watching():
+        if isinstance(found, Script):
+            found.run()
+        else:
+            prepare(found.model, train)
+            call_eager(found, train)  # a fault of the model itself shows before anything is compiled
+            compiled = torch.compile(found.model, backend=backend(options), dynamic=dynamic)
+            call_model(compiled, found, train)
+            first = len(recorder.graphs)
+            call_model(compiled, found, train)
+            capture["recompiled_on_second_call"] = len(recorder.graphs) - first
+    if not recorder.graphs:
+        raise UserError(f"'{model}' ran, but nothing in it was compiled")
+    capture.update(_guards())
+    capture["graph_breaks"] = dict(torch._dynamo.utils.counters["graph_break"])
+    report = {"model": model, "capture": capture, "graphs": [_graph(g, every_remark) for g in recorder.graphs if g.compilation is not None]}
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _show(report)
+
+
+def _graph(record: GraphRecord, every_remark: bool) -> dict[str, Any]:
+    c = record.compilation
+    assert c is not None
+    kernels = [op for op in record.stages["host"].body if op.name == "tile.kernel"]
+    launches = Counter(op["kernel"].name for op in record.stages["host"].walk() if op.name == "host.launch")
+    groups = {k["sym_name"]: k for k in kernels}
+    return {
+        "name": record.title,
+        "graph_ops": _count(record.stages["graph"]),
+        "structured_ops": _count(record.stages["tensor"]),
+        "kernels": [{"name": n, "launches": launches[n], "ops": _count(k), "origin": _origins(k)} for n, k in groups.items()],
+        "externs": [{**e, "location": short_place(e["location"])} for e in c.stats.get("externs", [])],
+        "remarks": [{"pass": r.pass_name, "kind": r.kind, "message": r.message, "location": short_place(str(r.location)) if r.location.file else ""}
+                    for r in c.remarks if every_remark or r.kind == "declined"],
+    }
+
+
+def _count(op: Operation) -> dict[str, int]:
+    found = Counter(o.name for o in op.walk() if o.name not in _BOOKKEEPING)
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _origins(kernel: Operation) -> list[str]:
+    """The Python lines that a kernel computes, in order."""
+    places = dict.fromkeys(short_place(str(o.location)) for o in kernel.walk() if o.location.file)
+    return list(places)
+
+
+def _guards() -> dict[str, int]:
+    """Frames that torch captured since the metrics were cleared, and the guards that it checks before it reuses them."""
+    frames = torch._dynamo.utils.get_compilation_metrics()
+    return {"frames": len(frames), "guards": sum(f.guard_count or 0 for f in frames)}
+
+
+def _show(report: dict[str, Any]) -> None:
+    out = console()
+    capture = report["capture"]
+    again = capture.get("recompiled_on_second_call")
+    out.print(f"[bold]{escape(report['model'])}[/]: {len(report['graphs'])} compiled graphs; torch captured {capture['frames']} frames behind "
+              f"{capture['guards']} guards" + ("" if again is None else f"; a second call recompiled {again}"))
+    for reason, times in capture["graph_breaks"].items():
+        out.print(f"graph break ({times} times): {escape(str(reason))}")
+    for g in report["graphs"]:
+        out.print(f"\n[bold]{g['name']}[/]")
+        out.print(f"  {sum(g['graph_ops'].values())} graph ops: {_names(g['graph_ops'])}")
+        out.print(f"  {sum(g['structured_ops'].values())} ops after fusion: {_names(g['structured_ops'])}")
+        table = Table("kernel", "launches", "ops", "from", title=f"{len(g['kernels'])} kernels", title_justify="left")
+        for k in g["kernels"]:
+            places = k["origin"]
+            more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+            table.add_row(k["name"], str(k["launches"]), str(sum(k["ops"].values())), escape("\n".join(places[:3]) + more))
+        out.print(table)
+        _show_rows(out, "calls that stay with ATen", ("call", "reason", "from"), [(e["target"], e["reason"], e["location"]) for e in g["externs"]])
+        _show_rows(out, "remarks", ("pass", "kind", "what", "where"), [tuple(r.values()) for r in g["remarks"]])
+
+
+def _show_rows(out: Any, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    if not rows:
+        out.print(f"  no {title}")
+        return
+    table = Table(*columns, title=f"{len(rows)} {title}", title_justify="left")
+    for row, times in Counter(rows).items():
+        table.add_row(*(escape(x) for x in row[:-1]), escape(row[-1]) + (f" ({times} times)" if times > 1 else ""))
+    out.print(table)
+
+
+def _names(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} x{c}" if c > 1 else n for n, c in list(counts.items())[:12]) + (", ..." if len(counts) > 12 else "")

@@ -1,0 +1,84 @@
+"""Which buffers are alive when, and which may share memory because one takes over from another.
+
+Entry points: `live_ranges`, `find_groups`. Positions are those of the ops in the function's body; ranges are inclusive at both
+ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ..ir.core import Operation, Value
+from ..ir.expr import Dim
+from .storage import align
+
+__all__ = ["Group", "buffer_bytes", "find_groups", "live_ranges"]
+
+
+@dataclass(eq=False)
+class Group:
+    """Buffers that share one place: the same memory handed from launch to launch. All members have `bytes` bytes."""
+
+    bytes: Dim
+    start: int
+    end: int
+    members: list[Value] = field(default_factory=list)
+
+    @cached_property
+    def size(self) -> Dim:
+        """Bytes with the padding that keeps what follows aligned."""
+        return align(self.bytes)
+
+    def meets(self, other: Group) -> bool:
+        """True if both are alive at some time."""
+        return self.start <= other.end and other.start <= self.end
+
+
+def buffer_bytes(v: Value) -> Dim:
+    """The size of a `host.alloc` result."""
+    assert v.defining_op is not None
+    return v.defining_op["bytes"]
+
+
+def live_ranges(func: Operation) -> dict[Value, tuple[int, int]]:
+    """`host.alloc` result -> (position of the first, of the last op that touches it or a view of it)."""
+    base: dict[Value, Value] = {}
+    ranges: dict[Value, tuple[int, int]] = {}
+    for at, op in enumerate(func.body):
+        if op.name == "host.alloc":
+            base[op.result] = op.result
+        elif op.name == "host.view":
+            if op.operands[0] in base:
+                base[op.result] = base[op.operands[0]]
+        else:
+            for v in op.operands:
+                if v in base:
+                    first, _ = ranges.get(base[v], (at, at))
+                    ranges[base[v]] = (first, at)
+    return ranges
+
+
+def find_groups(func: Operation, kernels: Mapping[str, Operation]) -> dict[Value, Group]:
+    """Every allocation's group, after in-place reuse.
+
+    An output takes over from an input where the kernel's `inplace` allows it, the input dies at the launch, and the sizes are
+    equal.
+    """
+    found = {v: Group(buffer_bytes(v), start, end, [v]) for v, (start, end) in live_ranges(func).items()}
+    for at, op in enumerate(func.body):
+        if op.name != "host.launch" or op["kernel"].name not in kernels:
+            continue
+        taken: set[Group] = set()
+        for i, j in kernels[op["kernel"].name]["inplace"]:
+            source, target = found.get(op.operands[i]), found.get(op.operands[j])
+            if (source is None or target is None or source in taken or source.end != at or target.start != at
+                    or source.bytes != target.bytes or op.operands.count(op.operands[i]) > 1):
+                continue
+            taken.add(source)
+            source.end = target.end
+            source.members += target.members
+            for v in target.members:
+                found[v] = source
+    return found

@@ -1,0 +1,341 @@
+"""Discrete-event execution of a pipeline schedule: when every operation runs, bubbles, and memory over time.
+
+Entry points: `simulate(schedule, costs)` for a full run, `pipeline_time(...)` for the search (many micro-batches are
+extrapolated from the steady state, which is exact once the schedule repeats).
+
+Rules: a rank runs its operations in order, one at a time. F of a stage waits for the same micro-batch's F of the stage
+before, B for the B of the stage after (the last stage's for its own F); W follows its B in the list. A result that goes
+to another rank takes the boundary's p2p time, one message after the other on each channel (two ranks, forward or
+backward); with `blocking` the sender waits for the message to arrive.
+
+The order of events does not depend on costs, so it is worked out once per schedule (`_compile`): operations become nodes,
+sorted by level such that a level depends on earlier ones only, and a run evaluates a level at a time with numpy. A schedule
+whose order contradicts its dependencies has no such sorting: that is reported as a deadlock, naming the operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from .schedules import Op, Schedule, build_schedule
+
+__all__ = ["Interval", "PipelineCosts", "PipelineRun", "PipelineTime", "peak_activations", "pipeline_time",
+           "simulate"]
+
+
+@dataclass(frozen=True)
+class PipelineCosts:
+    """Seconds and bytes per model part (indexed by part) and per boundary between part i and i + 1.
+
+    hidden_*: the share of forward/backward seconds that an overlapped operation does not pay. activation: bytes one
+    micro-batch keeps on the part. weight_fraction: the share of them that waits for W when backward is split. slowdown:
+    per rank, 1.0 is nominal.
+    """
+
+    forward: tuple[float, ...]
+    backward_input: tuple[float, ...]
+    backward_weight: tuple[float, ...]
+    activation: tuple[float, ...] = ()
+    p2p: tuple[float, ...] = ()
+    hidden_forward: tuple[float, ...] = ()
+    hidden_backward: tuple[float, ...] = ()
+    weight_fraction: float = 0.5
+    blocking: bool = False
+    slowdown: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An operation and when it ran, in seconds."""
+
+    op: Op
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class PipelineRun:
+    """The result. busy (seconds) and peak_bytes (activations) are per rank."""
+
+    seconds: float
+    busy: tuple[float, ...]
+    peak_bytes: tuple[float, ...]
+    timeline: tuple[tuple[Interval, ...], ...]
+
+    @property
+    def bubble(self) -> float:
+        """The share of rank-seconds spent waiting."""
+        total = self.seconds * len(self.busy)
+        return 1.0 - sum(self.busy) / total if total else 0.0
+
+    def memory(self, rank: int, costs: PipelineCosts, schedule: Schedule) -> list[tuple[float, float]]:
+        """Activation bytes of `rank` over time as (second, bytes after it)."""
+        points, held = [(0.0, 0.0)], 0.0
+        for item in self.timeline[rank]:
+            before, after = _deltas(item.op, costs, schedule)
+            points += [(item.start, held + before), (item.end, held + before + after)]
+            held += before + after
+        return points
+
+
+def _deltas(op: Op, costs: PipelineCosts, schedule: Schedule) -> tuple[float, float]:
+    """Bytes taken when `op` starts and given back (negative) when it ends."""
+    size = costs.activation[schedule.part_of[op.stage]] if costs.activation else 0.0
+    after = {"F": 0.0, "BW": -1.0, "B": costs.weight_fraction - 1.0, "W": -costs.weight_fraction}[op.kind]
+    return (size if op.kind == "F" else 0.0), after * size
+
+
+def simulate(schedule: Schedule, costs: PipelineCosts, timeline: bool = True) -> PipelineRun:
+    """Run `schedule` under `costs`. Raises ValueError when sizes disagree and RuntimeError on a deadlock."""
+    parts = schedule.parts
+    for name in ("forward", "backward_input", "backward_weight"):
+        if len(getattr(costs, name)) != parts:
+            raise ValueError(f"{name} has {len(getattr(costs, name))} entries, the schedule has {parts} parts")
+    program = _compile(schedule)
+    start, end, free = program.run(costs)
+    ops, ranks = program.ops, schedule.ranks
+    busy = np.bincount(program.rank, weights=end - start, minlength=ranks)
+    log: tuple[tuple[Interval, ...], ...] = ()
+    if timeline:
+        log = tuple(tuple(_intervals([(ops[n], start[n], end[n]) for n in row], program, costs)) for row in program.by_rank)
+    return PipelineRun(float(free.max()), tuple(busy.tolist()), tuple(_peaks(schedule, costs)), log)
+
+
+@dataclass(frozen=True)
+class _Program:
+    """A schedule ready to run. Nodes are operations (an overlapped pair is one node) numbered by level.
+
+    Messages have the number 2 * node + slot; the last one is always at time 0. previous: the node before on the rank, the
+    last node number for none. needs: two messages per node. after: the message before on the same channel. crosses: the
+    message goes to another rank. boundary: the smaller part of the two that a message joins. kinds and stages: rows of
+    the duration table and stages of the node's one or two operations.
+    """
+
+    ops: tuple[tuple[Op, ...], ...]
+    levels: tuple[tuple[int, int], ...]
+    rank: np.ndarray
+    previous: np.ndarray
+    needs: np.ndarray
+    after: np.ndarray
+    crosses: np.ndarray
+    boundary: np.ndarray
+    kinds: np.ndarray
+    stages: np.ndarray
+    by_rank: tuple[tuple[int, ...], ...]
+    part_of: np.ndarray
+    rank_of: np.ndarray
+
+    def durations(self, costs: PipelineCosts) -> np.ndarray:
+        """Seconds per node and term, shape (nodes, 2)."""
+        table = _duration_table(costs)
+        slow = np.array(costs.slowdown)[self.rank_of] if costs.slowdown else np.ones(len(self.rank_of))
+        per_stage = np.concatenate([table[:, self.part_of] * slow, np.zeros((1, len(self.part_of)))])
+        return np.asarray(per_stage[self.kinds, self.stages])
+
+    def run(self, costs: PipelineCosts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(start, end, time at which the rank is free again) per node."""
+        nodes = len(self.ops)
+        seconds = self.durations(costs).sum(axis=1)
+        p2p = np.where(self.crosses, np.array(costs.p2p)[self.boundary], 0.0) if costs.p2p else np.zeros((nodes, 2))
+        start, end, free = np.zeros(nodes), np.zeros(nodes), np.zeros(nodes + 1)
+        arrival = np.zeros(2 * nodes + 2)
+        messages = arrival.reshape(-1, 2)
+        for a, b in self.levels:
+            begin = np.maximum(free[self.previous[a:b]], arrival[self.needs[a:b]].max(axis=1))
+            done = begin + seconds[a:b]
+            start[a:b], end[a:b] = begin, done
+            sent = np.where(self.crosses[a:b], np.maximum(done[:, None], arrival[self.after[a:b]]), done[:, None]) + p2p[a:b]
+            messages[a:b] = sent
+            free[a:b] = np.where(self.crosses[a:b], sent, done[:, None]).max(axis=1) if costs.blocking else done
+        return start, end, free[:-1]
+
+
+_KINDS = ("F", "B", "W", "BW")
+
+
+def _duration_table(costs: PipelineCosts) -> np.ndarray:
+    """Seconds by (kind, overlapped) in rows 2 * kind + overlapped, and part."""
+    forward, backward, weight = (np.array(x) for x in (costs.forward, costs.backward_input, costs.backward_weight))
+    ahead = np.array(costs.hidden_forward) if costs.hidden_forward else 0.0
+    back = np.array(costs.hidden_backward) if costs.hidden_backward else 0.0
+    return np.stack([forward, forward - ahead, backward, backward - back, weight, weight, backward + weight,
+                     backward - back + weight])
+
+
+def _intervals(nodes: Sequence[tuple[tuple[Op, ...], float, float]], program: _Program, costs: PipelineCosts) -> list[Interval]:
+    """One interval per operation; the halves of a pair follow each other inside the pair's time."""
+    table, slow = _duration_table(costs), costs.slowdown
+    found = []
+    for ops, start, end in nodes:
+        at = float(start)
+        for op in ops:
+            stage = op.stage
+            seconds = table[2 * _KINDS.index(op.kind) + op.overlapped, program.part_of[stage]]
+            seconds *= slow[program.rank_of[stage]] if slow else 1.0
+            last = op is ops[-1]
+            found.append(Interval(op, at, float(end) if last else at + float(seconds)))
+            at += float(seconds)
+    return found
+
+
+def _peaks(schedule: Schedule, costs: PipelineCosts) -> list[float]:
+    """Activation bytes at every rank's peak: the order of operations alone decides."""
+    if not costs.activation:
+        return [0.0] * schedule.ranks
+    size = np.array(costs.activation)
+    change = np.array([0.0, costs.weight_fraction - 1.0, -costs.weight_fraction, -1.0])
+    peaks = []
+    for kinds, parts in _orders(schedule):
+        taken = np.where(kinds == 0, size[parts], 0.0)
+        given = change[kinds] * size[parts]
+        held = np.cumsum(taken + given) - given
+        peaks.append(float(held.max(initial=0.0)))
+    return peaks
+
+
+@lru_cache(maxsize=128)
+def _orders(schedule: Schedule) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Per rank: kind and part of its operations in order."""
+    return tuple((np.array([_KINDS.index(op.kind) for op in ops], dtype=np.int8),
+                  np.array([schedule.part_of[op.stage] for op in ops], dtype=np.int32)) for ops in schedule.ops)
+
+
+@lru_cache(maxsize=128)
+def _compile(schedule: Schedule) -> _Program:
+    """Sort the schedule's operations by level. Raises RuntimeError on a deadlock."""
+    units = [_units(ops) for ops in schedule.ops]
+    first_id = np.concatenate([[0], np.cumsum([len(u) for u in units])]).tolist()
+    total = first_id[-1]
+    following = {before: stage for stage, before in enumerate(schedule.previous) if before >= 0}
+    dummy = 2 * total
+    # Messages by (kind, stage, micro-batch) that receives them, known once their sender has been placed.
+    inbox: dict[tuple[str, int, int], int] = {}
+    level = [0] * (total + 1)
+    previous, needs = [total] * total, [[dummy, dummy] for _ in range(total)]
+    after, crosses, boundary = ([[v, v] for _ in range(total)] for v in (dummy, False, 0))
+    channel: dict[tuple[int, int, bool], int] = {}
+    cursor, pending, queued = [0] * schedule.ranks, list(range(schedule.ranks)), [True] * schedule.ranks
+    while pending:
+        rank = pending.pop()
+        queued[rank] = False
+        row, base = units[rank], first_id[rank]
+        while cursor[rank] < len(row):
+            unit, node = row[cursor[rank]], base + cursor[rank]
+            wanted = [_need(op, schedule) for op in unit]
+            if any(key is not None and key not in inbox for key in wanted):
+                break
+            needs[node] = [dummy if key is None else inbox[key] for key in wanted] + [dummy] * (2 - len(wanted))
+            if cursor[rank]:
+                previous[node] = node - 1
+            level[node] = 1 + max(level[previous[node]], *(level[m // 2] for m in needs[node]))
+            cursor[rank] += 1
+            for slot, op in enumerate(unit):
+                key = _result(op, schedule, following)
+                if key is None:
+                    continue
+                message = inbox[key] = 2 * node + slot
+                other = schedule.rank_of[key[1]]
+                if other != rank:
+                    lane = (rank, other, key[0] == "F")
+                    after[node][slot], channel[lane] = channel.get(lane, dummy), message
+                    crosses[node][slot] = True
+                    boundary[node][slot] = min(schedule.part_of[op.stage], schedule.part_of[key[1]])
+                    if not queued[other]:
+                        queued[other] = True
+                        pending.append(other)
+    stuck = [str(tuple(units[r][cursor[r]][0])) for r in range(schedule.ranks) if cursor[r] < len(units[r])]
+    if stuck:
+        raise RuntimeError(f"schedule {schedule.name} deadlocks; ranks wait at {', '.join(stuck[:8])}")
+    flat = [unit for row in units for unit in row]
+    order = np.argsort(np.array(level[:total]), kind="stable")
+    new = np.empty(total + 1, dtype=np.int64)
+    new[order], new[total] = np.arange(total), total
+    renamed = np.concatenate([np.stack([2 * new[:total], 2 * new[:total] + 1], axis=1).ravel(), [dummy]])
+    sizes = np.bincount(np.array(level[:total]))[1:]
+    ends = np.cumsum(sizes)
+    kinds = np.array([[2 * _KINDS.index(u[0].kind) + u[0].overlapped, 2 * _KINDS.index(u[1].kind) + u[1].overlapped]
+                      if len(u) == 2 else [2 * _KINDS.index(u[0].kind) + u[0].overlapped, 8] for u in flat])
+    return _Program(
+        ops=tuple(flat[n] for n in order), levels=tuple(zip((ends - sizes).tolist(), ends.tolist(), strict=True)),
+        rank=np.repeat(np.arange(schedule.ranks), [len(u) for u in units])[order], previous=new[np.array(previous)][order],
+        needs=renamed[np.array(needs)][order], after=renamed[np.array(after)][order], crosses=np.array(crosses)[order],
+        boundary=np.array(boundary)[order], kinds=kinds[order],
+        stages=np.array([[u[0].stage, u[-1].stage] for u in flat])[order],
+        by_rank=tuple(tuple(new[first_id[r]:first_id[r + 1]].tolist()) for r in range(schedule.ranks)),
+        part_of=np.array(schedule.part_of), rank_of=np.array(schedule.rank_of))
+
+
+def _units(ops: Sequence[Op]) -> list[tuple[Op, ...]]:
+    """Operations with every overlapped F joined to the BW after it."""
+    units: list[tuple[Op, ...]] = []
+    for op in ops:
+        if op.kind == "BW" and op.overlapped and units and units[-1][-1].kind == "F" and units[-1][-1].overlapped:
+            units[-1] = (units[-1][0], op)
+        else:
+            units.append((op,))
+    return units
+
+
+def _need(op: Op, schedule: Schedule) -> tuple[str, int, int] | None:
+    """The message that an operation waits for, or None."""
+    if op.kind == "W" or (op.kind == "F" and schedule.previous[op.stage] < 0):
+        return None
+    return ("F" if op.kind == "F" else "B", op.stage, op.micro_batch)
+
+
+def _result(op: Op, schedule: Schedule, following: dict[int, int]) -> tuple[str, int, int] | None:
+    """The message that an operation sends, named by its receiver. The last stage's F is its own backward's input (the
+    loss).
+    """
+    if op.kind == "F":
+        return ("F", following[op.stage], op.micro_batch) if op.stage in following else ("B", op.stage, op.micro_batch)
+    if op.kind == "W" or schedule.previous[op.stage] < 0:
+        return None
+    return ("B", schedule.previous[op.stage], op.micro_batch)
+
+
+@dataclass(frozen=True)
+class PipelineTime:
+    """What the search keeps of a run: seconds, mean busy seconds of a rank, peak activation bytes per rank."""
+
+    seconds: float
+    busy: float
+    peak_bytes: tuple[float, ...]
+
+
+def pipeline_time(name: str, ranks: int, micro_batches: int, interleave: int, costs: PipelineCosts) -> PipelineTime:
+    """A run of a schedule, for the search.
+
+    Beyond a few times the pipeline's depth the schedule repeats every `ranks` micro-batches, so two shorter runs give its
+    period and the rest is added. Peak memory is reached before that.
+    """
+
+    def run(m: int) -> PipelineTime:
+        done = simulate(build_schedule(name, ranks, m, interleave), costs, timeline=False)
+        return PipelineTime(done.seconds, sum(done.busy) / ranks, done.peak_bytes)
+
+    short = _short(ranks, micro_batches)
+    if micro_batches <= short + 2 * ranks:
+        return run(micro_batches)
+    first, second = run(short), run(short + 2 * ranks)
+    periods = (micro_batches - short - 2 * ranks) / (2 * ranks)
+    peak = second.peak_bytes
+    if name == "gpipe":  # keeps every micro-batch
+        peak = tuple(b + (b - a) * periods for a, b in zip(first.peak_bytes, second.peak_bytes, strict=True))
+    return PipelineTime(second.seconds + periods * (second.seconds - first.seconds),
+                        second.busy + periods * (second.busy - first.busy), peak)
+
+
+def _short(ranks: int, micro_batches: int) -> int:
+    """Micro-batches after which a schedule repeats, with the same remainder over ranks."""
+    return 4 * ranks + micro_batches % ranks
+
+
+def peak_activations(name: str, ranks: int, micro_batches: int, interleave: int, costs: PipelineCosts) -> tuple[float, ...]:
+    """Activation bytes at every rank's peak, without running: the order of operations alone decides."""
+    few = micro_batches if name == "gpipe" else min(micro_batches, _short(ranks, micro_batches))
+    return tuple(_peaks(build_schedule(name, ranks, few, interleave), costs))

@@ -1,0 +1,30 @@
+"""What holds for every test: strict compilation, one thread, a cache of the run's own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+os.environ["AICC_STRICT"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run side by side
+_CACHE = None if "AICC_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="aicc-test-cache-")
+if _CACHE is not None:  # xdist workers inherit it
+    os.environ["AICC_CACHE_DIR"] = _CACHE
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write expected texts anew instead of comparing with them")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _CACHE is not None:
+        shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    """True when golden texts are to be written anew."""
+    return bool(request.config.getoption("--update-golden"))
