@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .reference import Float64Everywhere, double, true_output
 from .zoo import MODELS, Inputs, ModelCase
 
 BACKEND = os.environ.get("AICC_TEST_BACKEND", "aicc")
@@ -27,16 +27,6 @@ HEADROOM = 4.0
 # A gradient that is zero in exact arithmetic (the bias of an attention key) is rounding noise whose size follows the
 # model's other gradients, so no gradient is measured on a finer scale than this fraction of the model's largest one.
 GRADIENT_SCALE = 1e-3
-
-
-class _Float64Everywhere(TorchDispatchMode):
-    """Turns requests for float32 into float64: models that say `.float()` would leave the reference in float32."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -49,20 +39,10 @@ class Step:
     buffers: dict[str, Tensor]
 
 
-def _double(inputs: Inputs) -> Inputs:
-    return tuple(x.double() if x.is_floating_point() else x for x in inputs)
-
-
 def _inference(case: ModelCase, attention: str, inputs: Inputs, compiled: bool) -> Tensor:
     model = case.model(attention)
     with torch.no_grad():
         return _compile(model)(*inputs) if compiled else model(*inputs)
-
-
-def _true_inference(case: ModelCase, attention: str, inputs: Inputs) -> Tensor:
-    model = MODELS[case.truth or case.name].model(attention).double()
-    with torch.no_grad(), _Float64Everywhere():
-        return model(*_double(inputs))
 
 
 def _training_step(case: ModelCase, model: nn.Module, inputs: Inputs, compiled: bool) -> Step:
@@ -76,8 +56,8 @@ def _training_step(case: ModelCase, model: nn.Module, inputs: Inputs, compiled: 
 
 def _true_training_step(case: ModelCase, inputs: Inputs) -> Step:
     model = MODELS[case.truth or case.name].model().double()
-    with _Float64Everywhere():
-        return _training_step(case, model, _double(inputs), compiled=False)
+    with Float64Everywhere():
+        return _training_step(case, model, double(inputs), compiled=False)
 
 
 def _compile(model: nn.Module, dynamic: bool | None = None) -> Any:
@@ -165,7 +145,7 @@ def test_forward(case: ModelCase, attention: str) -> None:
     actual = _inference(case, attention, inputs, compiled=True)
     _assert_compiled()
     eager = _inference(case, attention, inputs, compiled=False)
-    truth = _true_inference(case, attention, inputs)
+    truth = true_output(case, inputs, attention)
     assert _check("output", actual, eager, truth, case.forward_floor) is None
 
 
@@ -199,8 +179,8 @@ def test_forward_dynamic(name: str, sizes: tuple[tuple[int, int], ...]) -> None:
         inputs = case.example_inputs(batch, size)
         with torch.no_grad():
             actual, eager = compiled(*inputs), model(*inputs)
-            with _Float64Everywhere():
-                truth = reference(*_double(inputs))
+            with Float64Everywhere():
+                truth = reference(*double(inputs))
         assert _check("output", actual, eager, truth, case.forward_floor) is None, (batch, size)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0

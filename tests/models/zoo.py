@@ -271,6 +271,21 @@ _CASES = (
         batch=4, size=32, seed=245, rationale=_KINKS, slow=True,
     ),
     ModelCase("mobilenet_v2_full", lambda _: MobileNetV2(), _images, _classification, batch=1, size=224, full_size=True),
+    ModelCase(
+        "bert_base",
+        _transformer(
+            transformers.BertConfig, transformers.BertModel, {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+            ("input_ids", "attention_mask"), "last_hidden_state",
+        ),
+        _padded_tokens, _hidden_state, batch=1, size=128, full_size=True,
+    ),
+    ModelCase(
+        "gpt2_124m",
+        _transformer(
+            transformers.GPT2Config, transformers.GPT2LMHeadModel, {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        ),
+        _tokens, _next_token, batch=1, size=64, full_size=True,
+    ),
     ModelCase("lstm", lambda _: LSTMLanguageModel(VOCABULARY, 64, 2), _tokens, _next_token, batch=2, size=12, slow=True),
     ModelCase("unet", lambda _: UNet(16, classes=4), _images, _segmentation, batch=2, size=32, slow=True),
 )  # fmt: skip

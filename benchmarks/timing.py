@@ -1,0 +1,75 @@
+"""Timing several contenders in one process, fairly on a machine that others use too.
+
+    eager, ours = best_block_medians([lambda: model(x), lambda: compiled(x)])
+
+The contenders take turns in blocks (A B C A B C ...), so that a change of the machine's load meets all alike; within a block a
+contender runs alone, so that it finds its own data in the caches. A block's figure is the median of its calls, and the result is
+that of the best block: the time that the code takes when nobody disturbs it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["best_block_medians", "environment", "first_call", "geometric_mean"]
+
+MIN_CALLS, MAX_CALLS = 3, 400
+MIN_BLOCKS, MAX_BLOCKS = 2, 6
+
+
+def best_block_medians(contenders: Sequence[Callable[[], Any]], seconds: float = 1.5) -> list[float]:
+    """Seconds per call of each contender. `seconds` is about how long each is measured; very slow ones take longer.
+
+    Every contender is called twice beforehand, unmeasured.
+    """
+    estimates = []
+    for call in contenders:
+        call()
+        estimates.append(_timed(call))
+    blocks = max(MIN_BLOCKS, min(MAX_BLOCKS, int(seconds / (MIN_CALLS * max(estimates)))))
+    counts = [max(MIN_CALLS, min(MAX_CALLS, int(seconds / blocks / t))) for t in estimates]
+    best = [math.inf] * len(contenders)
+    for _ in range(blocks):
+        for i, (call, count) in enumerate(zip(contenders, counts, strict=True)):
+            best[i] = min(best[i], statistics.median(_timed(call) for _ in range(count)))
+    return best
+
+
+def first_call(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of one call, and its result: for a fresh `torch.compile`, the time to compile and run."""
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """NaN for no values."""
+    return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
+
+
+def environment() -> dict[str, Any]:
+    """What a table of times means nothing without."""
+    return {"torch": torch.__version__, "python": platform.python_version(), "cpu": _cpu_name(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "load": [round(x, 2) for x in os.getloadavg()]}
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), platform.machine())
+    except OSError:
+        return platform.processor() or platform.machine()
