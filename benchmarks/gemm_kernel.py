@@ -71,7 +71,7 @@ def peak_gflops(target: Target) -> float:
 
 def gemm_kernel(size: int, rows: int, columns: int, block_rows: int, packed: bool = True) -> Operation:
     """C = A @ B for square matrices; B in panels [size / columns][size][columns], or row-major when not packed."""
-    i0, i1, i2, t0, t1 = map(sym, ("i0", "i1", "i2", "t0", "t1"))
+    i0, i1, t0, t1 = map(sym, ("i0", "i1", "t0", "t1"))
     acc_type = TileType((rows, columns), F32)
     block = Block([BufferType((size * size,), F32)] * 3)
     a, w, c = block.args
@@ -89,12 +89,15 @@ def gemm_kernel(size: int, rows: int, columns: int, block_rows: int, packed: boo
     right = k.op("tile.load", w, k_body.args[0], q, type=TileType((1, columns), F32), shape=(1, columns), offset=panel)
     k.create("tile.yield", [k.op("tile.dot", left, right, k_body.args[1], type=acc_type)])
     made = t.create("tile.for", [zero], {"lower": 0, "upper": size, "step": 1, "unroll": 4}, [acc_type], [Region([k_body])])
-    t.create("tile.store", [c, made.result, at, q], {"offset": (i0 + t0) * size + i1 * columns + t1, "mask": ((i0 + t0, size),)})
+    t.create("tile.store", [c, made.result, at, q],
+             {"offset": (i0 + t0) * size + i1 * columns + t1, "mask": ((i0 + t0, size),)})
     t.create("tile.yield")
-    b.create("tile.for", [p], {"lower": i0 * block_rows, "upper": minimum(size, i0 * block_rows + block_rows), "step": rows, "indices": 1},
+    b.create("tile.for", [p],
+             {"lower": i0 * block_rows, "upper": minimum(size, i0 * block_rows + block_rows), "step": rows, "indices": 1},
              (), [Region([tile_body])])
     b.create("tile.yield")
-    return Operation.create("tile.kernel", (), {"sym_name": "gemm", "grid": (ceildiv(size, block_rows), size // columns), "outputs": 1,
+    return Operation.create("tile.kernel", (),
+                            {"sym_name": "gemm", "grid": (ceildiv(size, block_rows), size // columns), "outputs": 1,
                                                 "flops": 2 * size**3}, (), [Region([block])])
 
 
@@ -143,7 +146,8 @@ def main() -> None:
         error = (z - x @ y).abs().max().item()
         reference = min(_timed(lambda x=x, y=y: x @ y) for _ in range(7))
         gflops = 2 * size**3 / seconds / 1e9
-        print(f"{size:5}: {gflops:7.1f} GFLOP/s, {100 * gflops / peak:3.0f} % of peak (torch {2 * size**3 / reference / 1e9:.1f}); "
+        theirs = 2 * size**3 / reference / 1e9
+        print(f"{size:5}: {gflops:7.1f} GFLOP/s, {100 * gflops / peak:3.0f} % of peak (torch {theirs:.1f}); "
               f"compiled in {1e3 * compile_seconds:.0f} ms; largest error {error:.1e}")
         if options.asm:
             loops = re.split(r"^(?=\.LBB.*:)", compiled.asm, flags=re.M)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,10 @@ from ..ir.passes import Pass, PassContext, Remark, parse_pipeline, run_pipeline
 from ..ir.printer import print_with_resources
 from ..runtime.artifact import Artifact
 from ..runtime.cache import ArtifactCache, cache_key
+from ..runtime.cuda_graph import CudaGraph
 from ..runtime.executor import CompiledGraph
 from .env import read_environment
+from .gpu import compile_cuda, cuda_device, cuda_target, triton_version
 from .manifest import build_manifest
 from .options import Options
 from .pipelines import STAGES, pipeline
@@ -68,7 +70,7 @@ def lower(module: Operation, target: Target, options: Options, compilation: Comp
     for stage in STAGES:
         start = time.perf_counter()
         run_pipeline(module, parse_pipeline(pipeline(stage, target, options)), ctx, verify_each=options.verify,
-                     after_each=None if observe is None else lambda p, m, stage=stage: observe(stage, p, m))
+                     after_each=None if observe is None else partial(observe, stage))
         compilation.seconds[stage] = time.perf_counter() - start
         if observe is not None:
             observe(stage, None, module)
@@ -77,8 +79,9 @@ def lower(module: Operation, target: Target, options: Options, compilation: Comp
 
 
 def compile_graph(module: Operation, options: Options, *, name: str = "graph", observe: Observer | None = None) -> Compilation:
-    """Compiles a graph-level module for the CPU, through the artifact cache. An observer bypasses the cache."""
-    target = cpu_target(options)
+    """Compiles a graph-level module for the device of its arguments, through the artifact cache. An observer bypasses the cache."""
+    device = cuda_device(module)
+    target = cpu_target(options) if device is None else cuda_target(device)
     compilation = Compilation(name, target)
     env = read_environment()
     store = ArtifactCache(env.cache_dir) if options.cache and observe is None else None
@@ -87,28 +90,37 @@ def compile_graph(module: Operation, options: Options, *, name: str = "graph", o
         start = time.perf_counter()
         text, resources = print_with_resources(module, locations=False)
         key = cache_key([text, *sorted(resources), options.key, target.digest, __version__, torch.__version__, llvmlite.__version__,
-                         platform.machine(), _source_digest()])
+                         triton_version(), platform.machine(), _source_digest()])
         found = store.get(key)
         compilation.seconds["cache"] = time.perf_counter() - start
         if found is not None:
             compilation.cached = True
             compilation.stats.update(found.manifest.get("stats", {}))
-            compilation.graph = CompiledGraph(found.manifest, found.blobs["object"])
+            compilation.graph = _load(found, device)
             return compilation
     lower(module, target, options, compilation, observe)
     start = time.perf_counter()
-    compiled = compile_module(module, target)
-    compilation.seconds["llvm"] = time.perf_counter() - start
-    compilation.llvm_ir = compiled.llvm_ir
-    manifest = build_manifest(module, errors=compiled.errors)
-    manifest["stats"] = statistics(module)
-    compilation.stats.update(manifest["stats"])
+    if device is None:
+        compiled = compile_module(module, target)
+        compilation.llvm_ir = compiled.llvm_ir
+        artifact = Artifact(build_manifest(module, errors=compiled.errors), {"object": compiled.object_code})
+    else:
+        artifact = compile_cuda(module, target, cache_dir=env.cache_dir)
+    compilation.seconds["llvm" if device is None else "triton"] = time.perf_counter() - start
+    artifact.manifest["stats"] = statistics(module)
+    compilation.stats.update(artifact.manifest["stats"])
     if store is not None:
-        store.put(key, Artifact(json.loads(json.dumps(manifest)), {"object": compiled.object_code}))
+        store.put(key, Artifact(json.loads(json.dumps(artifact.manifest)), artifact.blobs))
     start = time.perf_counter()
-    compilation.graph = CompiledGraph(manifest, compiled.object_code)
+    compilation.graph = _load(artifact, device)
     compilation.seconds["load"] = time.perf_counter() - start
     return compilation
+
+
+def _load(artifact: Artifact, device: str | None) -> CompiledGraph:
+    if device is None:
+        return CompiledGraph(artifact.manifest, artifact.blobs["object"])
+    return CudaGraph(artifact.manifest, artifact.blobs, device)
 
 
 def statistics(module: Operation) -> dict[str, Any]:

@@ -22,14 +22,14 @@ from ..ir.types import BufferType, element_type
 __all__ = ["build_manifest"]
 
 
-def build_manifest(module: Operation, name: str = "main", errors: Mapping[int, str] | None = None) -> dict[str, Any]:
+def build_manifest(module: Operation, name: str = "main", errors: Mapping[int, str] | None = None, *, device: str = "cpu") -> dict[str, Any]:
     """The manifest of function `name` of a module at the host level; `errors` are the messages of native error codes.
 
-    IRError if there is no such function or it is not fully planned.
+    IRError if there is no such function, it is not fully planned, or an argument is on a device that a program for `device` cannot read.
     """
     for op in module.body:
         if op.name == "func" and op["sym_name"] == name:
-            return _Builder(module, op).build(errors or {})
+            return _Builder(module, op, device).build(errors or {})
     raise IRError(f"the module has no function '{name}'")
 
 
@@ -43,8 +43,9 @@ class _Place:
 
 
 class _Builder:
-    def __init__(self, module: Operation, func: Operation):
+    def __init__(self, module: Operation, func: Operation, device: str):
         self.func = func
+        self.device = device
         self.kernels = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
         self.args = func.body.args
         self.arg_attrs: Sequence[Mapping[str, Any]] = func["arg_attrs"] or ({"kind": "input"},) * len(self.args)
@@ -115,8 +116,8 @@ class _Builder:
         for a in self.inputs:
             attrs = self.arg_attrs[a.index]
             following = next(free)
-            if not str(attrs.get("device", "cpu")).startswith("cpu"):
-                raise IRError(f"argument '{attrs.get('name', a.name)}' is on {attrs['device']}; host programs run on the CPU")
+            if self.device == "cpu" and not str(attrs.get("device", "cpu")).startswith("cpu"):
+                raise IRError(f"argument '{attrs.get('name', a.name)}' is on {attrs['device']}; this program runs on the CPU")
             rows.append({"name": attrs.get("name") or a.name or f"argument {a.index}",
                          "position": attrs.get("position", following),
                          **_layout(a.type)})

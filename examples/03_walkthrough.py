@@ -156,11 +156,12 @@ def make_page() -> str:
         **{f"{s}_passes": pipeline(s, compilation.target, options) for s in STAGES},
         graph=text(graph.stages["graph"]), tensor=text(graph.stages["tensor"]), kernel=text(kernels[kernel_name]),
         host=text(function(graph.stages["host"])), kernel_name=kernel_name,
-        graph_ops=sum(op.name.startswith("graph.") for op in func.body), groups=sum(op.name != "return" for op in function(graph.stages["tensor"]).body),
+        graph_ops=sum(op.name.startswith("graph.") for op in func.body),
+        groups=sum(op.name != "return" for op in function(graph.stages["tensor"]).body),
         arena=memory["arena_bytes"], bound=memory["lower_bound"], unplanned=memory["unplanned_bytes"],
         calls=compilation.graph.calls, extern_calls=compilation.graph.extern_calls,
         llvm=inner_loop(compilation.llvm_ir, kernel_name),
-        checks="\n".join(checks(graph.stages, arguments(found, func), eager) + [f"| native | | {rounded(out, eager)} |"]),
+        checks="\n".join([*checks(graph.stages, arguments(found, func), eager), f"| native | | {rounded(out, eager)} |"]),
     )
 
 

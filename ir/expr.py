@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 Dim = Union[int, "Expr"]
-Bounds = Mapping[str, tuple[Dim, "Dim | None"]]
+Bounds = Mapping[str, tuple["Dim | None", "Dim | None"]]
 """Symbol name -> (smallest value, largest value or None when unbounded), both inclusive."""
 
 
@@ -277,10 +277,10 @@ def floordiv(a: Dim, b: Dim) -> Dim:
     if isinstance(rest, int) and (rest == 0 or isinstance(b, int)):
         return quotient if rest == 0 else _sum(quotient, rest // b, 1)  # type: ignore[operator]
     # (x // p) // q == x // (p*q)
-    if isinstance(rest, Expr) and isinstance(b, int) and len(rest.terms) == 1 and rest.const == 0:
+    if isinstance(rest, Expr) and len(rest.terms) == 1 and rest.const == 0:
         (m, c), = rest.terms
-        if c == 1 and len(m) == 1 and isinstance(m[0], FloorDiv) and isinstance(m[0].args[1], int):
-            return _sum(quotient, floordiv(m[0].args[0], m[0].args[1] * b), 1)
+        if c == 1 and len(m) == 1 and isinstance(m[0], FloorDiv):
+            return _sum(quotient, floordiv(m[0].args[0], _mul(m[0].args[1], b)), 1)
     return _sum(quotient, _atom(FloorDiv(f"({_operand(rest)} // {_divisor(b)})", (rest, b))), 1)
 
 
@@ -323,7 +323,7 @@ def minimum(*args: Dim) -> Dim:
 
 def _extreme(kind: type[Atom], name: str, args: Iterable[Dim], keep_larger: bool) -> Dim:
     kept: list[Dim] = []
-    for arg in args:
+    for arg in [x for a in args for x in _flattened(kind, a)]:
         drop = False
         for i, other in enumerate(kept):
             gap = _sum(arg, other, -1)
@@ -338,6 +338,15 @@ def _extreme(kind: type[Atom], name: str, args: Iterable[Dim], keep_larger: bool
         return kept[0]
     kept.sort(key=str)
     return _atom(kind(f"{name}({', '.join(map(str, kept))})", tuple(kept)))
+
+
+def _flattened(kind: type[Atom], a: Dim) -> tuple[Dim, ...]:
+    """The arguments of `a` if it is itself such an extreme: max(x, max(y, z)) is max(x, y, z)."""
+    if isinstance(a, Expr) and len(a.terms) == 1 and not a.const:
+        (m, c), = a.terms
+        if c == 1 and len(m) == 1 and type(m[0]) is kind:
+            return m[0].args
+    return (a,)
 
 
 def product(dims: Iterable[Dim]) -> Dim:

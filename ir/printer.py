@@ -51,7 +51,7 @@ def print_attribute(value: Any, resources: dict[str, bytes] | None = None) -> st
 
 
 def _key(key: str) -> str:
-    return key if key.isidentifier() else json.dumps(key)
+    return key if key.isidentifier() and key.isascii() else json.dumps(key)
 
 
 def _print_dense(value: Dense, resources: dict[str, bytes] | None) -> str:

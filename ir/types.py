@@ -159,6 +159,8 @@ class BufferType(_Shaped):
 class TileType(_Shaped):
     """A block of elements in registers; the shape is constant."""
 
+    shape: tuple[int, ...]
+
     def __str__(self) -> str:
         return f"tile<{self._dims()}{self.dtype}>"
 

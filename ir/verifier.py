@@ -29,7 +29,8 @@ class VerificationError(IRError):
 
 def _context(op: Operation) -> str:
     """The op and the lines around it, marked with '>'."""
-    before, after = [], []
+    before: list[str] = []
+    after: list[str] = []
     p = op.prev
     while p is not None and len(before) < CONTEXT_LINES:
         before.append(_head(p))

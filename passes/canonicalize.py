@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..ir import DType, Operation, TensorType, Trait, Value, element_type
-from ..ir.dialects.tensor import parallel_dims
+from ..ir import Builder, Dim, DType, Operation, TensorType, Trait, Value, element_type, sym
+from ..ir.dialects.tensor import fill_of, parallel_dims
+from ..ir.expr import substitute
 from ..ir.passes import Pass, PassContext, register
 from ..ir.rewriter import Pattern, Rewriter, rewrite_greedily
-from .structured import identity_map, identity_of, is_identity_view
+from .structured import identity_map, identity_of, is_identity_view, rebuild
 
 
 @register
@@ -185,6 +186,27 @@ def _empty_space(op: Operation, rewriter: Rewriter) -> None:
     rewriter.replace(op, made.results)
 
 
+def _unit_reduction(op: Operation, rewriter: Rewriter) -> None:
+    """Reducing dimensions of size 1 alone is pointwise: fusion relies on a reduction having something to loop over."""
+    n = len(parallel_dims(op))
+    dims = op["dims"]
+    if not op["reductions"] or any(size != 1 for size in dims[n:]):
+        return
+    b = rewriter.builder(op)
+    at: dict[str, Dim] = {f"d{d}": 0 for d in range(n, len(dims))}
+    maps = [None if m is None else tuple(substitute(e, at) for e in m) for m in op["maps"]]
+    index_map: dict[int, Dim] = {d: sym(f"d{d}") if d < n else 0 for d in range(len(dims))}
+    fills = [fill_of(op, i) for i in range(len(op.operands))]
+    made = rebuild(op, b, op.operands, maps, fills, dims[:n], index_map, reductions=0)
+    made.attributes.pop("combine")
+    end = made.body.terminator
+    for k, kind in enumerate(op["combine"]):
+        if kind in ("argmax", "argmin"):
+            end.set_operand(k, Builder.before_op(end).constant(0, element_type(op.results[k].type)))
+    rewriter.touch(made)
+    rewriter.replace(op, made.results)
+
+
 def _generic(op: Operation, rewriter: Rewriter) -> None:
     """Drops unused arguments, merges equal reads, removes views that move nothing, and erases dead body ops."""
     for inner in op.body.reversed():
@@ -241,7 +263,7 @@ _PATTERNS: dict[str, list[Pattern]] = {
     **_both("select", _select), **_both("cast", _cast),
     **{f"graph.{n}": [_identity_view] for n in ("expand", "slice", "flip")},
     "graph.reshape": [_view_of_view, _identity_view], "graph.permute": [_view_of_view, _identity_view],
-    "tensor.generic": [_empty_space, _generic], "tensor.scan": [_empty_space], "tensor.scatter": [_empty_space],
+    "tensor.generic": [_empty_space, _unit_reduction, _generic], "tensor.scan": [_empty_space], "tensor.scatter": [_empty_space],
     "*": [_empty_result],
 }
 

@@ -62,7 +62,7 @@ class Pack(Pass):
 def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassContext) -> None:
     i = roles.right
     v, m = op.operands[i], op["maps"][i]
-    m_size, n_size, k_size = (_size(op, dims) for dims in (roles.m, roles.n, roles.k))
+    m_size, n_size = _size(op, roles.m), _size(op, roles.n)
     _, nr, _ = gemm_tile(ctx.target, m_size, n_size, op["dims"][roles.k[-1]])
     is_constant = v in constant
     if not is_constant:
@@ -88,7 +88,8 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     source_map = tuple(simplify(substitute(e, at), bounds) for e in m)
     fill = 0 if ragged else fill_of(op, i)
     b = Builder.before_op(op)
-    packed = b.generic([v], [source_map], dims, _packing_body(column, n_size) if ragged else (lambda bb, x: x), fills=[fill], name=f"{v.name or 'b'}_packed")
+    body = _packing_body(len(batch), len(dims) - 1, nr, n_size) if ragged else (lambda bb, x: x)
+    packed = b.generic([v], [source_map], dims, body, fills=[fill], name=f"{v.name or 'b'}_packed")
     flat = contiguous_linear([sym(f"d{d}") for d in roles.n], n_dims)
     op_bounds = space_bounds(op["dims"])
     new_map = (*(sym(f"d{d}") for d in batch), simplify(flat // nr, op_bounds), *(sym(f"d{d}") for d in k_order), simplify(flat % nr, op_bounds))
@@ -99,14 +100,11 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     ctx.remark("done", f"right operand {product(v.type.shape)} packed in panels of {nr}" + (", once" if is_constant else ""), op.location)  # type: ignore[attr-defined]
 
 
-def _packing_body(column: Dim, n_size: Dim) -> Any:
+def _packing_body(panel: int, lane: int, nr: int, n_size: Dim) -> Any:
     """Zero past the last column; the read itself may fall out of bounds there, or wrap around when n has several dimensions."""
     def body(b: Builder, x: Value) -> Value:
-        parts = sorted(free_symbols(column))
-        first, last = (b.op("tensor.index", type=i64, dim=int(p[1:])) for p in parts)
-        split = split_linear(column, parts[0])
-        assert split is not None
-        position = b.arith("add", b.arith("mul", first, int(split[0])), last)  # type: ignore[arg-type]
+        first, last = (b.op("tensor.index", type=i64, dim=d) for d in (panel, lane))
+        position = b.arith("add", b.arith("mul", first, nr), last)
         limit = b.op("tensor.sym", type=i64, expr=n_size)
         return b.arith("select", b.arith("lt", position, limit), x, 0)
     return body
@@ -186,8 +184,9 @@ def _materialise_padding(op: Operation, roles: Roles, ctx: PassContext) -> None:
         new_map.append(e - low)
     b = Builder.before_op(op)
     padded = b.generic([v], [tuple(source)], dims, lambda bb, x: x, fills=[fill], name=f"{v.name or 'x'}_padded")
-    order = sorted(range(v.type.rank), key=lambda d: -_stride_estimate(v.type.layout[d]))  # type: ignore[union-attr]
-    padded.result.type = in_order(padded.result.type, order)  # type: ignore[arg-type]
+    layout = v.type.layout
+    assert isinstance(padded.result.type, TensorType)
+    padded.result.type = in_order(padded.result.type, sorted(range(v.type.rank), key=lambda d: -_stride_estimate(layout[d])))
     _set_operand(op, i, padded.result, tuple(new_map))
     ctx.remark("done", "padding materialised", op.location)
 

@@ -13,8 +13,8 @@ from ..ir.dialects.tensor import fill_of
 from ..ir.expr import Bounds, contiguous_linear, fold, product, simplify, substitute
 from ..ir.types import i64
 
-__all__ = ["EXPENSIVE", "body_ops", "composed_map", "constant_values", "identity_map", "identity_of", "in_order", "inline_into", "is_contraction", "is_identity_view", "is_pointwise",
-           "map_bounds", "plain_dims", "rebuild", "reshape_like", "space_bounds"]
+__all__ = ["EXPENSIVE", "body_ops", "composed_map", "constant_values", "identity_map", "identity_of", "in_order",
+           "inline_into", "is_contraction", "is_identity_view", "is_pointwise", "map_bounds", "plain_dims", "rebuild", "reshape_like", "space_bounds"]
 
 EXPENSIVE = frozenset(f"arith.{n}" for n in (
     "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh",
@@ -187,15 +187,15 @@ def inline_into(consumer: Operation, producer: Operation) -> Operation:
             pending.append((m, arg, producer.results.index(v)))  # type: ignore[arg-type]
         else:
             renamed[arg] = argument(v, m, fill_of(consumer, i))
-    for m, arg, which in pending:
+    for m, wanted, which in pending:
         if m not in copies:
-            env = {j: e for j, e in enumerate(m)}
+            env = dict(enumerate(m))
             local: dict[Value, Value] = {}
             for k, (pv, pm, parg) in enumerate(zip(producer.operands, producer["maps"], producer.body.args, strict=True)):
                 local[parg] = argument(pv, None if pm is None else composed_map(m, pm, bounds), fill_of(producer, k))
             _copy_body(producer, inner, local, env, bounds)
             copies[m] = local
-        renamed[arg] = copies[m][producer.body.terminator.operands[which]]
+        renamed[wanted] = copies[m][producer.body.terminator.operands[which]]
     for op in body_ops(consumer):
         inner.insert(op.clone(renamed))
     inner.create("tensor.yield", [renamed.get(v, v) for v in consumer.body.terminator.operands])

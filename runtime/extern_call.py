@@ -124,7 +124,11 @@ def _laid_out(t: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...])
     """`t` itself if its strides are right wherever they matter, else a copy with these strides."""
     if t.stride() == strides or all(n == 1 or a == b for n, a, b in zip(shape, t.stride(), strides, strict=True)):
         return t
-    return torch.empty_strided(shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+    repeated = [d for d, (n, stride) in enumerate(zip(shape, strides, strict=True)) if stride == 0 and n > 1]
+    for d in repeated:  # an expanded dimension: every element along it is the same memory
+        t = t.narrow(d, 0, 1)
+    made = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+    return made.expand(shape) if repeated else made
 
 
 class ExternCall:

@@ -1,8 +1,8 @@
 """Loads and stores of tiles.
 
 Each row of a tile is one run of lanes. By the coefficient of the last tile position in the offset a chunk of it is read as
-one vector (1), one element for all (0), a vector turned round (-1), runs of neighbours, or lane by lane (`llvm.masked.gather` where
-the target has it). Addresses share bases, so that rows differ by a constant displacement or one hoisted pointer.
+one vector (1), one element for all (0), a vector turned round (-1), runs of neighbours, or lane by lane (`llvm.masked.gather`
+where the target has it). Addresses share bases, so that rows differ by a constant displacement or one hoisted pointer.
 
 Masks that `Facts` cannot prove are computed. No access ever touches memory outside its mask: a mask over lanes becomes a masked
 instruction (or one address per lane), a mask over whole rows redirects the address to a scratch vector that holds
@@ -158,7 +158,8 @@ class Accessor:
     @property
     def has_masked(self) -> bool:
         f = self.k.features
-        return (self.memory_bits in (32, 64) and ("avx512f" in f or "avx2" in f)) or (self.memory_bits in (8, 16) and "avx512bw" in f)
+        return ((self.memory_bits in (32, 64) and ("avx512f" in f or "avx2" in f))
+                or self.memory_bits in (8, 16) and "avx512bw" in f)
 
     @property
     def memory_bits(self) -> int:
@@ -250,7 +251,8 @@ class _Loader(Accessor):
         width = c.lanes.width
         t = chunk_type(self.memory, width)
         pointers = self.vector_address(c)
-        return call(self.b, f"llvm.masked.gather.{suffix(t)}.v{width}p0", t, [pointers, I32(self.align), mask, self._other(width)])
+        return call(self.b, f"llvm.masked.gather.{suffix(t)}.v{width}p0", t,
+                    [pointers, I32(self.align), mask, self._other(width)])
 
 
 def _lane_of(b: ir.IRBuilder, scalar: ir.Value | None, vector: ir.Value | None, lane: int) -> ir.Value | None:
@@ -290,7 +292,8 @@ class _Storer(Accessor):
         scalar, vector = lanes.mask(c.gaps)
         if self.op["atomic"]:
             for i, p in enumerate(self.lane_addresses(c)):
-                emit_atomic(b, self.k.features, self.op["atomic"], self.dtype, p, extract(b, value, i), _lane_of(b, scalar, vector, i))
+                emit_atomic(b, self.k.features, self.op["atomic"], self.dtype, p, extract(b, value, i),
+                            _lane_of(b, scalar, vector, i))
             return
         steps = self.steps(c)
         if steps is not None and lanes.width > 1:
@@ -330,11 +333,13 @@ class _Storer(Accessor):
                 self._guarded(self.address(offset + i), extract(b, value, i), _lane_of(b, scalar, vector, i))
             return
         mask = full_mask(self.b, scalar, vector, width)
-        call(b, f"llvm.masked.store.{suffix(value.type)}.p0", ir.VoidType(), [value, self.address(offset), I32(self.align), mask])
+        call(b, f"llvm.masked.store.{suffix(value.type)}.p0", ir.VoidType(),
+             [value, self.address(offset), I32(self.align), mask])
 
     def _scatter(self, c: AccessChunk, value: ir.Value, mask: ir.Value) -> None:
         pointers = self.vector_address(c)
-        call(self.b, f"llvm.masked.scatter.{suffix(value.type)}.v{c.lanes.width}p0", ir.VoidType(), [value, pointers, I32(self.align), mask])
+        call(self.b, f"llvm.masked.scatter.{suffix(value.type)}.v{c.lanes.width}p0", ir.VoidType(),
+             [value, pointers, I32(self.align), mask])
 
 
 def emit_store(k: KernelEmitter, op: Operation) -> None:

@@ -1,7 +1,7 @@
 """The arith dialect on one chunk: a scalar or an `<N x T>` register value.
 
-Entry point: `emit(b, name, dtype, *chunks)`. The tables are keyed by op name and by the kind of the element type ('f' float, 'i'
-signed, 'u' unsigned, 'b' bool). Semantics are those of `ir/dialects/arith.py`, that is torch's. No fast-math flag is
+Entry point: `emit(b, name, dtype, *chunks)`. The tables are keyed by op name and by the kind of the element type ('f' float,
+'i' signed, 'u' unsigned, 'b' bool). Semantics are those of `ir/dialects/arith.py`, that is torch's. No fast-math flag is
 set: results are what eager gives, NaN and signed zeros included. Types narrower than f32 compute in f32 and
 round once. Integer division never traps: a zero divisor gives an unspecified value (lanes outside a mask hold zeros).
 Transcendental functions come from `vecmath`.
@@ -208,7 +208,8 @@ _SAME: Emit = lambda b, x: x  # noqa: E731
 TABLE: dict[str, dict[str, Emit]] = {
     "neg": _rows(f=_op("fneg"), iu=lambda b, x: b.sub(_like(x, 0), x)),
     "abs": _rows(f=_intrinsic("fabs"), i=_abs_int, u=_SAME),
-    "sign": _rows(f=_sign_float, i=_sign_int, u=lambda b, x: b.select(b.icmp_signed("!=", x, _like(x, 0)), _like(x, 1), x), b=_SAME),
+    "sign": _rows(f=_sign_float, i=_sign_int, u=lambda b, x: b.select(b.icmp_signed("!=", x, _like(x, 0)), _like(x, 1), x),
+                  b=_SAME),
     "bitnot": _rows(iub=_NOT), "isnan": _rows(f=_isnan), "isinf": _rows(f=_isinf),
     "floor": _rows(f=_intrinsic("floor")), "ceil": _rows(f=_intrinsic("ceil")), "trunc": _rows(f=_intrinsic("trunc")),
     "round": _rows(f=_intrinsic("rint")), "sqrt": _rows(f=_intrinsic("sqrt")),

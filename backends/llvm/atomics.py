@@ -1,7 +1,7 @@
 """Atomic read-modify-write of one element.
 
-Integers and float addition have an instruction or an LLVM expansion (`atomicrmw`). The rest (NaN-propagating float max and min, 16-bit
-floats) is a compare-and-swap loop in an internal helper function of the module, one per operation and element type.
+Integers and float addition have an instruction or an LLVM expansion (`atomicrmw`). The rest (NaN-propagating float max and
+min, 16-bit floats) is a compare-and-swap loop in an internal helper function of the module, one per operation and element type.
 """
 
 from __future__ import annotations

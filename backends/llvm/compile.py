@@ -1,6 +1,7 @@
 """LLVM IR -> machine code: the pass pipeline and object emission.
 
-Vectors are explicit in the IR, so the loop and SLP vectorisers are off, and so is loop unrolling: kernels unroll where their IR says.
+Vectors are explicit in the IR, so the loop and SLP vectorisers are off, and so is loop unrolling: kernels unroll where their
+IR says.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ __all__ = ["CompiledObject", "compile_module", "optimize", "parse"]
 class CompiledObject:
     """Native code of a module.
 
-    `symbols` are the exported functions, `programs` what the executor walks per host function, `errors` the meaning of each error word (0 is success). `llvm_ir` is the code before optimisation.
+    `symbols` are the exported functions, `programs` what the executor walks per host function, `errors` the meaning of each
+    error word (0 is success). `llvm_ir` is the code before optimisation.
     """
 
     object_code: bytes

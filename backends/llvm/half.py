@@ -1,7 +1,7 @@
 """f16 conversions for x86 processors without F16C.
 
-There LLVM calls `__extendhfsf2` and `__truncsfhf2` of compiler-rt, which a Python process does not have. A module that uses f16 gets its own
-definitions of them, in integer arithmetic.
+There LLVM calls `__extendhfsf2` and `__truncsfhf2` of compiler-rt, which a Python process does not have. A module that uses
+f16 gets its own definitions of them, in integer arithmetic.
 """
 
 from __future__ import annotations

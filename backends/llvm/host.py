@@ -2,9 +2,9 @@
 
     i32 NAME_n(ptr table, ptr symbols)
 
-`table` holds one pointer per function argument (inputs, outputs and whatever else bufferisation added, in order), then the persistent buffers
-by id, then the base of the arena. `symbols` holds the i64 values of the function's size symbols, in the order of its `symbols`
-attribute. The result is 0, or an error word of the compiled object.
+`table` holds one pointer per function argument (inputs, outputs and whatever else bufferisation added, in order), then the
+persistent buffers by id, then the base of the arena. `symbols` holds the i64 values of the function's size symbols, in the
+order of its `symbols` attribute. The result is 0, or an error word of the compiled object.
 
 ATen calls split the program: each maximal run of launches and copies between them is one segment, NAME_0, NAME_1, ...
 `cached` launches are taken out into NAME_pack_ID, one function per persistent buffer, for the executor to call
@@ -21,11 +21,12 @@ from llvmlite import ir
 from ...ir.core import IRError, Operation, Value
 from ...ir.expr import Dim, sym
 from ...ir.target import Target
-from ...ir.types import BufferType
+from ...ir.types import BufferType, element_type
 from .copies import copy_kernel
-from .kernel import ErrorTable, emit_kernel
+from .kernel import emit_kernel
 from .parallel import emit_launcher
 from .scalars import ScalarEmitter, at_block
+from .scratch import ErrorTable
 from .values import I32, I64, PTR, memory_type, stack_slot
 
 __all__ = ["HostProgram", "ModuleEmitter", "Step"]
@@ -33,7 +34,7 @@ __all__ = ["HostProgram", "ModuleEmitter", "Step"]
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a program: kind "call" runs the native function `name`, "extern" the host.extern number `number` of the function."""
+    """One step of a program: kind "call" runs the native function `name`, "extern" the function's host.extern `number`."""
 
     kind: str
     name: str = ""
@@ -68,7 +69,8 @@ class ModuleEmitter:
         if name not in self.launchers:
             kernel = self.source.get(name)
             if kernel is None:
-                raise IRError(f"'host.launch' of unknown kernel '@{name}'; the module has {', '.join(sorted(self.source)) or 'none'}")
+                known = ", ".join(sorted(self.source)) or "none"
+                raise IRError(f"'host.launch' of unknown kernel '@{name}'; the module has {known}")
             key = _structure(kernel)
             if key not in self.same:
                 self.same[key] = emit_launcher(self.llvm, kernel, emit_kernel(self.llvm, kernel, self.target, self.errors))
@@ -142,7 +144,8 @@ def _structure(kernel: Operation) -> str:
     parts: list[str] = []
     for op in kernel.walk():
         attrs = {k: v for k, v in op.attributes.items() if op is not kernel or k not in _NAMES_ONLY}
-        parts.append(f"{op.name} {[numbers[v] for v in op.operands]} {sorted(attrs.items())} {[str(r.type) for r in op.results]}")
+        types = [str(r.type) for r in op.results]
+        parts.append(f"{op.name} {[numbers[v] for v in op.operands]} {sorted(attrs.items())} {types}")
         new = [a for region in op.regions for block in region.blocks for a in block.args]
         for v in (*op.results, *new):
             numbers[v] = len(numbers)
@@ -224,7 +227,8 @@ class _Segment:
             return self.scalars.address(self._slot(args + self.persistents), ir.IntType(8), op["offset"])
         if op.name == "host.view":
             source = op.operands[0]
-            return self.scalars.address(self.pointer(source), memory_type(source.type.dtype), op["offset"])  # type: ignore[attr-defined]
+            element = memory_type(element_type(source.type))
+            return self.scalars.address(self.pointer(source), element, op["offset"])
         if op.name == "host.constant":
             return self.owner.constant(op)
         raise IRError(f"'{op.name}' gives no address: memory planning must come before code generation")
@@ -232,7 +236,8 @@ class _Segment:
 
 def _size(symbol: str, sizes: dict[str, ir.Value], kernel: str) -> Dim:
     if symbol not in sizes:
-        raise IRError(f"kernel '@{kernel}' needs the size symbol '{symbol}', which the function does not have: {', '.join(sizes) or 'none'}")
+        known = ", ".join(sizes) or "none"
+        raise IRError(f"kernel '@{kernel}' needs the size symbol '{symbol}', which is not among the function's: {known}")
     return sym(symbol)
 
 

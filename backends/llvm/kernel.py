@@ -3,110 +3,36 @@
     void NAME(ptr buffer..., i64 symbol..., i64 begin, i64 end, ptr context)
 
 Programs are numbered row-major over the grid, the last axis fastest. `context` points to an i32 that is zero until a checked
-access fails. Masks that hold for all but the programs at the edge are tested as a whole: the ops that need them exist twice, without and
-with them (but not the loops around which they stand, such as the K loop of a GEMM). Loops whose masks fail only in the last,
-partial step have it peeled off.
+access fails. Masks that hold for all but the programs at the edge are tested as a whole: the ops that need them exist twice,
+without and with them (but not the loops around which they stand, such as the K loop of a GEMM). Loops whose masks fail only in
+the last, partial step have it peeled off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from llvmlite import ir
 
 from ...ir.core import IRError, Operation, Value
-from ...ir.expr import Dim, free_symbols, substitute, sym
+from ...ir.expr import Dim, substitute, sym
 from ...ir.opdef import Trait
 from ...ir.target import Target
-from ...ir.types import DTYPES, BufferType, DType, ScalarType, TileType, element_type
+from ...ir.types import BufferType, DType, ScalarType, element_type
 from . import arith
-from .access import AccessChunk, Accessor, broadcast_row, emit_load, emit_store, full_mask, row_coordinates
 from .convert import emit_cast
-from .dot import emit_dot
-from .intrinsics import call, declare, suffix
+from .intrinsics import call, suffix
 from .layout import Layouts, kernel_lanes
-from .masks import LaneChunk
-from .scalars import ScalarEmitter, at_block
-from .shapes import emit_reduce, emit_reshape, emit_transpose
-from .symbolic import Facts, Loop, Resolver, position
-from .values import I1, I32, I64, PTR, Tile, chunk_type, constant, memory_type, register_type, splat, stack_slot, with_widths
+from .scalars import ScalarEmitter
+from .scratch import ErrorTable, Scratch
+from .symbolic import Facts, Loop, Resolver
+from .tile_ops import LOWERINGS, elementwise
+from .values import I1, I32, I64, PTR, Tile, with_widths
 
 __all__ = ["ErrorTable", "KernelEmitter", "emit_kernel"]
 
-INDEX = DTYPES["index"]
 Conditions = dict[tuple[tuple[Dim, Dim], tuple[int, ...]], Dim]
 """(mask, tile shape) -> an expression over the program's coordinates that is >= 0 where the mask holds all over."""
-
-HEAP_BYTES = 64 * 1024
-"""Scratch memory above this comes from the heap."""
-
-
-@dataclass
-class ErrorTable:
-    """What each error word means; code 0 is success."""
-
-    messages: dict[int, str] = field(default_factory=dict)
-
-    def code(self, message: str) -> int:
-        n = len(self.messages) + 1
-        self.messages[n] = message
-        return n
-
-
-class Scratch:
-    """Stack slots of a function: where masked-off accesses are sent, and private memory of programs."""
-
-    def __init__(self, k: KernelEmitter):
-        self.k = k
-        self.cache: dict[Any, ir.Value] = {}
-        self.heap: list[ir.Value] = []
-
-    @contextmanager
-    def _entry(self) -> Iterator[ir.IRBuilder]:
-        with at_block(self.k.b, self.k.entry):
-            yield self.k.b
-
-    def filled(self, dtype: DType, other: Any) -> ir.Value:
-        """A pointer to a full vector of `other`."""
-        key = (dtype.name, str(other))
-        if key not in self.cache:
-            with self._entry() as b:
-                width = self.k.lanes
-                t = chunk_type(memory_type(dtype), width)
-                slot = stack_slot(b, t)
-                value = constant(other, dtype, width)
-                b.store(b.zext(value, t) if dtype.name == "i1" else value, slot)
-                self.cache[key] = slot
-        return self.cache[key]
-
-    def sink(self) -> ir.Value:
-        """A pointer to a full vector that nobody reads."""
-        if "sink" not in self.cache:
-            with self._entry() as b:
-                self.cache["sink"] = stack_slot(b, ir.ArrayType(I64, max(16, 2 * self.k.lanes)), 64)
-        return self.cache["sink"]
-
-    def private(self, key: object, size: int) -> ir.Value:
-        """`size` bytes that live as long as the function runs; the same for the same key."""
-        if key not in self.cache:
-            self.cache[key] = self._private(size)
-        return self.cache[key]
-
-    def _private(self, size: int) -> ir.Value:
-        with self._entry() as b:
-            if size <= HEAP_BYTES:
-                return stack_slot(b, ir.ArrayType(ir.IntType(8), size), 64)
-            rounded = -(-size // 64) * 64
-            memory = b.call(declare(b.module, "aligned_alloc", PTR, [I64, I64]), [I64(64), I64(rounded)])
-            self.heap.append(memory)
-            return memory
-
-    def free(self) -> None:
-        for memory in self.heap:
-            call(self.k.b, "free", ir.VoidType(), [memory])
 
 
 class KernelEmitter:
@@ -233,7 +159,8 @@ class KernelEmitter:
     def _in_full_steps(self, op: Operation, facts: Facts) -> Facts:
         """Inside a loop, its last partial step left out if that is peeled off."""
         loop = self.resolver.loops[op]
-        return facts.inside(loop.symbol, loop.lower, loop.last if loop.divisible or self._is_inlined(op) else loop.upper - loop.step)
+        return facts.inside(loop.symbol, loop.lower,
+                            loop.last if loop.divisible or self._is_inlined(op) else loop.upper - loop.step)
 
     def _is_inlined(self, op: Operation) -> bool:
         """Loops of so few rounds that no loop is left after unrolling."""
@@ -243,7 +170,7 @@ class KernelEmitter:
     # -- blocks and loops
 
     def _block(self, parent: Operation) -> list[Any]:
-        """Emits the ops of a body; gives the values that it yields. Runs of ops whose masks hold in most programs are made twice."""
+        """Emits the ops of a body, runs of ops whose masks hold in most programs twice; gives the values that it yields."""
         ops = list(parent.body)
         if ops[-1].name != "tile.yield":
             raise IRError(f"the body of '{parent.name}' does not end with 'tile.yield'")
@@ -265,7 +192,8 @@ class KernelEmitter:
         for inner in op.walk():
             access = self.resolver.accesses.get(inner)
             if access is not None:
-                found |= {(p, access.shape): self.conditions[p, access.shape] for p in access.conditions if (p, access.shape) in self.conditions}
+                keys = [(p, access.shape) for p in access.conditions]
+                found |= {key: self.conditions[key] for key in keys if key in self.conditions}
         return found
 
     def _run_end(self, ops: list[Operation], start: int) -> int:
@@ -326,23 +254,24 @@ class KernelEmitter:
 
     def _op(self, op: Operation) -> None:
         if op.has_trait(Trait.Elementwise):
-            self._elementwise(op)
-            return
-        handler = _HANDLERS.get(op.name)
-        if handler is None:
+            elementwise(self, op)
+        elif op.name == "tile.for":
+            self._for(op)
+        elif op.name in LOWERINGS:
+            LOWERINGS[op.name](self, op)
+        else:
             raise NotImplementedError(f"'{op.name}' has no lowering to LLVM")
-        handler(self, op)
 
-    def for_loop(self, op: Operation) -> None:
+    def _for(self, op: Operation) -> None:
         loop = self.resolver.loops[op]
         values = [self.value(v) for v in op.operands[op["indices"]:]]
         unroll = 1 if self.cold else max(1, op["unroll"])
         outer = self.facts
         if self._is_inlined(op):
             for n in range(loop.trips or 0):
-                at = loop.lower + n * loop.step
-                self.facts = outer.inside(loop.symbol, at, at)
-                self.instances[loop.symbol] = self.instantiate(at)
+                value = loop.lower + n * loop.step
+                self.facts = outer.inside(loop.symbol, value, value)
+                self.instances[loop.symbol] = self.instantiate(value)
                 values = self._iterate(op, values)
                 del self.instances[loop.symbol]
         else:
@@ -370,7 +299,8 @@ class KernelEmitter:
 
     def _canonical(self, op: Operation, values: list[Any]) -> list[Any]:
         """Loop-carried tiles in their standard layout."""
-        return [with_widths(self.b, v, self.layouts.widths(r)) if isinstance(v, Tile) else v for v, r in zip(values, op.results)]
+        return [with_widths(self.b, v, self.layouts.widths(r)) if isinstance(v, Tile) else v
+                for v, r in zip(values, op.results)]
 
     def _loop(self, op: Operation, loop: Loop, facts: Facts, start: Dim | ir.Value, bound: Dim, copies: int,
               values: list[Any]) -> tuple[ir.Value, list[Any]]:
@@ -487,181 +417,6 @@ class KernelEmitter:
         if isinstance(mask.type, ir.VectorType):
             mask = call(b, f"llvm.vector.reduce.and.{suffix(mask.type)}", I1, [mask])
         b.store(I32(self._codes[op]), b.select(mask, self.scratch.sink(), self.context))
-
-    # -- ops
-
-    def _elementwise(self, op: Operation) -> None:
-        name = op.name.partition(".")[2]
-        operands = [self.value(v) for v in op.operands]
-        source = element_type(op.operands[-1].type)
-        target = element_type(op.result.type)
-
-        def apply(*xs: ir.Value) -> ir.Value:
-            if name == "cast":
-                return emit_cast(self.b, xs[0], source.name, target.name)
-            if name == "select":
-                return self.b.select(*xs)
-            return arith.emit(self.b, self.features, name, source, *xs)
-
-        t = op.result.type
-        if isinstance(t, ScalarType):
-            if op.result not in self.resolver.exprs:
-                self.env[op.result] = apply(*operands)
-            return
-        assert isinstance(t, TileType)
-        widths = self.layout(op.result)
-        shape: tuple[int, ...] = t.shape  # type: ignore[assignment]
-        operands = [with_widths(self.b, x, widths) if isinstance(x, Tile) and x.shape[-1] == shape[-1] else x for x in operands]
-        memo: dict[tuple[int, ...], ir.Value] = {}
-        splats: dict[tuple[int, int], ir.Value] = {}
-
-        def chunk(x: Any, at: tuple[int, ...], c: int) -> ir.Value:
-            if isinstance(x, Tile):
-                row = x.rows[broadcast_row(at, x.shape)]
-                if x.shape[-1] == shape[-1]:
-                    return row[c]
-                x = row[0]
-            key = (id(x), widths[c])
-            if key not in splats:
-                splats[key] = splat(self.b, x, widths[c])
-            return splats[key]
-
-        rows = []
-        for at in row_coordinates(shape):
-            row = []
-            for c in range(len(widths)):
-                xs = [chunk(x, at, c) for x in operands]
-                key = tuple(map(id, xs))
-                if key not in memo:
-                    memo[key] = apply(*xs)
-                row.append(memo[key])
-            rows.append(row)
-        self.env[op.result] = Tile(shape, target, widths, rows)
-
-    def constant_op(self, op: Operation) -> None:
-        if op.result not in self.resolver.exprs:
-            self.env[op.result] = constant(op["value"], element_type(op.result.type))
-
-    def full(self, op: Operation) -> None:
-        t = op.result.type
-        assert isinstance(t, TileType)
-        shape: tuple[int, ...] = t.shape  # type: ignore[assignment]
-        widths = self.layout(op.result)
-        x = self.tile(op.operands[0])
-        if x.shape[-1] == shape[-1]:
-            rows = with_widths(self.b, x, widths).rows
-        else:
-            rows = []
-            for row in x.rows:
-                splats = {w: splat(self.b, row[0], w) for w in dict.fromkeys(widths)}
-                rows.append([splats[w] for w in widths])
-        sizes = x.shape if len(x.shape) == len(shape) else (1,) * len(shape)
-        self.env[op.result] = Tile(shape, t.dtype, widths, [list(rows[broadcast_row(at, sizes)]) for at in row_coordinates(shape)])
-
-    def mask(self, op: Operation) -> None:
-        """An i1 tile of where the pairs hold; constant where that is proved."""
-        access = self.resolver.accesses[op]
-        scalar = not isinstance(op.result.type, TileType)
-        widths = (1,) if scalar else self.layout(op.result)
-        rows = [[self._mask_chunk(c) for c in row] for row in Accessor(self, op, widths).rows()]
-        self.env[op.result] = rows[0][0] if scalar else Tile(access.shape, DTYPES["i1"], widths, rows)
-
-    def _mask_chunk(self, c: AccessChunk) -> ir.Value:
-        return full_mask(self.b, *c.lanes.mask(c.gaps), c.lanes.width)
-
-    def index(self, op: Operation) -> None:
-        """A scalar index stays symbolic; a tile is a base plus a constant vector where the expression is linear."""
-        t, dtype = op.result.type, element_type(op.result.type)
-        e = self.instantiate(self.resolver.exprs[op.result])
-        if isinstance(t, ScalarType):
-            if dtype.name not in ("i64", "index"):
-                self.env[op.result] = emit_cast(self.b, self.scalars.emit(e), "i64", dtype.name)
-            return
-        assert isinstance(t, TileType)
-        shape: tuple[int, ...] = t.shape  # type: ignore[assignment]
-        widths = self.layout(op.result)
-        last = position(len(shape) - 1)
-        held = {s: self.tile(self.resolver.values[s]) for s in free_symbols(e) if s[:2] == "%g"}
-        wide = {s: with_widths(self.b, x, widths) for s, x in held.items() if x.shape[-1] > 1}
-        rows = []
-        for at in row_coordinates(shape):
-            env: dict[str, Dim] = {position(d): n for d, n in enumerate(at)}
-            env |= {s: sym(f"{s}@{broadcast_row(at, x.shape)}") for s, x in held.items() if s not in wide}
-            here = substitute(e, env)
-            row, start = [], 0
-            for c, w in enumerate(widths):
-                vectors = {s: self._index_vector(x, broadcast_row(at, x.shape), c) for s, x in wide.items()}
-                row.append(self._index_chunk(LaneChunk(self.scalars, last, start, w, shape[-1], vectors), here, dtype))
-                start += w
-            rows.append(row)
-        self.env[op.result] = Tile(shape, dtype, widths, rows)
-
-    def _index_vector(self, x: Tile, row: int, c: int) -> Callable[[], ir.Value]:
-        return lambda: self.widen_index(x.rows[row][c], x.dtype)
-
-    def _index_chunk(self, lanes: LaneChunk, e: Dim, dtype: DType) -> ir.Value:
-        b = self.b
-        low, high = self.facts.inside(lanes.position, 0, lanes.size - 1).range_of(e)
-        narrow = low is not None and high is not None and low >= -(1 << 31) and high < 1 << 31
-        work = DTYPES["i32"] if narrow or (dtype.is_integer and dtype.bits <= 32) else INDEX  # i32 wraps alike
-        type_ = register_type(work)
-
-        def fit(v: ir.Value) -> ir.Value:
-            have = v.type.element.width if isinstance(v.type, ir.VectorType) else v.type.width
-            to = chunk_type(type_, lanes.width)
-            if have == type_.width:
-                return v
-            return b.trunc(v, to) if have > type_.width else b.sext(v, to)
-
-        if lanes.width == 1 and not lanes.vectors:
-            value = self.scalars.emit(lanes.at(e, 0))
-            value = b.trunc(value, type_) if type_ == I32 else value
-        else:
-            shared, vector = lanes.index(e)
-            base = self.scalars.emit(shared)
-            base = b.trunc(base, type_) if type_ == I32 else base
-            value = b.add(fit(vector), splat(b, base, lanes.width))
-        return emit_cast(b, value, work.name, dtype.name)
-
-    def alloca(self, op: Operation) -> None:
-        t = op.result.type
-        assert isinstance(t, BufferType) and isinstance(t.numel, int)
-        span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.layout))  # type: ignore[operator]
-        self.env[op.result] = self.scratch.private(op, max(1, span * t.dtype.bytes))  # type: ignore[operator]
-
-    def load(self, op: Operation) -> None:
-        self.env[op.result] = emit_load(self, op)
-
-    def store(self, op: Operation) -> None:
-        emit_store(self, op)
-
-    def dot(self, op: Operation) -> None:
-        x, y, acc = (self.value(v) for v in op.operands)
-        acc = with_widths(self.b, acc, self.layout(op.result))
-        self.env[op.result] = emit_dot(self.b, self.features, x, y, acc)
-
-    def reduce(self, op: Operation) -> None:
-        x = self.value(op.operands[0])
-        self.env[op.result] = emit_reduce(self.b, self.features, x, op["axis"], op["kind"], self.layout(op.result))
-
-    def reshape(self, op: Operation) -> None:
-        t = op.result.type
-        assert isinstance(t, TileType)
-        self.env[op.result] = emit_reshape(self.b, self.tile(op.operands[0]), t.shape, self.layout(op.result))  # type: ignore[arg-type]
-
-    def transpose(self, op: Operation) -> None:
-        self.env[op.result] = emit_transpose(self.b, self.value(op.operands[0]), self.layout(op.result))
-
-    def symbolic(self, op: Operation) -> None:
-        """Nothing to do: the value is an expression."""
-
-
-_HANDLERS: dict[str, Callable[[KernelEmitter, Operation], None]] = {
-    "arith.constant": KernelEmitter.constant_op, "tile.program_id": KernelEmitter.symbolic, "tile.for": KernelEmitter.for_loop,
-    "tile.load": KernelEmitter.load, "tile.store": KernelEmitter.store, "tile.index": KernelEmitter.index, "tile.mask": KernelEmitter.mask,
-    "tile.full": KernelEmitter.full, "tile.reduce": KernelEmitter.reduce, "tile.reshape": KernelEmitter.reshape,
-    "tile.transpose": KernelEmitter.transpose, "tile.dot": KernelEmitter.dot, "tile.alloca": KernelEmitter.alloca,
-}
 
 
 def _flatten(values: list[Any]) -> list[ir.Value]:

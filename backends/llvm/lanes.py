@@ -55,7 +55,7 @@ def splat(type_: ir.Type, value: float | int) -> ir.Constant:
 
 @lru_cache(maxsize=4096)
 def _splat(element: ir.Type, count: int, value: str, is_float: bool) -> ir.Constant:
-    """Shared constants: making and printing a vector constant costs as much as ten instructions. repr() tells -0.0, NaN and 1.0 apart."""
+    """Shared constants: making and printing one costs as much as ten instructions. repr() tells -0.0, NaN and 1.0 apart."""
     scalar = ir.Constant(element, float(value) if is_float else int(value))
     return ir.Constant(ir.VectorType(element, count), [scalar] * count) if count else scalar
 

@@ -1,7 +1,7 @@
 """How each tile value of a kernel is cut into chunks.
 
-A tile is split into vectors of the target's lanes, except for left operands of `tile.dot` (and the elementwise chain from their load):
-those are held element by element, because the outer product splats each of them.
+A tile is split into vectors of the target's lanes, except for left operands of `tile.dot` (and the elementwise chain from
+their load): those are held element by element, because the outer product splats each of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Lane masks and lane indices: expressions in the position along the last tile dimension, as vectors.
 
-`Lanes` is one chunk of one row: lanes [start, start + width) of dimension `axis`. Expressions given to it hold no other tile positions, and
-`vectors` gives the chunk of every gathered index tile that varies along the row.
+`Lanes` is one chunk of one row: lanes [start, start + width) of dimension `axis`. Expressions given to it hold no other tile
+positions, and `vectors` gives the chunk of every gathered index tile that varies along the row.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class LaneChunk:
         for gap in gaps:
             if not self.varies(gap):
                 scalar = self._both(scalar, self.b.icmp_signed(">=", self.scalars.emit(gap), I64(0)))
-            elif self.width == 1 and self.position in free_symbols(gap) and not any(s in self.vectors for s in free_symbols(gap)):
+            elif self.width == 1 and not any(s in self.vectors for s in free_symbols(gap)):
                 scalar = self._both(scalar, self.b.icmp_signed(">=", self.scalars.emit(self.at(gap, 0)), I64(0)))
             else:
                 lanes = self._lane_mask(gap)
@@ -74,7 +74,8 @@ class LaneChunk:
         b = self.b
         found = self.linear(gap)
         if found is not None and isinstance(found[0], int) and self.width > 1:
-            c, rest = found
+            c: int = found[0]
+            rest = found[1]
             # c < 0: t <= rest // -c; c > 0: t >= ceil(-rest / c)
             n = self.scalars.emit(floordiv(rest, -c) + 1 if c < 0 else -floordiv(rest, c))
             n = b.select(b.icmp_signed("<", n, I64(0)), I64(0), n)

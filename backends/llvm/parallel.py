@@ -1,9 +1,9 @@
 """Launching a kernel over its grid: serially, or through the OpenMP runtime that torch has loaded.
 
 For a kernel `kernel.K` this adds `launch.K(ptr buffer..., i64 symbol..., ptr context)` and the outlined body that
-`GOMP_parallel` runs on every thread. Threads take chunks of programs from an atomic counter, about `CHUNKS` each, so that a slow core does
-not hold up the others. The team always has the full number of threads: libgomp ends the threads that a smaller team leaves out
-and would have to start them again.
+`GOMP_parallel` runs on every thread. Threads take chunks of programs from an atomic counter, about `CHUNKS` each, so that a
+slow core does not hold up the others. The team always has the full number of threads: libgomp ends the threads that a smaller
+team leaves out and would have to start them again.
 
 Small launches stay serial: a parallel region costs some microseconds.
 """

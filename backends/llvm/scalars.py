@@ -163,7 +163,8 @@ class ScalarEmitter:
         """base + offset elements. Constant parts come last, so that they fold into the instruction's displacement."""
         if isinstance(offset, int):
             return base if offset == 0 else self.b.gep(base, [I64(offset)], source_etype=element)
-        pointer, so_far = base, 0
+        pointer = base
+        so_far: Dim = 0
         for part in self._split(offset):
             so_far = so_far + part
             with self._hoisted(self.depth(so_far)) as cache:

@@ -19,7 +19,7 @@ _COMBINE = {"sum": "add", "prod": "mul", "max": "max", "min": "min", "any": "or"
 
 
 def emit_reduce(b: ir.IRBuilder, features: Features, x: Tile, axis: int, kind: str, widths: tuple[int, ...]) -> Tile:
-    """Combines along `axis`, which keeps size 1. Pairwise, so that the result does not depend on the vector width's order alone."""
+    """Combines along `axis`, which keeps size 1: pairwise over chunks, then over the lanes of the last one."""
     dtype = x.dtype
     wide = DTYPES["f32"] if dtype.is_float and dtype.bits < 32 else dtype
     x = cast_tile(b, features, x, wide)

@@ -8,8 +8,8 @@ Every index value of a kernel is an expression over a few symbols whose names ca
   %g0, %g1 ...   tiles of such values (gathers)
   t0, t1 ...     the position within the tile
 
-`Resolver` finds these expressions; offsets and masks are then rewritten by them once, before any code is made. `Facts` proves masks
-from the ranges of the symbols, eliminating the innermost first: that is what lets most masks vanish.
+`Resolver` finds these expressions; offsets and masks are then rewritten by them once, before any code is made. `Facts` proves
+masks from the ranges of the symbols, eliminating the innermost first: that is what lets most masks vanish.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from ...ir.core import Operation, Value
 from ...ir.expr import (
@@ -27,6 +28,7 @@ from ...ir.expr import (
     Max,
     Min,
     Sym,
+    as_int,
     floordiv,
     fold,
     free_symbols,
@@ -172,7 +174,7 @@ class Resolver:
         elif op.name in ("tile.load", "tile.store"):
             first = 1 if op.name == "tile.load" else 2
             t = op.result.type if op.name == "tile.load" else op.operands[1].type
-            shape = t.shape if isinstance(t, TileType) else ()
+            shape = tuple(as_int(n) for n in t.shape) if isinstance(t, TileType) else ()
             env = {**self._operands(op.operands[first:]), **_fixed(shape)}
             pairs = [(substitute(a, env), substitute(b, env)) for a, b in op["mask"]]
             pairs += [(-1, substitute(e, env)) for e in op["mask_low"]]
@@ -192,11 +194,11 @@ class Resolver:
         if op.name == "arith.constant":
             self.exprs[op.result] = int(op["value"])
             return
-        known = [self.exprs.get(v) for v in op.operands]
-        if any(e is None for e in known):
+        known = [self.exprs[v] for v in op.operands if v in self.exprs]
+        if len(known) < len(op.operands):
             return
         if op.name == "arith.cast":
-            self.exprs[op.result] = known[0]  # type: ignore[assignment]
+            self.exprs[op.result] = known[0]
         elif op.name in _INDEX_ARITH:
             self.exprs[op.result] = _INDEX_ARITH[op.name](*known)
         elif op.name in _INDEX_DIVISION and isinstance(known[1], int) and known[1] > 0:
@@ -243,7 +245,9 @@ class Facts:
 
     def in_tail(self, symbol: str) -> Facts:
         """Where the loop over `symbol` runs its last, partial step: assumptions about its full steps are void."""
-        return replace(self, assumed=frozenset(x for x in self.assumed if not {symbol} & (free_symbols(x[0][0]) | free_symbols(x[0][1]))))
+        return replace(self,
+                       assumed=frozenset(x for x in self.assumed
+                                         if symbol not in free_symbols(x[0][0]) | free_symbols(x[0][1])))
 
     def proves(self, pair: Pair, shape: tuple[int, ...]) -> bool:
         """True if a < b wherever the tile and the loops reach."""
@@ -259,7 +263,7 @@ class Facts:
         """`e` with the minima and maxima that are decided here replaced, and divisions simplified."""
         if isinstance(e, int) or all(isinstance(a, Sym) for m, _ in e.terms for a in m):
             return e
-        bounds: dict[str, tuple[Dim, Dim | None]] = dict(self.sizes)
+        bounds: dict[str, tuple[Dim | None, Dim | None]] = dict(self.sizes)
         for layer in (self.programs, *self.loops, _tile(shape)):
             bounds |= layer
         bounds |= dict.fromkeys([s for s in free_symbols(e) if _opaque(s) or s in self.signed], NOTHING)
@@ -273,11 +277,12 @@ class Facts:
                 return maximum(a, b) if larger else minimum(a, b)
             return choose
 
-        ops = {"add": lambda a, b: a + b, "mul": lambda a, b: a * b, "floordiv": floordiv, "mod": mod, "max": pick(True), "min": pick(False)}
+        ops = {"add": lambda a, b: a + b, "mul": lambda a, b: a * b, "floordiv": floordiv, "mod": mod, "max": pick(True),
+               "min": pick(False)}
         return simplify(fold(e, sym, lambda n: n, ops), bounds)
 
     def program_gap(self, pair: Pair, shape: tuple[int, ...]) -> Dim | None:
-        """An expression over %p and sizes alone that is >= 0 only if the mask holds all over the tile; None if there is none."""
+        """An expression over %p and sizes alone that is >= 0 only if the mask holds all over the tile, if there is one."""
         a, b = pair
         for gap in self._eliminate(b - a - 1, [_tile(shape), *reversed(self.loops)]):
             if not any(s[0] == "%" and s[1] != "p" for s in free_symbols(gap)):
@@ -288,7 +293,8 @@ class Facts:
         """Constant bounds of `e`, as far as known."""
         low = high = None
         for sign in (1, -1):
-            for g in self._eliminate(e * sign, [_tile(shape), *reversed(self.loops), self.programs, self.sizes]):
+            layers: list[Any] = [_tile(shape), *reversed(self.loops), self.programs, self.sizes]
+            for g in self._eliminate(e * sign, layers):
                 if isinstance(g, int):
                     low, high = (g, high) if sign == 1 else (low, -g)
                     break
@@ -313,7 +319,8 @@ class Facts:
             if not isinstance(relaxed, int):
                 names = free_symbols(relaxed)
                 if names & layer.keys():
-                    low = None if self._sign_matters(relaxed) else lower_bound(relaxed, {**dict.fromkeys(filter(_opaque, names), NOTHING), **layer})
+                    unknown = dict.fromkeys(filter(_opaque, names), NOTHING)
+                    low = None if self._sign_matters(relaxed) else lower_bound(relaxed, {**unknown, **layer})
             if low is not None:
                 yield from self._eliminate(low, layers[1:])
 
@@ -323,7 +330,8 @@ class Facts:
         return bool(self.signed) and any(len(m) > 1 and self.signed & free_symbols(Expr(((m, 1),), 0)) for m, _ in e.terms)
 
 
-NOTHING = (None, None)
+NOTHING: Any = (None, None)
+"""The range of a symbol about which nothing is known (a missing entry would mean a size, >= 0)."""
 
 
 def _opaque(symbol: str) -> bool:

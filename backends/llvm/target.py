@@ -24,7 +24,8 @@ def host_target(features: Iterable[str] | None = None) -> Target:
     return make_target(binding.get_process_triple(), name, found, _host_caches())
 
 
-def make_target(triple: str, name: str = "", features: Iterable[str] = (), caches: tuple[int, int, int] | None = None) -> Target:
+def make_target(triple: str, name: str = "", features: Iterable[str] = (),
+                caches: tuple[int, int, int] | None = None) -> Target:
     """A CPU by LLVM triple, CPU name and feature names; for cross compilation."""
     on = tuple(sorted(set(features)))
     bits, registers = next(((b, n) for f, b, n in _VECTOR_BITS if f in on), (128, 32 if triple.startswith("aarch64") else 16))

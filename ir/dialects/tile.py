@@ -139,8 +139,8 @@ define("tile.load", "a tile (a scalar when shape is []) read from a buffer", ope
 define("tile.store", "writes a tile or scalar", operands="buffer value indices*",
        attrs={**_ACCESS, "atomic": optional("", "combine with what is there, atomically")}, results=(), traits=[Trait.WritesMemory],
        verify=_verify_store)
-define("tile.index", "the value of an index expression: a tile of `shape`, or a scalar when shape is []; element type of the result", operands="indices*",
-       attrs={"expr": attr(), "shape": optional(())}, traits=[Trait.Pure])
+define("tile.index", "the value of an index expression: a tile of `shape`, or a scalar when shape is []; element type of the result",
+       operands="indices*", attrs={"expr": attr(), "shape": optional(())}, traits=[Trait.Pure])
 define("tile.mask", "an i1 tile (a scalar when shape is []): where all pairs of `mask` hold, as for loads; backends fold it where it is proved",
        operands="indices*", attrs={"mask": attr("pairs [a, b]: a < b"), "shape": attr()}, traits=[Trait.Pure])
 define("tile.full", "a tile of one scalar", operands="value", traits=[Trait.Pure])

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...ir import Builder, Dim, Operation, Value
-from ...ir.expr import floordiv, mod
-from .common import Map, Rule, convert, d, index, reduce, shape_of, tensor_type, to_dtype
+from ...ir.expr import ceildiv, floordiv, mod
+from .common import Map, Rule, convert, d, index, move, reduce, shape_of, tensor_type, to_dtype
 from .contraction import contract
 
 __all__ = ["RULES"]
@@ -84,6 +84,8 @@ def _conv_transpose(b: Builder, op: Operation) -> list[Value]:
 
     Input position (y + padding - k*dilation) / stride, where that is whole and within the input; elsewhere nothing is added.
     """
+    if op["groups"] == 1 and all(x == 1 for x in op["dilation"]) and any(s != 1 for s in op["stride"]):
+        return [_by_phase(b, op)]
     x, w = op.operands
     out, (channels_in, per_group, *kernel) = shape_of(op.result), shape_of(w)
     groups = op["groups"]
@@ -123,6 +125,34 @@ def _conv_transpose(b: Builder, op: Operation) -> list[Value]:
     zero = 0.0 if tensor_type(x).dtype.is_float else 0
     total = reduce(b, out, space.sizes, (x, w), (read_x, read_w), body, "sum", fills=(zero, None))
     return [convert(b, total, want)]
+
+
+def _by_phase(b: Builder, op: Operation) -> Value:
+    """A strided conv_transpose as one contraction without wasted products.
+
+    With y + padding = i*stride + r, only kernel elements r + stride*t meet result position y, at input position i - t. So the contraction's
+    dimensions are (b, c, i, r per spatial dimension; o, t per spatial dimension), and the result is read back at ((y + padding) // stride,
+    (y + padding) % stride).
+    """
+    x, w = op.operands
+    (batch, channels, *size), (channels_in, _, *kernel) = shape_of(op.result), shape_of(w)
+    steps = list(zip(op["stride"], op["padding"], kernel, size, strict=True))
+    dims: list[Dim] = [batch, channels]
+    for stride, padding, _, extent in steps:
+        dims += [ceildiv(extent + padding, stride), stride]
+    space = _Reduction(len(dims))
+    o = space.add(channels_in)
+    taps = [space.add(ceildiv(k, stride)) for stride, _, k, _ in steps]
+    at_x, at_w, at_y = [], [], []
+    for n, (t, (stride, padding, _, _)) in enumerate(zip(taps, steps, strict=True)):
+        at_x.append(d(2 + 2 * n) - t)
+        at_w.append(d(3 + 2 * n) + t * stride if stride != 1 else t)
+        y = d(2 + n) + padding
+        at_y += [floordiv(y, stride), mod(y, stride)]
+    zero = 0.0 if tensor_type(x).dtype.is_float else 0
+    ragged = any(k % stride != 0 for stride, _, k, _ in steps)
+    phases = contract(b, op, dims, space.sizes, (x, w), ((d(0), o, *at_x), (o, d(1), *at_w)), (zero, zero if ragged else None))
+    return move(b, phases, shape_of(op.result), (d(0), d(1), *at_y))
 
 
 RULES: dict[str, Rule] = {

@@ -99,7 +99,8 @@ class _Contraction:
                  tile: tuple[int, int, int]):
         found = roles_of(op)
         assert found is not None
-        found = replace(found, k=tuple(sorted(found.k, key=lambda d: -_walk(op, found.right, d))))
+        right = found.right
+        found = replace(found, k=tuple(sorted(found.k, key=lambda d: -_walk(op, right, d))))
         self.op, self.epilogue, self.outputs, self.e, self.buffers, self.roles = op, epilogue, outputs, e, buffers, found
         self.tile = tile
         dims = op["dims"]
@@ -163,9 +164,9 @@ class _Contraction:
             with e.builder.at(op.location):
                 self._member(e, op, at, values, loads, mask, bounds)
         for out in self.outputs:
-            op = out.defining_op
-            assert op is not None and isinstance(out.type, TensorType)
-            index_of = [frame[f] for f in place[op]]
+            maker = out.defining_op
+            assert maker is not None and isinstance(out.type, TensorType)
+            index_of = [frame[f] for f in place[maker]]
             offset: Dim = 0
             for x, stride in zip(index_of, out.type.layout, strict=True):
                 offset = offset + x * stride

@@ -43,7 +43,7 @@ class Emitter:
         self.ranges[name] = (low, high)
         return sym(name)
 
-    def bounds(self) -> dict[str, tuple[Dim, Dim | None]]:
+    def bounds(self) -> dict[str, tuple[Dim | None, Dim | None]]:
         return {**self.symbols, **self.ranges, "t0": (0, self.shape[0] - 1), "t1": (0, self.shape[1] - 1)}
 
     # -- positions ----------------------------------------------------------------------------------------------------
@@ -93,11 +93,11 @@ class Emitter:
         operands, names = self._operands([offset, *(e for p in mask for e in p)], extra)
         shape = self.tile_shape([offset, *(p[0] for p in mask)])
         if extra and isinstance(value.type, TileType):
-            shape = value.type.shape
+            shape = value.type.shape  # type: ignore[assignment]  # tiles have constant shapes
         if shape and (not isinstance(value.type, TileType) or value.type.shape != shape):
             value = self.broadcast(value, shape)
         elif not shape and isinstance(value.type, TileType):
-            shape = value.type.shape
+            shape = value.type.shape  # type: ignore[assignment]  # tiles have constant shapes
         attrs: dict[str, Any] = {"offset": substitute(offset, names)}
         if mask:
             attrs["mask"] = tuple((substitute(a, names), substitute(b, names)) for a, b in mask)

@@ -42,7 +42,7 @@ class Frame:
     def outer(self) -> list[str]:
         return [f for f in self.sizes if f not in self.inner]
 
-    def bounds(self, symbols: Bounds) -> dict[str, tuple[Dim, Dim | None]]:
+    def bounds(self, symbols: Bounds) -> dict[str, tuple[Dim | None, Dim | None]]:
         return {**symbols, **{f: (0, s - 1) for f, s in self.sizes.items()}}
 
     def is_full(self, op: Operation) -> bool:
@@ -73,7 +73,7 @@ def _align(members: list[Operation], inputs: list[Value], outputs: list[Value]) 
     """Rebuilds the shared frame from the members' reads of each other (the fusion pass made sure that there is one)."""
     place: dict[Operation, list[str | None]] = {}
     sizes: dict[str, Dim] = {}
-    made = {r: op for op in members for r in op.results}
+    made: dict[Value, Operation] = {r: op for op in members for r in op.results}
 
     def new(size: Dim) -> str:
         name = f"f{len(sizes)}"
@@ -115,7 +115,7 @@ def _align(members: list[Operation], inputs: list[Value], outputs: list[Value]) 
     wide = [f for f, s in sizes.items() if s != 1]
     inner: set[str] = set()
     for op in members:
-        have = {f for f in place[op][:len(parallel_dims(op))]}
+        have = set(place[op][:len(parallel_dims(op))])
         inner |= {f for f in wide if f not in have}
     return Frame(sizes, frozenset(inner), {op: [sym(f) for f in place[op]] for op in members}, members, inputs, outputs)  # type: ignore[arg-type]
 

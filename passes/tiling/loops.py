@@ -107,7 +107,7 @@ class _Scope:
 class _Lowering:
     def __init__(self, frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value]):
         self.frame, self.tile, self.e, self.buffers = frame, tile, e, buffers
-        self.made = {r: op for op in frame.members for r in op.results}
+        self.made: dict[Value, Operation] = {r: op for op in frame.members for r in op.results}
         self.stores = {x.value: x.offset for x in frame.accesses if x.is_store}
         self.borrowed: dict[Value, Value] = {}   # an expensive value -> the output whose memory keeps it between stages
         self.kept: set[Value] = set()            # borrowed values already written
@@ -170,7 +170,7 @@ class _Lowering:
         """Inner dimensions, outermost loop first; the tiled one last."""
         names = [f for f in self.frame.sizes if f in self.frame.inner]
         tiled = [f for f in (self.tile.row, self.tile.vector) if f in names]
-        return [f for f in names if f not in tiled] + [f for f in tiled]  # type: ignore[misc]
+        return [f for f in names if f not in tiled] + list(tiled)  # type: ignore[misc]
 
     def _extent(self, f: str) -> int:
         return self.tile.shape[1] if f == self.tile.vector else self.tile.shape[0] if f == self.tile.row else 1
@@ -293,7 +293,7 @@ class _Lowering:
         if inner.name == "tensor.extract":
             source = op.operands[inner.operands[0].index]  # type: ignore[attr-defined]
             return emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"],
-                                [p for p in scope.active.values()])
+                                list(scope.active.values()))
         return e.arith(inner, [local[v] for v in inner.operands])
 
     def _load(self, scope: _Scope, v: Value, m: tuple[Dim, ...], positions: dict[str, Dim], fill: Any) -> Value:

@@ -188,6 +188,8 @@ def _inplace_pairs(frame: Frame, fused: Operation) -> tuple[tuple[int, int], ...
     for i, v in enumerate(fused.body.args):
         reads = [x.offset for x in frame.accesses if x.value is v and not x.is_store]
         for j, out in enumerate(frame.outputs):
+            if not frame.is_full(out.defining_op):  # type: ignore[arg-type]
+                continue  # stored once, before the loops that may read the input again
             writes = [x.offset for x in frame.accesses if x.value is out and x.is_store]
             same = storage_bytes(v.type) == storage_bytes(out.type) and v.type.dtype.bytes == out.type.dtype.bytes  # type: ignore[arg-type,attr-defined]
             # A padded read walks the offsets of the whole result, but its tensor is smaller: hence the sizes.

@@ -65,6 +65,7 @@ def emit_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Va
     """Writes the kernel into `e`; returns the grid. `out` is the buffer of the result."""
     result, init = op.result.type, op.operands[0]
     assert isinstance(result, TensorType) and isinstance(init.type, TensorType)
+    init_layout = init.type.layout
     own = _own_dims(op)
     vector = next((j for j in sorted(own, reverse=True) if result.layout[j] == 1), None)
     grid: list[Dim] = []
@@ -87,7 +88,7 @@ def emit_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Va
             inner.loop(0, result.shape[todo[0]], 1, [], body)
             return
         index_of = [at[j] for j in range(result.rank)]
-        value = inner.load(buffers[init], _dot(index_of, init.type.layout, inner), inner.needed(active))
+        value = inner.load(buffers[init], _dot(index_of, init_layout, inner), inner.needed(active))
         inner.store(out, value, _dot(index_of, result.layout, inner), inner.needed(active))
 
     copy(e, [j for j in range(result.rank) if j not in fixed], dict(fixed))

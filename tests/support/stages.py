@@ -35,6 +35,11 @@ OPTIONS = Options()
 EXACT_CASTS = Options(emulate_precision_casts=True)
 
 
+# How far a level may be from f64, as a multiple of the element type's epsilon times the largest magnitude; eager's own error counts too.
+EPSILON = {torch.float64: 2.3e-16, torch.float32: 1.2e-7, torch.float16: 9.8e-4, torch.bfloat16: 7.9e-3}
+SLACK = 40
+
+
 @dataclass(frozen=True)
 class Program:
     """A captured graph as text (so that each use starts afresh), its arguments, and what eager gives for them."""
@@ -58,10 +63,10 @@ def widened(x: Any) -> Any:
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-def capture(fn: Callable[..., Any], args: Sequence[torch.Tensor], *, dynamic: bool = False, check: bool = True) -> Program:
+def capture(fn: Callable[..., Any], args: Sequence[torch.Tensor], *, dynamic: bool = False, slack: float = SLACK) -> Program:
     """The inference graph of `fn` on `args`; with `dynamic`, sizes other than 0 and 1 become symbols.
 
-    The yardstick in f64 is the imported graph itself, interpreted in f64; with `check` the graph is first compared with eager.
+    The yardstick in f64 is the imported graph itself, interpreted in f64; the graph is first compared with eager.
     """
     made: list[tuple[Operation, list[Any]]] = []
 
@@ -84,8 +89,7 @@ def capture(fn: Callable[..., Any], args: Sequence[torch.Tensor], *, dynamic: bo
     program = Program(text, resources, inputs, {}, expected, ())
     exact = tuple(interpret(program.module(), [widened(x) for x in program.inputs], precision=torch.float64))
     program = Program(text, resources, inputs, {}, expected, exact)
-    if check:
-        compare(interpret(program.module(), [x.clone() for x in inputs]), program, "graph")
+    compare(interpret(program.module(), [x.clone() for x in inputs]), program, "graph", slack)
     return program
 
 
@@ -99,16 +103,11 @@ def lowered(program: Program, target: Target, upto: str = "tile", options: Optio
     return module
 
 
-# How far a level may be from f64, as a multiple of the element type's epsilon times the largest magnitude; eager's own error counts too.
-EPSILON = {torch.float64: 2.3e-16, torch.float32: 1.2e-7, torch.float16: 9.8e-4, torch.bfloat16: 7.9e-3}
-SLACK = 40
-
-
-def compare(got: Sequence[torch.Tensor], program: Program, what: str) -> None:
+def compare(got: Sequence[torch.Tensor], program: Program, what: str, slack: float = SLACK) -> None:
     """Raises AssertionError, naming the level and the result, when `got` is not what the program gives.
 
     Integers and bools agree exactly; floats have NaN and infinity at the same places, and elsewhere an error of at most four times eager's plus
-    `SLACK` roundings of the largest magnitude involved.
+    `slack` roundings of the largest magnitude involved.
     """
     assert len(got) == len(program.expected), f"{what}: {len(got)} results for {len(program.expected)}"
     for i, (g, e, x) in enumerate(zip(got, program.expected, program.exact, strict=True)):
@@ -124,18 +123,19 @@ def compare(got: Sequence[torch.Tensor], program: Program, what: str) -> None:
         if not bool(finite.any()):
             continue
         scale = x[finite].abs().max()
-        bound = 4 * (e - x).abs()[finite].max() + SLACK * EPSILON[program.expected[i].dtype] * scale + 1e-30
+        bound = 4 * (e - x).abs()[finite].max() + slack * EPSILON[program.expected[i].dtype] * scale + 1e-30
         worst = (g - x)[finite].abs().max()
         assert worst <= bound, f"{label}: error {worst:.3g} exceeds {bound:.3g} (largest magnitude {scale:.3g})\n{g}\n{e}"
 
 
-def check_levels(program: Program, target: Target, *, options: Options = OPTIONS, levels: Sequence[str] = ("tensor", "tile")) -> None:
+def check_levels(program: Program, target: Target, *, options: Options = OPTIONS, levels: Sequence[str] = ("tensor", "tile"),
+                 slack: float = SLACK) -> None:
     """Interprets the program at the given levels and compares each with eager."""
     for level in levels:
         module = lowered(program, target, level, options)
         try:
             got = interpret(module, [x.clone() for x in program.inputs], check=True)
-            compare(got, program, level)
+            compare(got, program, level, slack)
         except Exception as e:
             e.add_note(f"at the {level} level for {target.name}; the graph is\n{program.text}")
             raise

@@ -228,7 +228,8 @@ def test_errors_name_the_op():
     with pytest.raises(IRError, match=r"graph\.reshape"):
         run("%r = graph.reshape(%x) : tensor<s1xf32>", {"x": ("tensor<s0xf32>", torch.zeros(4))})
     with pytest.raises(IndexError, match=r"graph\.embedding"):
-        run("%r = graph.embedding(%w, %i) : tensor<1x2xf32>", {"w": ("tensor<3x2xf32>", torch.zeros(3, 2)), "i": ("tensor<1xi64>", torch.tensor([3]))})
+        run("%r = graph.embedding(%w, %i) : tensor<1x2xf32>",
+            {"w": ("tensor<3x2xf32>", torch.zeros(3, 2)), "i": ("tensor<1xi64>", torch.tensor([3]))})
     with pytest.raises(IRError, match=r"argument 0 .* size 5 in dimension 0"):
         run("%r = graph.neg(%x) : tensor<4xf32>", {"x": ("tensor<4xf32>", torch.zeros(5))})
     with pytest.raises(IRError, match="torch has no operator"):

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 FEATURE_SETS = {
     "host": None,
-    "avx2": ("avx", "avx2", "bmi", "bmi2", "cmov", "cx8", "f16c", "fma", "fxsr", "lzcnt", "mmx", "popcnt", "sse", "sse2", "sse3", "sse4.1",
+    "avx2": ("avx", "avx2", "bmi", "bmi2", "cmov", "cx8", "f16c", "fma", "fxsr", "lzcnt", "mmx", "popcnt", "sse", "sse2",
+             "sse3", "sse4.1",
              "sse4.2", "ssse3"),
     "baseline": ("cmov", "cx8", "fxsr", "mmx", "sse", "sse2"),
 }

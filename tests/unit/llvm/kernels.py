@@ -14,7 +14,8 @@ from aicc.ir.target import Target
 from aicc.ir.types import DTYPES, ScalarType, index
 from aicc.runtime.loader import load_object
 
-TORCH = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16, "i64": torch.int64, "i32": torch.int32,
+TORCH = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16, "i64": torch.int64,
+         "i32": torch.int32,
          "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "i1": torch.bool}
 NAMES = {v: k for k, v in TORCH.items()}
 
@@ -48,24 +49,28 @@ class K(Builder):
         shape = tuple(1 if d == axis else n for d, n in enumerate(x.type.shape))  # type: ignore[attr-defined]
         return self.op("tile.reduce", x, type=TileType(shape, x.type.dtype), axis=axis, kind=kind)  # type: ignore[attr-defined]
 
-    def loop(self, lower: Any, upper: Any, step: int, inits: Sequence[Value], body: Callable[..., Sequence[Value]], *indices: Value,
+    def loop(self, lower: Any, upper: Any, step: int, inits: Sequence[Value], body: Callable[..., Sequence[Value]],
+             *indices: Value,
              unroll: int = 1) -> list[Value]:
         block = Block([index, *(v.type for v in inits)])
         inner = K(block)
         inner.create("tile.yield", list(body(inner, *block.args)))
-        made = self.create("tile.for", [*indices, *inits], {"lower": lower, "upper": upper, "step": step, "indices": len(indices),
+        made = self.create("tile.for", [*indices, *inits],
+                           {"lower": lower, "upper": upper, "step": step, "indices": len(indices),
                                                             "unroll": unroll}, [v.type for v in inits], [Region([block])])
         return list(made.results)
 
 
-def kernel(buffers: Sequence[BufferType], grid: Sequence[Any], build: Callable[..., None], *, symbols: Sequence[str] = (), name: str = "k",
+def kernel(buffers: Sequence[BufferType], grid: Sequence[Any], build: Callable[..., None], *, symbols: Sequence[str] = (),
+           name: str = "k",
            **attrs: Any) -> Operation:
     """A kernel whose body `build(k, *buffers)` writes."""
     block = IRBlock(list(buffers))
     k = K(block)
     build(k, *block.args)
     k.create("tile.yield")
-    return Operation.create("tile.kernel", (), {"sym_name": name, "grid": tuple(grid), "symbols": tuple(symbols), **attrs}, (), [Region([block])])
+    return Operation.create("tile.kernel", (), {"sym_name": name, "grid": tuple(grid), "symbols": tuple(symbols), **attrs}, (),
+                            [Region([block])])
 
 
 def module_of(kernel_op: Operation, sizes: Mapping[str, Any] | None = None) -> Operation:
@@ -87,7 +92,8 @@ def call(compiled: CompiledObject, name: str, pointers: Sequence[int], symbols: 
     return library.function(name)(ctypes.addressof(table), ctypes.addressof(values))
 
 
-def run(kernel_op: Operation, tensors: Sequence[torch.Tensor], sizes: Mapping[str, int] | None = None, target: Target | None = None) -> int:
+def run(kernel_op: Operation, tensors: Sequence[torch.Tensor], sizes: Mapping[str, int] | None = None,
+        target: Target | None = None) -> int:
     """Runs a kernel once on the memory of `tensors`; gives the error word."""
     compiled = compile_module(module_of(kernel_op, sizes), target or host_target())
     return call(compiled, "main_0", [t.data_ptr() for t in tensors], list((sizes or {}).values()))

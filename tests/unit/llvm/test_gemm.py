@@ -37,7 +37,8 @@ def gemm(m, n, k, dtype="f32", kb=1, epilogue=True, mr=MR, nr=NR, acc="f32"):
         row, col = i0 * mr + t0, i1 * nr + t1
         b.store(c_buf, out, row * n + col, p, q, mask=((row, m), (col, n)))
     symbols = sorted({s for d in (m, n, k) if not isinstance(d, int) for s in [str(d)]})
-    return kernel([buffer((m, k), dtype), buffer((k, n), dtype), buffer((n,), acc), buffer((m, n), dtype if dtype != "i8" else "i32")],
+    return kernel([buffer((m, k), dtype), buffer((k, n), dtype), buffer((n,), acc),
+                   buffer((m, n), dtype if dtype != "i8" else "i32")],
                   [ceildiv(m, mr), ceildiv(n, nr)], body, symbols=symbols, flops=2 * m * n * k)
 
 
@@ -66,13 +67,14 @@ def test_half_inputs(dtype, kb, target):
 
 def test_f64_and_integers(target):
     m, n, k = 14, 33, 20
-    a, b, bias = torch.randn(m, k, dtype=torch.float64), torch.randn(k, n, dtype=torch.float64), torch.randn(n, dtype=torch.float64)
+    a, b, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((m, k), (k, n), (n,)))
     c = torch.zeros(m, n, dtype=torch.float64)
     assert run(gemm(m, n, k, "f64", acc="f64"), [a, b, bias, c], target=target) == 0
     torch.testing.assert_close(c, (a @ b + bias).relu())
     x, y = torch.randint(-128, 127, (m, k), dtype=torch.int8), torch.randint(-128, 127, (k, n), dtype=torch.int8)
     z = torch.zeros(m, n, dtype=torch.int32)
-    assert run(gemm(m, n, k, "i8", kb=4, acc="i32", epilogue=False), [x, y, torch.zeros(n, dtype=torch.int32), z], target=target) == 0
+    assert run(gemm(m, n, k, "i8", kb=4, acc="i32", epilogue=False), [x, y, torch.zeros(n, dtype=torch.int32), z],
+               target=target) == 0
     assert torch.equal(z, (x.int() @ y.int()))
 
 

@@ -86,7 +86,8 @@ def test_segments_and_persistent_buffers():
     compiled = h.compile()
     program = compiled.programs["main"]
     assert program.steps == (Step("call", "main_0"), Step("extern", number=0), Step("extern", number=1), Step("call", "main_1"))
-    assert program.packs == {0: "main_pack_0", 1: "main_pack_1"} and set(compiled.symbols) == {"main_0", "main_1", "main_pack_0", "main_pack_1"}
+    assert program.packs == {0: "main_pack_0", 1: "main_pack_1"}
+    assert set(compiled.symbols) == {"main_0", "main_1", "main_pack_0", "main_pack_1"}
     n = 50
     xs, w, ys, zs, p0, p1, arena = (torch.randn(n) for _ in range(7))
     table = [v.data_ptr() for v in (xs, w, ys, zs, p0, p1, arena)]
@@ -97,7 +98,8 @@ def test_segments_and_persistent_buffers():
     torch.testing.assert_close(ys, zs + 4 * w)
 
 
-@pytest.mark.parametrize("source,target", [(None, None), ((1, s0), None), (None, (1, s0)), ((s0 * 2, 2), None), ((1, s0), (1, s0))])
+@pytest.mark.parametrize("source,target",
+                         [(None, None), ((1, s0), None), (None, (1, s0)), ((s0 * 2, 2), None), ((1, s0), (1, s0))])
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "i64", "i1", "c64"])
 def test_copies(source, target, dtype):
     shape = (s0, s0)
@@ -176,7 +178,8 @@ def test_inplace_kernel_is_not_noalias():
     assert torch.equal(x, want)
 
 
-@pytest.mark.parametrize("triple,features", [("aarch64-unknown-linux-gnu", ("neon", "fp-armv8")), ("x86_64-unknown-linux-gnu", ("sse2",)),
+@pytest.mark.parametrize("triple,features",
+                         [("aarch64-unknown-linux-gnu", ("neon", "fp-armv8")), ("x86_64-unknown-linux-gnu", ("sse2",)),
                                              ("x86_64-unknown-linux-gnu", ("sse2", "avx", "avx2", "fma", "f16c"))])
 def test_cross_compilation(triple, features):
     target = make_target(triple, features=features)

@@ -37,7 +37,9 @@ def test_loop_with_peeled_tail(n, target):
     assert (y[:n] == -x).all() and (y[n:] == 7).all()
 
 
-@pytest.mark.parametrize("shape,strides", [((13, 37), (37, 1)), ((13, 37), (1, 13)), ((13, 37), (80, 2)), ((13, 37), (0, 1)), ((13, 37), (1, 0))])
+@pytest.mark.parametrize("shape,strides",
+                         [((13, 37), (37, 1)), ((13, 37), (1, 13)), ((13, 37), (80, 2)), ((13, 37), (0, 1)),
+                          ((13, 37), (1, 0))])
 @pytest.mark.parametrize("symbolic", [False, True])
 def test_strided_loads(shape, strides, symbolic, target):
     rows, columns = shape

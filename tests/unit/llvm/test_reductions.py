@@ -44,10 +44,12 @@ def test_column_sum(rows, target):
     def body(k, x, y):
         p, m = k.pid(), ((i1 * 16 + t1, columns),)
         acc, = k.loop(0, s0, 1, [k.full(0.0, (1, 16))],
-                      lambda b, i, a: [b.arith("add", a, b.load(x, i0 * columns + i1 * 16 + t1, i, p, shape=(1, 16), mask=m))], unroll=4)
+                      lambda b, i, a: [b.arith("add", a, b.load(x, i0 * columns + i1 * 16 + t1, i, p, shape=(1, 16), mask=m))],
+                      unroll=4)
         k.store(y, acc, i0 * 16 + t1, p, mask=((i0 * 16 + t1, columns),))
     x, y = torch.randn(rows, columns), torch.zeros(columns)
-    assert run(kernel([buffer((s0, columns)), buffer((columns,))], [4], body, symbols=["s0"]), [x, y], {"s0": rows}, target) == 0
+    assert run(kernel([buffer((s0, columns)), buffer((columns,))], [4], body, symbols=["s0"]), [x, y], {"s0": rows},
+               target) == 0
     torch.testing.assert_close(y, x.sum(0))
 
 
@@ -65,7 +67,8 @@ def test_reduce_kinds(dtype, kind, axis, target):
     x = torch.randint(1, 3, shape).to(TORCH[dtype])
     y = torch.zeros(reduced, dtype=TORCH[dtype])
     assert run(kernel([buffer(shape, dtype), buffer(reduced, dtype)], [1], body), [x, y], target=target) == 0
-    want = {"sum": lambda: x.sum(axis, keepdim=True), "prod": lambda: x.prod(axis, keepdim=True), "max": lambda: x.amax(axis, True),
+    want = {"sum": lambda: x.sum(axis, keepdim=True), "prod": lambda: x.prod(axis, keepdim=True),
+            "max": lambda: x.amax(axis, True),
             "min": lambda: x.amin(axis, True)}[kind]()
     assert torch.equal(y, want.to(y.dtype))
 
@@ -88,7 +91,8 @@ def test_any_and_all(target):
     x = torch.rand(4, 19) > 0.9
     x[1], x[2] = True, False
     y, z = torch.zeros(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
-    assert run(kernel([buffer((4, 19), "i1"), buffer((4,), "i1"), buffer((4,), "i1")], [1], body), [x, y, z], target=target) == 0
+    assert run(kernel([buffer((4, 19), "i1"), buffer((4,), "i1"), buffer((4,), "i1")], [1], body), [x, y, z],
+               target=target) == 0
     assert torch.equal(y, x.any(1)) and torch.equal(z, x.all(1))
 
 
@@ -104,7 +108,8 @@ def test_transpose(n, m, dtype, target):
     assert torch.equal(y, x.t())
 
 
-@pytest.mark.parametrize("before,after", [((24,), (2, 12)), ((6, 10), (4, 15)), ((3, 1), (1, 3)), ((2, 3, 20), (120,)), ((40,), (40, 1))])
+@pytest.mark.parametrize("before,after",
+                         [((24,), (2, 12)), ((6, 10), (4, 15)), ((3, 1), (1, 3)), ((2, 3, 20), (120,)), ((40,), (40, 1))])
 def test_reshape(before, after, target):
     count = torch.Size(before).numel()
 

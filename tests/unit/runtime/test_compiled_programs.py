@@ -30,11 +30,9 @@ def compiled() -> Iterator[Compile]:
         return torch.compile(f, backend=backend(Options(strict=True, cache=False)), **options), graphs
 
     torch._dynamo.reset()
-    driver._LISTENERS.append(listen)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), driver.watching(compiled=listen):
         warnings.simplefilter("error", RuntimeWarning)
         yield make
-    driver._LISTENERS.remove(listen)
     torch._dynamo.reset()
 
 

@@ -1,0 +1,63 @@
+"""Compiling for a CUDA device: which one a graph is for, what it can do, and the artifact that
+`runtime.cuda_graph.CudaGraph` runs.
+
+    device = cuda_device(module)                  # "cuda:0", or None for a program on the CPU
+    target = cuda_target(device)
+    artifact = compile_cuda(module, target)       # a host-level module -> manifest with its program under "cuda", and cubins
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+from ..backends.triton import compile_gpu
+from ..ir import Operation, Target
+from ..ir.core import IRError
+from ..runtime.artifact import Artifact
+from .manifest import build_manifest
+
+__all__ = ["compile_cuda", "cuda_device", "cuda_target", "triton_version"]
+
+ERRORS = {1: "an index is out of range"}
+
+
+def cuda_device(module: Operation) -> str | None:
+    """The CUDA device of the program's arguments; None if all are on the CPU. IRError if there are several."""
+    devices = {
+        a["device"]
+        for f in module.body
+        if f.name == "func"
+        for a in f["arg_attrs"]
+        if str(a.get("device", "")).startswith("cuda")
+    }
+    if len(devices) > 1:
+        raise IRError(f"a graph for several devices: {', '.join(sorted(devices))}")
+    return devices.pop() if devices else None
+
+
+@cache
+def cuda_target(device: str) -> Target:
+    """What a device of this machine can do."""
+    p = torch.cuda.get_device_properties(device)
+    capability = 10 * p.major + p.minor
+    return Target(
+        kind="cuda", name=f"sm_{capability}", capability=capability, multiprocessors=p.multi_processor_count, l2=p.L2_cache_size
+    )
+
+
+def compile_cuda(module: Operation, target: Target, *, cache_dir: Path | None = None, threads: int | None = None) -> Artifact:
+    """The artifact of a planned host-level module. Kernels compile `threads` at a time (default: one per core, at most 8)."""
+    compiled = compile_gpu(module, target, cache_dir=cache_dir, threads=threads or min(8, os.cpu_count() or 1))
+    manifest = build_manifest(module, errors=ERRORS, device="cuda")
+    manifest["cuda"] = compiled.program
+    return Artifact(manifest, compiled.blobs)
+
+
+def triton_version() -> str:
+    """Part of cache keys."""
+    return str(triton.__version__)

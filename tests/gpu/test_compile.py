@@ -1,0 +1,95 @@
+"""Every kernel family becomes a cubin for Ampere and Hopper; no GPU is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aicc.backends.triton import CompiledGpu, compile_gpu
+from aicc.compiler.manifest import build_manifest
+from aicc.ir import Operation, Target
+
+from .cases import CASES, SM80, SM90, capture
+
+SLOW = {
+    "softmax_long",
+    "conv_backward",
+    "mlp_backward",
+    "embedding_backward",
+    "gemm_f64",
+    "attention",
+    "sdpa_causal",
+    "transcendental",
+    "nan",
+}
+
+
+def compile_all(function: Any, inputs: Any, target: Target, folder: Path, **options: Any) -> list[CompiledGpu]:
+    found: list[CompiledGpu] = []
+
+    def run(module: Operation, gm: torch.fx.GraphModule, args: list[Any]) -> Any:
+        found.append(compile_gpu(module, target, cache_dir=folder))
+        build_manifest(module)
+        return gm.forward(*args)
+
+    capture(function, inputs, run, until="host", target=target, **options)
+    return found
+
+
+def check(compiled: list[CompiledGpu], target: Target) -> None:
+    assert compiled
+    for program in compiled:
+        assert program.kernels
+        for name, k in program.kernels.items():
+            assert k.cubin[:4] == b"\x7fELF", name
+            assert 0 < k.registers <= 255 and k.spills <= 512 and k.global_scratch == 0, (name, k.registers, k.spills)
+            assert k.parameters >= len(k.signature), name
+            assert k.shared <= (227 if target.capability == 90 else 163) * 1024, name
+        for steps in program.program["functions"].values():
+            assert all(step[0] == "copy" or step[1] in program.kernels for step in steps)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
+def test_case_compiles_for_hopper(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    function, inputs = case.build()
+    check(compile_all(function, inputs, SM90, tmp_path, dynamic=case.dynamic, backward=case.backward), SM90)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pointwise",
+        "softmax",
+        "gemm_gelu",
+        "gemm_bf16",
+        "embedding",
+        *[pytest.param(n, marks=pytest.mark.slow) for n in ("conv", "attention", "gemm_f64", "integers", "scatter_add")],
+    ],
+)
+def test_case_compiles_for_ampere(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    function, inputs = case.build()
+    check(compile_all(function, inputs, SM80, tmp_path, dynamic=case.dynamic, backward=case.backward), SM80)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gpt2", "bert", "llama", "resnet18"])
+def test_model_compiles(model: str, tmp_path: Path) -> None:
+    from aicc.tests.models.zoo import MODELS
+
+    check(compile_all(*MODELS[model].build(), SM90, tmp_path), SM90)
+
+
+def test_bfloat16_products_use_the_tensor_cores(tmp_path: Path) -> None:
+    """Hopper's wgmma instruction is in the code, and compiling twice gives the same code."""
+    case = CASES["gemm_bf16"]
+    function, inputs = case.build()
+    (first,) = compile_all(function, inputs, SM90, tmp_path / "a")
+    (second,) = compile_all(function, inputs, SM90, tmp_path / "b")
+    ((name, kernel),) = first.kernels.items()
+    ptx = next((tmp_path / "a").rglob("*.ptx")).read_text()
+    assert "wgmma.mma_async" in ptx
+    assert kernel.shared > 0 and second.kernels[name].cubin == kernel.cubin

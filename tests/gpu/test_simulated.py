@@ -1,0 +1,60 @@
+"""Numerics of the generated text: whole host programs in Triton's interpreter, against eager.
+
+One subprocess runs all cases, as the interpreter has to be chosen before triton is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .cases import CASES
+
+HERE = Path(__file__).parent
+LONG = {"softmax_long", "conv_backward", "mlp_backward", "max_pool", "scatter_add", "embedding_backward"}
+MODELS = {"model:bert": 2e-5, "model:gpt2": 2e-5, "model:llama": 2e-5}
+
+
+@cache
+def simulated(names: tuple[str, ...]) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(HERE / "simulate_cases.py"), *names],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[-1].removeprefix("RESULT "))  # type: ignore[no-any-return]
+
+
+def check(result: dict[str, Any], tolerance: float) -> None:
+    assert "failure" not in result, result["failure"]
+    assert result["errors"] and result["launches"] > 0
+    assert max(result["errors"]) <= tolerance, result["errors"]
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in LONG])
+def test_case(name: str) -> None:
+    check(simulated(tuple(n for n in CASES if n not in LONG))[name], CASES[name].tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(LONG))
+def test_long_case(name: str) -> None:
+    check(simulated(tuple(sorted(LONG)))[name], CASES[name].tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name: str) -> None:
+    check(simulated((name,))[name], MODELS[name])

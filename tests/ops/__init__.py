@@ -1,0 +1,1 @@
+"""Operators of PyTorch's own OpInfo database, compiled and compared with eager."""

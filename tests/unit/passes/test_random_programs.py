@@ -1,0 +1,68 @@
+"""Random PyTorch programs, differential: eager against the graph, tensor and tile levels (interpreted) and the native code.
+
+`--hypothesis-profile=long` runs thousands of examples. A failure prints the program as Python source.
+"""
+
+from __future__ import annotations
+
+import torch
+from aicc.compiler.driver import compile_graph
+from aicc.compiler.options import Options
+from hypothesis import given, settings
+from support.random_programs import RandomProgram, random_programs
+from support.stages import TARGETS, Program, capture, check_levels, compare
+
+LOOSE = 20_000
+"""Roundings allowed: chains of steps amplify errors, while a wrong element is wrong by its own magnitude."""
+
+
+def scaled(examples: int) -> settings:
+    """`examples` in the default profile; profiles with more run that many times as many."""
+    return settings(max_examples=max(examples, examples * settings.default.max_examples // 100))
+
+
+def captured(p: RandomProgram, *, dynamic: bool = False) -> Program:
+    return capture(p.fn, p.inputs, dynamic=dynamic, slack=LOOSE)
+
+
+@scaled(60)
+@given(random_programs())
+def test_levels(p: RandomProgram) -> None:
+    program = captured(p)
+    for target in TARGETS.values():
+        check_levels(program, target, levels=["tile"], slack=LOOSE)
+
+
+@scaled(20)
+@given(random_programs())
+def test_levels_with_symbolic_sizes(p: RandomProgram) -> None:
+    program = captured(p, dynamic=True)
+    for name in ("avx2", "cuda"):
+        check_levels(program, TARGETS[name], levels=["tensor", "tile"], slack=LOOSE)
+
+
+@scaled(12)
+@given(random_programs())
+def test_native_code(p: RandomProgram) -> None:
+    program = captured(p)
+    native(program)
+
+
+@scaled(6)
+@given(random_programs())
+def test_native_code_with_symbolic_sizes(p: RandomProgram) -> None:
+    native(captured(p, dynamic=True))
+
+
+def native(program: Program) -> None:
+    """Compiles for this machine, runs twice (the second time nothing is packed anew), compares; inputs stay as they were."""
+    compiled = compile_graph(program.module(), Options(cache=False, strict=True)).graph
+    assert compiled is not None
+    args = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x) for x in program.inputs]
+    try:
+        for _ in range(2):
+            compare([r for r in compiled(*args) if isinstance(r, torch.Tensor)], program, "native", slack=LOOSE)
+        assert all(torch.equal(a, x) for a, x in zip(args, program.inputs, strict=True))
+    except Exception as e:
+        e.add_note(f"in native code; the graph is\n{program.text}")
+        raise
