@@ -159,7 +159,7 @@ class Accessor:
     def has_masked(self) -> bool:
         f = self.k.features
         return ((self.memory_bits in (32, 64) and ("avx512f" in f or "avx2" in f))
-                or self.memory_bits in (8, 16) and "avx512bw" in f)  # noqa: RUF021
+                or self.memory_bits in (8, 16) and "avx512bw" in f)
 
     @property
     def memory_bits(self) -> int:
