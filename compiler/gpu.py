@@ -1,4 +1,5 @@
-"""Compiling for a CUDA device: which one a graph is for, what it can do, and the artifact that `runtime.cuda_graph.CudaGraph` runs.
+"""Compiling for a CUDA device: which one a graph is for, what it can do, and the artifact that
+`runtime.cuda_graph.CudaGraph` runs.
 
     device = cuda_device(module)                  # "cuda:0", or None for a program on the CPU
     target = cuda_target(device)
@@ -27,7 +28,13 @@ ERRORS = {1: "an index is out of range"}
 
 def cuda_device(module: Operation) -> str | None:
     """The CUDA device of the program's arguments; None if all are on the CPU. IRError if there are several."""
-    devices = {a["device"] for f in module.body if f.name == "func" for a in f["arg_attrs"] if str(a.get("device", "")).startswith("cuda")}
+    devices = {
+        a["device"]
+        for f in module.body
+        if f.name == "func"
+        for a in f["arg_attrs"]
+        if str(a.get("device", "")).startswith("cuda")
+    }
     if len(devices) > 1:
         raise IRError(f"a graph for several devices: {', '.join(sorted(devices))}")
     return devices.pop() if devices else None
@@ -38,7 +45,9 @@ def cuda_target(device: str) -> Target:
     """What a device of this machine can do."""
     p = torch.cuda.get_device_properties(device)
     capability = 10 * p.major + p.minor
-    return Target(kind="cuda", name=f"sm_{capability}", capability=capability, multiprocessors=p.multi_processor_count, l2=p.L2_cache_size)
+    return Target(
+        kind="cuda", name=f"sm_{capability}", capability=capability, multiprocessors=p.multi_processor_count, l2=p.L2_cache_size
+    )
 
 
 def compile_cuda(module: Operation, target: Target, *, cache_dir: Path | None = None, threads: int | None = None) -> Artifact:

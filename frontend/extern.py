@@ -82,11 +82,15 @@ _ENCODINGS: tuple[tuple[type, Callable[[Any], Attribute]], ...] = (
 )
 
 
-def lower_extern(c: Context, node: fx.Node, env: Mapping[fx.Node, Any], reason: str) -> Any:
-    """The node as a `graph.extern`; gives its value, or a tuple when the operator returns several. `env`: values of nodes."""
-    target: Any = node.target
+def lower_extern(c: Context, node: fx.Node, env: Mapping[fx.Node, Any], reason: str, *,
+                 call: tuple[Any, tuple[Any, ...]] | None = None) -> Any:
+    """The node as a `graph.extern`; gives its value, or a tuple when the operator returns several. `env`: values of nodes.
+
+    `call` names the operator and its positional arguments where they are not the node's own.
+    """
+    target, arguments = call or (node.target, node.args)
     encoder = _Encoder(c, env)
-    args, kwargs = encoder.encode(node.args), {k: encoder.encode(v) for k, v in node.kwargs.items()}
+    args, kwargs = encoder.encode(arguments), {k: encoder.encode(v) for k, v in node.kwargs.items()}
     several = isinstance(c.val, (list, tuple))
     returned = tuple(c.val) if several else () if c.val is None else (c.val,)
     types: list[TensorType] = []

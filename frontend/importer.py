@@ -92,7 +92,7 @@ class _Importer:
         for position, node in enumerate(nodes):
             val = node.meta.get("val")
             try:
-                if isinstance(val, torch.Tensor):
+                if isinstance(val, torch.Tensor) and not _is_token(node):
                     self._tensor_argument(node, val)
                     where = {} if val.device.type == "cpu" else {"device": str(val.device)}
                     arg_attrs.append({"name": node.name, "kind": kinds[position], "position": position, **where})
@@ -100,7 +100,7 @@ class _Importer:
                 expr = self._number(val) if isinstance(val, (int, torch.SymInt)) else None
                 if isinstance(expr, SymScalar):
                     raise Unsupported(f"the size {val} as an argument")
-                if expr is None and node.users and val is not None:
+                if expr is None and node.users and val is not None and not _is_token(node):
                     raise Unsupported(f"an argument of type {type(val).__name__}")
                 self.env[node] = expr
                 symbol_args.append({"position": position, "expr": expr})
@@ -114,6 +114,8 @@ class _Importer:
     def _tensor_argument(self, node: fx.Node, val: torch.Tensor) -> None:
         if val.layout != torch.strided or val.is_quantized:
             raise Unsupported(f"a tensor of layout {val.layout}")
+        if val.is_conj() or val.is_neg():
+            raise Unsupported("a tensor whose memory holds the conjugate or negative of its values")
         t = self.c.type_of(val).with_strides(self.c.dims(val.stride()))
         self.env[node] = self.body.add_arg(t, node.name)
 
@@ -160,6 +162,8 @@ class _Importer:
             self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
         elif str(node.target) in _NO_EFFECT:
             self.env[node] = None
+        elif node.target is torch.ops.higher_order.with_effects:
+            self.env[node] = self._ordered(node)
         elif isinstance(self.c.val, (*_SYMBOLIC, int, float)) and str(node.target) not in _READS_NUMBER:
             self.env[node] = self._number(self.c.val)
         elif isinstance(self.c.val, (list, tuple)) and all(isinstance(v, (*_SYMBOLIC, int, float)) for v in self.c.val):
@@ -211,6 +215,18 @@ class _Importer:
             self._erase_after(last)
         made = lower_extern(self.c, node, self.env, reason)
         return self._number(self.c.val) if str(target) in _READS_NUMBER else made
+
+    def _ordered(self, node: fx.Node) -> Any:
+        """with_effects(token, operator, ...): an operator called for its effect. Externs stay in order, so that the token is only handed on."""
+        token, target, *args = node.args
+        if not isinstance(target, torch._ops.OpOverload):
+            raise Unsupported(f"the operator {target} with effects")
+        _, *returned = self.c.val
+        self.c.val = tuple(returned) if len(target._schema.returns) != 1 else returned[0]
+        if any(isinstance(r, torch.Tensor) for r in returned) or target._schema.is_mutable:
+            raise Unsupported(f"'{target}', which has effects and results")
+        made = lower_extern(self.c, node, self.env, "called for its effect", call=(target, tuple(args)))
+        return (self.env[token], *(made if isinstance(made, tuple) else (made,)))  # type: ignore[index]
 
     def _checked(self, made: Any) -> Any:
         """What a row gave, with the shapes that torch derived; Unsupported when it is not what torch says the node gives."""
@@ -292,6 +308,11 @@ class _Importer:
         assert isinstance(value.type, TensorType)
         strides = value.type.with_strides(self.c.dims(val.stride())).strides
         return {} if strides is None else {"strides": strides}
+
+
+def _is_token(node: fx.Node) -> bool:
+    """True for the arguments that order effects: fake tensors while tracing, None when the graph runs."""
+    return any(user.target is torch.ops.higher_order.with_effects and user.args[0] is node for user in node.users)
 
 
 def _bind(target: torch._ops.OpOverload, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Running compiled CUDA kernels: cubins are loaded and launched through the CUDA driver, on torch's current stream.
 
     library = CudaLibrary(program, blobs, device=0)
-    run = library.function("main_0")          # int run(table address, symbols address): like a native function of the CPU backend
+    run = library.function("main_0")          # int run(table address, symbols address), as native functions are
 
 `program` is JSON data (made by `backends/triton`):
 
@@ -9,12 +9,16 @@
     functions   name -> [["launch", kernel, [place, ...]] | ["copy", source place, target place, bytes], ...]
     constants   base64
 
-A place is ["table", slot, byte offset] or ["constant", number, byte offset]; sizes are as in `sizes.py`. The table is the executor's.
-A kernel's parameters are its buffers, its size symbols (int64), the address of the error word if it checks indices, and then null
+A place is ["table", slot, byte offset] or ["constant", number, byte offset]; sizes are as in `sizes.py`. The table is the
+executor's.
+A kernel's parameters are its buffers, its size symbols (int64), the address of the error word if it checks indices, and
+then null
 pointers for Triton's own scratch memory.
 
-A launch costs one call of cuLaunchKernel: parameter arrays are made once, and only the frame that they point into is rewritten per call.
-A failed check is known late, as for any CUDA error: kernels write to a word of pinned host memory, which the next call reads (code 1).
+A launch costs one call of cuLaunchKernel: parameter arrays are made once, and only the frame that they point into is
+rewritten per call.
+A failed check is known late, as for any CUDA error: kernels write to a word of pinned host memory, which the next call
+reads (code 1).
 """
 
 from __future__ import annotations
@@ -55,7 +59,9 @@ class _Driver:
         pointer, u32 = ctypes.c_void_p, ctypes.c_uint
         self._describe = lib.cuGetErrorString
         self._describe.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
-        self.launch = self._checked(lib, "cuLaunchKernel", [pointer, u32, u32, u32, u32, u32, u32, u32, pointer, pointer, pointer])
+        self.launch = self._checked(
+            lib, "cuLaunchKernel", [pointer, u32, u32, u32, u32, u32, u32, u32, pointer, pointer, pointer]
+        )
         self.load = self._checked(lib, "cuModuleLoadData", [ctypes.POINTER(pointer), ctypes.c_char_p])
         self.unload = self._checked(lib, "cuModuleUnload", [pointer])
         self.get_function = self._checked(lib, "cuModuleGetFunction", [ctypes.POINTER(pointer), pointer, ctypes.c_char_p])
@@ -167,8 +173,8 @@ class CudaFunction:
         self.library = library
         positions = library.positions
         kernels = library.program["kernels"]
-        self._slots: list[int] = []           # table slot of each place of the frame; constants have -1
-        self._bases: list[int] = []           # address of constants, 0 for others
+        self._slots: list[int] = []  # table slot of each place of the frame; constants have -1
+        self._bases: list[int] = []  # address of constants, 0 for others
         self._offsets: list[Size] = []
         self._extents: list[Size | list[Size]] = []
         places: dict[str, int] = {}
@@ -209,14 +215,17 @@ class CudaFunction:
             if len(cells) != row["parameters"]:
                 raise ArtifactError(f"kernel '{item[1]}' takes {row['parameters']} parameters, not {len(cells)}")
             params = (ctypes.c_void_p * len(cells))(*[base + 8 * c for c in cells])
-            self._steps.append(("launch", library.entries[item[1]], row["threads"], row["shared"], ctypes.addressof(params), params))
+            self._steps.append(
+                ("launch", library.entries[item[1]], row["threads"], row["shared"], ctypes.addressof(params), params)
+            )
         self._lock = threading.Lock()
         self._memo: dict[tuple[int, ...], _Sizes] = {}
         self._table_size = max([*self._slots, -1]) + 1
         self._checks = any(kernels[i[1]]["checks"] for i in raw if i[0] == "launch")
 
     def __call__(self, table: int, symbols: int) -> int:
-        """Launches everything on the current stream of the library's device. 0, or the code of an error of an earlier launch."""
+        """Launches everything on the current stream of the library's device. 0, or the code of an error of an earlier
+        launch."""
         library = self.library
         if self._checks and (code := library.take_error()):
             return code
@@ -233,7 +242,7 @@ class CudaFunction:
         with self._lock:
             self._frame[:n] = [slots[s] + o for s, o in zip(self._slots, sizes.offsets)]
             if self._values is not None:
-                self._values[:] = values  # type: ignore[call-overload]
+                self._values[:] = list(values)
             for step, extent in zip(self._steps, sizes.extents):
                 if not extent:
                     continue
@@ -247,7 +256,10 @@ class CudaFunction:
 
     def _measure(self, values: tuple[int, ...]) -> _Sizes:
         offsets = [b + evaluate_size(o, values) for b, o in zip(self._bases, self._offsets)]
-        extents = [prod(evaluate_size(g, values) for g in e) if isinstance(e, list) else evaluate_size(e, values) for e in self._extents]
+        extents = [
+            prod(evaluate_size(g, values) for g in e) if isinstance(e, list) else evaluate_size(e, values)
+            for e in self._extents
+        ]
         if any(e > MAX_GRID for e, s in zip(extents, self._steps) if s[0] == "launch"):
             raise ValueError(f"a kernel would need more than {MAX_GRID} programs")
         if len(self._memo) >= 512:

@@ -3,7 +3,8 @@
     graph = CudaGraph(manifest, blobs, device="cuda:0")       # manifest["cuda"] is the program of `cuda.py`, blobs its cubins
     outputs = graph(*args)
 
-Kernels take inputs to start at multiples of 16 bytes, as torch's allocator gives them; an argument that does not (a slice, say) is copied for
+Kernels take inputs to start at multiples of 16 bytes, as torch's allocator gives them; an argument that does not (a slice,
+say) is copied for
 the call, and back if the program writes to it. Numbers that live on the CPU (0-d tensors) are brought over.
 """
 
@@ -26,7 +27,14 @@ _data_ptr = torch.Tensor.data_ptr
 class CudaGraph(CompiledGraph):
     """See the module docstring."""
 
-    def __init__(self, manifest: dict[str, Any], blobs: Mapping[str, bytes], device: torch.device | str = "cuda", *, check_inputs: bool = False):
+    def __init__(
+        self,
+        manifest: dict[str, Any],
+        blobs: Mapping[str, bytes],
+        device: torch.device | str = "cuda",
+        *,
+        check_inputs: bool = False,
+    ):
         library = CudaLibrary(manifest["cuda"], blobs, device)
         super().__init__(manifest, device=library.device, library=library, check_inputs=check_inputs)
         self.cuda = library

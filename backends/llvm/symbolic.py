@@ -263,7 +263,7 @@ class Facts:
         """`e` with the minima and maxima that are decided here replaced, and divisions simplified."""
         if isinstance(e, int) or all(isinstance(a, Sym) for m, _ in e.terms for a in m):
             return e
-        bounds: dict[str, tuple[Dim, Dim | None]] = dict(self.sizes)
+        bounds: dict[str, tuple[Dim | None, Dim | None]] = dict(self.sizes)
         for layer in (self.programs, *self.loops, _tile(shape)):
             bounds |= layer
         bounds |= dict.fromkeys([s for s in free_symbols(e) if _opaque(s) or s in self.signed], NOTHING)

@@ -5,7 +5,8 @@
     compiled.blobs        # cubins by name
     compiled.sources      # Triton text by kernel, for `aicc dump-ir`
 
-`printer.py` makes the text (with `expressions.py`, `arith.py`, `helpers.py`), `compile.py` the cubins, `host.py` the launches; `simulate.py` runs
+`printer.py` makes the text (with `expressions.py`, `arith.py`, `helpers.py`), `compile.py` the cubins, `host.py` the
+launches; `simulate.py` runs
 kernels in Triton's interpreter.
 """
 
@@ -26,12 +27,22 @@ from .compile import CompiledKernel, compile_kernel, triton_cache
 from .host import Copy, Launch, Program, build_program
 from .printer import KernelSource, print_kernel
 
-__all__ = ["CompiledGpu", "CompiledKernel", "KernelSource", "compile_gpu", "compile_kernel", "print_kernel", "program_json", "triton_cache"]
+__all__ = [
+    "CompiledGpu",
+    "CompiledKernel",
+    "KernelSource",
+    "compile_gpu",
+    "compile_kernel",
+    "print_kernel",
+    "program_json",
+    "triton_cache",
+]
 
 
 @dataclass(frozen=True)
 class CompiledGpu:
-    """What the runtime needs, and what people look at. `program` goes into the artifact's manifest under "cuda", `blobs` beside it."""
+    """What the runtime needs, and what people look at. `program` goes into the artifact's manifest under "cuda", `blobs`
+    beside it."""
 
     program: dict[str, Any]
     blobs: dict[str, bytes]
@@ -40,7 +51,8 @@ class CompiledGpu:
 
 
 def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = None, threads: int = 1) -> CompiledGpu:
-    """Compiles a module at the host level (after plan-memory) for a CUDA target, such as `Target(kind="cuda", name="sm_90", capability=90)`.
+    """Compiles a module at the host level (after plan-memory) for a CUDA target, such as `Target(kind="cuda",
+    name="sm_90", capability=90)`.
 
     cache_dir: where sources and Triton's intermediate files go. threads: kernels compiled side by side.
     IRError names an op, or shows a kernel, that cannot be compiled.
@@ -60,20 +72,35 @@ def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = N
     return CompiledGpu(program_json(program, sources, compiled), blobs, compiled, {n: s.text for n, s in sources.items()})
 
 
-def program_json(program: Program, sources: Mapping[str, KernelSource], compiled: Mapping[str, CompiledKernel]) -> dict[str, Any]:
+def program_json(
+    program: Program, sources: Mapping[str, KernelSource], compiled: Mapping[str, CompiledKernel]
+) -> dict[str, Any]:
     """The program as JSON data; kernels without a compiled form (in simulation) have no entry point."""
     kernels: dict[str, Any] = {}
     for name, kernel in program.kernels.items():
         source = sources[name]
-        row: dict[str, Any] = {"buffers": source.buffers, "symbols": list(source.symbols), "checks": source.checks,
-                               "grid": [expr_to_json(g) for g in kernel["grid"]]}
+        row: dict[str, Any] = {
+            "buffers": source.buffers,
+            "symbols": list(source.symbols),
+            "checks": source.checks,
+            "grid": [expr_to_json(g) for g in kernel["grid"]],
+        }
         if name in compiled:
             k = compiled[name]
-            row |= {"blob": f"cubin_{name}", "symbol": k.symbol, "threads": 32 * k.num_warps, "shared": k.shared, "parameters": k.parameters,
-                    "digest": hashlib.sha256(k.cubin).hexdigest()[:16]}
+            row |= {
+                "blob": f"cubin_{name}",
+                "symbol": k.symbol,
+                "threads": 32 * k.num_warps,
+                "shared": k.shared,
+                "parameters": k.parameters,
+                "digest": hashlib.sha256(k.cubin).hexdigest()[:16],
+            }
         kernels[name] = row
-    return {"kernels": kernels, "constants": [base64.b64encode(c).decode() for c in program.constants],
-            "functions": {name: [_step(s) for s in steps] for name, steps in program.functions.items()}}
+    return {
+        "kernels": kernels,
+        "constants": [base64.b64encode(c).decode() for c in program.constants],
+        "functions": {name: [_step(s) for s in steps] for name, steps in program.functions.items()},
+    }
 
 
 def _step(step: Launch | Copy) -> list[Any]:

@@ -1,8 +1,9 @@
 """The arith dialect as Triton expressions.
 
-Rows are keyed by op name and kind of element type ('f' float, 'i' signed, 'u' unsigned, 'b' bool); {0}, {1}, {2} are the operands, {T} the Triton
-type, {N} its bits. Semantics are torch's (see `ir/dialects/arith.py`). Division, square root and the elementary functions are libdevice's: Triton's
-own are approximations meant for float32 alone. Floats narrower than 32 bits compute in float32 and round once.
+Rows are keyed by op name and kind of element type ('f' float, 'i' signed, 'u' unsigned, 'b' bool); {0}, {1}, {2} are the
+operands, {T} the Triton type, {N} its bits. Semantics are torch's (see `ir/dialects/arith.py`). Division, square root and the
+elementary functions are libdevice's: Triton's own are approximations meant for float32 alone. Floats narrower than 32 bits
+compute in float32 and round once.
 """
 
 from __future__ import annotations
@@ -26,30 +27,88 @@ def _libdevice(name: str, arity: int = 1) -> dict[str, str]:
     return {"f": f"libdevice.{name}({', '.join(f'{{{k}}}' for k in range(arity))})"}
 
 
-_LIBDEVICE = ("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "rsqrt", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh",
-              "asinh", "acosh", "atanh", "erf", "erfc", "erfinv", "lgamma", "trunc")
+_LIBDEVICE = (
+    "exp",
+    "exp2",
+    "expm1",
+    "log",
+    "log2",
+    "log10",
+    "log1p",
+    "rsqrt",
+    "sin",
+    "cos",
+    "tan",
+    "asin",
+    "acos",
+    "atan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "asinh",
+    "acosh",
+    "atanh",
+    "erf",
+    "erfc",
+    "erfinv",
+    "lgamma",
+    "trunc",
+)
 
 TABLE: dict[str, dict[str, str]] = {
-    "neg": _same("-{0}", "fiu"), "abs": {"f": "tl.abs({0})", "i": "tl.abs({0})", "u": "{0}"},
-    "sign": {"f": "({0} > 0).to({T}) - ({0} < 0).to({T})", "i": "({0} > 0).to({T}) - ({0} < 0).to({T})", "u": "({0} != 0).to({T})", "b": "{0}"},
-    "bitnot": _same("~{0}", "iub"), "isnan": {"f": "{0} != {0}"}, "isinf": {"f": "tl.abs({0}) == float(\"inf\")"},
-    "floor": {"f": "tl.floor({0})"}, "ceil": {"f": "tl.ceil({0})"}, "round": _libdevice("rint"),
+    "neg": _same("-{0}", "fiu"),
+    "abs": {"f": "tl.abs({0})", "i": "tl.abs({0})", "u": "{0}"},
+    "sign": {
+        "f": "({0} > 0).to({T}) - ({0} < 0).to({T})",
+        "i": "({0} > 0).to({T}) - ({0} < 0).to({T})",
+        "u": "({0} != 0).to({T})",
+        "b": "{0}",
+    },
+    "bitnot": _same("~{0}", "iub"),
+    "isnan": {"f": "{0} != {0}"},
+    "isinf": {"f": 'tl.abs({0}) == float("inf")'},
+    "floor": {"f": "tl.floor({0})"},
+    "ceil": {"f": "tl.ceil({0})"},
+    "round": _libdevice("rint"),
     **{name: _libdevice(name) for name in _LIBDEVICE},
-    "sqrt": _libdevice("sqrt_rn"), "reciprocal": _libdevice("rcp_rn"), "sigmoid": {"f": "sigmoid({0})"}, "digamma": {"f": "digamma({0})"},
-    "add": {**_same("{0} + {1}", "fiu"), "b": "{0} | {1}"}, "sub": _same("{0} - {1}", "fiu"),
-    "mul": {**_same("{0} * {1}", "fiu"), "b": "{0} & {1}"}, "div": _libdevice("div_rn", 2),
+    "sqrt": _libdevice("sqrt_rn"),
+    "reciprocal": _libdevice("rcp_rn"),
+    "sigmoid": {"f": "sigmoid({0})"},
+    "digamma": {"f": "digamma({0})"},
+    "add": {**_same("{0} + {1}", "fiu"), "b": "{0} | {1}"},
+    "sub": _same("{0} - {1}", "fiu"),
+    "mul": {**_same("{0} * {1}", "fiu"), "b": "{0} & {1}"},
+    "div": _libdevice("div_rn", 2),
     "floordiv": {"f": "float_floor_div({0}, {1})", "i": "floor_div({0}, {1})", "u": "{0} // {1}"},
-    "truncdiv": _same("{0} // {1}", "iu"), "mod": {"f": "float_mod({0}, {1})", "i": "floor_mod({0}, {1})", "u": "{0} % {1}"},
+    "truncdiv": _same("{0} // {1}", "iu"),
+    "mod": {"f": "float_mod({0}, {1})", "i": "floor_mod({0}, {1})", "u": "{0} % {1}"},
     "rem": {**_libdevice("fmod", 2), **_same("{0} % {1}", "iu")},
     "pow": {**_libdevice("pow", 2), **_same("int_pow({0}, {1}, {N})", "iu")},
-    "atan2": _libdevice("atan2", 2), "hypot": _libdevice("hypot", 2), "copysign": _libdevice("copysign", 2), "nextafter": _libdevice("nextafter", 2),
-    "max": {"f": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)", **_same("tl.maximum({0}, {1})", "iu"), "b": "{0} | {1}"},
-    "min": {"f": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)", **_same("tl.minimum({0}, {1})", "iu"), "b": "{0} & {1}"},
-    "fmax": {"f": "tl.maximum({0}, {1})"}, "fmin": {"f": "tl.minimum({0}, {1})"},
-    "and": _same("{0} & {1}", "iub"), "or": _same("{0} | {1}", "iub"), "xor": _same("{0} ^ {1}", "iub"),
-    "shl": _same("shift_left({0}, {1}, {N})", "iu"), "shr": {"i": "shift_right({0}, {1}, {N}, True)", "u": "shift_right({0}, {1}, {N}, False)"},
-    **{name: _same(f"{{0}} {sign} {{1}}") for name, sign in
-       {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items()},
+    "atan2": _libdevice("atan2", 2),
+    "hypot": _libdevice("hypot", 2),
+    "copysign": _libdevice("copysign", 2),
+    "nextafter": _libdevice("nextafter", 2),
+    "max": {
+        "f": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+        **_same("tl.maximum({0}, {1})", "iu"),
+        "b": "{0} | {1}",
+    },
+    "min": {
+        "f": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+        **_same("tl.minimum({0}, {1})", "iu"),
+        "b": "{0} & {1}",
+    },
+    "fmax": {"f": "tl.maximum({0}, {1})"},
+    "fmin": {"f": "tl.minimum({0}, {1})"},
+    "and": _same("{0} & {1}", "iub"),
+    "or": _same("{0} | {1}", "iub"),
+    "xor": _same("{0} ^ {1}", "iub"),
+    "shl": _same("shift_left({0}, {1}, {N})", "iu"),
+    "shr": {"i": "shift_right({0}, {1}, {N}, True)", "u": "shift_right({0}, {1}, {N}, False)"},
+    **{
+        name: _same(f"{{0}} {sign} {{1}}")
+        for name, sign in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items()
+    },
     "fma": _libdevice("fma", 3),
 }
 _F64 = {"max": "max_nan({0}, {1})", "min": "min_nan({0}, {1})"}
@@ -107,5 +166,5 @@ def _cast(x: str, source: DType, target: DType, index_type: str) -> str:
 def literal(value: bool | int | float) -> str:
     """A Python constant as Triton source."""
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return f"float(\"{value}\")"
+        return f'float("{value}")'
     return repr(value)

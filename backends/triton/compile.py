@@ -3,7 +3,8 @@
     kernel = compile_kernel(source, target, divisible=(True, True))
     kernel.cubin, kernel.symbol, kernel.num_warps, kernel.shared, ...
 
-The source is written to a file of its own below the cache folder (Triton reads functions through `inspect`), which is also where Triton keeps
+The source is written to a file of its own below the cache folder (Triton reads functions through `inspect`), which is also
+where Triton keeps
 its intermediate results.
 """
 
@@ -34,15 +35,18 @@ from .printer import KernelSource
 __all__ = ["CompiledKernel", "compile_kernel", "default_cache", "load_function", "triton_cache"]
 
 SHARED_LIMITS = {70: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
-"""KiB of shared memory that one block may have, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
+"""KiB of shared memory that one block may have, by compute capability (CUDA C++ programming guide, table of technical
+specifications)."""
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
     """A kernel as the driver loads it.
 
-    `symbol` is its name in the cubin; `parameters` how many it takes: those of the signature, then scratch pointers of Triton's own (null when
-    `global_scratch` is 0). `shared` is dynamic shared memory in bytes, `registers` per thread, `spills` bytes of stack per thread.
+    `symbol` is its name in the cubin; `parameters` how many it takes: those of the signature, then scratch pointers of
+    Triton's own (null when
+    `global_scratch` is 0). `shared` is dynamic shared memory in bytes, `registers` per thread, `spills` bytes of stack per
+    thread.
     """
 
     name: str
@@ -60,11 +64,21 @@ class CompiledKernel:
     checks: int
 
 
-def compile_kernel(source: KernelSource, target: Target, *, divisible: Sequence[bool] = (), num_warps: int | None = None, num_stages: int = 3,
-                   cache_dir: Path | None = None) -> CompiledKernel:
-    """Compiles for `target.capability`. `divisible` says of each buffer argument whether its address is always a multiple of 16.
+def compile_kernel(
+    source: KernelSource,
+    target: Target,
+    *,
+    divisible: Sequence[bool] = (),
+    num_warps: int | None = None,
+    num_stages: int = 3,
+    cache_dir: Path | None = None,
+) -> CompiledKernel:
+    """Compiles for `target.capability`. `divisible` says of each buffer argument whether its address is always a multiple
+    of 16.
 
-    cache_dir: where the source file goes. Enter `triton_cache` around calls, to say where Triton's own files go. IRError, with the source, if Triton rejects it. When the block needs more shared memory than the target has, fewer stages are tried.
+    cache_dir: where the source file goes. Enter `triton_cache` around calls, to say where Triton's own files go.
+    When a block needs more shared memory than the target has, fewer stages are tried.
+    IRError, with the source, if Triton rejects it.
     """
     folder = cache_dir or default_cache()
     function = load_function(source, folder)
@@ -82,19 +96,38 @@ def compile_kernel(source: KernelSource, target: Target, *, divisible: Sequence[
         if made.metadata.shared <= limit:
             break
     else:
-        raise IRError(f"kernel '{source.name}' needs {made.metadata.shared} bytes of shared memory; {target.name} has {limit} per block")
+        raise IRError(
+            f"kernel '{source.name}' needs {made.metadata.shared} bytes of shared memory; {target.name} has {limit} per block"
+        )
     metadata, cubin = made.metadata, made.asm["cubin"]
     registers, spills = resource_usage(cubin, metadata.name)
-    return CompiledKernel(source.name, metadata.name, cubin, source.text, tuple(source.signature[a] for a in arguments),
-                          _count_parameters(made.asm["ptx"], metadata.name), warps, stages, metadata.shared, registers, spills,
-                          getattr(metadata, "global_scratch_size", 0) or 0, source.checks)
+    return CompiledKernel(
+        source.name,
+        metadata.name,
+        cubin,
+        source.text,
+        tuple(source.signature[a] for a in arguments),
+        _count_parameters(made.asm["ptx"], metadata.name),
+        warps,
+        stages,
+        metadata.shared,
+        registers,
+        spills,
+        getattr(metadata, "global_scratch_size", 0) or 0,
+        source.checks,
+    )
 
 
 @contextmanager
 def triton_cache(folder: Path | None) -> Iterator[None]:
-    """Triton keeps its files below `folder` meanwhile. The setting is the process's: enter it in one thread only."""
-    with triton.knobs.cache.scope():
+    """Triton keeps its files below `folder` meanwhile, and leaves paths (line tables) out of its code: it is the same on
+    every machine.
+
+    The settings are the process's: enter this in one thread only.
+    """
+    with triton.knobs.cache.scope(), triton.knobs.compilation.scope():
         triton.knobs.cache.dir = str((folder or default_cache()) / "triton")
+        triton.knobs.compilation.disable_line_info = True
         yield
 
 

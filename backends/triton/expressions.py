@@ -3,15 +3,17 @@
     text = IndexText({"i0": ("pid0", (0, 7))}, shape=(16, 64), arange=...)
     text(offset)                                  # "pid0*1024 + r16*64 + c64"
 
-Triton's `//` and `%` on signed integers round toward zero; ours round down. They agree for non-negative dividends, which ranges mostly
+Triton's `//` and `%` on signed integers round toward zero; ours round down. They agree for non-negative dividends, which
+ranges mostly
 prove; where they do not, the helpers `floor_div` and `floor_mod` are called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from ...ir.expr import Dim, Expr, FloorDiv, Max, Min, Mod, Sym, free_symbols, known_nonnegative, lower_bound
+from ...ir.expr import Atom, Dim, Expr, FloorDiv, Max, Min, Sym, free_symbols, known_nonnegative, lower_bound
 
 __all__ = ["IndexText", "axis_of"]
 
@@ -24,16 +26,25 @@ def axis_of(symbol: str) -> int | None:
 
 
 class IndexText:
-    """Writes expressions over `operands` (name -> (text, range)), size symbols with ranges `sizes`, and positions in a tile of `shape`.
+    """Writes expressions over `operands` (name -> (text, range)), size symbols with ranges `sizes`, and positions in a
+    tile of `shape`.
 
     `arange(axis, size, rank)` gives the name of a position vector along an axis; along axes of size 1 the position is 0.
     """
 
-    def __init__(self, operands: Mapping[str, tuple[str, Range]], sizes: Mapping[str, Range], shape: Sequence[int],
-                 arange: Callable[[int, int, int], str]):
+    def __init__(
+        self,
+        operands: Mapping[str, tuple[str, Range]],
+        sizes: Mapping[str, Range],
+        shape: Sequence[int],
+        arange: Callable[[int, int, int], str],
+    ):
         self.operands, self.shape, self.arange = operands, shape, arange
-        self.bounds: dict[str, Range] = {**sizes, **{name: r for name, (_, r) in operands.items()},
-                                         **{f"t{k}": (0, n - 1) for k, n in enumerate(shape)}}
+        self.bounds: dict[str, Any] = {
+            **sizes,
+            **{name: r for name, (_, r) in operands.items()},
+            **{f"t{k}": (0, n - 1) for k, n in enumerate(shape)},
+        }
 
     def __call__(self, e: Dim) -> str:
         """`e` as text with the precedence of a sum."""
@@ -54,7 +65,7 @@ class IndexText:
         """The tile axes of size > 1 that the value of `e` varies along (operands that are tiles not counted)."""
         return {k for s in free_symbols(e) if (k := axis_of(s)) is not None and self.shape[k] != 1}
 
-    def _atom(self, a: Sym | FloorDiv | Mod | Max | Min) -> str:  # type: ignore[valid-type]
+    def _atom(self, a: Atom) -> str:
         if isinstance(a, Sym):
             return self._symbol(a.key)
         args = [self(x) for x in a.args]
@@ -83,5 +94,7 @@ class IndexText:
 
 
 def _group(e: Dim, text: str) -> str:
-    simple = isinstance(e, int) or (isinstance(e, Expr) and not e.const and len(e.terms) == 1 and e.terms[0][1] == 1 and len(e.terms[0][0]) == 1)
+    simple = isinstance(e, int) or (
+        isinstance(e, Expr) and not e.const and len(e.terms) == 1 and e.terms[0][1] == 1 and len(e.terms[0][0]) == 1
+    )
     return text if simple else f"({text})"

@@ -1,7 +1,7 @@
-'''Triton functions that generated kernels call, as source text: a kernel's file contains those that it needs.
+"""Triton functions that generated kernels call, as source text: a kernel's file contains those that it needs.
 
 `used_helpers(body)` gives the texts that a kernel's body needs.
-'''
+"""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def digamma(x):
         total = total - tl.where(small, libdevice.rcp_rn(tl.where(small, y, y * 0 + 1.0)), y * 0)
         y = tl.where(small, y + 1.0, y)
     z = libdevice.rcp_rn(y * y)
-    series = z * (1.0 / 12 - z * (1.0 / 120 - z * (1.0 / 252 - z * (1.0 / 240 - z * (1.0 / 132 - z * (691.0 / 32760 - z * (1.0 / 12)))))))
+    tail = z * (1.0 / 240 - z * (1.0 / 132 - z * (691.0 / 32760 - z * (1.0 / 12))))
+    series = z * (1.0 / 12 - z * (1.0 / 120 - z * (1.0 / 252 - tail)))
     value = total + libdevice.log(y) - libdevice.div_rn(y * 0 + 0.5, y) - series
     fraction = x - libdevice.trunc(x)
     cotangent = libdevice.div_rn(fraction * 0 + 3.141592653589793, libdevice.tan(3.141592653589793 * fraction))
@@ -99,8 +100,10 @@ def digamma(x):
     return tl.where(x == 0, at_zero, tl.where(whole, float("nan"), value))
 """
 
-HELPERS: dict[str, str] = {re.match(r"def (\w+)", text).group(1): _jit(text)  # type: ignore[union-attr]
-                           for text in re.split(r"\n(?=def )", _SOURCES.strip("\n"))}
+HELPERS: dict[str, str] = {
+    re.match(r"def (\w+)", text).group(1): _jit(text)  # type: ignore[union-attr]
+    for text in re.split(r"\n(?=def )", _SOURCES.strip("\n"))
+}
 
 
 def used_helpers(body: str) -> list[str]:

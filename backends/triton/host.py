@@ -3,8 +3,10 @@
     program = build_program(module)         # a module at the host level
     program.functions["main_0"]             # [Launch | Copy, ...] in order
 
-Functions have the names and the table that every backend agrees on (`compiler/manifest.py`): each maximal run of launches and copies between
-externs is one function, NAME_0, NAME_1, ...; NAME_pack_ID has the cached launches that fill persistent buffer ID. The table holds the function's
+Functions have the names and the table that every backend agrees on (`compiler/manifest.py`): each maximal run of launches
+and copies between
+externs is one function, NAME_0, NAME_1, ...; NAME_pack_ID has the cached launches that fill persistent buffer ID. The
+table holds the function's
 arguments, the persistent buffers by number, and the arena last. Constants are buffers of the library itself.
 """
 
@@ -17,7 +19,7 @@ from typing import Any
 from ...ir.core import Block, IRError, Operation, Region, Value
 from ...ir.expr import Dim, ceildiv, delinearize, free_symbols, product, sym
 from ...ir.expr_json import expr_to_json
-from ...ir.types import BufferType, TileType, index
+from ...ir.types import BufferType, TileType, element_type, index
 
 __all__ = ["Copy", "Launch", "Place", "Program", "build_program"]
 
@@ -27,7 +29,8 @@ COPY_TILE = 1024
 
 @dataclass(frozen=True)
 class Place:
-    """An address: `slot` of the table (or constant number `slot`) plus `offset` bytes. `aligned`: always a multiple of 16 (an input is taken to be)."""
+    """An address: `slot` of the table (or constant number `slot`) plus `offset` bytes. `aligned`: always a multiple of 16
+    (an input is taken to be)."""
 
     slot: int
     offset: Dim
@@ -128,12 +131,12 @@ class _Builder:
 
     def _view(self, op: Operation) -> Place:
         base = self.places[op.operands[0]]
-        offset = op["offset"] * op.result.type.dtype.bytes  # type: ignore[attr-defined]
+        offset = op["offset"] * element_type(op.operands[0].type).bytes  # the offset counts elements of the source
         aligned = isinstance(offset, int) and offset % ALIGNMENT == 0
         return Place(base.slot, base.offset + offset, base.constant, base.aligned and aligned)
 
     def _packed_id(self, op: Operation) -> int:
-        made = [v.defining_op["id"] for v in op.operands[len(op.operands) - op["outputs"]:] if v.defining_op is not None]
+        made = [v.defining_op["id"] for v in op.operands[len(op.operands) - op["outputs"] :] if v.defining_op is not None]
         if not made:
             raise IRError("a cached 'host.launch' must write a 'host.persistent'")
         return int(min(made))
@@ -144,8 +147,11 @@ class _Builder:
         name = op["kernel"].name
         kernel = self.kernels.get(name)
         if kernel is None or len(kernel.body.args) != len(op.operands):
-            raise IRError(f"'host.launch' of '@{name}' on {len(op.operands)} buffers, but there is no such kernel" if kernel is None else
-                          f"kernel '@{name}' takes {len(kernel.body.args)} buffers, but is launched on {len(op.operands)}")
+            raise IRError(
+                f"'host.launch' of '@{name}' on {len(op.operands)} buffers, but there is no such kernel"
+                if kernel is None
+                else f"kernel '@{name}' takes {len(kernel.body.args)} buffers, but is launched on {len(op.operands)}"
+            )
         self.program.kernels[name] = kernel
         return Launch(name, tuple(self.places[v] for v in op.operands))
 
@@ -164,7 +170,12 @@ class _Builder:
         return Launch(self.copies[source, target], places)
 
 
-_PLACES = {"host.slot": _Builder._slot, "host.persistent": _Builder._persistent, "host.constant": _Builder._constant, "host.view": _Builder._view}
+_PLACES = {
+    "host.slot": _Builder._slot,
+    "host.persistent": _Builder._persistent,
+    "host.constant": _Builder._constant,
+    "host.view": _Builder._view,
+}
 
 
 def copy_kernel(name: str, source: BufferType, target: BufferType, ranges: Mapping[str, Any]) -> Operation:
@@ -181,11 +192,28 @@ def copy_kernel(name: str, source: BufferType, target: BufferType, ranges: Mappi
             total = total + i * s
         return total
 
-    attrs = {"offset": offset(source.layout), "shape": (COPY_TILE,), "mask": mask, "other": {"float": 0.0, "bool": False}.get(source.dtype.kind, 0)}
-    tile = block.append(Operation.create("tile.load", [block.args[0], pid], attrs, [TileType((COPY_TILE,), source.dtype)])).result
+    attrs = {
+        "offset": offset(source.layout),
+        "shape": (COPY_TILE,),
+        "mask": mask,
+        "other": {"float": 0.0, "bool": False}.get(source.dtype.kind, 0),
+    }
+    tile = block.append(
+        Operation.create("tile.load", [block.args[0], pid], attrs, [TileType((COPY_TILE,), source.dtype)])
+    ).result
     block.append(Operation.create("tile.store", [block.args[1], tile, pid], {"offset": offset(target.layout), "mask": mask}))
     block.append(Operation.create("tile.yield"))
     symbols = sorted({s for e in (*source.shape, *source.layout, *target.layout) for s in free_symbols(e)})
-    return Operation.create("tile.kernel", (), {
-        "sym_name": name, "grid": (ceildiv(product(source.shape), COPY_TILE),), "symbols": tuple(symbols), "outputs": 1,
-        "bounds": {s: tuple(ranges[s]) for s in symbols if s in ranges}}, (), [Region([block])])
+    return Operation.create(
+        "tile.kernel",
+        (),
+        {
+            "sym_name": name,
+            "grid": (ceildiv(product(source.shape), COPY_TILE),),
+            "symbols": tuple(symbols),
+            "outputs": 1,
+            "bounds": {s: tuple(ranges[s]) for s in symbols if s in ranges},
+        },
+        (),
+        [Region([block])],
+    )

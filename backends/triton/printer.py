@@ -2,12 +2,14 @@
 
     source = print_kernel(kernel)
     source.text          # Python text that defines `source.name` and the helpers that it calls
-    source.signature     # argument name -> type, in order: buffers, size symbols (i64), then `err` (*i32) if an index is checked
+    source.signature     # argument name -> type: buffers, size symbols (i64), then `err` (*i32) if an index is checked
 
-Programs are numbered row-major over the grid, the last axis fastest, and launched on a one-dimensional grid. Index arithmetic is 32 bits
-wide where sizes are constant and small, else 64. `err` points to one int32: a checked access that fails stores 1 there.
+Programs are numbered row-major over the grid, the last axis fastest, and launched on a one-dimensional grid. Index
+arithmetic is 32 bits wide where sizes are constant and small, else 64. `err` points to one int32: a checked access that fails
+stores 1 there.
 
-Threads of a program see each other's writes to memory only after a barrier: one is put between a store and a load (or load and store) of one buffer.
+Threads of a program see each other's writes to memory only after a barrier: one is put between a store and a load (or load
+and store) of one buffer.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ...ir.core import IRError, Operation, Value
-from ...ir.expr import Dim, free_symbols, lower_bound, product
+from ...ir.expr import Dim, as_int, free_symbols, lower_bound, product
 from ...ir.types import BufferType, DType, TileType, element_type
 from .arith import arith_text, literal
 from .dtypes import pointer, tl_type
@@ -59,8 +61,8 @@ class _Printer:
     ranges: dict[Value, Range] = field(default_factory=dict)
     taken: set[str] = field(default_factory=lambda: {ERROR, "tl", "triton", "libdevice", "float", *HELPERS})
     aranges: dict[tuple[int, int, int], str] = field(default_factory=dict)
-    written: set[Value] = field(default_factory=set)   # buffers stored to since the last barrier
-    read: set[Value] = field(default_factory=set)      # buffers loaded from since the last barrier
+    written: set[Value] = field(default_factory=set)  # buffers stored to since the last barrier
+    read: set[Value] = field(default_factory=set)  # buffers loaded from since the last barrier
     checks: int = 0
     indent: int = 1
 
@@ -88,10 +90,22 @@ class _Printer:
         libdevice = "from triton.language.extra import libdevice\n" if "libdevice." in body + "".join(helpers) else ""
         imports = "import triton\nimport triton.language as tl\n" + libdevice
         text = "\n\n".join(["\n".join(header) + "\n" + imports, *(h.rstrip() + "\n" for h in helpers), function])
-        tiles = [int(product(v.type.shape)) for op in kernel.walk() for v in (*op.operands, *op.results)  # type: ignore[call-overload]
-                 if isinstance(v.type, TileType)]
-        return KernelSource(name, text, signature, len(kernel.body.args), symbols, self.checks, max(tiles, default=1),
-                            any(op.name == "tile.dot" for op in kernel.walk()))
+        tiles = [
+            as_int(product(v.type.shape))
+            for op in kernel.walk()
+            for v in (*op.operands, *op.results)
+            if isinstance(v.type, TileType)
+        ]
+        return KernelSource(
+            name,
+            text,
+            signature,
+            len(kernel.body.args),
+            symbols,
+            self.checks,
+            max(tiles, default=1),
+            any(op.name == "tile.dot" for op in kernel.walk()),
+        )
 
     # -- names
 
@@ -156,7 +170,7 @@ class _Printer:
     def program_id(self, op: Operation) -> None:
         """The coordinate on one axis of the linear program number."""
         grid, axis = self.kernel["grid"], op["axis"]
-        below, size = product(grid[axis + 1:]), grid[axis]
+        below, size = product(grid[axis + 1 :]), grid[axis]
         text = IndexText({}, self.sizes, (), self._arange)
         if size == 1:
             self._define(op, "0")
@@ -205,10 +219,16 @@ class _Printer:
     # -- positions and masks
 
     def _text(self, operands: Sequence[Value], shape: Sequence[int]) -> IndexText:
-        return IndexText({f"i{k}": (self._name(v), self.ranges.get(v, (None, None))) for k, v in enumerate(operands)}, self.sizes, shape, self._arange)
+        return IndexText(
+            {f"i{k}": (self._name(v), self.ranges.get(v, (None, None))) for k, v in enumerate(operands)},
+            self.sizes,
+            shape,
+            self._arange,
+        )
 
     def _spread(self, text: str, shape: Sequence[int], reached: Sequence[int] | None) -> str:
-        """`text`, of a shape that is `shape` where `reached` has an axis and 1 elsewhere (None: a scalar), at the full shape."""
+        """`text`, of a shape that is `shape` where `reached` has an axis and 1 elsewhere (None: a scalar), at the full
+        shape."""
         if not shape or (reached is not None and tuple(reached) == tuple(shape)):
             return text
         if reached is None:
@@ -223,9 +243,11 @@ class _Printer:
         if not axes and not tiles:
             return None
         rank = len(text.shape)
-        return tuple(max([text.shape[k] if k in axes else 1, *(int(s[k]) for s in tiles)]) for k in range(rank))  # type: ignore[call-overload]
+        return tuple(max([text.shape[k] if k in axes else 1, *(int(s[k]) for s in tiles)]) for k in range(rank))  # type: ignore[arg-type]
 
-    def _mask(self, pairs: Sequence[tuple[Dim, Dim]], low: Sequence[Dim], operands: Sequence[Value], text: IndexText) -> tuple[str, tuple[int, ...] | None]:
+    def _mask(
+        self, pairs: Sequence[tuple[Dim, Dim]], low: Sequence[Dim], operands: Sequence[Value], text: IndexText
+    ) -> tuple[str, tuple[int, ...] | None]:
         """(condition, its shape); ('', None) where there is none."""
         terms, shapes = [], []
         for a, b in pairs:
@@ -278,7 +300,7 @@ class _Printer:
         target = f"{self._name(buffer)} + {_term(place)}"
         masked = f", mask={mask}" if mask else ""
         if op["atomic"]:
-            self._write(f"tl.atomic_{op['atomic']}({target}, {self._name(value)}{masked}, sem=\"relaxed\")")
+            self._write(f'tl.atomic_{op["atomic"]}({target}, {self._name(value)}{masked}, sem="relaxed")')
         else:
             self._write(f"tl.store({target}, {self._name(value)}{masked})")
         if buffer in self.both:
@@ -326,25 +348,48 @@ class _Printer:
             widen = f".to({tl_type(out)})" if dtype != out else ""
             self._define(op, f"{acc} + tl.sum({a}{widen}[:, :, None] * {b}{widen}[None, :, :], 1)")
         else:
-            precision = f", input_precision=\"{op['precision']}\"" if dtype.name == "f32" else ""
+            precision = f', input_precision="{op["precision"]}"' if dtype.name == "f32" else ""
             self._define(op, f"tl.dot({a}, {b}, {acc}{precision}, out_dtype={tl_type(out)})")
 
 
 _KINDS = {"float": "f", "int": "i", "uint": "i", "bool": "b", "index": "i"}
 _PLAIN = "tl.reduce({{x}}, {{axis}}, {}, keep_dims=True)"
 _REDUCTIONS = {
-    "sum": {"f": "tl.sum({x}, {axis}, keep_dims=True)", "i": "tl.sum({x}, {axis}, keep_dims=True)",
-            "b": "(tl.max({x}.to(tl.int32), {axis}, keep_dims=True) != 0)"},
-    "prod": {"f": _PLAIN.format("product"), "i": _PLAIN.format("product"), "b": "(tl.min({x}.to(tl.int32), {axis}, keep_dims=True) != 0)"},
-    "max": {"f": _PLAIN.format("max_nan"), "i": "tl.max({x}, {axis}, keep_dims=True)", "b": "(tl.max({x}.to(tl.int32), {axis}, keep_dims=True) != 0)"},
-    "min": {"f": _PLAIN.format("min_nan"), "i": "tl.min({x}, {axis}, keep_dims=True)", "b": "(tl.min({x}.to(tl.int32), {axis}, keep_dims=True) != 0)"},
+    "sum": {
+        "f": "tl.sum({x}, {axis}, keep_dims=True)",
+        "i": "tl.sum({x}, {axis}, keep_dims=True)",
+        "b": "(tl.max({x}.to(tl.int32), {axis}, keep_dims=True) != 0)",
+    },
+    "prod": {
+        "f": _PLAIN.format("product"),
+        "i": _PLAIN.format("product"),
+        "b": "(tl.min({x}.to(tl.int32), {axis}, keep_dims=True) != 0)",
+    },
+    "max": {
+        "f": _PLAIN.format("max_nan"),
+        "i": "tl.max({x}, {axis}, keep_dims=True)",
+        "b": "(tl.max({x}.to(tl.int32), {axis}, keep_dims=True) != 0)",
+    },
+    "min": {
+        "f": _PLAIN.format("min_nan"),
+        "i": "tl.min({x}, {axis}, keep_dims=True)",
+        "b": "(tl.min({x}.to(tl.int32), {axis}, keep_dims=True) != 0)",
+    },
 }
 _REDUCTIONS["any"], _REDUCTIONS["all"] = _REDUCTIONS["max"], _REDUCTIONS["min"]
 
 _HANDLERS = {
-    "tile.program_id": _Printer.program_id, "tile.for": _Printer.for_loop, "tile.load": _Printer.load, "tile.store": _Printer.store,
-    "tile.index": _Printer.index, "tile.mask": _Printer.mask, "tile.full": _Printer.full, "tile.reshape": _Printer.reshape,
-    "tile.transpose": _Printer.transpose, "tile.reduce": _Printer.reduce, "tile.dot": _Printer.dot,
+    "tile.program_id": _Printer.program_id,
+    "tile.for": _Printer.for_loop,
+    "tile.load": _Printer.load,
+    "tile.store": _Printer.store,
+    "tile.index": _Printer.index,
+    "tile.mask": _Printer.mask,
+    "tile.full": _Printer.full,
+    "tile.reshape": _Printer.reshape,
+    "tile.transpose": _Printer.transpose,
+    "tile.reduce": _Printer.reduce,
+    "tile.dot": _Printer.dot,
 }
 
 

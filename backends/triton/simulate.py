@@ -2,7 +2,7 @@
 
     os.environ["TRITON_INTERPRET"] = "1"          # before anything imports triton
     outputs = simulate(module, inputs)            # a module at the tile level, as `ir.interpreter.interpret` takes it
-    library = SimulatedLibrary(module)            # a module at the host level: CompiledGraph(manifest, library=library) runs it on the CPU
+    library = SimulatedLibrary(module)            # a module at the host level; CompiledGraph(manifest, library=library)
 
 Every `tile.launch` runs its kernel's Triton text; everything else is the reference interpreter's. Outputs start poisoned.
 libdevice, which Triton's interpreter does not have, is replaced by torch's functions.
@@ -36,12 +36,16 @@ from .printer import KernelSource, print_kernel
 __all__ = ["Libdevice", "SimulatedLibrary", "simulate"]
 
 
-def simulate(module: Operation, inputs: Sequence[Any], *, symbols: Mapping[str, int] | None = None, cache_dir: Path | None = None) -> list[torch.Tensor]:
+def simulate(
+    module: Operation, inputs: Sequence[Any], *, symbols: Mapping[str, int] | None = None, cache_dir: Path | None = None
+) -> list[torch.Tensor]:
     """Runs the module's only function. IndexError where a checked index fails; IRError if the interpreter is not on."""
     if not triton.knobs.runtime.interpret:
         raise IRError("set TRITON_INTERPRET=1 before triton is imported")
     folder = cache_dir or default_cache()
-    return interpret(module, inputs, symbols=symbols, handlers={"tile.launch": lambda ctx, op, xs: _launch(ctx, op, xs, folder)})
+    return interpret(
+        module, inputs, symbols=symbols, handlers={"tile.launch": lambda ctx, op, xs: _launch(ctx, op, xs, folder)}
+    )
 
 
 def _launch(ctx: Context, op: Operation, xs: list[torch.Tensor], folder: Path) -> list[torch.Tensor]:
@@ -53,13 +57,19 @@ def _launch(ctx: Context, op: Operation, xs: list[torch.Tensor], folder: Path) -
     paired = {output: given for given, output in kernel["inplace"]}
     for i, r in enumerate(op.results, len(xs)):
         shape, strides = layouts[i]
-        memories.append(Memory.holding(xs[paired[i]].reshape(shape), strides) if i in paired else Memory.fresh(extent(shape, strides), ctx.dtype(r.type)))
+        memories.append(
+            Memory.holding(xs[paired[i]].reshape(shape), strides)
+            if i in paired
+            else Memory.fresh(extent(shape, strides), ctx.dtype(r.type))
+        )
     programs = math.prod(ctx.dims(kernel["grid"]))
     run_kernel(source, programs, [m.flat for m in memories], [ctx.symbols[s] for s in source.symbols], folder)
-    return [m.tensor(*layout) for m, layout in zip(memories[len(xs):], layouts[len(xs):])]
+    return [m.tensor(*layout) for m, layout in zip(memories[len(xs) :], layouts[len(xs) :])]
 
 
-def run_kernel(source: KernelSource, programs: int, buffers: Sequence[torch.Tensor], symbols: Sequence[int], folder: Path) -> None:
+def run_kernel(
+    source: KernelSource, programs: int, buffers: Sequence[torch.Tensor], symbols: Sequence[int], folder: Path
+) -> None:
     """One launch on flat CPU tensors. IndexError where a checked index fails."""
     function = load_function(source, folder)
     function.fn.__globals__["libdevice"] = Libdevice()
@@ -73,7 +83,8 @@ def run_kernel(source: KernelSource, programs: int, buffers: Sequence[torch.Tens
 
 @contextmanager
 def _mended() -> Iterator[None]:
-    """Two faults of Triton's interpreter set right: it forgets that a comparison of scalars is boolean when it is broadcast, and
+    """Two faults of Triton's interpreter set right: it forgets that a comparison of scalars is boolean when it is
+    broadcast, and
     multiplies matrices of bfloat16, which it keeps as bit patterns, as if they were integers."""
     original, dot = interpreter_builder.create_splat, interpreter_builder.create_dot
 
@@ -116,7 +127,11 @@ class SimulatedLibrary:
             env = dict(zip(self.symbols, (ctypes.c_int64 * len(self.symbols)).from_address(symbols)[:])) if self.symbols else {}
 
             def address(p: Place) -> int:
-                base = ctypes.addressof(self.constants[p.slot]) if p.constant else ctypes.c_uint64.from_address(table + 8 * p.slot).value
+                base = (
+                    ctypes.addressof(self.constants[p.slot])
+                    if p.constant
+                    else ctypes.c_uint64.from_address(table + 8 * p.slot).value
+                )
                 return base + evaluate(p.offset, env)
 
             for step in steps:
@@ -127,7 +142,13 @@ class SimulatedLibrary:
                 flat = [_memory(address(p), a.type, env) for p, a in zip(step.buffers, kernel.body.args, strict=True)]
                 self.launches += 1
                 try:
-                    run_kernel(source, math.prod(evaluate(g, env) for g in kernel["grid"]), flat, [env[s] for s in source.symbols], self.folder)
+                    run_kernel(
+                        source,
+                        math.prod(evaluate(g, env) for g in kernel["grid"]),
+                        flat,
+                        [env[s] for s in source.symbols],
+                        self.folder,
+                    )
                 except IndexError:
                     return 1
             return 0
@@ -146,8 +167,13 @@ def _memory(address: int, t: Any, env: Mapping[str, int]) -> torch.Tensor:
 
 
 _FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
-    "rint": torch.round, "sqrt_rn": torch.sqrt, "rcp_rn": torch.reciprocal, "div_rn": torch.div, "rsqrt": torch.rsqrt, "fma": lambda a, b, c: (
-        a.double() * b.double() + c.double()).to(a.dtype)}
+    "rint": torch.round,
+    "sqrt_rn": torch.sqrt,
+    "rcp_rn": torch.reciprocal,
+    "div_rn": torch.div,
+    "rsqrt": torch.rsqrt,
+    "fma": lambda a, b, c: (a.double() * b.double() + c.double()).to(a.dtype),
+}
 
 
 class Libdevice:
@@ -163,7 +189,11 @@ class Libdevice:
             shape = np.broadcast_shapes(*(a.shape for a in arrays))
             made = function(*[torch.from_numpy(np.array(np.broadcast_to(a, shape))) for a in arrays]).numpy()
             scalar = first.type.scalar
-            return tl.tensor(TensorHandle(made, scalar), tl.block_type(scalar, list(shape)) if shape and any(
-                isinstance(a, tl.tensor) and a.type.is_block() for a in args) else scalar)
+            return tl.tensor(
+                TensorHandle(made, scalar),
+                tl.block_type(scalar, list(shape))
+                if shape and any(isinstance(a, tl.tensor) and a.type.is_block() for a in args)
+                else scalar,
+            )
 
         return call

@@ -40,6 +40,12 @@ def identity(c: Context, x: Value, *_: Any, **__: Any) -> Value:
     return x
 
 
+def identity_of_reals(c: Context, x: Value) -> Value:
+    if typeof(x).dtype.kind == "complex":
+        raise Unsupported("complex numbers")
+    return x
+
+
 def bitwise_not(c: Context, x: Value) -> Value:
     return c.ew("bitnot", x)
 
@@ -351,7 +357,8 @@ ROWS: dict[str, Lower] = {
     "aten.round.decimals": round_decimals,
     **{f"aten.{n}.default": predicate(n) for n in ("isnan", "isinf")},
     **{f"aten.{n}.default": identity for n in ("alias", "clone", "detach", "lift_fresh_copy", "lift_fresh", "lift", "positive",
-                                               "contiguous", "_conj", "resolve_conj", "resolve_neg", "alias_copy", "real")},
+                                               "contiguous", "resolve_conj", "resolve_neg", "alias_copy")},
+    **{f"aten.{n}.default": identity_of_reals for n in ("_conj", "_conj_physical", "real")},
     "aten.bitwise_not.default": bitwise_not,
     "aten.logical_not.default": logical_not,
     "aten.sgn.default": sgn,

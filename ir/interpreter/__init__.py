@@ -49,8 +49,8 @@ def _bind_inputs(func: Operation, inputs: Sequence[torch.Tensor], ctx: Context) 
     args, name = func.body.args, func["sym_name"]
     if len(inputs) != len(args):
         raise IRError(f"@{name} takes {len(args)} arguments, got {len(inputs)}")
-    for symbol, (arg, d) in func["symbol_sources"].items():
-        ctx.symbols.setdefault(symbol, inputs[arg].shape[d])
+    for symbol, (arg, d, *kind) in func["symbol_sources"].items():
+        ctx.symbols.setdefault(symbol, inputs[arg].stride(d) if kind == ["stride"] else inputs[arg].shape[d])
     for _ in range(2):  # a symbol may be learnt from a later argument than the one that needs it
         for i, (a, x) in enumerate(zip(args, inputs)):
             if not isinstance(a.type, TensorType):

@@ -127,7 +127,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         flops, bytes_moved = work(frame), traffic(frame)
         inplace = _inplace_pairs(frame, fused)
     builder.create("tile.yield")
-    symbols = sorted({s for op in block for s in _symbols(op)} | {s for g in grid for s in free_symbols(g)})
+    # The launch decides by flops and bytes whether to run in parallel: their sizes are arguments too.
+    symbols = sorted({s for op in block for s in _symbols(op)} | {s for g in (*grid, flops, bytes_moved) for s in free_symbols(g)})
     attrs = {"sym_name": fused["kernel"] or "kernel", "grid": tuple(grid), "symbols": tuple(symbols), "outputs": len(outputs)}
     if inplace:
         attrs["inplace"] = inplace
@@ -188,6 +189,8 @@ def _inplace_pairs(frame: Frame, fused: Operation) -> tuple[tuple[int, int], ...
     for i, v in enumerate(fused.body.args):
         reads = [x.offset for x in frame.accesses if x.value is v and not x.is_store]
         for j, out in enumerate(frame.outputs):
+            if not frame.is_full(out.defining_op):  # type: ignore[arg-type]
+                continue  # stored once, before the loops that may read the input again
             writes = [x.offset for x in frame.accesses if x.value is out and x.is_store]
             same = storage_bytes(v.type) == storage_bytes(out.type) and v.type.dtype.bytes == out.type.dtype.bytes  # type: ignore[arg-type,attr-defined]
             # A padded read walks the offsets of the whole result, but its tensor is smaller: hence the sizes.

@@ -1,7 +1,9 @@
 """Small programs, one per kernel family, and how to take them to any level for a GPU target.
 
-`CASES[name]` has a function, its inputs (fresh for a seed), whether shapes are symbolic, and the error that is allowed relative to the
-largest true value. `capture` runs a function through Dynamo and AOTAutograd and gives each graph to a callback at the wanted level.
+`CASES[name]` has a function, its inputs (fresh for a seed), whether shapes are symbolic, and the error that is allowed
+relative to the
+largest true value. `capture` runs a function through Dynamo and AOTAutograd and gives each graph to a callback at the
+wanted level.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Case:
         return self.make(), self.inputs(torch.Generator().manual_seed(seed))
 
 
-def _normal(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, grad: bool = False) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+def _normal(
+    *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, grad: bool = False
+) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
     return lambda g: tuple(torch.randn(s, generator=g).to(dtype).requires_grad_(grad) for s in shapes)
 
 
@@ -99,21 +103,29 @@ CASES: dict[str, Case] = {
     "column_sum": Case(_plain(lambda a: a.sum(0)), _normal((1000, 77))),
     "total": Case(_plain(lambda a: a.sum()), _normal((100, 77)), tolerance=1e-4),
     "extremes": Case(_plain(lambda a: (a.argmax(1), a.amin(1), a.argmin(0))), _normal((9, 77)), tolerance=0),
-    "nan": Case(_plain(lambda a, b: (torch.maximum(a, b), a.amax(1), a.amin(0), torch.fmax(a, b), a.isnan(), a.argmax(1), a.sign())), _with_nan,
-                tolerance=0),
+    "nan": Case(
+        _plain(lambda a, b: (torch.maximum(a, b), a.amax(1), a.amin(0), torch.fmax(a, b), a.isnan(), a.argmax(1), a.sign())),
+        _with_nan,
+        tolerance=0,
+    ),
     "variance": Case(_plain(lambda a: torch.var_mean(a, 1)), _normal((9, 770))),
     "gemm": Case(_plain(lambda a, b: a @ b), _normal((70, 100), (100, 90))),
     "gemm_gelu": Case(_module(lambda: nn.Sequential(nn.Linear(100, 130), nn.GELU())), _normal((75, 100))),
     "gemm_symbolic": Case(_module(lambda: nn.Sequential(nn.Linear(40, 50), nn.ReLU())), _normal((75, 40)), dynamic=True),
     "gemm_bf16": Case(_plain(lambda a, b: (a @ b).relu()), _normal((70, 96), (96, 80), dtype=torch.bfloat16), tolerance=8e-3),
     "gemm_f64": Case(_plain(lambda a, b: a @ b), _normal((70, 96), (96, 80), dtype=torch.float64), tolerance=1e-12),
-    "gemm_i64": Case(_plain(lambda a, b: a @ b), lambda g: (torch.randint(-9, 9, (33, 40), generator=g), torch.randint(-9, 9, (40, 21), generator=g)),
-                     tolerance=0),
+    "gemm_i64": Case(
+        _plain(lambda a, b: a @ b),
+        lambda g: (torch.randint(-9, 9, (33, 40), generator=g), torch.randint(-9, 9, (40, 21), generator=g)),
+        tolerance=0,
+    ),
     "matvec": Case(_plain(lambda a, b: a @ b), _normal((300, 200), (200,))),
     "bmm": Case(_plain(lambda a, b: a @ b), _normal((3, 33, 45), (3, 45, 21))),
     "attention": Case(_plain(_attention), _normal((2, 3, 40, 32), (2, 3, 40, 32), (2, 3, 40, 32))),
-    "sdpa_causal": Case(_plain(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
-                        _normal((2, 3, 40, 32), (2, 3, 40, 32), (2, 3, 40, 32))),
+    "sdpa_causal": Case(
+        _plain(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
+        _normal((2, 3, 40, 32), (2, 3, 40, 32), (2, 3, 40, 32)),
+    ),
     "conv": Case(_module(lambda: nn.Conv2d(3, 20, 3, stride=2, padding=1)), _normal((2, 3, 17, 19))),
     "conv_grouped": Case(_module(lambda: nn.Conv2d(8, 16, 3, padding=1, groups=4)), _normal((2, 8, 9, 11))),
     "conv_depthwise": Case(_module(lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8)), _normal((2, 8, 9, 11))),
@@ -122,38 +134,114 @@ CASES: dict[str, Case] = {
     "cumsum": Case(_plain(lambda a: a.cumsum(1)), _normal((5, 40))),
     "scatter_add": Case(_plain(lambda a, i, s: a.scatter_add(0, i, s)), _scatter),
     "index_put": Case(_plain(lambda a, i, s: a.index_put((i,), s)), _put, tolerance=0),
-    "integers": Case(_plain(lambda a, b, n: (a // b, a % b, torch.fmod(a, b), a << n, a >> n, a ** 3, a & b, ~a, a.abs(), (a * 1.5).to(torch.int32))),
-                     _integers, tolerance=0),
-    "special": Case(_plain(lambda a, b: (a // b, a % b, torch.fmod(a, b), a.round(), a.trunc(), torch.atan2(a, b), torch.hypot(a, b),
-                                         torch.copysign(a, b))), _normal((500,), (500,)), tolerance=1e-6),
-    "transcendental": Case(_plain(lambda a: (a.sin(), a.expm1(), a.abs().log1p(), a.erf(), a.lgamma(), (a / 4).tanh().erfinv(), a.sigmoid(),
-                                             a.digamma(), a.abs().rsqrt(), a.abs().pow(1.7))), _normal((500,)), tolerance=1e-5),
-    "bool": Case(_plain(lambda a: (a > 0, (a > 0) & (a < 1), torch.where(a > 0, a, -a), (a > 0).any(1), (a > -9).all(0))), _normal((20, 33)),
-                 tolerance=0),
-    "bf16": Case(_plain(lambda a, b: (a.softmax(-1), a.sum(1), a * 2 + b)), _normal((20, 133), (20, 133), dtype=torch.bfloat16), tolerance=8e-3),
+    "integers": Case(
+        _plain(
+            lambda a, b, n: (
+                a // b,
+                a % b,
+                torch.fmod(a, b),
+                a << n,
+                a >> n,
+                a**3,
+                a & b,
+                ~a,
+                a.abs(),
+                (a * 1.5).to(torch.int32),
+            )
+        ),
+        _integers,
+        tolerance=0,
+    ),
+    "special": Case(
+        _plain(
+            lambda a, b: (
+                a // b,
+                a % b,
+                torch.fmod(a, b),
+                a.round(),
+                a.trunc(),
+                torch.atan2(a, b),
+                torch.hypot(a, b),
+                torch.copysign(a, b),
+            )
+        ),
+        _normal((500,), (500,)),
+        tolerance=1e-6,
+    ),
+    "transcendental": Case(
+        _plain(
+            lambda a: (
+                a.sin(),
+                a.expm1(),
+                a.abs().log1p(),
+                a.erf(),
+                a.lgamma(),
+                (a / 4).tanh().erfinv(),
+                a.sigmoid(),
+                a.digamma(),
+                a.abs().rsqrt(),
+                a.abs().pow(1.7),
+            )
+        ),
+        _normal((500,)),
+        tolerance=1e-5,
+    ),
+    "bool": Case(
+        _plain(lambda a: (a > 0, (a > 0) & (a < 1), torch.where(a > 0, a, -a), (a > 0).any(1), (a > -9).all(0))),
+        _normal((20, 33)),
+        tolerance=0,
+    ),
+    "bf16": Case(
+        _plain(lambda a, b: (a.softmax(-1), a.sum(1), a * 2 + b)),
+        _normal((20, 133), (20, 133), dtype=torch.bfloat16),
+        tolerance=8e-3,
+    ),
     "copy_out": Case(_plain(lambda a: (a.t().contiguous() + 1, a.t())), _normal((45, 130)), tolerance=0),
     "extern": Case(_plain(lambda a: (a + 1).sort(1)[0] * 2), _normal((9, 70)), tolerance=0),
     "mlp_backward": Case(_module(_mlp, train=True), _normal((50, 64)), backward=True, tolerance=2e-5),
-    "embedding_backward": Case(_plain(lambda w, i: F.embedding(i, w).tanh()), lambda g: (
-        torch.randn(50, 20, generator=g).requires_grad_(), torch.randint(0, 50, (3, 7), generator=g)), backward=True),
-    "conv_backward": Case(_module(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2)), train=True),
-                          _normal((2, 3, 12, 13), grad=True), backward=True, tolerance=2e-5),
+    "embedding_backward": Case(
+        _plain(lambda w, i: F.embedding(i, w).tanh()),
+        lambda g: (torch.randn(50, 20, generator=g).requires_grad_(), torch.randint(0, 50, (3, 7), generator=g)),
+        backward=True,
+    ),
+    "conv_backward": Case(
+        _module(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2)), train=True),
+        _normal((2, 3, 12, 13), grad=True),
+        backward=True,
+        tolerance=2e-5,
+    ),
 }
 
 Run = Callable[[Operation, torch.fx.GraphModule, list[Any]], Sequence[Any]]
 
 
-def capture(function: Callable[..., Any], inputs: Sequence[Any], run: Run, *, dynamic: bool = False, backward: bool = False,
-            until: str = "tile", target: Target = SM90) -> None:
-    """Calls `run(module, graph, arguments)`, which gives the results, for each graph of `function(*inputs)`; `module` is at level `until`."""
+def capture(
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    run: Run,
+    *,
+    dynamic: bool = False,
+    backward: bool = False,
+    until: str = "tile",
+    target: Target = SM90,
+) -> None:
+    """Calls `run(module, graph, arguments)`, which gives the results, for each graph of `function(*inputs)`; `module` is
+    at level `until`."""
+
     def compiler(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         module = import_graph(gm)
-        for stage in STAGES[:STAGES.index(until) + 1]:
+        for stage in STAGES[: STAGES.index(until) + 1]:
             run_pipeline(module, parse_pipeline(pipeline(stage, target, Options())), PassContext(target))
         return lambda *args: run(module, gm, list(args))
 
-    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, inference_compiler=compiler, decompositions=decomposition_table(),
-                           partition_fn=min_cut_rematerialization_partition, keep_inference_input_mutations=True)
+    backend = aot_autograd(
+        fw_compiler=compiler,
+        bw_compiler=compiler,
+        inference_compiler=compiler,
+        decompositions=decomposition_table(),
+        partition_fn=min_cut_rematerialization_partition,
+        keep_inference_input_mutations=True,
+    )
     torch._dynamo.reset()
     compiled = torch.compile(function, backend=backend, dynamic=dynamic)
     if backward:
@@ -173,7 +261,8 @@ def clone_all(values: Sequence[Any]) -> list[Any]:
 
 
 def error(got: Tensor, true: Tensor) -> float:
-    """The largest difference over the largest finite true value; infinite where one is NaN (or infinite) and the other is not the same."""
+    """The largest difference over the largest finite true value; infinite where one is NaN (or infinite) and the other is
+    not the same."""
     if got.shape != true.shape:
         return float("inf")
     a, b = got.detach().cpu().double(), true.detach().cpu().double()

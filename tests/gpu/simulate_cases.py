@@ -50,6 +50,7 @@ def main() -> None:
         try:
             if name.startswith("model:"):
                 from aicc.tests.models.zoo import MODELS
+
                 found[name] = simulate_case(*MODELS[name.removeprefix("model:")].build())
             else:
                 case = CASES[name]

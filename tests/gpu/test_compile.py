@@ -13,7 +13,17 @@ from aicc.ir import Operation, Target
 
 from .cases import CASES, SM80, SM90, capture
 
-SLOW = {"softmax_long", "conv_backward", "mlp_backward", "embedding_backward", "gemm_f64", "attention", "sdpa_causal", "transcendental", "nan"}
+SLOW = {
+    "softmax_long",
+    "conv_backward",
+    "mlp_backward",
+    "embedding_backward",
+    "gemm_f64",
+    "attention",
+    "sdpa_causal",
+    "transcendental",
+    "nan",
+}
 
 
 def compile_all(function: Any, inputs: Any, target: Target, folder: Path, **options: Any) -> list[CompiledGpu]:
@@ -48,8 +58,17 @@ def test_case_compiles_for_hopper(name: str, tmp_path: Path) -> None:
     check(compile_all(function, inputs, SM90, tmp_path, dynamic=case.dynamic, backward=case.backward), SM90)
 
 
-@pytest.mark.parametrize("name", ["pointwise", "softmax", "gemm_gelu", "gemm_bf16", "embedding", *[
-    pytest.param(n, marks=pytest.mark.slow) for n in ("conv", "attention", "gemm_f64", "integers", "scatter_add")]])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pointwise",
+        "softmax",
+        "gemm_gelu",
+        "gemm_bf16",
+        "embedding",
+        *[pytest.param(n, marks=pytest.mark.slow) for n in ("conv", "attention", "gemm_f64", "integers", "scatter_add")],
+    ],
+)
 def test_case_compiles_for_ampere(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     function, inputs = case.build()
@@ -60,6 +79,7 @@ def test_case_compiles_for_ampere(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["gpt2", "bert", "llama", "resnet18"])
 def test_model_compiles(model: str, tmp_path: Path) -> None:
     from aicc.tests.models.zoo import MODELS
+
     check(compile_all(*MODELS[model].build(), SM90, tmp_path), SM90)
 
 
@@ -67,9 +87,9 @@ def test_bfloat16_products_use_the_tensor_cores(tmp_path: Path) -> None:
     """Hopper's wgmma instruction is in the code, and compiling twice gives the same code."""
     case = CASES["gemm_bf16"]
     function, inputs = case.build()
-    first, = compile_all(function, inputs, SM90, tmp_path / "a")
-    second, = compile_all(function, inputs, SM90, tmp_path / "b")
-    (name, kernel), = first.kernels.items()
+    (first,) = compile_all(function, inputs, SM90, tmp_path / "a")
+    (second,) = compile_all(function, inputs, SM90, tmp_path / "b")
+    ((name, kernel),) = first.kernels.items()
     ptx = next((tmp_path / "a").rglob("*.ptx")).read_text()
     assert "wgmma.mma_async" in ptx
     assert kernel.shared > 0 and second.kernels[name].cubin == kernel.cubin

@@ -41,6 +41,7 @@ def test_case(name: str) -> None:
 @pytest.mark.parametrize("model", ["bert", "llama", "gpt2", "resnet18"])
 def test_model(model: str) -> None:
     from aicc.tests.models.zoo import MODELS
+
     module, inputs = MODELS[model].build()
     module, given = module.cuda(), [x.cuda() for x in inputs]
     with torch.no_grad():

@@ -47,13 +47,16 @@ COPY = """module {{
 def test_pointwise_text() -> None:
     source = text_of(COPY.format(grid="2", symbols="", shape="100", size="100", op="exp"))
     assert source.signature == {"x": "*fp32", "y": "*fp32"}
-    assert source.text.split("@triton.jit\n")[1] == """def k(x, y):
+    assert (
+        source.text.split("@triton.jit\n")[1]
+        == """def k(x, y):
     t0_1d_64 = tl.arange(0, 64)
     p = tl.program_id(0)
     v = tl.load(x + (p*64 + t0_1d_64), mask=(p*64 + t0_1d_64 < 100), other=0.0)
     e = libdevice.exp(v)
     tl.store(y + (p*64 + t0_1d_64), e, mask=(p*64 + t0_1d_64 < 100))
 """
+    )
 
 
 def test_symbolic_sizes_are_64_bit_arguments() -> None:
@@ -105,6 +108,7 @@ def test_printing_is_deterministic(name: str) -> None:
 
 def test_kernels_are_shared_whatever_their_arguments_are_called() -> None:
     from aicc.tests.models.zoo import MODELS
+
     model, inputs = MODELS["bert"].build()
     kernels: list[int] = []
 

@@ -24,8 +24,14 @@ MODELS = {"model:bert": 2e-5, "model:gpt2": 2e-5, "model:llama": 2e-5}
 
 @cache
 def simulated(names: tuple[str, ...]) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, str(HERE / "simulate_cases.py"), *names], env={**os.environ, "TRITON_INTERPRET": "1"},
-                          capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "simulate_cases.py"), *names],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     return json.loads(lines[-1].removeprefix("RESULT "))  # type: ignore[no-any-return]

@@ -33,6 +33,7 @@ os.environ["AICC_CACHE"] = "0"
 
 import torch
 from aicc.compiler.driver import Compilation, watching
+from torch.testing._internal import common_methods_invocations
 from torch.testing._internal.common_device_type import toleranceOverride
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo, SampleInput
@@ -46,6 +47,12 @@ DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float6
                                                       torch.int32, torch.bool)}
 _TOLERANCES_OF = (None, "TestCommon", "TestInductorOpInfo", "TestDecomp", "TestUnaryUfuncs", "TestReductions")
 """The test classes of torch whose tolerances are taken: those that compare two implementations of an operator."""
+
+
+# OpInfo seeds random operators inside the call, which breaks the graph; here `run` seeds before the call.
+common_methods_invocations.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
+_CAPTURE = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+"""Sizes that depend on data stay in one graph."""
 
 
 @dataclass
@@ -132,20 +139,20 @@ def check(op: OpInfo, dtype: torch.dtype, *, samples: int = 1, backward: bool = 
 def _one(op: OpInfo, sample: SampleInput, dtype: torch.dtype, backward: bool, seconds: int, dynamic: bool, outcome: Outcome) -> None:
     run = _runner(op, sample, backward)
     arguments = (sample.input, sample.args, sample.kwargs)
+    ours, theirs = tree_map(_copy, arguments), tree_map(_copy, arguments)  # operators may write to their arguments
     try:
         with time_limit(seconds):
-            expected = run(lambda f: f, arguments)
+            expected = run(lambda f: f, theirs)
     except Exception as e:
         outcome.status, outcome.detail = "eager", _line(e)
         return
     compiled: list[Compilation] = []
-    before = tree_map(_copy, arguments)
     try:
-        with time_limit(seconds), watching(compiled=compiled.append):
-            got = run(lambda f: _compile(f, "aicc", dynamic), arguments)
+        with time_limit(seconds), watching(compiled=compiled.append), torch._dynamo.config.patch(**_CAPTURE):
+            got = run(lambda f: _compile(f, "aicc", dynamic), ours)
         _note(outcome, compiled)
         compare(got, expected, tolerances(op, dtype), lambda: _in_f64(run, arguments, dtype), loose=_loose(op))
-        compare(arguments, before, {}, lambda: None)
+        compare(ours, theirs, tolerances(op, dtype), lambda: None, loose=_loose(op))
     except Hang as e:
         outcome.status, outcome.detail = "hang", _where(e)
     except Differs as e:
@@ -193,8 +200,8 @@ def _compile(function: Callable[..., Any], backend: str, dynamic: bool) -> Calla
 def _fails_without_us(run: Callable[..., Any], arguments: Any, expected: Any, op: OpInfo, dtype: torch.dtype, seconds: int, dynamic: bool) -> bool:
     """True if torch's own reference backend does not give eager's results either."""
     try:
-        with time_limit(seconds):
-            got = run(lambda f: _compile(f, "aot_eager", dynamic), arguments)
+        with time_limit(seconds), torch._dynamo.config.patch(**_CAPTURE):
+            got = run(lambda f: _compile(f, "aot_eager", dynamic), tree_map(_copy, arguments))
         compare(got, expected, tolerances(op, dtype), lambda: None, loose=_loose(op))
     except Exception:
         return True
@@ -224,7 +231,7 @@ def _in_f64(run: Callable[..., Any], arguments: Any, dtype: torch.dtype) -> Any:
         return torch.float64 if x is dtype else x
 
     try:
-        return run(lambda f: f, tree_map(wide, arguments))
+        return run(lambda f: f, tree_map(wide, tree_map(_copy, arguments)))
     except Exception:
         return None
 
@@ -290,7 +297,13 @@ def _nearer(g: torch.Tensor, e: torch.Tensor, exact: Any, rtol: float, atol: flo
 
 
 def _copy(x: Any) -> Any:
-    return x.detach().clone() if isinstance(x, torch.Tensor) else x
+    """A tensor of its own with the same values and strides."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    if x.layout != torch.strided or x.is_neg() or x.is_conj() or type(x) is not torch.Tensor:
+        return x.detach().clone().requires_grad_(x.requires_grad)
+    memory = x.detach().untyped_storage().clone()
+    return torch.empty(0, dtype=x.dtype).set_(memory, x.storage_offset(), x.size(), x.stride()).requires_grad_(x.requires_grad)
 
 
 def _type(x: Any) -> str:

@@ -62,7 +62,7 @@ def _constant(n: int) -> Tree:
 
 def _binary(op: str, a: Tree, b: Tree) -> Tree:
     made = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y, "max": maximum, "min": minimum}[op]
-    plain = {**{"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}, "max": max, "min": min}[op]
+    plain = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y, "max": max, "min": min}[op]
     return Tree(made(a.expr, b.expr), lambda env: plain(a.value(env), b.value(env)), f"({a.text} {op} {b.text})")
 
 
