@@ -114,8 +114,8 @@ class _Importer:
     def _tensor_argument(self, node: fx.Node, val: torch.Tensor) -> None:
         if val.layout != torch.strided or val.is_quantized:
             raise Unsupported(f"a tensor of layout {val.layout}")
-        if val.is_conj() or val.is_neg():
-            raise Unsupported("a tensor whose memory holds the conjugate or negative of its values")
+        if val.is_neg() and not val.is_complex():  # the executor sees to complex ones
+            raise Unsupported("a tensor whose memory holds the negative of its values")
         t = self.c.type_of(val).with_strides(self.c.dims(val.stride()))
         self.env[node] = self.body.add_arg(t, node.name)
 
@@ -257,6 +257,8 @@ class _Importer:
         target, source = (self.env[a] for a in node.args[:2])  # type: ignore[index]
         if not isinstance(target, BlockArg) or not isinstance(source, Value):
             raise Unsupported("copy_ onto something that is no argument of the graph")
+        if node.args[0].meta["val"].is_conj():  # type: ignore[union-attr]
+            raise Unsupported("copy_ onto a tensor whose memory holds the conjugate of its values")
         assert isinstance(target.type, TensorType)
         value = self.c.expand(self.c.cast(source, target.type.dtype), target.type.shape)
         self.c.b.create("graph.assign", [target, value])

@@ -169,7 +169,7 @@ def _empty_result(op: Operation, rewriter: Rewriter) -> None:
 
 def _empty_space(op: Operation, rewriter: Rewriter) -> None:
     """A structured op over no points gives what it starts from: neutral elements, or a scatter's initial tensor."""
-    if 0 not in op["dims"] or not op.operands:
+    if 0 not in op["dims"] or not op.operands or any(element_type(r.type).kind == "complex" for r in op.results):
         return
     b = rewriter.builder(op)
     dims = op.results[0].type.shape if op.name != "tensor.generic" else parallel_dims(op)  # type: ignore[attr-defined]

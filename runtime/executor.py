@@ -39,6 +39,7 @@ import torch
 
 from .arena import ArenaPool, shared_pool
 from .artifact import ArtifactError
+from .dtypes import torch_dtype
 from .extern_call import TensorSpec
 from .loader import NativeFunction, load_object
 from .packing import PackedMemory, PersistentBuffer
@@ -157,6 +158,9 @@ class CompiledGraph:
         self._run: Callable[[Sequence[Any]], list[Any]] = self._run_steps
         if len(manifest["steps"]) == len(calls) == 1 and len(self._early) == len(buffers):
             self._run = self._one_call(self._function(calls[0]))
+        lazy = [int(x["position"]) for x in inputs if torch_dtype(x["dtype"]).is_complex]
+        if lazy:
+            self._run = _materialised(self._run, lazy)
 
     def _pick_inputs(self, inputs: list[dict[str, Any]], symbol_args: list[list[Any]]) -> None:
         positions = [int(x["position"]) for x in inputs]
@@ -342,6 +346,17 @@ class CompiledGraph:
             outputs = sum(_empty_bytes(*spec) for spec in sizes.outputs)
         return {"arena": 0 if sizes is None else sizes.arena, "persistent": 0 if self._packed is None else self._packed.bytes,
                 "outputs": outputs}
+
+
+def _materialised(run: Callable[[Sequence[Any]], list[Any]], positions: list[int]) -> Callable[[Sequence[Any]], list[Any]]:
+    """`run` with the conjugates and negatives that torch only notes on these arguments carried out: native code reads memory."""
+    def resolved(args: Sequence[Any]) -> list[Any]:
+        args = list(args)
+        for p in positions:
+            if p < len(args) and (args[p].is_conj() or args[p].is_neg()):
+                args[p] = torch.empty_strided(args[p].size(), args[p].stride(), dtype=args[p].dtype, device=args[p].device).copy_(args[p])
+        return run(args)
+    return resolved
 
 
 def _empty_bytes(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> int:

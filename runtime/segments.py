@@ -157,10 +157,8 @@ class Segments:
         return lambda call: call.packed.memory[at]
 
     def _arena(self, row: Mapping[str, Any]) -> Place:
-        def place(call: _Call) -> torch.Tensor:
-            assert call.arena is not None
-            return call.arena
-        return place
+        nothing = torch.empty(0, dtype=torch.uint8, device=self._device)  # where all that is in the arena has no elements
+        return lambda call: nothing if call.arena is None else call.arena
 
     def _constant(self, row: Mapping[str, Any]) -> Place:
         data = base64.b64decode(self._constants[int(row["index"])], validate=True)

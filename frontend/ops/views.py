@@ -8,7 +8,7 @@ from typing import Any
 from ...ir.core import Value
 from ...ir.expr import Dim, ceildiv, floordiv, maximum, minimum, mod, product, sym
 from ...ir.types import contiguous_strides
-from ..context import I1, Context, Number, typeof
+from ..context import I1, I64, Context, Number, like, typeof
 from ..errors import Unsupported
 from .table import Lower
 
@@ -82,7 +82,7 @@ def unbind(c: Context, x: Value, dim: int = 0) -> tuple[Value, ...]:
 
 def flip(c: Context, x: Value, dims: Sequence[int]) -> Value:
     axes = c.axes(dims, typeof(x).rank) if len(dims) else ()
-    return c.b.op("graph.flip", x, type=typeof(x), dims=axes) if axes else x
+    return c.b.op("graph.flip", x, type=like(x), dims=axes) if axes else x
 
 
 def roll(c: Context, x: Value, shifts: Any, dims: Any = ()) -> Value:
@@ -188,21 +188,11 @@ def unfold(c: Context, x: Value, dim: int, size: int, step: int) -> Value:
 
 def as_strided(c: Context, x: Value, size: Any, stride: Any, storage_offset: Any = None) -> Value:
     """Undoes the strides of the source, which must fill its memory without gaps or overlap, in any order of dimensions."""
-    fake = c.argument(0)
-    sizes, strides = typeof(x).shape, c.dims(fake.stride())
-    offset = 0 if storage_offset is None else c.dim(storage_offset) - c.dim(fake.storage_offset())
+    sizes, strides, offset, order = _memory_of(c, x, storage_offset)
     if c.shape == sizes and c.dims(stride) == strides and offset == 0:
         return x
     if product(c.shape) == 0:
         return c.full(c.shape, 0, c.dtype)
-    order = [i for i in reversed(range(len(sizes))) if sizes[i] != 1]  # innermost first
-    if strides != contiguous_strides(sizes):
-        order.sort(key=lambda i: _constant(strides[i]))
-    expected: Dim = 1
-    for i in order:
-        if strides[i] != expected:
-            raise Unsupported("as_strided of a source with gaps in memory")
-        expected = expected * sizes[i]
     place = offset
     for i, s in enumerate(c.dims(stride)):
         place = place + d(i) * s
@@ -210,6 +200,38 @@ def as_strided(c: Context, x: Value, size: Any, stride: Any, storage_offset: Any
     for i in order:
         index[i] = mod(floordiv(place, strides[i]), sizes[i]) if i != order[-1] else floordiv(place, strides[i])
     return c.remap(x, c.shape, index)
+
+
+def _memory_of(c: Context, x: Value, storage_offset: Any) -> tuple[tuple[Dim, ...], tuple[Dim, ...], Dim, list[int]]:
+    """Sizes and strides of the node's first argument, `storage_offset` from its first element, and its dimensions from the innermost out."""
+    fake = c.argument(0)
+    sizes, strides = typeof(x).shape, c.dims(fake.stride())
+    offset = 0 if storage_offset is None else c.dim(storage_offset) - c.dim(fake.storage_offset())
+    order = [i for i in reversed(range(len(sizes))) if sizes[i] != 1]
+    if strides != contiguous_strides(sizes):
+        order.sort(key=lambda i: _constant(strides[i]))
+    expected: Dim = 1
+    for i in order:
+        if strides[i] != expected:
+            raise Unsupported("as_strided of a source with gaps in memory")
+        expected = expected * sizes[i]
+    return sizes, strides, offset, order
+
+
+def as_strided_scatter(c: Context, x: Value, src: Value, size: Any, stride: Any, storage_offset: Any = None) -> Value:
+    """Writes `src` at its places in the memory of the source, row-major in `src` (the last of equal places wins)."""
+    sizes, strides, offset, order = _memory_of(c, x, storage_offset)
+    count = product(typeof(src).shape)
+    if count == 0:
+        return x
+    outside_in = [i for i in range(len(sizes)) if i not in order] + order[::-1]
+    places = c.scalar(offset, I64)
+    for i, s in enumerate(c.dims(stride)):
+        places = c.ew("add", places, c.ew("mul", c.positions(typeof(src).shape, i), s))
+    at = c.reshape(c.expand(places, typeof(src).shape), (count,))
+    flat = c.reshape(c.permute(x, outside_in), (product(sizes),))
+    written = c.b.op("graph.index_put", flat, c.reshape(c.cast(src, typeof(x).dtype), (count,)), at, type=like(flat), dims=(0,))
+    return c.permute(c.reshape(written, [sizes[i] for i in outside_in]), [outside_in.index(i) for i in range(len(sizes))])
 
 
 def _constant(e: Dim) -> int:
@@ -340,6 +362,7 @@ ROWS: dict[str, Lower] = {
     "aten.unfold_copy.default": unfold,
     "aten.as_strided.default": as_strided,
     "aten.as_strided_copy.default": as_strided,
+    "aten.as_strided_scatter.default": as_strided_scatter,
     "aten.slice_scatter.default": slice_scatter,
     "aten.select_scatter.default": select_scatter,
     "aten.diagonal_scatter.default": diagonal_scatter,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...ir import Block, BufferType, Builder, Operation, Region, SymbolRef, TensorType, TileType, Value, element_type
+from ...ir import DTYPES, Block, BufferType, Builder, Operation, Region, SymbolRef, TensorType, TileType, Value, element_type
 from ...ir.expr import Dim, free_symbols
 from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
@@ -110,7 +110,9 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
     if first.name == "tensor.scatter":
         grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result], lanes)
     elif first.name == "tensor.scan":
-        grid = emit_scan(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result], lanes)
+        # As torch does: on CPUs the error of a running sum does not grow with its length.
+        grid = emit_scan(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result], lanes,
+                         accumulate=None if target.is_gpu else DTYPES["f64"])
     elif (contraction := next((m for m in members if is_contraction(m)), None)) is not None and _worth_gemm(contraction, members):
         roles = roles_of(contraction)
         assert roles is not None

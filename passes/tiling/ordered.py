@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...ir import Dim, Operation, TensorType, TileType, Value, element_type, sym
+from ...ir import Dim, DType, Operation, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
 from ...ir.expr import ceildiv, free_symbols, simplify, substitute
 from ...ir.types import index
@@ -153,8 +153,8 @@ def _dot(index_of: list[Dim], layout: tuple[Dim, ...], e: Emitter) -> Dim:
     return simplify(total, e.bounds())
 
 
-def emit_scan(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, lanes: int) -> list[Dim]:
-    """Writes the kernel into `e`; returns the grid."""
+def emit_scan(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, lanes: int, *, accumulate: DType | None = None) -> list[Dim]:
+    """Writes the kernel into `e`; returns the grid. Sums and products of floats run in `accumulate` (none: in the result's type)."""
     result = op.result.type
     assert isinstance(result, TensorType)
     dims = op["dims"]
@@ -171,8 +171,8 @@ def emit_scan(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value
         if j == vector:
             active.append((at[f"d{j}"], dims[j]))
         grid.append(programs)
-    dtype = result.dtype
     kind = op["kind"]
+    dtype = accumulate if accumulate is not None and result.dtype.is_float and kind in ("sum", "prod", "logsumexp") else result.dtype
     start: Any = identity_of("max", dtype) if kind == "logsumexp" else identity_of(kind, dtype)
     shape = (1, lanes) if vector is not None else (1, 1)
     init = e.broadcast(e.builder.constant(start, dtype), shape)
@@ -181,6 +181,8 @@ def emit_scan(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value
         here = {**at, f"d{rank - 1}": i}
         value, = _body(inner, op, buffers, here, active)
         b = inner.builder
+        if dtype != result.dtype:
+            value = b.cast(value, dtype)
         if kind == "logsumexp":
             top = b.arith("max", carried[0], value)
             gap = b.arith("neg", b.arith("abs", b.arith("sub", carried[0], value)))
@@ -191,7 +193,7 @@ def emit_scan(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value
         if not isinstance(running.type, TileType) or running.type.shape != shape:
             running = inner.broadcast(running, shape)
         index_of = [here[f"d{j}"] for j in range(rank)]
-        inner.store(out, running, _dot(index_of, result.layout, inner), inner.needed(active))
+        inner.store(out, running if dtype == result.dtype else b.cast(running, result.dtype), _dot(index_of, result.layout, inner), inner.needed(active))
         return [running]
 
     e.loop(0, dims[-1], 1, [init], body)

@@ -33,6 +33,7 @@ os.environ["AICC_CACHE"] = "0"
 
 import torch
 from aicc.compiler.driver import Compilation, watching
+from torch.testing._internal import common_methods_invocations
 from torch.testing._internal.common_device_type import toleranceOverride
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo, SampleInput
@@ -46,6 +47,12 @@ DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float6
                                                       torch.int32, torch.bool)}
 _TOLERANCES_OF = (None, "TestCommon", "TestInductorOpInfo", "TestDecomp", "TestUnaryUfuncs", "TestReductions")
 """The test classes of torch whose tolerances are taken: those that compare two implementations of an operator."""
+
+
+# OpInfo seeds random operators inside the call, which breaks the graph; here `run` seeds before the call.
+common_methods_invocations.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
+_CAPTURE = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+"""Sizes that depend on data stay in one graph."""
 
 
 @dataclass
@@ -141,7 +148,7 @@ def _one(op: OpInfo, sample: SampleInput, dtype: torch.dtype, backward: bool, se
         return
     compiled: list[Compilation] = []
     try:
-        with time_limit(seconds), watching(compiled=compiled.append):
+        with time_limit(seconds), watching(compiled=compiled.append), torch._dynamo.config.patch(**_CAPTURE):
             got = run(lambda f: _compile(f, "aicc", dynamic), ours)
         _note(outcome, compiled)
         compare(got, expected, tolerances(op, dtype), lambda: _in_f64(run, arguments, dtype), loose=_loose(op))
@@ -193,7 +200,7 @@ def _compile(function: Callable[..., Any], backend: str, dynamic: bool) -> Calla
 def _fails_without_us(run: Callable[..., Any], arguments: Any, expected: Any, op: OpInfo, dtype: torch.dtype, seconds: int, dynamic: bool) -> bool:
     """True if torch's own reference backend does not give eager's results either."""
     try:
-        with time_limit(seconds):
+        with time_limit(seconds), torch._dynamo.config.patch(**_CAPTURE):
             got = run(lambda f: _compile(f, "aot_eager", dynamic), tree_map(_copy, arguments))
         compare(got, expected, tolerances(op, dtype), lambda: None, loose=_loose(op))
     except Exception:

@@ -1,0 +1,61 @@
+"""A representative list of OpInfo's operators, compiled and compared with eager. `benchmarks/opinfo_sweep.py` runs all of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .harness import DTYPES, check, every_op, find, label
+from .known import KNOWN
+
+FLOAT = ["abs", "exp", "log1p", "tanh", "erf", "sigmoid", "sqrt", "round.decimals_0", "nn.functional.gelu", "nn.functional.silu", "nn.functional.softplus", "add", "sub", "mul", "div.floor_rounding", "pow", "remainder", "maximum", "where", "clamp", "lerp", "addcmul", "copysign", "atan2", "xlogy", "nan_to_num", "sum", "mean", "amax", "std", "argmax", "any", "cumsum", "logsumexp", "norm", "var_mean", "softmax", "log_softmax", "nn.functional.layer_norm", "nn.functional.group_norm", "nn.functional.batch_norm", "nn.functional.rms_norm", "mm", "bmm", "matmul", "addmm", "einsum", "nn.functional.linear", "nn.functional.conv2d", "nn.functional.conv_transpose2d", "nn.functional.scaled_dot_product_attention", "nn.functional.max_pool2d", "nn.functional.avg_pool2d", "nn.functional.adaptive_avg_pool2d", "nn.functional.interpolate_bilinear", "nn.functional.cross_entropy", "nn.functional.embedding", "gather", "scatter", "scatter_add", "index_select", "index_put", "index_add", "masked_fill", "cat", "stack", "split", "permute", "expand", "roll", "flip", "tril", "diagonal", "nn.functional.pad.constant", "nn.functional.pad.reflect", "topk", "sort", "unfold", "nonzero", "linalg.svd"]
+OTHERS = {
+    "int64": ["add", "floor_divide", "remainder", "bitwise_and", "bitwise_left_shift", "sum", "argmax", "cumsum", "scatter_add", "sort", "clamp"],
+    "bool": ["logical_and", "any", "all", "sum", "where", "cat", "eq"],
+    "bfloat16": ["add", "exp", "softmax", "mm", "nn.functional.layer_norm", "sum", "nn.functional.gelu", "cumsum"],
+    "float64": ["exp", "tanh", "matmul", "var", "sum"],
+}
+GRADIENTS = ["exp", "div", "pow", "softmax", "nn.functional.layer_norm", "nn.functional.batch_norm", "matmul", "nn.functional.conv2d", "nn.functional.max_pool2d", "gather", "index_select", "cat", "nn.functional.cross_entropy", "nn.functional.embedding", "cumsum", "logsumexp", "norm", "amax", "where", "nn.functional.scaled_dot_product_attention"]
+CASES = [(op, "float32") for op in FLOAT] + [(op, dtype) for dtype, ops in OTHERS.items() for op in ops]
+
+
+def _resolved(name: str) -> str:
+    """The first label of an operator that has variants only ("round.decimals_0") or that is written without one."""
+    labels = [label(op) for op in every_op()]
+    return name if name in labels else next(x for x in labels if x.startswith(f"{name}."))
+
+
+@pytest.mark.parametrize(("op", "dtype"), CASES)
+def test_forward(op: str, dtype: str) -> None:
+    _agrees(op, dtype, samples=1, backward=False)
+
+
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_backward(op: str) -> None:
+    _agrees(op, "float32", samples=1, backward=True)
+
+
+def _agrees(op: str, dtype: str, *, samples: int, backward: bool) -> None:
+    outcome = check(find(_resolved(op)), DTYPES[dtype], samples=samples, backward=backward)
+    assert outcome.status == "pass", f"{outcome.status}: {outcome.detail}"
+
+
+def test_a_wrong_result_is_noticed() -> None:
+    """The harness itself: an operator that gives other results under the compiler fails."""
+    op = find("exp")
+
+    class Skewed:
+        def __getattr__(self, name: str) -> object:
+            return getattr(op, name)
+
+        def get_op(self) -> object:
+            return lambda x: torch.exp(x) + (1e-3 if torch.compiler.is_compiling() else 0)
+
+    outcome = check(Skewed(), torch.float32)  # type: ignore[arg-type]
+    assert outcome.status in ("wrong", "torch") and "not close" in outcome.detail
+
+
+def test_rows_of_known_differences_name_operators() -> None:
+    labels = {label(op) for op in every_op()}
+    assert {op for op, _ in KNOWN} <= labels
+    assert all(kind in ("random", "undefined", "numerics", "torch") and reason for (_, kind), reason in KNOWN.items())
