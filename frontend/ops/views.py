@@ -220,7 +220,7 @@ def _memory_of(c: Context, x: Value, storage_offset: Any) -> tuple[tuple[Dim, ..
 
 def as_strided_scatter(c: Context, x: Value, src: Value, size: Any, stride: Any, storage_offset: Any = None) -> Value:
     """Writes `src` at its places in the memory of the source, row-major in `src` (the last of equal places wins)."""
-    sizes, strides, offset, order = _memory_of(c, x, storage_offset)
+    sizes, _, offset, order = _memory_of(c, x, storage_offset)
     count = product(typeof(src).shape)
     if count == 0:
         return x

@@ -22,7 +22,7 @@ from ...ir.expr import ceildiv, free_symbols, minimum, product, simplify, split_
 from ...ir.types import DTYPES, index
 from ..structured import body_ops
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
-from .frame import Access, Frame, is_expensive
+from .frame import Frame, is_expensive
 
 __all__ = ["TileChoice", "choose_tile", "emit_loops"]
 

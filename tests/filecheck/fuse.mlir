@@ -41,3 +41,16 @@ module { func @epilogue { ^(%x: tensor<64x32xf32>, %w: tensor<32x48xf32>):
   %s = tensor.generic(%y) {dims = [64, 48], reductions = 1, combine = ["sum"], maps = [[d0, d1]]} : tensor<64xf32> { ^(%a: f32): tensor.yield(%a) }
   return(%s)
 } }
+// -----
+
+// Declined: the reader needs row 0 of %u at every row, so %u is not made at the frame point at which it is read.
+// CHECK-LABEL: func @first_row
+// CHECK: tensor.fused({{.*}}) {kernel = "exp_cos"}
+// CHECK: tensor.fused({{.*}}) {kernel = "add"}
+module { func @first_row { ^(%x: tensor<64x48xf32>):
+  %u = tensor.generic(%x) {dims = [64, 48], maps = [[d0, d1]]} : tensor<64x48xf32> { ^(%a: f32): %e = arith.exp(%a) : f32 tensor.yield(%e) }
+  %v = tensor.generic(%x) {dims = [64, 48], maps = [[d0, d1]]} : tensor<64x48xf32> { ^(%a: f32): %e = arith.cos(%a) : f32 tensor.yield(%e) }
+  %r = tensor.generic(%v, %u) {dims = [64, 48], maps = [[d0, d1], [0, d1]]} : tensor<64x48xf32> {
+    ^(%a: f32, %b: f32): %s = arith.add(%a, %b) : f32 tensor.yield(%s) }
+  return(%u, %v, %r)
+} }
