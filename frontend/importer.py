@@ -322,8 +322,9 @@ class _Importer:
             return {"same": returned.index(r)}
         root = _storage_root(r)
         if root.op == "placeholder":
-            itself = isinstance(value, BlockArg) and value not in self.assigned.values()
-            return {"alias_of_arg": value.index} if itself and self._same_strides(r, value) else {}
+            if not isinstance(value, BlockArg) or value in self.assigned.values() or not self._same_strides(r, value):
+                return {}
+            return {"alias_of_arg": value.index}
         base = next((b for b in returned if isinstance(b, fx.Node) and _storage_root(b) is root and _covers(b, root)), None)
         if base is None or base is r or base.meta["val"].dtype != r.meta["val"].dtype:
             return {}
