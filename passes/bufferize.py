@@ -1,10 +1,12 @@
 """From values to memory: functions of `tile.launch` on tensors become host functions on buffers.
 
 Before: functions of `tile.launch`, `tensor.constant`, `tensor.extern`, `tensor.assign` and `return`, in their final order.
-`result_attrs` has one entry per result of the program (or none, for plain tensors): {kind = "tensor", strides} takes an operand
-of `return`, wants these strides (absent: row-major) and memory of its own, but for `alias_of_arg`, `same`, `base` and `offset`
-(see `frontend/importer.py`; without `result_attrs`, returned arguments and values returned twice are shared); {kind = "int", expr} takes one too (which is ignored when
-`expr` is given); {kind = "none"} and {kind = "view", arg, shape, strides, offset} (a view of an argument, in elements) take none.
+`result_attrs` has one entry per result of the program (or none, for plain tensors):
+- {kind = "tensor", strides} takes an operand of `return`, wants these strides (absent: row-major) and memory of its own, but for
+  `alias_of_arg`, `same`, `base` and `offset` (see `frontend/importer.py`; without `result_attrs`, returned arguments and values
+  returned twice are shared);
+- {kind = "int", expr} takes one too (which is ignored when `expr` is given);
+- {kind = "none"} and {kind = "view", arg, shape, strides, offset} (a view of an argument, in elements) take none.
 
 After: block arguments are the inputs, the outputs, then one buffer per other extern result; temporaries are `host.alloc`.
 `arg_attrs` gains {kind = "output"} and {kind = "extern"} (memory that the executor takes over from an operator's result
