@@ -134,7 +134,9 @@ class _Builder:
         if kind == "int":
             return {"kind": kind, "expr": expr_to_json(attrs["expr"])}
         if kind == "view":
-            return {"kind": kind, "input": attrs["arg"], "offset": expr_to_json(attrs.get("offset", 0)),
+            n = len(self.inputs)
+            of = {"input": attrs["arg"]} if attrs["arg"] < n else {"buffer": attrs["arg"] - n}
+            return {"kind": kind, **of, "offset": expr_to_json(attrs.get("offset", 0)),
                     "shape": [expr_to_json(e) for e in attrs["shape"]], "strides": [expr_to_json(e) for e in attrs["strides"]]}
         if kind == "none":
             return {"kind": kind}

@@ -9,9 +9,11 @@ Conventions of the function that comes out:
   thereby defined), or none when nothing is read from it. `symbol_sources` says where the remaining symbols are read off tensor
   arguments: symbol -> [block argument, dimension], or [block argument, dimension, "stride"].
 - `result_attrs` has one entry per FX output: {kind = "tensor", strides} (strides absent: row-major), {kind = "int", expr} or
-  {kind = "none"}; an "int" without `expr` is the number in a 0-d tensor. A tensor with `view` = {arg, offset, shape,
-  strides} must be returned as memory of that block argument, `offset` elements on: its value is for the interpreter. A tensor result
-  with `alias_of_arg` is that block argument itself, after the assignments. `return` has an operand for each tensor and each int (a 0-d i64), none for a "none".
+  {kind = "none"}; an "int" without `expr` is the number in a 0-d tensor. `return` has an operand for each tensor and each int (a
+  0-d i64), none for a "none". A tensor result is in memory of its own, unless it has one of: `alias_of_arg` = k, it is that block
+  argument itself, after the assignments; `view` = {arg, offset, shape, strides}, it is memory of that block argument, `offset`
+  elements on (its value is for the interpreter); `same` = j, it is result j itself; `base` = j and `offset`, it is a view of result j,
+  that many elements on.
 - Values keep their FX names. Every op has the location of its node.
 
 A node whose row declines becomes a `graph.extern`. UnsupportedError means that the graph as a whole cannot be imported.
@@ -306,9 +308,8 @@ class _Importer:
                 attrs.append({"kind": "int"})
             elif isinstance(value, Value):
                 values.append(value)
-                same = self.assigned.get(r, value)
-                alias = {"alias_of_arg": same.index} if isinstance(same, BlockArg) else {}
-                attrs.append({"kind": "tensor", **self._result_strides(r, value), **alias, **self._view_of_argument(r, value)})
+                memory = self._result_memory(len(attrs), returned, value) or self._view_of_argument(r, value)
+                attrs.append({"kind": "tensor", **self._result_strides(r, value), **memory})
             elif isinstance(value, (int, Expr)) and not isinstance(value, bool):
                 values.append(self.c.scalar(value, from_torch(torch.int64)))
                 attrs.append({"kind": "int", "expr": value})
@@ -330,7 +331,8 @@ class _Importer:
             if node.op != "placeholder":
                 break
             base = node.meta.get("val")
-            if isinstance(arg, BlockArg) and base.dtype == val.dtype and base.untyped_storage()._cdata == val.untyped_storage()._cdata:
+            if isinstance(arg, BlockArg) and isinstance(base, torch.Tensor) and base.dtype == val.dtype and (
+                    base.untyped_storage()._cdata == val.untyped_storage()._cdata):
                 offset = self.c.dim(val.storage_offset()) - self.c.dim(base.storage_offset())
                 if offset == 0 or arg in self.assigned.values():
                     break
@@ -344,6 +346,65 @@ class _Importer:
         assert isinstance(value.type, TensorType)
         strides = value.type.with_strides(self.c.dims(val.stride())).strides
         return {} if strides is None else {"strides": strides}
+
+
+    def _result_memory(self, i: int, returned: Sequence[Any], value: Value) -> dict[str, Any]:
+        """Whose memory result `i` shares, as eager has it: two results that are one value by chance do not share."""
+        r = returned[i]
+        if r in self.assigned:
+            return {"alias_of_arg": self.assigned[r].index}
+        if not isinstance(r, fx.Node) or not isinstance(r.meta.get("val"), torch.Tensor):
+            return {}
+        if r in returned[:i]:
+            return {"same": returned.index(r)}
+        root = _storage_root(r)
+        if root.op == "placeholder":
+            if not isinstance(value, BlockArg) or value in self.assigned.values() or not self._same_strides(r, value):
+                return {}
+            return {"alias_of_arg": value.index}
+        base = next((b for b in returned if isinstance(b, fx.Node) and _storage_root(b) is root and _covers(b, root)), None)
+        if base is None or base is r or base.meta["val"].dtype != r.meta["val"].dtype:
+            return {}
+        try:
+            offset = self.c.dim(r.meta["val"].storage_offset() - base.meta["val"].storage_offset())
+        except Unsupported:
+            return {}
+        return {"base": returned.index(base), "offset": offset}
+
+    def _same_strides(self, r: fx.Node, value: BlockArg) -> bool:
+        assert isinstance(value.type, TensorType)
+        return value.type.layout == self.c.dims(r.meta["val"].stride())
+
+
+def _storage_root(node: fx.Node) -> fx.Node:
+    """The node that makes the memory that `node` is a view of; `node` itself when it is no view."""
+    while node.op == "call_function":
+        made = node.args[0] if node.target is operator.getitem else node
+        if not isinstance(made, fx.Node) or not isinstance(made.target, torch._ops.OpOverload) or not made.target.is_view:
+            return node
+        node = made.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _covers(node: fx.Node, root: fx.Node) -> bool:
+    """Whether `node` has all the memory of its root, so that every other view of the root is a view of it."""
+    if node is root:
+        return True
+    val, whole = node.meta["val"], root.meta.get("val")
+    if not isinstance(whole, torch.Tensor) or any(isinstance(n, torch.SymInt) for n in (*val.shape, *val.stride(), *whole.shape)):
+        return False
+    return val.dtype == whole.dtype and val.numel() == whole.numel() and _is_dense(val)
+
+
+def _is_dense(val: torch.Tensor) -> bool:
+    """Whether a tensor of constant sizes has no gaps and no element twice."""
+    step = 1
+    for stride, size in sorted(zip(val.stride(), val.shape, strict=True)):
+        if size != 1:
+            if stride != step:
+                return False
+            step *= size
+    return True
 
 
 def _is_token(node: fx.Node) -> bool:

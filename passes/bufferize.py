@@ -1,16 +1,19 @@
 """From values to memory: functions of `tile.launch` on tensors become host functions on buffers.
 
 Before: functions of `tile.launch`, `tensor.constant`, `tensor.extern`, `tensor.assign` and `return`, in their final order.
-`result_attrs` has one entry per result of the program (or none, for plain tensors): {kind = "tensor", strides} takes an operand
-of `return`, wants these strides (absent: row-major); {kind = "int", expr} takes one too (which is ignored when `expr` is
-given); {kind = "none"} and {kind = "view", arg, shape, strides, offset} (a view of an argument, in elements) take none.
+`result_attrs` has one entry per result of the program (or none, for plain tensors):
+- {kind = "tensor", strides} takes an operand of `return`, wants these strides (absent: row-major) and memory of its own, but for
+  `alias_of_arg`, `same`, `base` and `offset` (see `frontend/importer.py`; without `result_attrs`, returned arguments and values
+  returned twice are shared);
+- {kind = "int", expr} takes one too (which is ignored when `expr` is given);
+- {kind = "none"} and {kind = "view", arg, shape, strides, offset} (a view of an argument, in elements) take none.
 
 After: block arguments are the inputs, the outputs, then one buffer per other extern result; temporaries are `host.alloc`.
 `arg_attrs` gains {kind = "output"} and {kind = "extern"} (memory that the executor takes over from an operator's result
 without a copy; {kind = "output", extern = true} when that result is returned). `result_attrs` says what the program returns:
 
     {kind = "buffer", arg = k}     the output buffer k              {kind = "input", arg = k}   argument k itself
-    {kind = "same", result = j}    the same tensor as result j      {kind = "view", ...}        as above
+    {kind = "same", result = j}    the same tensor as result j      {kind = "view", ...}        as above, of an input or an output
     {kind = "item", arg = k}       the value of a 0-d buffer        {kind = "int", expr}, {kind = "none"}
 
 - A returned value is written where it is returned, unless its layout differs, or it is constant, cached or returned in two
@@ -137,7 +140,7 @@ class _Bufferizer:
         return entries
 
     def _returned_values(self) -> list[Value]:
-        return [v for a, v in self._entries() if v is not None and not _is_known_int(a)]
+        return [v for a, v in self._entries() if v is not None and not _is_known_int(a) and not _shares(a)]
 
     def _live_ops(self, returned: list[Value]) -> list[Operation]:
         needed = set(returned)
@@ -177,6 +180,8 @@ class _Bufferizer:
 
     def _place_results(self) -> None:
         placed: dict[tuple[Value, tuple[Dim, ...]], int] = {}
+        plain = not self.func["result_attrs"]
+        views: list[int] = []
         for i, (attrs, v) in enumerate(self._entries()):
             kind = attrs.get("kind", "tensor")
             if v is None or _is_known_int(attrs):
@@ -188,13 +193,23 @@ class _Bufferizer:
                 raise IRError(f"result {i} has {len(wanted)} strides for {t}")
             if kind == "int":
                 self.results.append({"kind": "item", "arg": self._output(v, wanted).index})
-            elif (v, wanted) in placed:
-                self.results.append({"kind": "same", "result": placed[v, wanted]})
-            elif isinstance(v, BlockArg) and v not in self.assigned and t.layout == wanted:
+            elif "alias_of_arg" in attrs:
+                self.results.append({"kind": "input", "arg": attrs["alias_of_arg"]})
+            elif "same" in attrs or (plain and (v, wanted) in placed):
+                self.results.append({"kind": "same", "result": attrs.get("same", placed.get((v, wanted)))})
+            elif "base" in attrs:
+                views.append(i)
+                self.results.append({"kind": "view", "arg": attrs["base"], "shape": t.shape, "strides": wanted, "offset": attrs.get("offset", 0)})
+            elif plain and isinstance(v, BlockArg) and v not in self.assigned and t.layout == wanted:
                 self.results.append({"kind": "input", "arg": v.index})
             else:
                 placed[v, wanted] = i
                 self.results.append({"kind": "buffer", "arg": self._output(v, wanted).index})
+        for i in views:  # the base may come later among the results
+            base = self.results[self.results[i]["arg"]]
+            if base["kind"] != "buffer":
+                raise IRError(f"result {i} is a view of result {self.results[i]['arg']}, which has no memory of its own")
+            self.results[i]["arg"] = base["arg"]
 
     def _output(self, v: Value, strides: tuple[Dim, ...]) -> BlockArg:
         """A new output buffer that will hold `v`."""
@@ -306,6 +321,11 @@ class _Bufferizer:
         self.block.parent = region
         self.func.attributes["arg_attrs"] = tuple(self.arg_attrs)
         self.func.attributes["result_attrs"] = tuple(self.results)
+
+
+def _shares(attrs: dict[str, Any]) -> bool:
+    """Whether a result needs no memory and no value of its own."""
+    return any(k in attrs for k in ("alias_of_arg", "same", "base"))
 
 
 def _is_known_int(attrs: dict[str, Any]) -> bool:

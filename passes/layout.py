@@ -113,7 +113,8 @@ def _match_outputs(func: Operation) -> None:
     attrs = func["result_attrs"]
     if not attrs:
         return
-    for v, a in zip(func.body.terminator.operands, attrs, strict=False):
+    tensors = [a for a in attrs if a.get("kind", "tensor") in ("tensor", "int")]  # those with an operand
+    for v, a in zip(func.body.terminator.operands, tensors, strict=True):
         op, wanted = v.defining_op, a.get("strides")
         if op is None or op.name not in ("tensor.generic", "tensor.scatter", "tensor.scan") or wanted is None or not isinstance(v.type, TensorType):
             continue

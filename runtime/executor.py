@@ -16,7 +16,7 @@ The manifest (JSON, made by `compiler/manifest.py`; sizes as in `sizes.py`):
     symbol_sources           [[symbol, input, dimension, "size" or "stride"], ...]
     buffers                  after the inputs: {kind: "output" | "extern" | "late", dtype, shape, strides}
     results                  {kind: "buffer", buffer} | {kind: "input", input} | {kind: "same", result} | {kind: "int", expr}
-                             | {kind: "none"} | {kind: "item", buffer} | {kind: "view", input, shape, strides, offset}
+                             | {kind: "none"} | {kind: "item", buffer} | {kind: "view", input or buffer, shape, strides, offset}
     persistent               {bytes, guards, pack, transient, symbolic}; `pack` names a function or is null
     arena                    bytes
     steps                    ["call", function] | ["extern", {...}] | ["allocate", [buffers]] | ["drop", [buffers]]
@@ -379,11 +379,16 @@ def _result_int(row: dict[str, Any], graph: CompiledGraph) -> Callable[..., Any]
 
 
 def _result_view(row: dict[str, Any], graph: CompiledGraph) -> Callable[..., Any]:
-    at = _index(row["input"], graph.manifest["inputs"])
-    spec = TensorSpec({"dtype": graph.manifest["inputs"][at]["dtype"], **row}, graph._positions)
+    kind, place = ("input", 0) if "input" in row else ("buffer", 1)
+    rows = graph.manifest[kind + "s"]
+    at = _index(row[kind], rows)
+    spec = TensorSpec({"dtype": rows[at]["dtype"], **row}, graph._positions)
     offset = compile_size(row["offset"], graph._positions)
-    return lambda tensors, buffers, symbols, results: tensors[at].as_strided(
-        spec.shape(symbols), spec.strides(symbols), tensors[at].storage_offset() + evaluate_size(offset, symbols))
+
+    def view(*given: Any) -> torch.Tensor:
+        base, symbols = given[place][at], given[2]
+        return base.as_strided(spec.shape(symbols), spec.strides(symbols), base.storage_offset() + evaluate_size(offset, symbols))
+    return view
 
 
 def _from(place: int, key: str, rows: str) -> Callable[[dict[str, Any], CompiledGraph], Callable[..., Any]]:

@@ -28,7 +28,7 @@ FUNC = define("func", "A function; arguments are the block arguments, results th
                      "symbol_args": optional((), "ints among the arguments: one {position, expr} each; a bare symbol is defined there"),
                      "symbol_sources": optional({}, "symbol -> [argument index, dimension]: where a size symbol is read off"),
                      "arg_attrs": optional((), "one dictionary per argument: {name, kind='param'|'buffer'|'input'|'constant', position}"),
-                     "result_attrs": optional((), "one dictionary per result: {kind, strides, alias_of_arg}; see frontend/importer.py"),
+                     "result_attrs": optional((), "one dictionary per result: {kind, strides, ...}; see frontend/importer.py"),
                      "stats": optional({}, "facts recorded by passes, such as arena bytes")},
               traits=[Trait.IsolatedFromAbove, Trait.Symbol], verify=_verify_func)
 

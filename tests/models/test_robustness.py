@@ -324,20 +324,20 @@ def test_another_dtype_or_shape_compiles_again() -> None:
     assert count == len(graphs) == len(inputs)
 
 
-@pytest.mark.parametrize(("model", "good", "bad"), [
-    pytest.param(nn.Linear(6, 3), (2, 6), (2, 5), id="linear, wrong width"),
-    pytest.param(nn.Conv2d(3, 4, 3), (1, 3, 8, 8), (8, 8), id="conv, wrong rank"),
-    pytest.param(nn.Conv2d(3, 4, 3), (1, 3, 8, 8), (1, 4, 8, 8), id="conv, wrong channels"),
-    pytest.param(nn.LayerNorm(6), (2, 6), (6, 2), id="layer norm, wrong width"),
+@pytest.mark.parametrize(("model", "good", "bad", "message"), [
+    pytest.param(nn.Linear(6, 3), (2, 6), (2, 5), "shapes cannot be multiplied|same reduction dim", id="linear, wrong width"),
+    pytest.param(nn.Conv2d(3, 4, 3), (1, 3, 8, 8), (8, 8), r"Expected 3D \(unbatched\) or 4D", id="conv, wrong rank"),
+    pytest.param(nn.Conv2d(3, 4, 3), (1, 3, 8, 8), (1, 4, 8, 8), "expected input.* to have 3 channels", id="conv, wrong channels"),
+    pytest.param(nn.LayerNorm(6), (2, 6), (6, 2), "normalized_shape", id="layer norm, wrong width"),
 ])
-def test_a_bad_shape_errors_as_in_eager(model: nn.Module, good: tuple[int, ...], bad: tuple[int, ...]) -> None:
+def test_a_bad_shape_errors_as_in_eager(model: nn.Module, good: tuple[int, ...], bad: tuple[int, ...], message: str) -> None:
+    """The same kind of error, in torch's words (Dynamo's fake tensors may put them a little differently), and nothing broken by it."""
     compiled = _compile(model)
     x = torch.randn(good)
     _close(compiled(x), model(x))
-    with pytest.raises(RuntimeError) as eager:
-        model(torch.randn(bad))
-    with pytest.raises(RuntimeError, match=re.escape(str(eager.value).splitlines()[0][:30])):
-        compiled(torch.randn(bad))
+    for call in (model, compiled):
+        with pytest.raises(RuntimeError, match=message):
+            call(torch.randn(bad))
     _close(compiled(x), model(x))
 
 

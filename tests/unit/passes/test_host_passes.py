@@ -85,6 +85,18 @@ def test_an_int_without_expression_is_read_from_memory() -> None:
     assert function(m)["result_attrs"] == ({"kind": "item", "arg": 1},)
 
 
+def test_described_results_share_memory_only_where_they_say_so() -> None:
+    """A value returned twice, an argument returned as a value, and a view of another result that comes later."""
+    m = module(f"%x: {T}", f"%a = tile.launch(%x) {{kernel = @k1}} : {T}\nreturn(%a, %a, %x, %x, %a, %a)",
+               'result_attrs = [{kind = "tensor", base = 1, offset = 3}, {kind = "tensor"}, {kind = "tensor"}, '
+               '{kind = "tensor", alias_of_arg = 0}, {kind = "tensor"}, {kind = "tensor", same = 4}]')
+    assert lowered(m) == ["host.copy(%x, %x_1)", "host.launch(%x, %a) {kernel = @k1}", "host.copy(%a, %a_1)"]
+    view, *others = function(m)["result_attrs"]
+    assert (view["kind"], view["arg"], view["offset"]) == ("view", 1, 3)
+    assert others == [{"kind": "buffer", "arg": 1}, {"kind": "buffer", "arg": 2}, {"kind": "input", "arg": 0}, {"kind": "buffer", "arg": 3},
+                      {"kind": "same", "result": 4}]
+
+
 def test_strides_of_eager_are_kept() -> None:
     square = "tensor<4x8xf32, strides=[1, 4]>"
     m = module("%x: tensor<4x8xf32>",
