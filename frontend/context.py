@@ -25,7 +25,7 @@ from .errors import Unsupported
 from .scalars import lower_number
 from .symbols import SymbolTable
 
-__all__ = ["Context", "Number", "SymScalar", "fits", "typeof"]
+__all__ = ["Context", "Number", "SymScalar", "fits", "like", "typeof"]
 
 I1, I64, F32, F64 = (DTYPES[n] for n in ("i1", "i64", "f32", "f64"))
 Number = bool | int | float
@@ -319,6 +319,11 @@ def typeof(v: Value) -> TensorType:
     """The type of a value; every value of a graph is a tensor."""
     assert isinstance(v.type, TensorType)
     return v.type
+
+
+def like(v: Value) -> TensorType:
+    """The type of a new tensor with the shape and element type of `v`: row-major, whatever the layout of `v` is."""
+    return typeof(v).with_strides(None)
 
 
 def _category(t: torch.dtype) -> int:

@@ -264,15 +264,15 @@ def _reads_agree(members: list[Operation], places: dict[Operation, tuple[int, ..
     """Every value passed between members is read at the frame point at which it was made."""
     made = {r: op for op in members for r in op.results}
     for op in members:
-        for v, m in zip(op.operands, op["maps"], strict=True):
+        for i, (v, m) in enumerate(zip(op.operands, op["maps"], strict=True)):
             if v not in made:
                 continue
             producer = made[v]
-            if m is None:
+            if m is None or fill_of(op, i) is not None:
                 return False
-            for e, f in zip(m, places[producer], strict=False):
-                if e == 0:
-                    continue  # a dimension of size 1
+            for e, f, size in zip(m, places[producer], parallel_dims(producer), strict=False):
+                if e == 0 and size == 1:
+                    continue
                 dims = plain_dims([e])
                 if dims is None or places[op][dims[0]] != f:
                     return False

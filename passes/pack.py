@@ -22,6 +22,7 @@ from ..ir.expr import (
     delinearize,
     evaluate,
     free_symbols,
+    known_nonnegative,
     lower_bound,
     product,
     simplify,
@@ -176,7 +177,7 @@ def _materialise_padding(op: Operation, roles: Roles, ctx: PassContext) -> None:
         if low is None or high is None:
             ctx.remark("declined", f"the padding of dimension {j} has no known bounds", op.location)
             return
-        low = low if isinstance(low, int) and low < 0 else 0
+        low = min(low, 0) if isinstance(low, int) else 0 if known_nonnegative(low) else low
         extent = high + 1 - low
         gap = size - extent
         dims.append(size if low == 0 and isinstance(gap, int) and gap >= 0 else extent)

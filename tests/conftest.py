@@ -1,10 +1,14 @@
-"""What holds for every test: strict compilation, one thread, a cache of the run's own."""
+"""What holds for every test: strict compilation, one thread, a cache of the run's own.
+
+Also makes `tests/support` importable, and names the hypothesis profiles (`--hypothesis-profile=long` searches for many minutes)."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +17,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests
 _CACHE = None if "AICC_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="aicc-test-cache-")
 if _CACHE is not None:  # xdist workers inherit it
     os.environ["AICC_CACHE_DIR"] = _CACHE
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from support.profiles import register  # noqa: E402  (needs the path)
+
+register()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

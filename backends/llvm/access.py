@@ -215,8 +215,8 @@ class _Loader(Accessor):
             self.k.report(self.op, full_mask(self.b, scalar, vector, lanes.width))
         steps = self.steps(c)
         if steps is not None and lanes.width > 1:
-            if all(s == 0 for s in steps) and vector is None:
-                return splat(b, self._guarded(self.address(lanes.at(c.offset, 0)), 1, scalar), lanes.width)
+            if all(s == 0 for s in steps):
+                return self._broadcast(c, scalar, vector)
             if all(s == i for i, s in enumerate(steps)):
                 return self._contiguous(lanes.at(c.offset, 0), lanes.width, scalar, vector)
             if all(s == -i for i, s in enumerate(steps)):
@@ -230,6 +230,16 @@ class _Loader(Accessor):
             return self._gather(c, full_mask(self.b, scalar, vector, lanes.width))
         pointers = self.lane_addresses(c)
         return pack(b, [self._guarded(p, 1, _lane_of(b, scalar, vector, i)) for i, p in enumerate(pointers)])
+
+    def _broadcast(self, c: AccessChunk, scalar: ir.Value | None, vector: ir.Value | None) -> ir.Value:
+        """One element for all lanes, read if any lane wants it."""
+        b, width = self.b, c.lanes.width
+        if vector is None:
+            return splat(b, self._guarded(self.address(c.lanes.at(c.offset, 0)), 1, scalar), width)
+        mask = full_mask(b, scalar, vector, width)
+        wanted = call(b, f"llvm.vector.reduce.or.{suffix(mask.type)}", I1, [mask])
+        value = self._guarded(self.address(c.lanes.at(c.offset, 0)), 1, wanted)
+        return b.select(mask, splat(b, value, width), self._other(width))
 
     def _guarded(self, pointer: ir.Value, width: int, condition: ir.Value | None) -> ir.Value:
         """A load of `width` elements at `pointer`, or `other` where the scalar condition is false."""

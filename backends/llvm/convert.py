@@ -1,7 +1,8 @@
 """Element types of the LLVM backend: how each dtype lives in registers and in memory, and casts between them.
 
 A dtype is named as in the aicc IR (`f32`, `bf16`, `i1`, ...).  In registers bf16 is its i16 bit pattern, f16 is LLVM's
-`half`, `u8` is an i8 read as unsigned, `i1` is an LLVM i1 and `index` an i64; in memory an `i1` takes a byte, 0 or 1.
+`half`, unsigned integers are LLVM integers read as unsigned, `i1` is an LLVM i1 and `index` an i64; in memory an `i1`
+takes a byte, 0 or 1.
 All functions take a scalar or a vector of any width and return the same shape.
 
 `emit_cast` follows eager torch on x86-64: float to integer truncates, and a value that does not fit gives what the
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from .lanes import F32, F64, I1, I16, I32, I64, element_type, splat, with_element
+from .lanes import F32, F64, I1, I16, I32, I64, declare, element_type, overload, splat, with_element
 
 I8 = ir.IntType(8)
 F16 = ir.HalfType()
@@ -41,6 +42,9 @@ REPRESENTATIONS: dict[str, Representation] = {
     "i16": Representation(I16, I16, "signed"),
     "i8": Representation(I8, I8, "signed"),
     "u8": Representation(I8, I8, "unsigned"),
+    "u16": Representation(I16, I16, "unsigned"),
+    "u32": Representation(I32, I32, "unsigned"),
+    "u64": Representation(I64, I64, "unsigned"),
     "i1": Representation(I1, I8, "bool"),
     "index": Representation(I64, I64, "signed"),
 }
@@ -113,18 +117,29 @@ def _float_to_bf16(b: ir.IRBuilder, value: ir.Value, target: Representation) -> 
 
 
 def _float_to_integer(b: ir.IRBuilder, value: ir.Value, target: Representation) -> ir.Value:
-    """Truncation through i32, or i64 where the result, or float64's low bits (u8), need it."""
+    """Truncation through i32, or i64 where the result, or the low bits of a large float64, need it."""
     if element_type(value.type) == F16:
         value = _as_f32(b, value)
-    through_i64 = target.register == I64 or (target.kind == "unsigned" and element_type(value.type) == F64)
-    integer = with_element(value.type, I64 if through_i64 else I32)
-    limit = 2.0 ** (63 if through_i64 else 31)
-    magnitude = b.select(b.fcmp_ordered("<", value, splat(value.type, 0.0)), b.fneg(value), value)
-    fits = b.fcmp_ordered("<", magnitude, splat(value.type, limit))
-    whole = b.fptosi(b.select(fits, value, splat(value.type, 0.0)), integer)
-    whole = b.select(fits, whole, splat(integer, -int(limit)))
+    unsigned = target.kind == "unsigned"
+    if unsigned and target.register == I64:
+        # The upper half of u64's range is moved down by 2^63 and back.
+        high = b.fcmp_ordered(">=", value, splat(value.type, 2.0**63))
+        moved = b.select(high, b.fsub(value, splat(value.type, 2.0**63)), value)
+        low = _truncate(b, moved, with_element(value.type, I64))
+        return b.select(high, b.xor(low, splat(low.type, -(1 << 63))), low)
+    wide = target.register == I64 or (unsigned and (target.register == I32 or element_type(value.type) == F64))
+    whole = _truncate(b, value, with_element(value.type, I64 if wide else I32))
     goal = with_element(value.type, target.register)
-    return whole if goal == integer else b.trunc(whole, goal)
+    return whole if goal == whole.type else b.trunc(whole, goal)
+
+
+def _truncate(b: ir.IRBuilder, value: ir.Value, integer: ir.Type) -> ir.Value:
+    """float or double to i32 or i64; the most negative integer for NaN and for what does not fit."""
+    limit = 2.0 ** (element_type(integer).width - 1)
+    magnitude = declare(b, f"llvm.fabs.{overload(value.type)}", value.type, [value.type])
+    fits = b.fcmp_ordered("<", b.call(magnitude, [value]), splat(value.type, limit))
+    whole = b.fptosi(b.select(fits, value, splat(value.type, 0.0)), integer)
+    return b.select(fits, whole, splat(integer, -int(limit)))
 
 
 def _float_to_bool(b: ir.IRBuilder, value: ir.Value, target: Representation) -> ir.Value:

@@ -8,7 +8,7 @@ from typing import Any
 from ...ir.core import Value
 from ...ir.expr import Dim
 from ...ir.types import TensorType
-from ..context import F32, I1, I64, Context, typeof
+from ..context import F32, I1, I64, Context, like, typeof
 from ..errors import Unsupported
 from ..extern import make_extern
 from .table import Lower
@@ -37,7 +37,7 @@ def index_put(c: Context, x: Value, indices: Sequence[Value | None], values: Val
     dims, tensors = _indices(c, x, indices)
     values = c.cast(values, typeof(x).dtype)
     extra = {"accumulate": True} if accumulate else {}
-    return c.b.op("graph.index_put", x, values, *tensors, type=typeof(x), dims=dims, **extra)
+    return c.b.op("graph.index_put", x, values, *tensors, type=like(x), dims=dims, **extra)
 
 
 def _masked_put(c: Context, x: Value, indices: Sequence[Value | None], mask: Value, values: Value, accumulate: bool) -> Value:
@@ -86,7 +86,7 @@ def _scatter(c: Context, x: Value, dim: int, at: Value, src: Any, reduce: str) -
         return c.reshape(made, ())
     if typeof(at).rank == 0:
         at, src = c.reshape(at, (1,)), c.reshape(src, (1,))
-    return c.b.op("graph.scatter", x, at, _cut(c, src, typeof(at).shape), type=typeof(x), dim=c.axis(dim, rank),
+    return c.b.op("graph.scatter", x, at, _cut(c, src, typeof(at).shape), type=like(x), dim=c.axis(dim, rank),
                   **({} if reduce == "set" else {"reduce": reduce}))
 
 
@@ -156,7 +156,7 @@ def _put_along(c: Context, x: Value, dim: int, at: Value, src: Value, accumulate
     at = c.reshape(at, (1,)) if typeof(at).rank == 0 else at
     if typeof(src).rank not in (0, t.rank):
         raise Unsupported("an indexed write of another rank")
-    return c.b.op("graph.index_put", x, c.cast(src, t.dtype), at, type=t, dims=(c.axis(dim, t.rank),),
+    return c.b.op("graph.index_put", x, c.cast(src, t.dtype), at, type=like(x), dims=(c.axis(dim, t.rank),),
                   **({"accumulate": True} if accumulate else {}))
 
 
@@ -168,7 +168,7 @@ def masked_scatter(c: Context, x: Value, mask: Value, src: Value) -> Value:
     count = c.numel(x, range(t.rank))
     wide = c.expand(c.cast(mask, I1), t.shape)
     flat = c.reshape(c.cast(wide, I64), (count,))
-    order = c.ew("sub", c.b.op("graph.scan", flat, type=typeof(flat), dim=0, kind="sum"), 1)
+    order = c.ew("sub", c.b.op("graph.scan", flat, type=like(flat), dim=0, kind="sum"), 1)
     items = c.numel(src, range(typeof(src).rank))
     at = c.ew("min", c.ew("max", order, 0), c.scalar(items - 1, I64))
     taken = c.b.op("graph.take", c.reshape(src, (items,)), at, type=TensorType((count,), typeof(src).dtype), dim=0)
@@ -204,9 +204,20 @@ def native_dropout(c: Context, x: Value, p: float, train: bool | None) -> tuple[
     return c.cast(scaled, t.dtype), mask
 
 
+def take(c: Context, x: Value, at: Value) -> Value:
+    """Elements of the flattened source; negative places count from the end."""
+    if typeof(x).dtype.kind == "complex":
+        raise Unsupported("complex numbers")
+    flat = c.reshape(x, (c.numel(x, range(typeof(x).rank)),))
+    at = c.cast(at, I64)
+    line = at if typeof(at).rank else c.reshape(at, (1,))
+    return c.reshape(c.b.op("graph.index", flat, line, type=TensorType(typeof(line).shape, c.dtype), dims=(0,)), c.shape)
+
+
 ROWS: dict[str, Lower] = {
     "aten.index.Tensor": index,
     "aten._unsafe_index.Tensor": index,
+    "aten.take.default": take,
     "aten.index_put.default": index_put,
     "aten._unsafe_index_put.default": index_put,
     "aten.embedding.default": embedding,

@@ -8,7 +8,7 @@ from typing import Any
 from ...ir.core import Value
 from ...ir.expr import Dim, product
 from ...ir.types import TensorType
-from ..context import F32, I64, Context, typeof
+from ..context import F32, I64, Context, like, typeof
 from ..errors import Unsupported
 from .table import Lower
 
@@ -54,7 +54,7 @@ def max_pool_backward(n: int) -> Lower:
         points = product(typeof(grad).shape[-n:])
         base = c.full((*lead, area), 0, typeof(grad).dtype)
         flat = (*lead, points)
-        made = c.b.op("graph.scatter", base, c.reshape(indices, flat), c.reshape(grad, flat), type=typeof(base), dim=len(lead),
+        made = c.b.op("graph.scatter", base, c.reshape(indices, flat), c.reshape(grad, flat), type=like(base), dim=len(lead),
                       reduce="add")
         return c.reshape(made, shape)
     return lower

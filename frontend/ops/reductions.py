@@ -7,7 +7,7 @@ from typing import Any
 
 from ...ir.core import Value
 from ...ir.types import TensorType
-from ..context import F32, I1, I64, Context, typeof
+from ..context import F32, I1, I64, Context, like, typeof
 from ..dtypes import from_torch
 from ..errors import Unsupported
 from .table import Lower
@@ -149,7 +149,7 @@ def scan(kind: str) -> Lower:
         x = c.cast(x, c.dtype)
         if _rank(x) == 0:
             return x
-        return c.b.op("graph.scan", x, type=typeof(x), dim=c.axis(dim, _rank(x)), kind=kind)
+        return c.b.op("graph.scan", x, type=like(x), dim=c.axis(dim, _rank(x)), kind=kind)
     return lower
 
 
@@ -158,7 +158,7 @@ def softmax(name: str) -> Lower:
         x = c.cast(x, c.dtype)
         if _rank(x) == 0:
             return c.full((), 1.0 if name == "softmax" else 0.0, c.dtype)
-        return c.b.op(f"graph.{name}", x, type=typeof(x), dim=c.axis(dim, _rank(x)))
+        return c.b.op(f"graph.{name}", x, type=like(x), dim=c.axis(dim, _rank(x)))
     return lower
 
 

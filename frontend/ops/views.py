@@ -8,7 +8,7 @@ from typing import Any
 from ...ir.core import Value
 from ...ir.expr import Dim, ceildiv, floordiv, maximum, minimum, mod, product, sym
 from ...ir.types import contiguous_strides
-from ..context import I1, I64, Context, Number, typeof
+from ..context import I1, I64, Context, Number, like, typeof
 from ..errors import Unsupported
 from .table import Lower
 
@@ -82,7 +82,7 @@ def unbind(c: Context, x: Value, dim: int = 0) -> tuple[Value, ...]:
 
 def flip(c: Context, x: Value, dims: Sequence[int]) -> Value:
     axes = c.axes(dims, typeof(x).rank) if len(dims) else ()
-    return c.b.op("graph.flip", x, type=typeof(x), dims=axes) if axes else x
+    return c.b.op("graph.flip", x, type=like(x), dims=axes) if axes else x
 
 
 def roll(c: Context, x: Value, shifts: Any, dims: Any = ()) -> Value:
@@ -220,7 +220,7 @@ def _memory_of(c: Context, x: Value, storage_offset: Any) -> tuple[tuple[Dim, ..
 
 def as_strided_scatter(c: Context, x: Value, src: Value, size: Any, stride: Any, storage_offset: Any = None) -> Value:
     """Writes `src` at its places in the memory of the source, row-major in `src` (the last of equal places wins)."""
-    sizes, strides, offset, order = _memory_of(c, x, storage_offset)
+    sizes, _, offset, order = _memory_of(c, x, storage_offset)
     count = product(typeof(src).shape)
     if count == 0:
         return x
@@ -230,7 +230,7 @@ def as_strided_scatter(c: Context, x: Value, src: Value, size: Any, stride: Any,
         places = c.ew("add", places, c.ew("mul", c.positions(typeof(src).shape, i), s))
     at = c.reshape(c.expand(places, typeof(src).shape), (count,))
     flat = c.reshape(c.permute(x, outside_in), (product(sizes),))
-    written = c.b.op("graph.index_put", flat, c.reshape(c.cast(src, typeof(x).dtype), (count,)), at, type=typeof(flat), dims=(0,))
+    written = c.b.op("graph.index_put", flat, c.reshape(c.cast(src, typeof(x).dtype), (count,)), at, type=like(flat), dims=(0,))
     return c.permute(c.reshape(written, [sizes[i] for i in outside_in]), [outside_in.index(i) for i in range(len(sizes))])
 
 

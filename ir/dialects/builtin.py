@@ -25,10 +25,10 @@ MODULE = define("module", "A compilation unit: functions and kernels.", results=
 FUNC = define("func", "A function; arguments are the block arguments, results the operands of its return.", results=(), regions=1,
               attrs={"sym_name": attr("its name"),
                      "symbols": optional({}, "size symbol -> [smallest, largest or none]; both inclusive"),
-                     "symbol_args": optional((), "symbols passed as int64 arguments, in order, before anything else is read"),
+                     "symbol_args": optional((), "ints among the arguments: one {position, expr} each; a bare symbol is defined there"),
                      "symbol_sources": optional({}, "symbol -> [argument index, dimension]: where a size symbol is read off"),
-                     "arg_attrs": optional((), "one dictionary per argument: {name, kind='param'|'buffer'|'input'|'constant'}"),
-                     "result_attrs": optional((), "one dictionary per result: {alias_of_arg}"),
+                     "arg_attrs": optional((), "one dictionary per argument: {name, kind='param'|'buffer'|'input'|'constant', position}"),
+                     "result_attrs": optional((), "one dictionary per result: {kind, strides, alias_of_arg}; see frontend/importer.py"),
                      "stats": optional({}, "facts recorded by passes, such as arena bytes")},
               traits=[Trait.IsolatedFromAbove, Trait.Symbol], verify=_verify_func)
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..core import IRError, Operation
-from ..expr import free_symbols
+from ..expr import Expr, free_symbols
 from ..types import TensorType
 from . import arith, graph, tensor, tile
 from .context import TORCH_DTYPES, Context, Handler, Numerics, bind_shape, failure
@@ -49,8 +49,8 @@ def _bind_inputs(func: Operation, inputs: Sequence[torch.Tensor], ctx: Context) 
     args, name = func.body.args, func["sym_name"]
     if len(inputs) != len(args):
         raise IRError(f"@{name} takes {len(args)} arguments, got {len(inputs)}")
-    for symbol, (arg, d) in func["symbol_sources"].items():
-        ctx.symbols.setdefault(symbol, inputs[arg].shape[d])
+    for symbol, (arg, d, *kind) in func["symbol_sources"].items():
+        ctx.symbols.setdefault(symbol, inputs[arg].stride(d) if kind == ["stride"] else inputs[arg].shape[d])
     for _ in range(2):  # a symbol may be learnt from a later argument than the one that needs it
         for i, (a, x) in enumerate(zip(args, inputs)):
             if not isinstance(a.type, TensorType):
@@ -71,8 +71,8 @@ def interpret(module: Operation, inputs: Sequence[Any], *, symbols: Mapping[str,
               handlers: Mapping[str, Handler] | None = None) -> list[torch.Tensor]:
     """Runs a function of `module` (the only one, or `func`) on `inputs`; gives the operands of its `return`.
 
-    inputs: one CPU tensor per argument, of the argument's element type (or `precision`, for floats), preceded by the values of
-        the function's `symbol_args` (ints) when they are passed too.
+    inputs: one CPU tensor per argument, of the argument's element type (or `precision`, for floats); or the whole argument list
+        of the compiled function, with the ints of `symbol_args` at their positions.
     symbols: size symbol -> value. Those not given are read off the inputs (`symbol_sources`, then the argument types).
     precision: hold all floats in this dtype (torch.float64), whatever the types say; results then have it too.
         Casts to narrower floats do not round unless `exact`.
@@ -87,10 +87,12 @@ def interpret(module: Operation, inputs: Sequence[Any], *, symbols: Mapping[str,
     function = _find_func(module, func)
     kernels = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"} if module.name == "module" else {}
     ctx = Context({**HANDLERS, **(handlers or {})}, Numerics(precision, exact), dict(symbols or {}), kernels, check)
-    names = function["symbol_args"]
-    if names and len(inputs) == len(names) + len(function.body.args):
-        ctx.symbols.update((name, int(v)) for name, v in zip(names, inputs))
-        inputs = inputs[len(names):]
+    passed = {row["position"]: row["expr"] for row in function["symbol_args"]}
+    if passed and len(inputs) == len(passed) + len(function.body.args):
+        for position, expr in passed.items():
+            if isinstance(expr, Expr) and free_symbols(expr) == {str(expr)}:  # a bare symbol; `s0*2` defines nothing
+                ctx.symbols.setdefault(str(expr), int(inputs[position]))
+        inputs = [x for i, x in enumerate(inputs) if i not in passed]
     _bind_inputs(function, inputs, ctx)
     args = function.body.args
     values = [ctx.to_type(x.detach(), a.type) for a, x in zip(args, inputs)]

@@ -18,11 +18,11 @@ from typing import Any
 
 from ...ir import Dim, IRError, Operation, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
-from ...ir.expr import ceildiv, minimum, product, simplify, split_linear, substitute
+from ...ir.expr import ceildiv, free_symbols, minimum, product, simplify, split_linear, substitute
 from ...ir.types import DTYPES, index
 from ..structured import body_ops
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
-from .frame import Access, Frame, is_expensive
+from .frame import Frame, is_expensive
 
 __all__ = ["TileChoice", "choose_tile", "emit_loops"]
 
@@ -484,9 +484,12 @@ def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, 
 
 
 def traffic(frame: Frame) -> Dim:
-    """Bytes read and written if each tensor moves once."""
-    seen: dict[Value, Access] = {x.value: x for x in frame.accesses}
-    return sum((x.weight * x.bytes for x in seen.values()), 0)  # type: ignore[return-value]
+    """Bytes read and written if each element that is touched moves once: of a tensor that is read through slices, at most their points."""
+    touched: dict[Value, dict[Dim, Dim]] = {}
+    access = {x.value: x for x in frame.accesses}
+    for x in frame.accesses:
+        touched.setdefault(x.value, {})[x.offset] = product(s for f, s in frame.sizes.items() if f in free_symbols(x.offset))
+    return sum((minimum(x.weight, sum(touched[v].values(), 0)) * x.bytes for v, x in access.items()), 0)  # type: ignore[return-value]
 
 
 def work(frame: Frame) -> Dim:

@@ -129,8 +129,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         flops, bytes_moved = work(frame), traffic(frame)
         inplace = _inplace_pairs(frame, fused)
     builder.create("tile.yield")
-    symbols = sorted({s for op in block for s in _symbols(op)} | {s for g in grid for s in free_symbols(g)}
-                     | set(free_symbols(flops)) | set(free_symbols(bytes_moved)))  # the launcher weighs the work before it forks
+    # The launch decides by flops and bytes whether to run in parallel: their sizes are arguments too.
+    symbols = sorted({s for op in block for s in _symbols(op)} | {s for g in (*grid, flops, bytes_moved) for s in free_symbols(g)})
     attrs = {"sym_name": fused["kernel"] or "kernel", "grid": tuple(grid), "symbols": tuple(symbols), "outputs": len(outputs)}
     if inplace:
         attrs["inplace"] = inplace

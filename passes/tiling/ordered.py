@@ -193,7 +193,8 @@ def emit_scan(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value
         if not isinstance(running.type, TileType) or running.type.shape != shape:
             running = inner.broadcast(running, shape)
         index_of = [here[f"d{j}"] for j in range(rank)]
-        inner.store(out, running if dtype == result.dtype else b.cast(running, result.dtype), _dot(index_of, result.layout, inner), inner.needed(active))
+        rounded = running if dtype == result.dtype else b.cast(running, result.dtype)
+        inner.store(out, rounded, _dot(index_of, result.layout, inner), inner.needed(active))
         return [running]
 
     e.loop(0, dims[-1], 1, [init], body)

@@ -14,7 +14,7 @@ sum mean amax std argmax any cumsum logsumexp norm var_mean
 softmax log_softmax nn.functional.layer_norm nn.functional.group_norm nn.functional.batch_norm nn.functional.rms_norm
 mm bmm matmul addmm einsum nn.functional.linear nn.functional.conv2d nn.functional.conv_transpose2d
 nn.functional.scaled_dot_product_attention nn.functional.max_pool2d nn.functional.avg_pool2d nn.functional.adaptive_avg_pool2d
-nn.functional.interpolate_bilinear nn.functional.cross_entropy nn.functional.embedding
+nn.functional.interpolate.bilinear nn.functional.cross_entropy nn.functional.embedding
 gather scatter scatter_add index_select index_put index_add masked_fill cat stack split permute expand roll flip tril
 diagonal nn.functional.pad.constant nn.functional.pad.reflect topk sort unfold nonzero linalg.svd""".split()
 OTHERS = {

@@ -288,7 +288,7 @@ class _Drawer:
         flat = f"({i.name}.reshape(-1) % {size})"
         options = [f"{n}.index_select({d}, {flat})"]
         if d == 0:
-            options += [f"{n}[{i.name} % {size}]"]
+            options += [f"{n}[{i.name} % {size}]"] if i.rank else []  # torch reads a 0-d index on the host
             if v.tensor.dtype != torch.bool:
                 options += [f"{n}.index_put(({flat},), {n}[{flat}] + 1, accumulate=True)", f"torch.zeros_like({n}).index_add(0, {flat}, {n}[{flat}])"]
         if i.rank == v.rank and all(x <= y for x, y in zip(i.shape, v.shape)):

@@ -159,6 +159,18 @@ def test_row_masks_and_broadcast(target):
     assert (y[rows:] == 0).all()
 
 
+@pytest.mark.parametrize("length", [0, 5, 16])
+def test_masked_broadcast(length, target):
+    """One element for all lanes, with a mask over lanes; never read when no lane is active."""
+    def body(k, x, y):
+        k.store(y, k.load(x, i0, k.op("tile.index", type=tile((), "i64"), expr=s0 * 1000000000, shape=()), shape=(16,),
+                          mask=((t0, s1),), other=2.0), t0)
+    x, y = torch.full((1,), 5.0), torch.zeros(16)
+    sizes = {"s0": 0 if length else 1, "s1": length}
+    assert run(kernel([buffer((1,)), buffer((16,))], [1], body, symbols=["s0", "s1"]), [x, y], sizes, target) == 0
+    assert y.tolist() == [5.0] * length + [2.0] * (16 - length)
+
+
 def test_index_tiles_and_masks(target):
     """Positions as data, and `tile.mask`, provable or not."""
     n = 30

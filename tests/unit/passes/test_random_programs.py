@@ -10,7 +10,7 @@ from aicc.compiler.driver import compile_graph
 from aicc.compiler.options import Options
 from hypothesis import given, settings
 from support.random_programs import RandomProgram, random_programs
-from support.stages import TARGETS, Program, capture, check_levels, compare
+from support.stages import TARGETS, Program, capture, check_levels, compare, copied
 
 LOOSE = 20_000
 """Roundings allowed: chains of steps amplify errors, while a wrong element is wrong by its own magnitude."""
@@ -58,7 +58,7 @@ def native(program: Program) -> None:
     """Compiles for this machine, runs twice (the second time nothing is packed anew), compares; inputs stay as they were."""
     compiled = compile_graph(program.module(), Options(cache=False, strict=True)).graph
     assert compiled is not None
-    args = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x) for x in program.inputs]
+    args = [copied(x) for x in program.inputs]
     try:
         for _ in range(2):
             compare([r for r in compiled(*args) if isinstance(r, torch.Tensor)], program, "native", slack=LOOSE)
