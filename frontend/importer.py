@@ -9,9 +9,10 @@ Conventions of the function that comes out:
   thereby defined), or none when nothing is read from it. `symbol_sources` says where the remaining symbols are read off tensor
   arguments: symbol -> [block argument, dimension], or [block argument, dimension, "stride"].
 - `result_attrs` has one entry per FX output: {kind = "tensor", strides} (strides absent: row-major), {kind = "int", expr} or
-  {kind = "none"}; an "int" without `expr` is the number in a 0-d tensor. A tensor with `view` = {arg, offset, shape,
-  strides} must be returned as memory of that block argument, `offset` elements on: its value is for the interpreter. A tensor result with `alias_of_arg` is that block argument itself, after the assignments. `return` has an
-  operand for each tensor and each int (a 0-d i64), none for a "none".
+  {kind = "none"}; an "int" without `expr` is the number in a 0-d tensor. A tensor with `view` = {arg, offset, shape, strides}
+  must be returned as memory of that block argument, `offset` elements on: its value is for the interpreter. A tensor result
+  with `alias_of_arg` is that block argument itself, after the assignments. `return` has an operand for each tensor and each
+  int (a 0-d tensor), none for a "none".
 - Values keep their FX names. Every op has the location of its node.
 
 A node whose row declines becomes a `graph.extern`. UnsupportedError means that the graph as a whole cannot be imported.
@@ -330,7 +331,7 @@ class _Importer:
             if node.op != "placeholder":
                 break
             base = node.meta.get("val")
-            if isinstance(arg, BlockArg) and base.dtype == val.dtype and base.untyped_storage()._cdata == val.untyped_storage()._cdata:
+            if isinstance(arg, BlockArg) and base is not None and base.dtype == val.dtype and base.untyped_storage()._cdata == val.untyped_storage()._cdata:
                 offset = self.c.dim(val.storage_offset()) - self.c.dim(base.storage_offset())
                 if offset == 0 or arg in self.assigned.values():
                     break
