@@ -331,7 +331,9 @@ class _Importer:
             if node.op != "placeholder":
                 break
             base = node.meta.get("val")
-            if isinstance(arg, BlockArg) and base is not None and base.dtype == val.dtype and base.untyped_storage()._cdata == val.untyped_storage()._cdata:
+            if not isinstance(arg, BlockArg) or base is None or base.dtype != val.dtype:
+                continue
+            if base.untyped_storage()._cdata == val.untyped_storage()._cdata:
                 offset = self.c.dim(val.storage_offset()) - self.c.dim(base.storage_offset())
                 if offset == 0 or arg in self.assigned.values():
                     break
