@@ -29,7 +29,7 @@ _WHOLE = (
     aten.xlogy, aten.logaddexp, aten.logaddexp2, aten.floor_divide, aten.special_xlog1py, aten.transpose, aten.t,
     aten.stack, aten.split, aten.unbind, aten.roll, aten.tril, aten.triu, aten.pixel_shuffle, aten.pixel_unshuffle,
     aten.select_scatter, aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d, aten.replication_pad1d,
-    aten.replication_pad2d, aten.replication_pad3d, aten.index_add, aten.index_copy, aten.index_fill,
+    aten.replication_pad2d, aten.replication_pad3d, aten.index_add, aten.index_copy, aten.index_fill, aten.take,
     aten._unsafe_index, aten._unsafe_index_put, aten.zeros, aten.zeros_like, aten.ones, aten.ones_like, aten.empty_like,
     aten.new_empty, aten.new_full, aten.new_zeros, aten.new_ones, aten.eye, aten.linspace, aten.arange, aten.fill,
     aten.bernoulli, aten._scaled_dot_product_flash_attention_for_cpu, aten.scaled_dot_product_attention,

@@ -204,9 +204,20 @@ def native_dropout(c: Context, x: Value, p: float, train: bool | None) -> tuple[
     return c.cast(scaled, t.dtype), mask
 
 
+def take(c: Context, x: Value, at: Value) -> Value:
+    """Elements of the flattened source; negative places count from the end."""
+    if typeof(x).dtype.kind == "complex":
+        raise Unsupported("complex numbers")
+    flat = c.reshape(x, (c.numel(x, range(typeof(x).rank)),))
+    at = c.cast(at, I64)
+    line = at if typeof(at).rank else c.reshape(at, (1,))
+    return c.reshape(c.b.op("graph.index", flat, line, type=TensorType(typeof(line).shape, c.dtype), dims=(0,)), c.shape)
+
+
 ROWS: dict[str, Lower] = {
     "aten.index.Tensor": index,
     "aten._unsafe_index.Tensor": index,
+    "aten.take.default": take,
     "aten.index_put.default": index_put,
     "aten._unsafe_index_put.default": index_put,
     "aten.embedding.default": embedding,

@@ -161,7 +161,8 @@ def _one(op: OpInfo, sample: SampleInput, dtype: torch.dtype, backward: bool, se
         outcome.status, outcome.detail = "declined" if "UnsupportedError" in str(e) else "crash", f"{_where(e)}\n  sample: {_describe(sample)}"
     if outcome.status == "pass":
         return
-    reason = known(outcome.op, "numerics") or known(outcome.op, "torch")
+    reason = known(outcome.op, "numerics") or known(outcome.op, "torch") or (
+        known(outcome.op, "declined") if outcome.status == "declined" else None)
     if reason is not None:
         outcome.status, outcome.detail = "known", reason
     elif _fails_without_us(run, arguments, expected, op, dtype, seconds, dynamic):
