@@ -8,6 +8,7 @@ The stages are `frontend.import_graph`, then the pipelines of `pipelines.py`, th
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import platform
@@ -24,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import __version__, passes  # noqa: F401  (importing passes registers them)
-from ..backends.llvm import compile_module, host_target
+from ..backends.llvm import compile_module, host_features, host_target
 from ..frontend.importer import import_graph
 from ..ir import Operation, Target
 from ..ir.passes import Pass, PassContext, Remark, parse_pipeline, run_pipeline
@@ -34,6 +35,7 @@ from ..runtime.cache import ArtifactCache, cache_key
 from ..runtime.cuda_graph import CudaGraph
 from ..runtime.executor import CompiledGraph
 from .env import read_environment
+from .errors import SettingError
 from .gpu import compile_cuda, cuda_device, cuda_target, triton_version
 from .manifest import build_manifest
 from .options import Options
@@ -60,7 +62,12 @@ class Compilation:
 
 
 def cpu_target(options: Options) -> Target:
-    """The host CPU, or what `options.features` says of it."""
+    """The host CPU, or what `options.features` says of it. SettingError for a feature that this kind of processor does not have."""
+    known = host_features()
+    for name in options.features or ():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3)
+            raise SettingError(f"unknown CPU feature '{name}'" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     return host_target(options.features)
 
 
@@ -90,7 +97,8 @@ def compile_graph(module: Operation, options: Options, *, name: str = "graph", o
         start = time.perf_counter()
         text, resources = print_with_resources(module, locations=False)
         key = cache_key([text, *sorted(resources), options.key, target.digest, __version__, torch.__version__, llvmlite.__version__,
-                         triton_version(), platform.machine(), _source_digest()])
+                         triton_version(), platform.machine(), _source_digest(),
+                         *(str(op.location) for op in module.walk() if op.name == "graph.extern")])
         found = store.get(key)
         compilation.seconds["cache"] = time.perf_counter() - start
         if found is not None:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .errors import SettingError
+
 __all__ = ["Environment", "read_environment"]
 
 
@@ -29,14 +31,14 @@ class Environment:
 
 
 def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
-    """Reads `environ` (os.environ by default). ValueError names a variable whose value makes no sense."""
+    """Reads `environ` (os.environ by default). SettingError names a variable whose value makes no sense."""
     env = os.environ if environ is None else environ
 
     def flag(name: str, default: bool) -> bool:
         value = env.get(name, "").strip().lower()
         if value in ("", "1", "true", "yes", "on", "0", "false", "no", "off"):
             return default if value == "" else value in ("1", "true", "yes", "on")
-        raise ValueError(f"{name} must be 0 or 1, got '{value}'")
+        raise SettingError(f"{name} must be 0 or 1, got '{value}'")
 
     base = env.get("XDG_CACHE_HOME") or str(Path(env.get("HOME", "/tmp")) / ".cache")
     features = env.get("AICC_FEATURES")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["UserError"]
+__all__ = ["SettingError", "UserError"]
 
 
 class UserError(Exception):
     """The message says what is wrong, where, and what to do."""
+
+
+class SettingError(UserError, ValueError):
+    """An environment variable or option whose value makes no sense."""

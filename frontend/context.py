@@ -46,6 +46,7 @@ class Context:
         self.symbols = symbols
         self.node: fx.Node = None  # type: ignore[assignment]  # set by the importer before any row runs
         self.val: Any = None
+        self.numbers: dict[str, Value] = {}  # symbols that are no sizes -> the 0-d tensors that hold them
         self.defined: set[str] = set()  # symbols whose values are known at this point: arguments, then results of externs
 
     # -- types of the node
@@ -118,8 +119,13 @@ class Context:
         if isinstance(x, Expr):
             return self.cast(self.b.op("graph.sym", type=TensorType((), I64), expr=x), dtype)
         if isinstance(x, SymScalar):
-            return self.cast(lower_number(self, x.value.node.expr), dtype)
+            return self.cast(self.number(x), dtype)
         return self.full((), x, dtype)
+
+    def number(self, x: SymScalar) -> Value:
+        """A symbolic number as a 0-d tensor: i64, f64 or i1."""
+        kind = {torch.SymInt: I64, torch.SymFloat: F64, torch.SymBool: I1}[type(x.value)]
+        return self.cast(lower_number(self, x.value.node.expr), kind)
 
     def full(self, shape: Sequence[Dim], value: Number, dtype: DType) -> Value:
         if isinstance(value, complex) or dtype.kind == "complex":

@@ -6,6 +6,7 @@ Encoding of `args` (a tuple, positional) and `kwargs` (a dictionary), as the exe
     list or tuple                   a tuple of encodings (decoded as a list)
     {operand = i}                   tensor operand i of the op
     {expr = e}                      a size expression, evaluated to a Python int
+    {number = i}                    the Python number that the 0-d operand i holds
     {dtype = "f32"}                 torch.dtype, by aicc's name; "torch.qint8" for one that aicc has no name for
     {device = "cuda:0"}             torch.device
     {layout = "torch.strided"}      torch.layout
@@ -33,7 +34,7 @@ from ..ir.attributes import Attribute
 from ..ir.core import Value
 from ..ir.expr import Dim, Expr, free_symbols
 from ..ir.types import DTYPES, TensorType
-from .context import Context
+from .context import Context, SymScalar
 from .dtypes import FROM_TORCH
 from .errors import Unsupported
 
@@ -52,7 +53,11 @@ class _Encoder:
     def encode(self, x: Any) -> Attribute:
         if isinstance(x, fx.Node):
             value = self.env[x]
+            if isinstance(value, Value) and not isinstance(x.meta.get("val"), torch.Tensor):
+                return self._number(value)
             return self._operand(value, x) if isinstance(value, Value) else self.encode(value)
+        if isinstance(x, SymScalar):
+            return self._number(self.c.number(x))
         if x is None or isinstance(x, (bool, int, float, str)):
             return x
         if isinstance(x, Expr):
@@ -63,6 +68,11 @@ class _Encoder:
             if isinstance(x, kind):
                 return encode(x)
         raise Unsupported(f"an argument of type {type(x).__name__} for an operator that is not compiled")
+
+    def _number(self, value: Value) -> Attribute:
+        self.operands.append(value)
+        self.strides.append(None)
+        return {"number": len(self.operands) - 1}
 
     def _operand(self, value: Value, node: fx.Node) -> Attribute:
         fake = node.meta.get("val")

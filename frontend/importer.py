@@ -9,9 +9,11 @@ Conventions of the function that comes out:
   thereby defined), or none when nothing is read from it. `symbol_sources` says where the remaining symbols are read off tensor
   arguments: symbol -> [block argument, dimension], or [block argument, dimension, "stride"].
 - `result_attrs` has one entry per FX output: {kind = "tensor", strides} (strides absent: row-major), {kind = "int", expr} or
-  {kind = "none"}. `return` has an operand for each tensor and each int (a 0-d i64), none for a "none". A tensor result is in
-  memory of its own, unless it has one of: `alias_of_arg` = k, it is that block argument itself, after the assignments;
-  `same` = j, it is result j itself; `base` = j and `offset`, it is a view of result j, that many elements on.
+  {kind = "none"}; an "int" without `expr` is the number in a 0-d tensor. `return` has an operand for each tensor and each int (a
+  0-d i64), none for a "none". A tensor result is in memory of its own, unless it has one of: `alias_of_arg` = k, it is that block
+  argument itself, after the assignments; `view` = {arg, offset, shape, strides}, it is memory of that block argument, `offset`
+  elements on (its value is for the interpreter); `same` = j, it is result j itself; `base` = j and `offset`, it is a view of result j,
+  that many elements on.
 - Values keep their FX names. Every op has the location of its node.
 
 A node whose row declines becomes a `graph.extern`. UnsupportedError means that the graph as a whole cannot be imported.
@@ -203,6 +205,8 @@ class _Importer:
             return self._assign(node)
         if target._schema.is_mutable:
             raise Unsupported(f"'{target}' changes its arguments")
+        if str(target) in _READS_NUMBER and isinstance(self._number(self.c.val), SymScalar):
+            return self._read_number(node)
         row = TABLE.get(str(target))
         last = self.body.last
         if row is None:
@@ -216,6 +220,14 @@ class _Importer:
             self._erase_after(last)
         made = lower_extern(self.c, node, self.env, reason)
         return self._number(self.c.val) if str(target) in _READS_NUMBER else made
+
+    def _read_number(self, node: fx.Node) -> Value:
+        """The number in a tensor of one element, where it is no size: it stays a 0-d tensor (i64, f64 or i1)."""
+        x = self._argument(node.args[0])
+        kind = {torch.SymInt: torch.int64, torch.SymFloat: torch.float64, torch.SymBool: torch.bool}[type(self.c.val)]
+        value = self.c.reshape(self.c.cast(x, from_torch(kind)), ())
+        self.c.numbers[str(self.c.val.node.expr)] = value
+        return value
 
     def _ordered(self, node: fx.Node) -> Any:
         """with_effects(token, operator, ...): an operator called for its effect. Externs stay in order, so that the token is only handed on."""
@@ -291,9 +303,13 @@ class _Importer:
             value = self._argument(r)
             if value is None:
                 attrs.append({"kind": "none"})
+            elif isinstance(value, SymScalar) or (isinstance(value, Value) and isinstance(r.meta.get("val"), _SYMBOLIC)):
+                values.append(self.c.number(value) if isinstance(value, SymScalar) else value)
+                attrs.append({"kind": "int"})
             elif isinstance(value, Value):
                 values.append(value)
-                attrs.append({"kind": "tensor", **self._result_strides(r, value), **self._result_memory(len(attrs), returned, value)})
+                memory = self._result_memory(len(attrs), returned, value) or self._view_of_argument(r, value)
+                attrs.append({"kind": "tensor", **self._result_strides(r, value), **memory})
             elif isinstance(value, (int, Expr)) and not isinstance(value, bool):
                 values.append(self.c.scalar(value, from_torch(torch.int64)))
                 attrs.append({"kind": "int", "expr": value})
@@ -301,6 +317,27 @@ class _Importer:
                 raise Unsupported(f"a result of type {type(value).__name__}")
         self.func.attributes["result_attrs"] = tuple(attrs)
         self.c.b.create("return", values)
+
+    def _view_of_argument(self, r: Any, value: Value) -> dict[str, Any]:
+        """Where the result lies in the memory of an argument, if it is a view at an offset in a graph with symbolic sizes.
+
+        AOTAutograd makes such results anew from the offset of what the graph returns when the view has symbolic arguments, and by
+        replaying the view otherwise: then a copy will do.
+        """
+        val = r.meta.get("val")
+        if isinstance(value, BlockArg) or not isinstance(val, torch.Tensor) or not (self.symbols.ranges() or self.c.numbers):
+            return {}
+        for node, arg in self.env.items():
+            if node.op != "placeholder":
+                break
+            base = node.meta.get("val")
+            if isinstance(arg, BlockArg) and isinstance(base, torch.Tensor) and base.dtype == val.dtype and (
+                    base.untyped_storage()._cdata == val.untyped_storage()._cdata):
+                offset = self.c.dim(val.storage_offset()) - self.c.dim(base.storage_offset())
+                if offset == 0 or arg in self.assigned.values():
+                    break
+                return {"view": {"arg": arg.index, "offset": offset, "shape": self.c.dims(val.shape), "strides": self.c.dims(val.stride())}}
+        return {}
 
     def _result_strides(self, r: Any, value: Value) -> dict[str, Any]:
         val = r.meta.get("val") if isinstance(r, fx.Node) else None

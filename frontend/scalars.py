@@ -25,9 +25,11 @@ F64, I64 = DTYPES["f64"], DTYPES["i64"]
 
 def lower_number(c: Context, expr: Any) -> Value:
     """The sympy expression `expr` as a 0-d f64 tensor, or i1 for a comparison. Unsupported, naming it, if there is no such."""
-    if expr.is_number and not expr.is_Boolean:
+    if str(expr) in c.numbers:
+        return c.cast(c.numbers[str(expr)], F64)
+    if getattr(expr, "is_number", False) and not expr.is_Boolean:
         return c.full((), float(expr), F64)
-    if expr.is_integer:
+    if getattr(expr, "is_integer", False) and not any(s.name in c.numbers for s in expr.free_symbols):
         try:
             size = to_dim(expr)
         except Unsupported:
@@ -59,13 +61,23 @@ def _power(c: Context, args: list[Value]) -> Value:
     return c.ew("pow", *args)
 
 
+def _piecewise(c: Context, args: list[Any]) -> Value:
+    """The value of the first pair (value, condition) whose condition holds; torch's last condition is True."""
+    *first, (result, _) = args
+    for value, condition in reversed(first):
+        result = c.ew("select", condition, value, result)
+    return result
+
+
 def _floor_div(c: Context, args: list[Value]) -> Value:
     return c.ew("floor", c.ew("div", *args))
 
 
-_RULES: dict[str, Callable[[Context, list[Value]], Value]] = {
+_RULES: dict[str, Callable[[Context, list[Any]], Any]] = {
     "Add": _op("add"), "Mul": _op("mul"), "Pow": _power, "FloatPow": _power, "PowByNatural": _power,
     "IntTrueDiv": _op("div"), "FloatTrueDiv": _op("div"), "FloorDiv": _floor_div, "CleanDiv": _floor_div,
+    "Piecewise": _piecewise, "ExprCondPair": lambda c, args: args, "BooleanTrue": lambda c, _: c.full((), True, DTYPES["i1"]),
+    "BooleanFalse": lambda c, _: c.full((), False, DTYPES["i1"]),
     "Max": _op("max"), "Min": _op("min"), "Abs": _op("abs"), "ToFloat": _same, "Identity": _same,
     "CeilToInt": _op("ceil"), "FloorToInt": _op("floor"), "TruncToInt": _op("trunc"), "TruncToFloat": _op("trunc"),
     "RoundToInt": _op("round"),

@@ -229,7 +229,10 @@ class SymbolTable:
         if found is None:
             found = to_dim(expr)
             for name in free_symbols(found) - self._ranges.keys():
-                self._ranges[name] = _range_of(name, size)
+                low, high = _range_of(name, size)
+                if low < 0:  # size expressions take their symbols for non-negative
+                    raise Unsupported(f"the number '{name}', which may be negative, in a size")
+                self._ranges[name] = low, high
             found = self._known[expr] = simplify(found, self._ranges)
         return found
 
@@ -246,7 +249,7 @@ class SymbolTable:
 def _range_of(name: str, size: torch.SymInt) -> tuple[int, int | None]:
     for symbol, known in size.node.shape_env.var_to_range.items():
         if symbol.name == name:
-            low = int(known.lower) if known.lower != -int_oo and known.lower.is_finite else 0
+            low = int(known.lower) if known.lower != -int_oo and known.lower.is_finite else -(1 << 62)
             high = int(known.upper) if known.upper != int_oo and known.upper.is_finite else None
             if high is not None and high >= (1 << 62):  # "anything": sys.maxsize
                 high = None

@@ -133,7 +133,8 @@ class _Bufferizer:
             if takes and not operands:
                 count = len(self.old.terminator.operands)
                 raise IRError(f"'result_attrs' describes more tensors than the {count} operands of 'return'")
-            entries.append((a, operands.pop(0) if takes else None))
+            value = operands.pop(0) if takes else None
+            entries.append(({"kind": "view", **a["view"]}, None) if "view" in a else (a, value))  # memory of an argument: nothing to compute
         if operands:
             raise IRError(f"'return' has {len(operands)} operands that 'result_attrs' does not describe")
         return entries

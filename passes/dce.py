@@ -12,7 +12,7 @@ from ..ir.passes import Pass, PassContext, register
 @register
 @dataclass(frozen=True)
 class DeadCodeElimination(Pass):
-    """After: every pure op has a used result. Externs that only read are dropped too, unless they draw random numbers."""
+    """After: every pure op has a used result. Externs that only read are dropped too, unless they draw random numbers or decide a size."""
 
     name: ClassVar[str] = "dce"
 
@@ -41,7 +41,7 @@ def _removable(op: Operation) -> bool:
         return not op["check"]
     if op.has_trait(Trait.Pure) or op.name == "tile.for":
         return op.name != "tile.for" or not _has_effect(op)
-    return op.name in ("graph.extern", "tensor.extern") and not op["random"]
+    return op.name in ("graph.extern", "tensor.extern") and not op["random"] and not op["defines"]
 
 
 def _has_effect(op: Operation) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
+import networkx as nx
 
 from ..ir import Block, IRError, Operation, Trait
 
@@ -14,30 +14,20 @@ def topological_sort(block: Block) -> None:
     """
     ops = block.ops
     position = {op: i for i, op in enumerate(ops)}
-    waiting: dict[Operation, int] = {}
-    readers: dict[Operation, list[Operation]] = {op: [] for op in ops}
+    graph = nx.DiGraph()
+    graph.add_nodes_from(ops)
     for op in ops:
-        producers = {v.defining_op for inner in op.walk() for v in inner.operands if v.defining_op in position} - {op}
-        if op is ops[-1] and op.has_trait(Trait.Terminator):
-            producers |= set(ops[:-1])
-        waiting[op] = len(producers)
-        for p in producers:
-            assert p is not None
-            readers[p].append(op)
-    ready = [position[op] for op in ops if waiting[op] == 0]
-    heapq.heapify(ready)
-    order: list[Operation] = []
-    while ready:
-        op = ops[heapq.heappop(ready)]
-        order.append(op)
-        for r in readers[op]:
-            waiting[r] -= 1
-            if waiting[r] == 0:
-                heapq.heappush(ready, position[r])
-    if len(order) != len(ops):
-        stuck = next(op for op in ops if waiting[op])
-        raise IRError(f"ops depend on each other in a circle, one of them is '{stuck.name}' at {stuck.location}")
-    for op in order:
+        graph.add_edges_from((v.defining_op, op) for inner in op.walk() for v in inner.operands
+                             if v.defining_op in position and v.defining_op is not op)
+    terminator = ops[-1] if ops and ops[-1].has_trait(Trait.Terminator) else None
+    if terminator is not None:
+        graph.remove_node(terminator)
+    try:
+        order: list[Operation] = list(nx.lexicographical_topological_sort(graph, key=position.__getitem__))
+    except nx.NetworkXUnfeasible:
+        stuck = nx.find_cycle(graph)[0][0]
+        raise IRError(f"ops depend on each other in a circle, one of them is '{stuck.name}' at {stuck.location}") from None
+    for op in ops:
         op.detach()
-    for op in order:
+    for op in [*order, *([terminator] if terminator is not None else [])]:
         block.append(op)

@@ -6,6 +6,7 @@ The encoding of arguments is that of `graph.extern` (see `frontend/extern.py`), 
     list                            a list
     {"operand": i}                  tensor operand i
     {"expr": e}                     a size expression (see `sizes.py`)
+    {"number": i}                   the Python number that operand i, of one element, holds
     {"dtype": "f32"}, {"device": "cpu"}, {"layout": "torch.strided"}, {"memory_format": "torch.channels_last"},
     {"complex": [re, im]}
     {"float": "nan"}                a float that JSON has no number for: nan, inf, -inf
@@ -83,6 +84,12 @@ def _operand(i: Any, positions: Mapping[str, int]) -> Decoder:
     return lambda tensors, symbols: tensors[i]
 
 
+def _number(i: Any, positions: Mapping[str, int]) -> Decoder:
+    if type(i) is not int or i < 0:
+        raise ArtifactError(f"malformed operand number {i!r}")
+    return lambda tensors, symbols: tensors[i].item()
+
+
 def _expr(tree: Any, positions: Mapping[str, int]) -> Decoder:
     size = compile_size(tree, positions)
     if isinstance(size, int):
@@ -110,7 +117,7 @@ def _attribute_of_torch(kind: type) -> Callable[[str], Any]:
 
 
 _KINDS: dict[str, Callable[[Any, Mapping[str, int]], Decoder]] = {
-    "operand": _operand, "expr": _expr,
+    "operand": _operand, "number": _number, "expr": _expr,
     "dtype": _constant(lambda name: TORCH_DTYPES[name] if name in TORCH_DTYPES else _attribute_of_torch(torch.dtype)(name)),
     "device": _constant(torch.device),
     "layout": _constant(_attribute_of_torch(torch.layout)),

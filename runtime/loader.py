@@ -93,7 +93,7 @@ def runtime_symbols() -> Mapping[str, int]:
     return _symbols
 
 
-def _initialize() -> None:
+def initialize() -> None:
     global _initialized
     with _lock:
         if not _initialized:
@@ -139,7 +139,7 @@ def load_object(code: bytes, names: Iterable[str], extra_symbols: Mapping[str, i
     """
     if len(code) < 64 or code[:4] not in _OBJECT_MAGICS:
         raise ArtifactError(f"{len(code)} bytes of object code do not start like an object file")
-    _initialize()
+    initialize()
     wanted = list(names)
     builder = llvm.JITLibraryBuilder().add_object_img(code)
     for name, address in {**runtime_symbols(), **(extra_symbols or {})}.items():

@@ -2,6 +2,6 @@
 
 from .compile import CompiledObject, compile_module
 from .host import HostProgram, Step
-from .target import host_target, make_target
+from .target import host_features, host_target, make_target
 
-__all__ = ["CompiledObject", "HostProgram", "Step", "compile_module", "host_target", "make_target"]
+__all__ = ["CompiledObject", "HostProgram", "Step", "compile_module", "host_features", "host_target", "make_target"]

@@ -11,7 +11,7 @@ from llvmlite import binding
 
 from ...ir.target import Target
 
-__all__ = ["host_target", "make_target", "target_machine"]
+__all__ = ["host_features", "host_target", "make_target", "target_machine"]
 
 _VECTOR_BITS = (("avx512f", 512, 32), ("avx2", 256, 16), ("sve", 128, 32), ("neon", 128, 32))
 """Feature -> (widest register in bits, number of registers); the first that is present counts."""
@@ -22,6 +22,11 @@ def host_target(features: Iterable[str] | None = None) -> Target:
     found = features if features is not None else [n for n, on in binding.get_host_cpu_features().items() if on]
     name = binding.get_host_cpu_name() if features is None else _generic_name(binding.get_process_triple())
     return make_target(binding.get_process_triple(), name, found, _host_caches())
+
+
+def host_features() -> frozenset[str]:
+    """Every feature name that LLVM knows for this kind of processor, present or not."""
+    return frozenset(binding.get_host_cpu_features())
 
 
 def make_target(triple: str, name: str = "", features: Iterable[str] = (),

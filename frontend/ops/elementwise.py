@@ -125,6 +125,10 @@ def binary(name: str) -> Lower:
     return lower
 
 
+def ignoring_nan(name: str, of_integers: str) -> Lower:
+    return lambda c, a, b: binary(name if c.dtype.is_float else of_integers)(c, a, b)
+
+
 def additive(name: str, swap: bool = False) -> Lower:
     """a +- alpha * b, or with `swap` b - alpha * a."""
     def lower(c: Context, a: Any, b: Any, alpha_: Any = 1, *, alpha: Any = None) -> Value:
@@ -384,7 +388,9 @@ ROWS: dict[str, Lower] = {
     **{f"aten.pow.{o}": power for o in ("Tensor_Tensor", "Tensor_Scalar", "Scalar")},
     "aten.maximum.default": binary("max"),
     "aten.minimum.default": binary("min"),
-    **{f"aten.{n}.default": binary(n) for n in ("fmax", "fmin", "atan2", "hypot", "nextafter")},
+    **{f"aten.{n}.default": binary(n) for n in ("atan2", "hypot", "nextafter")},
+    "aten.fmax.default": ignoring_nan("fmax", "max"),
+    "aten.fmin.default": ignoring_nan("fmin", "min"),
     **{f"aten.copysign.{o}": binary("copysign") for o in ("Tensor", "Scalar")},
     **{f"aten.{n}.{o}": comparison(n) for n in _COMPARE for o in ("Tensor", "Scalar")},
     **{f"aten.logical_{n}.default": logical(n) for n in ("and", "or", "xor")},

@@ -63,6 +63,8 @@ def max_pool_backward(n: int) -> Lower:
 def avg_pool(n: int) -> Lower:
     def lower(c: Context, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
               count_include_pad: bool = True, divisor: int | None = None) -> Value:
+        if not c.dtype.is_float:
+            raise Unsupported("averages of integers")
         size = _window(kernel, n)
         attrs = {"kernel": size, "stride": _window(stride, n, size), "padding": _window(padding, n),
                  **({"ceil_mode": True} if ceil_mode else {}), **({} if count_include_pad else {"count_include_pad": False}),

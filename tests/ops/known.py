@@ -14,7 +14,6 @@ from __future__ import annotations
 __all__ = ["KNOWN", "known"]
 
 _UNINITIALISED = "the values of uninitialised memory"
-_SIGNS = "vectors are unique up to a sign or phase, and the library chooses"
 
 KNOWN: dict[tuple[str, str], str] = {
     **{(op, "undefined"): _UNINITIALISED for op in ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty",

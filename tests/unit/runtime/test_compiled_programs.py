@@ -145,3 +145,15 @@ def test_an_index_out_of_range(compiled: Compile) -> None:
         with pytest.raises(IndexError, match="out of range"):
             f(table, torch.tensor([0, 5, 1]))
     torch.testing.assert_close(f(table, torch.tensor([3, 3, 0])), table[[3, 3, 0]] * 2)
+
+
+def test_packed_weights_follow_writes_that_torch_does_not_count(compiled: Compile) -> None:
+    torch.manual_seed(0)
+    target, source = nn.Linear(64, 64), nn.Linear(64, 64)
+    x = torch.randn(32, 64)
+    f, _ = compiled(target)
+    with torch.no_grad():
+        torch.testing.assert_close(f(x), target(x))
+        for a, b in zip(target.parameters(), source.parameters(), strict=True):
+            a.data.copy_(0.5 * a.data + 0.5 * b.data)  # the soft update of a target network
+        torch.testing.assert_close(f(x), target(x))
