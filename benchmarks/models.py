@@ -4,7 +4,8 @@
 
 A row per model: milliseconds per call (`timing.py` says how they are taken), the largest error against eager in float64 over the
 largest true value (in training: of output, loss and every gradient), graphs, operators left to ATen, kernels, and the seconds of a
-first call with cold caches. float32, one thread unless told otherwise.
+first call, with caches that were empty when the run began (Inductor finds single kernels again that an earlier model had, such as
+Llama's for Qwen2; aicc keeps whole graphs). float32, one thread unless told otherwise.
 """
 
 from __future__ import annotations
