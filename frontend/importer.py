@@ -48,6 +48,8 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _NO_EFFECT = {"aten._assert_tensor_metadata.default", "aten.sym_constrain_range.default", "aten._assert_scalar.default",
               "aten.sym_constrain_range_for_size.default"}
 """Checks that hold whenever the guards of the graph hold."""
+_OTHER_VALUES = {"aten._conj.default", "aten._neg_view.default"}
+"""Views for torch, which notes on the tensor that its memory holds other values; here they are computed."""
 _READS_NUMBER = {"aten._local_scalar_dense.default", "aten.item.default"}
 
 
@@ -332,7 +334,8 @@ class _Importer:
                 break
             base = node.meta.get("val")
             if isinstance(arg, BlockArg) and isinstance(base, torch.Tensor) and base.dtype == val.dtype and (
-                    base.untyped_storage()._cdata == val.untyped_storage()._cdata):
+                    base.untyped_storage()._cdata == val.untyped_storage()._cdata
+                    and (base.is_conj(), base.is_neg()) == (val.is_conj(), val.is_neg())):
                 offset = self.c.dim(val.storage_offset()) - self.c.dim(base.storage_offset())
                 if offset == 0 or arg in self.assigned.values():
                     break
@@ -380,7 +383,8 @@ def _storage_root(node: fx.Node) -> fx.Node:
     """The node that makes the memory that `node` is a view of; `node` itself when it is no view."""
     while node.op == "call_function":
         made = node.args[0] if node.target is operator.getitem else node
-        if not isinstance(made, fx.Node) or not isinstance(made.target, torch._ops.OpOverload) or not made.target.is_view:
+        if not isinstance(made, fx.Node) or not isinstance(made.target, torch._ops.OpOverload) or not made.target.is_view or (
+                str(made.target) in _OTHER_VALUES):
             return node
         node = made.args[0]  # type: ignore[assignment]
     return node

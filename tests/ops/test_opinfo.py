@@ -16,16 +16,16 @@ mm bmm matmul addmm einsum nn.functional.linear nn.functional.conv2d nn.function
 nn.functional.scaled_dot_product_attention nn.functional.max_pool2d nn.functional.avg_pool2d nn.functional.adaptive_avg_pool2d
 nn.functional.interpolate.bilinear nn.functional.cross_entropy nn.functional.embedding
 gather scatter scatter_add index_select index_put index_add masked_fill cat stack split permute expand roll flip tril
-diagonal nn.functional.pad.constant nn.functional.pad.reflect topk sort unfold nonzero linalg.svd""".split()
+as_strided_scatter take item fft.ifft diagonal nn.functional.pad.constant nn.functional.pad.reflect topk sort unfold nonzero linalg.svd""".split()
 OTHERS = {
-    "int64": "add floor_divide remainder bitwise_and bitwise_left_shift sum argmax cumsum scatter_add sort clamp".split(),
+    "int64": "item fmax take nn.functional.avg_pool1d add floor_divide remainder bitwise_and bitwise_left_shift sum argmax cumsum scatter_add sort clamp".split(),
     "bool": "logical_and any all sum where cat eq".split(),
     "bfloat16": "add exp softmax mm nn.functional.layer_norm sum nn.functional.gelu cumsum".split(),
     "float64": "exp tanh matmul var sum".split(),
 }
 GRADIENTS = """exp div pow softmax nn.functional.layer_norm nn.functional.batch_norm matmul nn.functional.conv2d nn.functional.max_pool2d
 gather index_select cat nn.functional.cross_entropy nn.functional.embedding cumsum logsumexp norm amax where
-nn.functional.scaled_dot_product_attention""".split()
+nn.functional.scaled_dot_product_attention nn.functional.multi_head_attention_forward linalg.eig linalg.inv logcumsumexp""".split()
 CASES = [(op, "float32") for op in FLOAT] + [(op, dtype) for dtype, ops in OTHERS.items() for op in ops]
 
 
