@@ -25,6 +25,7 @@ class Options:
     emulate_precision_casts   round 16-bit floats after every op as eager does, instead of computing fused chains in float32
     features                  CPU features to compile for; None means those of the host
     fuse                      group ops into kernels; False gives one kernel per op (for debugging)
+    cudagraphs                replay a graph's launches from a CUDA graph (mode="reduce-overhead" means the same)
     """
 
     mode: str = "default"
@@ -34,6 +35,7 @@ class Options:
     emulate_precision_casts: bool = False
     features: tuple[str, ...] | None = None
     fuse: bool = True
+    cudagraphs: bool = False
 
     @staticmethod
     def from_user(mode: str | None = None, options: Mapping[str, Any] | None = None, environment: Environment | None = None) -> Options:
