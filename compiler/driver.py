@@ -138,6 +138,7 @@ def statistics(module: Operation) -> dict[str, Any]:
     return {"kernels": sum(op.name == "tile.kernel" for op in module.body),
             "launches": sum(op.name == "host.launch" and not op["cached"] for op in func.body),
             "packed": sum(op.name == "host.launch" and op["cached"] for op in func.body),
+            "library": sum(op.name == "host.library" for op in func.body),
             "externs": [{"target": op["target"], "reason": op["reason"], "location": str(op.location)} for op in externs],
             "memory": {k: (v if isinstance(v, int) else str(v)) for k, v in func["stats"].items()}}
 

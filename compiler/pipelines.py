@@ -16,6 +16,7 @@ STAGES = ("graph", "tensor", "tile", "host")
 def pipeline(stage: str, target: Target, options: Options) -> str:
     """The passes of one stage, as text."""
     relax = "" if not options.emulate_precision_casts else "{relax-casts=false}"
+    library = "library" if not options.emulate_precision_casts else "library{epilogues=false}"
     return {
         # Still named ops: what is cheap to see here is folded before it is spelled out.
         "graph": f"canonicalize{relax},cse,fold-constants,dce",
@@ -23,10 +24,13 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             "decompose",
             # Views first: then every read of a tensor is a map, and two reads of the same elements look alike to cse.
             "absorb-views", f"canonicalize{relax}", "cse", "dce",
+            # Products for a library leave before anything merges: what it does along the way is still told apart.
+            *([library] if target.is_gpu else []),
             # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.
             "inline", "sink-reshapes", f"canonicalize{relax}", "dce",
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
             "layout", "pack", "inline", f"canonicalize{relax}", "cse", "dce",
+            *(["library-operands"] if target.is_gpu else []),
             "fuse" if options.fuse else "fuse{max-members=1}",
         ]),
         # Kernels are simplified once more: bodies merged by fusion share index arithmetic.

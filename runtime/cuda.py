@@ -121,7 +121,8 @@ class CudaLibrary:
         except KeyError as error:
             raise ArtifactError(f"the artifact lacks the host's code '{host['blob']}'") from error
         words = [self.on.error.data_ptr(), context, *self.entries.values(), *(c.data_ptr() for c in self.constants)]
-        (ctypes.c_uint64 * len(words)).from_address(self._native.address(STATE))[:] = words
+        for i, word in enumerate(words):
+            ctypes.c_uint64.from_address(self._native.address(STATE) + 8 * i).value = word
 
     def _load(self, row: Mapping[str, Any], blobs: Mapping[str, bytes]) -> int:
         """The driver's handle of a kernel; equal cubins are loaded once."""

@@ -104,7 +104,7 @@ class Driver:
                     raise CudaError(f"{name}: {self.describe(code)}")
                 return code
 
-            function.errcheck = check
+            function.errcheck = check  # type: ignore[assignment]
             self._functions[name] = function
         return self._functions[name]
 

@@ -217,7 +217,8 @@ class Replay:
     def _cells(self, row: Any, buffers: Sequence[Any], table: Sequence[int], values: Sequence[int]) -> tuple[list[int], Any]:
         """The parameters of a launch, and which of them are addresses from the table: (cell, slot, offset)."""
         library = self.function.library
-        cells, places = [], []
+        cells: list[int] = []
+        places: list[tuple[int, int, int]] = []
         for kind, slot, offset in buffers:
             moved = evaluate_size(compile_size(offset, library.positions), values)
             if kind == "table":

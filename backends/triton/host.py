@@ -194,12 +194,15 @@ class _Builder:
     def _product(self, op: Operation) -> MatMul:
         if op["library"] != "cublaslt":
             raise IRError(f"this backend cannot call the library '{op['library']}'")
-        shape = {k: _json(v) for k, v in op["shape"].items()}
+        shape = op["shape"]
         places = dict(zip(op["roles"], (self.places[v] for v in op.operands), strict=True))
+        sizes = {name: element_type(v.type).bytes for name, v in zip(op["roles"], op.operands, strict=True)}
         for name in ("a", "b"):
-            p, moved = places[name], op["shape"][f"offset_{name}"] * element_type(op.operands[op["roles"].index(name)].type).bytes
-            places[name] = Place(p.slot, p.offset + moved, p.constant, False)
-        return MatMul(shape, **places, line=_line(op))
+            p, moved = places[name], shape[f"offset_{name}"] * sizes[name]
+            places[name] = Place(p.slot, p.offset + moved, p.constant, p.aligned and isinstance(moved, int) and moved % ALIGNMENT == 0)
+        align = {name: ALIGNMENT if places[name].aligned else sizes[name] for name in ("a", "b", "d")}
+        align["c"] = ALIGNMENT if "c" not in places or places["c"].aligned else sizes["c"]
+        return MatMul({**_json(shape), "align": align}, **places, line=_line(op))
 
     def _copy(self, op: Operation) -> Launch | Copy:
         source, target = (v.type for v in op.operands)
@@ -228,9 +231,11 @@ def _line(op: Operation) -> str:
 
 
 def _json(value: Any) -> Any:
-    """Size expressions within lists and tuples as JSON."""
+    """Size expressions within lists and dicts as JSON."""
     if isinstance(value, (tuple, list)):
         return [_json(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: _json(v) for k, v in value.items()}
     return value if isinstance(value, (str, bool)) else expr_to_json(value)
 
 
