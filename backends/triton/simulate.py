@@ -167,7 +167,11 @@ def run_product(shape: Mapping[str, Any], addresses: Mapping[str, int], env: Map
         return [int(evaluate(json_to_expr(e), env)) for e in shape[key]]
 
     batch, m, n, k = numbers("sizes")
-    layouts: dict[str, tuple[tuple[int, ...], list[int]]] = {"a": ((batch, m, k), numbers("a")), "b": ((batch, k, n), numbers("b")), "d": ((batch, m, n), [*numbers("d"), 1])}
+    layouts: dict[str, tuple[tuple[int, ...], list[int]]] = {
+        "a": ((batch, m, k), numbers("a")),
+        "b": ((batch, k, n), numbers("b")),
+        "d": ((batch, m, n), [*numbers("d"), 1]),
+    }
     if shape["c"]:
         layouts["c"] = ((batch, m, n), [*numbers("c"), 1])
     if shape["bias"]:
