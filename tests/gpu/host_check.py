@@ -223,7 +223,7 @@ def _find_order(graph: Any, x: torch.Tensor, w: list[torch.Tensor]) -> list[torc
         given = [*w[:at], x, *w[at:]]
         (got,) = graph(*given)
         if error(got, chain(x, w)) < 1e-4:
-            ORDER[id(graph)] = lambda y: [*w[:at], y, *w[at:]]
+            ORDER[id(graph)] = lambda y, at=at: [*w[:at], y, *w[at:]]  # type: ignore[misc]
             return given
     raise AssertionError("no order of the arguments gives the right result")
 
