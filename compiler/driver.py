@@ -128,7 +128,7 @@ def compile_graph(module: Operation, options: Options, *, name: str = "graph", o
 def _load(artifact: Artifact, device: str | None, options: Options) -> CompiledGraph:
     if device is None:
         return CompiledGraph(artifact.manifest, artifact.blobs["object"])
-    return CudaGraph(artifact.manifest, artifact.blobs, device, cudagraphs=options.cudagraphs or options.mode == "reduce-overhead")
+    return CudaGraph(artifact.manifest, artifact.blobs, device, cudagraphs=options.replays)
 
 
 def statistics(module: Operation) -> dict[str, Any]:

@@ -58,6 +58,11 @@ class Options:
         return Options(**given)
 
     @property
+    def replays(self) -> bool:
+        """Whether launches are replayed from CUDA graphs."""
+        return self.cudagraphs or self.mode == "reduce-overhead"
+
+    @property
     def key(self) -> str:
         """The part of the options that changes the code."""
-        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse}"
+        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse},{self.replays}"

@@ -38,7 +38,7 @@ from ..ir.core import Block, BlockArg, IRError, Operation, Value
 from ..ir.expr import Dim
 from ..ir.passes import Pass, PassContext, register
 from ..ir.types import DTYPES, BufferType, TensorType, contiguous_strides
-from .library import library_shape
+from .library import WORKSPACE_SLACK, library_shape
 from .storage import storage_bytes
 
 __all__ = ["Bufferize"]
@@ -305,7 +305,7 @@ class _Bufferizer:
         self.buffer[op.result] = self.home[op.result] if op.result in self.home else self._allocate(t)
         self.buffer[op.result].name = self.buffer[op.result].name or op.result.name
         shape = library_shape(op, self.ctx.target)
-        workspace = self._allocate(TensorType((shape["workspace"],), DTYPES["u8"]))
+        workspace = self._allocate(TensorType((shape["workspace"] + WORKSPACE_SLACK,), DTYPES["u8"]))
         workspace.name = "workspace"
         buffers = [*(self.buffer[v] for v in op.operands), self.buffer[op.result], workspace]
         attrs = {"library": op["library"], "roles": (*op["roles"], "d", "workspace"), "outputs": 2, "shape": shape, "why": op["why"]}

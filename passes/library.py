@@ -22,11 +22,10 @@ from ..ir.expr import Expr, evaluate, free_symbols
 from ..ir.passes import Pass, PassContext, register
 from .library_cost import generated_seconds, library_seconds
 from .products import Product, read_product
-from .storage import representative_symbols
 from .structured import body_ops, identity_map, is_contraction, is_pointwise, reshape_like
 from .tiling.contraction import roles_of
 
-__all__ = ["WORKSPACE", "Library", "LibraryOperands", "library_shape"]
+__all__ = ["WORKSPACE", "WORKSPACE_SLACK", "Library", "LibraryOperands", "library_shape"]
 
 OLDEST = 80
 """The lowest compute capability for which the library is asked."""
@@ -34,6 +33,10 @@ WORKSPACE = {80: 8 << 20, 90: 32 << 20}
 """Bytes of temporary memory for one product, by compute capability (what NVIDIA advises)."""
 RESULTS = {"bf16": ("bf16", "f32"), "f16": ("f16", "f32"), "f32": ("f32",), "f64": ("f64",)}
 """Types of the result, by the type of the operands."""
+WORKSPACE_SLACK = 256
+"""Bytes more that are allocated, for the library wants them aligned to this."""
+USUAL_SIZE = 1024
+"""What a symbolic size is taken to be when the times are compared."""
 SKINNY = 16
 MARGIN = 1e-6
 """Seconds that the library must win by: its calls cost the host more, and what is generated fuses further."""
@@ -56,7 +59,7 @@ class Library(Pass):
             return
         taken = 0
         for func in [f for f in module.body if f.name == "func"]:
-            sizes = representative_symbols(func)
+            sizes = {s: max(low or 0, min(USUAL_SIZE, USUAL_SIZE if high is None else high)) for s, (low, high) in func["symbols"].items()}
             attention = _attention(func)
             for op in list(func.body):
                 if op.parent is not None and is_contraction(op) and element_type(op.result.type).is_float:

@@ -51,6 +51,8 @@ PLAN = ("handle", "descriptor", "a", "b", "c", "d", "algorithm", "alpha", "beta"
 DESCRIPTOR_BYTES = 1024
 """Room for cuBLASLt's own description of a product: it is copied to set the address of the bias in it."""
 BIAS_POINTER = 8  # CUBLASLT_MATMUL_DESC_BIAS_POINTER
+WORKSPACE_ALIGNMENT = 256
+"""cuBLASLt refuses temporary memory that does not start at a multiple; `passes/library.py` asks for as much more."""
 NULL = ir.Constant(PTR, None)
 
 _IMPORTS = {
@@ -260,6 +262,11 @@ class _Function:
     def _pointer(self, place: Place) -> ir.Value:
         return self.b.inttoptr(self._address(place), PTR)
 
+    def _rounded_up(self, place: Place) -> ir.Value:
+        """The first multiple of WORKSPACE_ALIGNMENT from a place on."""
+        up = self.b.add(self._address(place), I64(WORKSPACE_ALIGNMENT - 1))
+        return self.b.inttoptr(self.b.and_(up, I64(-WORKSPACE_ALIGNMENT)), PTR)
+
     # -- steps
 
     def _row(self, step: Launch) -> Mapping[str, Any]:
@@ -325,7 +332,7 @@ class _Function:
                 self._call("cublasLtMatmulDescSetAttribute", [descriptor, I32(BIAS_POINTER), self.scratch, I64(8)], at)
             left, right, d = (self._pointer(x) for x in (step.a, step.b, step.d))
             c = d if step.c is None else self._pointer(step.c)
-            workspace = NULL if step.workspace is None else self._pointer(step.workspace)
+            workspace = NULL if step.workspace is None else self._rounded_up(step.workspace)
             # The transposed product: cuBLASLt's first operand is our second (see `runtime/cublaslt.py`).
             self._call("cublasLtMatmul", [p["handle"], descriptor, p["alpha"], right, p["a"], left, p["b"], p["beta"], c, p["c"], d, p["d"],
                                           p["algorithm"], workspace, p["workspace_bytes"], self.f.args[2]], at)

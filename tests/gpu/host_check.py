@@ -1,6 +1,6 @@
 """The host function on a real GPU, in one run: native launches, cuBLASLt and CUDA graphs; right first, then how fast.
 
-    python tests/gpu/host_check.py [section ...]        # native products graphs costs speed
+    python tests/gpu/host_check.py [section ...]        # native products graphs costs speed choice
 
 Sections go on after failures; a table is printed last and written to $OUT (or the current folder) as host_check.txt and host_check.json.
 Truth is float64, inputs are fresh random numbers, and memory that results may land in holds NaN beforehand. Exit code 1 if anything failed.
@@ -38,6 +38,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from aicc.compiler import driver  # noqa: E402
 from aicc.compiler.dynamo import aicc as aicc_backend  # noqa: E402
+from aicc.passes import library  # noqa: E402
 
 START = time.time()
 LIMIT = float(os.environ.get("HOST_CHECK_SECONDS", "280"))
@@ -312,14 +313,19 @@ def _forms() -> dict[str, Any]:
 
 
 def _dynamic_product() -> dict[str, Any]:
-    run = compiled(lambda x, w, b: F.linear(x, w, b).relu(), dynamic=True)
     worst = 0.0
+    run = compiled(lambda a, b: (a @ b).sum(-1), dynamic=True)
+    for m, k, n in ((5, 7, 9), (64, 64, 64), (129, 65, 200), (1000, 33, 31), (3, 1025, 77), (2, 2, 2), (5, 7, 9)):  # a workspace at any offset
+        a, b = rand(m, k), rand(k, n)
+        worst = max(worst, 100 * error(run(a, b), (a.double() @ b.double()).sum(-1)))
+    small = [c.stats["library"] for c in COMPILED]
+    run = compiled(lambda x, w, b: F.linear(x, w, b).relu(), dynamic=True)
     w, b = rand(2048, 2048, dtype=torch.bfloat16), rand(2048, dtype=torch.bfloat16)
     with torch.no_grad():
         for n in (1024, 1500, 2048, 1500):
             x = rand(n, 2048, dtype=torch.bfloat16)
             worst = max(worst, error(run(x, w, b), F.linear(x.double(), w.double(), b.double()).relu()))
-    return {"ok": worst < 8e-3, "max_error": worst, "library": [c.stats["library"] for c in COMPILED]}
+    return {"ok": worst < 8e-3, "max_error": worst, "library": [*small, *(c.stats["library"] for c in COMPILED)]}
 
 
 def _relu_nan() -> dict[str, Any]:
@@ -368,6 +374,39 @@ def products() -> None:
 def speed() -> None:
     for name, m, n, k, dtype in SHAPES:
         attempt("speed", name, lambda m=m, n=n, k=k, dtype=dtype: _product(m, n, k, dtype))
+
+
+def choice() -> None:
+    """Both ways of a product, with a GELU on top where the name says so: is the model's choice the faster one?"""
+    shapes = [(4096, 4096, 4096, ""), (4096, 3072, 768, ""), (4096, 3072, 768, "gelu"), (4096, 768, 768, ""), (512, 3072, 768, "gelu"),
+              (128, 768, 768, ""), (64, 4096, 4096, ""), (16, 4096, 4096, "")]
+    for dtype, rows in ((torch.bfloat16, shapes), (torch.float32, shapes[3:6])):
+        for m, n, k, act in rows:
+            attempt("choice", f"{str(dtype)[6:]}_{m}x{n}x{k}{act}", lambda m=m, n=n, k=k, act=act, dtype=dtype: _both(m, n, k, act, dtype))
+
+
+def _both(m: int, n: int, k: int, act: str, dtype: torch.dtype) -> dict[str, Any]:
+    a, b = rand(m, k, dtype=dtype), rand(k, n, dtype=dtype)
+    found: dict[str, float] = {}
+    chosen = 0
+    kept = library.MARGIN, library.SKINNY
+    try:
+        for name, (margin, skinny) in {"chosen": kept, "library": (-1.0, 0), "generated": (1.0, 1 << 30)}.items():
+            library.MARGIN, library.SKINNY = margin, skinny
+            torch._dynamo.reset()
+            COMPILED.clear()
+            run = torch.compile(lambda a, b: F.gelu(a @ b) if act else a @ b, backend=aicc_backend, options={"cache": False})
+            with torch.no_grad():
+                run(a, b)
+                graph = COMPILED[-1].graph
+                found[f"{name}_us"] = device_us(lambda graph=graph: graph(a, b), batch=10)
+            if name == "chosen":
+                chosen = COMPILED[-1].stats["library"]
+    finally:
+        library.MARGIN, library.SKINNY = kept
+    best = min(found["library_us"], found["generated_us"])
+    taken = found["library_us"] if chosen else found["generated_us"]
+    return {"ok": True, "library": chosen, **found, "regret": taken / best - 1}
 
 
 # -- CUDA graphs ------------------------------------------------------------------------------------------------------
@@ -458,8 +497,8 @@ def _cost(n: int) -> dict[str, Any]:
     want = f(x)
     ok = True
     for name, make in ways.items():
-        if n == 160 and name.startswith("inductor"):
-            continue  # minutes of compilation
+        if n != 40 and name.startswith("inductor"):
+            continue  # its compilation takes its time
         torch._dynamo.reset()
         run = make()
         for _ in range(3):
@@ -491,7 +530,7 @@ def _profile() -> dict[str, Any]:
     return {"ok": True}
 
 
-SECTIONS: dict[str, Callable[[], None]] = {"native": native, "products": products, "graphs": graphs, "costs": costs, "speed": speed}
+SECTIONS: dict[str, Callable[[], None]] = {"native": native, "products": products, "graphs": graphs, "costs": costs, "speed": speed, "choice": choice}
 
 
 def main() -> int:

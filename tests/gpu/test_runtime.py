@@ -156,7 +156,7 @@ def test_products_get_their_plan_operands_in_the_transposed_order_and_the_bias_o
     first, second = device.calls
     handle, alpha, beta, algorithm, workspace_bytes = 1001, 1008, 1009, 1007, 1010
     assert first == ("product", [4242, (4 << 12) + 8], handle, alpha, 2 << 12, 1003, (1 << 12) + 32, 1004, beta, 3 << 12, 1005, 3 << 12, 1006,
-                     algorithm, (5 << 12) + 64, workspace_bytes, 77)
+                     algorithm, (5 << 12) + 256, workspace_bytes, 77), "temporary memory is aligned"
     assert second[1] == [4243, 0] and second[9:11] == (4 << 12, 1005) and second[14] == 0
 
 
