@@ -16,7 +16,8 @@ STAGES = ("graph", "tensor", "tile", "host")
 def pipeline(stage: str, target: Target, options: Options) -> str:
     """The passes of one stage, as text."""
     relax = "" if not options.emulate_precision_casts else "{relax-casts=false}"
-    library = "library" if not options.emulate_precision_casts else "library{epilogues=false}"
+    choices = ["epilogues=false"] * options.emulate_precision_casts + ["replayed=true"] * options.replays
+    library = "library" + (f"{{{' '.join(choices)}}}" if choices else "")
     return {
         # Still named ops: what is cheap to see here is folded before it is spelled out.
         "graph": f"canonicalize{relax},cse,fold-constants,dce",

@@ -20,9 +20,9 @@ from ..ir import Block, Builder, Dim, IRError, Operation, Region, Target, Tensor
 from ..ir.dialects.tensor import fill_of
 from ..ir.expr import Expr, evaluate, free_symbols
 from ..ir.passes import Pass, PassContext, register
-from .library_cost import generated_seconds, library_seconds
+from .library_cost import Work, generated_seconds, library_seconds
 from .products import Product, read_product
-from .structured import body_ops, identity_map, is_contraction, is_pointwise, reshape_like
+from .structured import EXPENSIVE, body_ops, identity_map, is_contraction, is_pointwise, reshape_like
 from .tiling.contraction import roles_of
 
 __all__ = ["WORKSPACE", "WORKSPACE_SLACK", "Library", "LibraryOperands", "library_shape"]
@@ -40,6 +40,8 @@ USUAL_SIZE = 1024
 SKINNY = 16
 MARGIN = 1e-6
 """Seconds that the library must win by: its calls cost the host more, and what is generated fuses further."""
+HEAVY_OPS, LIGHT = {"arith.erf": 1.0, "arith.tanh": 0.6}, 0.25
+"""How much functions cost in an epilogue, in units of one erf."""
 REACH = 60
 """How many ops attention may have between its two products."""
 
@@ -47,11 +49,13 @@ REACH = 60
 @register
 @dataclass(frozen=True)
 class Library(Pass):
-    """See the module docstring. `epilogues`: whether the library may do more than convert the result; `always`: without asking the model."""
+    """See the module docstring. `epilogues`: whether the library may do more than convert the result; `always`: without asking the model;
+    `replayed`: launches cost the host nothing (CUDA graphs)."""
 
     name: ClassVar[str] = "library"
     epilogues: bool = True
     always: bool = False
+    replayed: bool = False
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         if not ctx.target.is_gpu or ctx.target.capability < OLDEST:
@@ -82,10 +86,9 @@ class Library(Pass):
                 ctx.remark("note", f"{text} is generated: with {min(shape[1:3])} rows or columns it is bound by memory", op.location)
                 return False
             kind = "tf32" if "tf32" in ctx.target.features and element_type(op.operands[0].type).name == "f32" else _input_type(op)
-            result = element_type(chain.value.type).bytes
-            readers = 0 if _stays(chain.value) else 1
-            theirs = library_seconds(ctx.target, kind, shape, result, readers)
-            ours = generated_seconds(ctx.target, kind, shape, result)
+            heavy = _heavy_readers(chain.value)
+            work = Work(kind, shape, element_type(chain.value.type).bytes, heavy is not None, heavy or 0.0, self.replayed)
+            theirs, ours = library_seconds(ctx.target, work), generated_seconds(ctx.target, work)
             verdict = f"{_names(chain)}modelled {theirs * 1e6:.0f} us by cuBLASLt, {ours * 1e6:.0f} us generated"
             if theirs + MARGIN >= ours:
                 ctx.remark("note", f"{text} is generated: {verdict}", op.location)
@@ -129,10 +132,14 @@ def _readable(op: Operation, func: Operation) -> Product | str:
     return found
 
 
-def _stays(v: Value) -> bool:
-    """Whether a generated kernel would have to write the value too: no pointwise op alone reads it."""
-    users = v.users
-    return len(users) != 1 or not is_pointwise(users[0])
+def _heavy_readers(v: Value) -> float | None:
+    """How much the pointwise ops compute that would be fused with the product: None if there are none, and it must be written anyway."""
+    total: float | None = None
+    while len(v.users) == 1 and is_pointwise(v.users[0]) and len(v.users[0].results) == 1:
+        user = v.users[0]
+        total = (total or 0.0) + sum(HEAVY_OPS.get(o.name, LIGHT if o.name in EXPENSIVE else 0.0) for o in body_ops(user))
+        v = user.result
+    return total
 
 
 # -- attention --------------------------------------------------------------------------------------------------------

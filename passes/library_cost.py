@@ -1,8 +1,10 @@
 """How long a matrix product takes on a GPU, by the library and as a generated kernel: seconds, from peak rates and bytes moved.
 
-    library_seconds(target, "bf16", (1, 4096, 4096, 4096), result_bytes=2, readers=1)
+    work = Work("bf16", (1, 4096, 4096, 4096), result_bytes=2, fused=True, heavy=1.0)
+    library_seconds(target, work), generated_seconds(target, work)
 
-Rates are per multiprocessor, from NVIDIA's data sheets at boost clocks; the shares of them that kernels reach are measured ones.
+Rates are per multiprocessor, from NVIDIA's data sheets at boost clocks. What share of them kernels reach, and what issuing a call costs the
+host, was measured on an H100 (`tests/gpu/host_check.py choice` prints the times of both ways beside the choice).
 """
 
 from __future__ import annotations
@@ -11,10 +13,14 @@ from dataclasses import dataclass
 
 from ..ir import Target
 
-__all__ = ["generated_seconds", "library_seconds"]
+__all__ = ["Work", "generated_seconds", "library_seconds"]
 
 LAUNCH = 2e-6
 """Seconds that one more kernel costs the device: its start and end overlap with nothing."""
+HOST_LIBRARY, HOST_GENERATED = 15e-6, 4.5e-6
+"""Seconds that the host needs to issue a product: the device cannot be faster, unless launches are replayed."""
+HEAVY = 2.6e-12 * 132
+"""Seconds times multiprocessors for one erf in the epilogue of a product: registers are full there, and nothing hides it."""
 BYTES = {"bf16": 2, "f16": 2, "f32": 4, "tf32": 4, "f64": 8}
 
 
@@ -38,27 +44,43 @@ TILE = 128
 """Rows and columns of the tile that one multiprocessor works on."""
 
 
-def library_seconds(target: Target, kind: str, sizes: tuple[int, ...], result_bytes: int, readers: int) -> float:
-    """By cuBLASLt. sizes: (batch, m, n, k); readers: pointwise ops that would have been fused, and now read the result from memory."""
-    batch, m, n, _ = sizes
-    extra = readers * (LAUNCH + 2 * batch * m * n * result_bytes / (MEMORY_SHARE * _rates(target).bandwidth))
-    return _product(target, kind, sizes, result_bytes, LIBRARY_SHARE[kind], TILE // 2) + extra
+@dataclass(frozen=True)
+class Work:
+    """A product: the type it computes in, (batch, m, n, k), the width of its result, whether a pointwise op alone reads that (and would be
+    fused into a generated kernel), how much that op computes per element, in units of one erf, and whether launches are replayed."""
+
+    kind: str
+    sizes: tuple[int, ...]
+    result_bytes: int
+    fused: bool = False
+    heavy: float = 0.0
+    replayed: bool = False
+
+    @property
+    def elements(self) -> int:
+        batch, m, n, _ = self.sizes
+        return batch * m * n
 
 
-def generated_seconds(target: Target, kind: str, sizes: tuple[int, ...], result_bytes: int) -> float:
+def library_seconds(target: Target, work: Work) -> float:
+    """By cuBLASLt; a pointwise reader then reads the result from memory."""
+    extra = LAUNCH + 2 * work.elements * work.result_bytes / (MEMORY_SHARE * _rates(target).bandwidth) if work.fused else 0.0
+    return max(_product(target, work, LIBRARY_SHARE[work.kind], TILE // 2), 0 if work.replayed else HOST_LIBRARY) + extra
+
+
+def generated_seconds(target: Target, work: Work) -> float:
     """By a generated kernel, its pointwise reader fused."""
-    return _product(target, kind, sizes, result_bytes, GENERATED_SHARE[kind], TILE)
+    extra = work.heavy * work.elements * HEAVY / max(1, target.multiprocessors) if work.fused else 0.0
+    return max(_product(target, work, GENERATED_SHARE[work.kind], TILE), 0 if work.replayed else HOST_GENERATED) + extra
 
 
-def _product(target: Target, kind: str, sizes: tuple[int, ...], result_bytes: int, share: float, tile: int) -> float:
-    batch, m, n, k = sizes
+def _product(target: Target, work: Work, share: float, tile: int) -> float:
+    batch, m, n, k = work.sizes
     rates, processors = _rates(target), max(1, target.multiprocessors)
     tiles = batch * -(-m // tile) * -(-n // tile)
-    rounds = -(-tiles // processors)  # multiprocessors that wait for the last tiles count as busy
-    busy = max(rounds * processors / tiles, 1.0) if rounds > 1 else processors / tiles
-    flops = 2.0 * batch * m * n * k
-    compute = flops * min(busy, 8.0) / (share * rates.flops[kind] * processors)
-    moved = batch * (m * k + k * n) * BYTES[kind] + batch * m * n * result_bytes
+    busy = -(-tiles // processors) * processors / max(1, tiles)  # multiprocessors that wait for the last tiles count as busy
+    compute = 2.0 * work.elements * k * min(busy, 8.0) / (share * rates.flops[work.kind] * processors)
+    moved = batch * (m * k + k * n) * BYTES[work.kind] + work.elements * work.result_bytes
     return LAUNCH + max(compute, moved / (MEMORY_SHARE * rates.bandwidth))
 
 

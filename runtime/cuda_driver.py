@@ -199,9 +199,10 @@ class Driver:
         """The driver's result, 0 for success."""
         return int(self._launch(executable, stream))
 
-    def destroy_graph(self, graph: int, executable: int) -> None:
+    def destroy_graph(self, graph: int, executables: Sequence[int]) -> None:
         """What runs already runs to its end."""
-        self.call("cuGraphExecDestroy")(executable)
+        for executable in executables:
+            self.call("cuGraphExecDestroy")(executable)
         self.call("cuGraphDestroy")(graph)
 
 

@@ -5,8 +5,10 @@
 
 What a call means does not change: inputs are read where they are (no copies), outputs are fresh tensors of their own. For that, the kernels
 whose parameters hold an address that is another one than last time get new parameters in the instantiated graph
-(`cuGraphExecKernelNodeSetParams`): parameters are our own, so their places are known. A matrix product by cuBLASLt hides the addresses it
-uses: one graph is kept for each combination of the addresses that products and copies use (torch's allocator hands out few), up to LIMIT.
+(`cuGraphExecKernelNodeSetParams`): parameters are our own, so their places are known. A changed graph costs the driver more to launch, and
+torch's allocator hands out the same few addresses in turn: so up to VARIANTS instantiated graphs stay, and only the one used longest ago is
+changed. A matrix product by cuBLASLt hides the addresses it uses: one graph is captured for each combination of the addresses that products
+and copies use, and up to LIMIT are kept.
 
 The first call for new sizes runs as usual (libraries load their kernels lazily, which a capture forbids), the second one captures.
 Temporary memory is one block per device and stream, as large as the largest graph needs, for all graphs: those on one stream run one
@@ -33,8 +35,10 @@ from .sizes import compile_size, evaluate_size
 
 __all__ = ["GraphMemory", "Replay", "graph_memory"]
 
+VARIANTS = 4
+"""Instantiated graphs of one captured graph, with different addresses."""
 LIMIT = 32
-"""Instantiated graphs kept per program."""
+"""Captured graphs kept per program."""
 PATIENCE = 3 * LIMIT
 """Captures without reuse after which the program goes on without."""
 
@@ -68,41 +72,41 @@ def graph_memory() -> GraphMemory:
 class _Node:
     """A kernel of an instantiated graph, and its parameters as they are there now."""
 
-    __slots__ = ("cells", "node", "params", "pointers", "row")
-
-    def __init__(self, node: int, row: Any, cells: list[int], like: KernelNode, extent: int, threads: int, shared: int):
-        self.node, self.row = node, row  # row: (cell, table slot, offset) of each address that is in the table
+    def __init__(self, node: int, cells: Sequence[int], places: Sequence[tuple[int, int, int]], like: KernelNode, extent: int, row: Any):
+        self.node, self.places, self.like, self.extent, self.row = node, places, like, extent, row  # places: (cell, table slot, offset)
         self.cells = (ctypes.c_uint64 * len(cells))(*cells)
         base = ctypes.addressof(self.cells)
         self.pointers = (ctypes.c_void_p * len(cells))(*[base + 8 * i for i in range(len(cells))])
-        self.params = KernelNode(like.function, (extent, 1, 1), (threads, 1, 1), shared, ctypes.addressof(self.pointers), None, like.kernel,
-                                 like.context)
+        self.params = KernelNode(like.function, (extent, 1, 1), (row["threads"], 1, 1), row["shared"], ctypes.addressof(self.pointers), None,
+                                 like.kernel, like.context)
 
+    def copy(self) -> _Node:
+        return _Node(self.node, self.cells[:], self.places, self.like, self.extent, self.row)
 
-class _Instance:
-    """One instantiated graph. `table` has the addresses that are in it."""
-
-    def __init__(self, graph: int, executable: int, nodes: list[_Node], table: list[int]):
-        self.graph, self.executable, self.nodes, self.table = graph, executable, nodes, table
-        self.users: dict[int, list[_Node]] = {}
-        for node in nodes:
-            for slot in dict.fromkeys(slot for _, slot, _ in node.row):
-                self.users.setdefault(slot, []).append(node)
-        self.lock = threading.Lock()
-        self.moving: list[int] = []  # slots whose address has changed before: looked at first
-
-    def changes(self, table: list[int]) -> list[int]:
-        """The slots whose addresses are not those of the last call; brings `self.table` up to date."""
-        mine = self.table
-        changed = [s for s in self.moving if mine[s] != table[s]]
-        for s in changed:
-            mine[s] = table[s]
-        if mine != table:
-            more = [s for s in range(len(table)) if mine[s] != table[s]]
-            self.moving += more
-            changed += more
-            self.table = list(table)
+    def update(self, table: Sequence[int]) -> bool:
+        """Brings the parameters up to date; False if they are."""
+        changed = False
+        for cell, slot, offset in self.places:
+            address = table[slot] + offset
+            if self.cells[cell] != address:
+                self.cells[cell], changed = address, True
         return changed
+
+
+class _Variant:
+    """An instantiated graph. `table` has the addresses that are in it."""
+
+    def __init__(self, executable: int, nodes: list[_Node], table: list[int]):
+        self.executable, self.nodes, self.table = executable, nodes, table
+
+
+class _Captured:
+    """A captured graph, its kernels with the parameters that they were captured with, and its variants, the one used last first."""
+
+    def __init__(self, graph: int, nodes: list[_Node], first: _Variant):
+        self.graph, self.nodes, self.variants = graph, nodes, [first]
+        self.lock = threading.Lock()
+        self.gone = False
 
 
 class Replay:
@@ -113,7 +117,7 @@ class Replay:
         self.on = function.library.on
         self.captures = self.patches = self.launches = 0
         self.off = ""  # why graphs are not used any more
-        self._instances: dict[Any, _Instance] = {}
+        self._captured: dict[Any, _Captured] = {}
         self._warm: set[Any] = set()
         self._lock = threading.Lock()
         self._error = ctypes.c_int32.from_address(self.on.error.data_ptr())
@@ -129,30 +133,54 @@ class Replay:
             return self._native(pointers, sizes, stream)
         table = [*pointers, graph_memory().get(self.on.device, stream, sizes.arena) if sizes.arena else 0]
         key = (sizes.values, stream, self._rigid(table))
-        instance = self._instances.get(key)
-        if instance is None:
+        captured = self._captured.get(key)
+        if captured is None:
             if (sizes.values, stream) not in self._warm:
                 self._warm.add((sizes.values, stream))
                 return self._native(pointers, sizes, stream)
             if any(p & 15 for p in table[:self.inputs]):
                 return MISALIGNED
             try:
-                instance = self._capture(key, table, sizes)
+                captured = self._capture(key, table, sizes)
             except CudaError as error:
                 self._give_up(str(error))
-            if instance is None:
+            if captured is None:
                 return self._native(pointers, sizes, stream)
-        with instance.lock:
-            if table != instance.table:
-                changed = instance.changes(table)
-                if any(table[s] & 15 for s in changed if s < self.inputs):
+        with captured.lock:
+            if captured.gone:
+                return self._native(pointers, sizes, stream)
+            variant = captured.variants[0]
+            if variant.table != table:
+                if any(p & 15 for p in table[:self.inputs]):
                     return MISALIGNED
-                self._patch(instance, changed, table)
-            code = self.on.launch_graph(instance.executable, stream)
+                variant = self._variant(captured, table)
+            code = self.on.launch_graph(variant.executable, stream)
         if code:  # this thread has no context, for one: the native code sees to that
             return self._native(pointers, sizes, stream)
         self.launches += 1
         return 0
+
+    def _variant(self, captured: _Captured, table: list[int]) -> _Variant:
+        """The graph with these addresses: one that has them, a new one, or the one used longest ago with new parameters. It is the first then."""
+        variants = captured.variants
+        at = next((i for i, v in enumerate(variants) if v.table == table), None)
+        if at is not None:
+            variant = variants.pop(at)
+        elif len(variants) < VARIANTS:
+            variant = _Variant(self.on.instantiate(captured.graph), [n.copy() for n in captured.nodes], [])
+            self._patch(variant, table)
+        else:
+            variant = variants.pop()
+            self._patch(variant, table)
+        variants.insert(0, variant)
+        return variant
+
+    def _patch(self, variant: _Variant, table: list[int]) -> None:
+        for node in variant.nodes:
+            if node.update(table):
+                self.on.set_node(variant.executable, node.node, node.params)
+                self.patches += 1
+        variant.table = list(table)
 
     def _native(self, pointers: Sequence[int], sizes: Any, stream: int) -> int:
         """As without graphs: temporary memory of this call alone, since launches of several threads may mix."""
@@ -169,23 +197,26 @@ class Replay:
 
     # -- making a graph
 
-    def _capture(self, key: Any, table: list[int], sizes: Any) -> _Instance | None:
+    def _capture(self, key: Any, table: list[int], sizes: Any) -> _Captured | None:
         with self._lock:
-            if key in self._instances:
-                return self._instances[key]
+            if key in self._captured:
+                return self._captured[key]
             if self.captures >= PATIENCE and self.launches < 4 * self.captures:
                 self._give_up(f"{self.captures} captures for {self.launches} replays; the addresses of what its matrix products use keep changing")
                 return None
             graph = self.on.capture(lambda stream: self._launch_into(table, sizes, stream))
-            executable = self.on.instantiate(graph)
             nodes = self._nodes(graph, table, sizes.values)
+            made = _Captured(graph, nodes, _Variant(self.on.instantiate(graph), [n.copy() for n in nodes], list(table)))
             self.captures += 1
-            if len(self._instances) >= LIMIT:
-                oldest = self._instances.pop(next(iter(self._instances)))
-                with oldest.lock:
-                    self.on.destroy_graph(oldest.graph, oldest.executable)
-            made = self._instances[key] = _Instance(graph, executable, nodes, list(table))
+            if len(self._captured) >= LIMIT:
+                self._destroy(self._captured.pop(next(iter(self._captured))))
+            self._captured[key] = made
             return made
+
+    def _destroy(self, captured: _Captured) -> None:
+        with captured.lock:
+            captured.gone = True
+            self.on.destroy_graph(captured.graph, [v.executable for v in captured.variants])
 
     def _launch_into(self, table: Sequence[int], sizes: Any, stream: int) -> None:
         code = self._run(table, sizes, stream)
@@ -208,7 +239,7 @@ class Replay:
             cells, places = self._cells(row, step[2], table, values)
             for node, params in found:
                 if params.function == library.entries[step[1]]:
-                    nodes.append(_Node(node, places, cells, params, extent, row["threads"], row["shared"]))
+                    nodes.append(_Node(node, cells, places, params, extent, row))
                     break
             else:
                 raise CudaError(f"the captured graph has no node for the launch of '{step[1]}'")
@@ -229,19 +260,10 @@ class Replay:
         cells += [self.on.error.data_ptr()] if row["checks"] else []
         return cells + [0] * (row["parameters"] - len(cells)), places
 
-    def _patch(self, instance: _Instance, changed: Sequence[int], table: Sequence[int]) -> None:
-        moved = set(changed)
-        for node in dict.fromkeys(n for s in changed for n in instance.users.get(s, ())):
-            for cell, slot, offset in node.row:
-                if slot in moved:
-                    node.cells[cell] = table[slot] + offset
-            self.on.set_node(instance.executable, node.node, node.params)
-            self.patches += 1
-
     def __del__(self) -> None:
-        for instance in self.__dict__.get("_instances", {}).values():
+        for captured in self.__dict__.get("_captured", {}).values():
             try:
-                self.on.destroy_graph(instance.graph, instance.executable)
+                self._destroy(captured)
             except CudaError:  # the context may be gone at exit
                 return
 

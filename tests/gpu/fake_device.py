@@ -36,11 +36,13 @@ class FakeDevice:
         self.calls: list[tuple[Any, ...]] = []
         self.captured: list[tuple[Any, ...]] = []
         self.graphs: dict[int, list[tuple[Any, ...]]] = {}
+        self.executables: dict[int, list[tuple[Any, ...]]] = {}
         self.fail_at, self.fail_with, self.count = -1, 0, 0
         self.current = self.made = 5000  # the context
         self.switched: list[int] = []
         self.raw = 77
         self.loaded: list[bytes] = []
+        self.destroyed: list[int] = []
         self._parameters = parameters
         self._handles = 0
         self._bias: list[int] = []
@@ -137,17 +139,19 @@ class FakeDevice:
         return [(i, KernelNode(c[1])) for i, c in enumerate(self.graphs[graph]) if c[0] == "launch"]
 
     def instantiate(self, graph: int) -> int:
-        return graph
+        self.executables[len(self.executables) + 1] = list(self.graphs[graph])
+        return len(self.executables)
 
     def set_node(self, executable: int, node: int, params: KernelNode) -> None:
-        kind, f, *_ = self.graphs[executable][node]
+        kind, f, *_ = self.executables[executable][node]
         cells = (ctypes.c_void_p * self._parameters(f)).from_address(params.params)
         values = [ctypes.c_uint64.from_address(c).value for c in cells]
-        self.graphs[executable][node] = (kind, params.function, tuple(params.grid), params.block[0], params.shared, CAPTURE_STREAM, values)
+        self.executables[executable][node] = (kind, params.function, tuple(params.grid), params.block[0], params.shared, CAPTURE_STREAM, values)
 
     def launch_graph(self, executable: int, stream: int) -> int:
-        self.calls.append(("graph", executable, stream, [tuple(c) for c in self.graphs[executable]]))
+        self.calls.append(("graph", executable, stream, [tuple(c) for c in self.executables[executable]]))
         return 0
 
-    def destroy_graph(self, graph: int, executable: int) -> None:
-        self.graphs.pop(graph)
+    def destroy_graph(self, graph: int, executables: Sequence[int]) -> None:
+        for x in (graph, *executables):
+            self.destroyed.append(x)

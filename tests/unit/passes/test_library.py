@@ -167,7 +167,7 @@ def test_attention_is_left_to_stream() -> None:
 
 @pytest.mark.parametrize(("m", "k", "n", "dtype", "library"), [
     (4096, 4096, 4096, torch.bfloat16, True), (4096, 4096, 4096, torch.float32, True), (16, 4096, 4096, torch.bfloat16, False),
-    (1, 4096, 11008, torch.bfloat16, False), (64, 64, 64, torch.float32, False), (2048, 4096, 11008, torch.bfloat16, True)])
+    (1, 4096, 11008, torch.bfloat16, False), (4096, 768, 768, torch.bfloat16, False), (128, 768, 768, torch.bfloat16, False), (64, 64, 64, torch.float32, False), (2048, 4096, 11008, torch.bfloat16, True)])
 def test_large_products_go_to_the_library_and_skinny_ones_do_not(m: int, k: int, n: int, dtype: torch.dtype, library: bool) -> None:
     module, remarks = lowered(lambda a, b: a @ b, torch.empty(m, k, dtype=dtype), torch.empty(k, n, dtype=dtype), always=False, upto="tensor")
     assert bool(calls(module)) == library
@@ -178,8 +178,21 @@ def test_a_cheap_reader_that_would_fuse_counts() -> None:
     m, k, n = 8192, 256, 4096  # short sums: writing and reading the result once more costs as much as the product
     inputs = torch.empty(m, k, dtype=torch.bfloat16), torch.empty(k, n, dtype=torch.bfloat16)
     plain, _ = lowered(lambda a, b: a @ b, *inputs, always=False, upto="tensor")
-    gelu, remarks = lowered(lambda a, b: F.gelu(a @ b), *inputs, always=False, upto="tensor")
-    assert calls(plain) and not calls(gelu), [r.message for r in remarks]
+    fused, remarks = lowered(lambda a, b: (a @ b).abs(), *inputs, always=False, upto="tensor")
+    assert calls(plain) and not calls(fused), [r.message for r in remarks]
+
+
+def test_replayed_launches_cost_the_host_nothing() -> None:
+    inputs = torch.empty(4096, 768, dtype=torch.bfloat16), torch.empty(768, 768, dtype=torch.bfloat16)
+    for cudagraphs in (False, True):
+        module, _ = lowered(lambda a, b: a @ b, *inputs, always=False, upto="tensor", options=Options(cudagraphs=cudagraphs))
+        assert bool(calls(module)) == cudagraphs
+
+
+def test_a_heavy_epilogue_is_better_off_alone() -> None:
+    inputs = torch.empty(4096, 768, dtype=torch.bfloat16), torch.empty(768, 3072, dtype=torch.bfloat16)
+    module, _ = lowered(lambda a, b: F.gelu(a @ b), *inputs, always=False, upto="tensor")
+    assert calls(module)
 
 
 def test_float32_is_exact_unless_the_target_says_tf32() -> None:
