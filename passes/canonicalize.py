@@ -92,6 +92,8 @@ def _select(op: Operation, rewriter: Rewriter) -> None:
         _replace(op, rewriter, a)
     elif known is False:
         _replace(op, rewriter, b)
+    elif cond.type == op.result.type and constant_value(a) is True and constant_value(b) is False:
+        _replace(op, rewriter, cond)
 
 
 def _cast(op: Operation, rewriter: Rewriter) -> None:

@@ -14,12 +14,14 @@ from ...ir.expr import Dim, free_symbols
 from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
 from ..storage import storage_bytes
+from ..stream import analyse as analyse_stream
 from ..structured import constant_values, is_contraction, is_pointwise
 from .contraction import emit_contraction, gemm_tile, roles_of
 from .emit import Emitter
 from .frame import Frame, analyse
 from .loops import choose_tile, emit_loops, traffic, work
 from .ordered import emit_scan, emit_scatter
+from .stream import emit_stream, stream_tile
 
 
 @register
@@ -114,6 +116,10 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         # As torch does: on CPUs the error of a running sum does not grow with its length.
         grid = emit_scan(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result], lanes,
                          accumulate=None if target.is_gpu else DTYPES["f64"])
+    elif (stream := analyse_stream(members) if len(members) > 1 else None) is not None:
+        tile = stream_tile(stream, target)
+        flops = sum((2 * _product(m, range(len(m["dims"]))) for m in (*stream.firsts, *stream.seconds)), 0)  # type: ignore[arg-type]
+        grid = emit_stream(stream, outputs, target, Emitter(builder, tile, ranges), buffers, tile)
     elif (contraction := next((m for m in members if is_contraction(m)), None)) is not None and _worth_gemm(contraction, members):
         roles = roles_of(contraction)
         assert roles is not None
