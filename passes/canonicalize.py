@@ -30,7 +30,7 @@ class Canonicalize(Pass):
     relax_casts: bool = True
 
     def run(self, module: Operation, ctx: PassContext) -> None:
-        patterns = {**_PATTERNS, "arith.cast": [*_PATTERNS["arith.cast"], *([_drop_rounding] if self.relax_casts else [])]}
+        patterns = {**_PATTERNS, "arith.cast": [*_PATTERNS["arith.cast"], *([_drop_rounding, _widen_select] if self.relax_casts else [])]}
         changed = rewrite_greedily(module, patterns)
         ctx.remark("done" if changed else "note", "identities applied" if changed else "nothing to do")
 
@@ -120,6 +120,33 @@ def _drop_rounding(op: Operation, rewriter: Rewriter) -> None:
     source, middle, result = inner.operands[0], element_type(inner.result.type), element_type(op.result.type)
     if element_type(source.type) == result and result.name == "f32" and middle.name in ("bf16", "f16"):
         rewriter.replace(op, [source])
+
+
+def _widen_select(op: Operation, rewriter: Rewriter) -> None:
+    """f32(select(c, constant, bf16(x))) -> select(c, constant, x): a mask between two roundings does not keep them apart."""
+    choice = op.operands[0].defining_op
+    if op.opdef.dialect != "arith" or choice is None or choice.name != "arith.select" or element_type(op.result.type).name != "f32" or (
+            element_type(choice.result.type).name not in ("bf16", "f16")):
+        return
+    sides = [v.defining_op for v in choice.operands[1:]]
+    rounded = [s is not None and s.name == "arith.cast" and element_type(s.operands[0].type).name == "f32" for s in sides]
+    if not any(rounded) or not all(r or (s is not None and s.name == "arith.constant") for s, r in zip(sides, rounded, strict=True)):
+        return
+    b = rewriter.builder(op)
+    wide = [s.operands[0] if r else b.constant(s["value"], element_type(op.result.type))  # type: ignore[union-attr,index]
+            for s, r in zip(sides, rounded, strict=True)]
+    rewriter.replace(op, [b.arith("select", choice.operands[0], *wide)])
+
+
+def _divide_by_power_of_two(op: Operation, rewriter: Rewriter) -> None:
+    """x / 2^n -> x * 2^-n, which rounds the same number."""
+    value = constant_value(op.operands[1])
+    if isinstance(value, float) and value and math.isfinite(value) and abs(math.frexp(value)[0]) == 0.5 and 2.0**-14 <= abs(value) <= 2.0**14:
+        b = rewriter.builder(op)
+        divisor = op.operands[1].defining_op
+        assert divisor is not None
+        inverse = b.op(divisor.name, type=divisor.result.type, value=1.0 / value)
+        rewriter.replace(op, [b.op(op.name.replace(".div", ".mul"), op.operands[0], inverse, type=op.result.type)])
 
 
 def _lossless(narrow: DType, wide: DType) -> bool:
@@ -258,7 +285,7 @@ def _both(name: str, *patterns: Pattern) -> dict[str, list[Pattern]]:
 
 _PATTERNS: dict[str, list[Pattern]] = {
     **_both("add", _right_identity(_neutral_of_add, True)), **_both("sub", _right_identity(_zero, False)),
-    **_both("mul", _right_identity(_is_one, True)), **_both("div", _right_identity(_is_one, False)),
+    **_both("mul", _right_identity(_is_one, True)), **_both("div", _right_identity(_is_one, False), _divide_by_power_of_two),
     **_both("floordiv", _right_identity(lambda v: _is_one(v) and not element_type(v.type).is_float, False)),
     **_both("neg", _involution), **_both("bitnot", _involution),
     **_both("max", _idempotent_pair), **_both("min", _idempotent_pair), **_both("and", _idempotent_pair), **_both("or", _idempotent_pair),

@@ -334,6 +334,8 @@ class _Printer:
     def reduce(self, op: Operation) -> None:
         x, dtype, axis = self._name(op.operands[0]), element_type(op.result.type), op["axis"]
         template = _REDUCTIONS[op["kind"]][_KINDS[dtype.kind]]
+        if dtype.name == "f32":
+            template = template.replace("_nan,", "_nan32,")  # one instruction; there is none for f64
         back = f".to({tl_type(dtype)})" if dtype.bits < 32 and dtype.kind != "bool" else ""
         self._define(op, template.format(x=x, axis=axis) + back)
 

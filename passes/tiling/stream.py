@@ -19,12 +19,14 @@ from typing import Any
 
 from ...ir import Dim, DType, Operation, Target, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
-from ...ir.expr import (ceildiv, delinearize, floordiv, free_symbols, lower_bound, maximum, minimum, product, simplify, split_linear,
+from ...ir.expr import (ceildiv, delinearize, floordiv, free_symbols, known_less, lower_bound, maximum, minimum, product, simplify, split_linear,
                         substitute, upper_bound)
 from ...ir.types import index
 from ..stream import Stream
 from ..structured import body_ops, identity_of
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks
+
+LOG2_E = 1.4426950408889634
 
 __all__ = ["Scope", "StreamLowering", "emit_stream", "stream_tile"]
 
@@ -59,6 +61,7 @@ class Scope:
     values: dict[Value, Value] = field(default_factory=dict)
     loads: dict[Any, Value] = field(default_factory=dict)
     known: dict[Value, bool] = field(default_factory=dict)
+    units: set[Value] = field(default_factory=set)  # constants 1 that stand for row values
 
 
 class StreamLowering:
@@ -67,6 +70,8 @@ class StreamLowering:
     def __init__(self, s: Stream, outputs: Sequence[Value], e: Emitter, buffers: dict[Value, Value], tile: tuple[int, int]):
         self.s, self.outputs, self.e, self.buffers, self.tile = s, outputs, e, buffers, tile
         self.batch_at: dict[str, Dim] = {}
+        # Inputs of 16 bits know the scores no better than exp2 knows its result: the cheap form will do.
+        self.coarse = all(_narrow(s, op) is not None for op in s.firsts)
 
     # -- positions ------------------------------------------------------------------------------------------------------
 
@@ -138,6 +143,12 @@ class StreamLowering:
             return emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"], scope.active)
         if inner.name == "arith.select" and inner.operands[0] in scope.known:
             return local[inner.operands[1 if scope.known[inner.operands[0]] else 2]]
+        if inner.name in ("arith.mul", "arith.div") and local[inner.operands[1]] in scope.units:
+            return local[inner.operands[0]]
+        if inner.name == "arith.mul" and local[inner.operands[0]] in scope.units:
+            return local[inner.operands[1]]
+        if inner.name == "arith.exp" and self.coarse:
+            return self.exp(e, local[inner.operands[0]])
         return e.arith(inner, [local[v] for v in inner.operands])
 
     def load(self, scope: Scope, op: Operation, i: int, at: dict[str, Dim]) -> Value:
@@ -170,6 +181,18 @@ class StreamLowering:
         kind = "sum" if op in self.s.seconds else op["combine"][0]
         return e.broadcast(e.builder.constant(identity_of(kind, dtype), dtype), shape)
 
+    def exp(self, e: Emitter, x: Value) -> Value:
+        """exp(x), as the hardware's exp2 where that is good enough; x - m becomes one fused multiply-add."""
+        b = e.builder
+        if not self.coarse or element_type(x.type).name != "f32":
+            return b.arith("exp", x)
+        made = x.defining_op
+        if made is not None and made.name == "arith.sub":
+            scaled = b.arith("sub", *(b.arith("mul", v, LOG2_E) for v in made.operands))
+        else:
+            scaled = b.arith("mul", x, LOG2_E)
+        return b.op("arith.exp2", scaled, type=scaled.type, _approximate=True)
+
     def safe(self, e: Emitter, m: Value) -> Value:
         b = e.builder
         return b.arith("select", b.arith("eq", m, float("-inf")), 0, m)
@@ -186,10 +209,11 @@ class StreamLowering:
         for rows in self.s.scales.values():
             for w, _ in rows:
                 scope.values[w] = scope.e.builder.constant(1, element_type(w.type))
+                scope.units.add(scope.values[w])
 
     def ranges(self, m: Dim, step: int) -> list[tuple[Dim, Dim, bool]]:
         """(from, to, masked) for the loops over the stream, for rows m (which moves with t0): dead steps are left out."""
-        s, bounds = self.s, {"t0": (0, self.tile[0] - 1)}
+        s, bounds, known = self.s, {"t0": (0, self.tile[0] - 1)}, self.e.bounds()
         first: Dim = 0
         full_from: Dim = 0
         end, full_to = s.length, floordiv(s.length, step) * step
@@ -202,19 +226,27 @@ class StreamLowering:
             linear = split_linear(gap, f)
             if linear is None or linear[0] not in (1, -1):
                 return [(0, end, True)]
-            rest = simplify(substitute(linear[1], at), self.e.bounds())
+            rest = simplify(substitute(linear[1], at), known)
             most, least = upper_bound(rest, bounds), lower_bound(rest, bounds)
             if most is None or least is None:
                 return [(0, end, True)]
             if linear[0] == -1:      # alive where t < rest
-                end, full_to = minimum(end, most), minimum(full_to, floordiv(least, step) * step)
+                end, full_to = _least(end, most, known), _least(full_to, floordiv(least, step) * step, known)
             else:                    # alive where t > -rest
                 first, full_from = maximum(first, floordiv(1 - most, step) * step), maximum(full_from, ceildiv(1 - least, step) * step)
+        end, full_to, first = (simplify(x, known) for x in (end, full_to, first))
+        if first == 0 and full_from == 0:
+            full_to = full_to if known_less(-1, full_to, known) else maximum(0, full_to)
+            return [(0, full_to, False), (full_to, end, True)]
         end = maximum(first, end)
         full_from = minimum(maximum(full_from, first), ceildiv(end, step) * step)
         full_to = maximum(full_from, minimum(full_to, end))
-        out = [] if first == 0 and full_from == 0 else [(first, minimum(full_from, end), True)]
-        return [*out, (full_from, full_to, False), (full_to, end, True)]
+        return [(first, minimum(full_from, end), True), (full_from, full_to, False), (full_to, end, True)]
+
+
+def _least(a: Dim, b: Dim, bounds: Any) -> Dim:
+    """min(a, b), decided where the bounds allow it."""
+    return b if known_less(b, a + 1, bounds) else a if known_less(a, b + 1, bounds) else minimum(a, b)
 
 
 def _offset(v: Value, m: tuple[Dim, ...], at: dict[str, Dim], bounds: Any) -> Dim:
@@ -304,7 +336,7 @@ class GpuStream(StreamLowering):
                 out[op] = b.arith(COMBINE_OPS[kind], before, part)
                 if op.result in s.shifts.values():
                     scope.values[op.result] = self.safe(e, out[op])
-                    alpha[op.result] = b.arith("exp", b.arith("sub", now[op], scope.values[op.result]))
+                    alpha[op.result] = self.exp(e, b.arith("sub", now[op], scope.values[op.result]))
         for op in s.seconds:
             with b.at(op.location):
                 out[op] = self._second(scope, op, i, now[op], alpha, lanes)
