@@ -9,23 +9,24 @@ reductions and the running second contraction. A reduction may depend on an earl
 Softmax times values with any elementwise change of the scores, any mask, and its backward (where log-sum-exp is an input) all have this form; no op
 is recognised by name. Values of the middle space are computed anew by every stream that needs them.
 
-    find_streams(func, decline)   the streams worth taking out of a function
-    analyse(ops)                  the stream that the members of one kernel form, or None
-    outline(stream, name)         moves one into a `tensor.fused`
+After the pass `stream`, each such chain is a `tensor.fused` of its own; `analyse(ops)` finds the stream that the members of one form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..ir import Block, Builder, Dim, Operation, Region, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import free_symbols, product, simplify, substitute
+from ..ir.passes import Pass, PassContext, register
 from .dead_region import Alive, dead_where
 from .structured import is_contraction, is_pointwise, plain_dims
+from .topology import topological_sort
 
-__all__ = ["Stream", "analyse", "describe", "find_streams", "outline"]
+__all__ = ["Stream", "analyse"]
 
 MAX_WIDTH = 256
 """Elements of the first contraction's summed dimension and of the second one's own: both are held whole by a program."""
@@ -267,12 +268,13 @@ class _Growth:
         tail = any(n not in wanted for n in names)
         if names != wanted | ({f"n{k}" for k in range(len(self.s.columns))} if tail else set()):
             return False
-        saved = (dict(self.s.position), *(list(x) for x in (self.s.firsts, self.s.full, self.s.reductions, self.s.row)))
+        s = self.s
+        position, lists = dict(s.position), [list(x) for x in (s.firsts, s.full, s.reductions, s.row)]
         self.s.position[op] = at
         try:
             self._operands(op, at)  # its other operands may need members that the seed did not (the sum of a softmax)
         except _Declined:
-            self.s.position, self.s.firsts, self.s.full, self.s.reductions, self.s.row = saved
+            s.position, (s.firsts, s.full, s.reductions, s.row) = position, lists
             return False
         (self.s.tail if tail else self.s.row).append(op)
         return True
@@ -446,7 +448,7 @@ def analyse(ops: Sequence[Operation]) -> Stream | None:
     return None
 
 
-def find_streams(func: Operation, decline: Callable[[Operation, str], None]) -> list[Stream]:
+def _find_streams(func: Operation, decline: Callable[[Operation, str], None]) -> list[Stream]:
     """Streams worth taking out of `func`; `decline(op, why)` hears about chains that come close."""
     found: list[Stream] = []
     covered: set[Operation] = set()
@@ -508,7 +510,7 @@ def _check_cycle(s: Stream, func: Operation) -> None:
         stack.extend(v.defining_op for v in op.operands if v.defining_op is not None)
 
 
-def describe(s: Stream) -> str:
+def _describe(s: Stream) -> str:
     """For remarks: what streams over what."""
     kinds = [c for op in s.reductions for c in op["combine"]]
     sizes = "x".join(str(s.sizes[f]) for f in (*s.batch, *s.rows, *s.stream))
@@ -516,7 +518,7 @@ def describe(s: Stream) -> str:
 
 
 
-def outline(s: Stream, name: str) -> Operation:
+def _outline(s: Stream, name: str) -> Operation:
     """A `tensor.fused` of copies of the members, placed at the last of them; the originals stay where something else needs them."""
     order = {op: i for i, op in enumerate(s.seconds[0].parent)}  # type: ignore[arg-type]
     members = sorted(s.members, key=order.__getitem__)
@@ -528,7 +530,7 @@ def outline(s: Stream, name: str) -> Operation:
     block = Block([v.type for v in inputs], [v.name for v in inputs])
     types = [TensorType(r.type.shape, r.type.dtype, r.type.strides) for r in outputs]  # type: ignore[attr-defined]
     at = Builder(last.parent, last, s.seconds[0].location)
-    fused = at.create("tensor.fused", inputs, {"kernel": name, "why": describe(s)}, types, [Region([block])])
+    fused = at.create("tensor.fused", inputs, {"kernel": name, "why": _describe(s)}, types, [Region([block])])
     renamed: dict[Value, Value] = dict(zip(inputs, block.args, strict=True))
     for op in members:
         block.append(op.clone(renamed))
@@ -540,3 +542,20 @@ def outline(s: Stream, name: str) -> Operation:
         if not any(r.uses for r in op.results):
             op.erase()
     return fused
+
+
+@register
+@dataclass(frozen=True)
+class StreamPass(Pass):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "stream"
+
+    def run(self, module: Operation, ctx: PassContext) -> None:
+        for func in [f for f in module.body if f.name == "func"]:
+            found = _find_streams(func, lambda op, why: ctx.remark("declined", f"no streaming: {why}", op.location))
+            for k, s in enumerate(found):
+                ctx.remark("done", f"streams {_describe(s)}", s.seconds[0].location)
+                _outline(s, "stream" if k == 0 else f"stream_{k + 1}")
+            if found:
+                topological_sort(func.body)

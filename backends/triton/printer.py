@@ -36,7 +36,8 @@ ERROR = "err"
 
 @dataclass(frozen=True)
 class KernelSource:
-    """A kernel as Triton text. `tile` is the number of elements of its largest tile, `dot` whether it multiplies matrices."""
+    """A kernel as Triton text. `tile` is the number of elements of its largest tile, `dot` whether it multiplies matrices;
+    `num_warps` and `num_stages` are 0 where the compiler may choose."""
 
     name: str
     text: str
@@ -46,6 +47,8 @@ class KernelSource:
     checks: int
     tile: int
     dot: bool
+    num_warps: int = 0
+    num_stages: int = 0
 
 
 def print_kernel(kernel: Operation) -> KernelSource:
@@ -105,6 +108,8 @@ class _Printer:
             self.checks,
             max(tiles, default=1),
             any(op.name == "tile.dot" for op in kernel.walk()),
+            kernel["num_warps"],
+            kernel["num_stages"],
         )
 
     # -- names

@@ -8,7 +8,8 @@ are outside the loops; steps that are masked nowhere run in a loop of their own 
     running sum       l' = l * exp(m - m') + sum(exp(x - m'))
     second            a' = a * exp(m - m') + exp(x - m') @ v
 
-Where m' is -inf (nothing but masked scores so far) 0 stands for it, so that exp(-inf - m') is 0 and not NaN. What leaves the kernel is the true maximum.
+Where m' is -inf (nothing but masked scores so far) 0 stands for it, so that exp(-inf - m') is 0 and not NaN. What leaves the kernel is
+the true maximum.
 """
 
 from __future__ import annotations
@@ -19,31 +20,41 @@ from typing import Any
 
 from ...ir import Dim, DType, Operation, Target, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
-from ...ir.expr import (ceildiv, delinearize, floordiv, free_symbols, known_less, lower_bound, maximum, minimum, product, simplify, split_linear,
-                        substitute, upper_bound)
+from ...ir.expr import (
+    ceildiv,
+    delinearize,
+    floordiv,
+    free_symbols,
+    known_less,
+    lower_bound,
+    maximum,
+    minimum,
+    product,
+    simplify,
+    split_linear,
+    substitute,
+    upper_bound,
+)
 from ...ir.types import index
 from ..stream import Stream
 from ..structured import body_ops, identity_of
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks
+from .gpu_tiles import GpuTile, padded
 
 LOG2_E = 1.4426950408889634
 
 __all__ = ["Scope", "StreamLowering", "emit_stream", "stream_tile"]
 
 
-def stream_tile(s: Stream, target: Target) -> tuple[int, int]:
-    """(rows, steps) of one tile of the middle space."""
-    narrow = max(element_type(v.type).bytes for op in [*s.firsts, *s.seconds] for v in op.operands if not s.kind_of(v))
-    width = max(_padded(product(s.columns)), *(_padded(_width(op)) for op in s.firsts))
-    rows = 128 if narrow <= 2 else 64
-    steps = 64 if narrow <= 2 and width <= 128 else 32
-    def fit(size: Dim, most: int) -> int:
-        return most if not isinstance(size, int) else max(16, min(most, 1 << (size - 1).bit_length()))
-    return fit(s.row_count, rows), fit(s.length, steps)
-
-
-def _padded(n: Dim) -> int:
-    return max(16, 1 << (int(n) - 1).bit_length())  # type: ignore[arg-type]
+def stream_tile(s: Stream, target: Target) -> GpuTile:
+    """Rows and steps (the columns) of one tile of the middle space."""
+    width = max(padded(product(s.columns)), *(padded(_width(op)) for op in s.firsts))
+    narrow = all(_narrow(s, op) is not None for op in (*s.firsts, *s.seconds))
+    kept = len(s.firsts) + len(s.seconds)  # tiles that stay in registers or shared memory
+    rows = 128 if narrow and kept <= 3 else 64
+    steps = 64 if narrow and width <= 128 else 32
+    rows, steps = (n if not isinstance(size, int) else min(n, padded(size)) for n, size in ((rows, s.row_count), (steps, s.length)))
+    return GpuTile(rows, steps, 0, 8 if rows * width >= 128 * 128 else 4, 3 if narrow else 2)
 
 
 def _width(op: Operation) -> int:
@@ -120,7 +131,7 @@ class StreamLowering:
 
     def body(self, scope: Scope, op: Operation, reduced: Sequence[Dim] = ()) -> list[Value]:
         """The yields of a member's body at the scope's point."""
-        e, bounds = scope.e, scope.e.bounds()
+        bounds = scope.e.bounds()
         place = [simplify(substitute(x, scope.at), bounds) for x in (*self.s.position[op], *reduced)]
         at = {f"d{j}": x for j, x in enumerate(place)}
         local: dict[Value, Value] = {}
@@ -275,7 +286,7 @@ class GpuStream(StreamLowering):
         # The last rows see the most of a causal stream: they start first.
         self.m = (blocks - 1 - p if s.alive.pairs else p) * bm + sym("t0")
         self.row_mask = (self.m, s.row_count)
-        self.columns = _padded(product(s.columns))
+        self.columns = padded(product(s.columns))
         self.kept = {op: self._left(op) for op in s.firsts}
         running = [*s.reductions, *s.seconds]
         carried = [self.neutral(e, op, (bm, self.columns if op in s.seconds else 1)) for op in running]
@@ -295,7 +306,7 @@ class GpuStream(StreamLowering):
     def _left(self, op: Operation) -> Value:
         """The rows' operand of a first contraction, read once: [rows, width]."""
         bm, width = self.tile[0], _width(op)
-        e = _with_shape(self.e, (bm, _padded(width)))
+        e = _with_shape(self.e, (bm, padded(width)))
         k = sym("t1")
         value = self.read(e, op, self._sides(op)[0], self.frame_at(self.m, 0), delinearize(k, op["dims"][len(self.s.position[op]):]),
                           [self.row_mask, (k, width)], cast=_narrow(self.s, op) is None)
@@ -304,7 +315,7 @@ class GpuStream(StreamLowering):
     def _first(self, e: Emitter, op: Operation, i: Dim) -> Value:
         """One tile of the middle space."""
         (bm, bt), width = self.tile, _width(op)
-        right_e = _with_shape(e, (_padded(width), bt))
+        right_e = _with_shape(e, (padded(width), bt))
         k, t = sym("t0"), i + sym("t1")
         right = self.read(right_e, op, self._sides(op)[1], self.frame_at(0, t), delinearize(k, op["dims"][len(self.s.position[op]):]),
                           [(k, width), (t, self.s.length)], cast=_narrow(self.s, op) is None)
