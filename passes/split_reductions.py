@@ -40,8 +40,8 @@ class SplitReductions(Pass):
                     continue
                 if not set(op["combine"]) <= SPLITTABLE or 0 in op["dims"]:
                     continue
-                wanted = ceildiv(2 * ctx.target.multiprocessors, _programs(op, ctx.target))
-                parts, d = self._parts(op, int(wanted))  # type: ignore[arg-type]
+                programs, room = _programs(op, ctx.target), ctx.target.multiprocessors
+                parts, d = self._parts(op, -(-2 * room // programs)) if programs < room else (1, 0)
                 if parts > 1:
                     _split(op, d, parts)
                     ctx.remark("done", f"a reduction of {op['dims'][d]} elements in {parts} parts", op.location)

@@ -156,7 +156,7 @@ def default_cache() -> Path:
 def _warps(source: KernelSource) -> int:
     """Matrix products keep up to 64 accumulators per thread, others up to 16 elements."""
     threads = source.tile // (64 if source.dot else 8)
-    return max(4 if source.dot else 1, min(8, threads // 32))
+    return max(4 if source.dot else 1, min(16 if source.tile >= 8192 and not source.dot else 8, threads // 32))
 
 
 def _options(**wanted: Any) -> dict[str, Any]:

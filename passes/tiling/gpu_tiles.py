@@ -41,8 +41,10 @@ def _fit(size: Dim, most: int) -> int:
     return min(most, padded(size)) if isinstance(size, int) else most
 
 
-def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_element: int, *, exact: bool = False) -> GpuTile:
-    """The tile of a contraction; `exact`: integers, as rank-1 updates, since matrix units do not have their types."""
+def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_element: int, *, exact: bool = False,
+                  heavy: bool = False) -> GpuTile:
+    """The tile of a contraction; `exact`: integers, as rank-1 updates, since matrix units do not have their types; `heavy`: the epilogue needs
+    registers beside the accumulator."""
     if exact:
         return GpuTile(_fit(m, 32), _fit(n, 32), 1, 4, 1)
     if bytes_per_element > 2:  # f32 and f64 run on the plain units: tiles are bounded by registers
@@ -52,7 +54,7 @@ def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_
     sizes = [x if isinstance(x, int) else UNKNOWN for x in (batch, m, n)]
     best: tuple[float, GpuTile] | None = None
     for rows, columns in pairs((16, 32, 64, 128), (32, 64, 128, 256)):
-        if rows > padded(sizes[1]) or columns > max(32, padded(sizes[2])) or rows * columns > 128 * 256:
+        if rows > padded(sizes[1]) or columns > max(32, padded(sizes[2])) or rows * columns > 128 * (128 if heavy else 256):
             continue
         tiles = sizes[0] * as_int(ceildiv(sizes[1], rows)) * as_int(ceildiv(sizes[2], columns))
         rounds = as_int(ceildiv(tiles, max(1, target.multiprocessors)))

@@ -18,7 +18,7 @@ from ..stream import analyse as analyse_stream
 from ..structured import constant_values, is_contraction, is_pointwise
 from .contraction import emit_contraction, gemm_tile, roles_of
 from .emit import Emitter
-from .frame import Frame, analyse
+from .frame import Frame, analyse, is_expensive
 from .gpu_tiles import GpuTile, gemm_tile_gpu
 from .loops import choose_tile, emit_loops, traffic, work
 from .ordered import emit_scan, emit_scatter
@@ -129,7 +129,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         batch, m, n, k = (_product(contraction, d) for d in (roles.batch, roles.m, roles.n, roles.k))
         if target.is_gpu:
             widest_operand = max(element_type(v.type).bytes for v in contraction.operands)
-            hint = gemm_tile_gpu(target, batch, m, n, k, widest_operand, exact=not element_type(contraction.result.type).is_float)
+            hint = gemm_tile_gpu(target, batch, m, n, k, widest_operand, exact=not element_type(contraction.result.type).is_float,
+                                 heavy=any(is_expensive(m) or len(m.operands) > 2 for m in members if m is not contraction))
             gemm = (hint.rows, hint.columns, hint.step)
         else:
             gemm = gemm_tile(target, m, n, k)
