@@ -35,12 +35,13 @@ from ...ir.expr import (
     substitute,
     upper_bound,
 )
-from ...ir.types import index
+from ...ir.types import DTYPES, index
 from ..stream import Stream
 from ..structured import body_ops, identity_of
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks
 from .gpu_tiles import GpuTile, padded
 
+F32 = DTYPES["f32"]
 LOG2_E = 1.4426950408889634
 
 __all__ = ["Scope", "StreamLowering", "emit_stream", "stream_tile"]
@@ -158,8 +159,8 @@ class StreamLowering:
             return local[inner.operands[0]]
         if inner.name == "arith.mul" and local[inner.operands[0]] in scope.units:
             return local[inner.operands[1]]
-        if inner.name == "arith.exp" and self.coarse:
-            return self.exp(e, local[inner.operands[0]])
+        if self.coarse and inner.name in _COARSE:
+            return _COARSE[inner.name](self, e, *(local[v] for v in inner.operands))
         return e.arith(inner, [local[v] for v in inner.operands])
 
     def load(self, scope: Scope, op: Operation, i: int, at: dict[str, Dim]) -> Value:
@@ -193,16 +194,32 @@ class StreamLowering:
         return e.broadcast(e.builder.constant(identity_of(kind, dtype), dtype), shape)
 
     def exp(self, e: Emitter, x: Value) -> Value:
-        """exp(x), as the hardware's exp2 where that is good enough; x - m becomes one fused multiply-add."""
+        """exp(x), as the hardware's exp2 where that is good enough; c * s - m becomes one fused multiply-add."""
         b = e.builder
         if not self.coarse or element_type(x.type).name != "f32":
             return b.arith("exp", x)
         made = x.defining_op
-        if made is not None and made.name == "arith.sub":
-            scaled = b.arith("sub", *(b.arith("mul", v, LOG2_E) for v in made.operands))
-        else:
-            scaled = b.arith("mul", x, LOG2_E)
-        return b.op("arith.exp2", scaled, type=scaled.type, _approximate=True)
+        terms = list(made.operands) if made is not None and made.name == "arith.sub" else [x]
+        scaled = [b.arith("mul", s, LOG2_E * c) for s, c in map(_without_factor, terms)]
+        power = scaled[0] if len(scaled) == 1 else b.arith("sub", *scaled)
+        return b.op("arith.exp2", power, type=power.type, _approximate=True)
+
+    def tanh(self, e: Emitter, x: Value) -> Value:
+        """1 - 2 / (1 + exp(2x)): within 1e-7 of tanh, absolutely."""
+        b = e.builder
+        if element_type(x.type).name != "f32":
+            return b.arith("tanh", x)
+        s, c = _without_factor(x)
+        power = b.arith("mul", s, 2 * LOG2_E * c)
+        below = b.arith("add", b.op("arith.exp2", power, type=power.type, _approximate=True), 1.0)
+        return b.arith("sub", 1.0, b.op("arith.div", b.constant(2.0, F32), below, type=below.type, _approximate=True))
+
+    def div(self, e: Emitter, x: Value, y: Value) -> Value:
+        """By a constant: a multiplication, 1 ulp away."""
+        by = y.defining_op
+        if by is not None and by.name == "arith.constant" and by["value"] and element_type(x.type).name == "f32":
+            return e.builder.arith("mul", x, 1.0 / by["value"])
+        return e.builder.arith("div", x, y)
 
     def safe(self, e: Emitter, m: Value) -> Value:
         b = e.builder
@@ -249,10 +266,7 @@ class StreamLowering:
         if first == 0 and full_from == 0:
             full_to = full_to if known_less(-1, full_to, known) else maximum(0, full_to)
             return [(0, full_to, False), (full_to, end, True)]
-        end = maximum(first, end)
-        full_from = minimum(maximum(full_from, first), ceildiv(end, step) * step)
-        full_to = maximum(full_from, minimum(full_to, end))
-        return [(first, minimum(full_from, end), True), (full_from, full_to, False), (full_to, end, True)]
+        return [(first, _least(full_from, end, known), True), (full_from, full_to, False), (maximum(full_from, full_to), end, True)]
 
 
 def _least(a: Dim, b: Dim, bounds: Any) -> Dim:
@@ -271,6 +285,27 @@ def _offset(v: Value, m: tuple[Dim, ...], at: dict[str, Dim], bounds: Any) -> Di
 def emit_stream(s: Stream, outputs: Sequence[Value], target: Target, e: Emitter, buffers: dict[Value, Value], tile: tuple[int, int]) -> list[Dim]:
     """Writes the body of the kernel; returns the grid."""
     return GpuStream(s, outputs, e, buffers, tile).emit()
+
+
+_COARSE = {"arith.exp": StreamLowering.exp, "arith.tanh": StreamLowering.tanh, "arith.div": StreamLowering.div}
+
+
+def _without_factor(x: Value) -> tuple[Value, float]:
+    """x = (value, constant) with value * constant == x, up to a rounding."""
+    made = x.defining_op
+    if made is not None and made.name == "arith.mul":
+        c = _constant(made.operands[1])
+        if c is not None:
+            return made.operands[0], c
+    return x, 1.0
+
+
+def _constant(v: Value) -> float | None:
+    """The number of a scalar constant, also through a cast."""
+    made = v.defining_op
+    while made is not None and made.name == "arith.cast":
+        made = made.operands[0].defining_op
+    return float(made["value"]) if made is not None and made.name == "arith.constant" else None
 
 
 class GpuStream(StreamLowering):
@@ -340,9 +375,14 @@ class GpuStream(StreamLowering):
             with b.at(op.location):
                 x, = self.body(scope, op, [sym(f) for f in s.stream])
                 x = _as_tile(e, x, (bm, bt))
+                inner_x, factor = _without_factor(x) if kind == "max" and lanes is None else (x, 1.0)
+                if factor <= 0:
+                    inner_x, factor = x, 1.0
                 if lanes is not None:
                     x = b.arith("select", lanes, x, identity_of(kind, element_type(x.type)))
-                part = b.op("tile.reduce", x, type=TileType((bm, 1), element_type(x.type)), axis=1, kind=kind)
+                part = b.op("tile.reduce", inner_x if factor != 1.0 else x, type=TileType((bm, 1), element_type(x.type)), axis=1, kind=kind)
+                if factor != 1.0:  # rounding is monotonic: the maximum of products is the product of the maximum
+                    part = b.arith("mul", part, factor)
                 before = now[op] if shift is None else b.arith("mul", now[op], alpha[shift])
                 out[op] = b.arith(COMBINE_OPS[kind], before, part)
                 if op.result in s.shifts.values():
