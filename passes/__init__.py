@@ -16,5 +16,7 @@ from . import (
     plan_memory,
     schedule,
     sink_reshapes,
+    split_reductions,
+    stream,
     tiling,
 )

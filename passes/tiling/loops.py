@@ -78,7 +78,7 @@ def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
     extent = size if isinstance(size, int) else 1 << 16
     others = [f for f in frame.sizes if f != vector and (f in frame.inner) != (vector in frame.inner)] if frame.inner else []
     if vector in frame.inner:
-        width = min(1 << max(0, (extent - 1).bit_length()), 4096)
+        width = min(1 << max(0, (extent - 1).bit_length()), 8192 if extent <= 8192 else 4096)
         rows = max(1, min(16, 1024 // width))
     elif frame.inner:
         width = min(1 << max(0, (extent - 1).bit_length()), 64)
