@@ -45,16 +45,16 @@ def device_for(manifest: dict[str, Any]) -> FakeDevice:
 
 
 def two_kernels(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.tanh(a @ b) @ b
+    return torch.tanh(a @ b) @ b  # too wide for one kernel
 
 
 def test_a_call_launches_every_kernel_on_the_current_stream_and_allocates_its_outputs() -> None:
-    manifest, blobs = build(two_kernels, torch.randn(32, 32), torch.randn(32, 32))
+    manifest, blobs = build(two_kernels, torch.randn(32, 272), torch.randn(272, 272))
     device = device_for(manifest)
     graph = CudaGraph(manifest, blobs, on=device)
-    a, b = torch.randn(32, 32), torch.randn(32, 32)
+    a, b = torch.randn(32, 272), torch.randn(272, 272)
     (out,) = graph([a, b])
-    assert out.shape == (32, 32) and [c[0] for c in device.calls] == ["launch", "launch"] and device.calls[0][5] == 77
+    assert out.shape == (32, 272) and [c[0] for c in device.calls] == ["launch", "launch"] and device.calls[0][5] == 77
     first, second = device.calls
     assert first[6][:2] == [a.data_ptr(), b.data_ptr()]
     assert second[6][:3] == [first[6][2], b.data_ptr(), out.data_ptr()]
@@ -82,10 +82,10 @@ def test_a_failing_launch_names_kernel_and_line() -> None:
 
 
 def test_a_graph_is_captured_at_the_second_call_and_patched_after() -> None:
-    manifest, blobs = build(two_kernels, torch.randn(32, 32), torch.randn(32, 32))
+    manifest, blobs = build(two_kernels, torch.randn(32, 272), torch.randn(272, 272))
     device = device_for(manifest)
     graph = CudaGraph(manifest, blobs, on=device, cudagraphs=True)
-    a, b, c = (torch.randn(32, 32) for _ in range(3))
+    a, b, c = torch.randn(32, 272), torch.randn(272, 272), torch.randn(32, 272)
     graph(a, b)
     assert [x[0] for x in device.calls] == ["launch", "launch"], "the first call warms up"
     device.calls.clear()
@@ -104,11 +104,11 @@ def test_a_graph_is_captured_at_the_second_call_and_patched_after() -> None:
 
 
 def test_only_kernels_with_another_address_get_new_parameters() -> None:
-    manifest, blobs = build(two_kernels, torch.randn(32, 32), torch.randn(32, 32))
+    manifest, blobs = build(two_kernels, torch.randn(32, 272), torch.randn(272, 272))
     device = device_for(manifest)
     graph = CudaGraph(manifest, blobs, on=device, cudagraphs=True)
-    b = torch.randn(32, 32)
-    given = [torch.randn(32, 32) for _ in range(7)]
+    b = torch.randn(272, 272)
+    given = [torch.randn(32, 272) for _ in range(7)]
     for x in given[:1] + given:
         out = graph(x, b)[0]
     replay = graph.replay
