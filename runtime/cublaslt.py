@@ -55,13 +55,19 @@ Layout = tuple[int, int, int, bool]
 
 
 class CublasLt:
-    """The library, with a handle of its own (handles of cuBLASLt may be used by several threads)."""
+    """The library, with one handle per device (a handle may be used by several threads)."""
 
     def __init__(self, path: str):
         self._lib = ctypes.CDLL(path)
-        handle = ctypes.c_void_p()
-        self.check("cublasLtCreate", self._lib.cublasLtCreate(ctypes.byref(handle)))
-        self.handle = int(handle.value or 0)
+        self._handles: dict[int | None, int] = {}
+
+    def handle(self, device: torch.device) -> int:
+        """The handle for a device, which must be current."""
+        if device.index not in self._handles:
+            made = ctypes.c_void_p()
+            self.check("cublasLtCreate", self._lib.cublasLtCreate(ctypes.byref(made)))
+            self._handles[device.index] = int(made.value or 0)
+        return self._handles[device.index]
 
     def address(self, name: str) -> int:
         """Where a function is."""
@@ -98,7 +104,7 @@ class CublasLt:
             self._set("cublasLtMatmulDescSetAttribute", memory, _BIAS_POINTER, ctypes.c_uint64(16))
         return memory
 
-    def algorithm(self, descriptor: Any, layouts: Mapping[str, int], workspace: int, align: Mapping[str, int]) -> Any:
+    def algorithm(self, handle: int, descriptor: Any, layouts: Mapping[str, int], workspace: int, align: Mapping[str, int]) -> Any:
         """The algorithm that the library's heuristic puts first; CudaError if it has none."""
         preference = ctypes.c_void_p()
         self.check("cublasLtMatmulPreferenceCreate", self._lib.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)))
@@ -108,7 +114,7 @@ class CublasLt:
         result, found = ctypes.create_string_buffer(RESULT_BYTES), ctypes.c_int()
         pointer = ctypes.c_void_p
         code = self._lib.cublasLtMatmulAlgoGetHeuristic(
-            pointer(self.handle), descriptor, *[pointer(layouts[n]) for n in ("a", "b", "c", "d")], preference, 1, result, ctypes.byref(found))
+            pointer(handle), descriptor, *[pointer(layouts[n]) for n in ("a", "b", "c", "d")], preference, 1, result, ctypes.byref(found))
         self._lib.cublasLtMatmulPreferenceDestroy(preference)
         self.check("cublasLtMatmulAlgoGetHeuristic", code or (0 if found.value else 15))
         return result
@@ -192,15 +198,15 @@ class ProductPlans:
             if len(self._memo) >= self.LIMIT:
                 self._older, self._memo = self._memo, {}
             with torch.cuda.device(self._device) if self._device.type == "cuda" else torch.no_grad():
-                found = self._memo[values] = _Plan(self._lt, self._shapes, values)
+                found = self._memo[values] = _Plan(self._lt, self._lt.handle(self._device), self._shapes, values)
         return found.address
 
 
 class _Plan:
     """The records of all products for one set of symbol values."""
 
-    def __init__(self, lt: CublasLt, shapes: Sequence[_Shape], values: tuple[int, ...]):
-        self._lt = lt
+    def __init__(self, lt: CublasLt, handle: int, shapes: Sequence[_Shape], values: tuple[int, ...]):
+        self._lt, self._handle = lt, handle
         self._keep: list[Any] = []
         self._layouts: list[int] = []
         known: dict[str, int] = {}
@@ -228,12 +234,13 @@ class _Plan:
         self._layouts += layouts.values()
         descriptor = lt.descriptor(row["compute"], (shapes["a"][3], shapes["b"][3]), EPILOGUES[row["bias"], row["act"]],
                                    types["bias"] if row["bias"] else None)
-        result = lt.algorithm(descriptor, layouts, row["workspace"], {"a": align["b"], "b": align["a"], "c": align["c"], "d": align["d"]})
+        aligned = {"a": align["b"], "b": align["a"], "c": align["c"], "d": align["d"]}
+        result = lt.algorithm(self._handle, descriptor, layouts, row["workspace"], aligned)
         real = ctypes.c_double if row["compute"] == "f64" else ctypes.c_float
         scalars = (real * 2)(1, 1 if row["c"] else 0)
         beta = ctypes.addressof(scalars) + ctypes.sizeof(real)
         record = (ctypes.c_uint64 * 10)(
-            lt.handle, ctypes.addressof(descriptor), layouts["a"], layouts["b"], layouts["c"], layouts["d"], ctypes.addressof(result),
+            self._handle, ctypes.addressof(descriptor), layouts["a"], layouts["b"], layouts["c"], layouts["d"], ctypes.addressof(result),
             ctypes.addressof(scalars), beta, row["workspace"])
         self._keep += [descriptor, result, scalars, record]
         return ctypes.addressof(record)

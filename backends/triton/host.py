@@ -68,9 +68,9 @@ class MatMul:
     a: Place
     b: Place
     d: Place
+    workspace: Place
     bias: Place | None = None
     c: Place | None = None
-    workspace: Place | None = None
     line: str = ""
 
     @property

@@ -7,9 +7,10 @@ Each function of the program becomes
 
     i32 NAME(ptr table, ptr symbols, ptr stream, ptr plans)
 
-It evaluates grid sizes and offsets from the symbol values, fills the parameter cells on its own stack (so it may run in several threads at
-once) and calls the driver in order: `cuLaunchKernel`, `cuMemcpyDtoDAsync_v2`, `cublasLtMatmul`. These names are imported; what only the
-process knows (handles of kernels, addresses of constants) is read from the exported global `STATE`, an array of 64-bit words:
+It evaluates addresses and grid sizes from the symbol values into cells on its own stack (so it may run in several threads at once) and calls
+the driver in order: `cuLaunchKernel`, `cuMemcpyDtoDAsync_v2`, `cublasLtMatmul`. The order is data: a loop walks a table of steps, so that
+thousands of launches compile as fast as one. The functions called are imported; what only the process knows (handles of kernels, addresses of
+constants) is read from the exported global `STATE`, an array of 64-bit words:
 
     [address of the word for failed checks, context, kernels in the program's order..., constants...]
 
@@ -38,7 +39,7 @@ from ..llvm.compile import optimize, parse
 from ..llvm.scalars import ScalarEmitter
 from ..llvm.target import make_target, target_machine
 from ..llvm.values import I1, I32, I64, PTR, stack_slot
-from .host import Copy, Launch, MatMul, Place, Program, Step
+from .host import Copy, Launch, Place, Program, Step
 
 __all__ = ["MISALIGNED", "PLAN", "STATE", "TOO_LARGE", "NativeHost", "emit_native"]
 
@@ -63,9 +64,17 @@ _IMPORTS = {
     "cublasLtMatmul": [*[PTR] * 14, I64, PTR],
     "cublasLtMatmulDescSetAttribute": [PTR, I32, PTR, I64],
 }
-Cell = tuple[bool, int, Dim] | str
-"""What a parameter cell holds: an address (constant or not, slot, offset), a size symbol, ERRORS or SCRATCH."""
-ERRORS, SCRATCH = "%errors", "%null"
+Cell = Place | Dim
+"""A 64-bit word of the frame: an address, or a number."""
+ERRORS = Place(-1, 0, constant=True)
+"""Stands for the address of the word for failed checks."""
+LAUNCH, COPY, PRODUCT = range(3)
+ROW = 8
+"""32-bit words of a row of the table of steps:
+    LAUNCH   kernel, threads, shared bytes, parameters, the first of them in the list of parameter cells, cell of the grid's size
+    COPY     cells of target, source and bytes
+    PRODUCT  cells of a, b, c, d, bias (or -1) and temporary memory, number of the plan
+"""
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ class _Emitter:
 
     def __init__(self, module: ir.Module, state: ir.GlobalVariable, program: Program, kernels: Mapping[str, Mapping[str, Any]]):
         self.module, self.state, self.program, self.kernels = module, state, program, kernels
-        self.numbers = {name: i for i, name in enumerate(kernels)}
+        self.numbers = {name: FIRST_KERNEL + i for i, name in enumerate(kernels)}
         self.imported: dict[str, ir.Function] = {}
 
     def imports(self, name: str) -> ir.Function:
@@ -110,6 +119,14 @@ class _Emitter:
         name = "llvm.memcpy.p0.p0.i64"
         return self.module.globals.get(name) or ir.Function(self.module, ir.FunctionType(ir.VoidType(), [PTR, PTR, I64, I1]), name)
 
+    def table(self, name: str, type_: ir.IntType, numbers: Sequence[int]) -> ir.GlobalVariable:
+        """Constant numbers."""
+        t = ir.ArrayType(type_, max(1, len(numbers)))
+        made = ir.GlobalVariable(self.module, t, name)
+        made.linkage, made.global_constant, made.align = "internal", True, 16
+        made.initializer = ir.Constant(t, list(numbers) or [0])
+        return made
+
     def function(self, name: str) -> None:
         f = ir.Function(self.module, ir.FunctionType(I32, [PTR] * 4), name)
         f.attributes.add("nounwind")
@@ -120,43 +137,72 @@ class _Emitter:
 class _Function:
     """One native function."""
 
-    def __init__(self, owner: _Emitter, f: ir.Function, steps: Sequence[Step], symbols: Sequence[str],
-                 inputs: Sequence[int]):
+    def __init__(self, owner: _Emitter, f: ir.Function, steps: Sequence[Step], symbols: Sequence[str], inputs: Sequence[int]):
         self.owner, self.f, self.steps, self.symbols, self.inputs = owner, f, steps, symbols, inputs
         self.b = ir.IRBuilder(f.append_basic_block("entry"))
         self.scalars = ScalarEmitter(self.b, _unknown_symbol)
-        self.cells = {cell: i for i, cell in enumerate(dict.fromkeys(c for s in steps if isinstance(s, Launch) for c in self._cells(s)))}
+        self.cells: dict[Cell, int] = {}
+        self.parameters: list[int] = []  # cells of the parameters of all launches
+        self.rows: list[int] = []
+        self.products = 0
+        for step in steps:
+            row = self._row(step)
+            self.rows += row + [0] * (ROW - len(row))
         self.early: list[tuple[ir.Value, ir.Block]] = []  # codes with which the function leaves before, and after, its context is current
         self.late: list[tuple[ir.Value, ir.Block]] = []
-        self.products = 0
+
+    # -- the table of steps
+
+    def _cell(self, c: Cell) -> int:
+        return self.cells.setdefault(Place(c.slot, c.offset, c.constant) if isinstance(c, Place) else c, len(self.cells))
+
+    def _row(self, step: Step) -> list[int]:
+        if isinstance(step, Copy):
+            return [COPY, self._cell(step.target), self._cell(step.source), self._cell(step.bytes)]
+        if isinstance(step, Launch):
+            return self._launch_row(step)
+        bias = -1 if step.bias is None else self._cell(step.bias)
+        operands = [self._cell(p) for p in (step.a, step.b, step.c or step.d, step.d)]
+        self.products += 1
+        return [PRODUCT, *operands, bias, self._cell(step.workspace), self.products - 1]
+
+    def _launch_row(self, step: Launch) -> list[int]:
+        """Parameters are the buffers, the size symbols, the word for failed checks, and null pointers for Triton's scratch memory."""
+        row = self.owner.kernels[step.kernel]
+        extent = product(self.owner.program.kernels[step.kernel]["grid"])
+        if isinstance(extent, int) and extent > MAX_GRID:
+            raise IRError(f"kernel '{step.kernel}' would need {extent} programs; the largest grid has {MAX_GRID}")
+        cells: list[Cell] = [*step.buffers, *(sym(s) for s in row["symbols"]), *([ERRORS] if row["checks"] else [])]
+        cells += [0] * (row["parameters"] - len(cells))
+        if len(cells) != row["parameters"]:
+            raise IRError(f"kernel '{step.kernel}' takes {row['parameters']} parameters, not {len(cells)}")
+        first = len(self.parameters)
+        self.parameters += [self._cell(c) for c in cells]
+        return [LAUNCH, self.owner.numbers[step.kernel], row["threads"], row["shared"], len(cells), first, self._cell(extent)]
+
+    # -- the function
 
     def emit(self) -> None:
-        b, f = self.b, self.f
+        b, f, owner = self.b, self.f, self.owner
         launches = [s for s in self.steps if isinstance(s, Launch)]
+        rows = [owner.kernels[s.kernel] for s in launches]
         self.frame = stack_slot(b, ir.ArrayType(I64, max(1, len(self.cells))), 16)
-        self.params = stack_slot(b, ir.ArrayType(PTR, max([1, *(self._row(s)["parameters"] for s in launches)])), 16)
+        self.params = stack_slot(b, ir.ArrayType(PTR, max([1, *(r["parameters"] for r in rows)])), 16)
         self.scratch = stack_slot(b, ir.ArrayType(I64, DESCRIPTOR_BYTES // 8 + 1), 16)
         self.done, self.restore = ir.Block(f, "done"), ir.Block(f, "restore")
-        if any(self._row(s)["checks"] for s in launches):
+        self.table = owner.table(f"{f.name}.steps", I32, self.rows)
+        self.lists = owner.table(f"{f.name}.parameters", I32, self.parameters)
+        if any(r["checks"] for r in rows):
             self._take_error()
         self._check_alignment()
         self.context = self._state(CONTEXT, PTR)
         self.before = self._enter()
         values = {s: self._load(f.args[1], i, I64) for i, s in enumerate(self.symbols)}
-        with self.scalars.scope(values, "steps"):
-            for cell, i in self.cells.items():
-                b.store(self._value(cell), self._at(self.frame, i, I64))
-            for at, step in enumerate(self.steps):
-                if isinstance(step, Launch):
-                    self._launch(at, step)
-                elif isinstance(step, Copy):
-                    self._copy(at, step)
-                else:
-                    self._product(at, step)
+        with self.scalars.scope(values, "cells"):
+            self._fill()
+            self._loop(len(self.steps), self._step)
             self._leave(I32(0))
         self._finish()
-
-    # -- before and after
 
     def _take_error(self) -> None:
         """Leaves with the word that kernels of earlier calls wrote to, if it is not 0."""
@@ -170,26 +216,29 @@ class _Function:
         self._if(b.icmp_signed("!=", code, I32(0)), leave)
 
     def _check_alignment(self) -> None:
-        b = self.b
-        bits: ir.Value | None = None
-        for slot in self.inputs:
-            address = self._load(self.f.args[0], slot, I64)
-            bits = address if bits is None else b.or_(bits, address)
-        if bits is not None:
-            odd = b.icmp_signed("!=", b.and_(bits, I64(15)), I64(0))
-            self._if(odd, lambda: self._leave(I32(MISALIGNED), early=True))
+        if not self.inputs:
+            return
+        b, slots = self.b, self.owner.table(f"{self.f.name}.inputs", I32, self.inputs)
+        b.store(I64(0), self.scratch)
+
+        def look(i: ir.Value) -> None:
+            address = self._load(self.f.args[0], self._load(slots, i, I32), I64)
+            b.store(b.or_(b.load(self.scratch, typ=I64), address), self.scratch)
+        self._loop(len(self.inputs), look)
+        odd = b.icmp_signed("!=", b.and_(b.load(self.scratch, typ=I64), I64(15)), I64(0))
+        self._if(odd, lambda: self._leave(I32(MISALIGNED), early=True))
 
     def _enter(self) -> ir.Value:
         """Makes the library's context current; the thread's own."""
-        b = self.b
-        at = len(self.steps)
-        self._call("cuCtxGetCurrent", [self.scratch], at, early=True)
+        b, last = self.b, I32(len(self.steps))
+        self._call("cuCtxGetCurrent", [self.scratch], last, early=True)
         before = b.load(self.scratch, typ=PTR)
         other = b.icmp_unsigned("!=", b.ptrtoint(before, I64), b.ptrtoint(self.context, I64))
-        self._if(other, lambda: self._call("cuCtxSetCurrent", [self.context], at, early=True))
+        self._if(other, lambda: self._call("cuCtxSetCurrent", [self.context], last, early=True))
         return before
 
     def _finish(self) -> None:
+        """Block `restore` gives the thread its own context back, if it had one, and `done` returns."""
         b = self.b
         back = ir.Block(self.f, "back")
         self.f.blocks += [self.restore, back, self.done]
@@ -209,15 +258,19 @@ class _Function:
             result.add_incoming(value, block)
         b.ret(result)
 
+    # -- control
+
     def _leave(self, code: ir.Value, early: bool = False) -> None:
         (self.early if early else self.late).append((code, self.b.block))
         self.b.branch(self.done if early else self.restore)
 
-    def _call(self, name: str, args: Sequence[ir.Value], step: int, early: bool = False) -> None:
+    def _call(self, name: str, args: Sequence[ir.Value], step: ir.Value, early: bool = False) -> None:
         """Calls a library, and leaves with the step's code if that fails."""
-        b = self.b
-        result = b.call(self.owner.imports(name), args)
-        self._if(b.icmp_signed("!=", result, I32(0)), lambda: self._leave(b.or_(result, I32((step + 1) << STEP_BITS)), early))
+        result = self.b.call(self.owner.imports(name), args)
+        self._if(self.b.icmp_signed("!=", result, I32(0)), lambda: self._leave(self._code(step, result), early))
+
+    def _code(self, step: ir.Value, result: ir.Value) -> ir.Value:
+        return self.b.or_(result, self.b.shl(self.b.add(step, I32(1)), I32(STEP_BITS)))
 
     def _if(self, condition: ir.Value, then: Callable[[], None]) -> None:
         b = self.b
@@ -229,113 +282,125 @@ class _Function:
             b.branch(after)
         b.position_at_end(after)
 
+    def _loop(self, count: int | ir.Value, body: Callable[[ir.Value], None]) -> None:
+        """for i in range(count): body(i), an i32."""
+        b, end = self.b, count if isinstance(count, ir.Value) else I32(count)
+        before = b.block
+        head, inside, after = (self.f.append_basic_block(n) for n in ("head", "inside", "after"))
+        b.branch(head)
+        b.position_at_end(head)
+        i = b.phi(I32)
+        i.add_incoming(I32(0), before)
+        b.cbranch(b.icmp_signed("<", i, end), inside, after)
+        b.position_at_end(inside)
+        body(i)
+        i.add_incoming(b.add(i, I32(1)), b.block)
+        b.branch(head)
+        b.position_at_end(after)
+
     # -- values
 
-    def _at(self, base: ir.Value, i: int, type_: ir.Type) -> ir.Value:
-        return self.b.gep(base, [I64(i)], source_etype=type_)
+    def _at(self, base: ir.Value, i: int | ir.Value, type_: ir.Type) -> ir.Value:
+        if isinstance(i, ir.Value) and i.type == I32:
+            i = self.b.sext(i, I64)
+        start = self.b.bitcast(base, PTR) if isinstance(base, ir.GlobalVariable) else base
+        return self.b.gep(start, [I64(i) if isinstance(i, int) else i], source_etype=type_)
 
-    def _load(self, base: ir.Value, i: int, type_: ir.Type) -> ir.Value:
+    def _load(self, base: ir.Value, i: int | ir.Value, type_: ir.Type) -> ir.Value:
         return self.b.load(self._at(base, i, type_), typ=type_)
 
-    def _state(self, i: int, type_: ir.Type) -> ir.Value:
-        state = self.b.bitcast(self.owner.state, PTR)
-        return self._load(state, i, type_)
+    def _state(self, i: int | ir.Value, type_: ir.Type) -> ir.Value:
+        return self._load(self.owner.state, i, type_)
 
-    def _value(self, cell: Cell) -> ir.Value:
-        """What a parameter cell holds, an i64."""
-        if cell == ERRORS:
-            return self._state(ERROR_WORD, I64)
-        if cell == SCRATCH:
-            return I64(0)
-        if isinstance(cell, str):
-            return self.scalars.emit(sym(cell))
-        constant, slot, offset = cell
-        return self._address(Place(slot, offset, constant))
+    def _fill(self) -> None:
+        """Fills the frame: addresses at constant offsets by a loop over a table, the rest one by one."""
+        b, owner = self.b, self.owner
+        constants = FIRST_KERNEL + len(owner.kernels)
+        plain = [(i, c) for c, i in self.cells.items() if isinstance(c, Place) and isinstance(c.offset, int)]
+        rows: list[int] = []  # cell, and slot of the table (or -1 - word of the state)
+        for i, place in plain:
+            word = ERROR_WORD if place == ERRORS else constants + place.slot
+            rows += [i, -1 - word if place.constant else place.slot]
+        where = owner.table(f"{self.f.name}.cells", I32, rows)
+        offsets = owner.table(f"{self.f.name}.offsets", I64, [int(p.offset) for _, p in plain])  # type: ignore[arg-type]
+        state = b.bitcast(owner.state, PTR)
 
-    def _address(self, place: Place) -> ir.Value:
-        if place.constant:
-            base = self._state(FIRST_KERNEL + len(self.owner.kernels) + place.slot, I64)
-        else:
-            base = self._load(self.f.args[0], place.slot, I64)
-        return base if isinstance(place.offset, int) and not place.offset else self.b.add(base, self.scalars.emit(place.offset))
+        def fill(i: ir.Value) -> None:
+            at = b.mul(i, I32(2))
+            slot = self._load(where, b.add(at, I32(1)), I32)
+            own = b.icmp_signed("<", slot, I32(0))
+            base = b.select(own, state, self.f.args[0])
+            index = b.select(own, b.sub(I32(-1), slot), slot)
+            address = b.add(self._load(base, index, I64), self._load(offsets, i, I64))
+            b.store(address, self._at(self.frame, self._load(where, at, I32), I64))
+        self._loop(len(plain), fill)
+        for c, i in self.cells.items():
+            if isinstance(c, Place) and not isinstance(c.offset, int):
+                base = self._state(constants + c.slot, I64) if c.constant else self._load(self.f.args[0], c.slot, I64)
+                b.store(b.add(base, self.scalars.emit(c.offset)), self._at(self.frame, i, I64))
+            elif not isinstance(c, Place):
+                b.store(self.scalars.emit(c), self._at(self.frame, i, I64))
 
-    def _pointer(self, place: Place) -> ir.Value:
-        return self.b.inttoptr(self._address(place), PTR)
+    def _value(self, cell: ir.Value) -> ir.Value:
+        """What a cell holds, an i64."""
+        return self._load(self.frame, cell, I64)
 
-    def _rounded_up(self, place: Place) -> ir.Value:
-        """The first multiple of WORKSPACE_ALIGNMENT from a place on."""
-        up = self.b.add(self._address(place), I64(WORKSPACE_ALIGNMENT - 1))
-        return self.b.inttoptr(self.b.and_(up, I64(-WORKSPACE_ALIGNMENT)), PTR)
+    def _pointer(self, cell: ir.Value) -> ir.Value:
+        return self._load(self.frame, cell, PTR)
 
     # -- steps
 
-    def _row(self, step: Launch) -> Mapping[str, Any]:
-        return self.owner.kernels[step.kernel]
+    def _step(self, step: ir.Value) -> None:
+        """One row of the table: the kinds that the program has, by comparison."""
+        b = self.b
+        row = self._at(self.table, b.mul(step, I32(ROW)), I32)
+        kind = b.load(row, typ=I32)
+        for which, emit in ((LAUNCH, self._launch), (COPY, self._copy), (PRODUCT, self._product)):
+            if which in self.rows[::ROW]:
+                words = [self._load(row, i, I32) for i in range(1, ROW)]
+                self._if(b.icmp_signed("==", kind, I32(which)), lambda emit=emit, words=words: emit(step, words))  # type: ignore[misc]
 
-    def _cells(self, step: Launch) -> list[Cell]:
-        """A kernel's parameters: its buffers, its size symbols, the word for failed checks, and null pointers for Triton's scratch memory."""
-        row = self._row(step)
-        cells: list[Cell] = [(p.constant, p.slot, p.offset) for p in step.buffers]
-        cells += [*row["symbols"], *([ERRORS] if row["checks"] else [])]
-        cells += [SCRATCH] * (row["parameters"] - len(cells))
-        if len(cells) != row["parameters"]:
-            raise IRError(f"kernel '{step.kernel}' takes {row['parameters']} parameters, not {len(cells)}")
-        return cells
+    def _launch(self, step: ir.Value, words: Sequence[ir.Value]) -> None:
+        b = self.b
+        kernel, threads, shared, count, first, extent = words[:6]
+        size = self._value(extent)
+        self._if(b.icmp_signed(">", size, I64(MAX_GRID)), lambda: self._leave(self._code(step, I32(TOO_LARGE))))
 
-    def _launch(self, at: int, step: Launch) -> None:
-        b, row = self.b, self._row(step)
-        extent = product(self.owner.program.kernels[step.kernel]["grid"])
-        if isinstance(extent, int) and extent > MAX_GRID:
-            raise IRError(f"kernel '{step.kernel}' would need {extent} programs; the largest grid has {MAX_GRID}")
+        def parameter(i: ir.Value) -> None:
+            cell = self._load(self.lists, b.add(first, i), I32)
+            b.store(self._at(self.frame, cell, I64), self._at(self.params, i, PTR))
 
         def launch() -> None:
-            for i, cell in enumerate(self._cells(step)):
-                b.store(self._at(self.frame, self.cells[cell], I64), self._at(self.params, i, PTR))
-            function = self._state(FIRST_KERNEL + self.owner.numbers[step.kernel], PTR)
+            self._loop(count, parameter)
             one = I32(1)
-            self._call("cuLaunchKernel", [function, b.trunc(size, I32), one, one, I32(row["threads"]), one, one, I32(row["shared"]),
-                                          self.f.args[2], self.params, NULL], at)
-
-        if extent == 0:
-            return
-        size = self.scalars.emit(extent)
-        if isinstance(extent, int):
-            launch()
-            return
-        self._if(b.icmp_signed(">", size, I64(MAX_GRID)), lambda: self._leave(I32((at + 1) << STEP_BITS | TOO_LARGE)))
+            self._call("cuLaunchKernel", [self._state(kernel, PTR), b.trunc(size, I32), one, one, threads, one, one, shared, self.f.args[2],
+                                          self.params, NULL], step)
         self._if(b.icmp_signed(">", size, I64(0)), launch)
 
-    def _copy(self, at: int, step: Copy) -> None:
-        size = self.scalars.emit(step.bytes)
+    def _copy(self, step: ir.Value, words: Sequence[ir.Value]) -> None:
+        target, source, size = (self._value(w) for w in words[:3])
+        self._if(self.b.icmp_signed(">", size, I64(0)),
+                 lambda: self._call("cuMemcpyDtoDAsync_v2", [target, source, size, self.f.args[2]], step))
 
-        def copy() -> None:
-            addresses = self._address(step.target), self._address(step.source)
-            self._call("cuMemcpyDtoDAsync_v2", [*addresses, size, self.f.args[2]], at)
-        if isinstance(step.bytes, int):
-            if step.bytes:
-                copy()
-        else:
-            self._if(self.b.icmp_signed(">", size, I64(0)), copy)
-
-    def _product(self, at: int, step: MatMul) -> None:
+    def _product(self, step: ir.Value, words: Sequence[ir.Value]) -> None:
+        """The transposed product: cuBLASLt's first operand is our second (see `runtime/cublaslt.py`)."""
         b = self.b
-        plan = self._load(self.f.args[3], self.products, PTR)
-        self.products += 1
+        left, right, c, d, bias, workspace, number = words
+        plan = self._load(self.f.args[3], number, PTR)
 
         def call() -> None:
             p = {name: self._load(plan, i, I64 if name == "workspace_bytes" else PTR) for i, name in enumerate(PLAN)}
-            descriptor = p["descriptor"]
-            if step.bias is not None:
-                descriptor = self._at(self.scratch, 1, I64)
-                b.call(self.owner.copier(), [descriptor, p["descriptor"], I64(DESCRIPTOR_BYTES), I1(0)])
-                b.store(self._address(step.bias), self.scratch)
-                self._call("cublasLtMatmulDescSetAttribute", [descriptor, I32(BIAS_POINTER), self.scratch, I64(8)], at)
-            left, right, d = (self._pointer(x) for x in (step.a, step.b, step.d))
-            c = d if step.c is None else self._pointer(step.c)
-            workspace = NULL if step.workspace is None else self._rounded_up(step.workspace)
-            # The transposed product: cuBLASLt's first operand is our second (see `runtime/cublaslt.py`).
-            self._call("cublasLtMatmul", [p["handle"], descriptor, p["alpha"], right, p["a"], left, p["b"], p["beta"], c, p["c"], d, p["d"],
-                                          p["algorithm"], workspace, p["workspace_bytes"], self.f.args[2]], at)
+            descriptor = self._at(self.scratch, 1, I64)
+            b.call(self.owner.copier(), [descriptor, p["descriptor"], I64(DESCRIPTOR_BYTES), I1(0)])
+
+            def set_bias() -> None:
+                b.store(self._value(bias), self.scratch)
+                self._call("cublasLtMatmulDescSetAttribute", [descriptor, I32(BIAS_POINTER), self.scratch, I64(8)], step)
+            self._if(b.icmp_signed(">=", bias, I32(0)), set_bias)
+            up = b.and_(b.add(self._value(workspace), I64(WORKSPACE_ALIGNMENT - 1)), I64(-WORKSPACE_ALIGNMENT))
+            self._call("cublasLtMatmul", [p["handle"], descriptor, p["alpha"], self._pointer(right), p["a"], self._pointer(left), p["b"],
+                                          p["beta"], self._pointer(c), p["c"], self._pointer(d), p["d"], p["algorithm"],
+                                          b.inttoptr(up, PTR), p["workspace_bytes"], self.f.args[2]], step)
         self._if(b.icmp_unsigned("!=", b.ptrtoint(plan, I64), I64(0)), call)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from aicc.backends.triton import compile_gpu
-from aicc.compiler.manifest import build_manifest
+from aicc.compiler.gpu import compile_cuda
 from aicc.ir import Operation
+from aicc.runtime.artifact import Artifact
 from aicc.runtime.cuda import CudaError
 from aicc.runtime.cuda_graph import CudaGraph
 from aicc.runtime.cuda_replay import graph_memory
@@ -23,10 +23,8 @@ def build(f: Any, *inputs: torch.Tensor, dynamic: bool = False) -> tuple[dict[st
     found: list[tuple[dict[str, Any], dict[str, bytes]]] = []
 
     def keep(module: Operation, gm: torch.fx.GraphModule, args: list[Any]) -> Any:
-        compiled = compile_gpu(module, SM90)
-        manifest = build_manifest(module, device="cuda")
-        manifest["cuda"] = compiled.program
-        found.append((manifest, compiled.blobs))
+        artifact = Artifact.from_bytes(compile_cuda(module, SM90).to_bytes())
+        found.append((artifact.manifest, artifact.blobs))
         return gm.forward(*args)
 
     capture(f, inputs, keep, until="host", target=SM90, dynamic=dynamic)

@@ -151,13 +151,13 @@ def test_the_library_context_is_current_for_the_call_alone() -> None:
 def test_products_get_their_plan_operands_in_the_transposed_order_and_the_bias_of_the_call() -> None:
     device = FakeDevice()
     places = {"a": Place(0, 32), "b": Place(1, 0), "d": Place(2, 0), "bias": Place(3, 8), "workspace": Place(4, 64)}
-    library = load([MatMul({"sizes": []}, **places), MatMul({"sizes": []}, Place(0, 0), Place(1, 0), Place(2, 0), c=Place(3, 0))], device)
+    library = load([MatMul({"sizes": []}, **places), MatMul({"sizes": []}, Place(0, 0), Place(1, 0), Place(2, 0), Place(4, 0), c=Place(3, 0))], device)
     run(library, [1 << 12, 2 << 12, 3 << 12, 4 << 12, 5 << 12], [0, 0])
     first, second = device.calls
     handle, alpha, beta, algorithm, workspace_bytes = 1001, 1008, 1009, 1007, 1010
     assert first == ("product", [4242, (4 << 12) + 8], handle, alpha, 2 << 12, 1003, (1 << 12) + 32, 1004, beta, 3 << 12, 1005, 3 << 12, 1006,
                      algorithm, (5 << 12) + 256, workspace_bytes, 77), "temporary memory is aligned"
-    assert second[1] == [4243, 0] and second[9:11] == (4 << 12, 1005) and second[14] == 0
+    assert second[1] == [4243, 0] and second[9:11] == (4 << 12, 1005) and second[14] == 5 << 12
 
 
 def test_several_threads_may_run_one_function() -> None:

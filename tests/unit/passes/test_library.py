@@ -16,7 +16,9 @@ from aicc.compiler.pipelines import STAGES, pipeline
 from aicc.frontend.importer import import_graph
 from aicc.ir import Operation, Target
 from aicc.ir.interpreter import interpret
+from aicc.ir.parser import parse_module
 from aicc.ir.passes import PassContext, Remark, parse_pipeline, run_pipeline
+from aicc.ir.printer import print_op
 from aicc.runtime.executor import CompiledGraph
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -66,6 +68,9 @@ def check(f: Callable[..., Any], *inputs: torch.Tensor, expect: list[tuple[str, 
 
     close(interpret(tensor, list(inputs))[0])
     module, _ = lowered(f, *inputs, dynamic=dynamic)
+    for made in (tensor, module):
+        text = print_op(made)
+        assert print_op(parse_module(text)) == text
     assert roles(module) == expect and kernels(module) == 0, str(module)
     if not dynamic:
         manifest = build_manifest(module)
