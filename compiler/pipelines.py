@@ -21,6 +21,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
         "graph": f"canonicalize{relax},cse,fold-constants,dce",
         "tensor": ",".join([
             "decompose",
+            *(["unpad-concatenations"] if target.is_gpu else []),
             # Views first: then every read of a tensor is a map, and two reads of the same elements look alike to cse.
             "absorb-views", f"canonicalize{relax}", "cse", "dce",
             # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.

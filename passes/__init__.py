@@ -18,4 +18,5 @@ from . import (
     split_reductions,
     stream,
     tiling,
+    unpad_concatenations,
 )
