@@ -23,6 +23,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
         "graph": f"canonicalize{relax},cse,fold-constants,dce",
         "tensor": ",".join([
             "decompose",
+            *(["unpad-concatenations"] if target.is_gpu else []),
             # Views first: then every read of a tensor is a map, and two reads of the same elements look alike to cse.
             "absorb-views", f"canonicalize{relax}", "cse", "dce",
             # Products for a library leave before anything merges: what it does along the way is still told apart.

@@ -19,4 +19,5 @@ from . import (
     split_reductions,
     stream,
     tiling,
+    unpad_concatenations,
 )

@@ -1,10 +1,7 @@
 """Streaming: chains contraction -> pointwise and row reductions -> contraction as one pass over the shared dimension.
 
 The space in the middle, (batch, rows, stream), is never stored: a kernel walks `stream` in steps and keeps, for each row, the running
-reductions and the running second contraction. A reduction may depend on an earlier one if the dependence can be *rescaled*:
-
-  exp(x - m)    with m the running maximum: when m grows to m', what was summed so far is multiplied by exp(m - m')   ("shift")
-  x * w, x / w  with w any value of the row: linear, so it is applied once, to the finished sum                        ("scale")
+reductions and the running second contraction. A reduction may depend on an earlier one if the dependence can be rescaled (`rescale.py`).
 
 Softmax times values with any elementwise change of the scores, any mask, and its backward (where log-sum-exp is an input) all have this form; no op
 is recognised by name. Values of the middle space are computed anew by every stream that needs them.
@@ -23,6 +20,7 @@ from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import free_symbols, product, simplify, substitute
 from ..ir.passes import Pass, PassContext, register
 from .dead_region import Alive, dead_where
+from .rescale import FREE, Declined, Dependence, Factor
 from .structured import is_contraction, is_pointwise, plain_dims
 from .topology import topological_sort
 
@@ -32,10 +30,6 @@ MAX_WIDTH = 256
 """Elements of the first contraction's summed dimension and of the second one's own: both are held whole by a program."""
 MIN_ROWS = 16
 """With fewer rows there is nothing to reuse: the plain kernels are as good."""
-
-
-class _Declined(Exception):
-    """The chain does not stream; says why."""
 
 
 @dataclass
@@ -110,11 +104,11 @@ class _Growth:
         names = {d: f"f{k}" for k, d in enumerate(sorted(in_e))}
         own = [d for d in names if d >= parallel or d not in in_v]  # rows and stream: read as they are, once
         if fill_of(seed, which) is not None or not set(range(parallel, len(seed["dims"]))) <= in_e or not set(own) <= _plain(e_map):
-            raise _Declined("the product does not read every point of the middle space once")
+            raise Declined("the product does not read every point of the middle space once")
         columns = [d for d in range(parallel) if d not in names]
         rows = [d for d in own if d < parallel]
         if not rows or not columns or not set(columns) <= in_v:
-            raise _Declined("no rows or no columns")
+            raise Declined("no rows or no columns")
         self.block = seed.parent
         self.outer: set[Operation] = set()  # members that do not depend on the stream
         self.s = Stream({names[d]: seed["dims"][d] for d in names}, tuple(names[d] for d in names if d not in own),
@@ -125,7 +119,7 @@ class _Growth:
         self.bounds = {**{f: (0, n - 1) for f, n in self.s.sizes.items()}, **{f"n{k}": (0, n - 1) for k, n in enumerate(self.s.columns)}}
         env = {f"d{d}": e for d, e in place.items()}
         if not self.visit(seed.operands[which], tuple(simplify(substitute(e, env), self.bounds) for e in e_map)):
-            raise _Declined("the operand is not made from another contraction")
+            raise Declined("the operand is not made from another contraction")
 
     # -- classification
 
@@ -142,7 +136,7 @@ class _Growth:
         known = self.s.position.get(op)
         if known is not None:
             if known != at:
-                raise _Declined("one value is read at two positions")
+                raise Declined("one value is read at two positions")
             return op not in self.outer
         rows, stream = self._spans(at)
         if is_contraction(op):
@@ -199,7 +193,7 @@ class _Growth:
                 continue
             inside = self.visit(v, self._reads(op, i, at, reduced))
             if inside and fill_of(op, i) is not None:
-                raise _Declined("a padded read of the middle space")
+                raise Declined("a padded read of the middle space")
             depends = depends or inside
         return depends
 
@@ -273,7 +267,7 @@ class _Growth:
         self.s.position[op] = at
         try:
             self._operands(op, at)  # its other operands may need members that the seed did not (the sum of a softmax)
-        except _Declined:
+        except Declined:
             s.position, (s.firsts, s.full, s.reductions, s.row) = position, lists
             return False
         (self.s.tail if tail else self.s.row).append(op)
@@ -283,92 +277,9 @@ class _Growth:
 # -- how each reduction depends on the earlier ones -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Factor:
-    """How a scalar of the middle space depends on row values: "free", not at all; "row", it is `value`; "shift", something minus `value`;
-    "product", something times exp(-value), if there is one, and times the `scales`."""
-
-    kind: str
-    value: Value | None = None
-    scales: tuple[tuple[Value, str], ...] = ()
-
-
-_FREE = _Factor("free")
-
-
-def _opaque() -> _Factor:
-    raise _Declined("a reduction depends on an earlier one in a way that cannot be rescaled")
-
-
-def _merge(a: _Factor, b: _Factor, kind: str) -> _Factor:
-    """The factor of a * b or a / b (kind "mul" or "div"), where at most one is a shift."""
-    if "shift" in (a.kind, b.kind):
-        return _opaque()
-    if a.kind == "row":
-        return _merge(b, a, kind) if kind == "mul" and b.kind != "row" else _opaque()
-    if b.kind == "row":
-        assert b.value is not None
-        return _Factor("product", a.value if a.kind == "product" else None, (*a.scales, (b.value, kind)))
-    if (b.kind == "product" and kind == "div") or (a.value is not None and b.value is not None):
-        return _opaque()
-    return _FREE if a.kind == b.kind == "free" else _Factor("product", a.value or b.value, (*a.scales, *b.scales))
-
-
-class _Dependence:
-    """Memoised factors of the scalars in members' bodies."""
-
-    def __init__(self, s: Stream):
-        self.s = s
-        self.known: dict[Value, _Factor] = {}
-
-    def of(self, op: Operation, scalar: Value) -> _Factor:
-        if scalar not in self.known:
-            self.known[scalar] = self._compute(op, scalar)
-        return self.known[scalar]
-
-    def _compute(self, op: Operation, x: Value) -> _Factor:
-        inner = x.defining_op
-        if inner is None:
-            v = op.operands[x.index]  # type: ignore[attr-defined]
-            kind = self.s.kind_of(v)
-            if kind == "full":
-                made = v.defining_op
-                assert made is not None
-                return self.of(made, made.body.terminator.operands[made.results.index(v)])  # type: ignore[arg-type]
-            return _Factor("row", v) if kind in ("reduction", "row") else _FREE
-        args = [self.of(op, a) for a in inner.operands]
-        return self._rule(inner, args)
-
-    def _rule(self, inner: Operation, args: list[_Factor]) -> _Factor:
-        if all(a.kind == "free" for a in args):
-            return _FREE
-        name = inner.name.removeprefix("arith.")
-        if name == "sub" and args[0].kind == "free" and args[1].kind == "row":
-            return _Factor("shift", args[1].value)
-        if name == "exp" and args[0].kind == "shift":
-            return _Factor("product", args[0].value)
-        if name in ("mul", "div"):
-            return _merge(args[0], args[1], name)
-        if name in ("cast", "neg") and args[0].kind in ("product", "row"):
-            return args[0] if element_type(inner.result.type).is_float else _opaque()
-        if name == "select" and args[0].kind == "free":
-            return self._choice(inner, args)
-        return _opaque()
-
-    def _choice(self, inner: Operation, args: list[_Factor]) -> _Factor:
-        sides = [(a, v) for a, v in zip(args[1:], inner.operands[1:], strict=True) if not _is_zero(v)]
-        if len(sides) == 1 or (sides[0][0] == sides[1][0] and sides[0][0].kind == "product"):
-            return sides[0][0] if sides[0][0].kind in ("product", "row") else _opaque()
-        return _opaque()
-
-
-def _is_zero(v: Value) -> bool:
-    return v.defining_op is not None and v.defining_op.name == "arith.constant" and v.defining_op["value"] == 0
-
-
 def _check_dependence(s: Stream) -> None:
-    """Fills `shifts` and `scales`; _Declined if some reduction cannot stream."""
-    rules = _Dependence(s)
+    """Fills `shifts` and `scales`; Declined if some reduction cannot stream."""
+    rules = Dependence(s.kind_of)
     for op in [*s.reductions, *s.seconds]:
         s.scales[op], s.shifts[op] = [], None
         if op in s.seconds:
@@ -379,24 +290,24 @@ def _check_dependence(s: Stream) -> None:
             if f.kind == "free":
                 continue
             if kind != "sum" or f.kind != "product" or len(factors) != 1:
-                _opaque()
+                raise Declined("a reduction depends on an earlier one in a way that cannot be rescaled")
             if f.value is not None and not _is_plain_maximum(s, rules, f.value):
-                _opaque()
+                raise Declined("a reduction depends on an earlier one in a way that cannot be rescaled")
             s.shifts[op], s.scales[op] = f.value, list(f.scales)
     if {w for rows in s.scales.values() for w, _ in rows} & set(s.shifts.values()):
-        _opaque()
+        raise Declined("a row value both shifts and scales")
 
 
-def _operand_factor(rules: _Dependence, s: Stream, op: Operation) -> _Factor:
+def _operand_factor(rules: Dependence, s: Stream, op: Operation) -> Factor:
     v = s.streamed(op)
     made = v.defining_op
     assert made is not None
     if made in s.firsts:
-        return _FREE
+        return FREE
     return rules.of(made, made.body.terminator.operands[made.results.index(v)])  # type: ignore[arg-type]
 
 
-def _is_plain_maximum(s: Stream, rules: _Dependence, m: Value) -> bool:
+def _is_plain_maximum(s: Stream, rules: Dependence, m: Value) -> bool:
     op = m.defining_op
     return op in s.reductions and op["combine"] == ("max",) and rules.of(op, op.body.terminator.operands[0]).kind == "free"
 
@@ -410,18 +321,18 @@ def _grown(seed: Operation, which: int) -> Stream:
     growth.add_tail()
     s = growth.s
     if not s.firsts:
-        raise _Declined("no contraction makes the middle space")
+        raise Declined("no contraction makes the middle space")
     if any(set(v.users) & set(s.full) for op in s.seconds + s.tail for v in op.results):
-        raise _Declined("the middle space depends on the finished product")
+        raise Declined("the middle space depends on the finished product")
     columns = product(s.columns)
     if not isinstance(columns, int) or columns > MAX_WIDTH:
-        raise _Declined(f"the product has more than {MAX_WIDTH} columns")
+        raise Declined(f"the product has more than {MAX_WIDTH} columns")
     if isinstance(s.row_count, int) and s.row_count < MIN_ROWS:
-        raise _Declined("too few rows")
+        raise Declined("too few rows")
     if isinstance(s.length, int) and s.length < MIN_ROWS:
-        raise _Declined("too short")
+        raise Declined("too short")
     if not element_type(seed.result.type).is_float:
-        raise _Declined("not floating point")
+        raise Declined("not floating point")
     order = {op: i for i, op in enumerate(seed.parent)}  # type: ignore[arg-type]
     for ops in (s.firsts, s.full, s.reductions, s.row, s.seconds, s.tail):
         ops.sort(key=order.__getitem__)
@@ -441,7 +352,7 @@ def analyse(ops: Sequence[Operation]) -> Stream | None:
     for seed, which in reversed(_candidates(ops)):
         try:
             s = _grown(seed, which)
-        except _Declined:
+        except Declined:
             continue
         if set(s.members) == set(ops):
             return s
@@ -458,7 +369,7 @@ def _find_streams(func: Operation, decline: Callable[[Operation, str], None]) ->
         try:
             s = _grown(seed, which)
             _check_cycle(s, func)
-        except _Declined as why:
+        except Declined as why:
             if _near_miss(seed.operands[which]):
                 decline(seed, str(why))
             continue
@@ -506,7 +417,7 @@ def _check_cycle(s: Stream, func: Operation) -> None:
             continue
         seen.add(op)
         if op in made:
-            raise _Declined("an input depends on a result")
+            raise Declined("an input depends on a result")
         stack.extend(v.defining_op for v in op.operands if v.defining_op is not None)
 
 

@@ -1,7 +1,7 @@
 """64-bit integers that fit 32 bits: positions mostly do, and 64-bit arithmetic costs a GPU twice the instructions.
 
-`Narrow` follows the ranges of integer values through a kernel; a value that it knows is computed and kept in int32, and widened where an op wants the 64
-bits that its type says.
+`Narrow` follows the ranges of integer values through a kernel; a value that it knows is computed and kept in int32, and widened where an
+op wants the 64 bits that its type says.
 """
 
 from __future__ import annotations

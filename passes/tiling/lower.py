@@ -141,7 +141,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         frame = analyse(fused, ranges)
         widest = max((element_type(v.type).bits for op in members for v in [*op.operands, *op.results]), default=32)
         choice = choose_tile(frame, max(1, target.vector_bits // min(max(widest, 32), 64)) if not target.is_gpu else 32, gpu=target.is_gpu)
-        grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges), buffers)
+        grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges), buffers, online=target.is_gpu)
         flops, bytes_moved = work(frame), traffic(frame)
         inplace = _inplace_pairs(frame, fused)
     builder.create("tile.yield")
