@@ -4,8 +4,9 @@
     python benchmarks/gpu.py --only attention,gemm --peers eager,inductor --json out.json
     python benchmarks/gpu.py --tune attention            # aicc alone, with other tiles than the model's choice
 
-Times are medians of CUDA events around batches of calls, contenders interleaved. `limit` is the measured copy bandwidth (on the bytes that
-must move) or a 16-bit matrix product of 8192 (on the operations that must be done). Times ending in _gpu are of the call replayed as a CUDA graph: without the host's part.
+Times are medians of CUDA events around batches of calls, contenders interleaved. `limit` is the measured copy bandwidth (on the bytes that must
+move) or a 16-bit matrix product of 8192 (on the operations that must be done). Times ending in _gpu are of the call replayed as a CUDA graph:
+without the host's part.
 """
 
 from __future__ import annotations

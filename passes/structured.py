@@ -14,7 +14,8 @@ from ..ir.expr import Bounds, contiguous_linear, fold, product, simplify, substi
 from ..ir.types import i64
 
 __all__ = ["EXPENSIVE", "body_ops", "composed_map", "constant_values", "identity_map", "identity_of", "in_order",
-           "inline_into", "inline_into_gather", "is_contraction", "is_identity_view", "is_pointwise", "map_bounds", "plain_dims", "rebuild", "reshape_like", "space_bounds"]
+           "inline_into", "inline_into_gather", "is_contraction", "is_identity_view", "is_pointwise",
+           "map_bounds", "plain_dims", "rebuild", "reshape_like", "space_bounds"]
 
 EXPENSIVE = frozenset(f"arith.{n}" for n in (
     "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh",
