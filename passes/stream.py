@@ -465,8 +465,15 @@ class StreamPass(Pass):
     def run(self, module: Operation, ctx: PassContext) -> None:
         for func in [f for f in module.body if f.name == "func"]:
             found = _find_streams(func, lambda op, why: ctx.remark("declined", f"no streaming: {why}", op.location))
-            for k, s in enumerate(found):
+            made: set[Operation] = set()  # what earlier streams end with
+            k = 0
+            for s in found:
+                if made & {*s.firsts, *s.full} or any(op.parent is None for op in s.members):
+                    ctx.remark("declined", "no streaming: of three products in a chain two are in another stream", s.seconds[0].location)
+                    continue
+                k += 1
+                made |= {*s.seconds, *s.tail}
                 ctx.remark("done", f"streams {_describe(s)}", s.seconds[0].location)
-                _outline(s, "stream" if k == 0 else f"stream_{k + 1}")
+                _outline(s, "stream" if k == 1 else f"stream_{k}")
             if found:
                 topological_sort(func.body)

@@ -218,3 +218,15 @@ def test_old_and_other_targets_have_no_library() -> None:
     old = Target(kind="cuda", name="sm_75", capability=75, multiprocessors=40)
     module, remarks = lowered(lambda a, b: a @ b, big, big, always=False, target=old, upto="tensor")
     assert not calls(module) and any("no library" in r.message for r in remarks)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_chains_of_small_products_compile(count: int) -> None:
+    """Two of them stream through one kernel; a third one cannot share the second."""
+    def f(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        for w in weights:
+            x = torch.tanh(x @ w)
+        return x
+    x, *weights = normal((33, 65), *[(65, 65)] * count)
+    module, _ = lowered(f, x, *weights, always=False, upto="tensor")
+    torch.testing.assert_close(interpret(module, [x, *weights])[0], f(x, *weights), rtol=1e-4, atol=1e-4)
