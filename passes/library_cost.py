@@ -19,7 +19,7 @@ LAUNCH = 2e-6
 """Seconds that one more kernel costs the device: its start and end overlap with nothing."""
 HOST_LIBRARY, HOST_GENERATED = 15e-6, 4.5e-6
 """Seconds that the host needs to issue a product: the device cannot be faster, unless launches are replayed."""
-HEAVY = 2.6e-12 * 132
+HEAVY = 1.6e-12 * 132
 """Seconds times multiprocessors for one erf in the epilogue of a product: registers are full there, and nothing hides it."""
 BYTES = {"bf16": 2, "f16": 2, "f32": 4, "tf32": 4, "f64": 8}
 
@@ -38,7 +38,7 @@ RATES = {
     100: _Rates({"bf16": 15.2e12, "f16": 15.2e12, "tf32": 7.6e12, "f32": 0.54e12, "f64": 0.27e12}, 8e12),
 }
 LIBRARY_SHARE = {"bf16": 0.78, "f16": 0.78, "tf32": 0.75, "f32": 0.80, "f64": 0.80}
-GENERATED_SHARE = {"bf16": 0.55, "f16": 0.55, "tf32": 0.40, "f32": 0.30, "f64": 0.10}
+GENERATED_SHARE = {"bf16": 0.68, "f16": 0.68, "tf32": 0.40, "f32": 0.30, "f64": 0.10}
 MEMORY_SHARE = 0.9
 TILE = 128
 """Rows and columns of the tile that one multiprocessor works on."""

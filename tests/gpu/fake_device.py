@@ -43,6 +43,7 @@ class FakeDevice:
         self.raw = 77
         self.loaded: list[bytes] = []
         self.destroyed: list[int] = []
+        self.user_captures = False
         self._parameters = parameters
         self._handles = 0
         self._bias: list[int] = []
@@ -128,6 +129,9 @@ class FakeDevice:
         return SimpleNamespace(fixed=ctypes.addressof(self._array))
 
     # -- graphs
+
+    def capturing(self) -> bool:
+        return self.user_captures
 
     def capture(self, launch: Callable[[int], Any]) -> int:
         self.captured = []

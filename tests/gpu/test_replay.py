@@ -172,6 +172,16 @@ def test_a_failing_capture_falls_back_with_a_warning() -> None:
     assert [c[0] for c in device.calls] == ["launch"] * 3
 
 
+def test_within_a_capture_of_the_user_launches_are_plain() -> None:
+    manifest, blobs = build(lambda a: a * 2, torch.randn(64))
+    device = device_for(manifest)
+    graph = CudaGraph(manifest, blobs, on=device, cudagraphs=True)
+    for capturing in (False, False, True, False):
+        device.user_captures = capturing
+        graph(torch.randn(64))
+    assert [c[0] for c in device.calls] == ["launch", "graph", "launch", "graph"]
+
+
 def test_operators_and_foreign_arguments_decline_graphs_with_a_warning() -> None:
     manifest, blobs = build(lambda a: torch.linalg.inv(a) * 2, torch.eye(4))
     with pytest.warns(RuntimeWarning, match="operators that are not compiled"):
