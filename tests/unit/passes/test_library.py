@@ -230,3 +230,18 @@ def test_chains_of_small_products_compile(count: int) -> None:
     x, *weights = normal((33, 65), *[(65, 65)] * count)
     module, _ = lowered(f, x, *weights, always=False, upto="tensor")
     torch.testing.assert_close(interpret(module, [x, *weights])[0], f(x, *weights), rtol=1e-4, atol=1e-4)
+
+
+def test_an_operand_in_another_layout_is_copied() -> None:
+    """Convolutions give channels-last tensors, which are settled after the library was chosen: flattened, they are no matrix any more."""
+    def f(x: torch.Tensor, w: torch.Tensor, m: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.linear(torch.relu(F.conv2d(x, w, padding=1)).flatten(1), m, bias)
+    inputs = normal((20, 3, 4, 4), (8, 3, 3, 3), (48, 128), (48,))
+    module = import_graph(make_fx(f, tracing_mode="fake")(*inputs), name="main", arg_kinds=["input", "param", "param", "param"])
+    ctx = PassContext(SM90)
+    for stage in STAGES:
+        run_pipeline(module, parse_pipeline(pipeline(stage, SM90, Options()).replace(",library,", ",library{always=true},")), ctx)
+        if stage == "tile":
+            torch.testing.assert_close(interpret(module, inputs)[0], f(*inputs), rtol=1e-4, atol=1e-4)
+    assert any("1 operands copied" in r.message for r in ctx.remarks)
+    assert calls(module)[0]["shape"]["a"] == (0, 128, 1)
