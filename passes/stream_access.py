@@ -11,6 +11,9 @@ from ..ir.expr import free_symbols, simplify, split_linear, substitute
 if TYPE_CHECKING:
     from .stream import Stream
 
+SMALL = 1 << 16
+"""Points of the middle space, per batch element, below which storing them costs a CPU little."""
+
 __all__ = ["packed", "reduced_order", "stream_side", "why_slow_on_cpu"]
 
 
@@ -51,13 +54,16 @@ def _stride(s: Stream, op: Operation, i: int, name: str) -> Dim:
 
 def why_slow_on_cpu(s: Stream) -> str:
     """Why the stream would be slow on a CPU; "" if it would not."""
+    points = s.row_count * s.length
+    if isinstance(points, int) and points < SMALL:
+        return "the middle space stays in the cache"
     for op in s.firsts:
         i = stream_side(s, op)
         if not packed(op, i) and _stride(s, op, i, s.stream[-1]) != 1:
             return "an operand is not contiguous along the stream"
     for op in s.seconds:
         other = next(i for i, v in enumerate(op.operands) if v is not s.streamed(op))
-        if _stride(s, op, other, f"n{len(s.columns) - 1}") != 1:
+        if not packed(op, other) and _stride(s, op, other, f"n{len(s.columns) - 1}") != 1:
             return "an operand is not contiguous along the columns"
     if any(element_type(v.type).name != "f32" for op in (*s.firsts, *s.seconds) for v in op.operands):
         return "not float32"

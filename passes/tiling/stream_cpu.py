@@ -214,7 +214,7 @@ class CpuStream(StreamLowering):
         which = next(k for k, v in enumerate(op.operands) if v is s.streamed(op))
         order = reduced_order(s, op, which)
         width = self._width(op)
-        ragged = mod(self.columns, nr) != 0
+        ragged = not packed(op, 1 - which) and mod(self.columns, nr) != 0
         shift = s.shifts[op]
 
         def panel(inner: Emitter, n: Dim) -> None:
