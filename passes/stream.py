@@ -21,7 +21,7 @@ from ..ir.expr import free_symbols, product, simplify, substitute
 from ..ir.passes import Pass, PassContext, register
 from .dead_region import Alive, dead_where
 from .rescale import FREE, Declined, Dependence, Factor
-from .stream_access import why_slow_on_cpu
+from .stream_access import why_slow
 from .structured import is_contraction, is_pointwise, plain_dims
 from .topology import topological_sort
 
@@ -370,7 +370,7 @@ def _find_streams(func: Operation, target: Target, decline: Callable[[Operation,
         try:
             s = _grown(seed, which)
             _check_cycle(s, func)
-            slow = "" if target.is_gpu else why_slow_on_cpu(s)
+            slow = why_slow(s, target)
             if slow:
                 raise Declined(slow)
         except Declined as why:
