@@ -230,15 +230,18 @@ class StreamLowering:
 
     def scaled(self, scope: Scope, op: Operation, value: Value) -> Value:
         """A finished sum times the row values that were left out of its terms."""
-        for w, kind in self.s.scales[op]:
-            x = self.value(scope, w)
-            value = scope.e.builder.arith(kind, value, scope.e.builder.cast(x, element_type(value.type)))
+        b, m = scope.e.builder, self.s.shifts[op]
+        if m is not None and op not in self.s.guarded:  # nothing but exp(-inf + inf)
+            value = b.arith("select", b.arith("eq", self.value(scope, m), float("-inf")), float("nan"), value)
+        for w, kind, guarded in self.s.scales[op]:
+            made = b.arith(kind, value, b.cast(self.value(scope, w), element_type(value.type)))
+            value = b.arith("select", b.arith("eq", value, 0), value, made) if guarded else made
         return value
 
     def without_scales(self, scope: Scope) -> None:
         """Inside the loop, row values that only scale count as 1."""
         for rows in self.s.scales.values():
-            for w, _ in rows:
+            for w, *_ in rows:
                 scope.values[w] = scope.e.builder.constant(1, element_type(w.type))
                 scope.units.add(scope.values[w])
 
@@ -441,6 +444,8 @@ def _narrow(s: Stream, op: Operation) -> DType | None:
     A streamed operand is rounded to it, as it would be in memory."""
     types = {element_type(v.type) for v in op.operands if not s.kind_of(v)}
     narrow = types.pop() if len(types) == 1 else None
+    if narrow is not None and narrow.name == "f16" and s.scales.get(op) and s.shifts[op] is None:
+        return None  # without its scale, a term may be too large for 16 bits
     return narrow if narrow is not None and narrow.name in ("bf16", "f16") and element_type(op.result.type).name == "f32" else None
 
 
