@@ -94,7 +94,10 @@ class Dependence:
         if name in ("mul", "div"):
             return _merge(args[0], args[1], name)
         if name in ("cast", "neg") and args[0].kind in ("product", *_LINEAR):
-            return _linear(args[0]) if element_type(inner.result.type).is_float else _opaque()
+            to = element_type(inner.result.type)
+            if not to.is_float or (to.name == "f16" and args[0].scales and args[0].value is None):
+                return _opaque()  # without its scales the product may be too large
+            return _linear(args[0])
         if name == "select" and args[0].kind == "free":
             return self._choice(inner, args)
         return _opaque()

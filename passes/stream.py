@@ -515,6 +515,8 @@ def _outline(streams: Sequence[Stream], name: Callable[[int], str]) -> None:
         order = {op: i for i, op in enumerate(s.seconds[0].parent)}  # type: ignore[arg-type]
         inside = sorted(s.members, key=order.__getitem__)
         outputs = [r for op in inside for r in op.results if r not in stored and s.kind_of(r) not in ("first", "full") and _is_stored(r, streams)]
+        if not outputs:
+            continue  # its readers compute it themselves, or another stream stores it
         fused = _fused(s, inside, outputs, name(k))
         stored |= dict(zip(outputs, fused.results, strict=True))
     for old, new in stored.items():
@@ -543,7 +545,7 @@ def _fused(s: Stream, members: Sequence[Operation], outputs: Sequence[Value], na
     block = Block([v.type for v in inputs], [v.name for v in inputs])
     types = [TensorType(r.type.shape, r.type.dtype, r.type.strides) for r in outputs]  # type: ignore[attr-defined]
     at = Builder(last.parent, last, s.seconds[0].location)
-    fused = at.create("tensor.fused", inputs, {"kernel": name, "why": _describe(s)}, types, [Region([block])])
+    fused = at.create("tensor.fused", inputs, {"kernel": name, "why": f"streams {_describe(s)}"}, types, [Region([block])])
     renamed: dict[Value, Value] = dict(zip(inputs, block.args, strict=True))
     for op in members:
         block.append(op.clone(renamed))

@@ -207,6 +207,15 @@ class StreamLowering:
         power = scaled[0] if len(scaled) == 1 else b.arith("sub", *scaled)
         return b.op("arith.exp2", power, type=power.type, _approximate=True)
 
+    def rescale(self, e: Emitter, before: Value, after: Value) -> Value:
+        """exp(before - after), exactly 1 where the maximum stands: the difference comes first."""
+        b = e.builder
+        gap = b.arith("sub", before, after)
+        if not self.coarse or element_type(gap.type).name != "f32":
+            return b.arith("exp", gap)
+        power = b.arith("mul", gap, LOG2_E)
+        return b.op("arith.exp2", power, type=power.type, _approximate=True)
+
     def tanh(self, e: Emitter, x: Value) -> Value:
         """1 - 2 / (1 + exp(2x)): within 1e-7 of tanh, absolutely."""
         b = e.builder
@@ -390,7 +399,7 @@ class GpuStream(StreamLowering):
                 out[op] = b.arith(COMBINE_OPS[kind], before, part)
                 if op.result in s.shifts.values():
                     scope.values[op.result] = self.safe(e, out[op])
-                    alpha[op.result] = self.exp(e, b.arith("sub", now[op], scope.values[op.result]))
+                    alpha[op.result] = self.rescale(e, now[op], scope.values[op.result])
         for op in s.seconds:
             with b.at(op.location):
                 out[op] = self._second(scope, op, i, now[op], alpha, lanes)
