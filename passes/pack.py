@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..ir import Builder, Dim, Operation, TensorType, Value, sym
+from ..ir import Builder, Dim, Operation, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of
 from ..ir.expr import (
     ceildiv,
@@ -64,7 +64,7 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     i = roles.right
     v, m = op.operands[i], op["maps"][i]
     m_size, n_size = _size(op, roles.m), _size(op, roles.n)
-    _, nr, _ = gemm_tile(ctx.target, m_size, n_size, op["dims"][roles.k[-1]])
+    _, nr, _ = gemm_tile(ctx.target, m_size, n_size, op["dims"][roles.k[-1]], bits=element_type(op.result.type).bits)
     is_constant = v in constant
     if not is_constant:
         if isinstance(m_size, int) and m_size < SMALL_M:

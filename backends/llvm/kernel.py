@@ -52,6 +52,7 @@ class KernelEmitter:
         self.conditions: Conditions = {}
         self.versioned = False  # inside a run that exists twice
         self.cold = False       # in code for edges: not worth more versions or unrolling
+        self.copy = 0           # which copy of an unrolled loop body this is
         self._codes: dict[Operation, int] = {}
 
     # -- the function
@@ -323,11 +324,14 @@ class KernelEmitter:
         self.facts = facts
         with self.scalars.scope({loop.symbol: variable}, "loop"):
             carried = _unflatten(values, phis)
+            around = self.copy
             for n in range(copies):
+                self.copy = n
                 if n:
                     self.instances[loop.symbol] = sym(loop.symbol) + n * loop.step
                 carried = self._iterate(op, carried)
                 self.instances.pop(loop.symbol, None)
+            self.copy = around
             following = b.add(variable, I64(loop.step * copies), flags=("nsw",))
             latch = b.block
             b.cbranch(b.icmp_signed("<", following, limit), header, done)

@@ -18,10 +18,11 @@ from . import arith
 from .access import AccessChunk, Accessor, broadcast_row, emit_load, emit_store, full_mask, row_coordinates
 from .convert import emit_cast
 from .dot import emit_dot
+from .intrinsics import call
 from .masks import LaneChunk
 from .shapes import emit_reduce, emit_reshape, emit_transpose
 from .symbolic import position
-from .values import I32, Tile, chunk_type, constant, register_type, splat, with_widths
+from .values import I32, Tile, chunk_type, constant, memory_type, register_type, splat, with_widths
 
 if TYPE_CHECKING:
     from .kernel import KernelEmitter
@@ -183,6 +184,16 @@ def load(k: KernelEmitter, op: Operation) -> None:
     k.env[op.result] = emit_load(k, op)
 
 
+def prefetch(k: KernelEmitter, op: Operation) -> None:
+    """A prefetch to all cache levels; in unrolled code for the first copy alone, and none in code for edges."""
+    if k.cold or k.copy:
+        return
+    buffer = op.operands[0]
+    at = k.instantiate(k.facts.simplify(k.resolver.accesses[op].offset))
+    address = k.scalars.address(k.env[buffer], memory_type(element_type(buffer.type)), at)
+    call(k.b, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(3), I32(1)])  # to read, keep, data
+
+
 def dot(k: KernelEmitter, op: Operation) -> None:
     x, y, acc = (k.value(v) for v in op.operands)
     acc = with_widths(k.b, acc, k.layout(op.result))
@@ -212,5 +223,5 @@ LOWERINGS: dict[str, Callable[[KernelEmitter, Operation], None]] = {
     "arith.constant": constant_value, "tile.program_id": symbolic, "tile.load": load, "tile.store": emit_store,
     "tile.index": index_value,
     "tile.mask": mask_tile, "tile.full": full_tile, "tile.reduce": reduce, "tile.reshape": reshape, "tile.transpose": transpose,
-    "tile.dot": dot, "tile.alloca": private_buffer,
+    "tile.dot": dot, "tile.prefetch": prefetch, "tile.alloca": private_buffer,
 }

@@ -10,9 +10,11 @@ The right operand should be contiguous along N; `passes/pack.py` sees to that on
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
 from typing import Any
 
-from ...ir import Dim, Operation, Target, TensorType, TileType, Value, element_type, sym
+from ...ir import BufferType, Dim, Operation, Target, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of, parallel_dims
 from ...ir.expr import ceildiv, delinearize, evaluate, free_symbols, minimum, product, simplify, split_linear, substitute
 from ...ir.types import index
@@ -66,25 +68,61 @@ def _stride_key(stride: Dim) -> int:
     return stride if isinstance(stride, int) else 1 << 40
 
 
-def gemm_tile(target: Target, m: Dim, n: Dim, k: Dim, *, exact: bool = False) -> tuple[int, int, int]:
-    """(rows, columns, K step) of one register tile (CPU) or one program (GPU)."""
+def gemm_tile(target: Target, m: Dim, n: Dim, k: Dim, *, exact: bool = False, bits: int = 32) -> tuple[int, int, int]:
+    """(rows, columns, K step) of one register tile (CPU) or one program (GPU); `bits` are those of an accumulator."""
     if target.is_gpu:
         def fit(size: Dim, most: int) -> int:
             return most if not isinstance(size, int) else max(16, min(most, 1 << (size - 1).bit_length()))
         if exact:  # integers: rank-1 updates, as matrix units do not have their types
             return fit(m, 32), fit(n, 32), 1
         return fit(m, 128 if isinstance(m, int) and m >= 512 else 64), fit(n, 128), fit(k, 32)
-    lanes = target.lanes(32)
-    if target.vector_registers >= 32:
-        rows, columns = (12, 2 * lanes) if target.vector_bits >= 512 else (8, 3 * lanes)
-    else:
-        rows, columns = 6, 2 * lanes
-    if isinstance(n, int) and n < columns:
-        columns = max(1, -(-n // lanes)) * lanes if n > lanes // 2 else max(1, 1 << (n - 1).bit_length())
-    if isinstance(m, int):
-        passes = -(-m // rows)
-        rows = max(1, -(-m // passes))  # even tiles: 16 rows are two of 8, not 12 and 4
-    return rows, columns, 1
+    lanes = max(1, target.lanes(bits))
+    rows, vectors = _register_tile(target.vector_registers, lanes, m if isinstance(m, int) else None, n if isinstance(n, int) else None)
+    if isinstance(n, int) and n <= lanes // 2:
+        return rows, max(1, 1 << (n - 1).bit_length()), 1
+    return rows, vectors * lanes, 1
+
+
+MULTIPLY_ADDS, LATENCY = 2, 4
+"""Vector multiply-adds that start per cycle, and cycles until one is done, on the cores of today."""
+LOAD_CYCLES = 0.15
+"""What a load in the inner loop costs beside the multiply-adds: with 10 for 24 of them (a tile of 6 x 4 vectors) some 5 % less than with 14 (12 x 2)."""
+
+
+@lru_cache(maxsize=256)
+def _register_tile(registers: int, lanes: int, m: int | None, n: int | None) -> tuple[int, int]:
+    """(rows, vectors) of the tile that takes fewest cycles per K for the whole product, partial tiles counted as whole ones.
+
+    Accumulators, a row of B and one broadcast element of A fit the registers. Few rows that are done in one pass take wide tiles: such a
+    product waits for memory or, with few accumulators, for its own multiply-adds.
+    """
+    best = (float("inf"), 0, (1, 1))
+    for rows in range(1, (14 if registers >= 32 else 6) + 1):
+        for vectors in range(1, 9):
+            wide = vectors > 4 and (m is None or m > rows)
+            if rows * vectors + vectors + 1 >= registers or wide or (n is not None and vectors > 1 and (vectors - 1) * lanes >= n):
+                continue
+            cycles = max(rows * vectors / MULTIPLY_ADDS, LATENCY) + LOAD_CYCLES * (rows + vectors)
+            down = 1 / rows if m is None else -(-m // rows)
+            across = 1 / vectors if n is None else -(-n // (vectors * lanes))
+            best = min(best, (down * across * cycles, rows, (rows, vectors)))
+    return best[2]
+
+
+UNROLL = 4
+"""Copies of the innermost loop."""
+ROWS, COLUMNS = 240, 256
+"""Most rows of the left operand that a program works through, and, where K is cut, about how many columns."""
+PROGRAMS = 8
+"""Programs that a launch should have at least, to share out among threads."""
+
+
+def _rows_in_block(m: Dim, mr: int) -> int:
+    """Rows per program: a multiple of `mr`, equal blocks where m is known."""
+    most = max(mr, ROWS // mr * mr)
+    if not isinstance(m, int) or m <= 0:
+        return most
+    return min(most, -(-m // (-(-m // most) * mr)) * mr)
 
 
 def emit_contraction(op: Operation, epilogue: list[Operation], outputs: list[Value], target: Target, e: Emitter,
@@ -219,45 +257,133 @@ class _Contraction:
     def _zero(self, e: Emitter) -> Value:
         return e.broadcast(e.builder.constant(0, self.acc_type.dtype), self.acc_type.shape)  # type: ignore[arg-type]
 
-    def _k_loops(self, e: Emitter, acc: Value, step: Any, ks: list[Dim] | None = None) -> Value:
-        """Nested loops over K; `step(emitter, positions, acc)` adds one slice. The last K dimension is innermost."""
-        done = ks or []
-        sizes = self.k_sizes[len(done):]
-        if not sizes:
-            return step(e, done, acc)
-        last = len(sizes) == 1
-        inc = self.tile[2] if last else 1
+    def _k_loops(self, e: Emitter, acc: Value, step: Any, ks: list[Dim], within: tuple[Dim, Dim] | None) -> Value:
+        """Nested loops over the K dimensions after `ks`, the first of them over the range `within`; `step(emitter, positions, acc)` adds one slice."""
+        rest = self.k_sizes[len(ks):]
+        if not rest:
+            return step(e, ks, acc)
+        lower, upper = within if within is not None else (0, rest[0])
 
         def body(inner: Emitter, i: Dim, carried: list[Value]) -> list[Value]:
-            return [self._k_loops(inner, carried[0], step, [*done, i])]
+            return [self._k_loops(inner, carried[0], step, [*ks, i], None)]
 
-        return e.loop(0, sizes[0], inc, [acc], body, unroll=4 if last and inc == 1 else 1)[0]
+        return e.loop(lower, upper, 1, [acc], body, unroll=UNROLL if len(rest) == 1 else 1)[0]
+
+    def _k_blocks(self, target: Target) -> tuple[int, int] | None:
+        """(d, length): K is cut into blocks of `length` steps along dimension d of K, all of the dimensions after it, and one step of those before.
+
+        A block of rows of the left operand and the columns of a program stay in half of the second-level cache while they are used.
+        None where K is short or unknown: then every tile runs over all of it, with its sums in registers.
+        """
+        if not all(isinstance(s, int) for s in self.k_sizes):
+            return None
+        sizes: list[int] = [int(s) for s in self.k_sizes]  # type: ignore[arg-type]
+        most = max(128, target.l2 // 2 // ((ROWS + COLUMNS) * max(element_type(v.type).bytes for v in self.op.operands)) // 128 * 128)
+        if prod(sizes) <= most * 3 // 2:
+            return None
+        d = next(d for d in range(len(sizes)) if prod(sizes[d + 1:]) <= most)
+        blocks = -(-sizes[d] // max(1, most // prod(sizes[d + 1:])))
+        length = -(-sizes[d] // blocks)
+        return d, length if d < len(sizes) - 1 else -(-length // UNROLL) * UNROLL
 
     def cpu(self, target: Target) -> list[Dim]:
         e, (mr, nr, _) = self.e, self.tile
         batch = self._batch(e, 0)
         nb = len(batch)
-        k = product(self.k_sizes)
-        k_bytes = (k if isinstance(k, int) else 1024) * 4
-        rows_in_block = max(mr, min(target.l2 // 2 // k_bytes // mr * mr, 256 // mr * mr))
-        blocks, panels = ceildiv(self.m, rows_in_block), ceildiv(self.n, nr)
+        cut = self._k_blocks(target)
+        rows = _rows_in_block(self.m, mr)
+        blocks, panels = ceildiv(self.m, rows), ceildiv(self.n, nr)
+        together = 1
+        if cut is not None:
+            together = max(1, COLUMNS // nr)
+            programs = blocks * panels * product(self.op["dims"][d] for d in self.roles.batch)
+            if isinstance(programs, int):
+                together = max(1, min(together, programs // PROGRAMS))
+        columns = ceildiv(panels, together)
         p_block = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb), 0, blocks - 1)
-        p_panel = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb + 1), 0, panels - 1)
-        n = p_panel * nr + sym("t1")
-        start = p_block * rows_in_block
-        upper = minimum(self.m, start + rows_in_block)
-        if isinstance(self.m, int) and self.m <= rows_in_block:
+        p_column = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb + 1), 0, columns - 1)
+        start = p_block * rows
+        upper = minimum(self.m, start + rows)
+        if isinstance(self.m, int) and self.m <= rows:
             start, upper = 0, self.m
+        first_panel = p_column * together
+        sums = e.builder.op("tile.alloca", type=BufferType((rows, together * nr), self.acc_type.dtype)) if cut is not None else None
 
-        def tile(inner: Emitter, i: Dim, _: list[Value]) -> list[Value]:
-            m = i + sym("t0")
+        def at(inner: Emitter, i: Dim, panel: Dim) -> tuple[Dim, Dim, Dim, Dim]:
+            """Rows (twice: as they are, and within bounds for reading), columns, and the place in `sums`."""
+            m, n = i + sym("t0"), panel * nr + sym("t1")
             safe_m = m if isinstance(upper, int) and upper % mr == 0 and start == 0 else minimum(m, self.m - 1)
-            acc = self._k_loops(inner, self._zero(inner), lambda ke, ks, a: self._rank1(ke, batch, safe_m, n, ks, a))
-            self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)])
-            return []
+            return m, safe_m, n, (i - start + sym("t0")) * (together * nr) + (panel - first_panel) * nr + sym("t1")
 
-        e.loop(start, upper, mr, [], tile)
-        return [*(self.op["dims"][d] for d in self.roles.batch), blocks, panels]
+        def tiles(inner: Emitter, body: Any) -> None:
+            def panel_loop(deeper: Emitter, q: Dim, _: list[Value]) -> list[Value]:
+                deeper.loop(start, upper, mr, [], lambda x, i, _: [body(x, i, q), []][1])
+                return []
+            if together == 1:
+                panel_loop(inner, p_column, [])
+            else:
+                inner.loop(first_panel, minimum(panels, first_panel + together), 1, [], panel_loop)
+
+        def multiply(inner: Emitter, i: Dim, panel: Dim, ks: list[Dim], within: tuple[Dim, Dim], acc: Value) -> Value:
+            safe_m, n = at(inner, i, panel)[1:3]
+
+            def step(ke: Emitter, at_k: list[Dim], a: Value) -> Value:
+                self._prefetch(ke, batch, panel, at_k, len(ks), within, i - start, rows)
+                return self._rank1(ke, batch, safe_m, n, at_k, a)
+            return self._k_loops(inner, acc, step, ks, within)
+
+        def whole(inner: Emitter, i: Dim, panel: Dim) -> None:
+            m, _, n, _ = at(inner, i, panel)
+            acc = multiply(inner, i, panel, [], (0, self.k_sizes[0]), self._zero(inner))
+            self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)])
+
+        def k_nest(inner: Emitter, ks: list[Dim]) -> None:
+            assert sums is not None and cut is not None
+            d, length = cut
+            size = self.k_sizes[len(ks)]
+            if len(ks) < d:
+                inner.loop(0, size, 1, [], lambda x, i, _: [k_nest(x, [*ks, i]), []][1])
+                return
+
+            def block(x: Emitter, k: Dim, _: list[Value]) -> list[Value]:
+                def one(y: Emitter, i: Dim, panel: Dim) -> None:
+                    place = simplify(at(y, i, panel)[3], y.bounds())
+                    part = multiply(y, i, panel, ks, (k, minimum(size, k + length)), self._zero(y))
+                    before = y.load(sums, place, [(0, sum(ks, k))])  # zeros in the first block
+                    y.store(sums, y.builder.arith("add", before, part), place)
+                tiles(x, one)
+                return []
+            inner.loop(0, size, length, [], block)
+
+        def last_step(inner: Emitter, i: Dim, panel: Dim) -> None:
+            m, _, n, place = at(inner, i, panel)
+            self.finish(inner, inner.load(sums, simplify(place, inner.bounds())), batch, m, n, [(m, upper), (n, self.n)])  # type: ignore[arg-type]
+
+        if cut is None:
+            tiles(e, whole)
+        else:
+            k_nest(e, [])
+            tiles(e, last_step)
+        return [*(self.op["dims"][d] for d in self.roles.batch), blocks, columns]
+
+    def _prefetch(self, e: Emitter, batch: list[Dim], panel: Dim, ks: list[Dim], d: int, within: tuple[Dim, Dim], row: Dim, rows: int) -> None:
+        """Asks for the panel after this one, shared out among the row tiles of a block and their steps of K, which go over `within` along dimension d."""
+        inside = [within[1] - within[0], *self.k_sizes[d + 1:]]
+        if not self.op.attributes.get("_packed") or not isinstance(self.k_sizes[d], int):
+            return
+        (mr, nr, _), right, bounds = self.tile, self.roles.right, e.bounds()
+        v = self.op.operands[right]
+        step: Dim = ks[d] - within[0]
+        for k, size in zip(ks[d + 1:], inside[1:], strict=True):
+            step = step * size + k
+        length = inside[0] if isinstance(inside[0], int) else self.k_sizes[d]
+        line = 64 // element_type(v.type).bytes
+        per_step = -(-nr // -(-rows // mr))  # elements to ask for per step of K
+        start = [*ks[:d], within[0], *[0] * (len(ks) - d - 1)]
+        base = _offset(v, self.op["maps"][right], self.positions(batch, 0, (panel + 1) * nr, start, e), bounds)
+        ahead = simplify(base + row * (per_step * product([length, *inside[1:]]) // mr) + step * per_step, bounds)
+        for n in range(min(8, -(-per_step * UNROLL // line))):
+            e.prefetch(self.buffers[v], ahead + n * line)
 
     def _rank1(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim, ks: list[Dim], acc: Value) -> Value:
         at = self.positions(batch, m, n, ks, e)

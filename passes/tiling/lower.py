@@ -124,7 +124,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         roles = roles_of(contraction)
         assert roles is not None
         sizes = [_product(contraction, d) for d in (roles.m, roles.n, roles.k)]
-        tile = gemm_tile(target, *sizes, exact=not element_type(contraction.result.type).is_float)
+        tile = gemm_tile(target, *sizes, exact=not element_type(contraction.result.type).is_float,
+                         bits=element_type(contraction.result.type).bits)
         flops = 2 * _product(contraction, range(len(contraction["dims"])))  # type: ignore[arg-type]
         e = Emitter(builder, (tile[0], tile[1]), ranges)
         grid = emit_contraction(contraction, [m for m in members if m is not contraction], outputs, target, e, buffers, tile)
