@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,9 +104,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-inductor", action="store_true")
     parser.add_argument("--seconds", type=float, default=1.5, help="how long each contender is measured per case")
+    parser.add_argument("--cpu-time", action="store_true", help="count this thread's CPU time, not wall time: for one thread on a busy machine")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    clock = time.thread_time if options.cpu_time else time.perf_counter
     parts = options.cases.split(",") if options.cases else [""]
     names = [n for n in CASES if any(p in n for p in parts)]
     if not names:
@@ -119,7 +122,7 @@ def main() -> None:
     rows = []
     for name in names:
         try:
-            row = measure(CASES[name], backends, options.seconds)
+            row = measure(CASES[name], backends, options.seconds, clock)
         except Exception as e:  # one case that fails must not cost the table
             traceback.print_exc(file=sys.stderr)
             row = {"case": name, "failure": f"{type(e).__name__}: {e}".splitlines()[0]}
@@ -136,7 +139,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def measure(case: Case, backends: list[str], seconds: float) -> dict[str, Any]:
+def measure(case: Case, backends: list[str], seconds: float, clock: Callable[[], float]) -> dict[str, Any]:
     """One row."""
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -153,7 +156,7 @@ def measure(case: Case, backends: list[str], seconds: float) -> dict[str, Any]:
         with watching(compiled=compilations.append):
             row[f"{name}_compile_s"], result = first_call(calls[name])
         row[f"{name}_error"] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(tree_leaves(result), expected, strict=True))
-    times = best_block_medians(list(calls.values()), seconds)
+    times = best_block_medians(list(calls.values()), seconds, clock)
     row.update({f"{name}_ms": t * 1e3 for name, t in zip(calls, times, strict=True)})
     return {**row, "graphs": len(compilations), "externs": sum(len(c.stats["externs"]) for c in compilations),
             "kernels": sum(c.stats["kernels"] for c in compilations)}

@@ -32,8 +32,8 @@ from ..ir.expr import (
 )
 from ..ir.passes import Pass, PassContext, register
 from ..ir.types import i64
-from .structured import constant_values, in_order, is_contraction, space_bounds
-from .tiling.contraction import Roles, gemm_tile, roles_of
+from .structured import constant_values, in_order, is_contraction, plain_dims, space_bounds
+from .tiling.contraction import Roles, gemm_tile, is_depthwise, roles_of
 
 SMALL_M = 4
 """With fewer rows, packing an operand that is used once costs more than it saves."""
@@ -55,7 +55,9 @@ class Pack(Pass):
             for op in list(func.body):
                 if is_contraction(op):
                     roles = roles_of(op)
-                    if roles is not None and roles.k:
+                    if is_depthwise(op):
+                        _turn_window(op, constant, ctx)
+                    elif roles is not None and roles.k:
                         _materialise_padding(op, roles, ctx)
                         _pack_right(op, roles, constant, ctx)
 
@@ -99,6 +101,24 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     if is_constant:
         constant.add(packed.result)
     ctx.remark("done", f"right operand {product(v.type.shape)} packed in panels of {nr}" + (", once" if is_constant else ""), op.location)  # type: ignore[attr-defined]
+
+
+def _turn_window(op: Operation, constant: set[Value], ctx: PassContext) -> None:
+    """A depthwise convolution reads its parameter with the dimension innermost that is contiguous in the result."""
+    result = op.result.type
+    assert isinstance(result, TensorType)
+    innermost = next((d for d in range(result.rank) if result.layout[d] == 1 and result.shape[d] != 1), None)
+    for i, (v, m) in enumerate(zip(op.operands, op["maps"], strict=True)):
+        dims = plain_dims([e for e in m if e != 0])
+        if v not in constant or dims is None or innermost not in dims or _stride(op, i, innermost) == 1:  # type: ignore[arg-type]
+            continue
+        order = [d for d in dims if d != innermost] + [innermost]
+        at = {f"d{d}": sym(f"d{j}") for j, d in enumerate(order)}
+        turned = Builder.before_op(op).generic([v], [tuple(substitute(e, at) for e in m)], [op["dims"][d] for d in order], lambda b, x: x,
+                                               name=f"{v.name or 'w'}_turned")
+        _set_operand(op, i, turned.result, tuple(sym(f"d{d}") for d in order))
+        constant.add(turned.result)
+        ctx.remark("done", "the window's parameter turned to the result's layout, once", op.location)
 
 
 def _packing_body(panel: int, lane: int, nr: int, n_size: Dim) -> Any:

@@ -21,7 +21,7 @@ from ...ir.types import index
 from ..structured import body_ops, space_bounds
 from .emit import Emitter, Pair, fill_masks
 
-__all__ = ["Roles", "emit_contraction", "gemm_tile", "roles_of"]
+__all__ = ["Roles", "emit_contraction", "gemm_tile", "is_depthwise", "roles_of"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,18 @@ def roles_of(op: Operation) -> Roles | None:
     if not n:
         return None
     return Roles(batch, m, n, tuple(range(parallel, len(op["dims"]))), left, right)
+
+
+def is_depthwise(op: Operation) -> bool:
+    """Each element of one operand meets a window of the other: a contraction with no dimension to share a loaded element along, few steps of K."""
+    reads = [{int(s[1:]) for e in m for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()} for m in op["maps"]]
+    parallel = {d for d in range(len(parallel_dims(op))) if op["dims"][d] != 1}
+    k = product(op["dims"][len(parallel_dims(op)):])
+    return bool(parallel & reads[0] & reads[1]) and any(not (parallel & a - b) for a, b in (reads, reads[::-1])) and isinstance(k, int) and k <= WINDOW
+
+
+WINDOW = 128
+"""Most elements of a window that is summed directly."""
 
 
 def _walk(op: Operation, i: int, d: int) -> int:

@@ -16,7 +16,7 @@ from ...ir.printer import print_op
 from ..storage import storage_bytes
 from ..stream import analyse as analyse_stream
 from ..structured import constant_values, is_contraction, is_pointwise
-from .contraction import emit_contraction, gemm_tile, roles_of
+from .contraction import emit_contraction, gemm_tile, is_depthwise, roles_of
 from .emit import Emitter
 from .frame import Frame, analyse
 from .loops import choose_tile, emit_loops, traffic, work
@@ -120,7 +120,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         tile = stream_tile(stream, target)
         flops = sum((2 * _product(m, range(len(m["dims"]))) for m in (*stream.firsts, *stream.seconds)), 0)  # type: ignore[arg-type]
         grid = emit_stream(stream, outputs, target, Emitter(builder, tile, ranges), buffers, tile)
-    elif (contraction := next((m for m in members if is_contraction(m)), None)) is not None and _worth_gemm(contraction, members):
+    elif (contraction := next((m for m in members if is_contraction(m)), None)) is not None and _worth_gemm(
+            contraction, members, not target.is_gpu):
         roles = roles_of(contraction)
         assert roles is not None
         sizes = [_product(contraction, d) for d in (roles.m, roles.n, roles.k)]
@@ -148,10 +149,10 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
     return Operation.create("tile.kernel", (), attrs, (), [Region([block])], members[0].location)
 
 
-def _worth_gemm(op: Operation, members: list[Operation]) -> bool:
+def _worth_gemm(op: Operation, members: list[Operation], on_cpu: bool) -> bool:
     """Contractions with a real M, N and K; matrix-vector products and depthwise windows run as reductions."""
     roles = roles_of(op)
-    if roles is None or not roles.k:
+    if roles is None or not roles.k or (on_cpu and is_depthwise(op)):
         return False
     has_epilogue = len(members) > 1
     n, k = _product(op, roles.n), _product(op, roles.k)
