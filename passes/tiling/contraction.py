@@ -125,6 +125,10 @@ UNROLL = 4
 """Copies of the innermost loop."""
 ROWS, COLUMNS = 240, 256
 """Most rows of the left operand that a program works through, and, where K is cut, about how many columns."""
+PART = 512
+"""Steps of K that are summed by themselves, where all of K is done at once: the error of a long sum grows with its length."""
+STREAM = 2048
+"""Bytes ahead that an operand is asked for which is read once."""
 PROGRAMS = 8
 """Programs that a launch should have at least, to share out among threads."""
 
@@ -281,6 +285,12 @@ class _Contraction:
 
         return e.loop(lower, upper, 1, [acc], body, unroll=UNROLL if len(rest) == 1 else 1)[0]
 
+    def _is_skinny(self, target: Target) -> bool:
+        """A block of rows of the left operand stays in the caches for all of K: the right operand is streamed through once."""
+        k = product(self.k_sizes)
+        v = self.op.operands[self.roles.left]
+        return isinstance(k, int) and _rows_in_block(self.m, self.tile[0]) * k * element_type(v.type).bytes <= target.l2 // 4
+
     def _k_blocks(self, target: Target) -> tuple[int, int] | None:
         """(d, length): K is cut into blocks of `length` steps along dimension d of K, all of the dimensions after it, and one step of those before.
 
@@ -291,7 +301,7 @@ class _Contraction:
             return None
         sizes: list[int] = [int(s) for s in self.k_sizes]  # type: ignore[arg-type]
         most = max(128, target.l2 // 2 // ((ROWS + COLUMNS) * max(element_type(v.type).bytes for v in self.op.operands)) // 128 * 128)
-        if prod(sizes) <= most * 3 // 2:
+        if prod(sizes) <= most * 3 // 2 or self._is_skinny(target):
             return None
         d = next(d for d in range(len(sizes)) if prod(sizes[d + 1:]) <= most)
         blocks = -(-sizes[d] // max(1, most // prod(sizes[d + 1:])))
@@ -346,7 +356,15 @@ class _Contraction:
 
         def whole(inner: Emitter, i: Dim, panel: Dim) -> None:
             m, _, n, _ = at(inner, i, panel)
-            acc = multiply(inner, i, panel, [], (0, self.k_sizes[0]), self._zero(inner))
+            size = self.k_sizes[0]
+
+            def part(x: Emitter, k: Dim, carried: list[Value]) -> list[Value]:
+                return [x.builder.arith("add", carried[0], multiply(x, i, panel, [], (k, minimum(size, k + PART)), self._zero(x)))]
+
+            if len(self.k_sizes) == 1 and isinstance(size, int) and size > 3 * PART // 2:
+                acc = inner.loop(0, size, PART, [self._zero(inner)], part)[0]
+            else:
+                acc = multiply(inner, i, panel, [], (0, size), self._zero(inner))
             self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)])
 
         def k_nest(inner: Emitter, ks: list[Dim]) -> None:
@@ -391,6 +409,11 @@ class _Contraction:
         length = inside[0] if isinstance(inside[0], int) else self.k_sizes[d]
         line = 64 // element_type(v.type).bytes
         per_step = -(-nr // -(-rows // mr))  # elements to ask for per step of K
+        if rows <= 2 * mr:  # a stream: what comes next, not a panel that is still far away
+            here = _offset(v, self.op["maps"][right], self.positions(batch, 0, panel * nr, ks, e), bounds)
+            for n in range(-(-nr * UNROLL // line)):
+                e.prefetch(self.buffers[v], here + STREAM // element_type(v.type).bytes + n * line)
+            return
         start = [*ks[:d], within[0], *[0] * (len(ks) - d - 1)]
         base = _offset(v, self.op["maps"][right], self.positions(batch, 0, (panel + 1) * nr, start, e), bounds)
         ahead = simplify(base + row * (per_step * product([length, *inside[1:]]) // mr) + step * per_step, bounds)
