@@ -124,7 +124,7 @@ def measure(m: int, n: int, k: int, dtype: torch.dtype, peak: Callable[[], float
             f"{errors[0]:9.1e} {errors[1]:9.1e}")
     if asm:
         loops = re.split(r"^(?=\.LBB.*:)", _asm(kernels[0]), flags=re.M)
-        line += "\n" + max(loops, key=lambda text: text.count("vfmadd") + text.count("vdpbf16"))
+        line += "\n" + max(loops, key=lambda text: text.count("vfmadd") + text.count("vdpbf16") + 8 * text.count("tdpbf16"))
     return line
 
 

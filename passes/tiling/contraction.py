@@ -21,7 +21,7 @@ from ...ir.types import index
 from ..structured import body_ops, space_bounds
 from .emit import Emitter, Pair, fill_masks
 
-__all__ = ["Roles", "emit_contraction", "gemm_tile", "is_depthwise", "roles_of"]
+__all__ = ["MATRIX", "Roles", "contraction_tile", "emit_contraction", "gemm_tile", "is_depthwise", "multiplies_matrices", "multiplies_pairs", "roles_of"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,46 @@ def is_depthwise(op: Operation) -> bool:
     parallel = {d for d in range(len(parallel_dims(op))) if op["dims"][d] != 1}
     k = product(op["dims"][len(parallel_dims(op)):])
     return bool(parallel & reads[0] & reads[1]) and any(not (parallel & a - b) for a, b in (reads, reads[::-1])) and isinstance(k, int) and k <= WINDOW
+
+
+def multiplies_pairs(op: Operation, target: Target) -> bool:
+    """The target has an instruction that sums two products of bf16 in f32, and the op is made of those.
+
+    Processors with a matrix unit have that instruction too, at a fraction of its speed.
+    """
+    return (not target.is_gpu and "avx512bf16" in target.features and "amx-bf16" not in target.features and target.vector_bits >= 512 and element_type(op.result.type).name == "f32"
+            and all(element_type(v.type).name == "bf16" for v in op.operands))
+
+
+MATRIX = (32, 32, 32)
+"""Rows (or half as many), columns and depth of the products that are made on a matrix unit."""
+
+
+def multiplies_matrices(op: Operation, roles: Roles, last_k: int, target: Target) -> bool:
+    """The target has a matrix unit for bf16 that can read the left operand as it lies: rows of contiguous elements along `last_k`, 16 at least."""
+    m, k, v = product(op["dims"][d] for d in roles.m), op["dims"][last_k], op.operands[roles.left]
+    if target.is_gpu or not {"amx-bf16", "amx-tile"} <= set(target.features) or element_type(op.result.type).name != "f32":
+        return False
+    if any(element_type(x.type).name != "bf16" for x in op.operands) or not isinstance(m, int) or not isinstance(k, int) or fill_of(op, roles.left) is not None:
+        return False
+    if m <= 0 or m % (MATRIX[0] // 2) or k % MATRIX[2]:
+        return False
+    row = sym("row")
+    at = dict(zip([f"d{d}" for d in roles.m], delinearize(row, [op["dims"][d] for d in roles.m]), strict=True))
+    bounds = {**space_bounds(op["dims"]), "row": (0, m - 1)}
+    offset = _offset(v, op["maps"][roles.left], at, bounds)
+    down, along = split_linear(offset, "row"), split_linear(offset, f"d{last_k}")
+    return down is not None and isinstance(down[0], int) and along is not None and along[0] == 1
+
+
+def contraction_tile(op: Operation, roles: Roles, target: Target) -> tuple[int, int, int]:
+    """The tile that an op is computed by, after its operands were packed."""
+    if op.attributes.get("_packed") == "matrices":
+        m = product(op["dims"][d] for d in roles.m)
+        return (MATRIX[0] if m % MATRIX[0] == 0 else MATRIX[0] // 2), MATRIX[1], 1
+    dtype = element_type(op.result.type)
+    sizes = (product(op["dims"][d] for d in dims) for dims in (roles.m, roles.n, roles.k))
+    return gemm_tile(target, *sizes, exact=not dtype.is_float, bits=dtype.bits)
 
 
 WINDOW = 128
@@ -162,6 +202,9 @@ class _Contraction:
         self.k_sizes = [dims[d] for d in found.k]
         self.m, self.n = product(self.m_sizes), product(self.n_sizes)
         self.acc_type = TileType((tile[0], tile[1]), element_type(op.result.type))
+        self.depth = {"pairs": 2, "matrices": MATRIX[2]}.get(op.attributes.get("_packed"), 1)  # type: ignore[arg-type]
+        if self.depth > 1:  # elements of the last K dimension in one step
+            self.k_sizes[-1] = self.k_sizes[-1] // self.depth
 
     # -- positions ----------------------------------------------------------------------------------------------------
 
@@ -300,7 +343,8 @@ class _Contraction:
         if not all(isinstance(s, int) for s in self.k_sizes):
             return None
         sizes: list[int] = [int(s) for s in self.k_sizes]  # type: ignore[arg-type]
-        most = max(128, target.l2 // 2 // ((ROWS + COLUMNS) * max(element_type(v.type).bytes for v in self.op.operands)) // 128 * 128)
+        step_bytes = self.depth * max(element_type(v.type).bytes for v in self.op.operands)
+        most = max(128 // self.depth, target.l2 // 2 // ((ROWS + COLUMNS) * step_bytes) // UNROLL * UNROLL)
         if prod(sizes) <= most * 3 // 2 or self._is_skinny(target):
             return None
         d = next(d for d in range(len(sizes)) if prod(sizes[d + 1:]) <= most)
@@ -334,7 +378,7 @@ class _Contraction:
         def at(inner: Emitter, i: Dim, panel: Dim) -> tuple[Dim, Dim, Dim, Dim]:
             """Rows (twice: as they are, and within bounds for reading), columns, and the place in `sums`."""
             m, n = i + sym("t0"), panel * nr + sym("t1")
-            safe_m = m if isinstance(upper, int) and upper % mr == 0 and start == 0 else minimum(m, self.m - 1)
+            safe_m = m if isinstance(self.m, int) and self.m % mr == 0 else minimum(m, self.m - 1)
             return m, safe_m, n, (i - start + sym("t0")) * (together * nr) + (panel - first_panel) * nr + sym("t1")
 
         def tiles(inner: Emitter, body: Any) -> None:
@@ -356,13 +400,13 @@ class _Contraction:
 
         def whole(inner: Emitter, i: Dim, panel: Dim) -> None:
             m, _, n, _ = at(inner, i, panel)
-            size = self.k_sizes[0]
+            size, part_steps = self.k_sizes[0], PART // self.depth
 
             def part(x: Emitter, k: Dim, carried: list[Value]) -> list[Value]:
-                return [x.builder.arith("add", carried[0], multiply(x, i, panel, [], (k, minimum(size, k + PART)), self._zero(x)))]
+                return [x.builder.arith("add", carried[0], multiply(x, i, panel, [], (k, minimum(size, k + part_steps)), self._zero(x)))]
 
-            if len(self.k_sizes) == 1 and isinstance(size, int) and size > 3 * PART // 2:
-                acc = inner.loop(0, size, PART, [self._zero(inner)], part)[0]
+            if len(self.k_sizes) == 1 and isinstance(size, int) and size > 3 * part_steps // 2:
+                acc = inner.loop(0, size, part_steps, [self._zero(inner)], part)[0]
             else:
                 acc = multiply(inner, i, panel, [], (0, size), self._zero(inner))
             self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)])
@@ -408,25 +452,41 @@ class _Contraction:
             step = step * size + k
         length = inside[0] if isinstance(inside[0], int) else self.k_sizes[d]
         line = 64 // element_type(v.type).bytes
-        per_step = -(-nr // -(-rows // mr))  # elements to ask for per step of K
+        width = nr * self.depth
+        per_step = -(-width // -(-rows // mr))  # elements to ask for per step of K
         if rows <= 2 * mr:  # a stream: what comes next, not a panel that is still far away
-            here = _offset(v, self.op["maps"][right], self.positions(batch, 0, panel * nr, ks, e), bounds)
-            for n in range(-(-nr * UNROLL // line)):
+            here = _offset(v, self.op["maps"][right], self.positions(batch, 0, panel * nr, self._elements(ks), e), bounds)
+            for n in range(-(-width * UNROLL // line)):
                 e.prefetch(self.buffers[v], here + STREAM // element_type(v.type).bytes + n * line)
             return
         start = [*ks[:d], within[0], *[0] * (len(ks) - d - 1)]
-        base = _offset(v, self.op["maps"][right], self.positions(batch, 0, (panel + 1) * nr, start, e), bounds)
+        base = _offset(v, self.op["maps"][right], self.positions(batch, 0, (panel + 1) * nr, self._elements(start), e), bounds)
         ahead = simplify(base + row * (per_step * product([length, *inside[1:]]) // mr) + step * per_step, bounds)
         for n in range(min(8, -(-per_step * UNROLL // line))):
             e.prefetch(self.buffers[v], ahead + n * line)
 
     def _rank1(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim, ks: list[Dim], acc: Value) -> Value:
+        if self.depth > 1:
+            return self._deep_products(e, batch, m, n, ks, acc)
         at = self.positions(batch, m, n, ks, e)
         left = self.read(e, self.roles.left, at, [])
         packed = bool(self.op.attributes.get("_packed"))  # zero-padded to whole panels: reading past N is in bounds
         right = self.read(e, self.roles.right, at, [] if packed else [(n, self.n)])
         left, right = _as_tile(e, left, (self.tile[0], 1)), _as_tile(e, right, (1, self.tile[1]))
         return e.builder.op("tile.dot", left, right, acc, type=self.acc_type)
+
+    def _deep_products(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim, ks: list[Dim], acc: Value) -> Value:
+        """Several elements along K in one product; the packed right operand has each two of a column side by side."""
+        mr, nr, _ = self.tile
+        left_e, right_e = _with_shape(e, (mr, self.depth)), _with_shape(e, (self.depth, nr))
+        left = self.read(left_e, self.roles.left, self.positions(batch, m, 0, self._elements(ks, sym("t1")), left_e), [], cast=False)
+        right = self.read(right_e, self.roles.right, self.positions(batch, 0, n, self._elements(ks, sym("t0")), right_e), [], cast=False)
+        left, right = _as_tile(e, left, (mr, self.depth)), _as_tile(e, right, (self.depth, nr))
+        return e.builder.op("tile.dot", left, right, acc, type=self.acc_type)
+
+    def _elements(self, ks: list[Dim], within: Dim = 0) -> list[Dim]:
+        """Positions along K of steps of K."""
+        return [*ks[:-1], ks[-1] * self.depth + within] if self.depth > 1 else ks
 
     def _narrow_products(self) -> bool:
         """Both operands are of one 16-bit float type and accumulated in f32: their products are exact there, so no cast is needed first."""

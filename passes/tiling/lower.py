@@ -16,7 +16,7 @@ from ...ir.printer import print_op
 from ..storage import storage_bytes
 from ..stream import analyse as analyse_stream
 from ..structured import constant_values, is_contraction, is_pointwise
-from .contraction import emit_contraction, gemm_tile, is_depthwise, roles_of
+from .contraction import contraction_tile, emit_contraction, is_depthwise, roles_of
 from .emit import Emitter
 from .frame import Frame, analyse
 from .loops import choose_tile, emit_loops, traffic, work
@@ -124,9 +124,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
             contraction, members, not target.is_gpu):
         roles = roles_of(contraction)
         assert roles is not None
-        sizes = [_product(contraction, d) for d in (roles.m, roles.n, roles.k)]
-        tile = gemm_tile(target, *sizes, exact=not element_type(contraction.result.type).is_float,
-                         bits=element_type(contraction.result.type).bits)
+        tile = contraction_tile(contraction, roles, target)
         flops = 2 * _product(contraction, range(len(contraction["dims"])))  # type: ignore[arg-type]
         e = Emitter(builder, (tile[0], tile[1]), ranges)
         grid = emit_contraction(contraction, [m for m in members if m is not contraction], outputs, target, e, buffers, tile)
