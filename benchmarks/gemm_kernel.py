@@ -61,7 +61,6 @@ def make_peak(target: Target, loads: bool = False) -> Callable[[], float]:
         phi.add_incoming(x, entry)
         if loads and i % 2 == 0:
             splat = b.load(b.gep(out, [ir.IntType(64)(i)], source_etype=ir.FloatType()), typ=ir.FloatType(), align=4)
-            splat.volatile = True
             y = b.shuffle_vector(b.insert_element(ir.Constant(vector, ir.Undefined), splat, ir.IntType(32)(0)), ir.Constant(vector, ir.Undefined),
                                  ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes))
         following.append(b.call(fma, [phi, x, y if loads else x]))
@@ -147,7 +146,8 @@ def main() -> None:
     sustained = max(make_peak(target, loads=True)() for _ in range(5))
     print(f"{environment()['cpu']}, {target.vector_bits}-bit vectors, multiply-add peak {max(peak() for _ in range(5)):.1f} GFLOP/s, "
           f"sustained {sustained:.1f}; {options.dtype}")
-    print(f"{'shape':>15} {'aicc':>12} {'GFLOP/s':>8} {'of peak':>8} {'torch':>8} {'B GB/s':>8} {'compile s':>8} {'error':>9} {'torch err':>9}", flush=True)
+    titles = ("aicc", 12), ("GFLOP/s", 8), ("of peak", 8), ("torch", 8), ("B GB/s", 8), ("compile s", 8), ("error", 9), ("torch err", 9)
+    print(f"{'shape':>15}", *(f"{title:>{width}}" for title, width in titles), flush=True)
     for shape in options.shapes:
         m, n, k = map(int, shape.split("x"))
         print(measure(m, n, k, DTYPES[options.dtype], peak, options.rounds, options.asm), flush=True)

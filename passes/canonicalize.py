@@ -113,13 +113,25 @@ def _cast(op: Operation, rewriter: Rewriter) -> None:
 
 
 def _drop_rounding(op: Operation, rewriter: Rewriter) -> None:
-    """f32 -> bf16 -> f32 inside one body is the identity when intermediate rounding is not asked for."""
+    """f32 -> bf16 -> f32 inside one body is the identity when intermediate rounding is not asked for; so is widening a number."""
     inner = op.operands[0].defining_op
-    if inner is None or inner.name != "arith.cast":
+    if inner is None:
+        return
+    if inner.name == "arith.constant" and element_type(op.result.type).name == "f32" and _has_few_bits(inner["value"]):
+        rewriter.replace(op, [rewriter.builder(op).constant(inner["value"], element_type(op.result.type))])
+        return
+    if inner.name != "arith.cast":
         return
     source, middle, result = inner.operands[0], element_type(inner.result.type), element_type(op.result.type)
     if element_type(source.type) == result and result.name == "f32" and middle.name in ("bf16", "f16"):
         rewriter.replace(op, [source])
+
+
+def _has_few_bits(x: Any) -> bool:
+    """A float that every 16-bit type holds exactly."""
+    if not isinstance(x, float) or math.isnan(x):
+        return False
+    return math.isinf(x) or x == 0 or (2.0**-14 <= abs(x) <= 2.0**15 and (math.frexp(x)[0] * 256).is_integer())
 
 
 def _widen_select(op: Operation, rewriter: Rewriter) -> None:

@@ -29,7 +29,7 @@ _NEGATED = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
 
 @dataclass
 class Alive:
-    """Points outside of `pairs` (each a < b, over the frame) contribute nothing. Where all pairs hold, the conditions in `known` have these values."""
+    """Points outside of `pairs` (each a < b, over the frame) contribute nothing. Where all hold, the conditions in `known` have these values."""
 
     pairs: list[Pair] = field(default_factory=list)
     known: dict[Value, bool] = field(default_factory=dict)
@@ -132,9 +132,9 @@ class _Reader:
             sides = [self._position(op, v) for v in inner.operands]
             if None not in sides:
                 small, large, slack = _COMPARISONS[name if truth else _NEGATED[name]]
-                a, b = sides[small], sides[large]
-                assert a is not None and b is not None
-                return frozenset({_normal(a, b + slack)}), True
+                low, high = sides[small], sides[large]
+                assert low is not None and high is not None
+                return frozenset({_normal(low, high + slack)}), True
         return frozenset(), False
 
     def _position(self, op: Operation, v: Value) -> Dim | None:

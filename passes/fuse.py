@@ -21,7 +21,6 @@ from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import product
 from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
-from .stream import describe, find_streams, outline
 from .structured import body_ops, is_contraction, is_pointwise, plain_dims
 from .topology import topological_sort
 
@@ -82,27 +81,15 @@ class Fuse(Pass):
     max_values: int = 28
     parallel_enough: int = 32
     small: int = 1 << 14
-    stream: bool = True
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         names: dict[str, int] = {}
         for func in [f for f in module.body if f.name == "func"]:
-            if self.stream and ctx.target.is_gpu:
-                self._take_streams(func, ctx)
             groups = self._group(func, ctx)
             for g in groups:
                 _outline(g, names)
             topological_sort(func.body)
             ctx.remark("done", f"{sum(len(g.members) for g in groups)} structured ops in {len(groups)} kernels")
-
-    def _take_streams(self, func: Operation, ctx: PassContext) -> None:
-        """Chains of contractions that need not store what lies between them become kernels first."""
-        found = find_streams(func, lambda op, why: ctx.remark("declined", f"no streaming: {why}", op.location))
-        for k, s in enumerate(found):
-            ctx.remark("done", f"streams {describe(s)}")
-            outline(s, "stream" if k == 0 else f"stream_{k + 1}")
-        if found:
-            topological_sort(func.body)
 
     def _group(self, func: Operation, ctx: PassContext) -> list[Group]:
         groups: list[Group] = []

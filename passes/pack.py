@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..ir import Builder, Dim, Operation, TensorType, Value, element_type, sym
+from ..ir import Builder, Dim, Operation, TensorType, Value, sym
 from ..ir.dialects.tensor import fill_of
 from ..ir.expr import (
     ceildiv,
@@ -34,7 +34,8 @@ from ..ir.expr import (
 from ..ir.passes import Pass, PassContext, register
 from ..ir.types import i64
 from .structured import constant_values, in_order, is_contraction, plain_dims, space_bounds
-from .tiling.contraction import MATRIX, Roles, contraction_tile, is_depthwise, multiplies_matrices, multiplies_pairs, roles_of
+from .tiling.contraction import MATRIX, Roles, roles_of
+from .tiling.cpu_tiles import contraction_tile, is_depthwise, multiplies_matrices, multiplies_pairs
 
 SMALL_M = 4
 """With fewer rows, packing an operand that is used once costs more than it saves."""

@@ -1,40 +1,36 @@
 """Streaming: chains contraction -> pointwise and row reductions -> contraction as one pass over the shared dimension.
 
 The space in the middle, (batch, rows, stream), is never stored: a kernel walks `stream` in steps and keeps, for each row, the running
-reductions and the running second contraction. A reduction may depend on an earlier one if the dependence can be *rescaled*:
-
-  exp(x - m)    with m the running maximum: when m grows to m', what was summed so far is multiplied by exp(m - m')   ("shift")
-  x * w, x / w  with w any value of the row: linear, so it is applied once, to the finished sum                        ("scale")
+reductions and the running second contraction. A reduction may depend on an earlier one if the dependence can be rescaled (`rescale.py`).
 
 Softmax times values with any elementwise change of the scores, any mask, and its backward (where log-sum-exp is an input) all have this form; no op
 is recognised by name. Values of the middle space are computed anew by every stream that needs them.
 
-    find_streams(func, decline)   the streams worth taking out of a function
-    analyse(ops)                  the stream that the members of one kernel form, or None
-    outline(stream, name)         moves one into a `tensor.fused`
+After the pass `stream`, each such chain is a `tensor.fused` of its own; `analyse(ops)` finds the stream that the members of one form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from ..ir import Block, Builder, Dim, Operation, Region, TensorType, Value, element_type, sym
+from ..ir import Block, Builder, Dim, Operation, Region, Target, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import free_symbols, product, simplify, substitute
+from ..ir.passes import Pass, PassContext, register
 from .dead_region import Alive, dead_where
+from .rescale import FREE, Declined, Dependence, Factor
+from .stream_access import why_slow_on_cpu
 from .structured import is_contraction, is_pointwise, plain_dims
+from .topology import topological_sort
 
-__all__ = ["Stream", "analyse", "describe", "find_streams", "outline"]
+__all__ = ["Stream", "analyse"]
 
 MAX_WIDTH = 256
 """Elements of the first contraction's summed dimension and of the second one's own: both are held whole by a program."""
 MIN_ROWS = 16
 """With fewer rows there is nothing to reuse: the plain kernels are as good."""
-
-
-class _Declined(Exception):
-    """The chain does not stream; says why."""
 
 
 @dataclass
@@ -109,11 +105,11 @@ class _Growth:
         names = {d: f"f{k}" for k, d in enumerate(sorted(in_e))}
         own = [d for d in names if d >= parallel or d not in in_v]  # rows and stream: read as they are, once
         if fill_of(seed, which) is not None or not set(range(parallel, len(seed["dims"]))) <= in_e or not set(own) <= _plain(e_map):
-            raise _Declined("the product does not read every point of the middle space once")
+            raise Declined("the product does not read every point of the middle space once")
         columns = [d for d in range(parallel) if d not in names]
         rows = [d for d in own if d < parallel]
         if not rows or not columns or not set(columns) <= in_v:
-            raise _Declined("no rows or no columns")
+            raise Declined("no rows or no columns")
         self.block = seed.parent
         self.outer: set[Operation] = set()  # members that do not depend on the stream
         self.s = Stream({names[d]: seed["dims"][d] for d in names}, tuple(names[d] for d in names if d not in own),
@@ -124,7 +120,7 @@ class _Growth:
         self.bounds = {**{f: (0, n - 1) for f, n in self.s.sizes.items()}, **{f"n{k}": (0, n - 1) for k, n in enumerate(self.s.columns)}}
         env = {f"d{d}": e for d, e in place.items()}
         if not self.visit(seed.operands[which], tuple(simplify(substitute(e, env), self.bounds) for e in e_map)):
-            raise _Declined("the operand is not made from another contraction")
+            raise Declined("the operand is not made from another contraction")
 
     # -- classification
 
@@ -141,7 +137,7 @@ class _Growth:
         known = self.s.position.get(op)
         if known is not None:
             if known != at:
-                raise _Declined("one value is read at two positions")
+                raise Declined("one value is read at two positions")
             return op not in self.outer
         rows, stream = self._spans(at)
         if is_contraction(op):
@@ -198,7 +194,7 @@ class _Growth:
                 continue
             inside = self.visit(v, self._reads(op, i, at, reduced))
             if inside and fill_of(op, i) is not None:
-                raise _Declined("a padded read of the middle space")
+                raise Declined("a padded read of the middle space")
             depends = depends or inside
         return depends
 
@@ -267,12 +263,13 @@ class _Growth:
         tail = any(n not in wanted for n in names)
         if names != wanted | ({f"n{k}" for k in range(len(self.s.columns))} if tail else set()):
             return False
-        saved = (dict(self.s.position), *(list(x) for x in (self.s.firsts, self.s.full, self.s.reductions, self.s.row)))
+        s = self.s
+        position, lists = dict(s.position), [list(x) for x in (s.firsts, s.full, s.reductions, s.row)]
         self.s.position[op] = at
         try:
             self._operands(op, at)  # its other operands may need members that the seed did not (the sum of a softmax)
-        except _Declined:
-            self.s.position, self.s.firsts, self.s.full, self.s.reductions, self.s.row = saved
+        except Declined:
+            s.position, (s.firsts, s.full, s.reductions, s.row) = position, lists
             return False
         (self.s.tail if tail else self.s.row).append(op)
         return True
@@ -281,92 +278,9 @@ class _Growth:
 # -- how each reduction depends on the earlier ones -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Factor:
-    """How a scalar of the middle space depends on row values: "free", not at all; "row", it is `value`; "shift", something minus `value`;
-    "product", something times exp(-value), if there is one, and times the `scales`."""
-
-    kind: str
-    value: Value | None = None
-    scales: tuple[tuple[Value, str], ...] = ()
-
-
-_FREE = _Factor("free")
-
-
-def _opaque() -> _Factor:
-    raise _Declined("a reduction depends on an earlier one in a way that cannot be rescaled")
-
-
-def _merge(a: _Factor, b: _Factor, kind: str) -> _Factor:
-    """The factor of a * b or a / b (kind "mul" or "div"), where at most one is a shift."""
-    if "shift" in (a.kind, b.kind):
-        return _opaque()
-    if a.kind == "row":
-        return _merge(b, a, kind) if kind == "mul" and b.kind != "row" else _opaque()
-    if b.kind == "row":
-        assert b.value is not None
-        return _Factor("product", a.value if a.kind == "product" else None, (*a.scales, (b.value, kind)))
-    if (b.kind == "product" and kind == "div") or (a.value is not None and b.value is not None):
-        return _opaque()
-    return _FREE if a.kind == b.kind == "free" else _Factor("product", a.value or b.value, (*a.scales, *b.scales))
-
-
-class _Dependence:
-    """Memoised factors of the scalars in members' bodies."""
-
-    def __init__(self, s: Stream):
-        self.s = s
-        self.known: dict[Value, _Factor] = {}
-
-    def of(self, op: Operation, scalar: Value) -> _Factor:
-        if scalar not in self.known:
-            self.known[scalar] = self._compute(op, scalar)
-        return self.known[scalar]
-
-    def _compute(self, op: Operation, x: Value) -> _Factor:
-        inner = x.defining_op
-        if inner is None:
-            v = op.operands[x.index]  # type: ignore[attr-defined]
-            kind = self.s.kind_of(v)
-            if kind == "full":
-                made = v.defining_op
-                assert made is not None
-                return self.of(made, made.body.terminator.operands[made.results.index(v)])  # type: ignore[arg-type]
-            return _Factor("row", v) if kind in ("reduction", "row") else _FREE
-        args = [self.of(op, a) for a in inner.operands]
-        return self._rule(inner, args)
-
-    def _rule(self, inner: Operation, args: list[_Factor]) -> _Factor:
-        if all(a.kind == "free" for a in args):
-            return _FREE
-        name = inner.name.removeprefix("arith.")
-        if name == "sub" and args[0].kind == "free" and args[1].kind == "row":
-            return _Factor("shift", args[1].value)
-        if name == "exp" and args[0].kind == "shift":
-            return _Factor("product", args[0].value)
-        if name in ("mul", "div"):
-            return _merge(args[0], args[1], name)
-        if name in ("cast", "neg") and args[0].kind in ("product", "row"):
-            return args[0] if element_type(inner.result.type).is_float else _opaque()
-        if name == "select" and args[0].kind == "free":
-            return self._choice(inner, args)
-        return _opaque()
-
-    def _choice(self, inner: Operation, args: list[_Factor]) -> _Factor:
-        sides = [(a, v) for a, v in zip(args[1:], inner.operands[1:], strict=True) if not _is_zero(v)]
-        if len(sides) == 1 or (sides[0][0] == sides[1][0] and sides[0][0].kind == "product"):
-            return sides[0][0] if sides[0][0].kind in ("product", "row") else _opaque()
-        return _opaque()
-
-
-def _is_zero(v: Value) -> bool:
-    return v.defining_op is not None and v.defining_op.name == "arith.constant" and v.defining_op["value"] == 0
-
-
 def _check_dependence(s: Stream) -> None:
-    """Fills `shifts` and `scales`; _Declined if some reduction cannot stream."""
-    rules = _Dependence(s)
+    """Fills `shifts` and `scales`; Declined if some reduction cannot stream."""
+    rules = Dependence(s.kind_of)
     for op in [*s.reductions, *s.seconds]:
         s.scales[op], s.shifts[op] = [], None
         if op in s.seconds:
@@ -377,24 +291,24 @@ def _check_dependence(s: Stream) -> None:
             if f.kind == "free":
                 continue
             if kind != "sum" or f.kind != "product" or len(factors) != 1:
-                _opaque()
+                raise Declined("a reduction depends on an earlier one in a way that cannot be rescaled")
             if f.value is not None and not _is_plain_maximum(s, rules, f.value):
-                _opaque()
+                raise Declined("a reduction depends on an earlier one in a way that cannot be rescaled")
             s.shifts[op], s.scales[op] = f.value, list(f.scales)
     if {w for rows in s.scales.values() for w, _ in rows} & set(s.shifts.values()):
-        _opaque()
+        raise Declined("a row value both shifts and scales")
 
 
-def _operand_factor(rules: _Dependence, s: Stream, op: Operation) -> _Factor:
+def _operand_factor(rules: Dependence, s: Stream, op: Operation) -> Factor:
     v = s.streamed(op)
     made = v.defining_op
     assert made is not None
     if made in s.firsts:
-        return _FREE
+        return FREE
     return rules.of(made, made.body.terminator.operands[made.results.index(v)])  # type: ignore[arg-type]
 
 
-def _is_plain_maximum(s: Stream, rules: _Dependence, m: Value) -> bool:
+def _is_plain_maximum(s: Stream, rules: Dependence, m: Value) -> bool:
     op = m.defining_op
     return op in s.reductions and op["combine"] == ("max",) and rules.of(op, op.body.terminator.operands[0]).kind == "free"
 
@@ -408,18 +322,18 @@ def _grown(seed: Operation, which: int) -> Stream:
     growth.add_tail()
     s = growth.s
     if not s.firsts:
-        raise _Declined("no contraction makes the middle space")
+        raise Declined("no contraction makes the middle space")
     if any(set(v.users) & set(s.full) for op in s.seconds + s.tail for v in op.results):
-        raise _Declined("the middle space depends on the finished product")
+        raise Declined("the middle space depends on the finished product")
     columns = product(s.columns)
     if not isinstance(columns, int) or columns > MAX_WIDTH:
-        raise _Declined(f"the product has more than {MAX_WIDTH} columns")
+        raise Declined(f"the product has more than {MAX_WIDTH} columns")
     if isinstance(s.row_count, int) and s.row_count < MIN_ROWS:
-        raise _Declined("too few rows")
+        raise Declined("too few rows")
     if isinstance(s.length, int) and s.length < MIN_ROWS:
-        raise _Declined("too short")
+        raise Declined("too short")
     if not element_type(seed.result.type).is_float:
-        raise _Declined("not floating point")
+        raise Declined("not floating point")
     order = {op: i for i, op in enumerate(seed.parent)}  # type: ignore[arg-type]
     for ops in (s.firsts, s.full, s.reductions, s.row, s.seconds, s.tail):
         ops.sort(key=order.__getitem__)
@@ -439,14 +353,14 @@ def analyse(ops: Sequence[Operation]) -> Stream | None:
     for seed, which in reversed(_candidates(ops)):
         try:
             s = _grown(seed, which)
-        except _Declined:
+        except Declined:
             continue
         if set(s.members) == set(ops):
             return s
     return None
 
 
-def find_streams(func: Operation, decline: Callable[[Operation, str], None]) -> list[Stream]:
+def _find_streams(func: Operation, target: Target, decline: Callable[[Operation, str], None]) -> list[Stream]:
     """Streams worth taking out of `func`; `decline(op, why)` hears about chains that come close."""
     found: list[Stream] = []
     covered: set[Operation] = set()
@@ -456,7 +370,10 @@ def find_streams(func: Operation, decline: Callable[[Operation, str], None]) -> 
         try:
             s = _grown(seed, which)
             _check_cycle(s, func)
-        except _Declined as why:
+            slow = "" if target.is_gpu else why_slow_on_cpu(s)
+            if slow:
+                raise Declined(slow)
+        except Declined as why:
             if _near_miss(seed.operands[which]):
                 decline(seed, str(why))
             continue
@@ -504,11 +421,11 @@ def _check_cycle(s: Stream, func: Operation) -> None:
             continue
         seen.add(op)
         if op in made:
-            raise _Declined("an input depends on a result")
+            raise Declined("an input depends on a result")
         stack.extend(v.defining_op for v in op.operands if v.defining_op is not None)
 
 
-def describe(s: Stream) -> str:
+def _describe(s: Stream) -> str:
     """For remarks: what streams over what."""
     kinds = [c for op in s.reductions for c in op["combine"]]
     sizes = "x".join(str(s.sizes[f]) for f in (*s.batch, *s.rows, *s.stream))
@@ -516,7 +433,7 @@ def describe(s: Stream) -> str:
 
 
 
-def outline(s: Stream, name: str) -> Operation:
+def _outline(s: Stream, name: str) -> Operation:
     """A `tensor.fused` of copies of the members, placed at the last of them; the originals stay where something else needs them."""
     order = {op: i for i, op in enumerate(s.seconds[0].parent)}  # type: ignore[arg-type]
     members = sorted(s.members, key=order.__getitem__)
@@ -528,7 +445,7 @@ def outline(s: Stream, name: str) -> Operation:
     block = Block([v.type for v in inputs], [v.name for v in inputs])
     types = [TensorType(r.type.shape, r.type.dtype, r.type.strides) for r in outputs]  # type: ignore[attr-defined]
     at = Builder(last.parent, last, s.seconds[0].location)
-    fused = at.create("tensor.fused", inputs, {"kernel": name, "why": describe(s)}, types, [Region([block])])
+    fused = at.create("tensor.fused", inputs, {"kernel": name, "why": _describe(s)}, types, [Region([block])])
     renamed: dict[Value, Value] = dict(zip(inputs, block.args, strict=True))
     for op in members:
         block.append(op.clone(renamed))
@@ -540,3 +457,20 @@ def outline(s: Stream, name: str) -> Operation:
         if not any(r.uses for r in op.results):
             op.erase()
     return fused
+
+
+@register
+@dataclass(frozen=True)
+class StreamPass(Pass):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "stream"
+
+    def run(self, module: Operation, ctx: PassContext) -> None:
+        for func in [f for f in module.body if f.name == "func"]:
+            found = _find_streams(func, ctx.target, lambda op, why: ctx.remark("declined", f"no streaming: {why}", op.location))
+            for k, s in enumerate(found):
+                ctx.remark("done", f"streams {_describe(s)}", s.seconds[0].location)
+                _outline(s, "stream" if k == 0 else f"stream_{k + 1}")
+            if found:
+                topological_sort(func.body)

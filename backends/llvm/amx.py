@@ -198,7 +198,7 @@ def _accumulates(v: Value, arg: Value, dots: set[Operation]) -> bool:
     if op is None:
         return False
     if op.name == "tile.for":
-        inner = op.results.index(v)
+        inner = list(op.results).index(v)  # type: ignore[arg-type]
         return op.operands[op["indices"] + inner] is arg and carried_in_tiles(op, dots)[inner] and len(v.uses) == 1
     return op in dots and op.operands[2] is arg and len(v.uses) == 1
 

@@ -15,8 +15,8 @@ from ...ir.core import Operation
 from ...ir.expr import Dim, as_int, free_symbols, split_linear, substitute, sym
 from ...ir.types import DTYPES, BufferType, DType, ScalarType, TileType, element_type
 from . import arith
-from .amx import AmxTile, emit_amx_dot, enter, leave
 from .access import AccessChunk, Accessor, broadcast_row, emit_load, emit_store, full_mask, row_coordinates
+from .amx import AmxTile, emit_amx_dot, enter, leave
 from .convert import emit_cast
 from .dot import PairTile, emit_dot
 from .intrinsics import call

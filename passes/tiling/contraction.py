@@ -10,7 +10,6 @@ The right operand should be contiguous along N; `passes/pack.py` sees to that on
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -21,7 +20,7 @@ from ...ir.types import index
 from ..structured import body_ops, space_bounds
 from .emit import Emitter, Pair, fill_masks
 
-__all__ = ["MATRIX", "Roles", "contraction_tile", "emit_contraction", "gemm_tile", "is_depthwise", "multiplies_matrices", "multiplies_pairs", "roles_of"]
+__all__ = ["MATRIX", "Roles", "emit_contraction", "offset_of", "roles_of"]
 
 
 @dataclass(frozen=True)
@@ -53,58 +52,6 @@ def roles_of(op: Operation) -> Roles | None:
     return Roles(batch, m, n, tuple(range(parallel, len(op["dims"]))), left, right)
 
 
-def is_depthwise(op: Operation) -> bool:
-    """Each element of one operand meets a window of the other: a contraction with no dimension to share a loaded element along, few steps of K."""
-    reads = [{int(s[1:]) for e in m for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()} for m in op["maps"]]
-    parallel = {d for d in range(len(parallel_dims(op))) if op["dims"][d] != 1}
-    k = product(op["dims"][len(parallel_dims(op)):])
-    return bool(parallel & reads[0] & reads[1]) and any(not (parallel & a - b) for a, b in (reads, reads[::-1])) and isinstance(k, int) and k <= WINDOW
-
-
-def multiplies_pairs(op: Operation, target: Target) -> bool:
-    """The target has an instruction that sums two products of bf16 in f32, and the op is made of those.
-
-    Processors with a matrix unit have that instruction too, at a fraction of its speed.
-    """
-    return (not target.is_gpu and "avx512bf16" in target.features and "amx-bf16" not in target.features and target.vector_bits >= 512 and element_type(op.result.type).name == "f32"
-            and all(element_type(v.type).name == "bf16" for v in op.operands))
-
-
-MATRIX = (32, 32, 32)
-"""Rows (or half as many), columns and depth of the products that are made on a matrix unit."""
-
-
-def multiplies_matrices(op: Operation, roles: Roles, last_k: int, target: Target) -> bool:
-    """The target has a matrix unit for bf16 that can read the left operand as it lies: rows of contiguous elements along `last_k`, 16 at least."""
-    m, k, v = product(op["dims"][d] for d in roles.m), op["dims"][last_k], op.operands[roles.left]
-    if target.is_gpu or not {"amx-bf16", "amx-tile"} <= set(target.features) or element_type(op.result.type).name != "f32":
-        return False
-    if any(element_type(x.type).name != "bf16" for x in op.operands) or not isinstance(m, int) or not isinstance(k, int) or fill_of(op, roles.left) is not None:
-        return False
-    if m <= 0 or m % (MATRIX[0] // 2) or k % MATRIX[2]:
-        return False
-    row = sym("row")
-    at = dict(zip([f"d{d}" for d in roles.m], delinearize(row, [op["dims"][d] for d in roles.m]), strict=True))
-    bounds = {**space_bounds(op["dims"]), "row": (0, m - 1)}
-    offset = _offset(v, op["maps"][roles.left], at, bounds)
-    down, along = split_linear(offset, "row"), split_linear(offset, f"d{last_k}")
-    return down is not None and isinstance(down[0], int) and along is not None and along[0] == 1
-
-
-def contraction_tile(op: Operation, roles: Roles, target: Target) -> tuple[int, int, int]:
-    """The tile that an op is computed by, after its operands were packed."""
-    if op.attributes.get("_packed") == "matrices":
-        m = product(op["dims"][d] for d in roles.m)
-        return (MATRIX[0] if m % MATRIX[0] == 0 else MATRIX[0] // 2), MATRIX[1], 1
-    dtype = element_type(op.result.type)
-    sizes = (product(op["dims"][d] for d in dims) for dims in (roles.m, roles.n, roles.k))
-    return gemm_tile(target, *sizes, exact=not dtype.is_float, bits=dtype.bits)
-
-
-WINDOW = 128
-"""Most elements of a window that is summed directly."""
-
-
 def _walk(op: Operation, i: int, d: int) -> int:
     """The distance in operand i between steps of dimension d; sizes unknown at compile time count as 64."""
     v = op.operands[i]
@@ -120,47 +67,8 @@ def _stride_key(stride: Dim) -> int:
     return stride if isinstance(stride, int) else 1 << 40
 
 
-def gemm_tile(target: Target, m: Dim, n: Dim, k: Dim, *, exact: bool = False, bits: int = 32) -> tuple[int, int, int]:
-    """(rows, columns, K step) of one register tile (CPU) or one program (GPU); `bits` are those of an accumulator."""
-    if target.is_gpu:
-        def fit(size: Dim, most: int) -> int:
-            return most if not isinstance(size, int) else max(16, min(most, 1 << (size - 1).bit_length()))
-        if exact:  # integers: rank-1 updates, as matrix units do not have their types
-            return fit(m, 32), fit(n, 32), 1
-        return fit(m, 128 if isinstance(m, int) and m >= 512 else 64), fit(n, 128), fit(k, 32)
-    lanes = max(1, target.lanes(bits))
-    rows, vectors = _register_tile(target.vector_registers, lanes, m if isinstance(m, int) else None, n if isinstance(n, int) else None)
-    if isinstance(n, int) and n <= lanes // 2:
-        return rows, max(1, 1 << (n - 1).bit_length()), 1
-    return rows, vectors * lanes, 1
-
-
-MULTIPLY_ADDS, LATENCY = 2, 4
-"""Vector multiply-adds that start per cycle, and cycles until one is done, on the cores of today."""
-LOAD_CYCLES = 0.15
-"""What a load in the inner loop costs beside the multiply-adds: with 10 for 24 of them (a tile of 6 x 4 vectors) some 5 % less than with 14 (12 x 2)."""
-
-
-@lru_cache(maxsize=256)
-def _register_tile(registers: int, lanes: int, m: int | None, n: int | None) -> tuple[int, int]:
-    """(rows, vectors) of the tile that takes fewest cycles per K for the whole product, partial tiles counted as whole ones.
-
-    Accumulators, a row of B and one broadcast element of A fit the registers. Few rows that are done in one pass take wide tiles: such a
-    product waits for memory or, with few accumulators, for its own multiply-adds.
-    """
-    best = (float("inf"), 0, (1, 1))
-    for rows in range(1, (14 if registers >= 32 else 6) + 1):
-        for vectors in range(1, 9):
-            wide = vectors > 4 and (m is None or m > rows)
-            if rows * vectors + vectors + 1 >= registers or wide or (n is not None and vectors > 1 and (vectors - 1) * lanes >= n):
-                continue
-            cycles = max(rows * vectors / MULTIPLY_ADDS, LATENCY) + LOAD_CYCLES * (rows + vectors)
-            down = 1 / rows if m is None else -(-m // rows)
-            across = 1 / vectors if n is None else -(-n // (vectors * lanes))
-            best = min(best, (down * across * cycles, rows, (rows, vectors)))
-    return best[2]
-
-
+MATRIX = (32, 32, 32)
+"""Rows (or half as many), columns and depth of the products that are made on a matrix unit."""
 UNROLL = 4
 """Copies of the innermost loop."""
 ROWS, COLUMNS = 240, 256
@@ -223,7 +131,7 @@ class _Contraction:
         fill = fill_of(self.op, i)
         bounds = e.bounds()
         pairs, low = fill_masks(m, v.type.shape, at, bounds) if fill is not None else ([], [])  # type: ignore[attr-defined]
-        offset = _offset(v, m, at, bounds)
+        offset = offset_of(v, m, at, bounds)
         value = e.load(self.buffers[v], offset, [*pairs, *e.needed(mask)], low, 0 if fill is None else fill)
         chain = []
         x = next(iter(self.op.body.args[i].uses))[0]
@@ -281,7 +189,7 @@ class _Contraction:
                 continue
             fill = fill_of(op, i)
             pairs, low = fill_masks(mp, v.type.shape, at, bounds) if fill is not None else ([], [])  # type: ignore[attr-defined]
-            offset = _offset(v, mp, at, bounds)
+            offset = offset_of(v, mp, at, bounds)
             key = (v, offset, repr(fill))
             if key not in loads:
                 active = [p for p in mask if free_symbols(p[0]) & {"t0", "t1"} & free_symbols(offset)]
@@ -317,7 +225,7 @@ class _Contraction:
         return e.broadcast(e.builder.constant(0, self.acc_type.dtype), self.acc_type.shape)  # type: ignore[arg-type]
 
     def _k_loops(self, e: Emitter, acc: Value, step: Any, ks: list[Dim], within: tuple[Dim, Dim] | None) -> Value:
-        """Nested loops over the K dimensions after `ks`, the first of them over the range `within`; `step(emitter, positions, acc)` adds one slice."""
+        """Nested loops over the K dimensions after `ks`, the first over the range `within`; `step(emitter, positions, acc)` adds one slice."""
         rest = self.k_sizes[len(ks):]
         if not rest:
             return step(e, ks, acc)
@@ -416,7 +324,10 @@ class _Contraction:
             d, length = cut
             size = self.k_sizes[len(ks)]
             if len(ks) < d:
-                inner.loop(0, size, 1, [], lambda x, i, _: [k_nest(x, [*ks, i]), []][1])
+                def deeper(x: Emitter, i: Dim, _: list[Value]) -> list[Value]:
+                    k_nest(x, [*ks, i])
+                    return []
+                inner.loop(0, size, 1, [], deeper)
                 return
 
             def block(x: Emitter, k: Dim, _: list[Value]) -> list[Value]:
@@ -441,7 +352,7 @@ class _Contraction:
         return [*(self.op["dims"][d] for d in self.roles.batch), blocks, columns]
 
     def _prefetch(self, e: Emitter, batch: list[Dim], panel: Dim, ks: list[Dim], d: int, within: tuple[Dim, Dim], row: Dim, rows: int) -> None:
-        """Asks for the panel after this one, shared out among the row tiles of a block and their steps of K, which go over `within` along dimension d."""
+        """Asks for the panel after this one, a share in each row tile of a block and each of its steps of K (over `within` along dimension d)."""
         inside = [within[1] - within[0], *self.k_sizes[d + 1:]]
         if not self.op.attributes.get("_packed") or not isinstance(self.k_sizes[d], int):
             return
@@ -455,12 +366,12 @@ class _Contraction:
         width = nr * self.depth
         per_step = -(-width // -(-rows // mr))  # elements to ask for per step of K
         if rows <= 2 * mr:  # a stream: what comes next, not a panel that is still far away
-            here = _offset(v, self.op["maps"][right], self.positions(batch, 0, panel * nr, self._elements(ks), e), bounds)
+            here = offset_of(v, self.op["maps"][right], self.positions(batch, 0, panel * nr, self._elements(ks), e), bounds)
             for n in range(-(-width * UNROLL // line)):
                 e.prefetch(self.buffers[v], here + STREAM // element_type(v.type).bytes + n * line)
             return
         start = [*ks[:d], within[0], *[0] * (len(ks) - d - 1)]
-        base = _offset(v, self.op["maps"][right], self.positions(batch, 0, (panel + 1) * nr, self._elements(start), e), bounds)
+        base = offset_of(v, self.op["maps"][right], self.positions(batch, 0, (panel + 1) * nr, self._elements(start), e), bounds)
         ahead = simplify(base + row * (per_step * product([length, *inside[1:]]) // mr) + step * per_step, bounds)
         for n in range(min(8, -(-per_step * UNROLL // line))):
             e.prefetch(self.buffers[v], ahead + n * line)
@@ -497,8 +408,14 @@ class _Contraction:
         e, (bm, bn, bk) = self.e, self.tile
         batch = self._batch(e, 0)
         nb = len(batch)
-        p_m = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb), 0, ceildiv(self.m, bm) - 1)
-        p_n = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb + 1), 0, ceildiv(self.n, bn) - 1)
+        blocks_m, blocks_n = ceildiv(self.m, bm), ceildiv(self.n, bn)
+        group = _row_group(blocks_m, blocks_n)
+        grid = [blocks_m, blocks_n] if group == 1 else [blocks_m * blocks_n]
+        ids = [e.fresh(e.builder.op("tile.program_id", type=index, axis=nb + k), 0, g - 1) for k, g in enumerate(grid)]
+        if group > 1:
+            column = group * blocks_n
+            ids = [e.named(ids[0] // column * group + ids[0] % group, blocks_m - 1), e.named(ids[0] % column // group, blocks_n - 1)]
+        p_m, p_n = ids
         m, n = p_m * bm + sym("t0"), p_n * bn + sym("t1")
         bounds_m, bounds_n = (m, self.m), (n, self.n)
 
@@ -518,10 +435,17 @@ class _Contraction:
 
         acc, = e.loop(0, size, bk, [self._zero(e)], step)
         self.finish(e, acc, batch, m, n, [bounds_m, bounds_n])
-        return [*(self.op["dims"][d] for d in self.roles.batch), ceildiv(self.m, bm), ceildiv(self.n, bn)]
+        return [*(self.op["dims"][d] for d in self.roles.batch), *grid]
 
 
-def _offset(v: Value, m: tuple[Dim, ...], at: dict[str, Dim], bounds: Any) -> Dim:
+def _row_group(blocks_m: Dim, blocks_n: Dim) -> int:
+    """Programs that run together cover a block of this many tile rows, so that they share what they read in the L2 cache."""
+    if not isinstance(blocks_m, int) or not isinstance(blocks_n, int) or blocks_n < 4:
+        return 1
+    return next(g for g in (8, 4, 2, 1) if blocks_m % g == 0)
+
+
+def offset_of(v: Value, m: tuple[Dim, ...], at: dict[str, Dim], bounds: Any) -> Dim:
     assert isinstance(v.type, TensorType)
     total: Dim = 0
     for x, stride in zip(m, v.type.layout, strict=True):

@@ -8,7 +8,8 @@ are outside the loops; steps that are masked nowhere run in a loop of their own 
     running sum       l' = l * exp(m - m') + sum(exp(x - m'))
     second            a' = a * exp(m - m') + exp(x - m') @ v
 
-Where m' is -inf (nothing but masked scores so far) 0 stands for it, so that exp(-inf - m') is 0 and not NaN. What leaves the kernel is the true maximum.
+Where m' is -inf (nothing but masked scores so far) 0 stands for it, so that exp(-inf - m') is 0 and not NaN. What leaves the kernel is
+the true maximum.
 """
 
 from __future__ import annotations
@@ -19,31 +20,48 @@ from typing import Any
 
 from ...ir import Dim, DType, Operation, Target, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
-from ...ir.expr import (ceildiv, delinearize, floordiv, free_symbols, known_less, lower_bound, maximum, minimum, product, simplify, split_linear,
-                        substitute, upper_bound)
-from ...ir.types import index
+from ...ir.expr import (
+    ceildiv,
+    delinearize,
+    floordiv,
+    free_symbols,
+    known_less,
+    lower_bound,
+    maximum,
+    minimum,
+    product,
+    simplify,
+    split_linear,
+    substitute,
+    upper_bound,
+)
+from ...ir.types import DTYPES, index
 from ..stream import Stream
+from ..stream_access import reduced_order, stream_side
 from ..structured import body_ops, identity_of
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks
+from .frame import is_expensive
+from .gpu_tiles import GpuTile, padded
 
+F32 = DTYPES["f32"]
 LOG2_E = 1.4426950408889634
 
-__all__ = ["Scope", "StreamLowering", "emit_stream", "stream_tile"]
+_COARSE = {"arith.exp": "exp", "arith.tanh": "tanh", "arith.div": "div"}
+"""Methods that compute an op in the cheap way that suits 16-bit inputs."""
+
+__all__ = ["GpuStream", "Scope", "StreamLowering", "stream_tile", "with_shape"]
 
 
-def stream_tile(s: Stream, target: Target) -> tuple[int, int]:
-    """(rows, steps) of one tile of the middle space."""
-    narrow = max(element_type(v.type).bytes for op in [*s.firsts, *s.seconds] for v in op.operands if not s.kind_of(v))
-    width = max(_padded(product(s.columns)), *(_padded(_width(op)) for op in s.firsts))
-    rows = 128 if narrow <= 2 else 64
-    steps = 64 if narrow <= 2 and width <= 128 else 32
-    def fit(size: Dim, most: int) -> int:
-        return most if not isinstance(size, int) else max(16, min(most, 1 << (size - 1).bit_length()))
-    return fit(s.row_count, rows), fit(s.length, steps)
-
-
-def _padded(n: Dim) -> int:
-    return max(16, 1 << (int(n) - 1).bit_length())  # type: ignore[arg-type]
+def stream_tile(s: Stream, target: Target) -> GpuTile:
+    """Rows and steps (the columns) of one tile of the middle space."""
+    width = max(padded(product(s.columns)), *(padded(_width(op)) for op in s.firsts))
+    narrow = all(_narrow(s, op) is not None for op in (*s.firsts, *s.seconds))
+    kept = len(s.firsts) + len(s.seconds)  # tiles that stay in registers or shared memory
+    heavy = any(is_expensive(op) for op in s.reductions + s.firsts) or len(s.full) > 2 or kept > 3
+    rows = 128 if narrow and not heavy else 64
+    steps = (64 if heavy else 128) if narrow and width <= 128 else 32
+    rows, steps = (n if not isinstance(size, int) else min(n, padded(size)) for n, size in ((rows, s.row_count), (steps, s.length)))
+    return GpuTile(rows, steps, 0, 8 if rows * width >= 128 * 128 else 4, 3 if narrow else 2)
 
 
 def _width(op: Operation) -> int:
@@ -120,7 +138,7 @@ class StreamLowering:
 
     def body(self, scope: Scope, op: Operation, reduced: Sequence[Dim] = ()) -> list[Value]:
         """The yields of a member's body at the scope's point."""
-        e, bounds = scope.e, scope.e.bounds()
+        bounds = scope.e.bounds()
         place = [simplify(substitute(x, scope.at), bounds) for x in (*self.s.position[op], *reduced)]
         at = {f"d{j}": x for j, x in enumerate(place)}
         local: dict[Value, Value] = {}
@@ -147,8 +165,8 @@ class StreamLowering:
             return local[inner.operands[0]]
         if inner.name == "arith.mul" and local[inner.operands[0]] in scope.units:
             return local[inner.operands[1]]
-        if inner.name == "arith.exp" and self.coarse:
-            return self.exp(e, local[inner.operands[0]])
+        if self.coarse and inner.name in _COARSE:
+            return getattr(self, _COARSE[inner.name])(e, *(local[v] for v in inner.operands))
         return e.arith(inner, [local[v] for v in inner.operands])
 
     def load(self, scope: Scope, op: Operation, i: int, at: dict[str, Dim]) -> Value:
@@ -182,16 +200,32 @@ class StreamLowering:
         return e.broadcast(e.builder.constant(identity_of(kind, dtype), dtype), shape)
 
     def exp(self, e: Emitter, x: Value) -> Value:
-        """exp(x), as the hardware's exp2 where that is good enough; x - m becomes one fused multiply-add."""
+        """exp(x), as the hardware's exp2 where that is good enough; c * s - m becomes one fused multiply-add."""
         b = e.builder
         if not self.coarse or element_type(x.type).name != "f32":
             return b.arith("exp", x)
         made = x.defining_op
-        if made is not None and made.name == "arith.sub":
-            scaled = b.arith("sub", *(b.arith("mul", v, LOG2_E) for v in made.operands))
-        else:
-            scaled = b.arith("mul", x, LOG2_E)
-        return b.op("arith.exp2", scaled, type=scaled.type, _approximate=True)
+        terms = list(made.operands) if made is not None and made.name == "arith.sub" else [x]
+        scaled = [b.arith("mul", s, LOG2_E * c) for s, c in map(_without_factor, terms)]
+        power = scaled[0] if len(scaled) == 1 else b.arith("sub", *scaled)
+        return b.op("arith.exp2", power, type=power.type, _approximate=True)
+
+    def tanh(self, e: Emitter, x: Value) -> Value:
+        """1 - 2 / (1 + exp(2x)): within 1e-7 of tanh, absolutely."""
+        b = e.builder
+        if element_type(x.type).name != "f32":
+            return b.arith("tanh", x)
+        s, c = _without_factor(x)
+        power = b.arith("mul", s, 2 * LOG2_E * c)
+        below = b.arith("add", b.op("arith.exp2", power, type=power.type, _approximate=True), 1.0)
+        return b.arith("sub", 1.0, b.op("arith.div", b.constant(2.0, F32), below, type=below.type, _approximate=True))
+
+    def div(self, e: Emitter, x: Value, y: Value) -> Value:
+        """By a constant: a multiplication, 1 ulp away."""
+        by = y.defining_op
+        if by is not None and by.name == "arith.constant" and by["value"] and element_type(x.type).name == "f32":
+            return e.builder.arith("mul", x, 1.0 / by["value"])
+        return e.builder.arith("div", x, y)
 
     def safe(self, e: Emitter, m: Value) -> Value:
         b = e.builder
@@ -238,10 +272,7 @@ class StreamLowering:
         if first == 0 and full_from == 0:
             full_to = full_to if known_less(-1, full_to, known) else maximum(0, full_to)
             return [(0, full_to, False), (full_to, end, True)]
-        end = maximum(first, end)
-        full_from = minimum(maximum(full_from, first), ceildiv(end, step) * step)
-        full_to = maximum(full_from, minimum(full_to, end))
-        return [(first, minimum(full_from, end), True), (full_from, full_to, False), (full_to, end, True)]
+        return [(first, _least(full_from, end, known), True), (full_from, full_to, False), (maximum(full_from, full_to), end, True)]
 
 
 def _least(a: Dim, b: Dim, bounds: Any) -> Dim:
@@ -257,9 +288,22 @@ def _offset(v: Value, m: tuple[Dim, ...], at: dict[str, Dim], bounds: Any) -> Di
     return simplify(total, bounds)
 
 
-def emit_stream(s: Stream, outputs: Sequence[Value], target: Target, e: Emitter, buffers: dict[Value, Value], tile: tuple[int, int]) -> list[Dim]:
-    """Writes the body of the kernel; returns the grid."""
-    return GpuStream(s, outputs, e, buffers, tile).emit()
+def _without_factor(x: Value) -> tuple[Value, float]:
+    """x = (value, constant) with value * constant == x, up to a rounding."""
+    made = x.defining_op
+    if made is not None and made.name == "arith.mul":
+        c = _constant(made.operands[1])
+        if c is not None:
+            return made.operands[0], c
+    return x, 1.0
+
+
+def _constant(v: Value) -> float | None:
+    """The number of a scalar constant, also through a cast."""
+    made = v.defining_op
+    while made is not None and made.name == "arith.cast":
+        made = made.operands[0].defining_op
+    return float(made["value"]) if made is not None and made.name == "arith.constant" else None
 
 
 class GpuStream(StreamLowering):
@@ -275,7 +319,7 @@ class GpuStream(StreamLowering):
         # The last rows see the most of a causal stream: they start first.
         self.m = (blocks - 1 - p if s.alive.pairs else p) * bm + sym("t0")
         self.row_mask = (self.m, s.row_count)
-        self.columns = _padded(product(s.columns))
+        self.columns = padded(product(s.columns))
         self.kept = {op: self._left(op) for op in s.firsts}
         running = [*s.reductions, *s.seconds]
         carried = [self.neutral(e, op, (bm, self.columns if op in s.seconds else 1)) for op in running]
@@ -286,27 +330,21 @@ class GpuStream(StreamLowering):
         self._finish(dict(zip(running, carried, strict=True)))
         return [*(s.sizes[f] for f in s.batch), blocks]
 
-    def _sides(self, op: Operation) -> tuple[int, int]:
-        """Operand numbers of a first contraction: the one of the rows, the one of the stream."""
-        at = {f"d{j}": x for j, x in enumerate(self.s.position[op])}
-        moving = set().union(set(), *(free_symbols(substitute(x, at)) for x in op["maps"][0]))
-        return (0, 1) if moving & set(self.s.rows) else (1, 0)
-
     def _left(self, op: Operation) -> Value:
         """The rows' operand of a first contraction, read once: [rows, width]."""
         bm, width = self.tile[0], _width(op)
-        e = _with_shape(self.e, (bm, _padded(width)))
+        e = with_shape(self.e, (bm, padded(width)))
         k = sym("t1")
-        value = self.read(e, op, self._sides(op)[0], self.frame_at(self.m, 0), delinearize(k, op["dims"][len(self.s.position[op]):]),
+        value = self.read(e, op, 1 - stream_side(self.s, op), self.frame_at(self.m, 0), delinearize(k, op["dims"][len(self.s.position[op]):]),
                           [self.row_mask, (k, width)], cast=_narrow(self.s, op) is None)
         return _as_tile(e, value, e.shape)
 
     def _first(self, e: Emitter, op: Operation, i: Dim) -> Value:
         """One tile of the middle space."""
         (bm, bt), width = self.tile, _width(op)
-        right_e = _with_shape(e, (_padded(width), bt))
+        right_e = with_shape(e, (padded(width), bt))
         k, t = sym("t0"), i + sym("t1")
-        right = self.read(right_e, op, self._sides(op)[1], self.frame_at(0, t), delinearize(k, op["dims"][len(self.s.position[op]):]),
+        right = self.read(right_e, op, stream_side(self.s, op), self.frame_at(0, t), delinearize(k, op["dims"][len(self.s.position[op]):]),
                           [(k, width), (t, self.s.length)], cast=_narrow(self.s, op) is None)
         acc = TileType((bm, bt), element_type(op.result.type))
         zero = e.broadcast(e.builder.constant(0, acc.dtype), (bm, bt))
@@ -314,7 +352,7 @@ class GpuStream(StreamLowering):
 
     def _step(self, inner: Emitter, i: Dim, now: dict[Operation, Value], masked: bool) -> list[Value]:
         s, (bm, bt) = self.s, self.tile
-        e = _with_shape(inner, (bm, bt))
+        e = with_shape(inner, (bm, bt))
         b, t = e.builder, i + sym("t1")
         scope = Scope(e, self.frame_at(self.m, t), [self.row_mask, (t, s.length)], known={} if masked else dict(s.alive.known))
         self.without_scales(scope)
@@ -329,9 +367,14 @@ class GpuStream(StreamLowering):
             with b.at(op.location):
                 x, = self.body(scope, op, [sym(f) for f in s.stream])
                 x = _as_tile(e, x, (bm, bt))
+                inner_x, factor = _without_factor(x) if kind == "max" and lanes is None else (x, 1.0)
+                if factor <= 0:
+                    inner_x, factor = x, 1.0
                 if lanes is not None:
                     x = b.arith("select", lanes, x, identity_of(kind, element_type(x.type)))
-                part = b.op("tile.reduce", x, type=TileType((bm, 1), element_type(x.type)), axis=1, kind=kind)
+                part = b.op("tile.reduce", inner_x if factor != 1.0 else x, type=TileType((bm, 1), element_type(x.type)), axis=1, kind=kind)
+                if factor != 1.0:  # rounding is monotonic: the maximum of products is the product of the maximum
+                    part = b.arith("mul", part, factor)
                 before = now[op] if shift is None else b.arith("mul", now[op], alpha[shift])
                 out[op] = b.arith(COMBINE_OPS[kind], before, part)
                 if op.result in s.shifts.values():
@@ -351,10 +394,10 @@ class GpuStream(StreamLowering):
             weight = b.arith("select", lanes, weight, 0)
         narrow = _narrow(s, op)
         weight = self._casts(e, op, which, weight) if narrow is None else b.cast(weight, narrow)
-        other_e = _with_shape(e, (bt, self.columns))
+        other_e = with_shape(e, (bt, self.columns))
         t, n = i + sym("t0"), sym("t1")
         at = self.frame_at(0, t) | self.column_at(n)
-        reduced = [at[f] for f in _reduced_order(s, op, which)]
+        reduced = [at[f] for f in reduced_order(s, op, which)]
         other = self.read(other_e, op, 1 - which, at, reduced, [(t, s.length), (n, product(s.columns))], cast=_narrow(s, op) is None)
         shift = s.shifts[op]
         if shift is not None:
@@ -363,7 +406,7 @@ class GpuStream(StreamLowering):
 
     def _finish(self, carried: dict[Operation, Value]) -> None:
         s, bm = self.s, self.tile[0]
-        e = _with_shape(self.e, (bm, self.columns))
+        e = with_shape(self.e, (bm, self.columns))
         n = sym("t1")
         scope = Scope(e, self.frame_at(self.m, 0) | self.column_at(n), [self.row_mask, (n, product(s.columns))])
         for op in s.reductions:
@@ -375,14 +418,6 @@ class GpuStream(StreamLowering):
         for out in self.outputs:
             with e.builder.at(out.defining_op.location):  # type: ignore[union-attr]
                 self.store(scope, out, self.value(scope, out))
-
-
-def _reduced_order(s: Stream, op: Operation, which: int) -> list[str]:
-    """Frame names of the summed dimensions of a second contraction, in its own order."""
-    made = op.operands[which].defining_op
-    assert made is not None
-    names = {str(d): str(x) for d, x in zip(op["maps"][which], s.position[made], strict=True)}  # these dimensions are read as they are
-    return [names[f"d{d}"] for d in range(len(op["dims"]) - op["reductions"], len(op["dims"]))]
 
 
 def _narrow(s: Stream, op: Operation) -> DType | None:
@@ -397,7 +432,7 @@ def _as_tile(e: Emitter, value: Value, shape: tuple[int, int]) -> Value:
     return value if isinstance(value.type, TileType) and value.type.shape == shape else e.broadcast(value, shape)
 
 
-def _with_shape(e: Emitter, shape: tuple[int, int]) -> Emitter:
+def with_shape(e: Emitter, shape: tuple[int, int]) -> Emitter:
     return Emitter(e.builder, shape, e.symbols, e.variables, e.ranges)
 
 
