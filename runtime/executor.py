@@ -42,6 +42,7 @@ from .artifact import ArtifactError
 from .dtypes import torch_dtype
 from .extern_call import TensorSpec
 from .loader import NativeFunction, load_object
+from .outputs import is_large, shared_outputs
 from .packing import PackedMemory, PersistentBuffer
 from .segments import Segments
 from .sizes import Size, SizeError, compile_size, evaluate_size
@@ -74,11 +75,12 @@ class Library(Protocol):
 class _Sizes:
     """What depends on the symbol values: computed once per combination of values."""
 
-    __slots__ = ("address", "arena", "array", "outputs", "values")
+    __slots__ = ("address", "arena", "array", "empty", "outputs", "values")
 
     def __init__(self, values: tuple[int, ...], outputs: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]],
-                 arena: int):
+                 arena: int, empty: Callable[..., torch.Tensor]):
         self.values = values
+        self.empty = empty
         self.array = (ctypes.c_int64 * max(1, len(values)))(*values)
         self.address = ctypes.addressof(self.array)
         self.outputs = outputs
@@ -209,7 +211,7 @@ class CompiledGraph:
         """How to run a program that is one native call: the same as `_run_steps`, with everything looked up beforehand."""
         count, pick, static, packed_memory = self._arg_count, self._pick, self._static, self._packed
         frames, fill, acquire, release = self._frames, self._fill, self.arenas.acquire, self.arenas.release
-        plain, empty = self._plain and not self._mutated, self._empty
+        plain = self._plain and not self._mutated
 
         def run(args: Sequence[Any]) -> list[Any]:
             if len(args) != count:
@@ -219,6 +221,7 @@ class CompiledGraph:
             sizes = static or self._sizes(self._symbol_values(args, tensors))
             if self._input_specs:
                 self._check_inputs(tensors, sizes.values)
+            empty = sizes.empty
             buffers = [empty(*spec) for spec in sizes.outputs]
             packed = None
             try:
@@ -258,7 +261,7 @@ class CompiledGraph:
         packed = None if self._packed is None else self._packed.get(tensors, pointers, sizes.values, sizes.address)
         buffers: list[Any] = [None] * self._buffer_count
         for i, spec in zip(self._early, sizes.outputs, strict=True):
-            buffers[i] = self._empty(*spec)
+            buffers[i] = sizes.empty(*spec)
         arena = self.arenas.acquire(sizes.arena) if sizes.arena else None
         table, address = self._new_frame()
         self._fill(table, 0, *pointers, *[0 if b is None else b.data_ptr() for b in buffers],
@@ -310,7 +313,8 @@ class CompiledGraph:
         if found is None:
             specs = [self._specs[i] for i in self._early]
             outputs = [(spec.shape(values), spec.strides(values), spec.dtype) for spec in specs]
-            found = _Sizes(values, outputs, evaluate_size(self._arena_size, values))
+            large = self.device.type == "cpu" and any(is_large(*spec) for spec in outputs)
+            found = _Sizes(values, outputs, evaluate_size(self._arena_size, values), shared_outputs().empty if large else self._empty)
             if len(self._memo) >= _MEMO_LIMIT:
                 self._memo.clear()
             self._memo[values] = found

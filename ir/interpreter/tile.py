@@ -215,7 +215,7 @@ _OPS: dict[str, Callable[[Programs, Operation, list[Any]], list[Any]]] = {
     **dict.fromkeys(arith.HANDLERS, _arith),
     "tile.load": _load, "tile.store": _store, "tile.alloca": _alloca, "tile.program_id": _program_id, "tile.index": _index,
     "tile.mask": _mask, "tile.full": _full, "tile.reduce": _reduce, "tile.scan": _scan, "tile.reshape": _reshape, "tile.transpose": _transpose,
-    "tile.dot": _dot, "tile.for": _for,
+    "tile.dot": _dot, "tile.for": _for, "tile.prefetch": lambda p, op, xs: [],
 }
 
 

@@ -111,6 +111,11 @@ class Emitter:
             attrs["atomic"] = atomic
         self.builder.create("tile.store", [buffer, value, *operands], attrs)
 
+    def prefetch(self, buffer: Value, offset: Dim) -> None:
+        """Asks for the cache line at `offset`, which may lie outside the buffer."""
+        operands, names = self._operands([offset])
+        self.builder.create("tile.prefetch", [buffer, *operands], {"offset": substitute(offset, names)})
+
     def broadcast(self, value: Value, shape: tuple[int, ...]) -> Value:
         return self.builder.op("tile.full", value, type=TileType(shape, element_type(value.type)))
 
