@@ -55,9 +55,15 @@ def logical_not(c: Context, x: Value) -> Value:
 
 
 def round_decimals(c: Context, x: Value, *, decimals: int) -> Value:
+    """Scaled by a power of ten, rounded, scaled back, in the order of ATen: the power is a whole number."""
+    if not typeof(x).dtype.is_float:
+        return x
     if decimals == 0:
-        return c.ew("round", x) if typeof(x).dtype.is_float else x
-    raise Unsupported(f"round to {decimals} decimals")
+        return c.ew("round", x)
+    power = 10.0 ** abs(decimals)
+    there, back = ("mul", "div") if decimals > 0 else ("div", "mul")
+    work = F32 if c.dtype.name in ("bf16", "f16") else c.dtype
+    return c.cast(c.ew(back, c.ew("round", c.ew(there, c.cast(x, work), power)), power), c.dtype)
 
 
 def sgn(c: Context, x: Value) -> Value:
@@ -143,17 +149,32 @@ def additive(name: str, swap: bool = False) -> Lower:
     return lower
 
 
+def _divisor(c: Context, y: Value) -> Value:
+    """An integer divisor: eager raises RuntimeError for a zero among its elements (on CPUs; a GPU gives any number)."""
+    if typeof(y).dtype.is_float or (c.constant_of(y) or 0) != 0:
+        return y
+    return c.ew("require", c.ew("ne", y, 0), y, message="ZeroDivisionError: an integer is divided by zero")
+
+
+def remainder(name: str) -> Lower:
+    """remainder and fmod."""
+    def lower(c: Context, a: Any, b: Any) -> Value:
+        work = working_type(c, a, b)
+        return c.cast(c.ew(name, c.scalar(a, work), _divisor(c, c.scalar(b, work))), c.dtype)
+    return lower
+
+
 def div(c: Context, a: Any, b: Any, *, rounding_mode: str | None = None) -> Value:
     work = working_type(c, a, b)
     x, y = c.scalar(a, work), c.scalar(b, work)
     if rounding_mode is None:
         made = c.ew("div", x, y)
     elif rounding_mode == "floor":
-        made = c.ew("floordiv", x, y)
+        made = c.ew("floordiv", x, _divisor(c, y))
     elif work.is_float:
         made = c.ew("trunc", c.ew("div", x, y))
     else:
-        made = c.ew("truncdiv", x, y)
+        made = c.ew("truncdiv", x, _divisor(c, y))
     return c.cast(made, c.dtype)
 
 
@@ -383,8 +404,8 @@ ROWS: dict[str, Lower] = {
     **{f"aten.divide.{o}": div for o in ("Tensor_mode", "Scalar_mode")},
     **{f"aten.div.{o}": div for o in ("Tensor", "Scalar", "Tensor_mode", "Scalar_mode")},
     **{f"aten.floor_divide.{o}": floor_divide for o in ("default", "Scalar")},
-    **{f"aten.remainder.{o}": binary("mod") for o in ("Tensor", "Scalar", "Scalar_Tensor")},
-    **{f"aten.fmod.{o}": binary("rem") for o in ("Tensor", "Scalar")},
+    **{f"aten.remainder.{o}": remainder("mod") for o in ("Tensor", "Scalar", "Scalar_Tensor")},
+    **{f"aten.fmod.{o}": remainder("rem") for o in ("Tensor", "Scalar")},
     **{f"aten.pow.{o}": power for o in ("Tensor_Tensor", "Tensor_Scalar", "Scalar")},
     "aten.maximum.default": binary("max"),
     "aten.minimum.default": binary("min"),
