@@ -103,8 +103,8 @@ for _name in ("max", "min", "fmax", "fmin", "lt", "eq", "sign", "isnan", "isinf"
 for _name in ("f32", "bf16", "i64", "i1"):
     case("select", [t("i1", 3, 1), t(_name, 4), t(_name, 3, 4)], t(_name, 3, 4))
     case("require", [t("i1", 3, 1), t(_name, 3, 4)], t(_name, 3, 4), message="no",
-         values=(torch.ones(3, 1, dtype=torch.bool), torch.arange(12.0).reshape(3, 4).to({"i1": torch.bool, "i64": torch.int64}.get(
-             _name, torch.float32))))
+         values=(torch.ones(3, 1, dtype=torch.bool), torch.arange(12.0).reshape(3, 4).to(
+             {"i1": torch.bool, "i64": torch.int64, "bf16": torch.bfloat16, "f32": torch.float32}[_name])))
     for _to in ("f32", "f64", "f16", "bf16", "i64", "i32", "i1"):
         case("cast", t(_name, 3, S1), t(_to, 3, S1))
 case("cast", t("f32", 4), t("i1", 4), values=(torch.tensor([0.0, -0.0, 0.25, NAN]),))
