@@ -120,8 +120,8 @@ def render(summary: dict[str, Any]) -> str:
     core = summary.get("core")
     if core:
         lines += ["", "## The core operator set", "",
-                  f"Of the {core['total']} functional tensor operators that torch tags as core ATen, {core['native']} compile with no call to ATen",
-                  f"({_share(core['native'], core['total'])}; {core['calls']} calls, which eager dispatches while it runs OpInfo's samples). Calls with",
+                  f"Of the {core['total']} functional tensor operators that torch tags as core ATen, {core['native']} compile with no call to",
+                  f"ATen ({_share(core['native'], core['total'])}; {core['calls']} calls, which eager dispatches while it runs OpInfo's samples). Calls with",
                   "complex numbers are not counted: they stay with ATen. The others:", ""]
         lines += _table(("operator", "why", "native calls"), [
             (f"`{r['op']}`", r["status"] if r["calls"] else "complex only", f"{r['native']} of {r['calls']}") for r in core["rest"]])

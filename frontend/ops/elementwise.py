@@ -131,6 +131,12 @@ def binary(name: str) -> Lower:
     return lower
 
 
+def nextafter(c: Context, a: Value, b: Value) -> Value:
+    if c.dtype.bits < 32 and c.fake().device.type != "cpu":
+        raise Unsupported("neighbours of 16-bit floats on a GPU")
+    return binary("nextafter")(c, a, b)
+
+
 def ignoring_nan(name: str, of_integers: str) -> Lower:
     return lambda c, a, b: binary(name if c.dtype.is_float else of_integers)(c, a, b)
 
@@ -187,6 +193,8 @@ def power(c: Context, a: Any, b: Any) -> Value:
     work = F32 if c.dtype.name in ("bf16", "f16") and not (isinstance(a, Value) and isinstance(b, Value)) else c.dtype
     exponent = c.constant_of(b) if not (isinstance(b, Value) and typeof(b).rank) else None
     rule = _POWERS.get(float(exponent)) if exponent is not None else None
+    if c.dtype.name == "f16" and exponent in (0.5, -0.5):
+        rule = None  # eager takes no roots here: they differ for -0.0 and -inf
     if rule is not None and (work.is_float or exponent in (0, 1, 2, 3)):
         return c.cast(rule(c, c.scalar(a, work)), c.dtype)
     base = c.constant_of(a) if not isinstance(a, Value) else None
@@ -226,21 +234,25 @@ def bitwise(name: str) -> Lower:
 def xlogy(log: str) -> Lower:
     """x * log(y), 0 where x is 0 and NaN where y is."""
     def lower(c: Context, x: Any, y: Any) -> Value:
-        a, b = c.scalar(x, c.dtype), c.scalar(y, c.dtype)
+        work = F32 if c.dtype.name in ("bf16", "f16") else c.dtype
+        a, b = c.scalar(x, work), c.scalar(y, work)
         product = c.ew("select", c.ew("eq", a, 0), 0, c.ew("mul", a, c.ew(log, b)))
-        return c.ew("select", c.ew("isnan", b), math.nan, product)
+        return c.cast(c.ew("select", c.ew("isnan", b), math.nan, product), c.dtype)
     return lower
 
 
-def logaddexp(exp: str, log: str) -> Lower:
-    """log(exp(a) + exp(b)) without overflow; equal infinities give themselves."""
+def logaddexp(exp: str) -> Lower:
+    """log(exp(a) + exp(b)) (or with base 2) without overflow; equal infinities give themselves."""
     def lower(c: Context, a: Value, b: Value) -> Value:
-        x, y = c.cast(a, c.dtype), c.cast(b, c.dtype)
+        work = F32 if c.dtype.name in ("bf16", "f16") else c.dtype
+        x, y = c.cast(a, work), c.cast(b, work)
         high = c.ew("max", x, y)
         gap = c.ew("neg", c.ew("abs", c.ew("sub", x, y)))
-        correction = c.ew("log1p", c.ew("exp", gap)) if exp == "exp" else c.ew("log2", c.ew("add", c.ew("exp2", gap), 1))
+        correction = c.ew("log1p", c.ew(exp, gap))
+        if exp == "exp2":
+            correction = c.ew("mul", correction, 1 / math.log(2))
         same = c.ew("and", c.ew("isinf", x), c.ew("eq", x, y))
-        return c.ew("select", same, x, c.ew("add", high, correction))
+        return c.cast(c.ew("select", same, x, c.ew("add", high, correction)), c.dtype)
     return lower
 
 
@@ -409,7 +421,8 @@ ROWS: dict[str, Lower] = {
     **{f"aten.pow.{o}": power for o in ("Tensor_Tensor", "Tensor_Scalar", "Scalar")},
     "aten.maximum.default": binary("max"),
     "aten.minimum.default": binary("min"),
-    **{f"aten.{n}.default": binary(n) for n in ("atan2", "hypot", "nextafter")},
+    **{f"aten.{n}.default": binary(n) for n in ("atan2", "hypot")},
+    "aten.nextafter.default": nextafter,
     "aten.fmax.default": ignoring_nan("fmax", "max"),
     "aten.fmin.default": ignoring_nan("fmin", "min"),
     **{f"aten.copysign.{o}": binary("copysign") for o in ("Tensor", "Scalar")},
@@ -421,8 +434,8 @@ ROWS: dict[str, Lower] = {
     **{f"aten.__{t}__.{o}": bitwise(n) for t, n in (("lshift", "shl"), ("rshift", "shr")) for o in ("Tensor", "Scalar")},
     **{f"aten.xlogy.{o}": xlogy("log") for o in ("Tensor", "Scalar_Other", "Scalar_Self")},
     **{f"aten.special_xlog1py.{o}": xlogy("log1p") for o in ("default", "other_scalar", "self_scalar")},
-    "aten.logaddexp.default": logaddexp("exp", "log"),
-    "aten.logaddexp2.default": logaddexp("exp2", "log2"),
+    "aten.logaddexp.default": logaddexp("exp"),
+    "aten.logaddexp2.default": logaddexp("exp2"),
     **{f"aten.where.{o}": where for o in ("self", "ScalarOther", "ScalarSelf", "Scalar")},
     **{f"aten.masked_fill.{o}": masked_fill for o in ("Scalar", "Tensor")},
     **{f"aten.clamp.{o}": clamp for o in ("default", "Tensor")},
