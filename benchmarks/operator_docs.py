@@ -121,9 +121,9 @@ def render(summary: dict[str, Any]) -> str:
     if core:
         lines += ["", "## The core operator set", "",
                   f"Of the {core['total']} functional tensor operators that torch tags as core ATen, {core['native']} compile with no call to",
-                  f"ATen ({_share(core['native'], core['total'])}; {core['calls']} calls, which eager dispatches while it runs OpInfo's samples). Calls with",
-                  "complex numbers are not counted: they stay with ATen. The others:", ""]
-        lines += _table(("operator", "why", "native calls"), [
+                  f"ATen ({_share(core['native'], core['total'])}). Each was compiled on its own for the calls that eager dispatches while it runs",
+                  f"OpInfo's samples, {core['calls']} in all. Calls with complex numbers are not counted: they stay with ATen. The others:", ""]
+    lines += _table(("operator", "why", "native calls"), [
             (f"`{r['op']}`", r["status"] if r["calls"] else "complex only", f"{r['native']} of {r['calls']}") for r in core["rest"]])
     lines += ["", "## Left to ATen", "", "An operator that is left to ATen runs as one call between compiled kernels. The classes:", "",
               *(f"- {name}: {text}" for name, text in CLASSES.items()), ""]

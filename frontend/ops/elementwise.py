@@ -108,10 +108,13 @@ def nan_to_num(c: Context, x: Value, nan: float | None, posinf: float | None, ne
 # -- binary -----------------------------------------------------------------------------------------------------------
 
 
-def working_type(c: Context, *operands: Any) -> DType:
-    """The result's element type, or f32 where a number or 0-d operand would lose bits in a 16-bit float."""
+def working_type(c: Context, *operands: Any, rounds: bool = False) -> DType:
+    """The result's element type, or f32 where a number or 0-d operand would lose bits in a 16-bit float.
+
+    `rounds` is for operators whose kernels round numbers first on CPUs: all but products, quotients and interpolations.
+    """
     dtype = c.dtype
-    if dtype.name not in ("bf16", "f16"):
+    if dtype.name not in ("bf16", "f16") or (rounds and c.fake().device.type == "cpu"):
         return dtype
     for x in operands:
         if isinstance(x, Value):
@@ -126,7 +129,7 @@ def working_type(c: Context, *operands: Any) -> DType:
 def binary(name: str) -> Lower:
     """`graph.<name>` of both operands in the working type."""
     def lower(c: Context, a: Any, b: Any) -> Value:
-        work = working_type(c, a, b)
+        work = working_type(c, a, b, rounds=name != "mul")
         return c.cast(c.ew(name, c.scalar(a, work), c.scalar(b, work)), c.dtype)
     return lower
 
@@ -145,12 +148,13 @@ def additive(name: str, swap: bool = False) -> Lower:
     """a +- alpha * b, or with `swap` b - alpha * a."""
     def lower(c: Context, a: Any, b: Any, alpha_: Any = 1, *, alpha: Any = None) -> Value:
         alpha = alpha_ if alpha is None else alpha
-        work = working_type(c, a, b, alpha)
+        work = working_type(c, a, b, alpha, rounds=True)
         x, y = c.scalar(a, work), c.scalar(b, work)
         if swap:
             x, y = y, x
-        if alpha != 1:
-            y = c.ew("mul", y, c.scalar(alpha, work))
+        if alpha != 1:  # one rounding for both steps
+            wide = F32 if work.bits < 32 else work
+            return c.cast(c.ew(name, c.cast(x, wide), c.ew("mul", c.cast(y, wide), c.cast(c.scalar(alpha, work), wide))), c.dtype)
         return c.cast(c.ew(name, x, y), c.dtype)
     return lower
 
@@ -165,7 +169,7 @@ def _divisor(c: Context, y: Value) -> Value:
 def remainder(name: str) -> Lower:
     """remainder and fmod."""
     def lower(c: Context, a: Any, b: Any) -> Value:
-        work = working_type(c, a, b)
+        work = working_type(c, a, b, rounds=True)
         return c.cast(c.ew(name, c.scalar(a, work), _divisor(c, c.scalar(b, work))), c.dtype)
     return lower
 
@@ -200,7 +204,8 @@ def power(c: Context, a: Any, b: Any) -> Value:
     base = c.constant_of(a) if not isinstance(a, Value) else None
     if base == 2 and work.is_float:
         return c.cast(c.ew("exp2", c.scalar(b, work)), c.dtype)
-    return c.cast(c.ew("pow", c.scalar(a, work), c.scalar(b, work)), c.dtype)
+    first = c.dtype if c.fake().device.type == "cpu" else work  # there, numbers are rounded before they are used
+    return c.cast(c.ew("pow", c.cast(c.scalar(a, first), work), c.cast(c.scalar(b, first), work)), c.dtype)
 
 
 _POWERS: dict[float, Lower] = {
@@ -292,12 +297,12 @@ def addcmul(op: str) -> Lower:
 
 
 def lerp(c: Context, start: Value, end: Value, weight: Any) -> Value:
-    """start + w * (end - start), from the nearer end."""
-    work = working_type(c, weight)
+    """start + w * (end - start), from the nearer end: one fused multiply-add, as ATen's vector form."""
+    work = F32 if c.dtype.bits < 32 else c.dtype
     a, b, w = c.cast(start, work), c.cast(end, work), c.scalar(weight, work)
-    gap = c.ew("sub", b, a)
-    near, far = c.ew("add", a, c.ew("mul", w, gap)), c.ew("sub", b, c.ew("mul", gap, c.ew("sub", 1, w)))
-    return c.cast(c.ew("select", c.ew("lt", c.ew("abs", w), 0.5), near, far), c.dtype)
+    near = c.ew("lt", c.ew("abs", w), 0.5)
+    coefficient = c.ew("select", near, w, c.ew("sub", w, 1))
+    return c.cast(c.ew("fma", coefficient, c.ew("sub", b, a), c.ew("select", near, a, b)), c.dtype)
 
 
 # -- activations ------------------------------------------------------------------------------------------------------
