@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from aicc.compiler.driver import watching
 
 Function = Callable[..., torch.Tensor]
-TYPES = (torch.bfloat16, torch.float16)
+TYPES = [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 
 CHAINS: dict[str, Function] = {
     "polynomial": lambda x, y: ((x * 1.1 + y) * x - y * 0.3) * x + 0.7,

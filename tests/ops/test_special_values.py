@@ -48,8 +48,8 @@ _DIVISION: dict[str, Function] = {
     "floor_divide": torch.floor_divide, "remainder": torch.remainder, "fmod": torch.fmod,
     "trunc_divide": lambda a, b: torch.div(a, b, rounding_mode="trunc"),
 }
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+FLOATS = [torch.float32, torch.bfloat16, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float64, torch.float16))]
+INTEGERS = [torch.int64, torch.uint8, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.int32, torch.int16, torch.int8))]
 
 
 Where = Callable[..., torch.Tensor]
