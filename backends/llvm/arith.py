@@ -258,7 +258,7 @@ def emit(b: ir.IRBuilder, features: Features, name: str, dtype: DType, *xs: ir.V
     """`arith.<name>` on chunks of element type `dtype`. NotImplementedError names an op that has no lowering."""
     kind = _KIND.get(dtype.kind, "")
     if name == "nextafter" and dtype.name in ("bf16", "f16"):
-        return _nextafter_narrow(b, *xs, dtype)
+        return _nextafter_narrow(b, xs[0], xs[1], dtype)
     if kind == "f" and dtype.bits < 32:
         wide = emit(b, features, name, F32, *[emit_cast(b, x, dtype.name, "f32") for x in xs])
         return wide if BY_NAME[name].result == "i1" else emit_cast(b, wide, "f32", dtype.name)

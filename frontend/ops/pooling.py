@@ -82,7 +82,7 @@ def _integer_mean(c: Context, x: Value, kernel: Sequence[int], stride: Sequence[
     lead = typeof(x).rank - n
     reach = [(out[i] - 1) * stride[i] + kernel[i] - shape[lead + i] - padding[i] for i in range(n)]
     padded = c.pad(x, [0] * lead + list(padding), [0] * lead + reach, 0)
-    places = [sym(f"d{i}") for i in range(lead)]
+    places: list[Dim] = [sym(f"d{i}") for i in range(lead)]
     places += [sym(f"d{lead + i}") * stride[i] + sym(f"d{lead + n + i}") for i in range(n)]
     windows = c.remap(padded, (*c.shape, *kernel), places)
     total = c.reduce("sum", windows, range(lead + n, lead + 2 * n))

@@ -141,8 +141,9 @@ class Emitter:
         result = with_tile_shape(types, element_type(op.result.type)) if op.name == "arith.cast" else arith_result_type(op.name[6:], types)
         return self.builder.create(op.name, args, dict(op.attributes), [result]).result
 
-    def require(self, op: Operation, cond: Value, value: Value, active: Sequence[Pair]) -> Value:
-        """A `tensor.require` on tiles: only the positions inside of the space count."""
+    def require(self, op: Operation, operands: Sequence[Value], active: Sequence[Pair]) -> Value:
+        """The `tensor.require` `op` on tiles (condition, value): only the positions inside of the space count."""
+        cond, value = operands
         mask = self.mask_value([p for p in active if free_symbols(p[0]) & {"t0", "t1"}])
         if mask is not None:
             cond = self.builder.arith("or", cond, self.builder.arith("bitnot", mask))

@@ -312,7 +312,7 @@ class _Lowering:
             return emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"],
                                 list(scope.active.values()))
         if inner.name == "tensor.require":
-            return e.require(inner, *(local[v] for v in inner.operands), list(scope.active.values()))
+            return e.require(inner, [local[v] for v in inner.operands], list(scope.active.values()))
         return e.arith(inner, [local[v] for v in inner.operands])
 
     def _load(self, scope: _Scope, v: Value, m: tuple[Dim, ...], positions: dict[str, Dim], fill: Any) -> Value:
