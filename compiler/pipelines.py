@@ -28,7 +28,8 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             "inline", "sink-reshapes", f"canonicalize{relax}", "dce",
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
             "layout", "pack", "inline", f"canonicalize{relax}", "cse", "dce",
-            *(["stream", "split-reductions"] if target.is_gpu and options.fuse else []),
+            *(["stream"] if options.fuse else []),
+            *(["split-reductions"] if target.is_gpu and options.fuse else []),
             "fuse" if options.fuse else "fuse{max-members=1}",
         ]),
         # Kernels are simplified once more: bodies merged by fusion share index arithmetic.
