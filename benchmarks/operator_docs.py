@@ -143,6 +143,10 @@ a RuntimeError, since eager raises the one or the other by operator. An integer 
 raise RuntimeError on CPUs (on GPUs nothing is checked, as in eager). The error comes at the end of the call: what the graph does
 to its arguments in place may have been done. `tests/ops/test_bad_data.py` has the cases.
 
+`max_pool` with indices names the first NaN of a window, where ATen names the last. `fmax`, `fmin` and `relu` may give a zero of the other sign.
+`tests/ops/test_special_values.py` compares every unary and binary operator on NaN, infinities, zeros, denormal numbers and overflowing integers, and
+lists where eager itself is wrong.
+
 ## Rounding
 
 Chains of operators on bfloat16 and float16 are computed in float32 and rounded once, at the end of the fused kernel, so that they are nearer to the

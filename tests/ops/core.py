@@ -30,7 +30,7 @@ from .reasons import class_of
 
 __all__ = ["Call", "CoreRow", "collect", "compile_call", "core_overloads", "measure"]
 
-PER_OP = 6
+PER_OP = 4
 TYPES = (torch.float32, torch.int64, torch.bool, torch.bfloat16, torch.complex64)
 _NUMBERS_OF_TENSORS = ("sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "sym_is_contiguous")
 """Operators that compute sizes: they never reach a graph as tensor operators."""
