@@ -187,7 +187,7 @@ class Context:
 
     def ew(self, name: str, *operands: Any, **attrs: Any) -> Value:
         """`graph.<name>` of broadcasting operands of one element type; numbers and sizes take the type of the tensors."""
-        typed = [v for v in (operands[1:] if name == "select" else operands) if isinstance(v, Value)]
+        typed = [v for v in (operands[1:] if name in ("select", "require") else operands) if isinstance(v, Value)]
         dtype = typeof(typed[0]).dtype
         if dtype.kind == "complex":
             raise Unsupported("complex numbers")

@@ -39,7 +39,7 @@ from .dtypes import from_torch
 from .errors import Unsupported, UnsupportedError
 from .extern import lower_extern
 from .location import location_of
-from .ops import TABLE
+from .ops import COMPLEX, TABLE
 from .symbols import SymbolTable
 
 __all__ = ["externs", "import_graph"]
@@ -213,6 +213,8 @@ class _Importer:
         last = self.body.last
         if row is None:
             reason = f"no lowering for '{target}'"
+        elif str(target) not in COMPLEX and _has_complex(node):
+            reason = "complex numbers"
         else:
             try:
                 args, kwargs = _bind(target, self._argument(node.args), {k: self._argument(v) for k, v in node.kwargs.items()})
@@ -409,6 +411,17 @@ def _is_dense(val: torch.Tensor) -> bool:
                 return False
             step *= size
     return True
+
+
+def _has_complex(node: fx.Node) -> bool:
+    """Whether complex numbers go into the node or come out."""
+    def found(x: Any) -> bool:
+        if isinstance(x, fx.Node):
+            return found(x.meta.get("val"))
+        if isinstance(x, (list, tuple)):
+            return any(map(found, x))
+        return isinstance(x, complex) or (isinstance(x, torch.Tensor) and x.is_complex())
+    return found(node) or found(node.args) or found(tuple(node.kwargs.values()))
 
 
 def _is_token(node: fx.Node) -> bool:

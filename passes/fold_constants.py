@@ -46,7 +46,7 @@ class FoldConstants(Pass):
         operands = [_tensor_of(v) for v in op.operands]
         try:
             value, = interpret_op(op, operands)
-        except IRError:
+        except (IRError, IndexError):  # what fails when it runs fails then
             return False
         made = _constant(Builder.before_op(op), op.result, torch.as_tensor(value))
         if made is None:

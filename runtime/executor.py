@@ -22,7 +22,7 @@ The manifest (JSON, made by `compiler/manifest.py`; sizes as in `sizes.py`):
     steps                    ["call", function] | ["extern", {...}] | ["allocate", [buffers]] | ["drop", [buffers]]
     mutated                  inputs that the program writes to
     constants                base64 of the constants that externs read (native code has its own copies)
-    errors                   error code, as a string -> message
+    errors                   error code, as a string -> message; "RuntimeError: ..." raises that, any other OutOfRange
 
 Thread safety: one graph may run in several threads at once; every call takes its own frame (table) and arena from pools.
 """
@@ -47,7 +47,7 @@ from .packing import PackedMemory, PersistentBuffer
 from .segments import Segments
 from .sizes import Size, SizeError, compile_size, evaluate_size
 
-__all__ = ["CompiledGraph"]
+__all__ = ["CompiledGraph", "OutOfRange"]
 
 _data_ptr = torch.Tensor.data_ptr
 _bump_version = torch.autograd.graph.increment_version
@@ -62,6 +62,10 @@ def _fast_empty() -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], t
 
 
 _empty = _fast_empty()
+
+
+class OutOfRange(IndexError, RuntimeError):
+    """An index in the data is out of range. Eager raises IndexError from some operators and RuntimeError from others, such as gather."""
 
 
 class Library(Protocol):
@@ -199,7 +203,7 @@ class CompiledGraph:
     # -- running
 
     def __call__(self, *args: Any) -> list[Any]:
-        """The outputs, for arguments as the graph was compiled for. IndexError where an index in the data is out of range."""
+        """The outputs, for arguments as the graph was compiled for. OutOfRange or RuntimeError for data that eager refuses."""
         if len(args) == 1 and type(args[0]) is list:
             boxed = args[0]
             outputs = self._run(boxed)
@@ -298,7 +302,9 @@ class CompiledGraph:
 
     def _fail(self, code: int) -> None:
         message = self._errors.get(str(code), "index out of range")
-        raise IndexError(f"{message} (in the compiled graph '{self.name}', code {code})")
+        kind, _, rest = message.partition(": ")
+        error, text = (RuntimeError, rest) if kind == "RuntimeError" else (OutOfRange, message)
+        raise error(f"{text} (in the compiled graph '{self.name}', code {code})")
 
     def _symbol_values(self, args: Sequence[Any], tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
         values = [0] * len(self._positions)

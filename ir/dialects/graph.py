@@ -52,6 +52,8 @@ for _row in ROWS:
            traits=[P, E, *([Trait.Commutative] if _row.commutative else [])], verify=_verify_elementwise)
 define("graph.select", "a where cond, else b", operands="cond a b", traits=[P, E], verify=_verify_elementwise)
 define("graph.cast", "converted to the element type of the result", operands="x", traits=[P, E], verify=_verify_elementwise)
+define("graph.require", "`value`; a false element of `cond` makes the call fail with RuntimeError", operands="cond value",
+       attrs={"message": attr()}, traits=[P, E], verify=_verify_elementwise)
 define("graph.relu", "max(x, 0)", operands="x", traits=[P, E], verify=_verify_elementwise)
 define("graph.silu", "x * sigmoid(x)", operands="x", traits=[P, E], verify=_verify_elementwise)
 define("graph.gelu", "x * Phi(x); approximate='tanh' for the tanh form", operands="x", attrs={"approximate": optional("none")},

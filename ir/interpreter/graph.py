@@ -353,7 +353,7 @@ _REDUCTIONS: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
 
 HANDLERS: dict[str, Handler] = {
     **{name.replace("arith.", "graph."): handler for name, handler in arith.HANDLERS.items()},
-    "graph.relu": _relu, "graph.silu": _silu, "graph.gelu": _gelu,
+    "graph.require": arith.require, "graph.relu": _relu, "graph.silu": _silu, "graph.gelu": _gelu,
     "graph.full": _full, "graph.constant": _constant, "graph.iota": _iota, "graph.sym": _sym,
     "graph.reshape": _reshape, "graph.permute": _permute, "graph.expand": _expand, "graph.slice": _slice, "graph.flip": _flip,
     "graph.remap": _remap, "graph.cat": _cat, "graph.pad": _pad,

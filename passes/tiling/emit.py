@@ -146,6 +146,14 @@ class Emitter:
         result = with_tile_shape(types, element_type(op.result.type)) if op.name == "arith.cast" else arith_result_type(op.name[6:], types)
         return self.builder.create(op.name, args, dict(op.attributes), [result]).result
 
+    def require(self, op: Operation, operands: Sequence[Value], active: Sequence[Pair]) -> Value:
+        """The `tensor.require` `op` on tiles (condition, value): only the positions inside of the space count."""
+        cond, value = operands
+        mask = self.mask_value([p for p in active if free_symbols(p[0]) & {"t0", "t1"}])
+        if mask is not None:
+            cond = self.builder.arith("or", cond, self.builder.arith("bitnot", mask))
+        return self.builder.create("tile.require", [cond, value], dict(op.attributes), [value.type]).result
+
     # -- loops --------------------------------------------------------------------------------------------------------
 
     def loop(self, lower: Dim, upper: Dim, step: int, inits: Sequence[Value], body: Any, unroll: int = 1) -> list[Value]:
