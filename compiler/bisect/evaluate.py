@@ -5,8 +5,8 @@
     values = trace(module, arguments)                      # of every op
 
 Outputs are the tensors that the graph returns, then the arguments that it writes to. Arguments themselves are never changed.
-An operator that has no float64 form runs in its own types (`FxNotes`, `Notes` count them); one that draws random numbers does so too, from a
-generator seeded by its place among them, so that all stages draw alike.
+An operator that has no float64 form runs in its own types; one that draws random numbers does so too, from torch's generator with one seed per
+run, so that all stages draw alike (passes keep the order of such operators).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ...ir.opdef import Trait
 from ...ir.types import TensorType
 from .capture import copied
 
-__all__ = ["Trace", "function_of", "run_fx", "run_module", "tensor_outputs", "trace", "written_arguments"]
+__all__ = ["SEED", "Trace", "function_of", "run_fx", "run_module", "tensor_outputs", "trace", "written_arguments"]
 
 Tensor = torch.Tensor
-_SEED = 20_240_613
+SEED = 20_240_613
 _KEEP_TYPES = ("aten.view.dtype", "prims.view_element_type.default", "aten.randint", "aten.frexp")
 """Operators that look at bits: float64 would give them others."""
 _WIDE = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.complex64: torch.complex128,
@@ -49,13 +49,9 @@ class _Wide(torch.fx.Interpreter):
     def __init__(self, gm: torch.fx.GraphModule, wide: bool, see: Callable[[torch.fx.Node, Any], None] | None):
         super().__init__(gm)
         self.wide, self.see = wide, see
-        self.drawn = 0
 
     def run_node(self, n: torch.fx.Node) -> Any:
         random = torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
-        if random:
-            torch.manual_seed(_SEED + self.drawn)
-            self.drawn += 1
         value = super().run_node(n) if not self.wide or n.op in ("placeholder", "output") else self._wide_node(n, random)
         if self.see is not None:
             self.see(n, value)
@@ -81,6 +77,7 @@ def run_fx(gm: torch.fx.GraphModule, arguments: Sequence[Any], precision: torch.
            see: Callable[[torch.fx.Node, Any], None] | None = None) -> list[Any]:
     """The outputs of an FX graph (tensors, ints, None, as it returns them) and its tensor arguments after the call."""
     given = [copied(a, precision) for a in arguments]
+    torch.manual_seed(SEED)
     out = _Wide(gm, precision is not None, see).run(*given)
     return [*(out if isinstance(out, (tuple, list)) else [out]), *(a for a in given if isinstance(a, Tensor))]
 
@@ -123,19 +120,15 @@ def _in_own_types(ctx: Context, op: Operation, xs: list[Any], base: Handler) -> 
 
 
 def _extern_handler(base: Handler) -> Handler:
-    drawn = [0]
-
     def run(ctx: Context, op: Operation, xs: list[Any]) -> Sequence[Any]:
-        if op["random"]:
-            torch.manual_seed(_SEED + drawn[0])
-            drawn[0] += 1
-        elif ctx.numerics.precision is None or not op["target"].startswith(_KEEP_TYPES):
+        if ctx.numerics.precision is None:
+            return base(ctx, op, xs)
+        if not op["random"] and not op["target"].startswith(_KEEP_TYPES):
             try:
                 return base(ctx, op, xs)
             except (RuntimeError, TypeError, ValueError, IRError):
-                if ctx.numerics.precision is None:
-                    raise
-        return _in_own_types(ctx, op, xs, base) if ctx.numerics.precision is not None else base(ctx, op, xs)
+                pass  # it has no such form
+        return _in_own_types(ctx, op, xs, base)
     return run
 
 
@@ -166,6 +159,7 @@ def run_module(module: Operation, arguments: Sequence[Any], precision: torch.dty
             table[name] = _folding(table.get(name) or HANDLERS[name], constant)
     if into is not None:
         table = {n: _recording(table.get(n) or h, into) for n, h in HANDLERS.items()}
+    torch.manual_seed(SEED)
     results = interpret(module, given, precision=precision, check=check, handlers=table)
     tensors = [a for a in given if isinstance(a, Tensor)]
     return [*results, *(tensors[i] for i in written_arguments(func))]

@@ -31,7 +31,7 @@ from ...runtime.arena import ArenaPool
 from ...runtime.executor import CompiledGraph
 from ..manifest import build_manifest
 from .capture import copied
-from .evaluate import function_of
+from .evaluate import SEED, function_of
 
 __all__ = ["InterpretedLibrary", "poisoned_run", "run_host", "run_native", "without_sharing"]
 
@@ -59,6 +59,7 @@ def poisoned_run(make: Callable[[ArenaPool], CompiledGraph], arguments: Sequence
     graph._empty = _poisoned_output
     graph._run = graph._run_steps  # the path that makes outputs by `_empty`
     given = [copied(a) for a in arguments]
+    torch.manual_seed(SEED)
     return graph(*given), given
 
 

@@ -73,7 +73,8 @@ def replay(folder: Path, backend: Backend | None = None) -> Verdict | None:
 
 def target_of(fields: dict[str, Any]) -> Target:
     """A target from its JSON form."""
-    return Target(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return Target(**given)
 
 
 def check_of(stage: str, name: str, passes: list[str], target: Target, backend: Backend) -> Check:
@@ -83,4 +84,4 @@ def check_of(stage: str, name: str, passes: list[str], target: Target, backend: 
         return PassCheck(steps, target)
     if name != "program":
         return KernelCheck(target, backend.launch)
-    return ProgramCheck(steps, target, launch=backend.launch, **({} if backend.program is None else {"run": backend.program}))
+    return ProgramCheck(steps, target, backend.program, backend.launch)

@@ -26,6 +26,7 @@ from .capture import CapturedGraph
 from .checks import WIDE, Check, KernelCheck, PassCheck, ProgramCheck, Verdict, algebra, compare_host, is_host, rounding
 from .evaluate import function_of, run_fx, run_module, tensor_outputs, trace, written_arguments
 from .importing import NodeRepro, node_repro
+from .memory import run_native
 from .numerics import algebra_tolerance, difference, distance, perturbed
 from .reduce import Reduced, reduce
 
@@ -89,7 +90,7 @@ class Backend:
 
     name: str = "llvm"
     launch: Any = None
-    program: Callable[..., Any] | None = None
+    program: Callable[..., Any] = run_native
 
 
 class _Walk:
@@ -276,7 +277,7 @@ class _Walk:
             self._reduced("backend", name, verdict, module, check, [])
             return
         self.tell(f"{name}: the whole program")
-        whole = ProgramCheck(steps, self.target, launch=self.backend.launch, **({} if self.backend.program is None else {"run": self.backend.program}))
+        whole = ProgramCheck(steps, self.target, self.backend.program, self.backend.launch)
         verdict = whole(module, self.arguments)
         self.report.rows.append(Row("backend", "program", None, None, "as its kernels" if verdict is None else verdict.kind.upper()))
         if verdict is not None:
