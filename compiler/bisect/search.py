@@ -213,7 +213,8 @@ class _Walk:
                 run_pipeline(module, [p], ctx, verify_each=True)
             except Exception as e:  # any fault of a pass is what is looked for
                 self.report.rows.append(Row(stage, str(p), None, None, "CRASH"))
-                self._reduced(stage, p.name, Verdict("crash", f"{type(e).__name__}: {e}" if not isinstance(e, IRError) else str(e)), before, check, [p])
+                text = str(e) if isinstance(e, IRError) else f"{type(e).__name__}: {e}"
+                self._reduced(stage, p.name, Verdict("crash", text), before, check, [p])
                 return None, []
             left.pop(0)
             if equivalent(before, module):
