@@ -25,6 +25,7 @@ __all__ = ["ParseError", "load", "parse_expr", "parse_module", "parse_type"]
 
 MAX_DEPTH = 100
 MAX_CONSTANT_BYTES = 1 << 31
+MAX_MESSAGE = 500
 MAX_TERMS = 4096
 """Terms of an index expression. Products of sums are kept multiplied out, so that a short text could ask for any number of them."""
 
@@ -38,6 +39,7 @@ class ParseError(IRError):
         if 0 < line <= len(lines):
             shown = lines[line - 1][:200]
             excerpt = f"\n  {shown}\n  {' ' * min(column - 1, 200)}^"
+        message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "..."  # it may quote a token of any length
         super().__init__(f"{filename}:{line}:{column}: {message}{excerpt}")
         self.line, self.column = line, column
 

@@ -102,6 +102,7 @@ def _show(report: Report, out: object) -> None:
         out.print(escape(f"note: {note}"))  # type: ignore[attr-defined]
 
 
+_FRAME = ("module", "func", "return", "tile.kernel", "tile.yield", "tensor.yield")
 _MEANING = {"bug": "computes something else", "unstable": "has the right algebra, but rounds far more than eager", "crash": "fails"}
 
 
@@ -115,8 +116,8 @@ def _show_finding(f: Finding, folder: Path, out: object) -> None:
         lines.append(f"  from {escape(short_place(str(f.location)))}")
     commands = write_repro(f, folder)
     if f.reduced is not None:
-        ops = sum(1 for o in f.reduced.module.walk() if o.opdef.dialect not in ("builtin", "")) - 1
-        lines.append(f"  the smallest module that shows it has {ops} ops ({f.reduced.tried} candidates tried); to see it again:")
+        ops = sum(1 for o in f.reduced.module.walk() if o.name not in _FRAME)
+        lines.append(f"  the smallest module that shows it has {ops} op{"s" if ops != 1 else ""} ({f.reduced.tried} candidates tried); to see it again:")
     lines += [f"    {escape(c)}" for c in commands]
     for line in lines:
         out.print(line, soft_wrap=True)  # type: ignore[attr-defined]
