@@ -117,7 +117,8 @@ def _show_finding(f: Finding, folder: Path, out: object) -> None:
     commands = write_repro(f, folder)
     if f.reduced is not None:
         ops = sum(1 for o in f.reduced.module.walk() if o.name not in _FRAME)
-        lines.append(f"  the smallest module that shows it has {ops} op{"s" if ops != 1 else ""} ({f.reduced.tried} candidates tried); to see it again:")
+        size = f"{ops} op" if ops == 1 else f"{ops} ops"
+        lines.append(f"  the smallest module that shows it has {size} ({f.reduced.tried} candidates tried); to see it again:")
     lines += [f"    {escape(c)}" for c in commands]
     for line in lines:
         out.print(line, soft_wrap=True)  # type: ignore[attr-defined]
