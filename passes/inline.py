@@ -23,11 +23,13 @@ TRIVIAL = frozenset({"arith.cast", "arith.constant", "tensor.index", "tensor.sym
 @register
 @dataclass(frozen=True)
 class Inline(Pass):
-    """See the module docstring. Bodies do not grow past `max_ops` ops and `max_operands` operands."""
+    """See the module docstring. Bodies do not grow past `max_ops` ops and `max_operands` operands; what is cheap is computed up to `repeats`
+    times rather than stored for one reader."""
 
     name: ClassVar[str] = "inline"
     max_ops: int = 160
     max_operands: int = 20
+    repeats: int = 4
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         merged = 0
@@ -51,7 +53,7 @@ class Inline(Pass):
         merged = 0
         for reader in eligible:
             if _trivial(producer) or (single and _visits_once(producer, reader)) or (
-                    len(eligible) == len(readers) and _cheap(producer) and _visits_once(producer, reader)):
+                    len(eligible) == len(readers) and _cheap(producer) and _visits(producer, reader) <= (self.repeats if single else 1)):
                 inline_into(reader, producer)
                 merged += 1
         return merged
@@ -85,6 +87,14 @@ def _cheap(producer: Operation) -> bool:
         return False
     full = [v for v in producer.operands if getattr(v.type, "numel", 0) == product(parallel_dims(producer))]
     return len(full) <= 1
+
+
+def _visits(producer: Operation, reader: Operation) -> float:
+    """How often the reader's points pass an element of the producer, on average; infinity where sizes are symbols that differ."""
+    points, made = product(reader["dims"]), product(parallel_dims(producer))
+    if points == made:
+        return 1
+    return points / made if isinstance(points, int) and isinstance(made, int) and made else float("inf")
 
 
 def _visits_once(producer: Operation, reader: Operation) -> bool:

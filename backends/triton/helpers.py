@@ -40,6 +40,12 @@ def float_floor_div(a, b):
 def max_nan(a, b):
     return tl.where((a > b) | (a != a), a, b)
 
+def max_nan32(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+def min_nan32(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
 def min_nan(a, b):
     return tl.where((a < b) | (a != a), a, b)
 

@@ -121,6 +121,8 @@ define("tile.kernel", "a kernel: a grid of programs that all run the body", resu
               "outputs": optional(1, "how many trailing arguments are written"),
               "inplace": optional((), "pairs [input, output] (argument numbers) that may share memory"),
               "bounds": optional({}, "symbol -> [smallest, largest or none]"),
+              "num_warps": optional(0, "GPUs: warps per program; 0: the backend's choice"),
+              "num_stages": optional(0, "GPUs: iterations of a loop whose loads are in flight; 0: the backend's choice"),
               "flops": optional(0), "bytes": optional(0), "provenance": optional((), "the Python lines that it computes")},
        traits=[Trait.IsolatedFromAbove, Trait.Symbol], verify=_verify_kernel)
 define("tile.launch", "runs a kernel on tensors, giving its outputs as new tensors (value semantics; `host.launch` has buffers)",
