@@ -51,17 +51,16 @@ class _Wide(torch.fx.Interpreter):
         self.wide, self.see = wide, see
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        random = torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
-        value = super().run_node(n) if not self.wide or n.op in ("placeholder", "output") else self._wide_node(n, random)
+        value = super().run_node(n) if not self.wide or n.op in ("placeholder", "output") else self._wide_node(n)
         if self.see is not None:
             self.see(n, value)
         return value
 
-    def _wide_node(self, n: torch.fx.Node, random: bool) -> Any:
+    def _wide_node(self, n: torch.fx.Node) -> Any:
         if n.op == "get_attr":
             return _widened(super().run_node(n))
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if not random and not str(n.target).startswith(_KEEP_TYPES):
+        if not str(n.target).startswith(_KEEP_TYPES):
             try:
                 return getattr(self, n.op)(n.target, *pytree.tree_map(_widened, (args, kwargs)))
             except (RuntimeError, NotImplementedError, TypeError):
@@ -75,7 +74,10 @@ class _Wide(torch.fx.Interpreter):
 @torch.no_grad()
 def run_fx(gm: torch.fx.GraphModule, arguments: Sequence[Any], precision: torch.dtype | None = None,
            see: Callable[[torch.fx.Node, Any], None] | None = None) -> list[Any]:
-    """The outputs of an FX graph (tensors, ints, None, as it returns them) and its tensor arguments after the call."""
+    """The outputs of an FX graph (tensors, ints, None, as it returns them) and its tensor arguments after the call.
+
+    Not for graphs that draw random numbers in another precision: they would draw others.
+    """
     given = [copied(a, precision) for a in arguments]
     torch.manual_seed(SEED)
     out = _Wide(gm, precision is not None, see).run(*given)

@@ -35,7 +35,10 @@ class Launcher:
         kernel = ctx.kernels[op["kernel"].name]
         types = [v.type for v in (*op.operands, *op.results)]
         layouts = [(ctx.shape(t), ctx.dims(t.layout)) for t in types if isinstance(t, TensorType)]
-        paired = {output: given for given, output in kernel["inplace"]}
+        paired: dict[int, int] = {}  # each input lends its memory once
+        for given, output in kernel["inplace"]:
+            if output not in paired and given not in paired.values():
+                paired[output] = given
         memories = [Memory.holding(x, strides) for x, (_, strides) in zip(xs, layouts)]
         for i, r in enumerate(op.results, len(xs)):
             size = extent(*layouts[i])

@@ -47,8 +47,8 @@ def check_passes(module: Operation, arguments: list[Any], seed: int, native: boo
     target = host_target() if native else TARGETS[rng.choice(sorted(TARGETS))]
     ctx = PassContext(target)
     names = [rng.choice(TENSOR_PASSES) for _ in range(rng.randint(0, 6))]
-    # fuse and tile take programs without dead ops
-    for name in (*names, "dce", rng.choice(["fuse", "fuse{max-members=1}"]), "tile", *rng.choice([[], ["cse", "dce"]])):
+    # fuse and tile take programs without dead ops and reductions of size 1
+    for name in (*names, "canonicalize", "dce", rng.choice(["fuse", "fuse{max-members=1}"]), "tile", *rng.choice([[], ["cse", "dce"]])):
         before = str(module)
         try:
             run_pipeline(module, parse_pipeline(name), ctx)
