@@ -101,3 +101,19 @@ def test_multiples_of_one_symbol_are_packed_together() -> None:
     (func,) = (op for op in module.body if op.name == "func")
     arena, bound = (evaluate(func["stats"][k], {"s0": 64}) for k in ("arena_bytes", "lower_bound"))
     assert arena == bound == 160 * 64 * 4
+
+
+@pytest.mark.parametrize("dtype", ["i8", "i16", "i32", "i64", "u8"])
+def test_padding_never_wins_a_maximum_of_integers(dtype: str) -> None:
+    """All elements are the lowest but one: what lies in the padding must be lower still."""
+    kind = {"i8": torch.int8, "i16": torch.int16, "i32": torch.int32, "i64": torch.int64, "u8": torch.uint8}[dtype]
+    x = torch.full((1, 1, 4, 4), torch.iinfo(kind).min + 1, dtype=kind)
+    module = parse_module(f"""module {{
+      func @main {{
+        ^(%x: tensor<1x1x4x4x{dtype}>):
+          %y, %at = graph.max_pool(%x) {{kernel = [3, 3], stride = [1, 1], padding = [1, 1], dilation = [1, 1]}} : tensor<1x1x4x4x{dtype}>, tensor<1x1x4x4xi64>
+          return(%y)
+      }}
+    }}""")
+    run_pipeline(module, parse_pipeline("decompose"), PassContext())
+    assert torch.equal(run_module(module, [x])[0], x)
