@@ -52,6 +52,15 @@ def min_nan(a, b):
 def product(a, b):
     return a * b
 
+def plus(a, b):
+    return a + b
+
+def larger(a, b):
+    return tl.maximum(a, b)
+
+def smaller(a, b):
+    return tl.minimum(a, b)
+
 def int_pow(x, n, BITS: tl.constexpr):
     result = x * 0 + 1
     power = x + n * 0

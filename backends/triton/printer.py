@@ -361,6 +361,11 @@ class _Printer:
         back = f".to({tl_type(dtype)})" if dtype.bits < 32 and dtype.kind != "bool" else ""
         self._define(op, template.format(x=x, axis=axis) + back)
 
+    def scan(self, op: Operation) -> None:
+        dtype = element_type(op.result.type)
+        combine = _SCANS[op["kind"]]["f" if dtype.is_float else "i"]
+        self._define(op, f"tl.associative_scan({self._use(op.operands[0])}, {op['axis']}, {combine})")
+
     def dot(self, op: Operation) -> None:
         a, b, acc = (self._use(v) for v in op.operands)
         (m, k), n = op.operands[0].type.shape, op.operands[1].type.shape[1]  # type: ignore[attr-defined]
@@ -400,6 +405,12 @@ _REDUCTIONS = {
         "b": "(tl.min({x}.to(tl.int32), {axis}, keep_dims=True) != 0)",
     },
 }
+_SCANS = {
+    "sum": {"f": "plus", "i": "plus"},
+    "prod": {"f": "product", "i": "product"},
+    "max": {"f": "max_nan", "i": "larger"},
+    "min": {"f": "min_nan", "i": "smaller"},
+}
 _REDUCTIONS["any"], _REDUCTIONS["all"] = _REDUCTIONS["max"], _REDUCTIONS["min"]
 
 _HANDLERS = {
@@ -413,6 +424,7 @@ _HANDLERS = {
     "tile.reshape": _Printer.reshape,
     "tile.transpose": _Printer.transpose,
     "tile.reduce": _Printer.reduce,
+    "tile.scan": _Printer.scan,
     "tile.dot": _Printer.dot,
 }
 

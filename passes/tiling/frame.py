@@ -271,7 +271,7 @@ def _assign_stages(frame: Frame) -> None:
 def make_online(frame: Frame) -> None:
     """Sums of exp(x - max(x)) move to the stage of the maximum: one pass over the row less. What is summed is computed again where it is needed
     later."""
-    made = {r: op for op in frame.members for r in op.results}
+    made: dict[Value, Operation] = {r: op for op in frame.members for r in op.results}
 
     def kind_of(v: Value) -> str:
         op = made.get(v)
@@ -282,7 +282,7 @@ def make_online(frame: Frame) -> None:
         if op["reductions"] and op["combine"] == ("sum",):
             try:
                 f = rules.of(op, op.body.terminator.operands[0])
-                maximum = made.get(f.value) if f.kind == "product" and f.value is not None and not f.scales else None
+                maximum = made[f.value] if f.kind == "product" and f.value in made and not f.scales else None
                 plain = maximum is not None and maximum["reductions"] and maximum["combine"] == ("max",) and rules.of(
                     maximum, maximum.body.terminator.operands[0]).kind == "free"
             except Declined:

@@ -102,7 +102,7 @@ def _transposed(frame: Frame, vector: str) -> str | None:
         linear = split_linear(x.offset, f)
         return linear is not None and linear[0] == 1
     points = [x for x in frame.accesses if not walks(x, vector) and vector in free_symbols(x.offset)]
-    for f, size in frame.sizes.items():
+    for f in frame.sizes:
         long = all(not isinstance(frame.sizes[d], int) or frame.sizes[d] >= 64 for d in (f, vector))  # type: ignore[operator]
         if f != vector and long and any(walks(x, f) for x in points):
             return f

@@ -117,7 +117,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
     elif first.name == "tensor.scan":
         # As torch does: on CPUs the error of a running sum does not grow with its length.
         grid = emit_scan(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result], lanes,
-                         accumulate=None if target.is_gpu else DTYPES["f64"])
+                         accumulate=None if target.is_gpu else DTYPES["f64"], by_tiles=target.is_gpu)
     elif (stream := analyse_stream(members) if len(members) > 1 else None) is not None:
         hint = stream_tile(stream, target)
         tile = (hint.rows, hint.columns)
