@@ -30,10 +30,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 _PROGRAMS = "tests/unit/passes/test_random_programs.py"
+_DETAILS = "tests/unit/passes/test_lowering_details.py"
 _LLVM = ("tests/unit/llvm/test_pointwise.py", "tests/unit/llvm/test_reductions.py", "tests/unit/llvm/test_against_interpreter.py")
 TESTS: dict[str, tuple[str, ...]] = {
-    "passes/decompose/": ("tests/unit/passes/test_decompose.py", "tests/filecheck", _PROGRAMS),
-    "passes/tiling/": ("tests/unit/passes/test_tiling.py", "tests/filecheck", _PROGRAMS),
+    "passes/decompose/": (_DETAILS, "tests/unit/passes/test_decompose.py", "tests/filecheck", _PROGRAMS),
+    "passes/tiling/": (_DETAILS, "tests/unit/passes/test_tiling.py", "tests/filecheck", _PROGRAMS),
     "passes/fuse.py": ("tests/quality/test_fusion.py", "tests/filecheck", _PROGRAMS, "tests/unit/passes/test_tiling.py"),
     "passes/inline.py": ("tests/filecheck", "tests/quality/test_fusion.py", _PROGRAMS),
     "passes/layout.py": ("tests/filecheck", "tests/unit/passes/test_tiling.py", _PROGRAMS, "tests/unit/runtime/test_compiled_programs.py"),
@@ -41,11 +42,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "passes/sink_reshapes.py": ("tests/filecheck", "tests/unit/passes/test_reshape_map.py", _PROGRAMS),
     "passes/bufferize.py": ("tests/unit/passes/test_host_passes.py", "tests/unit/passes/test_memory_random.py",
                             "tests/unit/runtime/test_compiled_programs.py"),
-    "passes/plan_memory.py": ("tests/unit/passes/test_host_passes.py", "tests/unit/passes/test_memory_random.py"),
+    "passes/plan_memory.py": (_DETAILS, "tests/unit/passes/test_host_passes.py", "tests/unit/passes/test_memory_random.py"),
     "passes/fit.py": ("tests/unit/passes/test_fit.py", "tests/unit/passes/test_memory_random.py"),
     "passes/schedule.py": ("tests/unit/passes/test_host_passes.py", "tests/unit/passes/test_memory_random.py"),
     "passes/canonicalize.py": ("tests/filecheck", "tests/unit/passes/test_decompose.py", _PROGRAMS),
-    "backends/llvm/": ("tests/unit/llvm/test_arith.py", *_LLVM),
+    "backends/llvm/": ("tests/unit/llvm/test_integer_edges.py", "tests/unit/llvm/test_arith.py", *_LLVM),
     "ir/expr.py": ("tests/unit/ir/test_expr.py", "tests/unit/ir/test_parser_expressions.py", "tests/unit/passes/test_tiling.py"),
 }
 """File, or folder, below the root -> tests, quickest first. The longest name that fits a file counts."""

@@ -26,6 +26,7 @@ from .capture import CapturedGraph
 from .checks import WIDE, Check, KernelCheck, PassCheck, ProgramCheck, Verdict, algebra, compare_host, is_host, rounding
 from .evaluate import function_of, run_fx, run_module, tensor_outputs, trace, written_arguments
 from .importing import NodeRepro, node_repro
+from .kernels import NativeLaunch
 from .memory import run_native
 from .numerics import algebra_tolerance, difference, distance, perturbed
 from .reduce import Reduced, reduce
@@ -271,14 +272,15 @@ class _Walk:
     def _backend(self, module: Operation, steps: list[Pass]) -> None:
         name = self.backend.name
         self.tell(f"{name}: kernels one at a time")
-        check: Check = KernelCheck(self.target, self.backend.launch)
+        launch = self.backend.launch or NativeLaunch(self.target)  # compiles each kernel once, for both checks
+        check: Check = KernelCheck(self.target, launch)
         verdict = check(module, self.arguments)
         self.report.rows.append(Row("backend", f"{name} kernels", None, None, "legal rounding" if verdict is None else verdict.kind.upper()))
         if verdict is not None:
             self._reduced("backend", name, verdict, module, check, [])
             return
         self.tell(f"{name}: the whole program")
-        whole = ProgramCheck(steps, self.target, self.backend.program, self.backend.launch)
+        whole = ProgramCheck(steps, self.target, self.backend.program, launch)
         verdict = whole(module, self.arguments)
         self.report.rows.append(Row("backend", "program", None, None, "as its kernels" if verdict is None else verdict.kind.upper()))
         if verdict is not None:

@@ -56,7 +56,8 @@ def test_the_columns_of_a_scatter_run_side_by_side(target: object) -> None:
 @pytest.mark.parametrize("sizes", [(5, 300), (700,), (33, 65)])
 def test_tiles_of_gpu_kernels_are_powers_of_two(sizes: tuple[int, ...]) -> None:
     """Triton has no others."""
-    program = capture(lambda x: (x.softmax(-1), x.exp().cumsum(-1), x.sum() + x.amax(0)), (torch.randn(*sizes),))
+    program = capture(lambda x: (x.softmax(-1), x.exp().cumsum(-1), x.sum() + x.amax(0), x.index_add(0, torch.tensor([1, 1]), x[:2])),
+                      (torch.randn(*sizes),))
     tiles = {v.type for op in lowered(program, CUDA).walk() for v in op.results if isinstance(v.type, TileType)}
     assert tiles and all(n & (n - 1) == 0 for t in tiles for n in t.shape), tiles
 
