@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from ...backends.llvm import compile_module
-from ...backends.triton.host import Copy, Place, Program, build_program
+from ...backends.triton.host import Copy, MatMul, Place, Program, build_program
+from ...backends.triton.simulate import run_product
 from ...ir import Target
 from ...ir.core import IRError, Operation, Value
 from ...ir.expr import Dim, ceildiv, evaluate
@@ -120,6 +121,9 @@ class InterpretedLibrary:
             for step in steps:
                 if isinstance(step, Copy):
                     ctypes.memmove(address(step.target), address(step.source), int(evaluate(step.bytes, env)))
+                    continue
+                if isinstance(step, MatMul):
+                    run_product(step.shape, {name: address(p) for name, p in step.places.items()}, env)
                     continue
                 try:
                     launch(self.program.kernels[step.kernel], [address(p) for p in step.buffers], env)
