@@ -1,4 +1,4 @@
-"""The command line: `aicc dump-ir | opt | run | explain | env`. Each command is a file in `commands/`.
+"""The command line: `aicc dump-ir | opt | run | explain | bisect | env`. Each command is a file in `commands/`.
 
 What a user can mend ends with one message on stderr and exit code 2; a fault of aicc itself with a message and exit code 1;
 `--debug` shows the traceback of either.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import typer
 
+from .commands.bisect import bisect
 from .commands.dump_ir import dump_ir
 from .commands.env import env
 from .commands.explain import explain
@@ -22,6 +23,7 @@ app.command("dump-ir")(dump_ir)
 app.command("opt")(opt)
 app.command("run")(run)
 app.command("explain")(explain)
+app.command("bisect")(bisect)
 app.command("env")(env)
 
 

@@ -23,7 +23,7 @@ from ..frontend.decompositions import decomposition_table
 from .driver import Observer, compile_fx
 from .options import Options
 
-__all__ = ["aicc", "backend"]
+__all__ = ["aicc", "aot_backend", "arg_kinds", "backend"]
 
 
 def aicc(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Callable:
@@ -38,6 +38,11 @@ def backend(options: Options, observe: Observer | None = None) -> Callable:
             return _guarded(gm, inputs, options, role, observe)
         return compile_one
 
+    return aot_backend(compiler)
+
+
+def aot_backend(compiler: Callable[[str], Callable]) -> Callable:
+    """A Dynamo backend whose graphs are made as aicc's are: `compiler(role)` gives the compiler of forward, backward or inference graphs."""
     return aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"), inference_compiler=compiler("inference"),
                         decompositions=decomposition_table(), partition_fn=min_cut_rematerialization_partition,
                         keep_inference_input_mutations=True)
@@ -45,7 +50,7 @@ def backend(options: Options, observe: Observer | None = None) -> Callable:
 
 def _guarded(gm: torch.fx.GraphModule, inputs: Sequence[Any], options: Options, role: str, observe: Observer | None) -> Callable:
     try:
-        return compile_fx(gm, inputs, options, name=role, arg_kinds=_arg_kinds(role, len(inputs)), observe=observe)
+        return compile_fx(gm, inputs, options, name=role, arg_kinds=arg_kinds(role, len(inputs)), observe=observe)
     except Exception as e:
         if options.strict or observe is not None:
             raise
@@ -55,7 +60,7 @@ def _guarded(gm: torch.fx.GraphModule, inputs: Sequence[Any], options: Options, 
         return make_boxed_func(gm.forward)
 
 
-def _arg_kinds(role: str, count: int) -> list[str]:
+def arg_kinds(role: str, count: int) -> list[str]:
     """'param' for arguments that torch keeps at one address (parameters and buffers), 'input' for the others."""
     context = TracingContext.try_get()
     metadata = getattr(context, "fw_metadata", None) if context is not None else None

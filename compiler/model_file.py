@@ -195,12 +195,12 @@ def _from_namespace(where: str, names: Mapping[str, Any], attribute: str = "") -
     if isinstance(found, type) and issubclass(found, torch.nn.Module):
         make_inputs = getattr(found, "get_inputs", None) or names.get("get_inputs")
         if make_inputs is not None or key is not None:
-            args, kwargs = _arguments(where, (getattr(found, "get_init_inputs", None) or names.get("get_init_inputs") or tuple)())
+            args, kwargs = _arguments(where, getattr(found, "get_init_inputs", None) or names.get("get_init_inputs") or ())
             found = _construct(where, found, args, kwargs)
-            return LoadedModel(name, found, *_arguments(where, make_inputs() if make_inputs is not None else names[str(key)]))
+            return LoadedModel(name, found, *_arguments(where, make_inputs if make_inputs is not None else names[str(key)]))
     elif callable(found):
         if key is None and callable(names.get("get_inputs")):
-            return LoadedModel(name, found, *_arguments(where, names["get_inputs"]()))
+            return LoadedModel(name, found, *_arguments(where, names["get_inputs"]))
         if key is not None:
             return LoadedModel(name, found, *_arguments(where, names[key]))
     raise UserError(_nothing_found(where, names, attribute))
@@ -211,11 +211,16 @@ def _construct(where: str, cls: type[torch.nn.Module], args: tuple[Any, ...], kw
         return cls(*args, **kwargs)
     except TypeError as e:
         raise UserError(f"{where}: {cls.__name__} cannot be constructed from get_init_inputs(): {e}") from e
+    except Exception as e:
+        raise UserError(f"constructing {cls.__name__} failed: {_failure(Path(where), e)}") from e
 
 
 def _arguments(where: str, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if callable(value) and not isinstance(value, torch.Tensor):
-        value = value()
+        try:
+            value = value()
+        except Exception as e:
+            raise UserError(f"the function that makes the inputs failed: {_failure(Path(where), e)}") from e
     if isinstance(value, torch.Tensor):
         return (value,), {}
     if isinstance(value, Mapping):

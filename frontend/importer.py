@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..ir.attributes import Dense
 from ..ir.builder import Builder, make_func, make_module
@@ -397,9 +398,20 @@ def _covers(node: fx.Node, root: fx.Node) -> bool:
     if node is root:
         return True
     val, whole = node.meta["val"], root.meta.get("val")
-    if not isinstance(whole, torch.Tensor) or any(isinstance(n, torch.SymInt) for n in (*val.shape, *val.stride(), *whole.shape)):
+    if not isinstance(whole, torch.Tensor) or val.dtype != whole.dtype or not statically_known_true(val.numel() == whole.numel()):
         return False
-    return val.dtype == whole.dtype and val.numel() == whole.numel() and _is_dense(val)
+    symbolic = any(isinstance(n, torch.SymInt) for n in (*val.shape, *val.stride()))
+    return _is_row_major(val) if symbolic else _is_dense(val)
+
+
+def _is_row_major(val: torch.Tensor) -> bool:
+    """Whether the strides are known to be those of a row-major tensor, whatever the sizes; adds no guard."""
+    step: Any = 1
+    for size, stride in zip(reversed(val.shape), reversed(val.stride())):
+        if not statically_known_true(size == 1) and not statically_known_true(stride == step):
+            return False
+        step = step * size
+    return True
 
 
 def _is_dense(val: torch.Tensor) -> bool:
