@@ -3,6 +3,8 @@
 AOTAutograd makes functional forward and backward graphs, torch's min-cut partitioner decides what is saved between them, and each graph
 goes through `driver.compile_fx`. A graph that fails to compile runs through ATen with one warning that names a repro file
 (`AICC_STRICT=1` raises): a fault in the compiler never loses the user's program.
+
+AOTAutograd is called directly: torch's wrapper for backends (`torch._dynamo.backends.common`) would import a good part of Inductor.
 """
 
 from __future__ import annotations
@@ -15,18 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo import disable
+from torch._dynamo.utils import flatten_graph_inputs
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext
 
 from ..frontend.decompositions import decomposition_table
+from ..frontend.random import random_decompositions, share_seeds
 from .driver import Observer, compile_fx
 from .options import Options
 
 __all__ = ["aicc", "backend"]
 
+Graph = torch.fx.GraphModule
 
-def aicc(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Callable:
+
+def aicc(gm: Graph, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Callable:
     """The backend function that Dynamo calls with each captured graph."""
     return backend(Options.from_user(mode, options))(gm, example_inputs)
 
@@ -34,13 +41,29 @@ def aicc(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str |
 def backend(options: Options, observe: Observer | None = None) -> Callable:
     """A Dynamo backend with fixed options; `observe` sees every module after every pass (for dump-ir)."""
     def compiler(role: str) -> Callable:
-        def compile_one(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable:
-            return _guarded(gm, inputs, options, role, observe)
-        return compile_one
+        def compile_one(gm: Graph, inputs: Sequence[Any]) -> Callable:
+            if role == "inference":  # the others were parted from a graph whose seeds are shared
+                share_seeds(gm)
+            return disable(_guarded(gm, inputs, options, role, observe), reason="compiled code")
+        return disable(compile_one, reason="a compiler is not traced")
 
-    return aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"), inference_compiler=compiler("inference"),
-                        decompositions=decomposition_table(), partition_fn=min_cut_rematerialization_partition,
-                        keep_inference_input_mutations=True)
+    compilers = {"fw_compiler": compiler("forward"), "bw_compiler": compiler("backward"), "inference_compiler": compiler("inference")}
+    table = decomposition_table()
+    if not options.fallback_random:
+        table = {**table, **random_decompositions()}
+
+    def compile_captured(gm: Graph, inputs: Sequence[Any]) -> Callable:
+        if any(isinstance(x, (list, tuple, dict)) for x in inputs):
+            return flatten_graph_inputs(gm, inputs, compile_captured)
+        made = aot_module_simplified(gm, inputs, decompositions=table, partition_fn=_partition, keep_inference_input_mutations=True, **compilers)
+        return disable(made, reason="compiled code")
+
+    return compile_captured
+
+
+def _partition(joint: Graph, inputs: Sequence[Any], **rest: Any) -> tuple[Graph, Graph]:
+    share_seeds(joint)
+    return min_cut_rematerialization_partition(joint, inputs, **rest)
 
 
 def _guarded(gm: torch.fx.GraphModule, inputs: Sequence[Any], options: Options, role: str, observe: Observer | None) -> Callable:
