@@ -24,7 +24,9 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext
 
 from ..frontend.decompositions import decomposition_table
+from ..frontend.flex import expand_flex
 from ..frontend.random import random_decompositions, share_seeds
+from .control_flow import compile_pieces
 from .driver import Observer, compile_fx
 from .options import Options
 
@@ -44,7 +46,7 @@ def backend(options: Options, observe: Observer | None = None) -> Callable:
         def compile_one(gm: Graph, inputs: Sequence[Any]) -> Callable:
             if role == "inference":  # the others were parted from a graph whose seeds are shared
                 share_seeds(gm)
-            return disable(_guarded(gm, inputs, options, role, observe), reason="compiled code")
+            return disable(_guarded(gm, options, role, table, observe), reason="compiled code")
         return disable(compile_one, reason="a compiler is not traced")
 
     compilers = {"fw_compiler": compiler("forward"), "bw_compiler": compiler("backward"), "inference_compiler": compiler("inference")}
@@ -66,9 +68,9 @@ def _partition(joint: Graph, inputs: Sequence[Any], **rest: Any) -> tuple[Graph,
     return min_cut_rematerialization_partition(joint, inputs, **rest)
 
 
-def _guarded(gm: torch.fx.GraphModule, inputs: Sequence[Any], options: Options, role: str, observe: Observer | None) -> Callable:
+def _guarded(gm: Graph, options: Options, role: str, table: Mapping[Any, Callable[..., Any]], observe: Observer | None) -> Callable:
     try:
-        return compile_fx(gm, inputs, options, name=role, arg_kinds=_arg_kinds(role, len(inputs)), observe=observe)
+        return _compile(gm, options, role, table, observe)
     except Exception as e:
         if options.strict or observe is not None:
             raise
@@ -76,6 +78,19 @@ def _guarded(gm: torch.fx.GraphModule, inputs: Sequence[Any], options: Options, 
         warnings.warn(f"aicc could not compile this {role} graph ({type(e).__name__}: {str(e).splitlines()[0][:200]}); it runs through ATen "
                       f"instead. A repro is in {path}; set AICC_STRICT=1 to raise.", RuntimeWarning, stacklevel=2)
         return make_boxed_func(gm.forward)
+
+
+def _compile(gm: Graph, options: Options, role: str, table: Mapping[Any, Callable[..., Any]], observe: Observer | None) -> Callable:
+    """The graph, or where there is control flow the pieces between, and the graphs within."""
+    expand_flex(gm, table)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    kinds = dict(zip(placeholders, _arg_kinds(role, len(placeholders)), strict=True))
+
+    def compile_piece(piece: Graph, name: str, origins: list[torch.fx.Node | None]) -> Callable:
+        return compile_fx(piece, (), options, name=f"{role}_{name}" if name else role, observe=observe,
+                          arg_kinds=["input" if n is None else kinds[n] for n in origins])
+
+    return compile_pieces(gm, compile_piece)
 
 
 def _arg_kinds(role: str, count: int) -> list[str]:

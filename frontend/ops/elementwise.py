@@ -336,6 +336,8 @@ def prelu(c: Context, x: Value, weight: Value) -> Value:
 
 
 def to_copy(c: Context, x: Value, *, device: Any = None, **_: Any) -> Value:
+    if not isinstance(x, Value):  # a number, where torch's decompositions promote one
+        return c.scalar(x, c.dtype)
     source = c.argument(0)
     if device is not None and source.device != c.fake().device:
         raise Unsupported(f"a copy from {source.device} to {c.fake().device}")
