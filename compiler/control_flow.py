@@ -1,6 +1,6 @@
 """Graphs with control flow in them: `cond`, `while_loop`, `scan`, `map` and torch's other operators that take graphs.
 
-    run = compile_pieces(gm, compile_one)
+    run = compile_pieces(gm, compile_one, decompositions)
 
 Between two such operators everything is compiled as one graph; the operator itself runs in Python, through torch's own dense
 implementation, with its branches and bodies compiled like any other graph. So a loop costs a Python call per trip and kind of
@@ -10,16 +10,20 @@ graph, and no operator is left to ATen because it stands beside a loop.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator
+from torch.fx.experimental.proxy_tensor import make_fx
 
 __all__ = ["PieceCompiler", "compile_pieces", "has_control_flow"]
 
+Table = Mapping[Any, Callable[..., Any]]
 PieceCompiler = Callable[[fx.GraphModule, str, "list[fx.Node | None]"], Callable[..., Any]]
 """Compiles a graph called by a name; for each of its placeholders the one of the whole graph that it is, or None. Boxed."""
 
@@ -65,8 +69,8 @@ class _Pieces:
         return fx.node.map_arg(self._result, lambda n: values[n])
 
 
-def compile_pieces(gm: fx.GraphModule, compile_one: PieceCompiler) -> Callable[..., Any]:
-    """Compiles `gm` piece by piece; without control flow it is one piece."""
+def compile_pieces(gm: fx.GraphModule, compile_one: PieceCompiler, table: Table) -> Callable[..., Any]:
+    """Compiles `gm` piece by piece; without control flow it is one piece. `table` has the decompositions, for graphs within."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     if not has_control_flow(gm):
         return compile_one(gm, "", list(placeholders))
@@ -74,7 +78,7 @@ def compile_pieces(gm: fx.GraphModule, compile_one: PieceCompiler) -> Callable[.
     steps: list[_Step] = []
     for k, part in enumerate(_parts(gm)):
         if isinstance(part, fx.Node):
-            steps.append(_control_step(gm, part, compile_one))
+            steps.append(_control_step(gm, part, compile_one, table))
         else:
             steps.append(_compiled_step(gm, part, f"part{k}", placeholders, compile_one))
     _mark_dead(steps, output)
@@ -138,14 +142,16 @@ def _compiled_step(gm: fx.GraphModule, nodes: list[fx.Node], name: str, placehol
 
 # -- control flow ----------------------------------------------------------------------------------------------------------------
 
-def _control_step(gm: fx.GraphModule, node: fx.Node, compile_one: PieceCompiler) -> _Step:
+def _control_step(gm: fx.GraphModule, node: fx.Node, compile_one: PieceCompiler, table: Table) -> _Step:
     """The operator itself, and the items taken out of what it returns."""
     target: Any = node.target
     graphs: dict[fx.Node, Any] = {}
     for a in node.all_input_nodes:
         if _is_graph(gm, a):
-            body = _attribute(gm, a)
-            graphs[a] = _function(body, compile_pieces(body, _named(compile_one, str(a.target)))) if target.name() in _COMPILED_BODIES else body
+            graphs[a] = _attribute(gm, a)
+            if target.name() in _COMPILED_BODIES:
+                body = _decomposed(graphs[a], table)
+                graphs[a] = _function(body, compile_pieces(body, _named(compile_one, str(a.target)), table))
         elif a.op == "get_attr":
             graphs[a] = _attribute(gm, a)
     inputs = [a for a in node.all_input_nodes if a not in graphs]
@@ -162,6 +168,16 @@ def _control_step(gm: fx.GraphModule, node: fx.Node, compile_one: PieceCompiler)
         return [_at(made, path) for path in paths]
 
     return _Step(run, inputs, outputs)
+
+
+def _decomposed(body: fx.GraphModule, table: Table) -> fx.GraphModule:
+    """AOTAutograd does not take apart what the gradients of bodies consist of: done here."""
+    if not any(n.target in table for n in body.graph.nodes):
+        return body
+    values = [n.meta["val"] for n in body.graph.nodes if n.op == "placeholder"]
+    mode = detect_fake_mode(values)
+    with nullcontext() if mode is None else mode:
+        return make_fx(body, decomposition_table=dict(table))(*values)
 
 
 def _named(compile_one: PieceCompiler, prefix: str) -> PieceCompiler:

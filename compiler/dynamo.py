@@ -90,7 +90,7 @@ def _compile(gm: Graph, options: Options, role: str, table: Mapping[Any, Callabl
         return compile_fx(piece, (), options, name=f"{role}_{name}" if name else role, observe=observe,
                           arg_kinds=["input" if n is None else kinds[n] for n in origins])
 
-    return compile_pieces(gm, compile_piece)
+    return compile_pieces(gm, compile_piece, table)
 
 
 def _arg_kinds(role: str, count: int) -> list[str]:

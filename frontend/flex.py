@@ -57,7 +57,7 @@ def _expand(gm: fx.GraphModule, node: fx.Node, decompositions: Mapping[Any, Call
         traced = make_fx(torch.func.functionalize(dense), decomposition_table=dict(decompositions))(*values)
     traced.graph.eliminate_dead_code()
     with gm.graph.inserting_before(node):
-        inlined = {p: a for p, a in zip((n for n in traced.graph.nodes if n.op == "placeholder"), given, strict=True)}
+        inlined = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))
         results = _inline(gm, traced, inlined, node)
     # what reads the results reads tuples, some of them nested, through getitem
     _forward_results(node, results)

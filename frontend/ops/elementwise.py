@@ -363,7 +363,7 @@ ROWS: dict[str, Lower] = {
     "aten.round.decimals": round_decimals,
     **{f"aten.{n}.default": predicate(n) for n in ("isnan", "isinf")},
     **{f"aten.{n}.default": identity for n in ("alias", "clone", "detach", "lift_fresh_copy", "lift_fresh", "lift", "positive",
-                                               "contiguous", "resolve_conj", "resolve_neg", "alias_copy")},
+                                               "contiguous", "resolve_conj", "resolve_neg", "alias_copy", "detach_copy")},
     **{f"aten.{n}.default": identity_of_reals for n in ("_conj", "_conj_physical", "real")},
     "aten.bitwise_not.default": bitwise_not,
     "aten.logical_not.default": logical_not,
