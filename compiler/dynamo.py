@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch._dynamo import disable
 from torch._dynamo.utils import flatten_graph_inputs
+from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext
 
+from ..frontend.common_subexpressions import merge_common_subexpressions
 from ..frontend.decompositions import decomposition_table
 from ..frontend.flex import expand_flex
 from ..frontend.random import random_decompositions, share_seeds
@@ -65,7 +67,10 @@ def backend(options: Options, observe: Observer | None = None) -> Callable:
 
 def _partition(joint: Graph, inputs: Sequence[Any], **rest: Any) -> tuple[Graph, Graph]:
     share_seeds(joint)
-    return min_cut_rematerialization_partition(joint, inputs, **rest)
+    joint.graph.eliminate_dead_code()
+    merge_common_subexpressions(joint.graph)
+    with functorch_config.patch(cse=False):  # torch's own pass imports Inductor
+        return min_cut_rematerialization_partition(joint, inputs, **rest)
 
 
 def _guarded(gm: Graph, options: Options, role: str, table: Mapping[Any, Callable[..., Any]], observe: Observer | None) -> Callable:
