@@ -51,7 +51,7 @@ def backend(options: Options, observe: Observer | None = None) -> Callable:
             return disable(_guarded(gm, options, role, table, observe), reason="compiled code")
         return disable(compile_one, reason="a compiler is not traced")
 
-    compilers = {"fw_compiler": compiler("forward"), "bw_compiler": compiler("backward"), "inference_compiler": compiler("inference")}
+    compilers: Any = {"fw_compiler": compiler("forward"), "bw_compiler": compiler("backward"), "inference_compiler": compiler("inference")}
     table = decomposition_table()
     if not options.fallback_random:
         table = {**table, **random_decompositions()}

@@ -50,7 +50,8 @@ def explain(
             call_eager(found, train)  # a fault of the model itself shows before anything is compiled
             compiled = torch.compile(found.model, backend=backend(options), dynamic=dynamic, options=log.options)
             given = (found.args, found.kwargs)
-            for what, (args, kwargs) in [("example inputs", given), ("the same again", given), *((f"more_inputs[{i}]", c) for i, c in enumerate(found.more))]:
+            further = [(f"more_inputs[{i}]", call) for i, call in enumerate(found.more)]
+            for what, (args, kwargs) in [("example inputs", given), ("the same again", given), *further]:
                 before = len(recorder.graphs)
                 call_model(compiled, dataclasses.replace(found, args=args, kwargs=kwargs), train)
                 calls.append({"call": what, "arguments": _shapes(args, kwargs), "compiled": [g.title for g in recorder.graphs[before:]]})
@@ -114,8 +115,10 @@ def _show(report: dict[str, Any], everything: bool) -> None:
                [(f["id"], f["function"], f["place"], str(f["ops"]), str(f["guards"])) for f in capture["frames"]])
     if everything:
         _show_rows(out, "kinds of guards", ("checked before captured code is used again",), [(g,) for g in capture["guard_list"]])
-    _show_rows(out, "graph breaks", ("at", "line", "because"), [(b["place"], b["line"], b["reason"]) for b in capture["graph_breaks"]])
-    _show_rows(out, "calls", ("call", "with", "compiled"), [(c["call"], c["arguments"], ", ".join(c["compiled"]) or "nothing") for c in capture["calls"]])
+    _show_rows(out, "graph breaks", ("at", "line", "because"),
+               [(b["place"], b["line"], b["reason"]) for b in capture["graph_breaks"]])
+    _show_rows(out, "calls", ("call", "with", "compiled"),
+               [(c["call"], c["arguments"], ", ".join(c["compiled"]) or "nothing") for c in capture["calls"]])
     _show_rows(out, "recompilations", ("function", "at", "what changed"), [tuple(r.values()) for r in capture["recompilations"]])
     for g in report["graphs"]:
         out.print(f"\n[bold]{g['name']}[/]")

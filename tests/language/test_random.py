@@ -126,13 +126,13 @@ def test_distribution(name: str) -> None:
 
 
 _DISCRETE: dict[str, tuple[Callable[[], Tensor], dict[int, float]]] = {
-    "randint": (lambda: torch.randint(3, 13, (N,)), {i: 0.1 for i in range(3, 13)}),
-    "randint, int8": (lambda: torch.randint(-5, 5, (N,), dtype=torch.int8), {i: 0.1 for i in range(-5, 5)}),
-    "randint, wide": (lambda: torch.randint(0, 10 * 2**40, (N,)) // 2**40, {i: 0.1 for i in range(10)}),
+    "randint": (lambda: torch.randint(3, 13, (N,)), dict.fromkeys(range(3, 13), 0.1)),
+    "randint, int8": (lambda: torch.randint(-5, 5, (N,), dtype=torch.int8), dict.fromkeys(range(-5, 5), 0.1)),
+    "randint, wide": (lambda: torch.randint(0, 10 * 2**40, (N,)) // 2**40, dict.fromkeys(range(10), 0.1)),
     "bernoulli": (lambda: torch.full((N,), 0.3).bernoulli(), {0: 0.7, 1: 0.3}),
     "dropout": (lambda: F.dropout(torch.ones(N), 0.75), {0: 0.75, 4: 0.25}),
     "geometric": (lambda: torch.empty(N).geometric_(0.5).clamp(max=6), {**{i: 0.5**i for i in range(1, 6)}, 6: 0.5**5}),
-    "random_": (lambda: torch.empty(N, dtype=torch.int32).random_(0, 8), {i: 0.125 for i in range(8)}),
+    "random_": (lambda: torch.empty(N, dtype=torch.int32).random_(0, 8), dict.fromkeys(range(8), 0.125)),
 }
 
 
