@@ -13,6 +13,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,15 @@ def backend(options: Options, observe: Observer | None = None) -> Callable:
         def compile_one(gm: Graph, inputs: Sequence[Any]) -> Callable:
             if role == "inference":  # the others were parted from a graph whose seeds are shared
                 share_seeds(gm)
-            return disable(_guarded(gm, options, role, table, observe), reason="compiled code")
-        return disable(compile_one, reason="a compiler is not traced")
+            return _guarded(gm, options, role, table, observe)
+
+        def compile_later(gm: Graph, inputs: Sequence[Any]) -> Callable:  # when the first gradient is wanted, outside of Dynamo
+            return disable(compile_one(gm, inputs), reason="compiled code")
+
+        return disable(compile_later, reason="a compiler is not traced") if role == "backward" else compile_one
 
     compilers: Any = {"fw_compiler": compiler("forward"), "bw_compiler": compiler("backward"), "inference_compiler": compiler("inference")}
-    table = decomposition_table()
-    if not options.fallback_random:
-        table = {**table, **random_decompositions()}
+    table = _decompositions(options.fallback_random)
 
     def compile_captured(gm: Graph, inputs: Sequence[Any]) -> Callable:
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
@@ -63,6 +66,11 @@ def backend(options: Options, observe: Observer | None = None) -> Callable:
         return disable(made, reason="compiled code")
 
     return compile_captured
+
+
+@cache
+def _decompositions(fallback_random: bool) -> dict[Any, Callable[..., Any]]:
+    return decomposition_table() if fallback_random else {**decomposition_table(), **random_decompositions()}
 
 
 def _partition(joint: Graph, inputs: Sequence[Any], **rest: Any) -> tuple[Graph, Graph]:

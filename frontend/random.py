@@ -123,7 +123,8 @@ def _in_the_order_of(x: Tensor, make: Callable[[Sequence[Any]], Tensor], memory_
         return make(x.shape).contiguous(memory_format=memory_format)
     if x.ndim < 2 or x.is_contiguous():
         return make(x.shape)
-    order, _ = physical_order(x)
+    found: Any = physical_order(x)
+    order = found[0] if isinstance(found, tuple) else found  # torch 2.13 also says whether it is ambiguous
     return make([x.shape[i] for i in order]).permute([order.index(i) for i in range(x.ndim)])
 
 

@@ -65,8 +65,8 @@ def test_fifty_sizes_compile_at_most_twice(name: str, graphs: list[Compilation])
     assert 1 <= len(graphs) <= 2
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("name", _PROGRAMS)
+@pytest.mark.parametrize(("name", "dynamic"), [("batch", None), ("reductions and views", None), ("sequence", True), ("batch and sequence", True),
+                                              ("batch of images", True), ("several sizes", True)])
 def test_small_sizes(name: str, dynamic: bool | None) -> None:
     """0, 1 and 2 before and after others. torch compiles 0 and 1 apart, for broadcasting means another thing there."""
     make_program, make = _PROGRAMS[name]

@@ -91,7 +91,7 @@ ROWS: dict[str, Row] = {
     "inference_mode around": Row(_MLP, _x, around=torch.inference_mode, note="parameters made in inference mode are packed in every call"),
     "inference_mode inside": Row(_inference_inside, _x),
     "a default dtype": Row(_default_dtype, lambda: (torch.randn(6, dtype=torch.float64),), around=_default_f64),
-    "a device context": Row(_device_context, _x, how=EAGER, note="Dynamo does not capture it"),
+    "a device context": Row(_device_context, _x, how=EAGER, breaks=True, note="Dynamo does not capture it"),
     "is_grad_enabled": Row(lambda x: x * 2 if torch.is_grad_enabled() else x * 3, _x),
     "detach": Row(lambda x: x * x.detach(), _x, train=True),
     "requires_grad in the code": Row(lambda x: x * 2 if x.requires_grad else x * 3, _x, train=True),
