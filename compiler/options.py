@@ -27,6 +27,7 @@ class Options:
     fuse                      group ops into kernels; False gives one kernel per op (for debugging)
     fallback_random           draw random numbers through ATen, which gives eager's for the same seed, instead of from counters
     pack_parameters           keep a packed copy of parameters that kernels read in another layout; False keeps the parameters only
+    cudagraphs                replay a graph's launches from a CUDA graph (mode="reduce-overhead" means the same)
     """
 
     mode: str = "default"
@@ -38,6 +39,7 @@ class Options:
     fuse: bool = True
     fallback_random: bool = False
     pack_parameters: bool = True
+    cudagraphs: bool = False
 
     @staticmethod
     def from_user(mode: str | None = None, options: Mapping[str, Any] | None = None, environment: Environment | None = None) -> Options:
@@ -60,6 +62,11 @@ class Options:
         return Options(**given)
 
     @property
+    def replays(self) -> bool:
+        """Whether launches are replayed from CUDA graphs."""
+        return self.cudagraphs or self.mode == "reduce-overhead"
+
+    @property
     def key(self) -> str:
         """The part of the options that changes the code."""
-        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse},{self.pack_parameters}"
+        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse},{self.pack_parameters},{self.replays}"
