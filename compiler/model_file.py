@@ -8,6 +8,7 @@ A file may define (the first that is there counts):
 1. `model`, and `example_inputs` or `inputs`: a tensor, a tuple of arguments, a dict of keyword arguments, or a function that returns these;
 2. a class `Model`, and `get_inputs()` and optionally `get_init_inputs()` (the arguments of the constructor), in the file or in the class;
 3. a call of torch.compile with backend="aicc": then it is a script.
+`more_inputs`, a list of such arguments, gives further calls for `aicc explain`: other sizes and types, to see what compiles again.
 Files run with their folder on sys.path, as `python model.py` would have it.
 """
 
@@ -48,6 +49,7 @@ class LoadedModel:
     model: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    more: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -197,12 +199,12 @@ def _from_namespace(where: str, names: Mapping[str, Any], attribute: str = "") -
         if make_inputs is not None or key is not None:
             args, kwargs = _arguments(where, getattr(found, "get_init_inputs", None) or names.get("get_init_inputs") or ())
             found = _construct(where, found, args, kwargs)
-            return LoadedModel(name, found, *_arguments(where, make_inputs if make_inputs is not None else names[str(key)]))
+            return LoadedModel(name, found, *_arguments(where, make_inputs if make_inputs is not None else names[str(key)]), _more(where, names))
     elif callable(found):
         if key is None and callable(names.get("get_inputs")):
-            return LoadedModel(name, found, *_arguments(where, names["get_inputs"]))
+            return LoadedModel(name, found, *_arguments(where, names["get_inputs"]), _more(where, names))
         if key is not None:
-            return LoadedModel(name, found, *_arguments(where, names[key]))
+            return LoadedModel(name, found, *_arguments(where, names[key]), _more(where, names))
     raise UserError(_nothing_found(where, names, attribute))
 
 
@@ -229,6 +231,13 @@ def _arguments(where: str, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
         return tuple(value), {}
     raise UserError(f"{where}: the inputs must be a tensor, a tuple or list of arguments, or a dict of keyword arguments; "
                     f"got {type(value).__name__}")
+
+
+def _more(where: str, names: Mapping[str, Any]) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]:
+    calls = names.get("more_inputs", ())
+    if not isinstance(calls, (list, tuple)):
+        raise UserError(f"{where}: `more_inputs` must be a list with the arguments of one call per entry; got {type(calls).__name__}")
+    return tuple(_arguments(where, call) for call in calls)
 
 
 def _nothing_found(where: str, names: Mapping[str, Any], attribute: str) -> str:

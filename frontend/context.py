@@ -125,6 +125,9 @@ class Context:
     def number(self, x: SymScalar) -> Value:
         """A symbolic number as a 0-d tensor: i64, f64 or i1."""
         kind = {torch.SymInt: I64, torch.SymFloat: F64, torch.SymBool: I1}[type(x.value)]
+        known = self.numbers.get(str(x.value.node.expr))
+        if known is not None:
+            return self.cast(known, kind)
         return self.cast(lower_number(self, x.value.node.expr), kind)
 
     def full(self, shape: Sequence[Dim], value: Number, dtype: DType) -> Value:

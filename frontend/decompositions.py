@@ -36,6 +36,7 @@ _WHOLE = (
     aten.new_empty, aten.new_full, aten.new_zeros, aten.new_ones, aten.eye, aten.linspace.default, aten.arange, aten.fill,
     aten.bernoulli, aten._scaled_dot_product_flash_attention_for_cpu, aten.scaled_dot_product_attention,
     aten.adaptive_avg_pool1d, aten.avg_pool1d,
+    aten.detach,  # torch's alias in its place makes scan's gradient refuse results that are saved as well
 )
 """Operators with a row of their own: shorter graphs, and what they mean is not lost."""
 

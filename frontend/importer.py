@@ -4,7 +4,8 @@
 
 Conventions of the function that comes out:
 - Block arguments are the tensor placeholders, in order; their types carry strides. `arg_attrs[i]` has the FX `name`, the
-  `kind`, the `position` among all placeholders (what the caller passes), and the `device` when it is not the CPU.
+  `kind`, the `position` among all placeholders (what the caller passes), and the `device` when it is not the CPU. An argument with
+  `number = true` is passed as a Python number that is no size (a float, or an int that may be negative).
 - `symbol_args` has one entry {position, expr} per other placeholder: `expr` is the size that is passed there (a bare symbol is
   thereby defined), or none when nothing is read from it. `symbol_sources` says where the remaining symbols are read off tensor
   arguments: symbol -> [block argument, dimension], or [block argument, dimension, "stride"].
@@ -45,7 +46,8 @@ from .symbols import SymbolTable
 
 __all__ = ["externs", "import_graph"]
 
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_TENSOR_OF = {torch.SymInt: torch.int64, torch.SymFloat: torch.float64, torch.SymBool: torch.bool}
+_SYMBOLIC = tuple(_TENSOR_OF)
 _NO_EFFECT = {"aten._assert_tensor_metadata.default", "aten.sym_constrain_range.default", "aten._assert_scalar.default",
               "aten.sym_constrain_range_for_size.default"}
 """Checks that hold whenever the guards of the graph hold."""
@@ -103,9 +105,11 @@ class _Importer:
                     where = {} if val.device.type == "cpu" else {"device": str(val.device)}
                     arg_attrs.append({"name": node.name, "kind": kinds[position], "position": position, **where})
                     continue
-                expr = self._number(val) if isinstance(val, (int, torch.SymInt)) else None
+                expr = self._number(val) if isinstance(val, (int, *_SYMBOLIC)) else None
                 if isinstance(expr, SymScalar):
-                    raise Unsupported(f"the size {val} as an argument")
+                    self._number_argument(node, expr)
+                    arg_attrs.append({"name": node.name, "kind": "input", "position": position, "number": True})
+                    continue
                 if expr is None and node.users and val is not None and not _is_token(node):
                     raise Unsupported(f"an argument of type {type(val).__name__}")
                 self.env[node] = expr
@@ -116,6 +120,12 @@ class _Importer:
         if symbol_args:
             self.func.attributes["symbol_args"] = tuple(symbol_args)
         self._sources()
+
+    def _number_argument(self, node: fx.Node, number: SymScalar) -> None:
+        """A Python number that is no size: a 0-d tensor, which the executor makes."""
+        self.env[node] = number
+        dtype = from_torch(_TENSOR_OF[type(number.value)])
+        self.c.numbers[str(number.value.node.expr)] = self.body.add_arg(TensorType((), dtype), node.name)
 
     def _tensor_argument(self, node: fx.Node, val: torch.Tensor) -> None:
         if val.layout != torch.strided or val.is_quantized:
@@ -229,8 +239,7 @@ class _Importer:
     def _read_number(self, node: fx.Node) -> Value:
         """The number in a tensor of one element, where it is no size: it stays a 0-d tensor (i64, f64 or i1)."""
         x = self._argument(node.args[0])
-        kind = {torch.SymInt: torch.int64, torch.SymFloat: torch.float64, torch.SymBool: torch.bool}[type(self.c.val)]
-        value = self.c.reshape(self.c.cast(x, from_torch(kind)), ())
+        value = self.c.reshape(self.c.cast(x, from_torch(_TENSOR_OF[type(self.c.val)])), ())
         self.c.numbers[str(self.c.val.node.expr)] = value
         return value
 

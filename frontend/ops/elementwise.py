@@ -374,6 +374,8 @@ def prelu(c: Context, x: Value, weight: Value) -> Value:
 
 
 def to_copy(c: Context, x: Value, *, device: Any = None, **_: Any) -> Value:
+    if not isinstance(x, Value):  # a number, where torch's decompositions promote one
+        return c.scalar(x, c.dtype)
     source = c.argument(0)
     if device is not None and source.device != c.fake().device:
         raise Unsupported(f"a copy from {source.device} to {c.fake().device}")
@@ -399,7 +401,7 @@ ROWS: dict[str, Lower] = {
     "aten.round.decimals": round_decimals,
     **{f"aten.{n}.default": predicate(n) for n in ("isnan", "isinf")},
     **{f"aten.{n}.default": identity for n in ("alias", "clone", "detach", "lift_fresh_copy", "lift_fresh", "lift", "positive",
-                                               "contiguous", "resolve_conj", "resolve_neg", "alias_copy")},
+                                               "contiguous", "resolve_conj", "resolve_neg", "alias_copy", "detach_copy")},
     **{f"aten.{n}.default": identity_of_reals for n in ("_conj", "_conj_physical", "real")},
     "aten.bitwise_not.default": bitwise_not,
     "aten.logical_not.default": logical_not,
