@@ -15,13 +15,13 @@ from .explain import by_hand, diff, why, why_not
 from .layer_cost import SOFTWARE, Software
 from .model import MixtureOfExperts, ModelConfig, from_transformers
 from .plan import SCHEMA, Plan, load_plan, parse_plan, plan_problems
+from .planner import Infeasible, Problem, SearchResult, pareto, search
+from .published import format_report, validate
 from .schedules import build_schedule
-from .search import Infeasible, Problem, SearchResult, pareto, search
-from .simulate import PipelineCosts, simulate
+from .simulator import PipelineCosts, simulate
 from .space import Space, parse_pins
 from .step import StepReport, predict_step
 from .tables import ConfigError
-from .validate import format_report, validate
 
 __all__ = [
     "SCHEMA", "SOFTWARE", "Cluster", "ConfigError", "Infeasible", "Mesh", "MixtureOfExperts", "ModelConfig",

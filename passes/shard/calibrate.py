@@ -2,7 +2,7 @@
 
 Entry points:
 - `CONSTANTS`: every constant of the model, what it means, and whether it is fitted;
-- `fit_constants(cases)`: least squares on the rows of `validate.FITTED`, for the constants marked fitted;
+- `fit_constants(cases)`: least squares on the rows of `published.FITTED`, for the constants marked fitted;
 - `fit_gemm`, `fit_memory`, `fit_link`: from timed samples to `Efficiency` and `Level` values;
 - `cluster_toml(cluster)`: the cluster file to write.
 """
@@ -18,7 +18,7 @@ from scipy.optimize import least_squares  # type: ignore[import-untyped]
 from .cluster import Cluster, Device, Level
 from .collectives import ALGORITHMS
 from .kernels import gemm_time
-from .validate import Case, predict_case
+from .published import Case, predict_case
 
 __all__ = ["CONSTANTS", "Constant", "GemmSample", "LinkSample", "cluster_toml", "fit_constants", "fit_gemm", "fit_link",
            "fit_memory", "with_constants"]

@@ -18,6 +18,7 @@ from operator import attrgetter
 
 from .cluster import Cluster, Device
 from .collectives import Group, axis_group, collective_time
+from .hashing import hash_once
 from .kernels import attention_time, gemm_time, memory_time
 from .model import ELEMENT, ModelConfig, Shard, block_params
 from .plan import Plan
@@ -26,6 +27,7 @@ from .workload import BlockWork, Kernel, block_work
 __all__ = ["SOFTWARE", "BlockCost", "Placement", "Software", "block_cost", "with_gather"]
 
 
+@hash_once
 @dataclass(frozen=True)
 class Software:
     """What the training program overlaps and fuses. Facts about a code base, not fitted numbers.
@@ -66,6 +68,7 @@ SOFTWARE: dict[str, Software] = {s.name: s for s in (
 )}
 
 
+@hash_once
 @dataclass(frozen=True)
 class Placement:
     """Axes of a plan laid on a cluster: the group of each axis, and the device that a stage runs on."""

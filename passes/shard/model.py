@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from .hashing import hash_once
+
 __all__ = ["ELEMENT", "LatentAttention", "MixtureOfExperts", "ModelConfig", "Params", "Shard", "block_params",
            "from_transformers"]
 
@@ -44,6 +46,7 @@ class LatentAttention:
     value_dim: int
 
 
+@hash_once
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer. Zeros mean the usual: kv_heads = heads, head_dim = hidden / heads, ffn = 4 * hidden.

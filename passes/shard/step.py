@@ -1,7 +1,7 @@
 """One training step of a plan on a cluster: time, where it goes, and memory per device.
 
 Entry point: `predict_step(config, plan, cluster, global_batch)` -> `StepReport`. Stage costs come from `layer_cost.py`,
-bubbles and peak activations from running the schedule (`simulate.py`), then gradient reduction, optimizer and parameter
+bubbles and peak activations from running the schedule (`simulator.py`), then gradient reduction, optimizer and parameter
 gathers are added.
 
 Memory per device is: parameters, gradients and optimizer state (divided by ZeRO), activations alive at the schedule's
@@ -22,7 +22,7 @@ from .model import ELEMENT, ModelConfig, Shard, block_params
 from .partition import PartLayout, even_split, part_blocks
 from .plan import Plan, plan_problems
 from .schedules import SCHEDULES, build_schedule
-from .simulate import PipelineCosts, PipelineTime, pipeline_time, simulate
+from .simulator import PipelineCosts, PipelineTime, pipeline_time, simulate
 from .tables import ConfigError
 from .workload import model_flops
 

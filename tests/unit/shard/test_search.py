@@ -15,11 +15,11 @@ from aicc.passes.shard.layer_cost import SOFTWARE
 from aicc.passes.shard.model import LatentAttention, MixtureOfExperts, ModelConfig
 from aicc.passes.shard.partition import MemoryLimit, best_split, even_split
 from aicc.passes.shard.plan import Plan, plan_problems
-from aicc.passes.shard.search import Infeasible, Problem, pareto, search
+from aicc.passes.shard.planner import Infeasible, Problem, pareto, search
+from aicc.passes.shard.published import load_cases, predict_case
 from aicc.passes.shard.space import Space, divisors, parse_pins
 from aicc.passes.shard.step import predict_step
 from aicc.passes.shard.tables import ConfigError
-from aicc.passes.shard.validate import load_cases, predict_case
 
 RUNS = Path(__file__).parents[2] / "data" / "published_runs.json"
 SMALL = ModelConfig("small", hidden=1024, layers=4, heads=8, vocab=8192, seq=512, gated=True, rotary=True, tied=False)

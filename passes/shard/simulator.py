@@ -23,7 +23,7 @@ import numpy as np
 
 from .schedules import Op, Schedule, build_schedule
 
-__all__ = ["Interval", "PipelineCosts", "PipelineRun", "PipelineTime", "peak_activations", "pipeline_time",
+__all__ = ["Interval", "PipelineCosts", "PipelineRun", "PipelineTime", "alive_counts", "peak_activations", "pipeline_time",
            "simulate"]
 
 
@@ -186,22 +186,34 @@ def _peaks(schedule: Schedule, costs: PipelineCosts) -> list[float]:
     """Activation bytes at every rank's peak: the order of operations alone decides."""
     if not costs.activation:
         return [0.0] * schedule.ranks
-    size = np.array(costs.activation)
-    change = np.array([0.0, costs.weight_fraction - 1.0, -costs.weight_fraction, -1.0])
-    peaks = []
-    for kinds, parts in _orders(schedule):
-        taken = np.where(kinds == 0, size[parts], 0.0)
-        given = change[kinds] * size[parts]
-        held = np.cumsum(taken + given) - given
-        peaks.append(float(held.max(initial=0.0)))
+    parts, counts = _alive(schedule, costs.weight_fraction)
+    size = np.array(costs.activation)[parts]
+    peaks: list[float] = (counts * size[:, None, :]).sum(axis=2).max(axis=1).tolist()
     return peaks
 
 
 @lru_cache(maxsize=128)
-def _orders(schedule: Schedule) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """Per rank: kind and part of its operations in order."""
-    return tuple((np.array([_KINDS.index(op.kind) for op in ops], dtype=np.int8),
-                  np.array([schedule.part_of[op.stage] for op in ops], dtype=np.int32)) for ops in schedule.ops)
+def _alive(schedule: Schedule, weight_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """(the parts of every rank, shape (ranks, parts per rank); how many micro-batches of each are alive at the moments that may be
+    the peak, shape (ranks, moments, parts per rank)). Moments at which no part has more alive than at another are left out.
+    """
+    change = np.array([0.0, weight_fraction - 1.0, -weight_fraction, -1.0])
+    found = []
+    for ops in schedule.ops:
+        kinds = np.array([_KINDS.index(op.kind) for op in ops])
+        parts, local = np.unique(np.array([schedule.part_of[op.stage] for op in ops]), return_inverse=True)
+        here = np.eye(len(parts))[local]
+        given = change[kinds][:, None] * here
+        moments = np.unique(np.cumsum((kinds == 0)[:, None] * here + given, axis=0) - given, axis=0)
+        more = moments[None, :, :] - moments[:, None, :]
+        beaten = ((more >= -1e-9).all(axis=2) & (more > 1e-9).any(axis=2)).any(axis=1)
+        found.append((parts, moments[~beaten]))
+    wide, tall = max(len(p) for p, _ in found), max(len(m) for _, m in found)
+    part_table, counts = np.zeros((schedule.ranks, wide), dtype=np.int64), np.zeros((schedule.ranks, tall, wide))
+    for rank, (parts, most) in enumerate(found):
+        part_table[rank, :len(parts)] = parts
+        counts[rank, :len(most), :len(parts)] = most
+    return part_table, counts
 
 
 @lru_cache(maxsize=128)
@@ -339,3 +351,15 @@ def peak_activations(name: str, ranks: int, micro_batches: int, interleave: int,
     """Activation bytes at every rank's peak, without running: the order of operations alone decides."""
     few = micro_batches if name == "gpipe" else min(micro_batches, _short(ranks, micro_batches))
     return tuple(_peaks(build_schedule(name, ranks, few, interleave), costs))
+
+
+@lru_cache(maxsize=1024)
+def alive_counts(name: str, ranks: int, micro_batches: int, interleave: int) -> np.ndarray:
+    """Per rank, micro-batches alive at the peak of the part that has fewest: at least so many times a block's activations are kept
+    for every block of the rank, however the rank's blocks lie on its parts. Shape (ranks,).
+    """
+    few = micro_batches if name == "gpipe" else min(micro_batches, _short(ranks, micro_batches))
+    schedule = build_schedule(name, ranks, few, interleave)
+    parts, counts = _alive(schedule, PipelineCosts((), (), ()).weight_fraction)
+    width = len(set(parts[0].tolist()))
+    return np.asarray(counts[:, :, :width].min(axis=2).max(axis=1))
