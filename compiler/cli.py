@@ -1,4 +1,4 @@
-"""The command line: `aicc dump-ir | opt | run | explain | env`. Each command is a file in `commands/`.
+"""The command line: `aicc dump-ir | opt | run | explain | env | shard | sim | calibrate`. Each command is a file in `commands/`.
 
 What a user can mend ends with one message on stderr and exit code 2; a fault of aicc itself with a message and exit code 1;
 `--debug` shows the traceback of either.
@@ -13,6 +13,7 @@ from .commands.env import env
 from .commands.explain import explain
 from .commands.opt import opt
 from .commands.run import run
+from .commands.shard import shard
 
 __all__ = ["app", "main"]
 
@@ -23,6 +24,7 @@ app.command("opt")(opt)
 app.command("run")(run)
 app.command("explain")(explain)
 app.command("env")(env)
+app.command("shard")(shard)
 
 
 def main() -> None:

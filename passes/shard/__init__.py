@@ -12,11 +12,13 @@ Truth: `validate` against published runs, `calibrate` fits. docs/planner.md says
 
 from .cluster import Cluster, Mesh, load_cluster, preset_names
 from .explain import by_hand, diff, why, why_not
+from .explain_op import why_op
 from .layer_cost import SOFTWARE, Software
 from .model import MixtureOfExperts, ModelConfig, from_transformers
 from .plan import SCHEMA, Plan, load_plan, parse_plan, plan_problems
 from .planner import Infeasible, Problem, SearchResult, pareto, search
 from .published import format_report, validate
+from .plan_file import PlanFile, Target, load_plan_file
 from .schedules import build_schedule
 from .simulator import PipelineCosts, simulate
 from .space import Space, parse_pins

@@ -24,7 +24,7 @@ from .model import ELEMENT, ModelConfig, Shard, block_params
 from .plan import Plan
 from .workload import BlockWork, Kernel, block_work
 
-__all__ = ["SOFTWARE", "BlockCost", "Placement", "Software", "block_cost", "with_gather"]
+__all__ = ["SOFTWARE", "BlockCost", "Placement", "Software", "block_cost", "kernel_seconds", "with_gather"]
 
 
 @hash_once
@@ -222,6 +222,14 @@ def _kernel_seconds(config: ModelConfig, kind: str, micro_batch: int, shard: Sha
     return _KernelSeconds(tuple(_forward(k, device, dtype) for k in kernels),
                           tuple(_backward_input(k, device, dtype) for k in kernels),
                           tuple(_backward_weight(k, device, software, dtype) for k in kernels))
+
+
+def kernel_seconds(config: ModelConfig, kind: str, micro_batch: int, shard: Shard, device: Device, software: Software,
+                   kernel: str) -> tuple[float, float, float]:
+    """(forward, input-gradient, weight-gradient) seconds of one kernel of a block, by its name. Raises ValueError if there is none."""
+    times = _kernel_seconds(config, kind, micro_batch, shard, device, software)
+    index = [k.name for k in block_work(config, kind, micro_batch, shard).kernels].index(kernel)
+    return times.forward[index], times.backward[index], times.weight[index]
 
 
 def block_cost(config: ModelConfig, kind: str, micro_batch: int, recompute: str, placement: Placement,
