@@ -14,6 +14,7 @@ from .commands.explain import explain
 from .commands.opt import opt
 from .commands.run import run
 from .commands.shard import shard
+from .commands.sim import sim
 
 __all__ = ["app", "main"]
 
@@ -25,6 +26,7 @@ app.command("run")(run)
 app.command("explain")(explain)
 app.command("env")(env)
 app.command("shard")(shard)
+app.add_typer(sim, name="sim")
 
 
 def main() -> None:

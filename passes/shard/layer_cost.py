@@ -99,8 +99,8 @@ class BlockCost:
 
     forward, backward_input (recomputation included) and backward_weight contain exposed communication; the *_comm fields
     say how much, and alltoall_* how much of that an overlapped (DualPipe) schedule can hide. saved: activation bytes kept
-    per micro-batch. working: activation bytes alive while the block runs backward. hfu_flops: FLOPs really done,
-    recomputation included.
+    per micro-batch. working: activation bytes alive while the block runs backward. flops and hfu_flops: as utilisation counts
+    them (a masked score matrix whole), without and with recomputation.
     """
 
     forward: float
@@ -248,14 +248,14 @@ def block_cost(config: ModelConfig, kind: str, micro_batch: int, recompute: str,
     forward = ahead + sent + lost
     again = resent = flops_again = alltoall_again = 0.0
     if recompute == "full" and kind not in ("embedding", "head"):
-        again, resent, flops_again, alltoall_again = forward, sent, work.forward_flops, alltoall
+        again, resent, flops_again, alltoall_again = forward, sent, work.counted_flops, alltoall
     elif recompute == "selective":
         again = sum(f for k, f in zip(work.kernels, times.forward, strict=True) if k.core)
-        flops_again = sum(k.flops for k in work.kernels if k.core)
+        flops_again = sum(k.flops / k.scale for k in work.kernels if k.core)
     backward_input, backward_weight = back + sent_back + lost_back + again, sum(times.weight)
     sent_back += resent
     kept = work.saved_bytes(recompute)
-    flops = 3 * work.forward_flops
+    flops = 3 * work.counted_flops
     cost = BlockCost(forward, backward_input, backward_weight, sent, sent_back, alltoall, alltoall_back + alltoall_again,
                      again - resent, kept, max(0.0, work.saved_bytes("none") - kept), flops, flops + flops_again)
     return with_gather(cost, config, kind, placement) if gather else cost

@@ -84,6 +84,11 @@ class BlockWork:
         """FLOPs of the forward pass."""
         return sum(k.flops for k in self.kernels)
 
+    @cached_property
+    def counted_flops(self) -> float:
+        """FLOPs of the forward pass as utilisation counts them: the whole score matrix, masked or not."""
+        return sum(k.flops / k.scale for k in self.kernels)
+
     def saved_bytes(self, recompute: str) -> float:
         """Bytes kept per micro-batch under `none`, `selective` or `full` recomputation."""
         if recompute == "full":
@@ -323,5 +328,5 @@ def model_flops(config: ModelConfig, tokens: float) -> float:
     per_sequence = 0.0
     for kind, count in config.runs:
         work = block_work(config, kind, 1, Shard())
-        per_sequence += count * sum(k.flops / k.scale for k in work.kernels)
+        per_sequence += count * work.counted_flops
     return 3 * per_sequence * tokens / config.seq

@@ -4,7 +4,6 @@ failure.
 
 from dataclasses import replace
 from itertools import combinations_with_replacement, pairwise, product
-from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from time import process_time
 
@@ -16,12 +15,12 @@ from aicc.passes.shard.model import LatentAttention, MixtureOfExperts, ModelConf
 from aicc.passes.shard.partition import MemoryLimit, best_split, even_split
 from aicc.passes.shard.plan import Plan, plan_problems
 from aicc.passes.shard.planner import Infeasible, Problem, pareto, search
-from aicc.passes.shard.published import load_cases, predict_case
+from aicc.passes.shard.published import PUBLISHED, load_cases, predict_case
 from aicc.passes.shard.space import Space, divisors, parse_pins
 from aicc.passes.shard.step import predict_step
 from aicc.passes.shard.tables import ConfigError
 
-RUNS = Path(__file__).parents[2] / "data" / "published_runs.json"
+RUNS = PUBLISHED
 SMALL = ModelConfig("small", hidden=1024, layers=4, heads=8, vocab=8192, seq=512, gated=True, rotary=True, tied=False)
 EXPERTS = replace(SMALL, name="experts", moe=MixtureOfExperts(8, 2, 1024))
 SPACE = Space(max_micro_batch=4, max_interleave=2, max_context=2, min_rows=256)
