@@ -1,7 +1,10 @@
 """From what the user names to what the planner plans: sizes of a transformer, no weights.
 
-    found = load_for_planning("model.py", seq=None, dtype="bf16")
-    found.config, found.module, found.remarks
+    found = load_for_planning("model.py", cluster, seq=None, dtype="bf16")
+    found.config, found.captured, found.remarks
+
+A transformer with a transformers configuration is planned by its sizes, and its layers' ops go through the integer program beside; any
+other module is planned by its traced ops alone.
 
 A Python file runs with torch's default device set to `meta`, so a model of any size is built without memory. It defines a model and
 its inputs as for `aicc run`, or a transformers configuration named `config`. A `config.json` of a checkpoint does as well.
@@ -18,11 +21,16 @@ from typing import Any
 
 import torch
 
+from ..passes.shard.cluster import Cluster
 from ..passes.shard.model import ModelConfig, from_transformers
+from ..passes.shard.traced import traced_config
 from .errors import UserError
 from .model_file import LoadedModel, Script, defined_names, load, namespace
+from .op_capture import Captured, capture
 
 __all__ = ["PlannedModel", "load_for_planning"]
+
+_TORCH = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,11 @@ class PlannedModel:
 
     config: ModelConfig
     loaded: LoadedModel | None = None
+    captured: Captured | None = None
     remarks: tuple[str, ...] = field(default=())
 
 
-def load_for_planning(spec: str, seq: int | None, dtype: str) -> PlannedModel:
+def load_for_planning(spec: str, cluster: Cluster, seq: int | None, dtype: str) -> PlannedModel:
     """The model that `spec` names. UserError says what was looked for."""
     if spec.endswith(".json"):
         return PlannedModel(_from_config(_read_json(Path(spec)), spec, seq, dtype))
@@ -47,7 +56,7 @@ def load_for_planning(spec: str, seq: int | None, dtype: str) -> PlannedModel:
         found = load(spec)
     if isinstance(found, Script):
         raise UserError(f"{spec} compiles by itself; for planning, define `model` and `example_inputs`, or a transformers `config`")
-    return _from_module(found, spec, seq, dtype)
+    return _from_module(found, spec, cluster, seq, dtype)
 
 
 def _read_json(path: Path) -> SimpleNamespace:
@@ -75,18 +84,33 @@ def _from_config(config: Any, spec: str, seq: int | None, dtype: str) -> ModelCo
         raise UserError(f"{spec}: {e}") from e
 
 
-def _from_module(found: LoadedModel, spec: str, seq: int | None, dtype: str) -> PlannedModel:
-    config = getattr(found.model, "config", None)
+def _from_module(found: LoadedModel, spec: str, cluster: Cluster, seq: int | None, dtype: str) -> PlannedModel:
+    module = found.model
+    if not isinstance(module, torch.nn.Module):
+        raise UserError(f"{spec}: '{found.name}' is no torch.nn.Module: the planner needs its parameters")
+    module.to(_TORCH[dtype])
+    config, remarks = getattr(module, "config", None), []
+    try:
+        captured: Captured | None = capture(found)
+    except UserError as e:
+        if not _is_config(config):
+            raise
+        captured = None
+        remarks.append(f"planned by its sizes alone: {e}")
+    if captured is not None and captured.unknown:
+        remarks.append(f"operations that the planner cannot cut: {', '.join(captured.unknown)}")
     if not _is_config(config):
-        raise UserError(f"{spec}: {type(found.model).__name__} has no transformers configuration (an attribute `config` with hidden_size, ...)")
+        assert captured is not None
+        try:
+            return PlannedModel(traced_config(found.name, captured.blocks, captured.batch, cluster, dtype), found, captured, tuple(remarks))
+        except ValueError as e:
+            raise UserError(f"{spec}: {e}") from e
     sizes = _from_config(config, spec, seq or _sequence(found), dtype)
-    remarks = []
-    if isinstance(found.model, torch.nn.Module):
-        there = sum(p.numel() for p in found.model.parameters())
-        if abs(there / sizes.params() - 1) > 0.02:
-            remarks.append(f"the module has {there / 1e9:.3f} billion parameters, the planner's sizes give {sizes.params() / 1e9:.3f}: "
-                           "it is no plain decoder, so take the plan with care")
-    return PlannedModel(sizes, found, tuple(remarks))
+    there = sum(p.numel() for p in module.parameters())
+    if abs(there / sizes.params() - 1) > 0.02:
+        remarks.append(f"the module has {there / 1e9:.3f} billion parameters, the planner's sizes give {sizes.params() / 1e9:.3f}: "
+                       "it is no plain decoder, so take the plan with care")
+    return PlannedModel(sizes, found, captured, tuple(remarks))
 
 
 def _sequence(found: LoadedModel) -> int | None:

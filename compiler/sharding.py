@@ -15,8 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..passes.shard.cluster import Cluster, Mesh, load_cluster
+from ..passes.shard.collectives import axis_group
 from ..passes.shard.explain import by_hand, diff, why_not
 from ..passes.shard.explain_op import why_op
+from ..passes.shard.intra_op import IntraProblem, IntraResult, solve
+from ..passes.shard.op_graph import OpGraph
 from ..passes.shard.plan import Plan, plan_problems
 from ..passes.shard.plan_file import PlanFile, Target, load_plan_file
 from ..passes.shard.planner import Problem, SearchResult, pareto, search
@@ -84,11 +87,16 @@ def problem_of(request: Request) -> tuple[Problem, PlannedModel]:
                              ("--imbalance", request.imbalance, 1), ("--budget", request.budget, 0)):
         if value < low:
             raise ConfigError(f"{name} = {value:g}: must be at least {low}")
-    model = load_for_planning(request.model, request.seq or None, dtype)
+    model = load_for_planning(request.model, cluster, request.seq or None, dtype)
     config = model.config
     if config.moe is not None and request.imbalance != 1.0:
         config = replace(config, moe=replace(config.moe, imbalance=request.imbalance))
-    space = Space(offload=request.offload).pin(**{k: v for text in request.fix for k, v in parse_pins(text).items()})
+    space = Space(offload=request.offload)
+    if config.custom is not None:
+        space = replace(space, recompute=("none", "full"), max_context=1)
+        if config.seq == 1:
+            space = space.pin(sp=False)
+    space = space.pin(**{k: v for text in request.fix for k, v in parse_pins(text).items()})
     return Problem(config, cluster, request.global_batch or 8 * cluster.size, space=space, budget_s=request.budget,
                    memory_limit=request.memory_limit * 1e9 or None), model
 
@@ -112,6 +120,7 @@ def plan_training(request: Request, wishes: Wishes) -> None:
         if not (wishes.why or wishes.why_not):
             _show(problem, report, result)
             _show_by_hand(hand, report)
+            _show_intra(problem, model, report.plan)
         for text in wishes.why:
             console().print(escape(why_op(problem, report, text)))
         for text in wishes.why_not:
@@ -223,6 +232,38 @@ def _show_by_hand(hand: dict[str, StepReport | None], report: StepReport) -> Non
             table.add_row(name, r.plan.label, f"{r.seconds:.4g} s", f"{r.tokens_per_second:,.0f}", f"{r.mfu:.1%}",
                           f"{r.peak_memory / 1e9:.1f} GB", f"{r.seconds / report.seconds:.2f} x the time")
     console().print(table)
+
+
+def _show_intra(problem: Problem, model: PlannedModel, plan: Plan) -> None:
+    """The integer program's answer for every kind of block, at the plan's tensor degree (or a node's, where the plan has none)."""
+    if model.captured is None:
+        return
+    ways = plan.tp if plan.tp > 1 else max((d for d in (2, 4, 8) if d <= problem.cluster.node_size), default=1)
+    if ways == 1:
+        return
+    batch, table = model.captured.batch, Table(
+        "block", "times", "ops", "variables", "residual", "seconds", "exchanges", "LP bound", "gap", "weights cut",
+        title=f"Ops inside a block over tp {ways} (integer program, batch {model.captured.batch}, forward and backward)", title_justify="left")
+    for kind in model.captured.blocks:
+        if not kind.graph.nodes or kind.kind in ("embedding", "head"):
+            continue
+        r = solve(IntraProblem(kind.graph, problem.cluster.device, axis_group(problem.cluster, 1, ways), dtype=problem.config.dtype))
+        where = "whole" if r.residual == "R" else f"cut along dim {r.residual}"
+        table.add_row(kind.kind, str(kind.count), str(len(kind.graph.nodes)), str(r.variables), where, f"{r.seconds * 1e3:.3f} ms",
+                      str(len(r.conversions)), f"{r.bound * 1e3:.3f} ms", f"{max(0.0, 1 - r.bound / r.seconds):.1%}", escape(_cuts(kind.graph, r)))
+    console().print(table)
+
+
+def _cuts(graph: OpGraph, result: IntraResult) -> str:
+    """`q_proj columns, o_proj rows, ...`: the matrices by the loop that is cut."""
+    words = []
+    for node, choice in zip(graph.nodes, result.choices, strict=True):
+        if node.kind in ("gemm", "convolution") and any(o.parameter for o in node.operands):
+            loop = choice.strategy.loop
+            cut = "whole" if loop < 0 else "rows" if node.loops[loop].kind == "reduction" else (
+                "columns" if loop in node.operands[1].dims else "whole (tokens cut)")
+            words.append(f"{node.path.rsplit('.', 1)[-1]} {cut}")
+    return ", ".join(dict.fromkeys(words))
 
 
 def _show_front(front: tuple[StepReport, ...]) -> None:

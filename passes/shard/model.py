@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 from .hashing import hash_once
 
-__all__ = ["ELEMENT", "LatentAttention", "MixtureOfExperts", "ModelConfig", "Params", "Shard", "block_params",
+__all__ = ["ELEMENT", "CustomBlocks", "LatentAttention", "MixtureOfExperts", "ModelConfig", "Params", "Shard", "block_params",
            "from_transformers"]
 
 ELEMENT = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 2}  # fp8 GEMMs still pass 16-bit activations around
@@ -46,10 +46,23 @@ class LatentAttention:
     value_dim: int
 
 
+class CustomBlocks(Protocol):
+    """Blocks of a model that is no decoder of known sizes (see `traced.py`). Hashable."""
+
+    def runs(self) -> tuple[tuple[str, int], ...]:
+        """Kinds in order with their counts; the first is `embedding`, the last `head`."""
+
+    def params(self, kind: str) -> Params:
+        """Parameters of one block."""
+
+    def work(self, kind: str, micro_batch: int, shard: Shard) -> Any:
+        """The `workload.BlockWork` of one block on one device."""
+
+
 @hash_once
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer. Zeros mean the usual: kv_heads = heads, head_dim = hidden / heads, ffn = 4 * hidden.
+    """A decoder-only transformer, or anything that `custom` describes (then hidden and seq say what passes between blocks). Zeros mean the usual: kv_heads = heads, head_dim = hidden / heads, ffn = 4 * hidden.
 
     attention: `unfused` materialises the score matrix (2021 practice), `flash` streams it (score FLOPs halved by the
     causal mask).
@@ -74,6 +87,7 @@ class ModelConfig:
     dtype: str = "bf16"
     moe: MixtureOfExperts | None = None
     latent: LatentAttention | None = None
+    custom: CustomBlocks | None = None
 
     def __post_init__(self) -> None:
         for field in ("hidden", "layers", "heads", "vocab", "seq"):
@@ -90,6 +104,8 @@ class ModelConfig:
     @property
     def runs(self) -> tuple[tuple[str, int], ...]:
         """Block kinds in order with their counts: embedding, dense and moe runs, head."""
+        if self.custom is not None:
+            return self.custom.runs()
         if self.moe is None:
             middle: tuple[tuple[str, int], ...] = (("dense", self.layers),)
         else:
@@ -156,6 +172,8 @@ class Params:
 @lru_cache(maxsize=1024)
 def block_params(config: ModelConfig, kind: str) -> Params:
     """Parameters of one block of `kind`, biases and norms included."""
+    if config.custom is not None:
+        return config.custom.params(kind)
     h, biased = config.hidden, not config.gated
     if kind == "embedding":
         return Params(dense=config.vocab * h, whole=config.seq * h if config.learned_positions else 0)

@@ -47,17 +47,17 @@ class PlanFile:
         text = self.plan.to_toml()
         if self.target is not None:
             text += "\n# What the plan was made for.\n[target]\n" + _values(self.target)
-        if self.model is not None:
+        if self.model is not None and self.model.custom is None:  # a traced model is in its source
             text += "\n" + model_toml(self.model)
         return text
 
 
-_NESTED = {"moe": MixtureOfExperts, "latent": LatentAttention}
+_NESTED: dict[str, Any] = {"moe": MixtureOfExperts, "latent": LatentAttention}
 
 
 def model_toml(model: ModelConfig) -> str:
     """The table `[model]` of a plan file, with `[model.moe]` and `[model.latent]` where there are such."""
-    text = "[model]\n" + _values(model, skip=tuple(_NESTED))
+    text = "[model]\n" + _values(model, skip=(*_NESTED, "custom"))
     for name in _NESTED:
         if getattr(model, name) is not None:
             text += f"\n[model.{name}]\n" + _values(getattr(model, name))
@@ -99,7 +99,7 @@ def _model(table: TableReader) -> ModelConfig:
             inner = table.child(name)
             nested[name] = kind(**_fields(inner, kind, ()))
             inner.finish()
-    found = _fields(table, ModelConfig, tuple(_NESTED))
+    found = _fields(table, ModelConfig, (*_NESTED, "custom"))
     table.seen.update(_NESTED)
     table.finish()
     try:

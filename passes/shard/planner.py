@@ -265,7 +265,7 @@ def _bubble_bound(problem: Problem, plan: Plan, state: _State) -> float:
         return 0.0
     costs = _costs_by_kind(problem, plan, _fastest(problem.cluster), state)
     work = sum(n * costs[kind].total for kind, n in problem.config.runs)
-    ahead = min(cost.forward / cost.total for cost in costs.values()) if traits.splits_backward else 1.0
+    ahead = min(cost.forward / cost.total for cost in costs.values() if cost.total) if traits.splits_backward else 1.0
     return work * ahead / (1 - (1 - ahead / m) ** p)
 
 

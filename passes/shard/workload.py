@@ -101,6 +101,9 @@ def block_work(config: ModelConfig, kind: str, micro_batch: int, shard: Shard) -
     """Kernels, collectives and saved activations of one `kind` block for `micro_batch` sequences on one device of
     `shard`.
     """
+    if config.custom is not None:
+        work: BlockWork = config.custom.work(kind, micro_batch, shard)
+        return work
     return _BUILDERS[kind](_Sizes.of(config, micro_batch, shard))
 
 
