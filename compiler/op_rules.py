@@ -199,7 +199,7 @@ def _loss(inputs: Tensors, results: Tensors, args: tuple[Any, ...], kwargs: dict
     if logits.ndim != 2 or results[0].ndim:
         return _unknown(inputs, results, args, kwargs)
     loops = (Loop(logits.shape[0], "reduction"), Loop(logits.shape[1], "reduction"))
-    return loops, [(0, 1), *((0,) if t.ndim == 1 and t.shape[0] == logits.shape[0] else (-1,) * t.ndim for t in inputs[1:])], (), "memory"
+    return loops, [(0, 1), *((0,) if t.ndim == 1 and t.shape[0] == logits.shape[0] else (-1,) * t.ndim for t in inputs[1:])], (), "loss"
 
 
 def _convolution(inputs: Tensors, results: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Described:

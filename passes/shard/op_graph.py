@@ -67,7 +67,8 @@ class Operand:
 
 @dataclass(frozen=True)
 class OpNode:
-    """One op. kind: gemm, convolution, attention, lookup (moves its result twice) or memory (bound by bytes). results: indices of the values it makes, all over the same loops.
+    """One op. kind: gemm, convolution, attention, lookup (moves its result twice), loss (keeps its input
+    in fp32 too) or memory (bound by bytes). results: indices of the values it makes, all over the same loops.
     result_dims: loop per dimension of the first result. path: the module that it is in.
     """
 
@@ -110,8 +111,8 @@ def fused_values(graph: OpGraph) -> frozenset[int]:
     for node in graph.nodes:
         for operand in node.operands:
             readers.setdefault(operand.value, []).append(node)
-    return frozenset(v for v, node in maker.items() if node.kind == "memory" and v not in graph.outputs and readers.get(v)
-                     and all(r.kind == "memory" for r in readers[v]))
+    return frozenset(v for v, node in maker.items() if node.kind == "memory" and not node.free and v not in graph.outputs
+                     and readers.get(v) and all(r.kind == "memory" for r in readers[v]))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ with the residual stream whole between blocks (sp off) or cut along the sequence
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from types import MappingProxyType
 
@@ -71,9 +71,10 @@ class TracedBlocks(CustomBlocks):
         kernels = tuple(k for node, loop in zip(graph.nodes, loops, strict=True) if (k := _kernel(node, graph, loop, ways, scale)))
         comms = tuple(_comms(graph, result, ways, scale)) if result else ()
         saved = tuple(_saved(graph, result, ways, scale))
+        if kind in ("embedding", "head"):  # never recomputed
+            return BlockWork(kernels, comms, saved, sum(s.nbytes for s in saved))
         stream = graph.values[graph.inputs[0]].nbytes * scale if graph.inputs else 0.0
-        cut = ways if result is not None and result.residual != "R" else 1
-        return BlockWork(kernels, comms, saved, stream / cut)
+        return BlockWork(kernels, comms, saved, stream / (ways if result is not None and result.residual != "R" else 1))
 
 
 def _kernel(node: OpNode, graph: OpGraph, loop: int, ways: int, scale: float) -> Kernel | None:
@@ -93,6 +94,7 @@ def _kernel(node: OpNode, graph: OpGraph, loop: int, ways: int, scale: float) ->
 
 
 def _comms(graph: OpGraph, result: IntraResult, ways: int, scale: float) -> Iterator[Comm]:
+    kept = {o.value for node in graph.nodes for o in node.operands if o.saved}
     for value, have, need, _ in result.conversions:
         tensor = graph.values[value]
         for phase, start, end in (("forward", have.value, need.value), ("backward", need.gradient, have.gradient)):
@@ -100,20 +102,33 @@ def _comms(graph: OpGraph, result: IntraResult, ways: int, scale: float) -> Iter
             if kind:
                 size = tensor.nbytes * scale / (ways if kind == "all_to_all" else 1)
                 yield Comm(f"value{value}_{phase}", kind, "tp", size, phase)
+                if phase == "forward" and kind == "all_gather" and value in kept:
+                    yield Comm(f"value{value}_again", kind, "tp", size, "backward", "dgrad")
 
 
 def _saved(graph: OpGraph, result: IntraResult | None, ways: int, scale: float) -> Iterator[Saved]:
-    """Every value that backward reads, once per layout in which it is read."""
+    """Every value that backward reads, once per layout in which it is read. What was gathered is kept in its parts and gathered again
+    (`_comms` has that exchange).
+    """
     inside = fused_values(graph)
+    parts = {(v, need.value): have.value for v, have, need, _ in result.conversions
+             if conversion(have.value, need.value) == "all_gather"} if result else {}
+    viewed = {v: n.operands[0].value for n in graph.nodes if n.free and n.operands for v in n.results}
     seen = set()
     for index, node in enumerate(graph.nodes):
         for position, operand in enumerate(node.operands):
             if not operand.saved or operand.value < 0 or operand.value in inside:
                 continue
             layout = result.choices[index].strategy.operands[position].value if result else "R"
-            if (operand.value, layout) not in seen:
-                seen.add((operand.value, layout))
-                yield Saved(f"value{operand.value}", graph.values[operand.value].nbytes * scale / (1 if layout == "R" else ways))
+            layout = parts.get((operand.value, layout), layout)
+            base = operand.value
+            while base in viewed and graph.values[viewed[base]].elements >= graph.values[operand.value].elements:
+                base = viewed[base]
+            if (base, layout == "R") not in seen:
+                seen.add((base, layout == "R"))
+                tensor = graph.values[base]
+                size = tensor.nbytes + (4 * tensor.elements if node.kind == "loss" else 0)
+                yield Saved(f"value{base}", size * scale / (1 if layout == "R" else ways))
 
 
 def solve_kinds(kinds: Sequence[TracedKind], cluster: Cluster, dtype: str, degrees: Sequence[int], train: bool = True) -> Solved:
@@ -128,9 +143,19 @@ def solve_kinds(kinds: Sequence[TracedKind], cluster: Cluster, dtype: str, degre
                 shape = kind.graph.values[stream[0]].shape if stream else ()
                 if sp and (len(shape) != 3 or shape[1] % ways):
                     continue
-                found[kind.kind, ways, sp] = solve(IntraProblem(kind.graph, cluster.device, axis_group(cluster, 1, ways), dtype=dtype,
-                                                                residual=ends[0], end=ends[1], train=train))
+                problem = IntraProblem(kind.graph, cluster.device, axis_group(cluster, 1, ways), dtype=dtype, residual=ends[0], end=ends[1],
+                                       train=train, in_flight=0.0)
+                found[kind.kind, ways, sp] = _lean(problem)
     return MappingProxyType(found)
+
+
+def _lean(problem: IntraProblem) -> IntraResult:
+    """The answer that cuts nearly all parameters, if there is one: a tensor degree is chosen to save memory as well as time."""
+    state = (2 + problem.gradient_bytes + problem.optimizer_bytes) if problem.train else 2
+    try:
+        return solve(replace(problem, memory=1.1 * state * problem.graph.parameters() / problem.ways + 1e6))
+    except ValueError:
+        return solve(problem)
 
 
 def traced_config(name: str, kinds: Sequence[TracedKind], batch: int, cluster: Cluster, dtype: str) -> ModelConfig:
