@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import typer
 
+from .commands.calibrate import calibrate
 from .commands.dump_ir import dump_ir
 from .commands.env import env
 from .commands.explain import explain
@@ -27,6 +28,7 @@ app.command("explain")(explain)
 app.command("env")(env)
 app.command("shard")(shard)
 app.add_typer(sim, name="sim")
+app.command("calibrate")(calibrate)
 
 
 def main() -> None:

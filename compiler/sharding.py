@@ -18,8 +18,11 @@ from ..passes.shard.cluster import Cluster, Mesh, load_cluster
 from ..passes.shard.collectives import axis_group
 from ..passes.shard.explain import by_hand, diff, why_not
 from ..passes.shard.explain_op import why_op
+from ..passes.shard.inference import InferenceProblem
+from ..passes.shard.inference import plan_inference as search_inference
 from ..passes.shard.intra_op import IntraProblem, IntraResult, solve
 from ..passes.shard.op_graph import OpGraph
+from ..passes.shard.page import plan_page
 from ..passes.shard.plan import Plan, plan_problems
 from ..passes.shard.plan_file import PlanFile, Target, load_plan_file
 from ..passes.shard.planner import Problem, SearchResult, pareto, search
@@ -29,7 +32,7 @@ from ..passes.shard.tables import ConfigError
 from .commands.output import console
 from .plan_model import PlannedModel, load_for_planning
 
-__all__ = ["Request", "Wishes", "plan_training", "problem_of", "show_diff"]
+__all__ = ["Request", "Wishes", "plan_inference", "plan_training", "problem_of", "show_diff"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,8 @@ def plan_training(request: Request, wishes: Wishes) -> None:
                                            problem.global_batch, source=request.model), problem.config)
     if wishes.output is not None:
         _write(wishes.output, written.plan.to_json() if wishes.output.suffix == ".json" else written.to_toml())
+    if wishes.html is not None:
+        _write(wishes.html, plan_page(problem, report, result, hand))
     front = pareto(problem) if wishes.pareto else ()
     if wishes.as_json:
         print(json.dumps(_as_json(problem, report, result, hand, front), indent=1))
@@ -129,6 +134,41 @@ def plan_training(request: Request, wishes: Wishes) -> None:
     for path in (wishes.output, wishes.html):
         if path is not None and not wishes.as_json:
             console().print(f"written: {path}")
+
+
+def plan_inference(request: Request, output: Path | None, as_json: bool) -> None:
+    """Plans for forward passes: the best for the first token, for further ones, for whole requests, and for throughput."""
+    problem, _ = problem_of(request)
+    total = problem.config.seq
+    prompt = request.prompt or max(1, total // 2)
+    if not 0 < prompt < total:
+        raise ConfigError(f"--prompt = {prompt}: must be at least 1 and less than the sequence of {total}")
+    pins = {k: v for k, v in problem.space.pins if k in ("dp", "tp", "pp", "ep")}
+    if problem.config.custom is not None:
+        raise ConfigError(f"{request.model}: plans for inference need a transformer with a transformers configuration (there is a cache to size)")
+    found = search_inference(InferenceProblem(problem.config, problem.cluster, problem.global_batch, prompt, total - prompt,
+                                              problem.memory_limit, tuple(pins.items())))
+    rows = {"first token (prefill)": found.first_token, "each token (decode)": found.token, "whole requests": found.request,
+            "throughput": found.throughput}
+    if output is not None:
+        target = Target(request.hardware, request.mesh or f"{problem.cluster.nodes}x{problem.cluster.node_size}", problem.global_batch,
+                        source=request.model)
+        _write(output, PlanFile(found.request.plan, target, problem.config).to_toml())
+    if as_json:
+        print(json.dumps({name: {**asdict(r), "peak_memory_bytes": r.peak_memory} for name, r in rows.items()}, indent=1))
+        return
+    console().print(f"[bold]{escape(problem.config.name)}[/]: {problem.config.params() / 1e9:.2f} billion parameters, {problem.cluster.size} x "
+                    f"{problem.cluster.device.name}; {problem.global_batch} sequences at a time, prompts of {prompt}, {total - prompt} tokens out; "
+                    f"{found.considered} plans")
+    table = Table("best for", "plan", "first token", "per token", "request", "tokens/s", "weights", "KV cache", "memory", title_justify="left",
+                  title="Inference: prefill and decode apart")
+    for name, r in rows.items():
+        table.add_row(name, f"dp{r.plan.dp} tp{r.plan.tp} pp{r.plan.pp}" + (f" ep{r.plan.ep}" if r.plan.ep > 1 else ""), f"{r.first_token_s * 1e3:.1f} ms",
+                      f"{r.token_s * 1e3:.2f} ms", f"{r.request_s:.2f} s", f"{r.tokens_per_second:,.0f}", f"{r.weights / 1e9:.1f} GB",
+                      f"{r.cache / 1e9:.1f} GB", f"{r.peak_memory / 1e9:.1f} of {r.capacity / 1e9:.1f} GB")
+    console().print(table)
+    if output is not None:
+        console().print(f"written: {output} (the plan for whole requests)")
 
 
 def _given(problem: Problem, path: Path | None) -> StepReport:

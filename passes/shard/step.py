@@ -26,7 +26,7 @@ from .simulator import PipelineCosts, PipelineRun, PipelineTime, pipeline_time, 
 from .tables import ConfigError
 from .workload import model_flops
 
-__all__ = ["MemoryReport", "StepReport", "data_parallel_seconds", "pipeline_costs", "pipeline_run", "predict_step", "stage_memory"]
+__all__ = ["MemoryReport", "StepReport", "data_parallel_seconds", "pipeline_costs", "pipeline_inputs", "pipeline_run", "predict_step", "stage_memory"]
 
 OPTIMIZER_STATE = 12  # bytes per parameter: fp32 master copy and two moments
 # Bytes per parameter through memory in the optimizer step: read gradient, unscale and norm (10), read and write master
@@ -250,17 +250,21 @@ def predict_step(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch
     return assemble(config, plan, cluster, global_batch, software, layout, parts, timing)
 
 
+def pipeline_inputs(config: ModelConfig, plan: Plan, cluster: Cluster, software: Software | str = "aicc") -> PipelineCosts:
+    """What the plan's pipeline is simulated with."""
+    if isinstance(software, str):
+        software = SOFTWARE[software]
+    layout = part_blocks(config, plan, plan.split or even_split(config.layers, plan.parts))
+    return pipeline_costs(part_costs(config, plan, cluster, software, layout), software)
+
+
 def pipeline_run(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch: int, software: Software | str = "aicc",
                  most: int = 0) -> tuple[Schedule, PipelineRun]:
     """The plan's schedule and its run with a timeline, of at most `most` micro-batches (rounded up to whole pipelines; 0: all)."""
-    if isinstance(software, str):
-        software = SOFTWARE[software]
     m = plan.micro_batches(global_batch)
     few = min(m, -(-most // plan.pp) * plan.pp) if most else m
-    layout = part_blocks(config, plan, plan.split or even_split(config.layers, plan.parts))
-    costs = pipeline_costs(part_costs(config, plan, cluster, software, layout), software)
     schedule = build_schedule(plan.schedule, plan.pp, few, plan.interleave)
-    return schedule, simulate(schedule, costs)
+    return schedule, simulate(schedule, pipeline_inputs(config, plan, cluster, software))
 
 
 def assemble(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch: int, software: Software, layout: PartLayout,
