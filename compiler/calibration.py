@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -32,7 +33,8 @@ from .errors import UserError
 __all__ = ["Calibration", "CalibrationRequest", "calibrate"]
 
 _GEMMS = {"cpu": ((128, 128, 128), (256, 256, 256), (512, 512, 128), (512, 512, 512), (512, 2048, 512), (1024, 1024, 256), (1024, 1024, 1024)),
-          "cuda": ((256, 256, 256), (512, 512, 512), (1024, 1024, 1024), (2048, 2048, 512), (4096, 4096, 1024), (4096, 4096, 4096), (8192, 8192, 4096))}
+          "cuda": ((256, 256, 256), (512, 512, 512), (1024, 1024, 1024), (2048, 2048, 512), (4096, 4096, 1024),
+                   (4096, 4096, 4096), (8192, 8192, 4096))}
 _COPIES = {"cpu": (1 << 20, 1 << 22, 1 << 24, 1 << 26), "cuda": (1 << 24, 1 << 26, 1 << 28, 1 << 30)}
 _MESSAGES = (1 << 12, 1 << 16, 1 << 20, 1 << 23, 1 << 25)
 _DTYPES = {"cpu": {"fp32": torch.float32}, "cuda": {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}}
@@ -110,11 +112,11 @@ def _measure_device(kind: str, ranks: int, budget: float) -> tuple[Device, list[
     for name, dtype in _DTYPES[kind].items():
         for m, n, k in _GEMMS[kind]:
             a, b = torch.randn(m, k, device=kind).to(dtype), torch.randn(k, n, device=kind).to(dtype)
-            samples.setdefault(name, []).append(GemmSample(m, n, k, _best(lambda a=a, b=b: a @ b, sync, share)))  # type: ignore[misc]
+            samples.setdefault(name, []).append(GemmSample(m, n, k, _best(partial(torch.matmul, a, b), sync, share)))
     copies = []
     for size in _COPIES[kind]:
         source, target = torch.ones(size // 4, device=kind), torch.empty(size // 4, device=kind)
-        copies.append((2.0 * size, _best(lambda s=source, t=target: t.copy_(s), sync, budget / len(_COPIES[kind]))))  # type: ignore[misc]
+        copies.append((2.0 * size, _best(partial(target.copy_, source), sync, budget / len(_COPIES[kind]))))
     peaks = {name: 1.02 * max(2 * s.m * s.n * s.k / s.seconds for s in rows) for name, rows in samples.items()}
     main = max(peaks, key=lambda name: peaks[name])
     if kind == "cuda":
@@ -150,7 +152,7 @@ def _link_worker(rank: int, kind: str, ranks: int, threads: int, budget: float, 
         whole = torch.ones(nbytes // 4 // ranks * ranks, device=kind)
         part = torch.ones(whole.numel() // ranks, device=kind)
         parts = list(whole.chunk(ranks))
-        calls = {"all_reduce": lambda t=whole: dist.all_reduce(t), "all_gather": lambda p=parts, t=part: dist.all_gather(p, t)}
+        calls: dict[str, Callable[[], object]] = {"all_reduce": partial(dist.all_reduce, whole), "all_gather": partial(dist.all_gather, parts, part)}
         for name, call in calls.items():
             seconds = _agreed(call, sync, budget / len(_MESSAGES) / len(calls), kind)
             samples.append((name, "ring", float(whole.numel() * 4), ranks, seconds))

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..passes.shard.op_graph import OpGraph, OpNode, Operand, Tensor, graph_hash
+from ..passes.shard.op_graph import Operand, OpGraph, OpNode, Tensor, graph_hash
 from ..passes.shard.traced import TracedKind
 from .errors import UserError
 from .model_file import LoadedModel
@@ -199,7 +199,8 @@ def _blocks(module: torch.nn.Module, tape: _Tape) -> tuple[TracedKind, ...]:
     used = _uses(tape)
     cut = [("embedding", 0, first), *groups, ("head", last + 1, len(tape.ops))]
     graphs = [_graph(tape, start, end, used) for _, start, end in cut]
-    blocks, kinds = [TracedKind("embedding", graphs[0], 1, ())], {}
+    kinds: dict[str, str] = {}
+    blocks = [TracedKind("embedding", graphs[0], 1, ())]
     for (path, _, _), graph in zip(groups, graphs[1:-1], strict=True):
         kind = kinds.setdefault(graph_hash(graph), f"block{len(kinds)}")
         if blocks[-1].kind == kind:

@@ -224,12 +224,15 @@ FUNCTIONS: dict[Callable[..., Any], Rule] = {
     torch.Tensor.__matmul__: Rule(_matmul, (0, 1)), torch.bmm: Rule(_matmul, (0, 1)), torch.Tensor.reshape: VIEW, torch.reshape: VIEW,
     F.softmax: Rule(_along(_dim_argument(1, -1)), (0,)), F.conv2d: Rule(_convolution, (0,)), F.conv1d: Rule(_convolution, (0,)),
 }
-_LINEAR_ELEMENTWISE = ("add", "sub", "neg", "add_", "sub_", "clone", "_to_copy", "copy_", "lift_fresh", "rsub", "masked_fill",
-                       "where", "ones_like", "zeros_like", "eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and", "bitwise_and", "contiguous",
-                       "masked_fill_")
-_CURVED_ELEMENTWISE = ("mul", "div", "mul_", "div_", "silu", "gelu", "relu", "relu_", "tanh", "sigmoid", "exp", "rsqrt", "sqrt", "pow", "square", "cos",
-                       "sin", "native_dropout", "dropout", "clamp", "minimum", "maximum", "softplus", "elu", "leaky_relu", "log", "abs", "erf", "hardswish",
-                       "silu_", "threshold_backward", "reciprocal", "dropout_")
+# Backward of these reads nothing; of the others their inputs.
+_LINEAR_ELEMENTWISE = frozenset("""
+    add sub neg add_ sub_ clone _to_copy copy_ lift_fresh rsub masked_fill where ones_like zeros_like eq ne lt le gt ge
+    logical_not logical_and bitwise_and contiguous masked_fill_
+""".split())
+_CURVED_ELEMENTWISE = frozenset("""
+    mul div mul_ div_ silu gelu relu relu_ tanh sigmoid exp rsqrt sqrt pow square cos sin native_dropout dropout clamp
+    minimum maximum softplus elu leaky_relu log abs erf hardswish silu_ threshold_backward reciprocal dropout_
+""".split())
 _ATEN: dict[str, Rule] = {
     **dict.fromkeys(_LINEAR_ELEMENTWISE, ELEMENTWISE), **dict.fromkeys(_CURVED_ELEMENTWISE, Rule(_elementwise, (-1,))),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "_reshape_alias", "detach", "alias"), VIEW),

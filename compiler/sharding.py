@@ -78,7 +78,8 @@ def cluster_of(request: Request) -> Cluster:
     try:
         return load_cluster(request.hardware, mesh=mesh)
     except ConfigError as e:
-        raise ConfigError(f"--hardware: {e}" if str(e).startswith("hardware ") else f"--mesh: {e}" if str(e).startswith("mesh ") else str(e)) from None
+        option = next((f"--{word}: " for word in ("hardware", "mesh") if str(e).startswith(f"{word} ")), "")
+        raise ConfigError(f"{option}{e}") from None
 
 
 def problem_of(request: Request) -> tuple[Problem, PlannedModel]:
@@ -163,8 +164,9 @@ def plan_inference(request: Request, output: Path | None, as_json: bool) -> None
     table = Table("best for", "plan", "first token", "per token", "request", "tokens/s", "weights", "KV cache", "memory", title_justify="left",
                   title="Inference: prefill and decode apart")
     for name, r in rows.items():
-        table.add_row(name, f"dp{r.plan.dp} tp{r.plan.tp} pp{r.plan.pp}" + (f" ep{r.plan.ep}" if r.plan.ep > 1 else ""), f"{r.first_token_s * 1e3:.1f} ms",
-                      f"{r.token_s * 1e3:.2f} ms", f"{r.request_s:.2f} s", f"{r.tokens_per_second:,.0f}", f"{r.weights / 1e9:.1f} GB",
+        degrees = f"dp{r.plan.dp} tp{r.plan.tp} pp{r.plan.pp}" + (f" ep{r.plan.ep}" if r.plan.ep > 1 else "")
+        table.add_row(name, degrees, f"{r.first_token_s * 1e3:.1f} ms", f"{r.token_s * 1e3:.2f} ms", f"{r.request_s:.2f} s", f"{r.tokens_per_second:,.0f}",
+                      f"{r.weights / 1e9:.1f} GB",
                       f"{r.cache / 1e9:.1f} GB", f"{r.peak_memory / 1e9:.1f} of {r.capacity / 1e9:.1f} GB")
     console().print(table)
     if output is not None:
@@ -281,7 +283,7 @@ def _show_intra(problem: Problem, model: PlannedModel, plan: Plan) -> None:
     ways = plan.tp if plan.tp > 1 else max((d for d in (2, 4, 8) if d <= problem.cluster.node_size), default=1)
     if ways == 1:
         return
-    batch, table = model.captured.batch, Table(
+    table = Table(
         "block", "times", "ops", "variables", "residual", "seconds", "exchanges", "LP bound", "gap", "weights cut",
         title=f"Ops inside a block over tp {ways} (integer program, batch {model.captured.batch}, forward and backward)", title_justify="left")
     for kind in model.captured.blocks:

@@ -139,8 +139,9 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def scaling_curve(model: ModelConfig, plan: Plan, cluster: Cluster, batch: int, software: str, sizes: tuple[int, ...]) -> list[dict[str, float]]:
-    """Weak scaling: the plan with more or fewer data-parallel ranks, the batch in proportion. Sizes that are no multiple of one replica,
-    or no whole nodes, are left out. `linearity` is tokens/s per device over that of the smallest size.
+    """The plan with more or fewer data-parallel ranks: the batch in proportion (weak scaling), and, as `fixed_*`, the batch as it is
+    (strong scaling; 0 where it does not divide). Sizes that are no multiple of one replica, or no whole nodes, are left out. `linearity`
+    is tokens/s per device over that of the smallest size.
     """
     rows: list[dict[str, float]] = []
     replica = plan.devices // plan.dp
@@ -154,8 +155,10 @@ def scaling_curve(model: ModelConfig, plan: Plan, cluster: Cluster, batch: int, 
             continue
         r = predict_step(model, wide, there, share, software, exact=False)
         per_device = r.tokens_per_second / devices
+        strong = None if plan_problems(wide, model, there, batch) else predict_step(model, wide, there, batch, software, exact=False)
         rows.append({"devices": devices, "global_batch": share, "step_s": r.seconds, "tokens_per_s": r.tokens_per_second, "mfu": r.mfu,
-                     "peak_memory_bytes": r.peak_memory, "linearity": per_device / (rows[0]["tokens_per_s"] / rows[0]["devices"]) if rows else 1.0})
+                     "peak_memory_bytes": r.peak_memory, "linearity": per_device / (rows[0]["tokens_per_s"] / rows[0]["devices"]) if rows else 1.0,
+                     "fixed_step_s": strong.seconds if strong else 0.0, "fixed_mfu": strong.mfu if strong else 0.0})
     return rows
 
 
@@ -181,7 +184,8 @@ def _show_step(report: StepReport) -> None:
     out = console()
     out.print(f"[bold]{escape(report.plan.label)}[/]")
     out.print(f"step {report.seconds:.4g} s, {report.tokens_per_second:,.0f} tokens/s, MFU {report.mfu:.1%}, HFU {report.hfu:.1%}, "
-              f"peak memory {report.peak_memory / 1e9:.1f} of {max(report.capacity) / 1e9:.1f} GB" + ("" if report.fits else " [bold red]does not fit[/]"))
+              f"peak memory {report.peak_memory / 1e9:.1f} of {max(report.capacity) / 1e9:.1f} GB"
+              + ("" if report.fits else " [bold red]does not fit[/]"))
     out.print("  " + ", ".join(f"{n} {s:.3g} s ({s / report.seconds:.1%})" for n, s in report.breakdown().items() if s > 0))
 
 
@@ -190,7 +194,8 @@ def _show_gantt(model: ModelConfig, plan: Plan, cluster: Cluster, batch: int, so
         console().print("no pipeline: one stage, nothing to draw")
         return
     schedule, run = pipeline_run(model, plan, cluster, batch, software, most=4 * plan.pp)
-    more = f", the first {schedule.micro_batches} of {plan.micro_batches(batch)} micro-batches" if schedule.micro_batches < plan.micro_batches(batch) else ""
+    total = plan.micro_batches(batch)
+    more = f", the first {schedule.micro_batches} of {total} micro-batches" if schedule.micro_batches < total else ""
     console().print(f"pipeline ({plan.schedule}{more}): {run.seconds:.4g} s, bubble {run.bubble:.1%}")
     console().print(escape(gantt_text(run, schedule)))
     console().print(LEGEND)
@@ -198,9 +203,9 @@ def _show_gantt(model: ModelConfig, plan: Plan, cluster: Cluster, batch: int, so
 
 def _show_life(life: RunReport, cluster: Cluster, failures: Failures) -> None:
     console().print(f"{life.seconds / 86400:g} days on {cluster.size} devices: {life.failures} failures (one every "
-                    f"{failures.mtbf_s / cluster.size / 3600:.2f} h), goodput {life.goodput:.1%}; a checkpoint every {life.interval_s:.0f} s of work; "
-                    f"lost work {life.lost / life.seconds:.1%}, checkpoints {life.checkpointing / life.seconds:.1%}, restarts {life.down / life.seconds:.1%}; "
-                    f"{life.steps:,.0f} steps")
+                    f"{failures.mtbf_s / cluster.size / 3600:.2f} h), goodput {life.goodput:.1%}; a checkpoint every "
+                    f"{life.interval_s:.0f} s of work; lost work {life.lost / life.seconds:.1%}, checkpoints "
+                    f"{life.checkpointing / life.seconds:.1%}, restarts {life.down / life.seconds:.1%}; {life.steps:,.0f} steps")
 
 
 def _show_elastic(elastic: Elastic, report: StepReport, cluster: Cluster, lose: int) -> None:
@@ -219,8 +224,10 @@ def _show_elastic(elastic: Elastic, report: StepReport, cluster: Cluster, lose: 
 def _show_curve(curve: list[dict[str, float]]) -> None:
     if not curve:
         return
-    table = Table("devices", "global batch", "step", "tokens/s", "MFU", "memory", "linearity", title="Weak scaling of this plan", title_justify="left")
+    table = Table("devices", "global batch", "step", "tokens/s", "MFU", "memory", "linearity", "same batch: step", "MFU", title_justify="left",
+                  title="Scaling of this plan: more data-parallel ranks, with the batch in proportion, and with the batch as it is")
     for row in curve:
-        table.add_row(f"{row['devices']:.0f}", f"{row['global_batch']:.0f}", f"{row['step_s']:.4g} s", f"{row['tokens_per_s']:,.0f}", f"{row['mfu']:.1%}",
-                      f"{row['peak_memory_bytes'] / 1e9:.1f} GB", f"{row['linearity']:.1%}")
+        fixed = ("", "") if row["fixed_mfu"] == 0 else (f"{row['fixed_step_s']:.4g} s", f"{row['fixed_mfu']:.1%}")
+        table.add_row(f"{row['devices']:.0f}", f"{row['global_batch']:.0f}", f"{row['step_s']:.4g} s", f"{row['tokens_per_s']:,.0f}",
+                      f"{row['mfu']:.1%}", f"{row['peak_memory_bytes'] / 1e9:.1f} GB", f"{row['linearity']:.1%}", *fixed)
     console().print(table)

@@ -32,7 +32,8 @@ def calibrate(
 
     found = measure(CalibrationRequest(ranks, device, threads, seconds, name))
     output.write_text(cluster_toml(found.cluster), encoding="utf-8")
-    table = Table("what", "measured", "model", "error", title=f"{found.cluster.groups[0].device.name}, {found.cluster.node_size} ranks", title_justify="left")
+    title = f"{found.cluster.groups[0].device.name}, {found.cluster.node_size} ranks"
+    table = Table("what", "measured", "model", "error", title=title, title_justify="left")
     for what, measured, predicted in found.rows:
         table.add_row(what, f"{measured * 1e3:.4g} ms", f"{predicted * 1e3:.4g} ms", f"{predicted / measured - 1:+.0%}")
     console().print(table)

@@ -38,7 +38,7 @@ def run(
     hardware: Annotated[str, typer.Option(help="Default: what the plan file says.", show_default=False)] = "",
     global_batch: Annotated[int, typer.Option(help="Default: what the plan file says.", show_default=False)] = 0,
     gantt: Annotated[bool, typer.Option("--gantt/--no-gantt", help="Draw the pipeline.")] = True,
-    scale: Annotated[str, typer.Option(help="Numbers of devices for the scaling curve: 32,64,...,2048; 'off' for none.")] = "32,64,128,256,512,1024,2048,4096",
+    scale: Annotated[str, typer.Option(help="Numbers of devices for the scaling curve; 'off' for none.")] = "32,64,128,256,512,1024,2048,4096",
     jitter: Annotated[float, typer.Option(help="Spread of the devices' speeds (0.02: 2 %).")] = 0.0,
     straggler: Annotated[float, typer.Option(help="One device takes so many times as long.")] = 1.0,
     mtbf: Annotated[float, typer.Option(help="Mean days between failures of one device; 0: none fail.")] = 0.0,

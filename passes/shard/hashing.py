@@ -5,16 +5,17 @@ Entry point: `hash_once`, a decorator above `@dataclass(frozen=True)`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 __all__ = ["hash_once"]
 
-C = TypeVar("C", bound=type)
+T = TypeVar("T")
 
 
-def hash_once(cls: C) -> C:
+def hash_once(cls: type[T]) -> type[T]:
     """Keep the hash of every instance of a frozen dataclass. Pickles leave it out: string hashes differ between processes."""
-    fresh = cls.__hash__
+    fresh: Callable[[Any], int] = cls.__hash__
 
     def kept(self: Any) -> int:
         found = self.__dict__.get("_hash")
@@ -26,6 +27,6 @@ def hash_once(cls: C) -> C:
     def state(self: Any) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_hash"}
 
-    cls.__hash__ = kept  # type: ignore[assignment]
-    cls.__getstate__ = state  # type: ignore[attr-defined]
+    setattr(cls, "__hash__", kept)  # noqa: B010
+    setattr(cls, "__getstate__", state)  # noqa: B010
     return cls

@@ -34,6 +34,9 @@ from .op_graph import Layout, Need, OpGraph, OpNode, Strategy, Tensor, fused_val
 __all__ = ["Choice", "IntraProblem", "IntraResult", "conversion", "enumerate_all", "gemm_sizes", "moved_bytes", "node_seconds", "solve"]
 
 
+ALONE = Group(())
+
+
 @dataclass(frozen=True)
 class IntraProblem:
     """A block on `group` (the tensor axis), its parameters replicated over `data`.
@@ -46,7 +49,7 @@ class IntraProblem:
     graph: OpGraph
     device: Device
     group: Group
-    data: Group = Group(())
+    data: Group = ALONE
     dtype: str = "bf16"
     micro_batches: int = 1
     in_flight: float = 1.0

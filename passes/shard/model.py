@@ -62,7 +62,9 @@ class CustomBlocks(Protocol):
 @hash_once
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer, or anything that `custom` describes (then hidden and seq say what passes between blocks). Zeros mean the usual: kv_heads = heads, head_dim = hidden / heads, ffn = 4 * hidden.
+    """A decoder-only transformer, or anything that `custom` describes (then hidden and seq say what passes between blocks).
+
+    Zeros mean the usual: kv_heads = heads, head_dim = hidden / heads, ffn = 4 * hidden.
 
     attention: `unfused` materialises the score matrix (2021 practice), `flash` streams it (score FLOPs halved by the
     causal mask).

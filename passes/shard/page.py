@@ -22,16 +22,17 @@ __all__ = ["plan_page"]
 
 # Data colours, one for light and one for dark surfaces: forward, input gradient, weight gradient, both, overlapped pair.
 _SERIES = (("#2a78d6", "#3987e5"), ("#eb6834", "#d95926"), ("#1baf7a", "#199e70"), ("#eda100", "#c98500"), ("#4a3aa7", "#9085e9"))
-_STYLE = """
-:root{color-scheme:light dark;--bg:#fcfcfb;--ink:#0b0b0b;--soft:#52514e;--line:#e4e3df;--fill:#f4f3f0;%s}
-@media(prefers-color-scheme:dark){:root{--bg:#1a1a19;--ink:#fff;--soft:#c3c2b7;--line:#3a3a37;--fill:#262624;%s}}
-body{background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2.2rem}p,figcaption,.soft{color:var(--soft)}
-table{border-collapse:collapse;width:100%%;font-variant-numeric:tabular-nums}th,td{text-align:left;padding:.25rem .6rem;border-bottom:1px solid var(--line)}
-th{color:var(--soft);font-weight:500}.tiles{display:flex;flex-wrap:wrap;gap:.8rem}.tile{background:var(--fill);border-radius:6px;padding:.6rem 1rem}
-.tile b{display:block;font-size:1.25rem}svg{width:100%%;height:auto;display:block}svg text{fill:var(--soft);font:11px system-ui,sans-serif}
+_LIGHT, _DARK = ("".join(f"--s{i}:{pair[mode]};" for i, pair in enumerate(_SERIES)) for mode in (0, 1))
+_STYLE = (":root{color-scheme:light dark;--bg:#fcfcfb;--ink:#0b0b0b;--soft:#52514e;--line:#e4e3df;--fill:#f4f3f0;" + _LIGHT + "}\n"
+          "@media(prefers-color-scheme:dark){:root{--bg:#1a1a19;--ink:#fff;--soft:#c3c2b7;--line:#3a3a37;--fill:#262624;" + _DARK + "}}\n"
+          """body{background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2.2rem}p,figcaption{color:var(--soft)}figure{margin:0}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:.25rem .6rem;border-bottom:1px solid var(--line)}th{color:var(--soft);font-weight:500}
+.tiles{display:flex;flex-wrap:wrap;gap:.8rem}.tile{background:var(--fill);border-radius:6px;padding:.6rem 1rem}
+.tile b{display:block;font-size:1.25rem}svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font:11px system-ui,sans-serif}
 .key{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin:0 .35em 0 .9em}.wide{overflow-x:auto}
-""" % ("".join(f"--s{i}:{light};" for i, (light, _) in enumerate(_SERIES)), "".join(f"--s{i}:{dark};" for i, (_, dark) in enumerate(_SERIES)))
+""")
 _KINDS = {"F": 0, "B": 1, "W": 2, "BW": 3}
 _NAMES = ("forward", "input gradient", "weight gradient", "both gradients", "forward beside backward")
 
@@ -169,7 +170,8 @@ def _traffic(problem: Problem, plan: Plan) -> str:
 
 
 def _alternatives(report: StepReport, result: SearchResult | None, by_hand: Mapping[str, StepReport | None]) -> str:
-    rows = [("this plan", report.plan.label, f"{report.seconds:.4g} s", "", f"{report.mfu:.1%}", f"{report.peak_memory / 1e9:.1f} GB")]
+    rows: list[tuple[str, ...]] = [("this plan", report.plan.label, f"{report.seconds:.4g} s", "", f"{report.mfu:.1%}",
+                                    f"{report.peak_memory / 1e9:.1f} GB")]
 
     def row(name: str, r: StepReport | None) -> tuple[str, ...]:
         if r is None:
@@ -180,6 +182,7 @@ def _alternatives(report: StepReport, result: SearchResult | None, by_hand: Mapp
     rows += [row("other degrees", r) for r in (result.alternatives[:15] if result else ())]
     text = _table(("", "plan", "step", "against this", "MFU", "memory"), rows)
     if result is not None:
-        text += (f"<p>{result.considered} combinations, {result.simulated} simulated, {result.seconds:.1f} s; lower bound {result.lower_bound:.4g} s; "
-                 + ("no plan of the space is faster under the cost model" if result.proved else "stopped by the budget") + ".</p>")
+        proof = "no plan of the space is faster under the cost model" if result.proved else "stopped by the budget"
+        text += (f"<p>{result.considered} combinations, {result.simulated} simulated, {result.seconds:.1f} s; "
+                 f"lower bound {result.lower_bound:.4g} s; {proof}.</p>")
     return text

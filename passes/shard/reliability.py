@@ -171,9 +171,9 @@ def elastic_plan(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch
         best[nodes] = best[nodes - 1]
         for template in templates:
             if template.nodes <= nodes:
-                rate, rows = best[nodes - template.nodes]
+                rate, before = best[nodes - template.nodes]
                 if rate + 1 / template.period > best[nodes][0] * (1 + 1e-12):
-                    best[nodes] = (rate + 1 / template.period, (*rows, template))
+                    best[nodes] = (rate + 1 / template.period, (*before, template))
     chosen = best[survivors][1]
     total = global_batch // plan.micro_batch
     dealt = [0] * len(chosen)

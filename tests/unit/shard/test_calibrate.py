@@ -8,6 +8,7 @@ from aicc.passes.shard.cluster import load_cluster
 from typer.testing import CliRunner
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     path = tmp_path / "here.toml"
     result = CliRunner().invoke(app, ["calibrate", "--device", "cpu", "--ranks", "2", "--threads", "1", "--seconds", "3", "--name", "here", "-o", str(path)])

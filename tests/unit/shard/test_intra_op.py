@@ -11,7 +11,7 @@ from aicc.passes.shard.cluster import load_cluster
 from aicc.passes.shard.collectives import axis_group
 from aicc.passes.shard.intra_op import IntraProblem, conversion, enumerate_all, solve
 from aicc.passes.shard.model import ModelConfig
-from aicc.passes.shard.op_graph import Loop, OpGraph, OpNode, Operand, Tensor, graph_hash, strategies
+from aicc.passes.shard.op_graph import Loop, Operand, OpGraph, OpNode, Tensor, graph_hash, strategies
 from aicc.passes.shard.plan import Plan
 from aicc.passes.shard.step import predict_step
 from aicc.passes.shard.traced import traced_config
