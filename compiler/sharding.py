@@ -165,8 +165,8 @@ def plan_inference(request: Request, output: Path | None, as_json: bool) -> None
                   title="Inference: prefill and decode apart")
     for name, r in rows.items():
         degrees = f"dp{r.plan.dp} tp{r.plan.tp} pp{r.plan.pp}" + (f" ep{r.plan.ep}" if r.plan.ep > 1 else "")
-        table.add_row(name, degrees, f"{r.first_token_s * 1e3:.1f} ms", f"{r.token_s * 1e3:.2f} ms", f"{r.request_s:.2f} s", f"{r.tokens_per_second:,.0f}",
-                      f"{r.weights / 1e9:.1f} GB",
+        table.add_row(name, degrees, f"{r.first_token_s * 1e3:.1f} ms", f"{r.token_s * 1e3:.2f} ms", f"{r.request_s:.2f} s",
+                      f"{r.tokens_per_second:,.0f}", f"{r.weights / 1e9:.1f} GB",
                       f"{r.cache / 1e9:.1f} GB", f"{r.peak_memory / 1e9:.1f} of {r.capacity / 1e9:.1f} GB")
     console().print(table)
     if output is not None:

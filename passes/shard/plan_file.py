@@ -7,7 +7,7 @@ Entry points: `PlanFile`, `PlanFile.to_toml()`, `load_plan_file(path)`. The plan
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from .cluster import Cluster, Mesh, load_cluster
 from .layer_cost import SOFTWARE
 from .model import LatentAttention, MixtureOfExperts, ModelConfig
 from .plan import Plan, plan_reader, read_plan
-from .tables import ConfigError, TableReader, nearest
+from .tables import ConfigError, TableReader
 
 __all__ = ["PlanFile", "Target", "load_plan_file", "model_toml"]
 
@@ -98,10 +98,8 @@ def _model(table: TableReader) -> ModelConfig:
         if name in table.table:
             inner = table.child(name)
             nested[name] = kind(**_fields(inner, kind, ()))
-            inner.finish()
-    found = _fields(table, ModelConfig, (*_NESTED, "custom"))
     table.seen.update(_NESTED)
-    table.finish()
+    found = _fields(table, ModelConfig, (*_NESTED, "custom"))
     try:
         return ModelConfig(**found, **nested)
     except ValueError as error:
@@ -109,7 +107,7 @@ def _model(table: TableReader) -> ModelConfig:
 
 
 def _fields(table: TableReader, kind: type, skip: tuple[str, ...]) -> dict[str, Any]:
-    """Values of a dataclass's plain fields, checked by the types of their annotations."""
+    """Values of a dataclass's plain fields, checked by the types of their annotations; other keys are refused."""
     found: dict[str, Any] = {}
     for field in fields(kind):
         key = field.name
@@ -128,8 +126,8 @@ def _fields(table: TableReader, kind: type, skip: tuple[str, ...]) -> dict[str, 
             if not isinstance(table.table[key], bool):
                 raise table.error(key, "must be true or false")
             found[key] = table.table[key]
-    missing = [f.name for f in fields(kind) if f.name in ("hidden", "layers", "heads", "vocab", "seq", "name", "experts", "top_k", "ffn")
-               and f.name not in found and not (kind is ModelConfig and f.name == "ffn")]
-    if missing:
-        raise ConfigError(f"{table.file}: [{table.prefix}]: {missing[0]} is missing; {nearest(missing[0], [f.name for f in fields(kind)])}")
+    table.finish()
+    for field in fields(kind):
+        if field.name not in (*found, *skip) and field.default is MISSING:
+            raise table.error(field.name, "is missing")
     return found
