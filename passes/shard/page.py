@@ -45,7 +45,7 @@ def plan_page(problem: Problem, report: StepReport, result: SearchResult | None,
              f"{config.params() / 1e9:.2f} billion parameters.</p>", _tiles(problem, report, result), _breakdown(report),
              "<h2>Mesh</h2>", _mesh(plan, problem.cluster.node_size), "<h2>Placement of layers</h2>", _placement(problem, plan)]
     if plan.pp > 1:
-        schedule, run = pipeline_run(config, plan, problem.cluster, problem.global_batch, problem.software, most=3 * plan.pp)
+        schedule, run = pipeline_run(config, plan, problem.cluster, problem.global_batch, problem.software, most=2 * plan.pp)
         costs = pipeline_inputs(config, plan, problem.cluster, problem.software)
         parts += ["<h2>Pipeline</h2>", _gantt(plan, problem, schedule, run), "<h2>Memory over time</h2>", _memory(report, schedule, run, costs)]
     parts += ["<h2>Memory by kind</h2>", _memory_table(report), "<h2>Communication by link</h2>", _traffic(problem, plan),
@@ -115,7 +115,7 @@ def _key(kinds: set[int]) -> str:
 
 
 def _gantt(plan: Plan, problem: Problem, schedule: Schedule, run: PipelineRun) -> str:
-    ranks, width, row = shown_ranks(plan.pp, 24), 1000.0, 20
+    ranks, width, row = shown_ranks(plan.pp, 24 if plan.pp <= 24 else 8), 1000.0, 20
     bars, seen = [], set()
     for y, rank in enumerate(ranks):
         bars.append(f'<text x="0" y="{y * row + 14}">stage {rank}</text>')

@@ -224,38 +224,49 @@ def _compile(schedule: Schedule) -> _Program:
     total = first_id[-1]
     following = {before: stage for stage, before in enumerate(schedule.previous) if before >= 0}
     dummy = 2 * total
-    # Messages by (kind, stage, micro-batch) that receives them, known once their sender has been placed.
-    inbox: dict[tuple[str, int, int], int] = {}
+    # Messages by who receives them (kind, stage, micro-batch as one number), known once their sender has been placed.
+    many, stages = schedule.micro_batches, len(schedule.rank_of)
+    inbox = [-1] * (2 * stages * many)
     level = [0] * (total + 1)
-    previous, needs = [total] * total, [[dummy, dummy] for _ in range(total)]
-    after, crosses, boundary = ([[v, v] for _ in range(total)] for v in (dummy, False, 0))
+    previous, needs = [total] * total, [(dummy, dummy)] * total
+    after, crosses, boundary = [dummy] * (2 * total), [False] * (2 * total), [0] * (2 * total)
     channel: dict[tuple[int, int, bool], int] = {}
     cursor, pending, queued = [0] * schedule.ranks, list(range(schedule.ranks)), [True] * schedule.ranks
+    rank_of, part_of, before = schedule.rank_of, schedule.part_of, schedule.previous
     while pending:
         rank = pending.pop()
         queued[rank] = False
         row, base = units[rank], first_id[rank]
         while cursor[rank] < len(row):
             unit, node = row[cursor[rank]], base + cursor[rank]
-            wanted = [_need(op, schedule) for op in unit]
-            if any(key is not None and key not in inbox for key in wanted):
+            wanted, ready = [dummy, dummy], True
+            for slot, op in enumerate(unit):
+                kind, stage = op[0], op[1]
+                if kind != "W" and (kind != "F" or before[stage] >= 0):
+                    wanted[slot] = inbox[((kind != "F") * stages + stage) * many + op[2]]
+                    ready = ready and wanted[slot] >= 0
+            if not ready:
                 break
-            needs[node] = [dummy if key is None else inbox[key] for key in wanted] + [dummy] * (2 - len(wanted))
+            needs[node] = (wanted[0], wanted[1])
             if cursor[rank]:
                 previous[node] = node - 1
-            level[node] = 1 + max(level[previous[node]], *(level[m // 2] for m in needs[node]))
+            level[node] = 1 + max(level[previous[node]], level[wanted[0] >> 1], level[wanted[1] >> 1])
             cursor[rank] += 1
             for slot, op in enumerate(unit):
-                key = _result(op, schedule, following)
-                if key is None:
+                kind, stage = op[0], op[1]
+                if kind == "W" or (kind != "F" and before[stage] < 0):
                     continue
-                message = inbox[key] = 2 * node + slot
-                other = schedule.rank_of[key[1]]
+                # The last stage's F is its own backward's input (the loss).
+                forward = kind == "F" and stage in following
+                target = following[stage] if forward else stage if kind == "F" else before[stage]
+                message = 2 * node + slot
+                inbox[((not forward) * stages + target) * many + op[2]] = message
+                other = rank_of[target]
                 if other != rank:
-                    lane = (rank, other, key[0] == "F")
-                    after[node][slot], channel[lane] = channel.get(lane, dummy), message
-                    crosses[node][slot] = True
-                    boundary[node][slot] = min(schedule.part_of[op.stage], schedule.part_of[key[1]])
+                    lane = (rank, other, forward)
+                    after[message], channel[lane] = channel.get(lane, dummy), message
+                    crosses[message] = True
+                    boundary[message] = min(part_of[stage], part_of[target])
                     if not queued[other]:
                         queued[other] = True
                         pending.append(other)
@@ -269,14 +280,14 @@ def _compile(schedule: Schedule) -> _Program:
     renamed = np.concatenate([np.stack([2 * new[:total], 2 * new[:total] + 1], axis=1).ravel(), [dummy]])
     sizes = np.bincount(np.array(level[:total]))[1:]
     ends = np.cumsum(sizes)
-    kinds = np.array([[2 * _KINDS.index(u[0].kind) + u[0].overlapped, 2 * _KINDS.index(u[1].kind) + u[1].overlapped]
-                      if len(u) == 2 else [2 * _KINDS.index(u[0].kind) + u[0].overlapped, 8] for u in flat])
+    code = {(kind, beside): 2 * i + beside for i, kind in enumerate(_KINDS) for beside in (False, True)}
+    kinds = np.array([(code[u[0][0], u[0][3]], code[u[1][0], u[1][3]] if len(u) == 2 else 8) for u in flat])
     return _Program(
         ops=tuple(flat[n] for n in order), levels=tuple(zip((ends - sizes).tolist(), ends.tolist(), strict=True)),
         rank=np.repeat(np.arange(schedule.ranks), [len(u) for u in units])[order], previous=new[np.array(previous)][order],
-        needs=renamed[np.array(needs)][order], after=renamed[np.array(after)][order], crosses=np.array(crosses)[order],
-        boundary=np.array(boundary)[order], kinds=kinds[order],
-        stages=np.array([[u[0].stage, u[-1].stage] for u in flat])[order],
+        needs=renamed[np.array(needs)][order], after=renamed[np.array(after).reshape(-1, 2)][order], crosses=np.array(crosses).reshape(-1, 2)[order],
+        boundary=np.array(boundary).reshape(-1, 2)[order], kinds=kinds[order],
+        stages=np.array([(u[0][1], u[-1][1]) for u in flat])[order],
         by_rank=tuple(tuple(new[first_id[r]:first_id[r + 1]].tolist()) for r in range(schedule.ranks)),
         part_of=np.array(schedule.part_of), rank_of=np.array(schedule.rank_of))
 
@@ -290,24 +301,6 @@ def _units(ops: Sequence[Op]) -> list[tuple[Op, ...]]:
         else:
             units.append((op,))
     return units
-
-
-def _need(op: Op, schedule: Schedule) -> tuple[str, int, int] | None:
-    """The message that an operation waits for, or None."""
-    if op.kind == "W" or (op.kind == "F" and schedule.previous[op.stage] < 0):
-        return None
-    return ("F" if op.kind == "F" else "B", op.stage, op.micro_batch)
-
-
-def _result(op: Op, schedule: Schedule, following: dict[int, int]) -> tuple[str, int, int] | None:
-    """The message that an operation sends, named by its receiver. The last stage's F is its own backward's input (the
-    loss).
-    """
-    if op.kind == "F":
-        return ("F", following[op.stage], op.micro_batch) if op.stage in following else ("B", op.stage, op.micro_batch)
-    if op.kind == "W" or schedule.previous[op.stage] < 0:
-        return None
-    return ("B", schedule.previous[op.stage], op.micro_batch)
 
 
 @dataclass(frozen=True)
