@@ -50,6 +50,7 @@ class _Tape:
     unknown: dict[str, None] = field(default_factory=dict)
     path: list[str] = field(default_factory=lambda: [""])
     paused: bool = False
+    outputs: set[int] = field(default_factory=set)
 
     def number(self, tensor: torch.Tensor, grad: bool) -> int:
         """A new value for a tensor (in place: a new version of it)."""
@@ -155,12 +156,14 @@ def capture(found: LoadedModel) -> Captured:
     args, kwargs = pytree.tree_map(_to_meta, (found.args, found.kwargs))
     first = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     for tensor in first:
-        tape.number(tensor, tensor.requires_grad)
+        tape.number(tensor, True)  # as if a layer came before: then the first of equal layers is like the others
     try:
         with _paths(module, tape), _Functions(tape), _Dispatch(tape):
-            module(*args, **kwargs)
+            out = module(*args, **kwargs)
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as e:
         raise UserError(f"'{found.name}' cannot run on the meta device: {type(e).__name__}: {str(e).splitlines()[0]}") from e
+    leaves = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+    tape.outputs = {tape.numbers[id(t)] for t in leaves if id(t) in tape.numbers}
     tape.alive.clear()
     batch = first[0].shape[0] if first and first[0].ndim else 1
     return Captured(_blocks(module, tape), int(batch), tuple(tape.unknown))
@@ -227,8 +230,7 @@ def _graph(tape: _Tape, start: int, end: int, used: dict[int, list[int]]) -> OpG
     made = {v for op in ops for v in op.results}
     outside = list(dict.fromkeys(o.value for op in ops for o in op.operands if o.value >= 0 and o.value not in made))
     outside.sort(key=lambda v: -tape.values[v].elements * (1 if tape.values[v].grad else 0))
-    final = end == len(tape.ops)
-    leaving = [v for op in ops for v in op.results if any(i >= end for i in used.get(v, ())) or (final and not used.get(v))]
+    leaving = [v for op in ops for v in op.results if v in tape.outputs or any(i >= end for i in used.get(v, ()))]
     leaving = sorted(dict.fromkeys(leaving), key=lambda v: tape.values[v].elements * tape.values[v].grad)
     order = {v: n for n, v in enumerate([*outside, *(v for op in ops for v in op.results)])}
     nodes = tuple(replace(op, path=op.path, results=tuple(order[v] for v in op.results),

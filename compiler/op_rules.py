@@ -193,6 +193,25 @@ def _embedding(inputs: Tensors, results: Tensors, args: tuple[Any, ...], kwargs:
     return loops, [rows[id(t)] for t in inputs], (*range(n), n + 1), "lookup"
 
 
+def _grouped(inputs: Tensors, results: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Described:
+    """Rows sorted by expert times each expert's matrix: a GEMM in which every row meets one of the matrices."""
+    x, w = inputs[:2]
+    if x.ndim != 2 or w.ndim != 3:
+        return _unknown(inputs, results, args, kwargs)
+    loops = (Loop(x.shape[0], "whole"), Loop(w.shape[2], "parallel"), Loop(w.shape[1], "reduction"))
+    return loops, [(0, 2), (-1, 2, 1), *((-1,) * t.ndim for t in inputs[2:])], (0, 1), "gemm"
+
+
+def _gathered(inputs: Tensors, results: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Described:
+    """Rows picked or put by an index along the first dimension: that one stays whole, the others are cut as they are."""
+    x, out = inputs[0], results[0]
+    if x.ndim != out.ndim or x.shape[1:] != out.shape[1:]:
+        return _unknown(inputs, results, args, kwargs)
+    loops = (Loop(out.shape[0], "whole"), *(Loop(n, "parallel") for n in out.shape[1:]))
+    dims = (-1, *range(1, out.ndim))
+    return loops, [dims if t.shape[1:] == out.shape[1:] and t.ndim == out.ndim else (-1,) * t.ndim for t in inputs], dims, "memory"
+
+
 def _loss(inputs: Tensors, results: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Described:
     """Mean over rows; the vocabulary may be cut as well (each rank its part of the sum of exponents)."""
     logits = inputs[0]
@@ -242,6 +261,9 @@ _ATEN: dict[str, Rule] = {
     **dict.fromkeys(("mm", "bmm", "addmm", "matmul"), Rule(_matmul, (0, 1))),
     **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "log_softmax"), Rule(_along(_dim_argument(1)), (0,))),
     **dict.fromkeys(("mean", "sum", "amax", "argmax", "cumsum"), Rule(_along(_dim_argument(1)))), "var": Rule(_along(_dim_argument(1)), (0,)),
+    "select": Rule(_along(_dim_argument(1)), free=True), "_safe_softmax": Rule(_along(_dim_argument(1)), (0,)),
+    **dict.fromkeys(("empty_like", "rand_like", "bernoulli_"), Rule(_elementwise, free=True)),  # a dropout mask: its kernel is the product's
+    "_grouped_mm": Rule(_grouped, (0, 1)), **dict.fromkeys(("index", "index_put_", "index_add", "index_add_", "index_select"), Rule(_gathered)),
     "native_layer_norm": Rule(_along(_normalized), (0,)), "embedding": Rule(_embedding), "convolution": Rule(_convolution, (0,)),
 }
 

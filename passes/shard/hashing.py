@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def hash_once(cls: type[T]) -> type[T]:
-    """Keep the hash of every instance of a frozen dataclass. Pickles leave it out: string hashes differ between processes."""
+    """Keep the hash of every instance of a frozen dataclass. Pickles leave it out: hashes of strings differ between processes."""
     fresh: Callable[[Any], int] = cls.__hash__
 
     def kept(self: Any) -> int:

@@ -9,7 +9,7 @@ their number.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 from .hashing import hash_once
@@ -103,7 +103,7 @@ class ModelConfig:
         if self.attention not in ("flash", "unfused"):
             raise ValueError(f"model {self.name}: attention = {self.attention!r}: allowed: flash, unfused")
 
-    @property
+    @cached_property
     def runs(self) -> tuple[tuple[str, int], ...]:
         """Block kinds in order with their counts: embedding, dense and moe runs, head."""
         if self.custom is not None:
@@ -115,10 +115,10 @@ class ModelConfig:
             middle = tuple(r for r in (("dense", front), ("moe", self.layers - front)) if r[1])
         return (("embedding", 1), *middle, ("head", 1))
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[str, ...]:
         """Every block's kind in order."""
-        return _blocks(self.runs)
+        return tuple(kind for kind, count in self.runs for _ in range(count))
 
     def experts(self) -> MixtureOfExperts:
         """The experts. Raises ValueError for a dense model."""
@@ -137,11 +137,6 @@ class ModelConfig:
             return self.params()
         idle = (self.moe.experts - self.moe.top_k) * 3 * self.hidden * self.moe.ffn
         return self.params() - idle * sum(count for kind, count in self.runs if kind == "moe")
-
-
-@lru_cache(maxsize=256)
-def _blocks(runs: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
-    return tuple(kind for kind, count in runs for _ in range(count))
 
 
 @dataclass(frozen=True)

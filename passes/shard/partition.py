@@ -45,6 +45,11 @@ def part_ranks(schedule: str, pp: int, parts: int) -> tuple[int, ...]:
 
 def part_blocks(config: ModelConfig, plan: Plan, split: tuple[int, ...]) -> PartLayout:
     """Lay the model's blocks on parts by `split` (blocks per part, embedding and head not counted)."""
+    return _part_blocks(config, plan.schedule, plan.pp, split)
+
+
+@lru_cache(maxsize=1 << 14)
+def _part_blocks(config: ModelConfig, schedule: str, pp: int, split: tuple[int, ...]) -> PartLayout:
     kinds = config.blocks
     runs, start = [], 1
     for i, count in enumerate(split):
@@ -52,7 +57,7 @@ def part_blocks(config: ModelConfig, plan: Plan, split: tuple[int, ...]) -> Part
         last = start + count + (1 if i == len(split) - 1 else 0)
         runs.append(tuple((kind, len(list(group))) for kind, group in groupby(kinds[first:last])))
         start += count
-    return PartLayout(tuple(runs), part_ranks(plan.schedule, plan.pp, len(split)))
+    return PartLayout(tuple(runs), part_ranks(schedule, pp, len(split)))
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ class _State:
     found: dict[tuple[int, ...], StepReport] = field(default_factory=dict)
     costs: dict[tuple[object, ...], dict[str, BlockCost]] = field(default_factory=dict)
     weights: dict[tuple[object, ...], dict[str, tuple[float, float]]] = field(default_factory=dict)
+    static: dict[tuple[object, ...], float] = field(default_factory=dict)
     best: StepReport | None = None
     considered: int = 0
     simulated: int = 0
@@ -140,7 +141,7 @@ def search(problem: Problem) -> SearchResult:
     began, state = monotonic(), _State()
     for plan in skeletons(problem.config, problem.cluster, problem.global_batch, problem.space):
         state.considered += 1
-        if _static_bytes(problem, plan) <= problem.capacity(problem.cluster.device):
+        if _static_bytes(problem, plan, state) <= problem.capacity(problem.cluster.device):
             state.push(_skeleton_bound(problem, plan, state), plan, _expand)
     if not state.considered:
         pins = ", ".join(f"{k}={v}" for k, v in problem.space.pins)
@@ -205,12 +206,15 @@ def _skeleton_bound(problem: Problem, plan: Plan, state: _State) -> float:
     return m * max(work / plan.pp, rounded) + (0.0 if plan.offload else memory_time(device, OPTIMIZER_TRAFFIC * shards))
 
 
-def _static_bytes(problem: Problem, plan: Plan) -> float:
+def _static_bytes(problem: Problem, plan: Plan, state: _State) -> float:
     """Bytes that the fullest device holds at least: the mean rank's weights under the best ZeRO stage, no activations."""
-    layout = part_blocks(problem.config, replace(plan, pp=1, dp=plan.dp * plan.pp), (problem.config.layers,))
-    leanest = replace(plan, pp=1, dp=plan.dp, schedule="1f1b", zero=3 if plan.zero == 3 else 2)
-    report = stage_memory(problem.config, leanest, layout, 0, 0.0, 0.0, problem.cluster.device, problem.software)
-    return (report.parameters + report.gradients + report.optimizer) / plan.pp * 0.999 + report.reserved
+    key = (plan.dp * plan.cp, plan.tp, plan.ep, plan.pp, plan.zero == 3, plan.offload)
+    if key not in state.static:
+        layout = PartLayout((problem.config.runs,), (0,))
+        leanest = replace(plan, pp=1, schedule="1f1b", zero=3 if plan.zero == 3 else 2)
+        m = stage_memory(problem.config, leanest, layout, 0, 0.0, 0.0, problem.cluster.device, problem.software)
+        state.static[key] = (m.parameters + m.gradients + m.optimizer) / plan.pp * 0.999 + m.reserved
+    return state.static[key]
 
 
 def _expand(problem: Problem, plan: Plan, bound: float, state: _State) -> None:
@@ -415,7 +419,7 @@ def _infeasible(problem: Problem, state: _State) -> Infeasible:
 
     def size(plan: Plan) -> tuple[float, int]:
         costs = _costs_by_kind(lean, plan, lean.cluster.device, state)
-        return _static_bytes(lean, plan) + costs[lean.config.blocks[1]].working, plan.micro_batch
+        return _static_bytes(lean, plan, state) + costs[lean.config.blocks[1]].working, plan.micro_batch
 
     plans = sorted(skeletons(lean.config, lean.cluster, lean.global_batch, lean.space), key=size)[:40]
     smallest: StepReport | None = None
