@@ -21,12 +21,14 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
         "graph": f"canonicalize{relax},cse,fold-constants,dce",
         "tensor": ",".join([
             "decompose",
+            *(["unpad-concatenations"] if target.is_gpu else []),
             # Views first: then every read of a tensor is a map, and two reads of the same elements look alike to cse.
             "absorb-views", f"canonicalize{relax}", "cse", "dce",
             # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.
             "inline", "sink-reshapes", f"canonicalize{relax}", "dce",
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
             "layout", "pack", "inline", f"canonicalize{relax}", "cse", "dce",
+            *(["stream", "split-reductions"] if target.is_gpu and options.fuse else []),
             "fuse" if options.fuse else "fuse{max-members=1}",
         ]),
         # Kernels are simplified once more: bodies merged by fusion share index arithmetic.

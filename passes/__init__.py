@@ -15,5 +15,8 @@ from . import (
     plan_memory,
     schedule,
     sink_reshapes,
+    split_reductions,
+    stream,
     tiling,
+    unpad_concatenations,
 )
