@@ -29,6 +29,7 @@ from ..passes.shard.planner import Problem, SearchResult, pareto, search
 from ..passes.shard.space import Space, parse_pins
 from ..passes.shard.step import StepReport, predict_step
 from ..passes.shard.tables import ConfigError
+from ..passes.shard.traced import cut_words
 from .commands.output import console
 from .plan_model import PlannedModel, load_for_planning
 
@@ -301,10 +302,7 @@ def _cuts(graph: OpGraph, result: IntraResult) -> str:
     words = []
     for node, choice in zip(graph.nodes, result.choices, strict=True):
         if node.kind in ("gemm", "convolution") and any(o.parameter for o in node.operands):
-            loop = choice.strategy.loop
-            cut = "whole" if loop < 0 else "rows" if node.loops[loop].kind == "reduction" else (
-                "columns" if loop in node.operands[1].dims else "whole (tokens cut)")
-            words.append(f"{node.path.rsplit('.', 1)[-1]} {cut}")
+            words.append(f"{node.path.rsplit('.', 1)[-1]} {cut_words(node, choice.strategy.loop)}")
     return ", ".join(dict.fromkeys(words))
 
 

@@ -25,6 +25,7 @@ from ..passes.shard.reliability import Elastic, Failures, RunReport, elastic_pla
 from ..passes.shard.step import StepReport, pipeline_run, predict_step
 from ..passes.shard.tables import ConfigError
 from .commands.output import console
+from .sharding import Request, problem_of
 
 __all__ = ["RunRequest", "run_plan", "scaling_curve", "show_validation"]
 
@@ -87,13 +88,14 @@ class RunRequest:
 def run_plan(request: RunRequest) -> None:
     """Simulate the plan of a file. Raises ConfigError when the file does not say for what, or the plan cannot run there."""
     found = load_plan_file(request.plan)
-    if found.model is None or (found.target is None and not (request.hardware and request.global_batch)):
-        raise ConfigError(f"{request.plan}: has no tables [target] and [model]: `aicc shard MODEL --plan {request.plan} -o FILE` writes them")
-    target, model, plan = found.target, found.model, found.plan
-    mesh = Mesh.parse(request.mesh or (target.mesh if target else ""))
-    cluster = load_cluster(request.hardware or (target.hardware if target else ""), mesh=mesh)
-    batch = request.global_batch or (target.global_batch if target else 0)
-    software = target.software if target else "aicc"
+    target, plan = found.target, found.plan
+    if target is None or (found.model is None and not target.source):
+        raise ConfigError(f"{request.plan}: does not say what it is for (tables [target] and [model]): "
+                          f"`aicc shard MODEL --plan {request.plan} -o FILE` writes them")
+    hardware, mesh = request.hardware or target.hardware, request.mesh or target.mesh
+    cluster, batch, software = load_cluster(hardware, mesh=Mesh.parse(mesh)), request.global_batch or target.global_batch, target.software
+    # A model that is known by its ops alone is traced again from its file.
+    model = found.model or problem_of(Request(target.source, mesh, hardware, batch))[0].config
     for name, value, low in (("--jitter", request.jitter, 0), ("--straggler", request.straggler, 1), ("--mtbf", request.mtbf_days, 0),
                              ("--checkpoint", request.checkpoint_s, 0), ("--restart", request.restart_s, 0), ("--days", request.days, 1e-3),
                              ("--interval", request.interval_s, 0), ("--lose", request.lose, 0)):

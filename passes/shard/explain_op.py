@@ -46,7 +46,7 @@ _CUTS = {
     "shared_down": ("rows (the contraction)", "shared"), "logits": ("columns (the vocabulary)", "head"),
     "embedding": ("rows (the vocabulary)", "embedding"),
 }
-_ROWS = ("attention_out", "mlp_down", "shared_down", "embedding")
+_ROWS = ("attention_out", "mlp_down", "shared_down")
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def resolve_op(problem: Problem, text: str) -> OpName:
     """The op that `text` names. Raises ConfigError that lists what there is."""
     config = problem.config
     if re.fullmatch(r"(.*\.)?(embedding|embed|wte|embed_tokens|tok_embeddings)(\.weight)?", text):
-        return OpName(0, "embedding", "embedding")
+        return _end(problem, 0, "embedding")
     if re.fullmatch(r"(.*\.)?(head|lm_head|logits|output)(\.weight)?", text):
-        return OpName(len(config.blocks) - 1, "head", "logits")
+        return _end(problem, len(config.blocks) - 1, "head")
     found = re.search(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)(?:\.(.+))?$", text)
     if not found:
         raise ConfigError(f"'{text}': write layer.N.OP (such as layer.7.mlp.down), embedding or head")
@@ -74,11 +74,27 @@ def resolve_op(problem: Problem, text: str) -> OpName:
     kind = config.blocks[number + 1]
     names = [k.name for k in block_work(config, kind, 1, Placement.of(Plan(), problem.cluster, problem.software).shard).kernels]
     flat = rest.replace(".", "_")
+    if config.custom is not None:  # kernels are named by module and op
+        short = {re.sub(r"^.*?\d+\.", "", name): name for name in reversed(names)}
+        for key, name in short.items():
+            if key == rest or key.startswith(f"{rest}.") or key.rsplit(".", 1)[0].endswith(f".{rest}"):
+                return OpName(number + 1, kind, name)
+        raise ConfigError(f"'{text}': a {kind} layer has no op '{rest}'; {nearest(rest, short)}")
     wanted = [flat] + [k for pattern, kernels in _ALIASES if re.search(rf"(?:^|\.){pattern}", rest) for k in kernels]
     for name in wanted:
         if name in names:
             return OpName(number + 1, kind, name)
     raise ConfigError(f"'{text}': a {kind} layer has no op '{rest}'; {nearest(flat, names)}")
+
+
+def _end(problem: Problem, block: int, kind: str) -> OpName:
+    """The matrix at one end of the model."""
+    if problem.config.custom is None:
+        return OpName(block, kind, "embedding" if kind == "embedding" else "logits")
+    kernels = block_work(problem.config, kind, 1, Placement.of(Plan(), problem.cluster, problem.software).shard).kernels
+    if not kernels:
+        raise ConfigError(f"{problem.config.name} has no {kind}: it begins and ends with its layers")
+    return OpName(block, kind, next((k.name for k in kernels if k.gemm), kernels[0].name))
 
 
 def why_op(problem: Problem, report: StepReport, text: str) -> str:
@@ -105,7 +121,7 @@ def why_op(problem: Problem, report: StepReport, text: str) -> str:
         lines.append(f"  GEMM on one device: {batch:g} x [{m:g} x {k:g}] [{k:g} x {n:g}], {of_peak:.0%} of the device's peak")
     pair = _CUTS.get(op.kernel, ("", op.kernel))[1]
     for comm in work.comms:
-        if comm.name.rsplit("_", 1)[0] == pair or (comm.axis == "ep" and op.kernel.startswith("expert")):
+        if (config.custom is not None and op.kernel in comm.name) or comm.name.rsplit("_", 1)[0] == pair or (comm.axis == "ep" and op.kernel.startswith("expert")):
             lines.append(_comm_line(comm, place))
     saved = [s for s in work.saved if s.name.startswith(op.kernel) or s.name == f"{op.kernel.split('_')[0]}_act" and "down" in op.kernel]
     for item in saved:
@@ -129,9 +145,9 @@ def _where(problem: Problem, plan: Plan, op: OpName) -> tuple[int, int]:
 
 def _cut_lines(problem: Problem, plan: Plan, op: OpName, kernel: Kernel) -> list[str]:
     config = problem.config
-    if not kernel.weight and op.kernel != "embedding":
+    if not kernel.weight and (op.kind != "embedding" or config.custom is not None):
         return ["  weight: none" if kernel.gemm or kernel.fused else "  weight: none, or a vector that every tensor rank holds whole"]
-    if op.kernel == "embedding":
+    if op.kind == "embedding" and config.custom is None:
         k, n = config.vocab / plan.tp, float(config.hidden)
         batch = 1.0
     else:
@@ -142,10 +158,18 @@ def _cut_lines(problem: Problem, plan: Plan, op: OpName, kernel: Kernel) -> list
         lines.append(f"  weight: {config.experts().experts} experts, {batch:g} whole ones on each of {plan.ep} expert ranks: "
                      f"{local * ELEMENT[config.dtype] / 1e6:.1f} MB")
         replicas = plan.devices // plan.pp // plan.ep
+    elif config.custom is not None:
+        words = config.custom.cut(op.kind, op.kernel, plan.shard)
+        lines.append(f"  weight: {words}{f' over tp {plan.tp}' if plan.tp > 1 else ''}, as the integer program says; {k:g} x {n:g} on each device, "
+                     f"{local * ELEMENT[config.dtype] / 1e6:.1f} MB")
+        replicas = plan.dp * plan.cp
     else:
         cut = _CUTS.get(op.kernel, ("nothing", ""))[0] if plan.tp > 1 else "nothing"
         lines.append(f"  weight: cut over tp {plan.tp} by {cut}; {k:g} x {n:g} on each device, {local * ELEMENT[config.dtype] / 1e6:.1f} MB")
-        if plan.tp > 1 and op.kernel in _ROWS:
+        if plan.tp > 1 and op.kernel == "embedding":
+            lines.append("    why rows: each rank looks up the words that it has and has zeros for the others; the sum is "
+                         + ("scattered over the sequence" if plan.sp else "an all-reduce"))
+        elif plan.tp > 1 and op.kernel in _ROWS:
             lines.append("    why rows: its input comes cut in columns from the op before, so it needs no exchange; its output is a partial "
                          "sum, " + ("scattered over the sequence" if plan.sp else "added up by an all-reduce"))
         elif plan.tp > 1 and op.kernel in _CUTS:

@@ -58,6 +58,9 @@ class CustomBlocks(Protocol):
     def work(self, kind: str, micro_batch: int, shard: Shard) -> Any:
         """The `workload.BlockWork` of one block on one device."""
 
+    def cut(self, kind: str, kernel: str, shard: Shard) -> str:
+        """How a kernel's weight is cut over the tensor axis, in words."""
+
 
 @hash_once
 @dataclass(frozen=True)

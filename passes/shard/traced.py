@@ -20,7 +20,7 @@ from .model import ELEMENT, CustomBlocks, ModelConfig, Params, Shard
 from .op_graph import OpGraph, OpNode, fused_values
 from .workload import BlockWork, Comm, Kernel, Saved
 
-__all__ = ["TracedBlocks", "TracedKind", "solve_kinds", "traced_config"]
+__all__ = ["TracedBlocks", "TracedKind", "cut_words", "solve_kinds", "traced_config"]
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,30 @@ class TracedBlocks(CustomBlocks):
         stream = graph.values[graph.inputs[0]].nbytes * scale if graph.inputs else 0.0
         return BlockWork(kernels, comms, saved, stream / (ways if result is not None and result.residual != "R" else 1))
 
+    def cut(self, kind: str, kernel: str, shard: Shard) -> str:
+        """How the program cuts a GEMM's weight at this degree."""
+        graph, result = self._graph(kind), self.solved.get((kind, shard.tp, shard.sp))
+        index = next(i for i, node in enumerate(graph.nodes) if _name(node) == kernel)
+        return cut_words(graph.nodes[index], result.choices[index].strategy.loop) if result else "whole"
+
+
+def _name(node: OpNode) -> str:
+    return f"{node.path}.{node.name}" if node.path else node.name
+
+
+def cut_words(node: OpNode, loop: int) -> str:
+    """`rows`, `columns`, `whole` or `whole (tokens cut)`: what cutting `loop` does to a GEMM's weight."""
+    if loop < 0:
+        return "whole"
+    if node.loops[loop].kind == "reduction":
+        return "rows"
+    return "columns" if loop in node.operands[1].dims else "whole (tokens cut)"
+
 
 def _kernel(node: OpNode, graph: OpGraph, loop: int, ways: int, scale: float) -> Kernel | None:
     if node.free:
         return None
-    name = f"{node.path}.{node.name}" if node.path else node.name
+    name = _name(node)
     extents = [v.extent / (ways if i == loop else 1) for i, v in enumerate(node.loops)]
     weight = any(o.parameter is not None for o in node.operands[:2])
     if node.kind in ("gemm", "convolution"):
@@ -95,15 +114,19 @@ def _kernel(node: OpNode, graph: OpGraph, loop: int, ways: int, scale: float) ->
 
 def _comms(graph: OpGraph, result: IntraResult, ways: int, scale: float) -> Iterator[Comm]:
     kept = {o.value for node in graph.nodes for o in node.operands if o.saved}
+    makers = {v: _name(node) for node in graph.nodes for v in node.results}
     for value, have, need, _ in result.conversions:
+        readers = [_name(node) for node, choice in zip(graph.nodes, result.choices, strict=True)
+                   for o, wanted in zip(node.operands, choice.strategy.operands, strict=True) if o.value == value and wanted == need]
+        name = f"{makers.get(value, 'input')} to {', '.join(dict.fromkeys(readers)) or 'the next layer'}"
         tensor = graph.values[value]
         for phase, start, end in (("forward", have.value, need.value), ("backward", need.gradient, have.gradient)):
             kind = conversion(start, end) if phase == "forward" or tensor.grad else ""
             if kind:
                 size = tensor.nbytes * scale / (ways if kind == "all_to_all" else 1)
-                yield Comm(f"value{value}_{phase}", kind, "tp", size, phase)
+                yield Comm(name, kind, "tp", size, phase)
                 if phase == "forward" and kind == "all_gather" and value in kept:
-                    yield Comm(f"value{value}_again", kind, "tp", size, "backward", "dgrad")
+                    yield Comm(f"{name} again", kind, "tp", size, "backward", "dgrad")
 
 
 def _saved(graph: OpGraph, result: IntraResult | None, ways: int, scale: float) -> Iterator[Saved]:

@@ -91,6 +91,11 @@ def test_module_without_a_configuration(tmp_path):
     (tmp_path / "net.py").write_text(PLAIN)
     text = good("shard", tmp_path / "net.py", "--mesh", "1x8", "--global-batch", 4096)
     assert "12 layers" in text and "up columns, down rows" in text
+    plan = tmp_path / "plan.toml"
+    text = good("shard", tmp_path / "net.py", "--mesh", "1x8", "--global-batch", 4096, "--fix", "tp=4,pp=2", "--why", "layer.7.down", "-o", plan)
+    assert "weight: rows over tp 4" in text and "all_reduce" in text
+    assert "did you mean 'down.linear'" in bad("shard", tmp_path / "net.py", "--mesh", "1x8", "--global-batch", 4096, "--why", "layer.7.dwn")
+    assert "rank    1 |" in good("sim", "run", plan, "--scale", "off")
 
 
 def test_edited_plan_is_taken_back(config, tmp_path):
