@@ -121,7 +121,8 @@ def why_op(problem: Problem, report: StepReport, text: str) -> str:
         lines.append(f"  GEMM on one device: {batch:g} x [{m:g} x {k:g}] [{k:g} x {n:g}], {of_peak:.0%} of the device's peak")
     pair = _CUTS.get(op.kernel, ("", op.kernel))[1]
     for comm in work.comms:
-        if (config.custom is not None and op.kernel in comm.name) or comm.name.rsplit("_", 1)[0] == pair or (comm.axis == "ep" and op.kernel.startswith("expert")):
+        mine = op.kernel in comm.name if config.custom is not None else comm.name.rsplit("_", 1)[0] == pair
+        if mine or (comm.axis == "ep" and op.kernel.startswith("expert")):
             lines.append(_comm_line(comm, place))
     saved = [s for s in work.saved if s.name.startswith(op.kernel) or s.name == f"{op.kernel.split('_')[0]}_act" and "down" in op.kernel]
     for item in saved:
