@@ -148,6 +148,7 @@ def search(problem: Problem) -> SearchResult:
         raise Infeasible(f"no plan exists for {problem.cluster.size} devices and global batch {problem.global_batch}"
                          + (f" with {pins}" if pins else ""))
     lower = state.heap[0][0] if state.heap else 0.0
+    _dive(problem, state, began + problem.budget_s / 2)
     proved = True
     while state.heap:
         if state.best is not None and state.heap[0][0] >= state.best.seconds:
@@ -215,6 +216,30 @@ def _static_bytes(problem: Problem, plan: Plan, state: _State) -> float:
         m = stage_memory(problem.config, leanest, layout, 0, 0.0, 0.0, problem.cluster.device, problem.software)
         state.static[key] = (m.parameters + m.gradients + m.optimizer) / plan.pp * 0.999 + m.reserved
     return state.static[key]
+
+
+DIVES = 8  # plans simulated before the search proper
+_EASY = ("zb-v", "interleaved", "1f1b")  # schedules with little bubble first; any micro-batch count runs the last
+
+
+def _dive(problem: Problem, state: _State, deadline: float) -> None:
+    """Simulate the most promising skeleton of each of a few tensor and pipeline degrees, so that a search that runs out of its budget has
+    something good, and bounds that lose to it need not be kept. The answer of a finished search does not depend on it.
+    """
+    seen: set[tuple[int, int]] = set()
+    for bound, _, plan, _ in heapq.nsmallest(2000, state.heap):
+        if len(seen) == DIVES or monotonic() > deadline or (state.best is not None and bound >= state.best.seconds):
+            break
+        if (plan.tp, plan.pp) in seen:
+            continue
+        choices = [c for c in schedule_choices(problem.config, plan, problem.global_batch, problem.space)
+                   if c.schedule in _EASY and c.interleave <= 2 and _may_fit(problem, c, state)]
+        for choice in sorted(choices, key=lambda c: _EASY.index(c.schedule))[:1]:
+            before = len(state.found)
+            for split in _splits(problem, choice, state)[:1]:
+                _simulate(problem, replace(choice, split=split), bound, state)
+            if len(state.found) > before:
+                seen.add((plan.tp, plan.pp))
 
 
 def _expand(problem: Problem, plan: Plan, bound: float, state: _State) -> None:
