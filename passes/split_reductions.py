@@ -31,7 +31,7 @@ class SplitReductions(Pass):
     name: ClassVar[str] = "split-reductions"
     least: int = 256
     least_row: int = 16384
-    most: int = 64
+    most: int = 512
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         for func in [f for f in module.body if f.name == "func"]:
@@ -41,7 +41,7 @@ class SplitReductions(Pass):
                 if not set(op["combine"]) <= SPLITTABLE or 0 in op["dims"]:
                     continue
                 programs, room = _programs(op, ctx.target), ctx.target.multiprocessors
-                parts, d = self._parts(op, -(-2 * room // programs)) if programs < room else (1, 0)
+                parts, d = self._parts(op, -(-2 * room // programs)) if 2 * programs <= room else (1, 0)
                 if parts > 1:
                     _split(op, d, parts)
                     ctx.remark("done", f"a reduction of {op['dims'][d]} elements in {parts} parts", op.location)

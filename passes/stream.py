@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..ir import Block, Builder, Dim, Operation, Region, TensorType, Value, element_type, sym
+from ..ir import Block, Builder, Dim, Operation, Region, Target, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import free_symbols, product, simplify, substitute
 from ..ir.passes import Pass, PassContext, register
 from .dead_region import Alive, dead_where
 from .rescale import FREE, Declined, Dependence, Factor
+from .stream_access import why_slow_on_cpu
 from .structured import is_contraction, is_pointwise, plain_dims
 from .topology import topological_sort
 
@@ -359,7 +360,7 @@ def analyse(ops: Sequence[Operation]) -> Stream | None:
     return None
 
 
-def _find_streams(func: Operation, decline: Callable[[Operation, str], None]) -> list[Stream]:
+def _find_streams(func: Operation, target: Target, decline: Callable[[Operation, str], None]) -> list[Stream]:
     """Streams worth taking out of `func`; `decline(op, why)` hears about chains that come close."""
     found: list[Stream] = []
     covered: set[Operation] = set()
@@ -369,6 +370,9 @@ def _find_streams(func: Operation, decline: Callable[[Operation, str], None]) ->
         try:
             s = _grown(seed, which)
             _check_cycle(s, func)
+            slow = "" if target.is_gpu else why_slow_on_cpu(s)
+            if slow:
+                raise Declined(slow)
         except Declined as why:
             if _near_miss(seed.operands[which]):
                 decline(seed, str(why))
@@ -464,9 +468,16 @@ class StreamPass(Pass):
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         for func in [f for f in module.body if f.name == "func"]:
-            found = _find_streams(func, lambda op, why: ctx.remark("declined", f"no streaming: {why}", op.location))
-            for k, s in enumerate(found):
+            found = _find_streams(func, ctx.target, lambda op, why: ctx.remark("declined", f"no streaming: {why}", op.location))
+            made: set[Operation] = set()  # what earlier streams end with
+            k = 0
+            for s in found:
+                if made & {*s.firsts, *s.full} or any(op.parent is None for op in s.members):
+                    ctx.remark("declined", "no streaming: of three products in a chain two are in another stream", s.seconds[0].location)
+                    continue
+                k += 1
+                made |= {*s.seconds, *s.tail}
                 ctx.remark("done", f"streams {_describe(s)}", s.seconds[0].location)
-                _outline(s, "stream" if k == 0 else f"stream_{k + 1}")
+                _outline(s, "stream" if k == 1 else f"stream_{k}")
             if found:
                 topological_sort(func.body)
