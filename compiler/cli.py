@@ -1,4 +1,4 @@
-"""The command line: `aicc dump-ir | opt | run | explain | bisect | env`. Each command is a file in `commands/`.
+"""The command line: `aicc dump-ir | opt | run | explain | bisect | shard | sim | calibrate | env`. Each command is a file in `commands/`.
 
 What a user can mend ends with one message on stderr and exit code 2; a fault of aicc itself with a message and exit code 1;
 `--debug` shows the traceback of either. A command's file, and with it torch, is imported when the command is called: `aicc --help` is quick.
@@ -20,6 +20,9 @@ COMMANDS: dict[str, str] = {  # command -> what `aicc --help` says of it; the fu
     "run": "Compile MODEL and run it: accuracy, compile time per stage, kernels, memory, speed against eager.",
     "explain": "Explain what MODEL compiles to, and why.",
     "bisect": "Find the first pass and op of MODEL that leave the error budget, and write a small repro.",
+    "shard": "Find the best data, tensor, pipeline, expert and ZeRO placement of MODEL on a mesh of devices.",
+    "sim": "Simulate plans: published runs, a plan file, scaling, failures.",
+    "calibrate": "Measure this machine's products, copies and collectives, and write a cluster file.",
     "env": "Show what aicc found: CPU, threads, versions, GPU, cache; and what that enables.",
 }
 
@@ -40,8 +43,11 @@ class _Commands(TyperGroup):
 
 def _load(name: str) -> Any:
     function = name.replace("-", "_")
+    found = getattr(import_module(f".commands.{function}", __package__), function)
+    if isinstance(found, typer.Typer):  # a command with commands of its own
+        return typer.main.get_command(found)
     one = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    one.command(name)(getattr(import_module(f".commands.{function}", __package__), function))
+    one.command(name)(found)
     return typer.main.get_command(one)
 
 

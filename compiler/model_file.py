@@ -29,7 +29,7 @@ import torch
 
 from .errors import UserError
 
-__all__ = ["EXAMPLE", "LoadedModel", "Script", "load"]
+__all__ = ["EXAMPLE", "LoadedModel", "Script", "defined_names", "load", "namespace"]
 
 EXAMPLE = '''\
     import torch
@@ -91,6 +91,16 @@ def load(spec: str) -> LoadedModel | Script:
 
 
 # -- files
+
+def defined_names(path: Path) -> set[str]:
+    """What a Python file binds at its top level, without running it. UserError if it cannot be read."""
+    return _top_level_names(_read(path))
+
+
+def namespace(path: Path) -> dict[str, Any]:
+    """Runs a Python file and returns its names. UserError with file and line if it fails."""
+    return vars(_execute(path, _read(path)))
+
 
 def _read(path: Path) -> ast.Module:
     try:
