@@ -15,5 +15,6 @@ from . import (
     plan_memory,
     schedule,
     sink_reshapes,
+    spmd,
     tiling,
 )

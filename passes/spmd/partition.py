@@ -217,14 +217,15 @@ class _AxisPartitioner:
     # -- choosing
 
     def _op(self, op: Operation) -> None:
-        if all(set(self.forms[v]) == {REPLICATE} for v in op.operands):
-            self._clone(op, _replicated(op))
+        view = op.has_trait(Trait.ViewLike) or op.name == "graph.cast"
+        if all(set(self.forms[v]) == {REPLICATE} or (v in self.free and not view) for v in op.operands):
+            self._clone(op, _replicated(op))  # nothing is cut (or only parameters that are gathered): nothing is to be gained
             return
         parts = {p.parts for v in op.operands for p in self.forms[v] if p.kind == "shard"}
         found = strategies(op, self.ranks, parts)
         if op.name == "graph.reshape" and op.operands[0] in self.sequence:  # gathered before, once, not after each view
             found = [s for s in found if s.operands[0] in self.forms[op.operands[0]] and s.results[0].parts <= s.operands[0].parts]
-        if not op.has_trait(Trait.ViewLike) and op.name != "graph.cast":  # parameters that may be gathered are, before use
+        if not view:  # parameters that may be gathered are, before use
             found = [s for s in found if not any(p.kind == "shard" and v in self.free for v, p in zip(op.operands, s.operands))]
         candidates = [*found, _replicated(op)]
         self._clone(op, min(candidates, key=lambda s: self._cost(op, s)))
