@@ -36,12 +36,14 @@ def lower_collectives(module: Operation, mesh: Mesh, rank: int, groups: Mapping[
     """Replaces all dist ops, in place. IRError if an axis has no group."""
     at = mesh.coordinates(rank)
     for func in [op for op in module.body if op.name == "func"]:
-        for op in func.body:
-            if op.name.startswith("dist.") and op.name != "dist.mesh":
+        for op in func.body.ops:
+            if op.parent is None:
+                continue  # a wait, gone with its start
+            if op.name.startswith("dist."):
                 _Lowering(op, at, groups).run()
             op.attributes.pop("_sharding", None)
         func.attributes["arg_attrs"] = tuple({k: v for k, v in a.items() if k != "sharding"} for a in func["arg_attrs"])
-    for op in module.body:
+    for op in module.body.ops:
         if op.name == "dist.mesh":
             op.erase()
 
