@@ -129,22 +129,37 @@ def export_model(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(wrapped, given, strict=False)
-    arguments, constants = _arguments(program, tensors)
+    arguments, constants = _arguments(program, model, tensors)
     changed = [s.target for s in program.graph_signature.output_specs if s.kind.name in ("BUFFER_MUTATION", "USER_INPUT_MUTATION")]
     if changed:
         raise UserError(f"the forward pass changes {', '.join(map(str, changed))}: only models without running statistics can be sharded")
+    program.graph_module.recompile()
     return Exported(program.graph_module, arguments, constants)
 
 
-def _arguments(program: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[list[Argument], dict[str, torch.Tensor]]:
+def _named(model: torch.nn.Module, name: str) -> Any:
+    found: Any = model
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _arguments(program: Any, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> tuple[list[Argument], dict[str, torch.Tensor]]:
     """What the placeholders are. Names lose the wrapper's prefix."""
     arguments, constants = [], {}
     nodes = [n for n in program.graph.nodes if n.op == "placeholder"]
-    first_name = {id(t): name for name, t in tensors.items()}
-    del first_name
+    names = {id(t): name for name, t in tensors.items()}
+    seen: dict[str, torch.fx.Node] = {}
     for node, spec in zip(nodes, program.graph_signature.input_specs, strict=True):
         val, kind = node.meta["val"], spec.kind.name
         name = str(spec.target or node.name).removeprefix("model.")
+        if kind in ("PARAMETER", "BUFFER"):
+            name = names[id(_named(model, name))]
+            if name in seen:  # tied: one argument
+                node.replace_all_uses_with(seen[name])
+                program.graph.erase_node(node)
+                continue
+            seen[name] = node
         if not isinstance(val, torch.Tensor):
             raise UserError(f"input '{node.name}' is no tensor")
         shape = tuple(int(s) for s in val.shape)

@@ -144,7 +144,7 @@ class _AxisPartitioner:
         self.forms: dict[Value, dict[Placement, Value]] = {}
         self.origin: dict[Value, tuple[Value, Placement]] = {}
         self.pinned: dict[Value, set[int]] = {}  # values that are views of parameters -> those arguments
-        self.free: set[Value] = set()  # values that are views of parameters which may be gathered
+        self.free: set[Value] = set()  # parameters which may be gathered
         self.uses: dict[Value, int] = {}
         self.wanted: dict[Value, Placement] = {}  # where a value should lie for the results' sake
         self.sequence: set[Value] = set()  # values that are cut along the sequence by choice
@@ -217,16 +217,15 @@ class _AxisPartitioner:
     # -- choosing
 
     def _op(self, op: Operation) -> None:
-        view = op.has_trait(Trait.ViewLike) or op.name == "graph.cast"
-        if all(set(self.forms[v]) == {REPLICATE} or (v in self.free and not view) for v in op.operands):
+        if all(set(self.forms[v]) == {REPLICATE} or v in self.free for v in op.operands):
             self._clone(op, _replicated(op))  # nothing is cut (or only parameters that are gathered): nothing is to be gained
             return
         parts = {p.parts for v in op.operands for p in self.forms[v] if p.kind == "shard"}
         found = strategies(op, self.ranks, parts)
         if op.name == "graph.reshape" and op.operands[0] in self.sequence:  # gathered before, once, not after each view
             found = [s for s in found if s.operands[0] in self.forms[op.operands[0]] and s.results[0].parts <= s.operands[0].parts]
-        if not view:  # parameters that may be gathered are, before use
-            found = [s for s in found if not any(p.kind == "shard" and v in self.free for v, p in zip(op.operands, s.operands))]
+        # Parameters that may be gathered are, before anything else happens to them: once, and in the order of their memory.
+        found = [s for s in found if not any(p.kind == "shard" and v in self.free for v, p in zip(op.operands, s.operands))]
         candidates = [*found, _replicated(op)]
         self._clone(op, min(candidates, key=lambda s: self._cost(op, s)))
 
@@ -377,8 +376,6 @@ class _AxisPartitioner:
             return
         if source in self.pinned:
             self.pinned[op.result] = self.pinned[source]
-        if source in self.free:
-            self.free.add(op.result)
 
     def _local(self, op: Operation, r: Value, p: Placement) -> Any:
         t = tensor_type(r)
