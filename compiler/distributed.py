@@ -65,9 +65,10 @@ class _Step(torch.autograd.Function):
     """The program as one autograd node."""
 
     @staticmethod
-    def forward(ctx: Any, program: ShardedProgram, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, program: ShardedProgram, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        arguments = [x.to_local() if isinstance(x, DTensor) else x for x in given]
         outputs, saved = program.run_forward(arguments)
-        ctx.program = program
+        ctx.program, ctx.whole = program, [x if isinstance(x, DTensor) else None for x in given]
         ctx.save_for_backward(*(arguments[i] for i in program.cut.saved_arguments), *saved)
         ctx.mark_non_differentiable(*(x for i, x in enumerate(outputs) if i not in program.joint.tangents))
         return tuple(outputs)
@@ -79,7 +80,11 @@ class _Step(torch.autograd.Function):
         n = len(program.cut.saved_arguments)
         given = [tangents[i].contiguous() for i in program.joint.tangents]
         gradients = program.run_backward(kept[:n], kept[n:], given)
-        found = dict(zip(program.joint.gradients, gradients, strict=True))
+        found: dict[int, torch.Tensor] = {}
+        for i, gradient, placement in zip(program.joint.gradients, gradients, program.layout.gradients, strict=True):
+            whole = ctx.whole[i]
+            found[i] = gradient if whole is None else DTensor.from_local(
+                gradient, whole.device_mesh, to_placements(placement, program.mesh), run_check=False, shape=whole.shape, stride=whole.stride())
         return (None, *(found.get(i) for i in range(len(program.joint.arguments))))
 
 
@@ -131,17 +136,8 @@ class ShardedModule(torch.nn.Module):
         given: list[Any] = list(self._tensors)
         for i, x in zip(self.inputs, tensors, strict=True):
             given[i] = self._input(i, x)
-        for i, x in enumerate(given):
-            if isinstance(x, DTensor):
-                given[i] = _local(x, self._gradient_placements(i))
         outputs = _Step.apply(self.program, *given)
         return outputs[0] if len(outputs) == 1 else outputs
-
-    def _gradient_placements(self, i: int) -> list[Any] | None:
-        joint, layout = self.program.joint, self.program.layout
-        if i not in joint.gradients:
-            return None
-        return to_placements(layout.gradients[joint.gradients.index(i)], self.program.mesh)
 
     def _input(self, i: int, x: torch.Tensor) -> torch.Tensor:
         argument, placement = self.program.joint.arguments[i], self.program.layout.arguments[i]
@@ -156,10 +152,6 @@ class ShardedModule(torch.nn.Module):
             raise UserError(f"input '{argument.name}' is {x.dtype} of shape {list(x.shape)}; the plan takes {argument.dtype} of shape "
                             f"{list(argument.shape)} (all ranks together) or {list(want)} (this rank)")
         return x.to(self.device_mesh.device_type, non_blocking=True).contiguous()
-
-
-def _local(x: DTensor, gradient: list[Any] | None) -> torch.Tensor:
-    return x.to_local(grad_placements=gradient) if gradient is not None else x.to_local()
 
 
 def shard_model(model: torch.nn.Module, arguments: Sequence[Argument], placements: Sequence[Mapping[str, Placement]], mesh: Mesh,

@@ -1,0 +1,183 @@
+"""`aicc.auto_shard`: a plan for a model on a mesh, and the model on that plan.
+
+    plan = aicc.auto_shard(model, {"input_ids": ids, "labels": ids}, mesh=aicc.Mesh.parse("2"), optimizer=torch.optim.AdamW)
+    sharded = plan.compile(model)                 # under torchrun; parameters are sharded DTensors
+    for batch in data:
+        loss = sharded.step(**batch)              # forward, backward, optimizer
+
+`auto_shard` needs no process group and no weights: the model may be on meta. It searches (passes/shard) unless it is given a plan: a
+`Plan`, or the path of a plan file. `plan.validate(model, inputs)` runs the sharded program on virtual ranks and compares it with the
+whole one; see `sharded_validation.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from ..ir.sharding import Mesh, Placement
+from ..passes import shard as planner
+from ..passes.shard import Plan
+from .distributed import ShardedModule, agree, shard_model
+from .errors import UserError
+from .joint import Exported, Joint, export_model, flatten_inputs, make_joint
+from .layouts import check_supported, layout_of, mesh_of
+from .options import Options
+from .sharded_optimizer import OptimizerRule, ShardedOptimizer, rule_of
+from .sharded_program import Layout, ShardedProgram, build_program
+
+__all__ = ["ShardedTraining", "ShardingPlan", "auto_shard"]
+
+
+@dataclass(frozen=True)
+class ShardingPlan:
+    """A plan for one model and one batch size. `plan`: degrees and choices (editable, `to_toml`); `mesh`: the named axes it makes."""
+
+    plan: Plan
+    mesh: Mesh
+    exported: Exported
+    batch: int | None
+    rule: OptimizerRule | None
+    structure: str
+    overrides: Mapping[str, Mapping[str, Placement]] | None = None
+
+    def to_toml(self) -> str:
+        """The plan's file; `auto_shard(..., plan=path)` reads it back."""
+        return self.plan.to_toml()
+
+    def joint(self, device: str = "cpu") -> Joint:
+        """Forward and backward in one graph."""
+        return make_joint(self.exported, device=device)
+
+    def layout(self, joint: Joint) -> Layout:
+        """Where every argument, gradient and output of the joint graph lies."""
+        return layout_of(joint, self.plan, self.mesh, batch=self.batch, overrides=self.overrides)
+
+    def program(self, rank: int = 0) -> ShardedProgram:
+        """What `rank` would run, not compiled: for looking at its IR and its collectives."""
+        joint = self.joint()
+        return build_program(joint, self.layout(joint), self.mesh, rank, {}, Options.from_user(), compiled=False)
+
+    def compile(self, model: torch.nn.Module, options: Mapping[str, Any] | None = None, *,
+                init: Callable[[str, torch.Tensor], None] | None = None) -> ShardedTraining:
+        """Shards the model and compiles this rank's program. Needs an initialised process group of as many ranks as the plan.
+
+        `init(name, local tensor)` fills parameters and buffers of a model on meta. UserError, the same on every rank, when the plan
+        does not fit the world or the model.
+        """
+        _check_world(self.mesh, self.plan)
+        if _structure(model) != self.structure:
+            raise UserError("this plan was made for another model: the names or shapes of its parameters differ")
+        agree("the plan and the model", f"{self.plan.label} {self.structure}")
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        device_mesh = init_device_mesh(device, self.mesh.shape, mesh_dim_names=self.mesh.names)
+        groups = {name: device_mesh.get_group(name).group_name for name in self.mesh.names}
+        joint = self.joint(device)
+        layout = self.layout(joint)
+        settings = Options.from_user(None, options)
+        rank = dist.get_rank()
+        program = build_program(joint, layout, self.mesh, rank, groups, settings)
+        skeleton = shard_model(model, joint.arguments, layout.arguments, self.mesh, layout.order, device_mesh, init)
+        module = ShardedModule(skeleton, program, device_mesh)
+        optimizer = None if self.rule is None else ShardedOptimizer([module], self.rule, self.plan, settings, groups, rank)
+        agree("the order of collectives", program.digest + "".join(optimizer.order if optimizer is not None else ()))
+        return ShardedTraining(module, optimizer)
+
+
+@dataclass
+class ShardedTraining:
+    """A compiled, sharded model and its optimizer."""
+
+    module: ShardedModule
+    optimizer: ShardedOptimizer | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss, with a graph for `backward()`."""
+        return self.module(*args, **kwargs)
+
+    def step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One training step: loss, gradients, update. Gives the loss (of the parameters before the update)."""
+        if self.optimizer is None:
+            raise UserError("auto_shard was given no optimizer: pass optimizer=torch.optim.AdamW or the like")
+        self.optimizer.zero_grad()
+        loss = self.module(*args, **kwargs)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model and optimizer state as DTensors, for torch.distributed.checkpoint."""
+        return {"model": self.module.state_dict(), **({} if self.optimizer is None else {"optimizer": self.optimizer.state_dict()})}
+
+
+def auto_shard(model: torch.nn.Module, inputs: Mapping[str, Any] | Sequence[Any], *, mesh: planner.Mesh | str | int,
+               loss_fn: Callable[..., torch.Tensor] | None = None, targets: Sequence[torch.Tensor] = (), optimizer: Any = None,
+               plan: Plan | str | Path | None = None, hardware: str = "cpu-box",
+               placements: Mapping[str, Mapping[str, Placement]] | None = None) -> ShardingPlan:
+    """Finds (or takes) a plan for training `model` on `mesh`.
+
+    inputs: example inputs of the model, of the size of the global batch (positional as a tuple, by name as a mapping); only shapes count.
+    loss_fn(output, *targets) gives the loss; without it the model's output has one (`.loss`). optimizer: a torch optimizer, its class, or
+    a function from parameters to one. plan: a `Plan` or the path of a plan file; None searches with the cost model of `hardware`.
+    placements: parameter name -> {axis: placement}, instead of what the plan gives.
+
+    UserError for what does not fit, naming both numbers.
+    """
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+    wanted = mesh if isinstance(mesh, planner.Mesh) else planner.Mesh.parse(str(mesh))
+    leaves, _, positions = flatten_inputs(args, kwargs)
+    first = next((leaves[i] for i in positions if leaves[i].dim()), None)
+    batch = None if first is None else int(first.shape[0])
+    chosen = _read(plan) if plan is not None else _search(model, wanted, hardware, first, batch)
+    if chosen.devices != wanted.size:
+        raise UserError(f"the plan {chosen.label} takes {chosen.devices} devices (dp * tp * cp * pp), the mesh {wanted} has {wanted.size}")
+    check_supported(chosen)
+    exported = export_model(model, args, kwargs, loss=loss_fn, targets=targets)
+    rule = None if optimizer is None else rule_of(optimizer)
+    return ShardingPlan(chosen, mesh_of(chosen), exported, batch, rule, _structure(model), placements)
+
+
+def _read(plan: Plan | str | Path) -> Plan:
+    if isinstance(plan, Plan):
+        return plan
+    try:
+        return planner.load_plan(plan)
+    except planner.ConfigError as e:
+        raise UserError(str(e)) from e
+
+
+def _search(model: torch.nn.Module, mesh: planner.Mesh, hardware: str, first: torch.Tensor | None, batch: int | None) -> Plan:
+    """The planner's choice for a transformers model; pure data parallelism for others."""
+    config = getattr(model, "config", None)
+    if config is None or batch is None or first is None or first.dim() < 2:
+        return Plan(dp=mesh.size)
+    try:
+        sizes = planner.from_transformers(config, seq=int(first.shape[1]))
+    except ValueError:
+        return Plan(dp=mesh.size)
+    cluster = planner.load_cluster(hardware, mesh=mesh)
+    space = planner.Space().pin(cp=1, pp=1, ep=1) if hasattr(planner.Space, "pin") else planner.Space()
+    found = planner.search(planner.Problem(sizes, cluster, global_batch=batch, space=space)).plan
+    return replace(found, offload=False)
+
+
+def _structure(model: torch.nn.Module) -> str:
+    """Names, shapes and dtypes of the parameters, as a short hash."""
+    text = "\n".join(f"{n} {tuple(p.shape)} {p.dtype}" for n, p in model.named_parameters())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check_world(mesh: Mesh, plan: Plan) -> None:
+    if not dist.is_initialized():
+        raise UserError("no process group: call torch.distributed.init_process_group() and start the program with torchrun")
+    world = dist.get_world_size()
+    if world != mesh.ranks:
+        raise UserError(f"the plan {plan.label} takes {mesh.ranks} ranks (pp {plan.pp} * dp {plan.dp} * tp {plan.tp}), but {world} "
+                        f"{'is' if world == 1 else 'are'} running: start it with torchrun --nproc-per-node {mesh.ranks}")
