@@ -133,16 +133,18 @@ class ShardedOptimizer:
     def __init__(self, modules: Sequence[ShardedModule], rule: OptimizerRule, plan: Plan, options: Options, groups: Mapping[str, str], rank: int):
         self.rule, self.lr, self.steps = rule, rule.lr, 0
         self.order: list[str] = []
-        self._programs: dict[Any, CompiledGraph] = {}
-        self._rows: list[tuple[torch.nn.Parameter, list[DTensor], CompiledGraph]] = []
+        self._modules: dict[Any, Operation] = {}
+        self._rows: list[tuple[torch.nn.Parameter, list[DTensor], Any]] = []
         self._names: list[str] = []
         for module in modules:
-            self._add(module, plan, options, groups, rank)
+            self._add(module, plan)
+        compiled = compile_rank([(m, "step") for m in self._modules.values()], modules[0].program.mesh, rank, groups, options)
+        self._programs: dict[Any, CompiledGraph] = dict(zip(self._modules, compiled, strict=True))
         first = self._rows[0][0] if self._rows else None
         self._device = first.to_local().device if isinstance(first, DTensor) else torch.device("cpu")
         self._dtypes = {p.dtype for p, _, _ in self._rows}
 
-    def _add(self, module: ShardedModule, plan: Plan, options: Options, groups: Mapping[str, str], rank: int) -> None:
+    def _add(self, module: ShardedModule, plan: Plan) -> None:
         program = module.program
         parameters = dict(module.named_parameters())
         for i in program.joint.gradients:
@@ -153,27 +155,24 @@ class ShardedOptimizer:
             gradient = program.layout.gradients[program.joint.gradients.index(i)]
             state = state_placement(a, placement, plan)
             key = (a.shape, a.dtype, *(tuple(sorted((k, str(v)) for k, v in p.items())) for p in (placement, gradient, state)))
-            if key not in self._programs:
-                self._programs[key] = self._compile(a.shape, a.dtype, placement, gradient, state, program.mesh, groups, rank, options)
+            if key not in self._modules:
+                self._modules[key] = self._module(a.shape, a.dtype, placement, gradient, state, program.mesh, module.device_mesh.device_type)
             local = local_size(a.shape, state, program.mesh, program.layout.order)
             device = parameter.to_local().device  # type: ignore[attr-defined]
             states = [DTensor.from_local(torch.zeros(local, dtype=a.dtype, device=device), module.device_mesh,
                                          to_placements(state, program.mesh), run_check=False, shape=torch.Size(a.shape),
                                          stride=torch.empty(a.shape, device="meta").stride()) for _ in self.rule.states]
-            self._rows.append((parameter, states, self._programs[key]))
+            self._rows.append((parameter, states, key))
             self._names.append(a.name)
 
-    def _compile(self, shape: Sequence[int], dtype: torch.dtype, parameter: Mapping[str, Placement], gradient: Mapping[str, Placement],
-                 state: Mapping[str, Placement], mesh: Mesh, groups: Mapping[str, str], rank: int, options: Options) -> CompiledGraph:
-        device = next(iter(groups.values()), "")
-        del device
-        where = "cuda" if torch.cuda.is_available() and torch.distributed.get_backend() == "nccl" else "cpu"
-        module, count = update_module(self.rule, shape, dtype, where)
+    def _module(self, shape: Sequence[int], dtype: torch.dtype, parameter: Mapping[str, Placement], gradient: Mapping[str, Placement],
+                state: Mapping[str, Placement], mesh: Mesh, device: str) -> Operation:
+        module, count = update_module(self.rule, shape, dtype, device)
         arguments = [parameter, gradient, *(state for _ in self.rule.states), *({} for _ in range(count))]
         done = partition(module, mesh, (Policy(TENSOR), Policy(DATA)), arguments, [])
         run_pipeline(done.module, parse_pipeline(COLLECTIVE_PASSES), PassContext())
         self.order += [f"step {line}" for line in collective_order(done.module)]
-        return compile_rank(done.module, mesh, rank, groups, options, "step")
+        return done.module
 
     @torch.no_grad()
     def step(self) -> None:
@@ -181,12 +180,12 @@ class ShardedOptimizer:
         self.steps += 1
         values = self.rule.numbers(self.steps, self.lr)
         numbers = {d: [torch.tensor(v, dtype=d, device=self._device) for v in values] for d in self._dtypes}
-        for parameter, states, program in self._rows:
+        for parameter, states, key in self._rows:
             grad = parameter.grad
             if grad is None:
                 continue
             assert isinstance(parameter, DTensor) and isinstance(grad, DTensor)
-            program([parameter.to_local(), grad.to_local().contiguous(), *(s.to_local() for s in states), *numbers[parameter.dtype]])
+            self._programs[key]([parameter.to_local(), grad.to_local().contiguous(), *(s.to_local() for s in states), *numbers[parameter.dtype]])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for parameter, _, _ in self._rows:

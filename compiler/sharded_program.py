@@ -8,15 +8,18 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..backends.nccl import collective_order, lower_collectives
 from ..ir.core import Operation
 from ..ir.passes import PassContext, Remark, parse_pipeline, run_pipeline
+from ..ir.printer import print_op
 from ..ir.sharding import Mesh, Placement, local_shape
 from ..passes.spmd import Partitioned, Policy, Split, partition, split
 from ..runtime import collectives as _collectives  # registers aicc_dist.wait
@@ -108,16 +111,44 @@ def build_program(joint: Joint, layout: Layout, mesh: Mesh, rank: int, groups: M
     order = [*(f"forward {line}" for line in collective_order(cut.forward)), *(f"backward {line}" for line in collective_order(cut.backward))]
     program = ShardedProgram(joint, layout, mesh, partitioned, cut, order, ctx.remarks)
     if compiled:
-        program.forward = compile_rank(cut.forward, mesh, rank, groups, options, "forward")
-        program.backward = compile_rank(cut.backward, mesh, rank, groups, options, "backward")
+        program.forward, program.backward = compile_rank([(cut.forward, "forward"), (cut.backward, "backward")], mesh, rank, groups, options)
     return program
 
 
-def compile_rank(module: Operation, mesh: Mesh, rank: int, groups: Mapping[str, str], options: Options, name: str) -> CompiledGraph:
-    """Lowers a copy of `module` to this rank's program and compiles it."""
-    mine = module.clone()
-    lower_collectives(mine, mesh, rank, groups)
-    compilation = compile_graph(mine, options, name=name)
-    graph: Any = compilation.graph
-    assert graph is not None
-    return graph
+def compile_rank(modules: Sequence[tuple[Operation, str]], mesh: Mesh, rank: int, groups: Mapping[str, str],
+                 options: Options) -> list[CompiledGraph]:
+    """Lowers copies of the modules to this rank's programs and compiles them.
+
+    Ranks of one host share the work: of equal programs each is compiled by one of the ranks that need it, and found in the artifact cache
+    by the others. Every rank must call this with the same number of modules.
+    """
+    lowered = []
+    for module, name in modules:
+        mine = module.clone()
+        lower_collectives(mine, mesh, rank, groups)
+        lowered.append((mine, name))
+    first = _mine([m for m, _ in lowered], rank) if options.cache and dist.is_initialized() and dist.get_world_size() > 1 else None
+    made: dict[int, CompiledGraph] = {}
+    for turn in (True, False):
+        for i, (module, name) in enumerate(lowered):
+            if i not in made and (first is None or not turn or i in first):
+                graph = compile_graph(module, options, name=name).graph
+                assert graph is not None
+                made[i] = graph
+        if first is not None and turn:
+            dist.barrier()
+    return [made[i] for i in range(len(lowered))]
+
+
+def _mine(modules: Sequence[Operation], rank: int) -> set[int]:
+    """Which of the modules this rank compiles for those that need the same ones."""
+    digests = [hashlib.sha256(print_op(m).encode()).hexdigest() for m in modules]
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, (socket.gethostname(), digests))
+    host = said[rank][0]
+    chosen = set()
+    for i, digest in enumerate(digests):
+        ranks = [r for r, (where, theirs) in enumerate(said) if where == host and theirs[i] == digest]
+        if ranks[i % len(ranks)] == rank:
+            chosen.add(i)
+    return chosen
