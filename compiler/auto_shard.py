@@ -13,6 +13,7 @@ whole one; see `sharded_validation.py`.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,15 +22,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils import _pytree as pytree
 
 from ..ir.sharding import Mesh, Placement
 from ..passes import shard as planner
 from ..passes.shard import Plan
+from ..passes.spmd.traffic import traffic
 from .distributed import ShardedModule, agree, shard_model
 from .errors import UserError
 from .joint import Exported, Joint, export_model, flatten_inputs, make_joint
-from .layouts import check_supported, layout_of, mesh_of
+from .layouts import DATA, STAGE, check_supported, layout_of, mesh_of
 from .options import Options
+from .pipeline import Pipeline, build_pipeline
 from .sharded_optimizer import OptimizerRule, ShardedOptimizer, rule_of
 from .sharded_program import Layout, ShardedProgram, build_program
 
@@ -43,7 +47,8 @@ class ShardingPlan:
     plan: Plan
     mesh: Mesh
     exported: Exported
-    batch: int | None
+    batch: int | None  # rows of one micro-batch, of all data ranks together
+    micro_batches: int
     rule: OptimizerRule | None
     structure: str
     overrides: Mapping[str, Mapping[str, Placement]] | None = None
@@ -78,43 +83,109 @@ class ShardingPlan:
         agree("the plan and the model", f"{self.plan.label} {self.structure}")
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         device_mesh = init_device_mesh(device, self.mesh.shape, mesh_dim_names=self.mesh.names)
-        groups = {name: device_mesh.get_group(name).group_name for name in self.mesh.names}
-        joint = self.joint(device)
-        layout = self.layout(joint)
         settings = Options.from_user(None, options)
-        rank = dist.get_rank()
-        program = build_program(joint, layout, self.mesh, rank, groups, settings)
-        skeleton = shard_model(model, joint.arguments, layout.arguments, self.mesh, layout.order, device_mesh, init)
-        module = ShardedModule(skeleton, program, device_mesh)
-        optimizer = None if self.rule is None else ShardedOptimizer([module], self.rule, self.plan, settings, groups, rank)
-        agree("the order of collectives", program.digest + "".join(optimizer.order if optimizer is not None else ()))
-        return ShardedTraining(module, optimizer)
+        pipeline = None
+        if self.plan.pp > 1:
+            pipeline, order, mesh, groups, rank = build_pipeline(model, self.exported, self.plan, self.batch or 1, self.micro_batches,
+                                                                 device_mesh, settings, init, self.overrides)
+            modules = pipeline.modules
+        else:
+            joint, mesh, rank = self.joint(device), self.mesh, dist.get_rank()
+            groups = {name: device_mesh.get_group(name).group_name for name in mesh.names}
+            layout = self.layout(joint)
+            program = build_program(joint, layout, mesh, rank, groups, settings)
+            skeleton = shard_model(model, joint.arguments, layout.arguments, mesh, layout.order, device_mesh, init)
+            modules, order = [ShardedModule(skeleton, program, device_mesh)], program.order
+        optimizer = None if self.rule is None else ShardedOptimizer(modules, self.rule, self.plan, settings, groups, rank)
+        lines = [*order, *(optimizer.order if optimizer is not None else ())]
+        stage = device_mesh.get_local_rank(STAGE)
+        agree("the order of collectives", hashlib.sha256("\n".join(lines).encode()).hexdigest(), among=str(stage))
+        place = mesh.coordinates(rank)
+        return ShardedTraining(modules, optimizer, pipeline, self.micro_batches, (place[DATA], self.plan.dp), self.batch, lines)
 
 
 @dataclass
 class ShardedTraining:
-    """A compiled, sharded model and its optimizer."""
+    """A compiled, sharded model and its optimizer. collectives: what this rank runs, in order (per micro-batch; then the update)."""
 
-    module: ShardedModule
+    modules: list[ShardedModule]
     optimizer: ShardedOptimizer | None
+    pipeline: Pipeline | None
+    micro_batches: int
+    data: tuple[int, int]
+    batch: int | None
+    collectives: list[str]
+
+    @property
+    def module(self) -> ShardedModule:
+        """This rank's (first) part of the model."""
+        return self.modules[0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss, with a graph for `backward()`."""
+        """The loss of one micro-batch, with a graph for `backward()`. UserError under pipeline parallelism: use `step`."""
+        if self.pipeline is not None:
+            raise UserError("a pipeline has no forward pass of its own: call step()")
         return self.module(*args, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One training step: loss, gradients, update. Gives the loss (of the parameters before the update)."""
+        """One training step on a global batch (of which this rank takes its rows): loss, gradients, update.
+
+        Gives the loss, of the parameters before the update: the mean over the micro-batches.
+        """
         if self.optimizer is None:
             raise UserError("auto_shard was given no optimizer: pass optimizer=torch.optim.AdamW or the like")
-        self.optimizer.zero_grad()
-        loss = self.module(*args, **kwargs)
-        loss.backward()
+        loss = self.loss_and_gradients(*args, **kwargs)
         self.optimizer.step()
-        return loss.detach()
+        return loss
+
+    def loss_and_gradients(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`step` without the update: gradients are in the parameters' `.grad`, as DTensors."""
+        leaves, _, positions = flatten_inputs(args, kwargs)
+        device = self.module.device_mesh.device_type
+        rows = [self._rows(leaves[i]).to(device) for i in positions]
+        if self.pipeline is not None:
+            return self.pipeline.run(rows)
+        for p in self.module.parameters():
+            p.grad = None
+        total = None
+        for k in range(self.micro_batches):
+            mine = [self._micro(x, k) for x in rows]
+            loss = self.module.run_flat(mine)
+            (loss / self.micro_batches).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total / self.micro_batches
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        """This data rank's rows of an input of the global batch; other inputs, and inputs that are this rank's rows already, as they are."""
+        index, ranks = self.data
+        whole = None if self.batch is None else self.batch * self.micro_batches
+        if whole is None or x.dim() == 0 or x.shape[0] != whole or ranks == 1:
+            return x
+        return x.chunk(ranks)[index].contiguous()
+
+    def _micro(self, x: torch.Tensor, k: int) -> torch.Tensor:
+        rows = None if self.batch is None else self.batch // self.data[1]
+        if rows is None or x.dim() == 0 or self.micro_batches == 1 or x.shape[0] != rows * self.micro_batches:
+            return x
+        return x[k * rows:(k + 1) * rows]
+
+    def traffic(self) -> Counter[tuple[str, str]]:
+        """Bytes that one `step` hands to collectives on this rank, by (kind, mesh axis), as the IR says. Activations that a pipeline sends
+        are not collectives.
+        """
+        total: Counter[tuple[str, str]] = Counter()
+        for module in self.modules:
+            for part in (module.program.cut.forward, module.program.cut.backward):
+                total.update({k: n * self.micro_batches for k, n in traffic(part).items()})
+        for module_of_update in self.optimizer.updates() if self.optimizer is not None else ():
+            total.update(traffic(module_of_update))
+        return total
 
     def state_dict(self) -> dict[str, Any]:
-        """Model and optimizer state as DTensors, for torch.distributed.checkpoint."""
-        return {"model": self.module.state_dict(), **({} if self.optimizer is None else {"optimizer": self.optimizer.state_dict()})}
+        """Model and optimizer state of this rank as DTensors, for torch.distributed.checkpoint."""
+        model = {k: v for module in self.modules for k, v in module.state_dict().items()}
+        return {"model": model, **({} if self.optimizer is None else {"optimizer": self.optimizer.state_dict()})}
 
 
 def auto_shard(model: torch.nn.Module, inputs: Mapping[str, Any] | Sequence[Any], *, mesh: planner.Mesh | str | int,
@@ -139,9 +210,17 @@ def auto_shard(model: torch.nn.Module, inputs: Mapping[str, Any] | Sequence[Any]
     if chosen.devices != wanted.size:
         raise UserError(f"the plan {chosen.label} takes {chosen.devices} devices (dp * tp * cp * pp), the mesh {wanted} has {wanted.size}")
     check_supported(chosen)
-    exported = export_model(model, args, kwargs, loss=loss_fn, targets=targets)
+    rows = chosen.dp * chosen.micro_batch
+    if batch is not None and batch % rows:
+        raise UserError(f"a batch of {batch} is no multiple of dp {chosen.dp} * micro_batch {chosen.micro_batch}")
+    micro_batches = 1 if batch is None else batch // rows
+
+    def micro(x: Any) -> Any:
+        return x[:rows] if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == batch else x
+    args, kwargs = pytree.tree_map(micro, (args, kwargs))
+    exported = export_model(model, args, kwargs, loss=loss_fn, targets=[micro(t) for t in targets])
     rule = None if optimizer is None else rule_of(optimizer)
-    return ShardingPlan(chosen, mesh_of(chosen), exported, batch, rule, _structure(model), placements)
+    return ShardingPlan(chosen, mesh_of(chosen), exported, None if batch is None else rows, micro_batches, rule, _structure(model), placements)
 
 
 def _read(plan: Plan | str | Path) -> Plan:

@@ -51,14 +51,15 @@ def local_piece(x: torch.Tensor, placement: Mapping[str, Placement], mesh: Mesh,
     return x
 
 
-def agree(what: str, mine: str, group: dist.ProcessGroup | None = None) -> None:
-    """Raises UserError on every rank unless all ranks of the group say the same."""
-    said: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, mine, group=group)
-    if len(set(said)) > 1:
-        counts = {s: [r for r, t in enumerate(said) if t == s] for s in dict.fromkeys(said)}
-        listed = "; ".join(f"ranks {', '.join(map(str, ranks))}: {s[:200]}" for s, ranks in counts.items())
-        raise UserError(f"the ranks disagree on {what}: {listed}")
+def agree(what: str, mine: str, among: str = "") -> None:
+    """Raises UserError on every rank unless all ranks (that give the same `among`) say the same."""
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, (among, mine))
+    for group in dict.fromkeys(a for a, _ in said):
+        texts = list(dict.fromkeys(t for a, t in said if a == group))
+        if len(texts) > 1:
+            listed = "; ".join(f"ranks {', '.join(str(r) for r, s in enumerate(said) if s == (group, t))}: {t[:200]}" for t in texts)
+            raise UserError(f"the ranks disagree on {what}: {listed}")
 
 
 class _Step(torch.autograd.Function):
@@ -91,7 +92,7 @@ class _Step(torch.autograd.Function):
 class ShardedModule(torch.nn.Module):
     """See the module docstring. `skeleton` has the structure of the model, with DTensors for parameters; `program` what runs."""
 
-    def __init__(self, skeleton: torch.nn.Module, program: ShardedProgram, device_mesh: DeviceMesh):
+    def __init__(self, skeleton: torch.nn.Module, program: ShardedProgram, device_mesh: DeviceMesh, rank: int | None = None):
         super().__init__()
         self.program, self.device_mesh = program, device_mesh
         self._skeleton = [skeleton]  # not registered: names carry no prefix
@@ -99,7 +100,7 @@ class ShardedModule(torch.nn.Module):
         self._tensors: list[Any] = [None if a.kind == "input" else tensors.get(a.name, program.joint.constants.get(a.name))
                                     for a in program.joint.arguments]
         self.inputs = [i for i, a in enumerate(program.joint.arguments) if a.kind == "input"]
-        self._rank = dist.get_rank()
+        self._rank = dist.get_rank() if rank is None else rank
 
     @property
     def skeleton(self) -> torch.nn.Module:
@@ -155,16 +156,22 @@ class ShardedModule(torch.nn.Module):
 
 
 def shard_model(model: torch.nn.Module, arguments: Sequence[Argument], placements: Sequence[Mapping[str, Placement]], mesh: Mesh,
-                order: Sequence[str], device_mesh: DeviceMesh, init: Callable[[str, torch.Tensor], None] | None = None) -> torch.nn.Module:
+                order: Sequence[str], device_mesh: DeviceMesh, init: Callable[[str, torch.Tensor], None] | None = None, *,
+                rank: int | None = None, only: bool = False) -> torch.nn.Module:
     """A copy of the model with DTensors for parameters and plain tensors for buffers, on this rank's device.
 
-    Values are taken from the model; where it is on meta, `init(name, local tensor)` fills them, or they stay undefined.
+    Values are taken from the model; where it is on meta, `init(name, local tensor)` fills them, or they stay undefined. rank: this
+    rank's place in `mesh`. With `only`, tensors that are not among the arguments are left out (a pipeline part).
     """
-    rank, device = dist.get_rank(), torch.device(device_mesh.device_type, torch.cuda.current_device()) if (
+    rank = dist.get_rank() if rank is None else rank
+    device = torch.device(device_mesh.device_type, torch.cuda.current_device()) if (
         device_mesh.device_type == "cuda") else torch.device("cpu")
     where = {a.name: p for a, p in zip(arguments, placements, strict=True)}
     memo: dict[int, Any] = {}
     for name, tensor in model_tensors(model).items():
+        if only and name not in where:
+            memo[id(tensor)] = None
+            continue
         placement = where.get(name, {})
         whole = tensor.detach()
         mine = local_piece(whole, placement, mesh, order, rank)

@@ -206,5 +206,9 @@ class ShardedOptimizer:
                 if given[f"{kind}.{name}"] is not s:
                     s.to_local().copy_(given[f"{kind}.{name}"].to_local())
 
+    def updates(self) -> Iterable[Operation]:
+        """The update module of each parameter, with its dist ops."""
+        return (self._modules[key] for _, _, key in self._rows)
+
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return (p for p, _, _ in self._rows)

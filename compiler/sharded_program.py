@@ -120,14 +120,14 @@ def compile_rank(modules: Sequence[tuple[Operation, str]], mesh: Mesh, rank: int
     """Lowers copies of the modules to this rank's programs and compiles them.
 
     Ranks of one host share the work: of equal programs each is compiled by one of the ranks that need it, and found in the artifact cache
-    by the others. Every rank must call this with the same number of modules.
+    by the others. Every rank must call this the same number of times.
     """
     lowered = []
     for module, name in modules:
         mine = module.clone()
         lower_collectives(mine, mesh, rank, groups)
         lowered.append((mine, name))
-    first = _mine([m for m, _ in lowered], rank) if options.cache and dist.is_initialized() and dist.get_world_size() > 1 else None
+    first = _mine([m for m, _ in lowered]) if options.cache and dist.is_initialized() and dist.get_world_size() > 1 else None
     made: dict[int, CompiledGraph] = {}
     for turn in (True, False):
         for i, (module, name) in enumerate(lowered):
@@ -140,15 +140,15 @@ def compile_rank(modules: Sequence[tuple[Operation, str]], mesh: Mesh, rank: int
     return [made[i] for i in range(len(lowered))]
 
 
-def _mine(modules: Sequence[Operation], rank: int) -> set[int]:
+def _mine(modules: Sequence[Operation]) -> set[int]:
     """Which of the modules this rank compiles for those that need the same ones."""
     digests = [hashlib.sha256(print_op(m).encode()).hexdigest() for m in modules]
     said: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(said, (socket.gethostname(), digests))
-    host = said[rank][0]
+    me = dist.get_rank()
     chosen = set()
     for i, digest in enumerate(digests):
-        ranks = [r for r, (where, theirs) in enumerate(said) if where == host and theirs[i] == digest]
-        if ranks[i % len(ranks)] == rank:
+        ranks = [r for r, (where, theirs) in enumerate(said) if where == said[me][0] and digest in theirs]
+        if ranks[i % len(ranks)] == me:
             chosen.add(i)
     return chosen

@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/train_sharded.py
     torchrun --nproc-per-node 2 examples/train_sharded.py --plan "tp=2,sp=True"
+    torchrun --nproc-per-node 2 examples/train_sharded.py --plan "pp=2,micro_batch=4,schedule='1f1b'"
     torchrun --nproc-per-node 4 examples/train_sharded.py --plan "dp=2,tp=2,zero=3"
 
 The model is plain PyTorch and knows nothing of ranks. `aicc.auto_shard` says where its tensors lie (here from the degrees given; without
@@ -11,6 +12,7 @@ The model is plain PyTorch and knows nothing of ranks. `aicc.auto_shard` says wh
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import time
 
@@ -61,6 +63,12 @@ def next_byte_loss(logits: torch.Tensor, following: torch.Tensor) -> torch.Tenso
     return F.cross_entropy(logits.flatten(0, 1), following.flatten())
 
 
+def degrees(text: str, batch: int) -> aicc.Plan:
+    """A plan from "dp=2,sp=True,..."; without micro_batch, the whole batch at once."""
+    given = {key.strip(): ast.literal_eval(value) for key, value in (item.split("=") for item in text.split(","))}
+    return aicc.Plan(**{"micro_batch": batch // given.get("dp", 1), **given})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", default="", help='degrees such as "dp=2,zero=3" or "tp=2,sp=True", or the path of a plan file')
@@ -77,10 +85,11 @@ def main() -> None:
         text = torch.frombuffer(bytearray(f.read()), dtype=torch.uint8).long()
     length = 32
     torch.manual_seed(0)  # the same weights and batches on every rank
+    random = torch.Generator().manual_seed(1)
     model = LanguageModel(length=length)
 
     def batch() -> tuple[torch.Tensor, torch.Tensor]:
-        starts = torch.randint(0, len(text) - length - 1, (args.batch,))
+        starts = torch.randint(0, len(text) - length - 1, (args.batch,), generator=random)
         rows = torch.stack([text[s:s + length + 1] for s in starts])
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -88,7 +97,7 @@ def main() -> None:
     if args.plan.endswith((".toml", ".json")):
         plan = args.plan
     else:
-        plan = aicc.Plan(**eval(f"dict({args.plan})")) if args.plan else aicc.Plan(dp=world, zero=1)
+        plan = degrees(args.plan, args.batch) if args.plan else aicc.Plan(dp=world, zero=1, micro_batch=args.batch // world)
     sharding = aicc.auto_shard(model, (tokens,), targets=(following,), loss_fn=next_byte_loss, mesh=world, plan=plan,
                                optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3))
     started = time.perf_counter()
@@ -96,7 +105,7 @@ def main() -> None:
     if rank == 0:
         held = sum(p.to_local().numel() for p in sharded.module.parameters())
         print(f"plan {sharding.plan.label}: compiled in {time.perf_counter() - started:.1f} s; rank 0 holds {held} of "
-              f"{sum(p.numel() for p in model.parameters())} parameters; {len(sharded.module.program.order)} collectives a step", flush=True)
+              f"{sum(p.numel() for p in model.parameters())} parameters; {len(sharded.collectives)} collectives", flush=True)
     for step in range(args.steps):
         loss = sharded.step(*batch())
         if rank == 0 and (step % 10 == 0 or step == args.steps - 1):
