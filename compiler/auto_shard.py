@@ -218,7 +218,8 @@ def auto_shard(model: torch.nn.Module, inputs: Mapping[str, Any] | Sequence[Any]
     def micro(x: Any) -> Any:
         return x[:rows] if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == batch else x
     args, kwargs = pytree.tree_map(micro, (args, kwargs))
-    exported = export_model(model, args, kwargs, loss=loss_fn, targets=[micro(t) for t in targets])
+    exported = export_model(model, args, kwargs, loss=loss_fn, targets=[micro(t) for t in targets],
+                            expert_parallel=chosen.ep > 1)
     rule = None if optimizer is None else rule_of(optimizer)
     return ShardingPlan(chosen, mesh_of(chosen), exported, None if batch is None else rows, micro_batches, rule, _structure(model), placements)
 

@@ -28,6 +28,7 @@ from ..frontend.importer import import_graph
 from ..ir.core import Operation
 from ..ir.passes import PassContext, parse_pipeline, run_pipeline
 from .errors import UserError
+from .experts import dispatch_experts
 
 __all__ = ["Argument", "Exported", "Joint", "export_model", "flatten_inputs", "make_joint", "model_tensors"]
 
@@ -112,7 +113,8 @@ def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def export_model(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss: Callable[..., torch.Tensor] | None = None,
-                 targets: Sequence[torch.Tensor] = (), device: str = "cpu") -> Exported:
+                 targets: Sequence[torch.Tensor] = (), device: str = "cpu",
+                 expert_parallel: bool = False) -> Exported:
     """The loss of `model(*args, **kwargs)` as a graph of tensors on `device`. UserError if there is no scalar loss or a buffer is changed."""
     leaves, spec, positions = flatten_inputs(args, kwargs)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -124,6 +126,7 @@ def export_model(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             memo[id(tensor)] = torch.nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
         fake_model = copy.deepcopy(model, memo)
+        dispatch_experts(fake_model, expert_parallel)
         given = tuple(torch.empty(x.shape, dtype=x.dtype, device=device) for x in (*(leaves[i] for i in positions), *targets))
         wrapped = _WithLoss(fake_model, spec, leaves, positions, loss, len(targets))
         with warnings.catch_warnings():

@@ -2,7 +2,7 @@
 
 The mesh of a plan is (pp, dp, tp), outermost first. Parameters lie on `tp` as the graph suggests (`passes/spmd/seeds.py`), inputs are cut
 along their first dimension over `dp`, and the ZeRO stage says what else `dp` cuts: 1 the optimizer's state, 2 gradients too, 3
-parameters too. ZeRO cuts the first dimension that comes out even and that `tp` leaves alone; a tensor without one is replicated.
+parameters too. Expert parallelism cuts stacked expert weights over `dp`: tokens then travel, not weights. ZeRO cuts the first dimension that comes out even and that `tp` leaves alone; a tensor without one is replicated.
 """
 
 from __future__ import annotations
@@ -52,12 +52,16 @@ def state_placement(argument: Argument, placement: Mapping[str, Placement], plan
     return dict(placement) if cut is None else {**placement, DATA: cut}
 
 
-def layout_of(joint: Joint, plan: Plan, mesh: Mesh, *, batch: int | None, experts: Mapping[str, Placement] | None = None,
+def _is_expert(a: Argument, ranks: int) -> bool:
+    """Stacked expert weights: [experts, out, in]."""
+    return len(a.shape) == 3 and a.shape[0] % ranks == 0
+
+
+def layout_of(joint: Joint, plan: Plan, mesh: Mesh, *, batch: int | None,
               overrides: Mapping[str, Mapping[str, Placement]] | None = None) -> Layout:
     """The placements of a joint module under `plan`. batch: the size of the inputs' first dimension that `dp` cuts (None: inputs whole).
 
-    experts: parameters that expert parallelism cuts over the data ranks. overrides: placements given by the user, by parameter name.
-    UserError if the batch does not come out even.
+    overrides: placements given by the user, by parameter name. UserError if the batch does not come out even.
     """
     if batch is not None and batch % plan.dp:
         raise UserError(f"a batch of {batch} does not come out even over dp = {plan.dp} ranks")
@@ -74,8 +78,8 @@ def layout_of(joint: Joint, plan: Plan, mesh: Mesh, *, batch: int | None, expert
         elif a.kind == "param":
             if i in seeds:
                 placement[TENSOR] = seeds[i]
-            if experts is not None and a.name in experts and plan.ep > 1:
-                placement[DATA] = experts[a.name]
+            if plan.ep > 1 and _is_expert(a, plan.ep):
+                placement[DATA] = shard(0)
                 pinned.add(i)
             elif plan.zero == 3 and plan.dp > 1:
                 placement = state_placement(a, placement, plan)

@@ -288,6 +288,8 @@ class _AxisPartitioner:
 
     def _scatters(self, v: Value, to: Placement) -> bool:
         t = tensor_type(v)
+        if self.policy.role == "data" and self.policy.pinned:  # experts are cut: their terms go back to where the tokens are
+            return to == Placement("shard", 0) and t.rank >= 2 and isinstance(t.shape[0], int) and t.shape[0] % self.ranks == 0
         return (self.policy.sequence and t.rank >= 3 and to == Placement("shard", 1) and isinstance(t.shape[1], int)
                 and t.shape[1] % self.ranks == 0)
 

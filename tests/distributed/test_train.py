@@ -51,6 +51,8 @@ FOUR = {
     "dp4 zero2": {"dp": 4, "zero": 2, "micro_batch": 2}, "pp2 dp2 zero1": {"pp": 2, "dp": 2, "zero": 1, "micro_batch": 1, "schedule": "1f1b"},
     "pp2 tp2": {"pp": 2, "tp": 2, "micro_batch": 2, "schedule": "1f1b"},
 }
+EXPERTS = {"ep2": {"dp": 2, "ep": 2, "micro_batch": 4}, "dp2 tp2 ep2 zero2": {"dp": 2, "tp": 2, "ep": 2, "zero": 2, "micro_batch": 4},
+           "ep4 zero1": {"dp": 4, "ep": 4, "zero": 1, "micro_batch": 2}}
 INTERLEAVED = {"pp": 2, "micro_batch": 2, "schedule": "interleaved", "interleave": 2}
 
 
@@ -72,6 +74,13 @@ def test_four_ranks(tmp_path: Path, model: str, plan: str) -> None:
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_interleaved(tmp_path: Path, model: str) -> None:
     train(tmp_path, model, INTERLEAVED, 50, layers=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", EXPERTS, ids=str)
+def test_experts(tmp_path: Path, plan: str) -> None:
+    results = train(tmp_path, "mixtral", EXPERTS[plan], 50)
+    assert results[0]["bytes"]["all_to_all"] > 0
 
 
 @pytest.mark.slow
