@@ -59,7 +59,7 @@ class Partitioned:
     moved: list[tuple[str, str, Operation]] = field(default_factory=list)
 
 
-PINNED, ACTIVATION, SLICE, LATENCY = 1000.0, 30.0, 1e-3, 4096.0
+PINNED, ACTIVATION, SLICE, LATENCY = 1000.0, 30.0, 1e-3, 64.0
 """Weights: of moving a pinned parameter, of moving activations on a data axis, of slicing; and bytes per message."""
 
 
