@@ -51,15 +51,16 @@ class ShardingPlan:
     micro_batches: int
     rule: OptimizerRule | None
     structure: str
+    device: str = "cpu"
     overrides: Mapping[str, Mapping[str, Placement]] | None = None
 
     def to_toml(self) -> str:
         """The plan's file; `auto_shard(..., plan=path)` reads it back."""
         return self.plan.to_toml()
 
-    def joint(self, device: str = "cpu") -> Joint:
+    def joint(self) -> Joint:
         """Forward and backward in one graph."""
-        return make_joint(self.exported, device=device)
+        return make_joint(self.exported, device=self.device)
 
     def layout(self, joint: Joint) -> Layout:
         """Where every argument, gradient and output of the joint graph lies."""
@@ -81,8 +82,10 @@ class ShardingPlan:
         if _structure(model) != self.structure:
             raise UserError("this plan was made for another model: the names or shapes of its parameters differ")
         agree("the plan and the model", f"{self.plan.label} {self.structure}")
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        device_mesh = init_device_mesh(device, self.mesh.shape, mesh_dim_names=self.mesh.names)
+        if (self.device == "cuda") != (dist.get_backend() == "nccl"):
+            raise UserError(f"the plan was made for {self.device}, the process group is {dist.get_backend()}: give auto_shard device=, or "
+                            f"initialise the process group with {'nccl' if self.device == 'cuda' else 'gloo'}")
+        device_mesh = init_device_mesh(self.device, self.mesh.shape, mesh_dim_names=self.mesh.names)
         settings = Options.from_user(None, options)
         pipeline = None
         if self.plan.pp > 1:
@@ -90,7 +93,7 @@ class ShardingPlan:
                                                                  device_mesh, settings, init, self.overrides)
             modules = pipeline.modules
         else:
-            joint, mesh, rank = self.joint(device), self.mesh, dist.get_rank()
+            joint, mesh, rank = self.joint(), self.mesh, dist.get_rank()
             groups = {name: device_mesh.get_group(name).group_name for name in mesh.names}
             layout = self.layout(joint)
             program = build_program(joint, layout, mesh, rank, groups, settings)
@@ -191,13 +194,14 @@ class ShardedTraining:
 def auto_shard(model: torch.nn.Module, inputs: Mapping[str, Any] | Sequence[Any], *, mesh: planner.Mesh | str | int,
                loss_fn: Callable[..., torch.Tensor] | None = None, targets: Sequence[torch.Tensor] = (), optimizer: Any = None,
                plan: Plan | str | Path | None = None, hardware: str = "cpu-box",
-               placements: Mapping[str, Mapping[str, Placement]] | None = None) -> ShardingPlan:
+               placements: Mapping[str, Mapping[str, Placement]] | None = None, device: str | None = None) -> ShardingPlan:
     """Finds (or takes) a plan for training `model` on `mesh`.
 
     inputs: example inputs of the model, of the size of the global batch (positional as a tuple, by name as a mapping); only shapes count.
     loss_fn(output, *targets) gives the loss; without it the model's output has one (`.loss`). optimizer: a torch optimizer, its class, or
     a function from parameters to one. plan: a `Plan` or the path of a plan file; None searches with the cost model of `hardware`.
-    placements: parameter name -> {axis: placement}, instead of what the plan gives.
+    placements: parameter name -> {axis: placement}, instead of what the plan gives. device: 'cpu' or 'cuda', where the ranks compute
+    (default: what the process group's backend says; before there is one, 'cuda' where there is a GPU).
 
     UserError for what does not fit, naming both numbers.
     """
@@ -218,10 +222,11 @@ def auto_shard(model: torch.nn.Module, inputs: Mapping[str, Any] | Sequence[Any]
     def micro(x: Any) -> Any:
         return x[:rows] if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == batch else x
     args, kwargs = pytree.tree_map(micro, (args, kwargs))
-    exported = export_model(model, args, kwargs, loss=loss_fn, targets=[micro(t) for t in targets],
+    where = device or ("cuda" if (dist.get_backend() == "nccl" if dist.is_initialized() else torch.cuda.is_available()) else "cpu")
+    exported = export_model(model, args, kwargs, loss=loss_fn, targets=[micro(t) for t in targets], device=where,
                             expert_parallel=chosen.ep > 1)
     rule = None if optimizer is None else rule_of(optimizer)
-    return ShardingPlan(chosen, mesh_of(chosen), exported, None if batch is None else rows, micro_batches, rule, _structure(model), placements)
+    return ShardingPlan(chosen, mesh_of(chosen), exported, None if batch is None else rows, micro_batches, rule, _structure(model), where, placements)
 
 
 def _read(plan: Plan | str | Path) -> Plan:

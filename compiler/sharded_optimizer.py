@@ -107,6 +107,11 @@ def rule_of(optimizer: Any) -> OptimizerRule:
     return make(defaults)
 
 
+def _number_type(dtype: torch.dtype) -> torch.dtype:
+    """Step sizes and the like are not rounded to 16 bits."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def update_module(rule: OptimizerRule, shape: Sequence[int], dtype: torch.dtype, device: str) -> tuple[Operation, int]:
     """The update of one parameter as a graph module that assigns to its arguments; and how many 0-d numbers it takes."""
     count = len(rule.numbers(1, rule.lr))
@@ -120,7 +125,7 @@ def update_module(rule: OptimizerRule, shape: Sequence[int], dtype: torch.dtype,
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         whole = [torch.empty(tuple(shape), dtype=dtype, device=device) for _ in range(2 + n)]
-        numbers = [torch.empty((), dtype=dtype, device=device) for _ in range(count)]
+        numbers = [torch.empty((), dtype=_number_type(dtype), device=device) for _ in range(count)]
         gm = make_fx(step, decomposition_table())(*whole, *numbers)
     module = import_graph(gm)
     run_pipeline(module, parse_pipeline("canonicalize,cse,dce"), PassContext())
@@ -179,7 +184,7 @@ class ShardedOptimizer:
         """One update of every parameter that has a gradient."""
         self.steps += 1
         values = self.rule.numbers(self.steps, self.lr)
-        numbers = {d: [torch.tensor(v, dtype=d, device=self._device) for v in values] for d in self._dtypes}
+        numbers = {d: [torch.tensor(v, dtype=_number_type(d), device=self._device) for v in values] for d in self._dtypes}
         for parameter, states, key in self._rows:
             grad = parameter.grad
             if grad is None:

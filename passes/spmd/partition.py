@@ -396,10 +396,12 @@ class _AxisPartitioner:
     def _return(self, op: Operation) -> None:
         operands = []
         for v, want in zip(op.operands, self.results, strict=True):
+            self.b.b.location = v.defining_op.location if v.defining_op is not None else op.location
             to = want
             if to is None:
                 to = next((p for p in self.forms[v] if p.kind == "shard"), REPLICATE)
             operands.append(self._get(v, to, op, final=True))
+        self.b.b.location = op.location
         self.b.b.create(op.name, operands)
 
 
