@@ -191,7 +191,7 @@ def make_joint(exported: Exported, *, differentiable_inputs: Sequence[int] = (),
         warnings.simplefilter("ignore")
         primals = tuple(torch.empty(a.shape, dtype=a.dtype, device=device, requires_grad=i in trained)
                         for i, a in enumerate(exported.arguments))
-        gm = aot_export_joint_simple(run, primals, trace_joint=True, decompositions=decomposition_table())
+        gm: Any = aot_export_joint_simple(run, primals, trace_joint=True, decompositions=decomposition_table())
     kinds = [a.kind for a in exported.arguments]
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     tangents = len(placeholders) - len(kinds)

@@ -2,7 +2,8 @@
 
 The mesh of a plan is (pp, dp, tp), outermost first. Parameters lie on `tp` as the graph suggests (`passes/spmd/seeds.py`), inputs are cut
 along their first dimension over `dp`, and the ZeRO stage says what else `dp` cuts: 1 the optimizer's state, 2 gradients too, 3
-parameters too. Expert parallelism cuts stacked expert weights over `dp`: tokens then travel, not weights. ZeRO cuts the first dimension that comes out even and that `tp` leaves alone; a tensor without one is replicated.
+parameters too. Expert parallelism cuts stacked expert weights over `dp`: tokens then travel, not weights. ZeRO cuts the first dimension
+that comes out even and that `tp` leaves alone; a tensor without one is replicated.
 """
 
 from __future__ import annotations

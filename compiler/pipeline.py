@@ -59,7 +59,7 @@ class Pipeline:
     last: bool
     last_rank: int
     group: dist.ProcessGroup
-    tied: list[tuple[str, tuple[int, ...], torch.dtype, list[int]]]
+    tied: list[tuple[str, tuple[int, ...], torch.dtype, list[int]]]  # name, local shape, dtype, parts
 
     def run(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """Forward and backward of one global step; gives the mean loss on every rank. inputs: this data rank's rows of each input."""

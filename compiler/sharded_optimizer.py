@@ -102,8 +102,8 @@ def rule_of(optimizer: Any) -> OptimizerRule:
     make = _RULES.get(type(optimizer))
     defaults = optimizer.defaults
     if make is None or defaults.get("amsgrad") or defaults.get("maximize"):
-        raise UserError(f"the optimizer {type(optimizer).__name__} (with {', '.join(k for k in ('amsgrad', 'maximize') if defaults.get(k)) or 'these settings'})"
-                        f" cannot be sharded; known are {', '.join(c.__name__ for c in _RULES)}")
+        raise UserError(f"the optimizer {type(optimizer).__name__} with these settings cannot be sharded; known are "
+                        f"{', '.join(c.__name__ for c in _RULES)}, without amsgrad and maximize")
     return make(defaults)
 
 

@@ -16,12 +16,11 @@ import ast
 import os
 import time
 
+import aicc
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-
-import aicc
 
 
 class Block(nn.Module):

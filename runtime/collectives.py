@@ -48,7 +48,7 @@ def _explain(where: dict[str, Any], group: str, error: RuntimeError) -> str:
 def _missing(group: str) -> list[int] | None:
     """The ranks of the group that have not noted a failure; None if that cannot be found out."""
     try:
-        ranks = dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(group))
+        ranks = dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(group))  # type: ignore[arg-type]
         store = dist.distributed_c10d._get_default_store()
         me = dist.get_rank()
         store.set(f"aicc/failed/{group}/{me}", "1")

@@ -14,9 +14,9 @@ from ..core import IRError, Operation
 
 Tensor = torch.Tensor
 
-__all__ = ["gather_pieces", "piece", "run_group"]
+__all__ = ["COMBINE", "gather_pieces", "piece", "run_group"]
 
-_COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 
 def piece(x: Tensor, rank: int, ranks: int, dim: int, parts: int) -> Tensor:
@@ -31,7 +31,7 @@ def gather_pieces(xs: Sequence[Tensor], dim: int, parts: int) -> Tensor:
 
 
 def _all_reduce(op: Operation, xs: Sequence[Tensor]) -> list[Tensor]:
-    total = reduce(_COMBINE[op["kind"]], xs)
+    total = reduce(COMBINE[op["kind"]], xs)
     return [total] * len(xs)
 
 
@@ -41,7 +41,7 @@ def _all_gather(op: Operation, xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _reduce_scatter(op: Operation, xs: Sequence[Tensor]) -> list[Tensor]:
-    total = reduce(_COMBINE[op["kind"]], xs)
+    total = reduce(COMBINE[op["kind"]], xs)
     return [piece(total, r, len(xs), op["dim"], op["parts"]) for r in range(len(xs))]
 
 

@@ -11,7 +11,7 @@ from ...ir.core import Value
 from ...ir.sharding import Placement
 from ...ir.types import DTYPES, DType, TensorType
 
-__all__ = ["LocalBuilder", "tensor_type"]
+__all__ = ["LocalBuilder", "sizes_of", "tensor_type"]
 
 I1, I64 = DTYPES["i1"], DTYPES["i64"]
 
@@ -19,6 +19,13 @@ I1, I64 = DTYPES["i1"], DTYPES["i64"]
 def tensor_type(v: Value) -> TensorType:
     assert isinstance(v.type, TensorType)
     return v.type
+
+
+def sizes_of(v: Value) -> tuple[int, ...]:
+    """The shape of a tensor value; all sizes are constants in modules that can be partitioned."""
+    shape = tensor_type(v).shape
+    assert all(isinstance(s, int) for s in shape)
+    return shape  # type: ignore[return-value]
 
 
 def scaled(t: TensorType, dim: int, factor: int, divisor: int = 1) -> TensorType:

@@ -21,7 +21,7 @@ from ...ir.opdef import Trait
 from ...ir.passes import Pass, PassContext, register
 from ...ir.sharding import Placement
 from ...ir.types import TensorType
-from .build import LocalBuilder, tensor_type
+from .build import LocalBuilder, sizes_of, tensor_type
 
 __all__ = ["BucketCollectives", "OverlapCollectives", "SimplifyCollectives", "from_rank_major", "to_rank_major"]
 
@@ -100,7 +100,7 @@ def _fold_pairs(func: Operation) -> int:
 
 def to_rank_major(b: LocalBuilder, x: Value, dim: int, parts: int) -> Value:
     """[.., parts * ranks * c, ..] -> [ranks, elements of one rank's piece]."""
-    shape = [int(s) for s in tensor_type(x).shape]  # type: ignore[call-overload]
+    shape = list(sizes_of(x))
     c = shape[dim] // (parts * b.ranks)
     cut = b.reshape(x, [*shape[:dim], parts, b.ranks, c, *shape[dim + 1:]])
     perm = [dim + 1, *(i for i in range(len(shape) + 2) if i != dim + 1)]
@@ -174,12 +174,12 @@ def _replace(b: LocalBuilder, bucket: list[Operation], made: list[Value]) -> Non
 
 def _join_all_reduce(bucket: list[Operation]) -> None:
     b = _builder(bucket)
-    flat = [b.reshape(op.operands[0], (_count(tensor_type(op.operands[0]).shape),)) for op in bucket]  # type: ignore[arg-type]
+    flat = [b.reshape(op.operands[0], (_count(sizes_of(op.operands[0])),)) for op in bucket]
     total = b.all_reduce(_cat(b, flat, 0), bucket[0]["kind"])
     made, at = [], 0
     for op, x in zip(bucket, flat, strict=True):
-        size = int(tensor_type(x).shape[0])  # type: ignore[call-overload]
-        made.append(b.reshape(b.slice(total, 0, at, size), tensor_type(op.result).shape))  # type: ignore[arg-type]
+        size = sizes_of(x)[0]
+        made.append(b.reshape(b.slice(total, 0, at, size), sizes_of(op.result)))
         at += size
     _replace(b, bucket, made)
 
@@ -190,20 +190,20 @@ def _join_reduce_scatter(bucket: list[Operation]) -> None:
     total = b.reduce_scatter(_cat(b, rows, 1), Placement("shard", 0), bucket[0]["kind"])
     made, at = [], 0
     for op, x in zip(bucket, rows, strict=True):
-        size = int(tensor_type(x).shape[1])  # type: ignore[call-overload]
-        made.append(b.reshape(b.slice(total, 1, at, size), tensor_type(op.result).shape))  # type: ignore[arg-type]
+        size = sizes_of(x)[1]
+        made.append(b.reshape(b.slice(total, 1, at, size), sizes_of(op.result)))
         at += size
     _replace(b, bucket, made)
 
 
 def _join_all_gather(bucket: list[Operation]) -> None:
     b = _builder(bucket)
-    rows = [b.reshape(op.operands[0], (1, _count(tensor_type(op.operands[0]).shape))) for op in bucket]  # type: ignore[arg-type]
+    rows = [b.reshape(op.operands[0], (1, _count(sizes_of(op.operands[0])))) for op in bucket]
     total = b.all_gather(_cat(b, rows, 1), Placement("shard", 0))
     made, at = [], 0
     for op, x in zip(bucket, rows, strict=True):
-        size = int(tensor_type(x).shape[1])  # type: ignore[call-overload]
-        piece = [int(s) for s in tensor_type(op.operands[0]).shape]  # type: ignore[call-overload]
+        size = sizes_of(x)[1]
+        piece = sizes_of(op.operands[0])
         made.append(from_rank_major(b, b.slice(total, 1, at, size), piece, op["dim"], op["parts"]))
         at += size
     _replace(b, bucket, made)

@@ -409,7 +409,7 @@ def _index_put(q: Query) -> list[Strategy]:
 
 def _scatter(q: Query) -> list[Strategy]:
     op = q.op
-    x, index, src = (shape_of(v) for v in op.operands)
+    x, index = (shape_of(v) for v in op.operands[:2])
     d = op["dim"]
     dims: Dims = [None if i == d or a != b else f"d{i}" for i, (a, b) in enumerate(zip(x, index, strict=True))]
     found = _factors(q, [dims, dims, dims], [[f or f"one{i}" for i, f in enumerate(dims)]])

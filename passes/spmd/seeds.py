@@ -60,7 +60,7 @@ class _Walk:
         """Walks the ops; the parameters to rule out if an activation had to be gathered."""
         kinds = [a.get("kind", "input") for a in self.func["arg_attrs"]]
         self.open = {a for a, kind in zip(self.func.body.args, kinds) if kind == "param"}
-        self.state = {a: REPLICATE for a in self.func.body.args}
+        self.state = dict.fromkeys(self.func.body.args, REPLICATE)
         self.views: dict[Value, list[Operation]] = {}
         inside = set(self.ops)
         self.users = {v: [u for u in v.users if u in inside] for op in self.ops for v in (*op.operands, *op.results)}

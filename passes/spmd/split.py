@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...ir.core import Block, BlockArg, Operation, Region, Value
 from ...ir.opdef import Trait
@@ -61,9 +62,9 @@ def split(module: Operation, outputs: int, tangents: int) -> Split:
             continue
         wanted.extend(op.operands)
     arguments = tuple(a.index for a in primals if a in kept)
-    order = {r: i for i, r in enumerate(r for op in func.body for r in op.results)}
+    order: dict[Value, int] = {r: i for i, r in enumerate(r for op in func.body for r in op.results)}
     values = sorted((v for v in kept if not isinstance(v, BlockArg)), key=lambda v: order[v])
-    attrs = func["arg_attrs"] or ({},) * len(args)
+    attrs: Any = func["arg_attrs"] or ({},) * len(args)
     first = _function(module, func, primals, [attrs[a.index] for a in primals], forward, [*returned[:outputs], *values])
     body = [op for op in func.body if op in backward or op in again]
     inputs: list[Value] = [*(args[i] for i in arguments), *values, *args[len(args) - tangents:]]
@@ -85,7 +86,8 @@ def _free(op: Operation) -> bool:
 def _function(module: Operation, func: Operation, inputs: Sequence[Value], attrs: Sequence[dict], ops: Sequence[Operation],
               results: Sequence[Value]) -> Operation:
     """A module with one function of `ops`, and the other ops of `module` as they are."""
-    block, mapping = Block(), {}
+    block = Block()
+    mapping: dict[Value, Value] = {}
     for v in inputs:
         mapping[v] = block.add_arg(v.type, v.name)
     for op in ops:

@@ -15,7 +15,7 @@ import torch
 from ...ir.core import IRError, Operation, Value
 from ...ir.interpreter import HANDLERS
 from ...ir.interpreter.context import Context, Numerics
-from ...ir.interpreter.dist import gather_pieces, piece, run_group
+from ...ir.interpreter.dist import COMBINE, gather_pieces, piece, run_group
 from ...ir.sharding import Mesh, Placement
 
 __all__ = ["assemble", "disassemble", "run_virtual"]
@@ -97,5 +97,5 @@ def _join(xs: list[Tensor], p: Placement | None, axis: str) -> Tensor:
         return gather_pieces(xs, p.dim, p.parts)
     total = xs[0]
     for x in xs[1:]:
-        total = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[p.op](total, x)
+        total = COMBINE[p.op](total, x)
     return total

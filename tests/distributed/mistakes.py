@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import aicc  # noqa: E402
+import aicc
 
 
 class Net(torch.nn.Module):

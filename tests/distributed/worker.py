@@ -19,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from networks import batches, build  # noqa: E402
-
-import aicc  # noqa: E402
+import aicc
+from networks import batches, build
 
 
 class CountBytes(TorchDispatchMode):

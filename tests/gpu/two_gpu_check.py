@@ -20,12 +20,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import aicc
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-
-import aicc
 
 
 class Attention(nn.Module):
