@@ -30,7 +30,7 @@ class Canonicalize(Pass):
     relax_casts: bool = True
 
     def run(self, module: Operation, ctx: PassContext) -> None:
-        patterns = {**_PATTERNS, "arith.cast": [*_PATTERNS["arith.cast"], *([_drop_rounding] if self.relax_casts else [])]}
+        patterns = {**_PATTERNS, "arith.cast": [*_PATTERNS["arith.cast"], *([_drop_rounding, _widen_select] if self.relax_casts else [])]}
         changed = rewrite_greedily(module, patterns)
         ctx.remark("done" if changed else "note", "identities applied" if changed else "nothing to do")
 
@@ -92,6 +92,8 @@ def _select(op: Operation, rewriter: Rewriter) -> None:
         _replace(op, rewriter, a)
     elif known is False:
         _replace(op, rewriter, b)
+    elif cond.type == op.result.type and constant_value(a) is True and constant_value(b) is False:
+        _replace(op, rewriter, cond)
 
 
 def _cast(op: Operation, rewriter: Rewriter) -> None:
@@ -111,13 +113,52 @@ def _cast(op: Operation, rewriter: Rewriter) -> None:
 
 
 def _drop_rounding(op: Operation, rewriter: Rewriter) -> None:
-    """f32 -> bf16 -> f32 inside one body is the identity when intermediate rounding is not asked for."""
+    """f32 -> bf16 -> f32 inside one body is the identity when intermediate rounding is not asked for; so is widening a number."""
     inner = op.operands[0].defining_op
-    if inner is None or inner.name != "arith.cast":
+    if inner is None:
+        return
+    if inner.name == "arith.constant" and element_type(op.result.type).name == "f32" and _has_few_bits(inner["value"]):
+        rewriter.replace(op, [rewriter.builder(op).constant(inner["value"], element_type(op.result.type))])
+        return
+    if inner.name != "arith.cast":
         return
     source, middle, result = inner.operands[0], element_type(inner.result.type), element_type(op.result.type)
     if element_type(source.type) == result and result.name == "f32" and middle.name in ("bf16", "f16"):
         rewriter.replace(op, [source])
+
+
+def _has_few_bits(x: Any) -> bool:
+    """A float that every 16-bit type holds exactly."""
+    if not isinstance(x, float) or math.isnan(x):
+        return False
+    return math.isinf(x) or x == 0 or (2.0**-14 <= abs(x) <= 2.0**15 and (math.frexp(x)[0] * 256).is_integer())
+
+
+def _widen_select(op: Operation, rewriter: Rewriter) -> None:
+    """f32(select(c, constant, bf16(x))) -> select(c, constant, x): a mask between two roundings does not keep them apart."""
+    choice = op.operands[0].defining_op
+    if op.opdef.dialect != "arith" or choice is None or choice.name != "arith.select" or element_type(op.result.type).name != "f32" or (
+            element_type(choice.result.type).name not in ("bf16", "f16")):
+        return
+    sides = [v.defining_op for v in choice.operands[1:]]
+    rounded = [s is not None and s.name == "arith.cast" and element_type(s.operands[0].type).name == "f32" for s in sides]
+    if not any(rounded) or not all(r or (s is not None and s.name == "arith.constant") for s, r in zip(sides, rounded, strict=True)):
+        return
+    b = rewriter.builder(op)
+    wide = [s.operands[0] if r else b.constant(s["value"], element_type(op.result.type))  # type: ignore[union-attr,index]
+            for s, r in zip(sides, rounded, strict=True)]
+    rewriter.replace(op, [b.arith("select", choice.operands[0], *wide)])
+
+
+def _divide_by_power_of_two(op: Operation, rewriter: Rewriter) -> None:
+    """x / 2^n -> x * 2^-n, which rounds the same number."""
+    value = constant_value(op.operands[1])
+    if isinstance(value, float) and value and math.isfinite(value) and abs(math.frexp(value)[0]) == 0.5 and 2.0**-14 <= abs(value) <= 2.0**14:
+        b = rewriter.builder(op)
+        divisor = op.operands[1].defining_op
+        assert divisor is not None
+        inverse = b.op(divisor.name, type=divisor.result.type, value=1.0 / value)
+        rewriter.replace(op, [b.op(op.name.replace(".div", ".mul"), op.operands[0], inverse, type=op.result.type)])
 
 
 def _lossless(narrow: DType, wide: DType) -> bool:
@@ -256,7 +297,7 @@ def _both(name: str, *patterns: Pattern) -> dict[str, list[Pattern]]:
 
 _PATTERNS: dict[str, list[Pattern]] = {
     **_both("add", _right_identity(_neutral_of_add, True)), **_both("sub", _right_identity(_zero, False)),
-    **_both("mul", _right_identity(_is_one, True)), **_both("div", _right_identity(_is_one, False)),
+    **_both("mul", _right_identity(_is_one, True)), **_both("div", _right_identity(_is_one, False), _divide_by_power_of_two),
     **_both("floordiv", _right_identity(lambda v: _is_one(v) and not element_type(v.type).is_float, False)),
     **_both("neg", _involution), **_both("bitnot", _involution),
     **_both("max", _idempotent_pair), **_both("min", _idempotent_pair), **_both("and", _idempotent_pair), **_both("or", _idempotent_pair),

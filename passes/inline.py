@@ -15,7 +15,7 @@ from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import product
 from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
-from .structured import EXPENSIVE, body_ops, identity_map, inline_into, is_contraction, is_pointwise
+from .structured import EXPENSIVE, body_ops, identity_map, inline_into, inline_into_gather, is_contraction, is_pointwise
 
 TRIVIAL = frozenset({"arith.cast", "arith.constant", "tensor.index", "tensor.sym"})
 
@@ -23,11 +23,13 @@ TRIVIAL = frozenset({"arith.cast", "arith.constant", "tensor.index", "tensor.sym
 @register
 @dataclass(frozen=True)
 class Inline(Pass):
-    """See the module docstring. Bodies do not grow past `max_ops` ops and `max_operands` operands."""
+    """See the module docstring. Bodies do not grow past `max_ops` ops and `max_operands` operands; what is cheap is computed up to `repeats`
+    times rather than stored for one reader."""
 
     name: ClassVar[str] = "inline"
     max_ops: int = 160
     max_operands: int = 20
+    repeats: int = 4
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         merged = 0
@@ -46,15 +48,30 @@ class Inline(Pass):
         readers = list(dict.fromkeys(u for r in producer.results for u in r.users))
         if not readers:
             return 0
+        if all(self._can_gather(producer, u) for u in readers):
+            for reader in readers:
+                inline_into_gather(reader, producer)
+            return len(readers)
         eligible = [u for u in readers if self._can_merge(producer, u)]
         single = len(readers) == 1
         merged = 0
         for reader in eligible:
             if _trivial(producer) or (single and _visits_once(producer, reader)) or (
-                    len(eligible) == len(readers) and _cheap(producer) and _visits_once(producer, reader)):
+                    len(eligible) == len(readers) and _cheap(producer) and _visits(producer, reader) <= (self.repeats if single else 1)):
                 inline_into(reader, producer)
                 merged += 1
         return merged
+
+    def _can_gather(self, producer: Operation, reader: Operation) -> bool:
+        """The reader picks elements of the producer, fewer than there are: they are computed where they are picked."""
+        if reader.name != "tensor.generic" or not producer.operands or len(reader.body) + len(producer.body) > self.max_ops:
+            return False
+        if any(m is None or fill_of(producer, i) is not None for i, m in enumerate(producer["maps"])):
+            return False
+        points, made = product(reader["dims"]), product(parallel_dims(producer))
+        fewer = points == made or (isinstance(points, int) and isinstance(made, int) and points <= made)
+        return fewer and all(m is None and all(u.name == "tensor.extract" and u.operands[0] is arg for u in arg.users)
+                             for v, m, arg in zip(reader.operands, reader["maps"], reader.body.args, strict=True) if v.defining_op is producer)
 
     def _can_merge(self, producer: Operation, reader: Operation) -> bool:
         if not reader.has_trait(Trait.Structured) or len(reader.body) + len(producer.body) > self.max_ops or (
@@ -85,6 +102,14 @@ def _cheap(producer: Operation) -> bool:
         return False
     full = [v for v in producer.operands if getattr(v.type, "numel", 0) == product(parallel_dims(producer))]
     return len(full) <= 1
+
+
+def _visits(producer: Operation, reader: Operation) -> float:
+    """How often the reader's points pass an element of the producer, on average; infinity where sizes are symbols that differ."""
+    points, made = product(reader["dims"]), product(parallel_dims(producer))
+    if points == made:
+        return 1
+    return points / made if isinstance(points, int) and isinstance(made, int) and made else float("inf")
 
 
 def _visits_once(producer: Operation, reader: Operation) -> bool:

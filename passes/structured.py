@@ -14,7 +14,8 @@ from ..ir.expr import Bounds, contiguous_linear, fold, product, simplify, substi
 from ..ir.types import i64
 
 __all__ = ["EXPENSIVE", "body_ops", "composed_map", "constant_values", "identity_map", "identity_of", "in_order",
-           "inline_into", "is_contraction", "is_identity_view", "is_pointwise", "map_bounds", "plain_dims", "rebuild", "reshape_like", "space_bounds"]
+           "inline_into", "inline_into_gather", "is_contraction", "is_identity_view", "is_pointwise",
+           "map_bounds", "plain_dims", "rebuild", "reshape_like", "space_bounds"]
 
 EXPENSIVE = frozenset(f"arith.{n}" for n in (
     "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh",
@@ -143,10 +144,12 @@ def _copy_body(op: Operation, builder: Builder, renamed: dict[Value, Value], ind
         builder.insert(inner.clone(renamed))
 
 
-def _index_value(b: Builder, e: Dim, like: Operation) -> Value:
-    """The i64 value of an index expression over d0, d1, ... inside a body."""
+def _index_value(b: Builder, e: Dim, like: Operation, dims: Sequence[Value] | None = None) -> Value:
+    """The i64 value of an index expression over d0, d1, ... inside a body: positions there, or the values `dims`."""
     def leaf(name: str) -> Value:
         if name[0] == "d" and name[1:].isdigit():
+            if dims is not None:
+                return dims[int(name[1:])]
             return b.op("tensor.index", type=i64, dim=int(name[1:]))
         return b.op("tensor.sym", type=i64, expr=sym(name))
 
@@ -204,6 +207,43 @@ def inline_into(consumer: Operation, producer: Operation) -> Operation:
         attrs["fills"] = tuple(fills)
     made = Builder.before_op(consumer).create(consumer.name, [*consumer.operands[:lead], *operands], attrs,
                                               [r.type for r in consumer.results], [Region([block])])
+    for old, new in zip(consumer.results, made.results, strict=True):
+        new.name = old.name
+        old.replace_all_uses_with(new)
+    consumer.erase()
+    return made
+
+
+def inline_into_gather(consumer: Operation, producer: Operation) -> Operation:
+    """Replaces `tensor.extract`s of a pointwise producer's result by extracts of what the producer reads and a copy of its body, and replaces the
+    consumer. Its fills stay; the producer's operands have none and are all mapped."""
+    gathered = {i for i, v in enumerate(consumer.operands) if v.defining_op is producer and consumer["maps"][i] is None}
+    kept = [i for i in range(len(consumer.operands)) if i not in gathered]
+    operands = [consumer.operands[i] for i in kept] + list(producer.operands)
+    maps = [consumer["maps"][i] for i in kept] + [None] * len(producer.operands)
+    fills = [fill_of(consumer, i) for i in kept] + [None] * len(producer.operands)
+    block = Block([v.type if m is None else ScalarType(element_type(v.type)) for v, m in zip(operands, maps, strict=True)])
+    renamed: dict[Value, Value] = {consumer.body.args[i]: block.args[k] for k, i in enumerate(kept)}
+    sources = block.args[len(kept):]
+    b = Builder(block, None, consumer.location)
+    for op in body_ops(consumer):
+        which = op.operands[0].index if op.name == "tensor.extract" and op.operands[0].defining_op is None else -1  # type: ignore[attr-defined]
+        if which not in gathered:
+            b.insert(op.clone(renamed))
+            continue
+        indices = [renamed[v] for v in op.operands[1:]]
+        local: dict[Value, Value] = {}
+        for v, m, arg in zip(sources, producer["maps"], producer.body.args, strict=True):
+            at = [_index_value(b, e, op, indices) for e in m]
+            local[arg] = b.create("tensor.extract", [v, *at], {"check": op["check"]}, [ScalarType(element_type(v.type))]).result
+        for inner in body_ops(producer):
+            local[inner.result] = indices[inner["dim"]] if inner.name == "tensor.index" else b.insert(inner.clone(local)).result
+        renamed[op.result] = local[producer.body.terminator.operands[producer.results.index(consumer.operands[which])]]  # type: ignore[arg-type]
+    b.create("tensor.yield", [renamed[v] for v in consumer.body.terminator.operands])
+    attrs = {k: v for k, v in consumer.attributes.items() if k not in ("maps", "fills")} | {"maps": tuple(maps)}
+    if any(f is not None for f in fills):
+        attrs["fills"] = tuple(fills)
+    made = Builder.before_op(consumer).create(consumer.name, operands, attrs, [r.type for r in consumer.results], [Region([block])])
     for old, new in zip(consumer.results, made.results, strict=True):
         new.name = old.name
         old.replace_all_uses_with(new)

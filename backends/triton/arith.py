@@ -111,6 +111,8 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "fma": _libdevice("fma", 3),
 }
+_APPROXIMATE = {"exp2": "tl.exp2({0})", "div": "{0} / {1}"}
+"""One or two instructions: 2 ulp, and subnormals are zero."""
 _F64 = {"max": "max_nan({0}, {1})", "min": "min_nan({0}, {1})"}
 
 
@@ -126,6 +128,8 @@ def arith_text(op: Operation, args: list[str], index_type: str) -> str:
     template = TABLE.get(name, {}).get(kind)
     if template is None:
         raise IRError(f"'{op.name}' on {dtype} has no lowering to Triton")
+    if op.attributes.get("_approximate"):
+        template = _APPROXIMATE[name]
     if dtype.name == "f64":
         template = _F64.get(name, template)
     narrow = kind == "f" and dtype.bits < 32

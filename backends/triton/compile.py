@@ -70,7 +70,7 @@ def compile_kernel(
     *,
     divisible: Sequence[bool] = (),
     num_warps: int | None = None,
-    num_stages: int = 3,
+    num_stages: int | None = None,
     cache_dir: Path | None = None,
 ) -> CompiledKernel:
     """Compiles for `target.capability`. `divisible` says of each buffer argument whether its address is always a multiple
@@ -84,10 +84,11 @@ def compile_kernel(
     function = load_function(source, folder)
     arguments = list(source.signature)
     attrs = {(i,): [["tt.divisibility", 16]] for i, d in enumerate(divisible) if d}
-    warps = num_warps or _warps(source)
+    warps = num_warps or source.num_warps or _warps(source)
+    most = num_stages or source.num_stages or 3
     limit = SHARED_LIMITS.get(target.capability, 99) * 1024
     gpu = GPUTarget("cuda", target.capability, 32)
-    for stages in range(num_stages if source.dot else 1, 0, -1):
+    for stages in range(most if source.dot else 1, 0, -1):
         options = _options(num_warps=warps, num_stages=stages, enable_fp_fusion=True, enable_reflect_ftz=False)
         try:
             made = triton.compile(ASTSource(function, source.signature, {}, attrs), target=gpu, options=options)
@@ -155,7 +156,7 @@ def default_cache() -> Path:
 def _warps(source: KernelSource) -> int:
     """Matrix products keep up to 64 accumulators per thread, others up to 16 elements."""
     threads = source.tile // (64 if source.dot else 8)
-    return max(4 if source.dot else 1, min(8, threads // 32))
+    return max(4 if source.dot else 1, min(16 if source.tile >= 8192 and not source.dot else 8, threads // 32))
 
 
 def _options(**wanted: Any) -> dict[str, Any]:

@@ -40,11 +40,26 @@ def float_floor_div(a, b):
 def max_nan(a, b):
     return tl.where((a > b) | (a != a), a, b)
 
+def max_nan32(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+def min_nan32(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
 def min_nan(a, b):
     return tl.where((a < b) | (a != a), a, b)
 
 def product(a, b):
     return a * b
+
+def plus(a, b):
+    return a + b
+
+def larger(a, b):
+    return tl.maximum(a, b)
+
+def smaller(a, b):
+    return tl.minimum(a, b)
 
 def int_pow(x, n, BITS: tl.constexpr):
     result = x * 0 + 1

@@ -20,12 +20,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ...ir.core import IRError, Operation, Value
-from ...ir.expr import Dim, as_int, free_symbols, lower_bound, product
+from ...ir.expr import Dim, as_int, free_symbols, lower_bound, product, upper_bound
 from ...ir.types import BufferType, DType, TileType, element_type
 from .arith import arith_text, literal
 from .dtypes import pointer, tl_type
 from .expressions import IndexText, Range
 from .helpers import HELPERS, used_helpers
+from .narrow import Narrow
 
 __all__ = ["KernelSource", "print_kernel"]
 
@@ -36,7 +37,8 @@ ERROR = "err"
 
 @dataclass(frozen=True)
 class KernelSource:
-    """A kernel as Triton text. `tile` is the number of elements of its largest tile, `dot` whether it multiplies matrices."""
+    """A kernel as Triton text. `tile` is the number of elements of its largest tile, `dot` whether it multiplies matrices;
+    `num_warps` and `num_stages` are 0 where the compiler may choose."""
 
     name: str
     text: str
@@ -46,6 +48,8 @@ class KernelSource:
     checks: int
     tile: int
     dot: bool
+    num_warps: int = 0
+    num_stages: int = 0
 
 
 def print_kernel(kernel: Operation) -> KernelSource:
@@ -63,6 +67,7 @@ class _Printer:
     aranges: dict[tuple[int, int, int], str] = field(default_factory=dict)
     written: set[Value] = field(default_factory=set)  # buffers stored to since the last barrier
     read: set[Value] = field(default_factory=set)  # buffers loaded from since the last barrier
+    narrow: Narrow = field(default_factory=Narrow)
     checks: int = 0
     indent: int = 1
 
@@ -105,6 +110,8 @@ class _Printer:
             self.checks,
             max(tiles, default=1),
             any(op.name == "tile.dot" for op in kernel.walk()),
+            kernel["num_warps"],
+            kernel["num_stages"],
         )
 
     # -- names
@@ -157,12 +164,25 @@ class _Printer:
             handler = _HANDLERS.get(op.name)
             if handler is not None:
                 handler(self, op)
-            elif op.name == "arith.constant":
-                self._define(op, f"tl.full((), {literal(op['value'])}, {self._type(element_type(op.result.type))})")
             elif op.name.startswith("arith."):
-                self._define(op, arith_text(op, [self._name(v) for v in op.operands], self.index_type))
+                self._arith(op)
             else:
                 raise IRError(f"'{op.name}' has no lowering to Triton")
+
+    def _arith(self, op: Operation) -> None:
+        small = self.narrow.takes(op)
+        if op.name == "arith.constant":
+            kind = "tl.int32" if small else self._type(element_type(op.result.type))
+            self._define(op, f"tl.full((), {literal(op['value'])}, {kind})")
+        elif small and op.name == "arith.cast" and op.result in self.narrow.known:
+            self._define(op, self._name(op.operands[0]))
+        else:
+            read = self._name if small else self._use
+            self._define(op, arith_text(op, [read(v) for v in op.operands], self.index_type))
+
+    def _use(self, v: Value) -> str:
+        """The value in the width that its type says."""
+        return f"{self._name(v)}.to(tl.int64)" if v in self.narrow.known else self._name(v)
 
     def _type(self, dtype: DType) -> str:
         return self.index_type if dtype.kind == "index" else tl_type(dtype)
@@ -196,10 +216,11 @@ class _Printer:
             name = self._name(result, "acc")
             self.names[arg] = name
             state.append(name)
-            self._write(f"{name} = {self._name(init)}")
+            self._write(f"{name} = {self._use(init)}")
         name = self._name(iv, "i")
         low = lower_bound(op["lower"], text.bounds)
-        high = op["upper"] - 1 if isinstance(op["upper"], int) else None
+        end = upper_bound(op["upper"], text.bounds)
+        high = end - 1 if isinstance(end, int) else None
         self.ranges[iv] = (low, high)
         self._write(f"for {name} in range({text(op['lower'])}, {text(op['upper'])}, {op['step']}):")
         self.indent += 1
@@ -208,7 +229,7 @@ class _Printer:
         self.written |= touched_store & touched_load  # by the iteration before
         self.read |= touched_store & touched_load
         self._block(op)
-        yields = [self._name(v) for v in op.body.terminator.operands]
+        yields = [self._use(v) for v in op.body.terminator.operands]
         changes = [(a, b) for a, b in zip(state, yields, strict=True) if a != b]
         if changes:
             self._write(f"{', '.join(a for a, _ in changes)} = {', '.join(b for _, b in changes)}")
@@ -300,9 +321,9 @@ class _Printer:
         target = f"{self._name(buffer)} + {_term(place)}"
         masked = f", mask={mask}" if mask else ""
         if op["atomic"]:
-            self._write(f'tl.atomic_{op["atomic"]}({target}, {self._name(value)}{masked}, sem="relaxed")')
+            self._write(f'tl.atomic_{op["atomic"]}({target}, {self._use(value)}{masked}, sem="relaxed")')
         else:
-            self._write(f"tl.store({target}, {self._name(value)}{masked})")
+            self._write(f"tl.store({target}, {self._use(value)}{masked})")
         if buffer in self.both:
             self.written.add(buffer)
 
@@ -311,7 +332,8 @@ class _Printer:
     def index(self, op: Operation) -> None:
         text = self._text(op.operands, op["shape"])
         spread = self._spread(text(op["expr"]), op["shape"], self._reach(op["expr"], op.operands, text))
-        self._define(op, f"tl.cast({spread}, {self._type(element_type(op.result.type))})")
+        small = not self.wide and self.narrow.learn(op.result, lower_bound(op["expr"], text.bounds), upper_bound(op["expr"], text.bounds))
+        self._define(op, f"tl.cast({spread}, {'tl.int32' if small else self._type(element_type(op.result.type))})")
         if not op["shape"]:
             self.ranges[op.result] = (lower_bound(op["expr"], text.bounds), None)
 
@@ -323,22 +345,29 @@ class _Printer:
         self._define(op, spread + mask)
 
     def full(self, op: Operation) -> None:
-        self._define(op, f"tl.broadcast_to({self._name(op.operands[0])}, [{_dims(op.result)}])")
+        self._define(op, f"tl.broadcast_to({self._use(op.operands[0])}, [{_dims(op.result)}])")
 
     def reshape(self, op: Operation) -> None:
-        self._define(op, f"tl.reshape({self._name(op.operands[0])}, [{_dims(op.result)}])")
+        self._define(op, f"tl.reshape({self._use(op.operands[0])}, [{_dims(op.result)}])")
 
     def transpose(self, op: Operation) -> None:
-        self._define(op, f"tl.trans({self._name(op.operands[0])})")
+        self._define(op, f"tl.trans({self._use(op.operands[0])})")
 
     def reduce(self, op: Operation) -> None:
-        x, dtype, axis = self._name(op.operands[0]), element_type(op.result.type), op["axis"]
+        x, dtype, axis = self._use(op.operands[0]), element_type(op.result.type), op["axis"]
         template = _REDUCTIONS[op["kind"]][_KINDS[dtype.kind]]
+        if dtype.name == "f32":
+            template = template.replace("_nan,", "_nan32,")  # one instruction; there is none for f64
         back = f".to({tl_type(dtype)})" if dtype.bits < 32 and dtype.kind != "bool" else ""
         self._define(op, template.format(x=x, axis=axis) + back)
 
+    def scan(self, op: Operation) -> None:
+        dtype = element_type(op.result.type)
+        combine = _SCANS[op["kind"]]["f" if dtype.is_float else "i"]
+        self._define(op, f"tl.associative_scan({self._use(op.operands[0])}, {op['axis']}, {combine})")
+
     def dot(self, op: Operation) -> None:
-        a, b, acc = (self._name(v) for v in op.operands)
+        a, b, acc = (self._use(v) for v in op.operands)
         (m, k), n = op.operands[0].type.shape, op.operands[1].type.shape[1]  # type: ignore[attr-defined]
         dtype, out = element_type(op.operands[0].type), element_type(op.result.type)
         if k == 1:
@@ -376,6 +405,12 @@ _REDUCTIONS = {
         "b": "(tl.min({x}.to(tl.int32), {axis}, keep_dims=True) != 0)",
     },
 }
+_SCANS = {
+    "sum": {"f": "plus", "i": "plus"},
+    "prod": {"f": "product", "i": "product"},
+    "max": {"f": "max_nan", "i": "larger"},
+    "min": {"f": "min_nan", "i": "smaller"},
+}
 _REDUCTIONS["any"], _REDUCTIONS["all"] = _REDUCTIONS["max"], _REDUCTIONS["min"]
 
 _HANDLERS = {
@@ -389,6 +424,7 @@ _HANDLERS = {
     "tile.reshape": _Printer.reshape,
     "tile.transpose": _Printer.transpose,
     "tile.reduce": _Printer.reduce,
+    "tile.scan": _Printer.scan,
     "tile.dot": _Printer.dot,
 }
 

@@ -114,6 +114,12 @@ def _verify_reduce(op: Operation) -> None:
         raise IRError(f"'tile.reduce' keeps the axis with size 1: {t} gives {TileType(shape, t.dtype)}, not {op.result.type}")
 
 
+def _verify_scan(op: Operation) -> None:
+    t = op.operands[0].type
+    if not isinstance(t, TileType) or not 0 <= op["axis"] < t.rank or op["kind"] not in REDUCE_KINDS or op.result.type != t:
+        raise IRError(f"'tile.scan' by '{op['kind']}' along axis {op['axis']} of {t} cannot give {op.result.type}")
+
+
 _ACCESS = {"offset": attr("Expr, in elements"), "mask": optional((), "pairs [a, b]: a < b"),
            "mask_low": optional((), "expressions that must be >= 0")}
 define("tile.kernel", "a kernel: a grid of programs that all run the body", results=(), regions=1,
@@ -121,6 +127,8 @@ define("tile.kernel", "a kernel: a grid of programs that all run the body", resu
               "outputs": optional(1, "how many trailing arguments are written"),
               "inplace": optional((), "pairs [input, output] (argument numbers) that may share memory"),
               "bounds": optional({}, "symbol -> [smallest, largest or none]"),
+              "num_warps": optional(0, "GPUs: warps per program; 0: the backend's choice"),
+              "num_stages": optional(0, "GPUs: iterations of a loop whose loads are in flight; 0: the backend's choice"),
               "flops": optional(0), "bytes": optional(0), "provenance": optional((), "the Python lines that it computes")},
        traits=[Trait.IsolatedFromAbove, Trait.Symbol], verify=_verify_kernel)
 define("tile.launch", "runs a kernel on tensors, giving its outputs as new tensors (value semantics; `host.launch` has buffers)",
@@ -146,6 +154,8 @@ define("tile.mask", "an i1 tile (a scalar when shape is []): where all pairs of 
 define("tile.full", "a tile of one scalar", operands="value", traits=[Trait.Pure])
 define("tile.reduce", "combines along `axis`, which keeps size 1", operands="x", attrs={"axis": attr(), "kind": attr()}, traits=[Trait.Pure],
        verify=_verify_reduce)
+define("tile.scan", "running combination along `axis`, each element included (GPUs)", operands="x", attrs={"axis": attr(), "kind": attr()},
+       traits=[Trait.Pure], verify=_verify_scan)
 define("tile.reshape", "the same elements in row-major order", operands="x", traits=[Trait.Pure])
 define("tile.transpose", "rank 2, swapped", operands="x", traits=[Trait.Pure])
 define("tile.dot", "acc + a @ b, accumulated in acc's type", operands="a b acc", attrs={"precision": optional("ieee", "ieee or tf32")},

@@ -174,6 +174,12 @@ def _reduce(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     return [combine(op["kind"], x.movedim(axis, -1), x.dim() - 1).unsqueeze(axis)]
 
 
+def _scan(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
+    x, axis = xs[0], op["axis"] + 1
+    parts = [combine(op["kind"], x.narrow(axis, 0, n + 1).movedim(axis, -1), x.dim() - 1) for n in range(x.shape[axis])]
+    return [torch.stack(parts, axis)]
+
+
 def _reshape(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     shape = op.result.type.shape if _rank(op.result) else ()  # type: ignore[attr-defined]
     return [xs[0].reshape(-1, *shape)]
@@ -208,7 +214,7 @@ def _arith(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
 _OPS: dict[str, Callable[[Programs, Operation, list[Any]], list[Any]]] = {
     **dict.fromkeys(arith.HANDLERS, _arith),
     "tile.load": _load, "tile.store": _store, "tile.alloca": _alloca, "tile.program_id": _program_id, "tile.index": _index,
-    "tile.mask": _mask, "tile.full": _full, "tile.reduce": _reduce, "tile.reshape": _reshape, "tile.transpose": _transpose,
+    "tile.mask": _mask, "tile.full": _full, "tile.reduce": _reduce, "tile.scan": _scan, "tile.reshape": _reshape, "tile.transpose": _transpose,
     "tile.dot": _dot, "tile.for": _for,
 }
 

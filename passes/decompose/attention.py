@@ -52,8 +52,6 @@ def _attention(b: Builder, op: Operation) -> list[Value | None]:
 
     scores = _scores(b, op)
     m = reduce(b, rows, (keys,), [scores], [identity(4)], lambda _, s: s, "max")
-    if mask:  # a row of -inf must give exp(-inf) = 0, not exp(nan)
-        m = pointwise(b, rows, [m], lambda i, x: i.arith("select", i.arith("eq", x, -math.inf), 0, x), wide)
     e = pointwise(b, (*rows, keys), [scores, m], lambda i, s, x: i.arith("exp", i.arith("sub", s, x)), wide,
                   maps=(identity(4), row))
     total = reduce(b, rows, (keys,), [e], [identity(4)], lambda _, s: s, "sum")
@@ -61,15 +59,16 @@ def _attention(b: Builder, op: Operation) -> list[Value | None]:
     weighted = reduce(b, (*rows, width), (keys,), (e, v), ((d(0), d(1), d(2), d(4)), read_v),
                       lambda i, x, y: i.arith("mul", x, y), "sum")
 
-    def unless_dead(i: Builder, value: Value, s: Value) -> Value:
-        return i.arith("select", i.arith("eq", s, 0), 0, value) if mask else value
+    def unless_dead(i: Builder, value: Value, x: Value) -> Value:
+        """Weights of a row whose maximum is -inf are exp(-inf + inf), NaN."""
+        return i.arith("select", i.arith("eq", x, -math.inf), 0, value) if mask else value
 
-    out = pointwise(b, shape_of(op.results[0]), [weighted, total],
-                    lambda i, x, s: unless_dead(i, i.arith("div", x, s), s), tensor_type(op.results[0]).dtype,
-                    maps=(identity(4), row))
+    out = pointwise(b, shape_of(op.results[0]), [weighted, total, *([m] if mask else [])],
+                    lambda i, x, s, *top: unless_dead(i, i.arith("div", x, s), *(top or [x])), tensor_type(op.results[0]).dtype,
+                    maps=(identity(4), row, *([row] if mask else [])))
     lse: Value | None = None
     if op.results[1].uses:
-        lse = pointwise(b, rows, [m, total], lambda i, x, s: unless_dead(i, i.arith("add", x, i.arith("log", s)), s),
+        lse = pointwise(b, rows, [m, total], lambda i, x, s: unless_dead(i, i.arith("add", x, i.arith("log", s)), x),
                         tensor_type(op.results[1]).dtype)
     return [out, lse]
 

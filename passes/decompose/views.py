@@ -84,7 +84,9 @@ def _cat(b: Builder, op: Operation) -> list[Value]:
             out = i.arith("select", i.arith("lt", position, scalar_size(i, end)), value, out)
         return out
 
-    return [b.generic(parts, maps, shape, body, fills=(zero,) * len(parts)).result]
+    made = b.generic(parts, maps, shape, body, fills=(zero,) * len(parts))
+    made.attributes["_concatenates"] = dim
+    return [made.result]
 
 
 RULES: dict[str, Rule] = {

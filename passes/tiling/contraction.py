@@ -66,14 +66,8 @@ def _stride_key(stride: Dim) -> int:
     return stride if isinstance(stride, int) else 1 << 40
 
 
-def gemm_tile(target: Target, m: Dim, n: Dim, k: Dim, *, exact: bool = False) -> tuple[int, int, int]:
-    """(rows, columns, K step) of one register tile (CPU) or one program (GPU)."""
-    if target.is_gpu:
-        def fit(size: Dim, most: int) -> int:
-            return most if not isinstance(size, int) else max(16, min(most, 1 << (size - 1).bit_length()))
-        if exact:  # integers: rank-1 updates, as matrix units do not have their types
-            return fit(m, 32), fit(n, 32), 1
-        return fit(m, 128 if isinstance(m, int) and m >= 512 else 64), fit(n, 128), fit(k, 32)
+def gemm_tile(target: Target, m: Dim, n: Dim, k: Dim) -> tuple[int, int, int]:
+    """(rows, columns, K step) of one register tile of a CPU."""
     lanes = target.lanes(32)
     if target.vector_registers >= 32:
         rows, columns = (12, 2 * lanes) if target.vector_bits >= 512 else (8, 3 * lanes)
@@ -276,8 +270,14 @@ class _Contraction:
         e, (bm, bn, bk) = self.e, self.tile
         batch = self._batch(e, 0)
         nb = len(batch)
-        p_m = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb), 0, ceildiv(self.m, bm) - 1)
-        p_n = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb + 1), 0, ceildiv(self.n, bn) - 1)
+        blocks_m, blocks_n = ceildiv(self.m, bm), ceildiv(self.n, bn)
+        group = _row_group(blocks_m, blocks_n)
+        grid = [blocks_m, blocks_n] if group == 1 else [blocks_m * blocks_n]
+        ids = [e.fresh(e.builder.op("tile.program_id", type=index, axis=nb + k), 0, g - 1) for k, g in enumerate(grid)]
+        if group > 1:
+            column = group * blocks_n
+            ids = [e.named(ids[0] // column * group + ids[0] % group, blocks_m - 1), e.named(ids[0] % column // group, blocks_n - 1)]
+        p_m, p_n = ids
         m, n = p_m * bm + sym("t0"), p_n * bn + sym("t1")
         bounds_m, bounds_n = (m, self.m), (n, self.n)
 
@@ -297,7 +297,14 @@ class _Contraction:
 
         acc, = e.loop(0, size, bk, [self._zero(e)], step)
         self.finish(e, acc, batch, m, n, [bounds_m, bounds_n])
-        return [*(self.op["dims"][d] for d in self.roles.batch), ceildiv(self.m, bm), ceildiv(self.n, bn)]
+        return [*(self.op["dims"][d] for d in self.roles.batch), *grid]
+
+
+def _row_group(blocks_m: Dim, blocks_n: Dim) -> int:
+    """Programs that run together cover a block of this many tile rows, so that they share what they read in the L2 cache."""
+    if not isinstance(blocks_m, int) or not isinstance(blocks_n, int) or blocks_n < 4:
+        return 1
+    return next(g for g in (8, 4, 2, 1) if blocks_m % g == 0)
 
 
 def _offset(v: Value, m: tuple[Dim, ...], at: dict[str, Dim], bounds: Any) -> Dim:

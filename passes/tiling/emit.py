@@ -43,6 +43,12 @@ class Emitter:
         self.ranges[name] = (low, high)
         return sym(name)
 
+    def named(self, e: Dim, high: Dim | None) -> Dim:
+        """A loop variable that holds the value of `e`, in [0, high]: computed once, and short in what is built from it."""
+        operands, names = self._operands([e])
+        made = self.builder.create("tile.index", operands, {"expr": substitute(e, names), "shape": ()}, [index])
+        return self.fresh(made.result, 0, high)
+
     def bounds(self) -> dict[str, tuple[Dim | None, Dim | None]]:
         return {**self.symbols, **self.ranges, "t0": (0, self.shape[0] - 1), "t1": (0, self.shape[1] - 1)}
 

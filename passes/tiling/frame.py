@@ -8,6 +8,7 @@ from typing import Any
 from ...ir import Dim, Operation, TensorType, Value, sym
 from ...ir.dialects.tensor import fill_of, parallel_dims
 from ...ir.expr import Bounds, product, simplify, split_linear, substitute
+from ..rescale import Declined, Dependence
 from ..structured import EXPENSIVE, body_ops, uses_dims
 
 __all__ = ["Access", "Frame", "analyse"]
@@ -37,6 +38,7 @@ class Frame:
     outputs: list[Value]
     accesses: list[Access] = field(default_factory=list)
     stage: dict[Operation, int] = field(default_factory=dict)
+    online: dict[Operation, Operation] = field(default_factory=dict)  # a sum -> the maximum of its own stage that shifts it
 
     @property
     def outer(self) -> list[str]:
@@ -256,11 +258,39 @@ def _assign_stages(frame: Frame) -> None:
     made = {r: op for op in frame.members for r in op.results}
     for op in frame.members:
         level = 0
+        if op in frame.online:
+            frame.stage[op] = frame.stage[frame.online[op]]
+            continue
         for v in op.operands:
             if v in made:
                 producer = made[v]
                 level = max(level, frame.stage[producer] + (1 if producer["reductions"] else 0))
         frame.stage[op] = level
+
+
+def make_online(frame: Frame) -> None:
+    """Sums of exp(x - max(x)) move to the stage of the maximum: one pass over the row less. What is summed is computed again where it is needed
+    later."""
+    made: dict[Value, Operation] = {r: op for op in frame.members for r in op.results}
+
+    def kind_of(v: Value) -> str:
+        op = made.get(v)
+        return "" if op is None else "reduction" if op["reductions"] else "full" if frame.is_full(op) else "row"
+
+    rules = Dependence(kind_of)
+    for op in frame.members:
+        if op["reductions"] and op["combine"] == ("sum",):
+            try:
+                f = rules.of(op, op.body.terminator.operands[0])
+                maximum = made[f.value] if f.kind == "product" and f.value in made and not f.scales else None
+                plain = maximum is not None and maximum["reductions"] and maximum["combine"] == ("max",) and rules.of(
+                    maximum, maximum.body.terminator.operands[0]).kind == "free"
+            except Declined:
+                continue
+            if plain and maximum is not None and frame.stage[op] == frame.stage[maximum] + 1:
+                frame.online[op] = maximum
+    if frame.online:
+        _assign_stages(frame)
 
 
 def is_expensive(op: Operation) -> bool:

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...ir import Dim, IRError, Operation, TensorType, TileType, Value, element_type, sym
+from ...ir import Builder, Dim, IRError, Operation, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
 from ...ir.expr import ceildiv, free_symbols, minimum, product, simplify, split_linear, substitute
 from ...ir.types import DTYPES, index
 from ..structured import body_ops
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
-from .frame import Frame, is_expensive
+from .frame import Frame, is_expensive, make_online
 
 __all__ = ["TileChoice", "choose_tile", "emit_loops"]
 
@@ -78,19 +78,35 @@ def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
     extent = size if isinstance(size, int) else 1 << 16
     others = [f for f in frame.sizes if f != vector and (f in frame.inner) != (vector in frame.inner)] if frame.inner else []
     if vector in frame.inner:
-        width = min(1 << max(0, (extent - 1).bit_length()), 4096)
+        width = min(1 << max(0, (extent - 1).bit_length()), 8192 if extent <= 8192 else 4096)
         rows = max(1, min(16, 1024 // width))
     elif frame.inner:
         width = min(1 << max(0, (extent - 1).bit_length()), 64)
         rows = 32
     else:
         width = min(1 << max(0, (extent - 1).bit_length()), 1024)
-        rows = 1 if width >= 256 else 256 // width
+        rows = max(1, 1024 // width)
         others = [f for f in frame.sizes if f != vector]
+        across = _transposed(frame, vector)
+        if across is not None:  # both ways of walking memory see runs of 64 elements
+            return TileChoice(vector, across, (64, 64), 64)
     row = max(others, key=lambda f: (frame.sizes[f] if isinstance(frame.sizes[f], int) else 1 << 16, f), default=None)  # type: ignore[arg-type,return-value]
     if row is not None and isinstance(frame.sizes[row], int):
         rows = min(rows, 1 << max(0, (int(frame.sizes[row]) - 1).bit_length()))  # type: ignore[arg-type]
     return TileChoice(vector, row if rows > 1 else None, (rows if row is not None else 1, width), width)
+
+
+def _transposed(frame: Frame, vector: str) -> str | None:
+    """Another dimension along which a large access that does not walk `vector` contiguously does so; None if either is short."""
+    def walks(x: Any, f: str) -> bool:
+        linear = split_linear(x.offset, f)
+        return linear is not None and linear[0] == 1
+    points = [x for x in frame.accesses if not walks(x, vector) and vector in free_symbols(x.offset)]
+    for f in frame.sizes:
+        long = all(not isinstance(frame.sizes[d], int) or frame.sizes[d] >= 64 for d in (f, vector))  # type: ignore[operator]
+        if f != vector and long and any(walks(x, f) for x in points):
+            return f
+    return None
 
 
 @dataclass
@@ -102,6 +118,7 @@ class _Scope:
     active: dict[str, Pair]
     values: dict[Value, Value] = field(default_factory=dict)
     loads: dict[Any, Value] = field(default_factory=dict)
+    alpha: dict[Operation, Value] = field(default_factory=dict)  # of a running maximum: what earlier terms are multiplied by
 
 
 class _Lowering:
@@ -175,14 +192,14 @@ class _Lowering:
     def _extent(self, f: str) -> int:
         return self.tile.shape[1] if f == self.tile.vector else self.tile.shape[0] if f == self.tile.row else 1
 
-    def _persistent(self) -> bool:
+    def is_persistent(self) -> bool:
         """The inner space fits one tile: no loops, every value stays in registers."""
         return all(isinstance(self.frame.sizes[f], int) and self.frame.sizes[f] <= self._extent(f) for f in self.frame.inner)  # type: ignore[operator]
 
     def _stages(self, top: _Scope) -> None:
         last = max(self.frame.stage.values())
-        persistent = self._persistent()
-        if not persistent:
+        persistent = self.is_persistent()
+        if not persistent and not self.frame.online:
             self._borrow_outputs()
         shared = _Scope(top.e, dict(top.at), dict(top.active))
         for f in self.frame.inner:
@@ -324,6 +341,8 @@ class _Lowering:
     def _initial(self, op: Operation, k: int) -> list[Value]:
         e, kind = self.e, op["combine"][k]
         dtype = element_type(op.body.terminator.operands[k].type)
+        if op in self.frame.online or op in self.frame.online.values():
+            return [e.broadcast(e.builder.constant(identity_of(kind, dtype), dtype), self._row_shape())]
         if kind in ("argmax", "argmin"):
             return [e.broadcast(e.builder.constant(identity_of(kind[3:], dtype), dtype), self.tile.shape),
                     e.broadcast(e.builder.constant((1 << 63) - 1, I64), self.tile.shape)]
@@ -346,8 +365,33 @@ class _Lowering:
             return self._combine_arg(scope, op, value, acc, mask, kind)
         if mask is not None:
             value = b.arith("select", mask, value, identity_of(kind, dtype))
+        if op in self.frame.online or op in self.frame.online.values():
+            return [self._combine_online(scope, op, value, acc[0])]
         made = b.arith(COMBINE_OPS[kind], acc[0], value)
         return [made if made.type == acc[0].type else e.broadcast(made, self.tile.shape)]
+
+    def _row_shape(self) -> tuple[int, int]:
+        """The tile reduced along the inner dimensions."""
+        rows, columns = self.tile.shape
+        return (1 if self.tile.row in self.frame.inner else rows, 1 if self.tile.vector in self.frame.inner else columns)
+
+    def _combine_online(self, scope: _Scope, op: Operation, value: Value, acc: Value) -> Value:
+        """A running maximum, or a running sum that is rescaled when the maximum moves (see `stream.py` for the guard against -inf)."""
+        e, b, kind = scope.e, scope.e.builder, op["combine"][0]
+        if not isinstance(value.type, TileType) or value.type.shape != self.tile.shape:
+            value = e.broadcast(value, self.tile.shape)
+        for axis in self._inner_axes():
+            value = self._reduce(value, axis, kind, b)
+        if op in self.frame.online:
+            return b.arith("add", b.arith("mul", acc, scope.alpha[self.frame.online[op]]), value)
+        new = b.arith("max", acc, value)
+        safe = b.arith("select", b.arith("eq", new, float("-inf")), 0, new)
+        scope.values[op.result] = safe
+        scope.alpha[op] = b.arith("exp", b.arith("sub", acc, safe))
+        return new
+
+    def _inner_axes(self) -> list[int]:
+        return [a for a, f in ((0, self.tile.row), (1, self.tile.vector)) if f in self.frame.inner]
 
     def _combine_arg(self, scope: _Scope, op: Operation, value: Value, acc: list[Value], mask: Value | None, kind: str) -> list[Value]:
         """Carries (best value, its position): better is strictly larger, or NaN over a number; ties keep the earlier position."""
@@ -372,7 +416,7 @@ class _Lowering:
     def _finish(self, top: _Scope, keys: Sequence[Any], carried: Sequence[Value]) -> None:
         """Reduces accumulators across the tile and stores those that leave the kernel."""
         e, b = self.e, self.e.builder
-        axes = [a for a, f in ((0, self.tile.row), (1, self.tile.vector)) if f in self.frame.inner]
+        axes = self._inner_axes()
         slot = 0
         for op, k in keys:
             kind = op["combine"][k]
@@ -390,13 +434,13 @@ class _Lowering:
                 with b.at(op.location):
                     self._store(_Scope(e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner}), r, value)
 
-    def _reduce(self, value: Value, axis: int, kind: str) -> Value:
+    def _reduce(self, value: Value, axis: int, kind: str, b: Builder | None = None) -> Value:
         t = value.type
         assert isinstance(t, TileType)
         if t.shape[axis] == 1:
             return value
         shape = tuple(1 if i == axis else s for i, s in enumerate(t.shape))
-        return self.e.builder.op("tile.reduce", value, type=TileType(shape, t.dtype), axis=axis, kind=kind)  # type: ignore[arg-type]
+        return (b or self.e.builder).op("tile.reduce", value, type=TileType(shape, t.dtype), axis=axis, kind=kind)  # type: ignore[arg-type]
 
     def _reduce_arg(self, best: Value, at: Value, kind: str, axes: list[int]) -> Value:
         b = self.e.builder
@@ -476,11 +520,14 @@ def emit_extract(e: Emitter, buffer: Value, source: Value, indices: Sequence[Val
     return e.load(buffer, offset, pairs, low, 0, extra=safe, extra_shape=shape, check=check)
 
 
-def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value]) -> list[Dim]:
-    """Writes the body of the kernel; returns the grid."""
+def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], *, online: bool = False) -> list[Dim]:
+    """Writes the body of the kernel; returns the grid. `online`: a pass over memory costs more than computing a value twice."""
     if len(frame.sizes) == 0 and frame.inner:
         raise IRError("a frame without dimensions cannot have inner ones")
-    return _Lowering(frame, tile, e, buffers).emit()
+    lowering = _Lowering(frame, tile, e, buffers)
+    if online and not lowering.is_persistent():
+        make_online(frame)
+    return lowering.emit()
 
 
 def traffic(frame: Frame) -> Dim:

@@ -14,12 +14,16 @@ from ...ir.expr import Dim, free_symbols
 from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
 from ..storage import storage_bytes
+from ..stream import analyse as analyse_stream
 from ..structured import constant_values, is_contraction, is_pointwise
 from .contraction import emit_contraction, gemm_tile, roles_of
 from .emit import Emitter
-from .frame import Frame, analyse
+from .frame import Frame, analyse, is_expensive
+from .gpu_tiles import GpuTile, gemm_tile_gpu
 from .loops import choose_tile, emit_loops, traffic, work
 from .ordered import emit_scan, emit_scatter
+from .stream import GpuStream, stream_tile
+from .stream_cpu import CpuStream
 
 
 @register
@@ -107,32 +111,50 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
     flops: Dim = 0
     bytes_moved: Dim = sum((v.type.numel * element_type(v.type).bytes for v in [*fused.operands, *fused.results]), 0)  # type: ignore[attr-defined]
     inplace: tuple = ()
+    hint: GpuTile | None = None
     first = members[0]
     if first.name == "tensor.scatter":
         grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result], lanes)
     elif first.name == "tensor.scan":
         # As torch does: on CPUs the error of a running sum does not grow with its length.
         grid = emit_scan(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result], lanes,
-                         accumulate=None if target.is_gpu else DTYPES["f64"])
+                         accumulate=None if target.is_gpu else DTYPES["f64"], by_tiles=target.is_gpu)
+    elif (stream := analyse_stream(members) if len(members) > 1 else None) is not None:
+        flops = sum((2 * _product(m, range(len(m["dims"]))) for m in (*stream.firsts, *stream.seconds)), 0)  # type: ignore[arg-type]
+        if target.is_gpu:
+            hint = stream_tile(stream, target)
+            tile = (hint.rows, hint.columns)
+            grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile).emit()
+        else:
+            tile = gemm_tile(target, stream.row_count, stream.length, 0)[:2]
+            grid = CpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile).emit(target)
     elif (contraction := next((m for m in members if is_contraction(m)), None)) is not None and _worth_gemm(contraction, members):
         roles = roles_of(contraction)
         assert roles is not None
-        sizes = [_product(contraction, d) for d in (roles.m, roles.n, roles.k)]
-        tile = gemm_tile(target, *sizes, exact=not element_type(contraction.result.type).is_float)
+        batch, m, n, k = (_product(contraction, d) for d in (roles.batch, roles.m, roles.n, roles.k))
+        if target.is_gpu:
+            widest_operand = max(element_type(v.type).bytes for v in contraction.operands)
+            hint = gemm_tile_gpu(target, batch, m, n, k, widest_operand, exact=not element_type(contraction.result.type).is_float,
+                                 heavy=any(is_expensive(m) or len(m.operands) > 2 for m in members if m is not contraction))
+            gemm = (hint.rows, hint.columns, hint.step)
+        else:
+            gemm = gemm_tile(target, m, n, k)
         flops = 2 * _product(contraction, range(len(contraction["dims"])))  # type: ignore[arg-type]
-        e = Emitter(builder, (tile[0], tile[1]), ranges)
-        grid = emit_contraction(contraction, [m for m in members if m is not contraction], outputs, target, e, buffers, tile)
+        e = Emitter(builder, gemm[:2], ranges)
+        grid = emit_contraction(contraction, [m for m in members if m is not contraction], outputs, target, e, buffers, gemm)
     else:
         frame = analyse(fused, ranges)
         widest = max((element_type(v.type).bits for op in members for v in [*op.operands, *op.results]), default=32)
         choice = choose_tile(frame, max(1, target.vector_bits // min(max(widest, 32), 64)) if not target.is_gpu else 32, gpu=target.is_gpu)
-        grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges), buffers)
+        grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges), buffers, online=target.is_gpu)
         flops, bytes_moved = work(frame), traffic(frame)
         inplace = _inplace_pairs(frame, fused)
     builder.create("tile.yield")
     # The launch decides by flops and bytes whether to run in parallel: their sizes are arguments too.
     symbols = sorted({s for op in block for s in _symbols(op)} | {s for g in (*grid, flops, bytes_moved) for s in free_symbols(g)})
     attrs = {"sym_name": fused["kernel"] or "kernel", "grid": tuple(grid), "symbols": tuple(symbols), "outputs": len(outputs)}
+    if hint is not None:
+        attrs |= {"num_warps": hint.warps, "num_stages": hint.stages}
     if inplace:
         attrs["inplace"] = inplace
     if symbols:

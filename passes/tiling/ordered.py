@@ -3,7 +3,7 @@
 Scatter: the result is first a copy of `init`; then points are visited in row-major order. Result dimensions that the body indexes by a plain
 iteration position of their own (the feature dimension of an embedding gradient, say) carry no collisions: they are split over programs and
 vectors, each program copying and updating its own slice. The other points run in order inside the program.
-Scan: one program per row, the running value carried through a loop along the last dimension.
+Scan: one program per row, the running value carried through a loop along the last dimension; on GPUs, a tile at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ...ir.expr import ceildiv, free_symbols, simplify, substitute
 from ...ir.types import index
 from ..structured import body_ops
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
+from .gpu_tiles import padded
 from .loops import emit_extract
 
 __all__ = ["emit_scan", "emit_scatter"]
@@ -153,7 +154,8 @@ def _dot(index_of: list[Dim], layout: tuple[Dim, ...], e: Emitter) -> Dim:
     return simplify(total, e.bounds())
 
 
-def emit_scan(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, lanes: int, *, accumulate: DType | None = None) -> list[Dim]:
+def emit_scan(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, lanes: int, *, accumulate: DType | None = None,
+              by_tiles: bool = False) -> list[Dim]:
     """Writes the kernel into `e`; returns the grid. Sums and products of floats run in `accumulate` (none: in the result's type)."""
     result = op.result.type
     assert isinstance(result, TensorType)
@@ -172,6 +174,9 @@ def emit_scan(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value
             active.append((at[f"d{j}"], dims[j]))
         grid.append(programs)
     kind = op["kind"]
+    if by_tiles and vector is None and kind in ("sum", "prod", "max", "min") and result.dtype.kind != "bool":
+        _scan_by_tiles(op, e, buffers, out, at)
+        return grid
     dtype = accumulate if accumulate is not None and result.dtype.is_float and kind in ("sum", "prod", "logsumexp") else result.dtype
     start: Any = identity_of("max", dtype) if kind == "logsumexp" else identity_of(kind, dtype)
     shape = (1, lanes) if vector is not None else (1, 1)
@@ -201,3 +206,28 @@ def emit_scan(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value
     return grid
 
 
+def _scan_by_tiles(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, at: dict[str, Dim]) -> None:
+    """One row: tiles of it are scanned at once, each from where the one before ended."""
+    result, kind = op.result.type, op["kind"]
+    assert isinstance(result, TensorType)
+    length, last = op["dims"][-1], f"d{len(op['dims']) - 1}"
+    width = min(2048, padded(length, 2)) if isinstance(length, int) else 2048
+    wide = Emitter(e.builder, (1, width), e.symbols, e.variables, e.ranges)
+    one, whole = TileType((1, 1), result.dtype), TileType((1, width), result.dtype)
+    init = wide.broadcast(e.builder.constant(identity_of(kind, result.dtype), result.dtype), (1, 1))
+
+    def body(inner: Emitter, i: Dim, carried: list[Value]) -> list[Value]:
+        b = inner.builder
+        here = {**at, last: i + sym("t1")}
+        active = [(here[last], length)]
+        value, = _body(inner, op, buffers, here, active)
+        mask = inner.mask_value(active)
+        if mask is not None:
+            value = b.arith("select", mask, value, identity_of(kind, result.dtype))
+        if value.type != whole:
+            value = inner.broadcast(value, (1, width))
+        running = b.arith(COMBINE_OPS[kind], carried[0], b.op("tile.scan", value, type=whole, axis=1, kind=kind))
+        inner.store(out, running, _dot([here[f"d{j}"] for j in range(len(op["dims"]))], result.layout, inner), inner.needed(active))
+        return [b.arith(COMBINE_OPS[kind], carried[0], b.op("tile.reduce", value, type=one, axis=1, kind=kind))]
+
+    wide.loop(0, length, width, [init], body)

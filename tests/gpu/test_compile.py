@@ -48,7 +48,8 @@ def check(compiled: list[CompiledGpu], target: Target) -> None:
             assert k.parameters >= len(k.signature), name
             assert k.shared <= (227 if target.capability == 90 else 163) * 1024, name
         for steps in program.program["functions"].values():
-            assert all(step[0] == "copy" or step[1] in program.kernels for step in steps)
+            assert all(step[0] != "launch" or step[1] in program.kernels for step in steps)
+        assert program.blobs["host"][:4] == b"\x7fELF" and len(program.host.functions) == len(program.program["functions"])
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])

@@ -1,0 +1,110 @@
+"""Long reductions to few elements in two steps, so that every multiprocessor has work.
+
+    sum over K of f        ->        sum over S of (sum over K / S of f)
+
+The first step makes S partial results in parallel (split-K, for a contraction); the second is small and fuses with what reads it.
+Only dimensions that S divides are split. The order of additions is fixed: results are the same in every run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..ir import Builder, Dim, Operation, Target, TensorType, element_type, sym
+from ..ir.dialects.tensor import fill_of, parallel_dims
+from ..ir.expr import as_int, ceildiv, product, simplify, split_linear, substitute
+from ..ir.passes import Pass, PassContext, register
+from .structured import is_contraction, rebuild, space_bounds
+from .tiling.contraction import roles_of
+from .tiling.gpu_tiles import gemm_tile_gpu
+
+SPLITTABLE = frozenset({"sum", "prod", "max", "min", "any", "all"})
+
+
+@register
+@dataclass(frozen=True)
+class SplitReductions(Pass):
+    """See the module docstring. A part keeps at least `least` steps (`least_row` along contiguous memory, which one
+    program reads quickly, and which often fuses with what reads it), and there are at most `most` parts."""
+
+    name: ClassVar[str] = "split-reductions"
+    least: int = 256
+    least_row: int = 16384
+    most: int = 512
+
+    def run(self, module: Operation, ctx: PassContext) -> None:
+        for func in [f for f in module.body if f.name == "func"]:
+            for op in list(func.body):
+                if op.name != "tensor.generic" or not op["reductions"] or not all(isinstance(n, int) for n in op["dims"]):
+                    continue
+                if not set(op["combine"]) <= SPLITTABLE or 0 in op["dims"]:
+                    continue
+                programs, room = _programs(op, ctx.target), ctx.target.multiprocessors
+                parts, d = self._parts(op, -(-2 * room // programs)) if 2 * programs <= room else (1, 0)
+                if parts > 1:
+                    _split(op, d, parts)
+                    ctx.remark("done", f"a reduction of {op['dims'][d]} elements in {parts} parts", op.location)
+
+    def _parts(self, op: Operation, wanted: int) -> tuple[int, int]:
+        """How many parts, and of which dimension: the largest divisor up to what is wanted."""
+        first = len(parallel_dims(op))
+        d = max(range(first, len(op["dims"])), key=lambda i: op["dims"][i])
+        length = product(op["dims"][first:])
+        least = self.least_row if not is_contraction(op) and _reduces_rows(op) else self.least
+        limit = min(wanted, self.most, int(length) // least)  # type: ignore[arg-type]
+        return next((p for p in range(limit, 1, -1) if op["dims"][d] % p == 0), 1), d
+
+
+def _programs(op: Operation, target: Target) -> int:
+    """About how many programs the op would be as one kernel."""
+    count = product(parallel_dims(op))
+    assert isinstance(count, int)
+    roles = roles_of(op) if is_contraction(op) else None
+    if roles is not None:
+        batch, m, n, k = (product(op["dims"][d] for d in r) for r in (roles.batch, roles.m, roles.n, roles.k))
+        widest = max(element_type(v.type).bytes for v in op.operands)
+        tile = gemm_tile_gpu(target, batch, m, n, k, widest, exact=not element_type(op.result.type).is_float)
+        return max(1, as_int(batch * ceildiv(m, tile.rows) * ceildiv(n, tile.columns)))
+    return max(1, count if _reduces_rows(op) else count // 64)
+
+
+def _reduces_rows(op: Operation) -> bool:
+    """The largest operand is contiguous along a summed dimension: a program takes a row each; else it takes 64 columns."""
+    sizes = [(v.type.numel, i) for i, v in enumerate(op.operands)  # type: ignore[attr-defined]
+             if op["maps"][i] is not None and isinstance(v.type, TensorType) and isinstance(v.type.numel, int)]
+    if not sizes:
+        return True
+    i = max(sizes)[1]
+    offset: Dim = 0
+    for e, stride in zip(op["maps"][i], op.operands[i].type.layout, strict=True):  # type: ignore[attr-defined]
+        offset = offset + e * stride
+    offset = simplify(offset, space_bounds(op["dims"]))
+    for d in range(len(parallel_dims(op)), len(op["dims"])):
+        linear = split_linear(offset, f"d{d}")
+        if op["dims"][d] > 1 and linear is not None and linear[0] == 1:
+            return True
+    return False
+
+
+def _split(op: Operation, d: int, parts: int) -> None:
+    """d = part * (size / parts) + rest; the parts are the first dimension of the partial results."""
+    dims, n = list(op["dims"]), op["reductions"]
+    chunk = dims[d] // parts
+    new_dims = [parts, *dims[:d], chunk, *dims[d + 1:]]
+    place: dict[int, Dim] = {j: sym(f"d{j + 1}") for j in range(len(dims))}
+    place[d] = sym("d0") * chunk + sym(f"d{d + 1}")
+    env = {f"d{j}": e for j, e in place.items()}
+    bounds = space_bounds(new_dims)
+    maps = [None if m is None else tuple(simplify(substitute(e, env), bounds) for e in m) for m in op["maps"]]
+    fills = [fill_of(op, i) for i in range(len(op.operands))]
+    b = Builder.before_op(op)
+    partial = rebuild(op, b, op.operands, maps, fills, new_dims, place, n)
+    rank = len(dims) - n
+    read = (sym(f"d{rank}"), *(sym(f"d{j}") for j in range(rank)))
+    made = b.generic(list(partial.results), [read] * len(partial.results), [*dims[:rank], parts], lambda _, *xs: xs,
+                     reductions=1, combine=op["combine"])
+    for old, new in zip(op.results, made.results, strict=True):
+        new.name, new.type = old.name, old.type
+        old.replace_all_uses_with(new)
+    op.erase()

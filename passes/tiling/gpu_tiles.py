@@ -1,0 +1,69 @@
+"""Tile sizes on GPUs: an analytic choice for contractions and streams.
+
+A tile's cost is its work over the rate that tiles of its shape reach (measured on an H100, relative to the best), times the number of rounds in
+which the multiprocessors get through all tiles. Small problems get small tiles, to have one for every multiprocessor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product as pairs
+
+from ...ir import Dim, Target
+from ...ir.expr import as_int, ceildiv
+
+__all__ = ["GpuTile", "gemm_tile_gpu", "padded"]
+
+
+@dataclass(frozen=True)
+class GpuTile:
+    """rows x columns of the result per program, `step` of the summed dimension at a time; warps per program; loads in flight."""
+
+    rows: int
+    columns: int
+    step: int
+    warps: int
+    stages: int
+
+
+UNKNOWN = 2048
+"""What a size that is not known at compile time counts as."""
+RATE = {16: 0.13, 32: 0.25, 64: 0.5, 128: 0.85, 256: 1.0}
+"""Relative rate of tensor cores by the side of a square tile (others: the geometric mean of the sides' rates)."""
+
+
+def padded(n: Dim, least: int = 16) -> int:
+    """The power of two that holds n, at least `least`."""
+    return max(least, 1 << max(0, as_int(n) - 1).bit_length())
+
+
+def _fit(size: Dim, most: int) -> int:
+    return min(most, padded(size)) if isinstance(size, int) else most
+
+
+def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_element: int, *, exact: bool = False,
+                  heavy: bool = False) -> GpuTile:
+    """The tile of a contraction; `exact`: integers, as rank-1 updates, since matrix units do not have their types; `heavy`: the epilogue needs
+    registers beside the accumulator."""
+    if exact:
+        return GpuTile(_fit(m, 32), _fit(n, 32), 1, 4, 1)
+    if bytes_per_element > 2:  # f32 and f64 run on the plain units: tiles are bounded by registers
+        most = 64 if bytes_per_element > 4 else 128
+        rows, columns = _fit(m, most if isinstance(m, int) and m >= 512 else 64), _fit(n, most)
+        return GpuTile(rows, columns, _fit(k, 32), 8 if rows * columns >= 128 * 128 else 4, 3)
+    sizes = [x if isinstance(x, int) else UNKNOWN for x in (batch, m, n)]
+    best: tuple[float, GpuTile] | None = None
+    for rows, columns in pairs((16, 32, 64, 128), (32, 64, 128, 256)):
+        if rows > padded(sizes[1]) or columns > max(32, padded(sizes[2])) or rows * columns > 128 * (128 if heavy else 256):
+            continue
+        tiles = sizes[0] * as_int(ceildiv(sizes[1], rows)) * as_int(ceildiv(sizes[2], columns))
+        rounds = as_int(ceildiv(tiles, max(1, target.multiprocessors)))
+        cost = rounds * rows * columns / (RATE[rows] * RATE[columns]) ** 0.5
+        tile = GpuTile(rows, columns, 0, 8 if rows * columns >= 128 * 128 else 4, 0)
+        if best is None or cost < best[0]:
+            best = cost, tile
+    assert best is not None
+    chosen = best[1]
+    step = _fit(k, 128 if chosen.rows + chosen.columns <= 128 else 64)
+    stages = 3 if chosen.rows * chosen.columns >= 128 * 256 else 4
+    return GpuTile(chosen.rows, chosen.columns, step, chosen.warps, stages)

@@ -1,0 +1,438 @@
+"""Streams (see `passes/stream.py`) as kernels: what both targets share, and the GPU's form.
+
+One program computes a block of rows: it walks the stream in steps; a step makes one tile of the middle space, folds it into the running reductions,
+rescales what depends on a reduction that moved, and adds its product to the running second contractions. Steps that are masked throughout
+are outside the loops; steps that are masked nowhere run in a loop of their own without the mask.
+
+    running maximum   m' = max(m, max(x))        x: the tile of scores
+    running sum       l' = l * exp(m - m') + sum(exp(x - m'))
+    second            a' = a * exp(m - m') + exp(x - m') @ v
+
+Where m' is -inf (nothing but masked scores so far) 0 stands for it, so that exp(-inf - m') is 0 and not NaN. What leaves the kernel is
+the true maximum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...ir import Dim, DType, Operation, Target, TensorType, TileType, Value, element_type, sym
+from ...ir.dialects.tensor import fill_of
+from ...ir.expr import (
+    ceildiv,
+    delinearize,
+    floordiv,
+    free_symbols,
+    known_less,
+    lower_bound,
+    maximum,
+    minimum,
+    product,
+    simplify,
+    split_linear,
+    substitute,
+    upper_bound,
+)
+from ...ir.types import DTYPES, index
+from ..stream import Stream
+from ..stream_access import reduced_order, stream_side
+from ..structured import body_ops, identity_of
+from .emit import COMBINE_OPS, Emitter, Pair, fill_masks
+from .frame import is_expensive
+from .gpu_tiles import GpuTile, padded
+
+F32 = DTYPES["f32"]
+LOG2_E = 1.4426950408889634
+
+_COARSE = {"arith.exp": "exp", "arith.tanh": "tanh", "arith.div": "div"}
+"""Methods that compute an op in the cheap way that suits 16-bit inputs."""
+
+__all__ = ["GpuStream", "Scope", "StreamLowering", "stream_tile", "with_shape"]
+
+
+def stream_tile(s: Stream, target: Target) -> GpuTile:
+    """Rows and steps (the columns) of one tile of the middle space."""
+    width = max(padded(product(s.columns)), *(padded(_width(op)) for op in s.firsts))
+    narrow = all(_narrow(s, op) is not None for op in (*s.firsts, *s.seconds))
+    kept = len(s.firsts) + len(s.seconds)  # tiles that stay in registers or shared memory
+    heavy = any(is_expensive(op) for op in s.reductions + s.firsts) or len(s.full) > 2 or kept > 3
+    rows = 128 if narrow and not heavy else 64
+    steps = (64 if heavy else 128) if narrow and width <= 128 else 32
+    rows, steps = (n if not isinstance(size, int) else min(n, padded(size)) for n, size in ((rows, s.row_count), (steps, s.length)))
+    return GpuTile(rows, steps, 0, 8 if rows * width >= 128 * 128 else 4, 3 if narrow else 2)
+
+
+def _width(op: Operation) -> int:
+    """Elements of the dimension that a first contraction sums over."""
+    return int(product(op["dims"][len(op["dims"]) - op["reductions"]:]))  # type: ignore[arg-type]
+
+
+@dataclass
+class Scope:
+    """Where values are computed: the position of each frame dimension, lane masks, and what is known or made already."""
+
+    e: Emitter
+    at: dict[str, Dim]
+    active: list[Pair]
+    values: dict[Value, Value] = field(default_factory=dict)
+    loads: dict[Any, Value] = field(default_factory=dict)
+    known: dict[Value, bool] = field(default_factory=dict)
+    units: set[Value] = field(default_factory=set)  # constants 1 that stand for row values
+
+
+class StreamLowering:
+    """Evaluation of members at a point, for either target."""
+
+    def __init__(self, s: Stream, outputs: Sequence[Value], e: Emitter, buffers: dict[Value, Value], tile: tuple[int, int]):
+        self.s, self.outputs, self.e, self.buffers, self.tile = s, outputs, e, buffers, tile
+        self.batch_at: dict[str, Dim] = {}
+        # Inputs of 16 bits know the scores no better than exp2 knows its result: the cheap form will do.
+        self.coarse = all(_narrow(s, op) is not None for op in s.firsts)
+
+    # -- positions ------------------------------------------------------------------------------------------------------
+
+    def frame_at(self, m: Dim, t: Dim) -> dict[str, Dim]:
+        """Positions over the frame of linear row m and linear step t."""
+        s = self.s
+        bounds = self.e.bounds()
+        at = dict(self.batch_at)
+        for names, linear in ((s.rows, m), (s.stream, t)):
+            for f, x in zip(names, delinearize(linear, [s.sizes[f] for f in names]), strict=True):
+                at[f] = simplify(x, bounds)
+        return at
+
+    def column_at(self, n: Dim) -> dict[str, Dim]:
+        return {f"n{k}": x for k, x in enumerate(delinearize(n, self.s.columns))}
+
+    def read(self, e: Emitter, op: Operation, i: int, at: dict[str, Dim], reduced: Sequence[Dim], mask: Sequence[Pair], *, cast: bool) -> Value:
+        """Operand i of a contraction at a frame position, cast as the body says (unless `cast` is off)."""
+        v, m = op.operands[i], op["maps"][i]
+        bounds = e.bounds()
+        place = {f"d{j}": simplify(substitute(x, at), bounds) for j, x in enumerate(self.s.position[op])}
+        place |= {f"d{len(self.s.position[op]) + k}": x for k, x in enumerate(reduced)}
+        fill = fill_of(op, i)
+        pairs, low = fill_masks(m, v.type.shape, place, bounds) if fill is not None else ([], [])  # type: ignore[attr-defined]
+        value = e.load(self.buffers[v], _offset(v, m, place, bounds), [*pairs, *e.needed(mask)], low, 0 if fill is None else fill)
+        return self._casts(e, op, i, value) if cast else value
+
+    def _casts(self, e: Emitter, op: Operation, i: int, value: Value) -> Value:
+        x = next(iter(op.body.args[i].uses))[0]
+        while x.name == "arith.cast":
+            value = e.arith(x, [value])
+            x = next(iter(x.result.uses))[0]
+        return value
+
+    # -- members --------------------------------------------------------------------------------------------------------
+
+    def value(self, scope: Scope, v: Value) -> Value:
+        """An internal value at the scope's point."""
+        if v not in scope.values:
+            op = v.defining_op
+            assert op is not None
+            with scope.e.builder.at(op.location):
+                for r, made in zip(op.results, self.body(scope, op), strict=True):
+                    scope.values[r] = made
+        return scope.values[v]
+
+    def body(self, scope: Scope, op: Operation, reduced: Sequence[Dim] = ()) -> list[Value]:
+        """The yields of a member's body at the scope's point."""
+        bounds = scope.e.bounds()
+        place = [simplify(substitute(x, scope.at), bounds) for x in (*self.s.position[op], *reduced)]
+        at = {f"d{j}": x for j, x in enumerate(place)}
+        local: dict[Value, Value] = {}
+        for i, (v, m, arg) in enumerate(zip(op.operands, op["maps"], op.body.args, strict=True)):
+            if m is not None:
+                local[arg] = self.value(scope, v) if v in scope.values or self.s.kind_of(v) else self.load(scope, op, i, at)
+        for inner in body_ops(op):
+            local[inner.result] = self._inner(scope, op, inner, local, at)
+        return [local[v] for v in op.body.terminator.operands]
+
+    def _inner(self, scope: Scope, op: Operation, inner: Operation, local: dict[Value, Value], at: dict[str, Dim]) -> Value:
+        e = scope.e
+        if inner.name == "tensor.index":
+            return e.index_value(at[f"d{inner['dim']}"])
+        if inner.name == "tensor.sym":
+            return e.index_value(inner["expr"])
+        if inner.name == "tensor.extract":
+            from .loops import emit_extract
+            source = op.operands[inner.operands[0].index]  # type: ignore[attr-defined]
+            return emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"], scope.active)
+        if inner.name == "arith.select" and inner.operands[0] in scope.known:
+            return local[inner.operands[1 if scope.known[inner.operands[0]] else 2]]
+        if inner.name in ("arith.mul", "arith.div") and local[inner.operands[1]] in scope.units:
+            return local[inner.operands[0]]
+        if inner.name == "arith.mul" and local[inner.operands[0]] in scope.units:
+            return local[inner.operands[1]]
+        if self.coarse and inner.name in _COARSE:
+            return getattr(self, _COARSE[inner.name])(e, *(local[v] for v in inner.operands))
+        return e.arith(inner, [local[v] for v in inner.operands])
+
+    def load(self, scope: Scope, op: Operation, i: int, at: dict[str, Dim]) -> Value:
+        v, m, e = op.operands[i], op["maps"][i], scope.e
+        bounds = e.bounds()
+        fill = fill_of(op, i)
+        offset = _offset(v, m, at, bounds)
+        key = (v, offset, repr(fill), m if fill is not None else None)
+        if key not in scope.loads:
+            pairs, low = fill_masks(m, v.type.shape, at, bounds) if fill is not None else ([], [])  # type: ignore[attr-defined]
+            moving = free_symbols(offset).union(*(free_symbols(x) for p in pairs for x in p), *map(free_symbols, low)) & {"t0", "t1"}
+            active = [p for p in scope.active if free_symbols(p[0]) & {"t0", "t1"} & moving]
+            scope.loads[key] = e.load(self.buffers[v], offset, [*pairs, *e.needed(active)], low, 0 if fill is None else fill)
+        return scope.loads[key]
+
+    def store(self, scope: Scope, out: Value, value: Value) -> None:
+        assert isinstance(out.type, TensorType) and out.defining_op is not None
+        bounds = scope.e.bounds()
+        offset: Dim = 0
+        for x, stride in zip(self.s.position[out.defining_op], out.type.layout, strict=True):
+            offset = offset + substitute(x, scope.at) * stride
+        offset = simplify(offset, bounds)
+        moving = free_symbols(offset) & {"t0", "t1"}
+        scope.e.store(self.buffers[out], value, offset, scope.e.needed([p for p in scope.active if free_symbols(p[0]) & {"t0", "t1"} & moving]))
+
+    # -- running values ---------------------------------------------------------------------------------------------------
+
+    def neutral(self, e: Emitter, op: Operation, shape: tuple[int, int]) -> Value:
+        dtype = element_type(op.result.type) if op in self.s.seconds else element_type(op.body.terminator.operands[0].type)
+        kind = "sum" if op in self.s.seconds else op["combine"][0]
+        return e.broadcast(e.builder.constant(identity_of(kind, dtype), dtype), shape)
+
+    def exp(self, e: Emitter, x: Value) -> Value:
+        """exp(x), as the hardware's exp2 where that is good enough; c * s - m becomes one fused multiply-add."""
+        b = e.builder
+        if not self.coarse or element_type(x.type).name != "f32":
+            return b.arith("exp", x)
+        made = x.defining_op
+        terms = list(made.operands) if made is not None and made.name == "arith.sub" else [x]
+        scaled = [b.arith("mul", s, LOG2_E * c) for s, c in map(_without_factor, terms)]
+        power = scaled[0] if len(scaled) == 1 else b.arith("sub", *scaled)
+        return b.op("arith.exp2", power, type=power.type, _approximate=True)
+
+    def tanh(self, e: Emitter, x: Value) -> Value:
+        """1 - 2 / (1 + exp(2x)): within 1e-7 of tanh, absolutely."""
+        b = e.builder
+        if element_type(x.type).name != "f32":
+            return b.arith("tanh", x)
+        s, c = _without_factor(x)
+        power = b.arith("mul", s, 2 * LOG2_E * c)
+        below = b.arith("add", b.op("arith.exp2", power, type=power.type, _approximate=True), 1.0)
+        return b.arith("sub", 1.0, b.op("arith.div", b.constant(2.0, F32), below, type=below.type, _approximate=True))
+
+    def div(self, e: Emitter, x: Value, y: Value) -> Value:
+        """By a constant: a multiplication, 1 ulp away."""
+        by = y.defining_op
+        if by is not None and by.name == "arith.constant" and by["value"] and element_type(x.type).name == "f32":
+            return e.builder.arith("mul", x, 1.0 / by["value"])
+        return e.builder.arith("div", x, y)
+
+    def safe(self, e: Emitter, m: Value) -> Value:
+        b = e.builder
+        return b.arith("select", b.arith("eq", m, float("-inf")), 0, m)
+
+    def scaled(self, scope: Scope, op: Operation, value: Value) -> Value:
+        """A finished sum times the row values that were left out of its terms."""
+        for w, kind in self.s.scales[op]:
+            x = self.value(scope, w)
+            value = scope.e.builder.arith(kind, value, scope.e.builder.cast(x, element_type(value.type)))
+        return value
+
+    def without_scales(self, scope: Scope) -> None:
+        """Inside the loop, row values that only scale count as 1."""
+        for rows in self.s.scales.values():
+            for w, _ in rows:
+                scope.values[w] = scope.e.builder.constant(1, element_type(w.type))
+                scope.units.add(scope.values[w])
+
+    def ranges(self, m: Dim, step: int) -> list[tuple[Dim, Dim, bool]]:
+        """(from, to, masked) for the loops over the stream, for rows m (which moves with t0): dead steps are left out."""
+        s, bounds, known = self.s, {"t0": (0, self.tile[0] - 1)}, self.e.bounds()
+        first: Dim = 0
+        full_from: Dim = 0
+        end, full_to = s.length, floordiv(s.length, step) * step
+        f = s.stream[0]
+        if len(s.stream) > 1 or not s.alive.pairs:
+            return [r for r in ((0, full_to, False), (full_to, end, True)) if r[0] != r[1]]
+        # rows past the last compute what nobody stores: they may widen the range, never past the ends
+        at = self.frame_at(m, 0)
+        for _, gap in s.alive.pairs:
+            linear = split_linear(gap, f)
+            if linear is None or linear[0] not in (1, -1):
+                return [(0, end, True)]
+            rest = simplify(substitute(linear[1], at), known)
+            most, least = upper_bound(rest, bounds), lower_bound(rest, bounds)
+            if most is None or least is None:
+                return [(0, end, True)]
+            if linear[0] == -1:      # alive where t < rest
+                end, full_to = _least(end, most, known), _least(full_to, floordiv(least, step) * step, known)
+            else:                    # alive where t > -rest
+                first, full_from = maximum(first, floordiv(1 - most, step) * step), maximum(full_from, ceildiv(1 - least, step) * step)
+        end, full_to, first = (simplify(x, known) for x in (end, full_to, first))
+        if first == 0 and full_from == 0:
+            full_to = full_to if known_less(-1, full_to, known) else maximum(0, full_to)
+            return [(0, full_to, False), (full_to, end, True)]
+        return [(first, _least(full_from, end, known), True), (full_from, full_to, False), (maximum(full_from, full_to), end, True)]
+
+
+def _least(a: Dim, b: Dim, bounds: Any) -> Dim:
+    """min(a, b), decided where the bounds allow it."""
+    return b if known_less(b, a + 1, bounds) else a if known_less(a, b + 1, bounds) else minimum(a, b)
+
+
+def _offset(v: Value, m: tuple[Dim, ...], at: dict[str, Dim], bounds: Any) -> Dim:
+    assert isinstance(v.type, TensorType)
+    total: Dim = 0
+    for x, stride in zip(m, v.type.layout, strict=True):
+        total = total + substitute(x, at) * stride
+    return simplify(total, bounds)
+
+
+def _without_factor(x: Value) -> tuple[Value, float]:
+    """x = (value, constant) with value * constant == x, up to a rounding."""
+    made = x.defining_op
+    if made is not None and made.name == "arith.mul":
+        c = _constant(made.operands[1])
+        if c is not None:
+            return made.operands[0], c
+    return x, 1.0
+
+
+def _constant(v: Value) -> float | None:
+    """The number of a scalar constant, also through a cast."""
+    made = v.defining_op
+    while made is not None and made.name == "arith.cast":
+        made = made.operands[0].defining_op
+    return float(made["value"]) if made is not None and made.name == "arith.constant" else None
+
+
+class GpuStream(StreamLowering):
+    """Whole tiles: [rows, steps] of the middle space and [rows, columns] of each second, all in registers."""
+
+    def emit(self) -> list[Dim]:
+        s, e, (bm, bt) = self.s, self.e, self.tile
+        for k, f in enumerate(s.batch):
+            pid = e.builder.op("tile.program_id", type=index, axis=k)
+            self.batch_at[f] = e.fresh(pid, 0, s.sizes[f] - 1)
+        blocks = ceildiv(s.row_count, bm)
+        p = e.fresh(e.builder.op("tile.program_id", type=index, axis=len(s.batch)), 0, blocks - 1)
+        # The last rows see the most of a causal stream: they start first.
+        self.m = (blocks - 1 - p if s.alive.pairs else p) * bm + sym("t0")
+        self.row_mask = (self.m, s.row_count)
+        self.columns = padded(product(s.columns))
+        self.kept = {op: self._left(op) for op in s.firsts}
+        running = [*s.reductions, *s.seconds]
+        carried = [self.neutral(e, op, (bm, self.columns if op in s.seconds else 1)) for op in running]
+        for start, stop, masked in self.ranges(self.m, bt):
+            def step(inner: Emitter, i: Dim, now: list[Value], masked: bool = masked) -> list[Value]:
+                return self._step(inner, i, dict(zip(running, now, strict=True)), masked)
+            carried = e.loop(start, stop, bt, carried, step)
+        self._finish(dict(zip(running, carried, strict=True)))
+        return [*(s.sizes[f] for f in s.batch), blocks]
+
+    def _left(self, op: Operation) -> Value:
+        """The rows' operand of a first contraction, read once: [rows, width]."""
+        bm, width = self.tile[0], _width(op)
+        e = with_shape(self.e, (bm, padded(width)))
+        k = sym("t1")
+        value = self.read(e, op, 1 - stream_side(self.s, op), self.frame_at(self.m, 0), delinearize(k, op["dims"][len(self.s.position[op]):]),
+                          [self.row_mask, (k, width)], cast=_narrow(self.s, op) is None)
+        return _as_tile(e, value, e.shape)
+
+    def _first(self, e: Emitter, op: Operation, i: Dim) -> Value:
+        """One tile of the middle space."""
+        (bm, bt), width = self.tile, _width(op)
+        right_e = with_shape(e, (padded(width), bt))
+        k, t = sym("t0"), i + sym("t1")
+        right = self.read(right_e, op, stream_side(self.s, op), self.frame_at(0, t), delinearize(k, op["dims"][len(self.s.position[op]):]),
+                          [(k, width), (t, self.s.length)], cast=_narrow(self.s, op) is None)
+        acc = TileType((bm, bt), element_type(op.result.type))
+        zero = e.broadcast(e.builder.constant(0, acc.dtype), (bm, bt))
+        return e.builder.op("tile.dot", self.kept[op], _as_tile(right_e, right, right_e.shape), zero, type=acc)
+
+    def _step(self, inner: Emitter, i: Dim, now: dict[Operation, Value], masked: bool) -> list[Value]:
+        s, (bm, bt) = self.s, self.tile
+        e = with_shape(inner, (bm, bt))
+        b, t = e.builder, i + sym("t1")
+        scope = Scope(e, self.frame_at(self.m, t), [self.row_mask, (t, s.length)], known={} if masked else dict(s.alive.known))
+        self.without_scales(scope)
+        for op in s.firsts:
+            with b.at(op.location):
+                scope.values[op.result] = self._first(e, op, i)
+        lanes = e.mask_value([(t, s.length)]) if masked else None
+        alpha: dict[Value, Value] = {}
+        out: dict[Operation, Value] = {}
+        for op in s.reductions:
+            kind, shift = op["combine"][0], s.shifts[op]
+            with b.at(op.location):
+                x, = self.body(scope, op, [sym(f) for f in s.stream])
+                x = _as_tile(e, x, (bm, bt))
+                inner_x, factor = _without_factor(x) if kind == "max" and lanes is None else (x, 1.0)
+                if factor <= 0:
+                    inner_x, factor = x, 1.0
+                if lanes is not None:
+                    x = b.arith("select", lanes, x, identity_of(kind, element_type(x.type)))
+                part = b.op("tile.reduce", inner_x if factor != 1.0 else x, type=TileType((bm, 1), element_type(x.type)), axis=1, kind=kind)
+                if factor != 1.0:  # rounding is monotonic: the maximum of products is the product of the maximum
+                    part = b.arith("mul", part, factor)
+                before = now[op] if shift is None else b.arith("mul", now[op], alpha[shift])
+                out[op] = b.arith(COMBINE_OPS[kind], before, part)
+                if op.result in s.shifts.values():
+                    scope.values[op.result] = self.safe(e, out[op])
+                    alpha[op.result] = self.exp(e, b.arith("sub", now[op], scope.values[op.result]))
+        for op in s.seconds:
+            with b.at(op.location):
+                out[op] = self._second(scope, op, i, now[op], alpha, lanes)
+        return [out[op] for op in (*s.reductions, *s.seconds)]
+
+    def _second(self, scope: Scope, op: Operation, i: Dim, acc: Value, alpha: dict[Value, Value], lanes: Value | None) -> Value:
+        s, e, b, bt = self.s, scope.e, scope.e.builder, self.tile[1]
+        streamed = s.streamed(op)
+        which = next(k for k, v in enumerate(op.operands) if v is streamed)
+        weight = _as_tile(e, self.value(scope, streamed), self.tile)
+        if lanes is not None:
+            weight = b.arith("select", lanes, weight, 0)
+        narrow = _narrow(s, op)
+        weight = self._casts(e, op, which, weight) if narrow is None else b.cast(weight, narrow)
+        other_e = with_shape(e, (bt, self.columns))
+        t, n = i + sym("t0"), sym("t1")
+        at = self.frame_at(0, t) | self.column_at(n)
+        reduced = [at[f] for f in reduced_order(s, op, which)]
+        other = self.read(other_e, op, 1 - which, at, reduced, [(t, s.length), (n, product(s.columns))], cast=_narrow(s, op) is None)
+        shift = s.shifts[op]
+        if shift is not None:
+            acc = b.arith("mul", acc, b.cast(alpha[shift], element_type(acc.type)))
+        return b.op("tile.dot", weight, _as_tile(other_e, other, other_e.shape), acc, type=acc.type)
+
+    def _finish(self, carried: dict[Operation, Value]) -> None:
+        s, bm = self.s, self.tile[0]
+        e = with_shape(self.e, (bm, self.columns))
+        n = sym("t1")
+        scope = Scope(e, self.frame_at(self.m, 0) | self.column_at(n), [self.row_mask, (n, product(s.columns))])
+        for op in s.reductions:
+            scope.values[op.result] = carried[op]
+            scope.values[op.result] = self.scaled(scope, op, carried[op])
+        for op in s.seconds:
+            with e.builder.at(op.location):
+                scope.values[op.result] = self.scaled(scope, op, carried[op])
+        for out in self.outputs:
+            with e.builder.at(out.defining_op.location):  # type: ignore[union-attr]
+                self.store(scope, out, self.value(scope, out))
+
+
+def _narrow(s: Stream, op: Operation) -> DType | None:
+    """The 16-bit float type that all operands from outside have, if products are summed in f32: they are exact there, no cast is needed first.
+    A streamed operand is rounded to it, as it would be in memory."""
+    types = {element_type(v.type) for v in op.operands if not s.kind_of(v)}
+    narrow = types.pop() if len(types) == 1 else None
+    return narrow if narrow is not None and narrow.name in ("bf16", "f16") and element_type(op.result.type).name == "f32" else None
+
+
+def _as_tile(e: Emitter, value: Value, shape: tuple[int, int]) -> Value:
+    return value if isinstance(value.type, TileType) and value.type.shape == shape else e.broadcast(value, shape)
+
+
+def with_shape(e: Emitter, shape: tuple[int, int]) -> Emitter:
+    return Emitter(e.builder, shape, e.symbols, e.variables, e.ranges)
+
+
