@@ -28,7 +28,7 @@ from ..ir.sharding import Mesh, Placement
 from ..passes import shard as planner
 from ..passes.shard import Plan
 from ..passes.spmd.traffic import traffic
-from .distributed import ShardedModule, agree, shard_model
+from .distributed import ShardedModule, agree, portable, shard_model, take_back
 from .errors import UserError
 from .joint import Exported, Joint, export_model, flatten_inputs, make_joint
 from .layouts import DATA, STAGE, check_supported, layout_of, mesh_of
@@ -186,7 +186,20 @@ class ShardedTraining:
         return total
 
     def state_dict(self) -> dict[str, Any]:
-        """Model and optimizer state of this rank as DTensors, for torch.distributed.checkpoint."""
+        """Model and optimizer state of this rank as DTensors, for torch.distributed.checkpoint: give it to `save`, or to `load` and the result
+        to `load_state_dict`. Tensors that are cut part by part (fused projections) come gathered.
+        """
+        return {kind: {k: portable(v) for k, v in state.items()} for kind, state in self._state().items()}
+
+    def load_state_dict(self, given: Mapping[str, Any]) -> None:
+        """Takes over what was loaded into the result of `state_dict`, under this or another plan."""
+        for kind, state in self._state().items():
+            for name, x in state.items():
+                take_back(x, given[kind][name])
+        if self.optimizer is not None:
+            self.optimizer.steps = int(given["optimizer"]["steps"])
+
+    def _state(self) -> dict[str, dict[str, Any]]:
         model = {k: v for module in self.modules for k, v in module.state_dict().items()}
         return {"model": model, **({} if self.optimizer is None else {"optimizer": self.optimizer.state_dict()})}
 

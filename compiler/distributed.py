@@ -24,7 +24,7 @@ from .errors import UserError
 from .joint import Argument, flatten_inputs, model_tensors
 from .sharded_program import ShardedProgram
 
-__all__ = ["ShardedModule", "agree", "local_piece", "to_placements"]
+__all__ = ["ShardedModule", "agree", "local_piece", "portable", "shard_model", "take_back", "to_placements"]
 
 
 def to_placements(placement: Mapping[str, Placement], mesh: Mesh) -> list[Any]:
@@ -49,6 +49,26 @@ def local_piece(x: torch.Tensor, placement: Mapping[str, Placement], mesh: Mesh,
         if p is not None and p.kind == "shard":
             x = piece(x, at[axis], mesh.size(axis), p.dim, p.parts)
     return x
+
+
+def portable(x: Any) -> Any:
+    """A DTensor that torch.distributed.checkpoint can write: one that is cut part by part is gathered along those axes, others are as they are."""
+    if not isinstance(x, DTensor) or not any(isinstance(p, _StridedShard) for p in x.placements):
+        return x
+    detached: Any = x.detach()
+    return detached.redistribute(placements=[Replicate() if isinstance(p, _StridedShard) else p for p in x.placements])
+
+
+def take_back(x: Any, loaded: Any) -> None:
+    """Copies what was loaded into `portable(x)` back into `x`."""
+    if loaded is x or not isinstance(x, DTensor):
+        return
+    local = loaded.to_local() if isinstance(loaded, DTensor) else loaded
+    for axis, (mine, theirs) in enumerate(zip(x.placements, loaded.placements, strict=True)):
+        if isinstance(mine, _StridedShard) and not isinstance(theirs, _StridedShard):
+            local = piece(local, x.device_mesh.get_local_rank(axis), int(x.device_mesh.size(axis)), mine.dim, int(mine.split_factor))
+    with torch.no_grad():
+        x.to_local().copy_(local)
 
 
 def agree(what: str, mine: str, among: str = "") -> None:

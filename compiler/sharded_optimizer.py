@@ -203,14 +203,6 @@ class ShardedOptimizer:
             found.update({f"{kind}.{name}": s for kind, s in zip(self.rule.states, states, strict=True)})
         return found
 
-    def load_state_dict(self, given: Mapping[str, Any]) -> None:
-        """Copies what `state_dict` gave (or torch.distributed.checkpoint loaded in place)."""
-        self.steps = int(given["steps"])
-        for name, (_, states, _) in zip(self._names, self._rows, strict=True):
-            for kind, s in zip(self.rule.states, states, strict=True):
-                if given[f"{kind}.{name}"] is not s:
-                    s.to_local().copy_(given[f"{kind}.{name}"].to_local())
-
     def updates(self) -> Iterable[Operation]:
         """The update module of each parameter, with its dist ops."""
         return (self._modules[key] for _, _, key in self._rows)
