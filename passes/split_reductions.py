@@ -31,7 +31,7 @@ class SplitReductions(Pass):
     name: ClassVar[str] = "split-reductions"
     least: int = 256
     least_row: int = 16384
-    most: int = 64
+    most: int = 512
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         for func in [f for f in module.body if f.name == "func"]:
@@ -41,7 +41,7 @@ class SplitReductions(Pass):
                 if not set(op["combine"]) <= SPLITTABLE or 0 in op["dims"]:
                     continue
                 programs, room = _programs(op, ctx.target), ctx.target.multiprocessors
-                parts, d = self._parts(op, -(-2 * room // programs)) if programs < room else (1, 0)
+                parts, d = self._parts(op, -(-2 * room // programs)) if 2 * programs <= room else (1, 0)
                 if parts > 1:
                     _split(op, d, parts)
                     ctx.remark("done", f"a reduction of {op['dims'][d]} elements in {parts} parts", op.location)
@@ -52,7 +52,7 @@ class SplitReductions(Pass):
         d = max(range(first, len(op["dims"])), key=lambda i: op["dims"][i])
         length = product(op["dims"][first:])
         least = self.least_row if not is_contraction(op) and _reduces_rows(op) else self.least
-        limit = min(wanted, self.most, int(length) // least)  # type: ignore[arg-type]
+        limit = min(wanted, self.most, int(length) // least, _affordable(op))  # type: ignore[arg-type]
         return next((p for p in range(limit, 1, -1) if op["dims"][d] % p == 0), 1), d
 
 
@@ -67,6 +67,13 @@ def _programs(op: Operation, target: Target) -> int:
         tile = gemm_tile_gpu(target, batch, m, n, k, widest, exact=not element_type(op.result.type).is_float)
         return max(1, as_int(batch * ceildiv(m, tile.rows) * ceildiv(n, tile.columns)))
     return max(1, count if _reduces_rows(op) else count // 64)
+
+
+def _affordable(op: Operation) -> int:
+    """Partial results are written and read again: they must not outweigh the operands."""
+    read = sum(as_int(v.type.numel) * v.type.dtype.bytes for v in op.operands if isinstance(v.type, TensorType))
+    made = sum(as_int(product(parallel_dims(op))) * element_type(y.type).bytes for y in op.body.terminator.operands)
+    return read // max(1, 2 * made)
 
 
 def _reduces_rows(op: Operation) -> bool:

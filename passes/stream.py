@@ -17,12 +17,13 @@ from typing import ClassVar
 
 import networkx as nx
 
-from ..ir import Block, Builder, Dim, Operation, Region, TensorType, Value, element_type, sym
+from ..ir import Block, Builder, Dim, Operation, Region, Target, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import free_symbols, product, simplify, substitute
 from ..ir.passes import Pass, PassContext, register
 from .dead_region import Alive, dead_where
 from .rescale import FREE, Declined, Dependence, Factor
+from .stream_access import why_slow
 from .structured import is_contraction, is_pointwise, plain_dims
 from .topology import topological_sort
 
@@ -410,7 +411,7 @@ def analyse(ops: Sequence[Operation]) -> Stream | None:
     return None
 
 
-def _find_streams(func: Operation, decline: Callable[[Operation, str], None]) -> list[Stream]:
+def _find_streams(func: Operation, target: Target, decline: Callable[[Operation, str], None]) -> list[Stream]:
     """Streams worth taking out of `func`; `decline(op, why)` hears about chains that come close."""
     found: list[Stream] = []
     covered: set[Operation] = set()
@@ -421,6 +422,9 @@ def _find_streams(func: Operation, decline: Callable[[Operation, str], None]) ->
             s = _grown(seed, which)
             if _waits_for_itself(s):
                 raise Declined("an input depends on a result")
+            slow = why_slow(s, target)
+            if slow:
+                raise Declined(slow)
         except Declined as why:
             if _near_miss(seed.operands[which]):
                 decline(seed, str(why))
@@ -562,7 +566,7 @@ class StreamPass(Pass):
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         for func in [f for f in module.body if f.name == "func"]:
-            found = _find_streams(func, lambda op, why: ctx.remark("declined", f"no streaming: {why}", op.location))
+            found = _find_streams(func, ctx.target, lambda op, why: ctx.remark("declined", f"no streaming: {why}", op.location))
             for s in found:
                 ctx.remark("done", f"streams {_describe(s)}", s.seconds[0].location)
             if found:

@@ -22,7 +22,8 @@ from .frame import Frame, analyse, is_expensive
 from .gpu_tiles import GpuTile, gemm_tile_gpu
 from .loops import choose_tile, emit_loops, traffic, work
 from .ordered import emit_scan, emit_scatter
-from .stream import emit_stream, stream_tile
+from .stream import GpuStream, stream_tile
+from .stream_cpu import CpuStream
 
 
 @register
@@ -119,10 +120,14 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         grid = emit_scan(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result], lanes,
                          accumulate=None if target.is_gpu else DTYPES["f64"], by_tiles=target.is_gpu)
     elif (stream := analyse_stream(members) if len(members) > 1 else None) is not None:
-        hint = stream_tile(stream, target)
-        tile = (hint.rows, hint.columns)
         flops = sum((2 * _product(m, range(len(m["dims"]))) for m in (*stream.firsts, *stream.seconds)), 0)  # type: ignore[arg-type]
-        grid = emit_stream(stream, outputs, target, Emitter(builder, tile, ranges), buffers, tile)
+        if target.is_gpu:
+            hint = stream_tile(stream, target)
+            tile = (hint.rows, hint.columns)
+            grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile).emit()
+        else:
+            tile = gemm_tile(target, stream.row_count, stream.length, 0)[:2]
+            grid = CpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile).emit(target)
     elif fused["why"].startswith("streams"):
         raise IRError(f"the members of '{fused['kernel']}' no longer form a stream")
     elif (contraction := next((m for m in members if is_contraction(m)), None)) is not None and _worth_gemm(contraction, members):

@@ -37,8 +37,10 @@ from ...ir.expr import (
 )
 from ...ir.types import DTYPES, index
 from ..stream import Stream
+from ..stream_access import reduced_order, stream_side
 from ..structured import body_ops, identity_of
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks
+from .frame import is_expensive
 from .gpu_tiles import GpuTile, padded
 
 F32 = DTYPES["f32"]
@@ -47,7 +49,7 @@ LOG2_E = 1.4426950408889634
 _COARSE = {"arith.exp": "exp", "arith.tanh": "tanh", "arith.div": "div"}
 """Methods that compute an op in the cheap way that suits 16-bit inputs."""
 
-__all__ = ["Scope", "StreamLowering", "emit_stream", "stream_tile"]
+__all__ = ["GpuStream", "Scope", "StreamLowering", "stream_tile", "with_shape"]
 
 
 def stream_tile(s: Stream, target: Target) -> GpuTile:
@@ -55,8 +57,9 @@ def stream_tile(s: Stream, target: Target) -> GpuTile:
     width = max(padded(product(s.columns)), *(padded(_width(op)) for op in s.firsts))
     narrow = all(_narrow(s, op) is not None for op in (*s.firsts, *s.seconds))
     kept = len(s.firsts) + len(s.seconds)  # tiles that stay in registers or shared memory
-    rows = 128 if narrow and kept <= 3 else 64
-    steps = 64 if narrow and width <= 128 else 32
+    heavy = any(is_expensive(op) for op in s.reductions + s.firsts) or len(s.full) > 2 or kept > 3
+    rows = 128 if narrow and not heavy else 64
+    steps = (64 if heavy else 128) if narrow and width <= 128 else 32
     rows, steps = (n if not isinstance(size, int) else min(n, padded(size)) for n, size in ((rows, s.row_count), (steps, s.length)))
     return GpuTile(rows, steps, 0, 8 if rows * width >= 128 * 128 else 4, 3 if narrow else 2)
 
@@ -297,11 +300,6 @@ def _offset(v: Value, m: tuple[Dim, ...], at: dict[str, Dim], bounds: Any) -> Di
     return simplify(total, bounds)
 
 
-def emit_stream(s: Stream, outputs: Sequence[Value], target: Target, e: Emitter, buffers: dict[Value, Value], tile: tuple[int, int]) -> list[Dim]:
-    """Writes the body of the kernel; returns the grid."""
-    return GpuStream(s, outputs, e, buffers, tile).emit()
-
-
 def _without_factor(x: Value) -> tuple[Value, float]:
     """x = (value, constant) with value * constant == x, up to a rounding."""
     made = x.defining_op
@@ -344,27 +342,21 @@ class GpuStream(StreamLowering):
         self._finish(dict(zip(running, carried, strict=True)))
         return [*(s.sizes[f] for f in s.batch), blocks]
 
-    def _sides(self, op: Operation) -> tuple[int, int]:
-        """Operand numbers of a first contraction: the one of the rows, the one of the stream."""
-        at = {f"d{j}": x for j, x in enumerate(self.s.position[op])}
-        moving = set().union(set(), *(free_symbols(substitute(x, at)) for x in op["maps"][0]))
-        return (0, 1) if moving & set(self.s.rows) else (1, 0)
-
     def _left(self, op: Operation) -> Value:
         """The rows' operand of a first contraction, read once: [rows, width]."""
         bm, width = self.tile[0], _width(op)
-        e = _with_shape(self.e, (bm, padded(width)))
+        e = with_shape(self.e, (bm, padded(width)))
         k = sym("t1")
-        value = self.read(e, op, self._sides(op)[0], self.frame_at(self.m, 0), delinearize(k, op["dims"][len(self.s.position[op]):]),
+        value = self.read(e, op, 1 - stream_side(self.s, op), self.frame_at(self.m, 0), delinearize(k, op["dims"][len(self.s.position[op]):]),
                           [self.row_mask, (k, width)], cast=_narrow(self.s, op) is None)
         return _as_tile(e, value, e.shape)
 
     def _first(self, e: Emitter, op: Operation, i: Dim) -> Value:
         """One tile of the middle space."""
         (bm, bt), width = self.tile, _width(op)
-        right_e = _with_shape(e, (padded(width), bt))
+        right_e = with_shape(e, (padded(width), bt))
         k, t = sym("t0"), i + sym("t1")
-        right = self.read(right_e, op, self._sides(op)[1], self.frame_at(0, t), delinearize(k, op["dims"][len(self.s.position[op]):]),
+        right = self.read(right_e, op, stream_side(self.s, op), self.frame_at(0, t), delinearize(k, op["dims"][len(self.s.position[op]):]),
                           [(k, width), (t, self.s.length)], cast=_narrow(self.s, op) is None)
         acc = TileType((bm, bt), element_type(op.result.type))
         zero = e.broadcast(e.builder.constant(0, acc.dtype), (bm, bt))
@@ -372,7 +364,7 @@ class GpuStream(StreamLowering):
 
     def _step(self, inner: Emitter, i: Dim, now: dict[Operation, Value], masked: bool) -> list[Value]:
         s, (bm, bt) = self.s, self.tile
-        e = _with_shape(inner, (bm, bt))
+        e = with_shape(inner, (bm, bt))
         b, t = e.builder, i + sym("t1")
         scope = Scope(e, self.frame_at(self.m, t), [self.row_mask, (t, s.length)], known={} if masked else dict(s.alive.known))
         self.without_scales(scope)
@@ -414,10 +406,10 @@ class GpuStream(StreamLowering):
             weight = b.arith("select", lanes, weight, 0)
         narrow = _narrow(s, op)
         weight = self._casts(e, op, which, weight) if narrow is None else b.cast(weight, narrow)
-        other_e = _with_shape(e, (bt, self.columns))
+        other_e = with_shape(e, (bt, self.columns))
         t, n = i + sym("t0"), sym("t1")
         at = self.frame_at(0, t) | self.column_at(n)
-        reduced = [at[f] for f in _reduced_order(s, op, which)]
+        reduced = [at[f] for f in reduced_order(s, op, which)]
         other = self.read(other_e, op, 1 - which, at, reduced, [(t, s.length), (n, product(s.columns))], cast=_narrow(s, op) is None)
         shift = s.shifts[op]
         if shift is not None:
@@ -426,7 +418,7 @@ class GpuStream(StreamLowering):
 
     def _finish(self, carried: dict[Operation, Value]) -> None:
         s, bm = self.s, self.tile[0]
-        e = _with_shape(self.e, (bm, self.columns))
+        e = with_shape(self.e, (bm, self.columns))
         n = sym("t1")
         scope = Scope(e, self.frame_at(self.m, 0) | self.column_at(n), [self.row_mask, (n, product(s.columns))])
         for op in s.reductions:
@@ -438,14 +430,6 @@ class GpuStream(StreamLowering):
         for out in self.outputs:
             with e.builder.at(out.defining_op.location):  # type: ignore[union-attr]
                 self.store(scope, out, self.value(scope, out))
-
-
-def _reduced_order(s: Stream, op: Operation, which: int) -> list[str]:
-    """Frame names of the summed dimensions of a second contraction, in its own order."""
-    made = op.operands[which].defining_op
-    assert made is not None
-    names = {str(d): str(x) for d, x in zip(op["maps"][which], s.position[made], strict=True)}  # these dimensions are read as they are
-    return [names[f"d{d}"] for d in range(len(op["dims"]) - op["reductions"], len(op["dims"]))]
 
 
 def _narrow(s: Stream, op: Operation) -> DType | None:
@@ -462,7 +446,7 @@ def _as_tile(e: Emitter, value: Value, shape: tuple[int, int]) -> Value:
     return value if isinstance(value.type, TileType) and value.type.shape == shape else e.broadcast(value, shape)
 
 
-def _with_shape(e: Emitter, shape: tuple[int, int]) -> Emitter:
+def with_shape(e: Emitter, shape: tuple[int, int]) -> Emitter:
     return Emitter(e.builder, shape, e.symbols, e.variables, e.ranges)
 
 

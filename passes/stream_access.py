@@ -1,0 +1,100 @@
+"""How the contractions of a stream walk their operands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..ir import Dim, Operation, Target, element_type, sym
+from ..ir.dialects.tensor import parallel_dims
+from ..ir.expr import as_int, ceildiv, free_symbols, product, simplify, split_linear, substitute
+
+if TYPE_CHECKING:
+    from .stream import Stream
+
+SMALL = 1 << 16
+"""Points of the middle space, per batch element, below which storing them costs a CPU little."""
+
+__all__ = ["packed", "reduced_order", "stream_side", "why_slow"]
+
+
+def reduced_order(s: Stream, op: Operation, which: int) -> list[str]:
+    """Frame names of the summed dimensions of a second contraction, in its own order."""
+    made = op.operands[which].defining_op
+    assert made is not None
+    names = {str(d): str(x) for d, x in zip(op["maps"][which], s.position[made], strict=True)}  # these dimensions are read as they are
+    return [names[f"d{d}"] for d in range(len(op["dims"]) - op["reductions"], len(op["dims"]))]
+
+
+def packed(op: Operation, i: int) -> bool:
+    """Operand i is stored as whole panels of its own columns, padded with zeros (`pack.py`)."""
+    return bool(op.attributes.get("_packed")) and any("//" in str(e) for e in op["maps"][i]) and any("%" in str(e) for e in op["maps"][i])
+
+
+def stream_side(s: Stream, op: Operation) -> int:
+    """The operand number of a first contraction that moves along the stream."""
+    at = {f"d{j}": x for j, x in enumerate(s.position[op])}
+    moving = set().union(set(), *(free_symbols(substitute(x, at)) for x in op["maps"][0]))
+    return 0 if moving & set(s.stream) else 1
+
+
+def _stride(s: Stream, op: Operation, i: int, name: str) -> Dim:
+    """The distance in operand i between steps of a frame dimension; 0 if it does not walk it evenly."""
+    at = {f"d{j}": x for j, x in enumerate(s.position[op])}
+    first = len(parallel_dims(op))
+    if op in s.seconds:
+        which = next(k for k, v in enumerate(op.operands) if v is s.streamed(op))
+        at |= {f"d{first + k}": sym(f) for k, f in enumerate(reduced_order(s, op, which))}
+    offset: Dim = 0
+    for e, stride in zip(op["maps"][i], op.operands[i].type.layout, strict=True):  # type: ignore[attr-defined]
+        offset = offset + substitute(e, at) * stride
+    bounds = {f: (0, n - 1) for f, n in s.sizes.items()}
+    linear = split_linear(simplify(offset, bounds), name)
+    return 0 if linear is None else linear[0]
+
+
+def _why_slow_on_cpu(s: Stream) -> str:
+    """Why the stream would be slow on a CPU; "" if it would not."""
+    points = s.row_count * s.length
+    if isinstance(points, int) and points < SMALL:
+        return "the middle space stays in the cache"
+    for op in s.firsts:
+        i = stream_side(s, op)
+        if not packed(op, i) and _stride(s, op, i, s.stream[-1]) != 1:
+            return "an operand is not contiguous along the stream"
+    for op in s.seconds:
+        other = next(i for i, v in enumerate(op.operands) if v is not s.streamed(op))
+        if not packed(op, other) and _stride(s, op, other, f"n{len(s.columns) - 1}") != 1:
+            return "an operand is not contiguous along the columns"
+    if any(element_type(v.type).name != "f32" for op in (*s.firsts, *s.seconds) for v in op.operands):
+        return "not float32"
+    return ""
+
+
+def why_slow(s: Stream, target: Target) -> str:
+    """Why kernels of their own would be quicker than the stream; "" if they would not."""
+    return _why_slow_on_gpu(s, target) if target.is_gpu else _why_slow_on_cpu(s)
+
+
+FLOPS_PER_US = {2: 2.5e6, 4: 2e5, 8: 1e5}
+"""What one multiprocessor does in a microsecond, by bytes per element (of an H100, at half its peak)."""
+BYTES_PER_US = 3e6
+LAUNCH_US = 4.0
+
+
+def _why_slow_on_gpu(s: Stream, target: Target) -> str:
+    """A stream has a program per block of rows; kernels of their own have one per tile of the middle space, but store it and read it."""
+    space = [*(s.sizes[f] for f in s.batch), s.row_count, s.length]
+    widths = [product(op["dims"][len(s.position[op]):]) for op in s.firsts] + [product(s.columns)] * len(s.seconds)
+    if not all(isinstance(n, int) for n in (*space, *widths)):
+        return ""
+    batch, points = as_int(product(space[:-2])), as_int(product(space))
+    narrowest = min(element_type(v.type).bytes for op in s.firsts for v in op.operands)
+    rate = FLOPS_PER_US[max(2, narrowest)]
+    flops = 2.0 * points * sum(as_int(w) for w in widths)
+    programs = batch * as_int(ceildiv(space[-2], 64))
+    tiles = programs * as_int(ceildiv(space[-1], 64))
+    rounds = -(-programs // max(1, target.multiprocessors))
+    streamed = LAUNCH_US + rounds * flops / programs / rate
+    kernels = 3 if s.reductions else 2
+    apart = kernels * LAUNCH_US + flops / rate / min(tiles, max(1, target.multiprocessors)) + 2 * (kernels - 1) * narrowest * points / BYTES_PER_US
+    return "" if streamed <= apart else f"{programs} programs would take {streamed:.0f} us, kernels of their own {apart:.0f} us"

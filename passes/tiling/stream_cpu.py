@@ -1,0 +1,264 @@
+"""Streams on CPUs: register tiles, and scratch memory that stays in the first-level cache.
+
+One program computes a block of rows. For each block of the stream, row tile by row tile:
+
+  scores     [rows, steps] by rank-1 updates, a register tile at a time, into scratch; their running maximum
+  weights    the pointwise members, in place of the scores; their running sums
+  products   each second contraction, read from scratch, rescaled, updated, written back
+
+The right operand of a first contraction is packed along the stream (`passes/pack.py`), that of a second is contiguous along its columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...ir import BufferType, Dim, Operation, Target, TileType, Value, element_type, sym
+from ...ir.expr import ceildiv, delinearize, floordiv, free_symbols, minimum, mod, product
+from ...ir.types import index
+from ..stream_access import packed, reduced_order, stream_side
+from ..structured import identity_of
+from .emit import COMBINE_OPS, Emitter
+from .stream import Scope, StreamLowering, with_shape
+
+__all__ = ["CpuStream"]
+
+
+class CpuStream(StreamLowering):
+    """See the module docstring. `tile` is the register tile."""
+
+    row_tiles = 4
+    panels = 4
+
+    def emit(self, target: Target) -> list[Dim]:
+        s, e, (mr, nr) = self.s, self.e, self.tile
+        for k, f in enumerate(s.batch):
+            pid = e.builder.op("tile.program_id", type=index, axis=k)
+            self.batch_at[f] = e.fresh(pid, 0, s.sizes[f] - 1)
+        self.rows, self.steps = mr * self.row_tiles, nr * self.panels
+        if isinstance(s.row_count, int):
+            self.rows = min(self.rows, -(-s.row_count // mr) * mr)
+        blocks = ceildiv(s.row_count, self.rows)
+        p = e.fresh(e.builder.op("tile.program_id", type=index, axis=len(s.batch)), 0, blocks - 1)
+        self.start = p * self.rows
+        self.columns = product(s.columns)
+        self.running = [*s.reductions, *s.seconds]
+        self.state = {op: self._scratch(element_type(op.result.type), self._padded_columns() if op in s.seconds else 1) for op in self.running}
+        self.scores = {op: self._scratch(element_type(op.result.type), self.steps) for op in s.firsts}
+        self.weights = {op: self.scores[s.streamed(op).defining_op] if s.streamed(op).defining_op in s.firsts else  # type: ignore[index]
+                        self._scratch(element_type(s.streamed(op).type), self.steps) for op in s.seconds}
+        self._for_row_tiles(e, self._initialise)
+        whole = Emitter(e.builder, (self.rows, nr), e.symbols, e.variables, e.ranges)
+        saved, self.tile, self.e = (self.tile, self.e), (self.rows, nr), whole
+        ranges = self.ranges(self.start + sym("t0"), self.steps)
+        self.tile, self.e = saved
+        for start, stop, masked in ranges:
+            def block(inner: Emitter, j: Dim, _: list[Value], masked: bool = masked, stop: Dim = stop) -> list[Value]:
+                self._for_row_tiles(inner, lambda ee, r: self._block(ee, r, j, stop, masked))
+                return []
+            e.loop(floordiv(start, self.steps), ceildiv(stop, self.steps), 1, [], block)
+        self._for_row_tiles(e, self._finish)
+        return [*(s.sizes[f] for f in s.batch), blocks]
+
+    # -- scratch memory and loops -----------------------------------------------------------------------------------------
+
+    def _padded_columns(self) -> int:
+        nr = self.tile[1]
+        return -(-int(self.columns) // nr) * nr  # type: ignore[arg-type]
+
+    def _scratch(self, dtype: object, width: int) -> Value:
+        return self.e.builder.op("tile.alloca", type=BufferType((self.rows, width), dtype))  # type: ignore[arg-type]
+
+    def _for_row_tiles(self, e: Emitter, body) -> None:  # type: ignore[no-untyped-def]
+        """body(emitter, r) for the first row r of each row tile of the block."""
+        mr = self.tile[0]
+        left = minimum(self.rows, self.s.row_count - self.start)
+
+        def step(inner: Emitter, r: Dim, _: list[Value]) -> list[Value]:
+            body(with_shape(inner, self.tile), r * mr)
+            return []
+
+        e.loop(0, ceildiv(left, mr), 1, [], step)
+
+    def _row(self, r: Dim) -> Dim:
+        """The linear row of a lane; lanes past the last row stand on it."""
+        m = self.start + r + sym("t0")
+        exact = isinstance(self.s.row_count, int) and self.s.row_count % self.tile[0] == 0
+        return m if exact else minimum(m, self.s.row_count - 1)
+
+    def _place(self, r: Dim, width: int, at: Dim) -> Dim:
+        return (r + sym("t0")) * width + at
+
+    def _width(self, op: Operation) -> int:
+        return self._padded_columns() if op in self.s.seconds else 1
+
+    def _panels(self, e: Emitter, body) -> None:  # type: ignore[no-untyped-def]
+        """body(emitter, q) for each panel of columns."""
+        def step(inner: Emitter, q: Dim, _: list[Value]) -> list[Value]:
+            body(with_shape(inner, self.tile), q * self.tile[1])
+            return []
+
+        e.loop(0, self._padded_columns() // self.tile[1], 1, [], step)
+
+    # -- the parts of the program -----------------------------------------------------------------------------------------
+
+    def _initialise(self, e: Emitter, r: Dim) -> None:
+        for op in self.running:
+            if op in self.s.seconds:
+                def clear(inner: Emitter, n: Dim, op: Operation = op) -> None:
+                    inner.store(self.state[op], self.neutral(inner, op, self.tile), self._place(r, self._width(op), n + sym("t1")))
+                self._panels(e, clear)
+            else:
+                e.store(self.state[op], self.neutral(e, op, (self.tile[0], 1)), self._place(r, 1, 0))
+
+    def _block(self, e: Emitter, r: Dim, j: Dim, stop: Dim, masked: bool) -> None:
+        """One row tile against block j of the stream."""
+        s, nr, b = self.s, self.tile[1], e.builder
+        m, base = self._row(r), j * self.steps
+        left = minimum(self.steps, stop - base) if masked else self.steps
+        known = {} if masked else dict(s.alive.known)
+        tops = [op for op in s.reductions if op.result in s.shifts.values()]
+        others = [op for op in s.reductions if op not in tops]
+        before = {op: e.load(self.state[op], self._place(r, 1, 0)) for op in s.reductions}
+
+        def scope(inner: Emitter, q: Dim) -> Scope:
+            t = base + q * nr + sym("t1")
+            at = Scope(inner, self.frame_at(m, t), [(t, s.length)], known=known)
+            self.without_scales(at)
+            return at
+
+        def score(inner: Emitter, q: Dim, carried: list[Value]) -> list[Value]:
+            ee = with_shape(inner, self.tile)
+            here = scope(ee, q)
+            for op in s.firsts:
+                with ee.builder.at(op.location):
+                    here.values[op.result] = self._first(ee, op, m, base + q * nr)
+                    ee.store(self.scores[op], here.values[op.result], self._place(r, self.steps, q * nr + sym("t1")))
+            return [self._combined(here, op, acc, masked) for op, acc in zip(tops, carried, strict=True)]
+
+        tiles = ceildiv(left, nr)
+        made = e.loop(0, tiles, 1, [before[op] for op in tops], score)
+        rows: dict[Value, Value] = {}
+        alpha: dict[Value, Value] = {}
+        for op, top in zip(tops, made, strict=True):
+            with b.at(op.location):
+                rows[op.result] = self.safe(e, top)
+                alpha[op.result] = self.exp(e, b.arith("sub", before[op], rows[op.result]))
+                e.store(self.state[op], top, self._place(r, 1, 0))
+
+        def weigh(inner: Emitter, q: Dim, carried: list[Value]) -> list[Value]:
+            ee = with_shape(inner, self.tile)
+            here = scope(ee, q)
+            here.values |= rows
+            for op in s.firsts:
+                here.values[op.result] = ee.load(self.scores[op], self._place(r, self.steps, q * nr + sym("t1")))
+            out = [self._combined(here, op, acc, masked) for op, acc in zip(others, carried, strict=True)]
+            for op in s.seconds:
+                streamed = s.streamed(op)
+                if streamed.defining_op not in s.firsts:
+                    ee.store(self.weights[op], self.value(here, streamed), self._place(r, self.steps, q * nr + sym("t1")))
+            return out
+
+        start = []
+        for op in others:
+            shift = s.shifts[op]
+            start.append(before[op] if shift is None else b.arith("mul", before[op], alpha[shift]))
+        if others or any(s.streamed(op).defining_op not in s.firsts for op in s.seconds):
+            for op, total in zip(others, e.loop(0, tiles, 1, start, weigh), strict=True):
+                e.store(self.state[op], total, self._place(r, 1, 0))
+        for op in s.seconds:
+            with b.at(op.location):
+                self._second(e, op, r, base, left, alpha)
+
+    def _combined(self, scope: Scope, op: Operation, acc: Value, masked: bool) -> Value:
+        """acc [rows, 1] combined with this tile's contribution to a reduction."""
+        s, e, mr = self.s, scope.e, self.tile[0]
+        b, kind = e.builder, op["combine"][0]
+        with b.at(op.location):
+            x, = self.body(scope, op, [sym(f) for f in s.stream])
+            if not isinstance(x.type, TileType) or x.type.shape != self.tile:
+                x = e.broadcast(x, self.tile)
+            lanes = e.mask_value([p for p in scope.active if "t1" in free_symbols(p[0])]) if masked else None
+            if lanes is not None:
+                x = b.arith("select", lanes, x, identity_of(kind, element_type(x.type)))
+            part = b.op("tile.reduce", x, type=TileType((mr, 1), element_type(x.type)), axis=1, kind=kind)
+            return b.arith(COMBINE_OPS[kind], acc, part)
+
+    def _first(self, e: Emitter, op: Operation, m: Dim, t: Dim) -> Value:
+        """A register tile of scores: rank-1 updates over the whole width."""
+        s, (mr, nr) = self.s, self.tile
+        right = stream_side(s, op)
+        sizes = op["dims"][len(s.position[op]):]
+        acc = TileType((mr, nr), element_type(op.result.type))
+        zero = e.broadcast(e.builder.constant(0, acc.dtype), acc.shape)  # type: ignore[arg-type]
+
+        def update(inner: Emitter, k: Dim, carried: list[Value]) -> list[Value]:
+            at = delinearize(k, sizes)
+            rows, steps = self.frame_at(m, 0), self.frame_at(0, t + sym("t1"))
+            mask = [] if packed(op, right) else [(t + sym("t1"), s.length)]
+            a = self.read(inner, op, 1 - right, rows, at, [], cast=True)
+            b = self.read(inner, op, right, steps, at, mask, cast=True)
+            return [self._rank1(inner, a, b, carried[0])]
+
+        return with_shape(e, self.tile).loop(0, product(sizes), 1, [zero], update, unroll=4)[0]
+
+    def _rank1(self, e: Emitter, a: Value, b: Value, acc: Value) -> Value:
+        mr, nr = self.tile
+        left = a if isinstance(a.type, TileType) and a.type.shape == (mr, 1) else e.broadcast(a, (mr, 1))
+        right = b if isinstance(b.type, TileType) and b.type.shape == (1, nr) else e.broadcast(b, (1, nr))
+        return e.builder.op("tile.dot", left, right, acc, type=acc.type)
+
+    def _second(self, e: Emitter, op: Operation, r: Dim, base: Dim, left: Dim, alpha: dict[Value, Value]) -> None:
+        """acc = acc * alpha + weights @ other, a panel of columns at a time."""
+        s, nr = self.s, self.tile[1]
+        which = next(k for k, v in enumerate(op.operands) if v is s.streamed(op))
+        order = reduced_order(s, op, which)
+        width = self._width(op)
+        ragged = not packed(op, 1 - which) and mod(self.columns, nr) != 0
+        shift = s.shifts[op]
+
+        def panel(inner: Emitter, n: Dim) -> None:
+            b = inner.builder
+            home = self._place(r, width, n + sym("t1"))
+            acc = inner.load(self.state[op], home)
+            if shift is not None:
+                acc = b.arith("mul", acc, alpha[shift])
+
+            def update(deeper: Emitter, t: Dim, carried: list[Value]) -> list[Value]:
+                column = n + sym("t1")
+                at = self.frame_at(0, base + t) | self.column_at(column)
+                weight = deeper.load(self.weights[op], self._place(r, self.steps, t))
+                other = self.read(deeper, op, 1 - which, at, [at[f] for f in order], [(column, self.columns)] if ragged else [], cast=True)
+                return [self._rank1(deeper, weight, other, carried[0])]
+
+            total = inner.loop(0, left, 1, [acc], update, unroll=4)[0]
+            inner.store(self.state[op], total, home)
+
+        self._panels(e, panel)
+
+    def _finish(self, e: Emitter, r: Dim) -> None:
+        s = self.s
+        m = self.start + r + sym("t0")
+        inside = (m, s.row_count)
+        rows = Scope(e, self.frame_at(self._row(r), 0), [inside])
+        for op in s.reductions:
+            rows.values[op.result] = e.load(self.state[op], self._place(r, 1, 0))
+            rows.values[op.result] = self.scaled(rows, op, rows.values[op.result])
+        wide: Sequence[Value] = [v for v in self.outputs if s.kind_of(v) in ("second", "tail")]
+        for out in self.outputs:
+            if out not in wide:
+                self.store(rows, out, self.value(rows, out))
+        for op in s.seconds:
+            for w, _ in s.scales[op]:
+                self.value(rows, w)
+
+        def panel(inner: Emitter, n: Dim) -> None:
+            column = n + sym("t1")
+            here = Scope(inner, self.frame_at(self._row(r), 0) | self.column_at(column), [inside, (column, self.columns)], dict(rows.values))
+            for op in s.seconds:
+                acc = inner.load(self.state[op], self._place(r, self._width(op), column))
+                here.values[op.result] = self.scaled(here, op, acc)
+            for out in wide:
+                self.store(here, out, self.value(here, out))
+
+        self._panels(e, panel)
