@@ -104,7 +104,7 @@ def compile_graph(module: Operation, options: Options, *, name: str = "graph", o
         if found is not None:
             compilation.cached = True
             compilation.stats.update(found.manifest.get("stats", {}))
-            compilation.graph = _load(found, device)
+            compilation.graph = _load(found, device, options)
             return compilation
     lower(module, target, options, compilation, observe)
     start = time.perf_counter()
@@ -120,15 +120,15 @@ def compile_graph(module: Operation, options: Options, *, name: str = "graph", o
     if store is not None:
         store.put(key, Artifact(json.loads(json.dumps(artifact.manifest)), artifact.blobs))
     start = time.perf_counter()
-    compilation.graph = _load(artifact, device)
+    compilation.graph = _load(artifact, device, options)
     compilation.seconds["load"] = time.perf_counter() - start
     return compilation
 
 
-def _load(artifact: Artifact, device: str | None) -> CompiledGraph:
+def _load(artifact: Artifact, device: str | None, options: Options) -> CompiledGraph:
     if device is None:
         return CompiledGraph(artifact.manifest, artifact.blobs["object"])
-    return CudaGraph(artifact.manifest, artifact.blobs, device)
+    return CudaGraph(artifact.manifest, artifact.blobs, device, cudagraphs=options.replays)
 
 
 def statistics(module: Operation) -> dict[str, Any]:
@@ -138,6 +138,7 @@ def statistics(module: Operation) -> dict[str, Any]:
     return {"kernels": sum(op.name == "tile.kernel" for op in module.body),
             "launches": sum(op.name == "host.launch" and not op["cached"] for op in func.body),
             "packed": sum(op.name == "host.launch" and op["cached"] for op in func.body),
+            "library": sum(op.name == "host.library" for op in func.body),
             "externs": [{"target": op["target"], "reason": op["reason"], "location": str(op.location)} for op in externs],
             "memory": {k: (v if isinstance(v, int) else str(v)) for k, v in func["stats"].items()}}
 

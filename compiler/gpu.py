@@ -40,14 +40,32 @@ def cuda_device(module: Operation) -> str | None:
     return devices.pop() if devices else None
 
 
-@cache
 def cuda_target(device: str) -> Target:
-    """What a device of this machine can do."""
+    """What a device of this machine can do. The feature "tf32": float32 products may round their operands, as torch's settings say now."""
+    return _target(device, _tf32_allowed())
+
+
+@cache
+def _target(device: str, tf32: bool) -> Target:
     p = torch.cuda.get_device_properties(device)
     capability = 10 * p.major + p.minor
     return Target(
-        kind="cuda", name=f"sm_{capability}", capability=capability, multiprocessors=p.multi_processor_count, l2=p.L2_cache_size
+        kind="cuda",
+        name=f"sm_{capability}",
+        capability=capability,
+        multiprocessors=p.multi_processor_count,
+        l2=p.L2_cache_size,
+        features=("tf32",) if tf32 and capability >= 80 else (),
     )
+
+
+def _tf32_allowed() -> bool:
+    """`torch.backends.cuda.matmul.allow_tf32`, or its successor where this torch has one (they must not be mixed)."""
+    settings = torch.backends.cuda.matmul
+    try:
+        return bool(settings.fp32_precision == "tf32")
+    except (AttributeError, RuntimeError):
+        return bool(settings.allow_tf32)
 
 
 def compile_cuda(module: Operation, target: Target, *, cache_dir: Path | None = None, threads: int | None = None) -> Artifact:

@@ -25,6 +25,7 @@ class Options:
     emulate_precision_casts   round 16-bit floats after every op as eager does, instead of computing fused chains in float32
     features                  CPU features to compile for; None means those of the host
     fuse                      group ops into kernels; False gives one kernel per op (for debugging)
+    cudagraphs                replay a graph's launches from a CUDA graph (mode="reduce-overhead" means the same)
     """
 
     mode: str = "default"
@@ -34,6 +35,7 @@ class Options:
     emulate_precision_casts: bool = False
     features: tuple[str, ...] | None = None
     fuse: bool = True
+    cudagraphs: bool = False
 
     @staticmethod
     def from_user(mode: str | None = None, options: Mapping[str, Any] | None = None, environment: Environment | None = None) -> Options:
@@ -56,6 +58,11 @@ class Options:
         return Options(**given)
 
     @property
+    def replays(self) -> bool:
+        """Whether launches are replayed from CUDA graphs."""
+        return self.cudagraphs or self.mode == "reduce-overhead"
+
+    @property
     def key(self) -> str:
         """The part of the options that changes the code."""
-        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse}"
+        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse},{self.replays}"

@@ -16,6 +16,8 @@ STAGES = ("graph", "tensor", "tile", "host")
 def pipeline(stage: str, target: Target, options: Options) -> str:
     """The passes of one stage, as text."""
     relax = "" if not options.emulate_precision_casts else "{relax-casts=false}"
+    choices = ["epilogues=false"] * options.emulate_precision_casts + ["replayed=true"] * options.replays
+    library = "library" + (f"{{{' '.join(choices)}}}" if choices else "")
     return {
         # Still named ops: what is cheap to see here is folded before it is spelled out.
         "graph": f"canonicalize{relax},cse,fold-constants,dce",
@@ -24,15 +26,19 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             *(["unpad-concatenations"] if target.is_gpu else []),
             # Views first: then every read of a tensor is a map, and two reads of the same elements look alike to cse.
             "absorb-views", f"canonicalize{relax}", "cse", "dce",
+            # Products for a library leave before anything merges: what it does along the way is still told apart.
+            *([library] if target.is_gpu else []),
             # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.
             "inline", "sink-reshapes", f"canonicalize{relax}", "dce",
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
             "layout", "pack", "inline", f"canonicalize{relax}", "cse", "dce",
+            *(["library-operands"] if target.is_gpu else []),
             *(["stream"] if options.fuse else []),
             *(["split-reductions"] if target.is_gpu and options.fuse else []),
             "fuse" if options.fuse else "fuse{max-members=1}",
         ]),
         # Kernels are simplified once more: bodies merged by fusion share index arithmetic.
         "tile": "tile,cse,dce",
-        "host": "schedule,bufferize,plan-memory",
+        # A CUDA graph wants few kernels to use the memory of outputs, whose address is another one in each call.
+        "host": "schedule,bufferize,plan-memory" + ("{outputs=false}" if options.replays and target.is_gpu else ""),
     }[stage]

@@ -11,6 +11,7 @@ from . import (
     fuse,
     inline,
     layout,
+    library,
     pack,
     plan_memory,
     schedule,

@@ -1,6 +1,7 @@
 """From values to memory: functions of `tile.launch` on tensors become host functions on buffers.
 
-Before: functions of `tile.launch`, `tensor.constant`, `tensor.extern`, `tensor.assign` and `return`, in their final order.
+Before: functions of `tile.launch`, `tensor.library`, `tensor.constant`, `tensor.extern`, `tensor.assign` and `return`, in their final
+order.
 `result_attrs` has one entry per result of the program (or none, for plain tensors):
 - {kind = "tensor", strides} takes an operand of `return`, wants these strides (absent: row-major) and memory of its own, but for
   `alias_of_arg`, `same`, `base` and `offset` (see `frontend/importer.py`; without `result_attrs`, returned arguments and values
@@ -36,13 +37,14 @@ from ..ir.builder import Builder
 from ..ir.core import Block, BlockArg, IRError, Operation, Value
 from ..ir.expr import Dim
 from ..ir.passes import Pass, PassContext, register
-from ..ir.types import BufferType, TensorType, contiguous_strides
+from ..ir.types import DTYPES, BufferType, TensorType, contiguous_strides
+from .library import WORKSPACE_SLACK, library_shape
 from .storage import storage_bytes
 
 __all__ = ["Bufferize"]
 
 _STABLE_KINDS = ("param", "constant", "buffer")
-_KNOWN = ("tile.launch", "tensor.constant", "tensor.extern", "tensor.assign")
+_KNOWN = ("tile.launch", "tensor.constant", "tensor.extern", "tensor.assign", "tensor.library")
 _EXTERN_ATTRS = ("target", "args", "kwargs", "result_kinds", "random", "reason", "operand_strides", "defines")
 
 
@@ -150,7 +152,7 @@ class _Bufferizer:
                 continue
             if op.name not in _KNOWN:
                 raise IRError(f"bufferize does not know '{op.name}'; it expects {', '.join(_KNOWN)}")
-            if op.name in ("tile.launch", "tensor.constant") and not needed.intersection(op.results):
+            if op.name in ("tile.launch", "tensor.constant", "tensor.library") and not needed.intersection(op.results):
                 continue
             needed.update(op.operands)
             kept.append(op)
@@ -219,7 +221,7 @@ class _Bufferizer:
         if op is None:
             self.first.append((out, self.buffer[v]))
             return out
-        direct = op.name == "tensor.extern" or (op.name == "tile.launch" and not self._is_cached(op))
+        direct = op.name in ("tensor.extern", "tensor.library") or (op.name == "tile.launch" and not self._is_cached(op))
         if direct and v not in self.home and same_layout(t.shape, t.layout, strides):
             self.home[v] = out
             if op.name == "tensor.extern":
@@ -297,6 +299,18 @@ class _Bufferizer:
         attrs = {"kernel": op["kernel"], "outputs": len(op.results), **({"cached": True} if cached else {})}
         self.b.create("host.launch", [self.buffer[v] for v in (*op.operands, *op.results)], attrs)
 
+    def _emit_library(self, op: Operation) -> None:
+        """The call also gets temporary memory to work in: part of the plan like any other."""
+        t = _tensor(op.result)
+        self.buffer[op.result] = self.home[op.result] if op.result in self.home else self._allocate(t)
+        self.buffer[op.result].name = self.buffer[op.result].name or op.result.name
+        shape = library_shape(op, self.ctx.target)
+        workspace = self._allocate(TensorType((shape["workspace"] + WORKSPACE_SLACK,), DTYPES["u8"]))
+        workspace.name = "workspace"
+        buffers = [*(self.buffer[v] for v in op.operands), self.buffer[op.result], workspace]
+        attrs = {"library": op["library"], "roles": (*op["roles"], "d", "workspace"), "outputs": 2, "shape": shape, "why": op["why"]}
+        self.b.create("host.library", buffers, attrs)
+
     def _emit_extern(self, op: Operation) -> None:
         for r in op.results:
             self.buffer[r] = self.home[r] if r in self.home else self._argument(_tensor(r), {"kind": "extern"}, r.name)
@@ -333,4 +347,4 @@ def _is_known_int(attrs: dict[str, Any]) -> bool:
 
 
 _EMITTERS = {"tensor.constant": _Bufferizer._emit_constant, "tile.launch": _Bufferizer._emit_launch,
-             "tensor.extern": _Bufferizer._emit_extern, "tensor.assign": _Bufferizer._emit_assign}
+             "tensor.extern": _Bufferizer._emit_extern, "tensor.library": _Bufferizer._emit_library, "tensor.assign": _Bufferizer._emit_assign}

@@ -1,6 +1,6 @@
 """Orders the launches of a function so that little memory is alive at any time.
 
-Before and after: functions of `tile.launch`, `tensor.constant`, `tensor.extern`, `tensor.assign` and `return`, with value
+Before and after: functions of `tile.launch`, `tensor.library`, `tensor.constant`, `tensor.extern`, `tensor.assign` and `return`, with value
 semantics. After: the same ops in an order that respects data flow, keeps externs with effects (random, or without results) in
 their order, and whose peak of temporary bytes is never above that of the given order.
 

@@ -5,9 +5,8 @@
     compiled.blobs        # cubins by name
     compiled.sources      # Triton text by kernel, for `aicc dump-ir`
 
-`printer.py` makes the text (with `expressions.py`, `arith.py`, `helpers.py`), `compile.py` the cubins, `host.py` the
-launches; `simulate.py` runs
-kernels in Triton's interpreter.
+`printer.py` makes the text (with `expressions.py`, `arith.py`, `helpers.py`), `compile.py` the cubins, `host.py` the list of launches and
+`native.py` the machine code that launches them; `simulate.py` runs kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -24,15 +23,18 @@ from ...ir.core import Operation
 from ...ir.expr_json import expr_to_json
 from ...ir.target import Target
 from .compile import CompiledKernel, compile_kernel, triton_cache
-from .host import Copy, Launch, Program, build_program
+from .host import Copy, Launch, Program, Step, build_program
+from .native import NativeHost, emit_native
 from .printer import KernelSource, print_kernel
 
 __all__ = [
     "CompiledGpu",
     "CompiledKernel",
     "KernelSource",
+    "NativeHost",
     "compile_gpu",
     "compile_kernel",
+    "emit_native",
     "print_kernel",
     "program_json",
     "triton_cache",
@@ -48,6 +50,7 @@ class CompiledGpu:
     blobs: dict[str, bytes]
     kernels: dict[str, CompiledKernel]
     sources: dict[str, str]
+    host: NativeHost
 
 
 def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = None, threads: int = 1) -> CompiledGpu:
@@ -69,7 +72,11 @@ def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = N
     with triton_cache(cache_dir), ThreadPoolExecutor(threads) as pool:
         compiled = dict(zip(sources, pool.map(one, sources), strict=True))
     blobs = {f"cubin_{name}": k.cubin for name, k in compiled.items()}
-    return CompiledGpu(program_json(program, sources, compiled), blobs, compiled, {n: s.text for n, s in sources.items()})
+    made = program_json(program, sources, compiled)
+    native = emit_native(program, made["kernels"])
+    made["host"] = {"blob": "host", "imports": list(native.imports)}
+    texts = {n: s.text for n, s in sources.items()}
+    return CompiledGpu(made, {**blobs, "host": native.object_code}, compiled, texts, native)
 
 
 def program_json(
@@ -103,7 +110,9 @@ def program_json(
     }
 
 
-def _step(step: Launch | Copy) -> list[Any]:
+def _step(step: Step) -> list[Any]:
     if isinstance(step, Launch):
-        return ["launch", step.kernel, [p.to_json() for p in step.buffers]]
-    return ["copy", step.source.to_json(), step.target.to_json(), expr_to_json(step.bytes)]
+        return ["launch", step.kernel, [p.to_json() for p in step.buffers], step.line]
+    if isinstance(step, Copy):
+        return ["copy", step.source.to_json(), step.target.to_json(), expr_to_json(step.bytes), step.line]
+    return ["product", {name: p.to_json() for name, p in step.places.items()}, dict(step.shape), step.line]

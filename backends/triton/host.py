@@ -1,7 +1,7 @@
 """Host functions -> lists of launches, as `runtime/cuda.py` runs them.
 
     program = build_program(module)         # a module at the host level
-    program.functions["main_0"]             # [Launch | Copy, ...] in order
+    program.functions["main_0"]             # [Launch | Copy | MatMul, ...] in order
 
 Functions have the names and the table that every backend agrees on (`compiler/manifest.py`): each maximal run of launches
 and copies between
@@ -21,7 +21,7 @@ from ...ir.expr import Dim, ceildiv, delinearize, free_symbols, product, sym
 from ...ir.expr_json import expr_to_json
 from ...ir.types import BufferType, TileType, element_type, index
 
-__all__ = ["Copy", "Launch", "Place", "Program", "build_program"]
+__all__ = ["Copy", "Launch", "MatMul", "Place", "Program", "Step", "build_program"]
 
 ALIGNMENT = 16
 COPY_TILE = 1024
@@ -43,10 +43,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel on buffers; grid and symbols are those of the kernel."""
+    """A kernel on buffers; grid and symbols are those of the kernel. `line` is where in the user's program it comes from."""
 
     kernel: str
     buffers: tuple[Place, ...]
+    line: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,44 @@ class Copy:
     source: Place
     target: Place
     bytes: Dim
+    line: str = ""
+
+
+@dataclass(frozen=True)
+class MatMul:
+    """A matrix product by cuBLASLt: d = act(a @ b + bias + c). `shape` describes it (JSON data, see `host.library`)."""
+
+    shape: Mapping[str, Any]
+    a: Place
+    b: Place
+    d: Place
+    workspace: Place
+    bias: Place | None = None
+    c: Place | None = None
+    line: str = ""
+
+    @property
+    def places(self) -> dict[str, Place]:
+        """Those that there are, by name."""
+        return {n: p for n in ("a", "b", "d", "bias", "c", "workspace") if (p := getattr(self, n)) is not None}
+
+
+Step = Launch | Copy | MatMul
 
 
 @dataclass
 class Program:
-    """`kernels` are the `tile.kernel`s that are launched, copies between layouts included."""
+    """`kernels` are the `tile.kernel`s that are launched, copies between layouts included.
+
+    By function: `functions` has its steps, `symbols` the size symbols in the order of their values, `inputs` the slots of the program's inputs
+    that it uses and takes to be aligned.
+    """
 
     kernels: dict[str, Operation] = field(default_factory=dict)
-    functions: dict[str, list[Launch | Copy]] = field(default_factory=dict)
+    functions: dict[str, list[Step]] = field(default_factory=dict)
     constants: list[bytes] = field(default_factory=list)
+    symbols: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def divisible(self, kernel: str) -> tuple[bool, ...]:
         """For each buffer of a kernel: whether every launch passes an address that is a multiple of 16."""
@@ -95,9 +125,10 @@ class _Builder:
         kinds = [a.get("kind", "input") for a in func["arg_attrs"]] or ["input"] * self.arguments
         for a, kind in zip(func.body.args, kinds, strict=True):
             self.places[a] = Place(a.index, 0, aligned=kind != "extern")
-        steps: list[Launch | Copy] = []
-        packs: dict[int, list[Launch | Copy]] = {}
-        segments = 0
+        given = {a.index for a, kind in zip(func.body.args, kinds, strict=True) if kind not in ("output", "extern", "late")}
+        functions: dict[str, list[Step]] = {}
+        steps: list[Step] = []
+        packs: dict[int, list[Step]] = {}
         for op in [*func.body]:
             if op.name in _PLACES:
                 self.places[op.result] = _PLACES[op.name](self, op)
@@ -107,15 +138,20 @@ class _Builder:
                 steps.append(self._launch(op))
             elif op.name == "host.copy":
                 steps.append(self._copy(op))
+            elif op.name == "host.library":
+                steps.append(self._product(op))
             elif op.name == "host.extern":
                 if steps:
-                    self.program.functions[f"{name}_{segments}"], steps = steps, []
-                    segments += 1
+                    functions[f"{name}_{len(functions)}"], steps = steps, []
             elif op.name != "return":
                 raise IRError(f"'{op.name}' cannot stand in a planned host function")
         if steps:
-            self.program.functions[f"{name}_{segments}"] = steps
-        self.program.functions |= {f"{name}_pack_{i}": launches for i, launches in packs.items()}
+            functions[f"{name}_{len(functions)}"] = steps
+        functions |= {f"{name}_pack_{i}": launches for i, launches in packs.items()}
+        for key, body in functions.items():
+            self.program.functions[key] = body
+            self.program.symbols[key] = tuple(func["symbols"])
+            self.program.inputs[key] = tuple(sorted({p.slot for s in body for p in _places(s) if not p.constant} & given))
 
     # -- addresses
 
@@ -153,21 +189,54 @@ class _Builder:
                 else f"kernel '@{name}' takes {len(kernel.body.args)} buffers, but is launched on {len(op.operands)}"
             )
         self.program.kernels[name] = kernel
-        return Launch(name, tuple(self.places[v] for v in op.operands))
+        return Launch(name, tuple(self.places[v] for v in op.operands), _line(op) or _line(kernel))
+
+    def _product(self, op: Operation) -> MatMul:
+        if op["library"] != "cublaslt":
+            raise IRError(f"this backend cannot call the library '{op['library']}'")
+        shape = op["shape"]
+        places = dict(zip(op["roles"], (self.places[v] for v in op.operands), strict=True))
+        sizes = {name: element_type(v.type).bytes for name, v in zip(op["roles"], op.operands, strict=True)}
+        for name in ("a", "b"):
+            p, moved = places[name], shape[f"offset_{name}"] * sizes[name]
+            places[name] = Place(p.slot, p.offset + moved, p.constant, p.aligned and isinstance(moved, int) and moved % ALIGNMENT == 0)
+        align = {name: ALIGNMENT if places[name].aligned else sizes[name] for name in ("a", "b", "d")}
+        align["c"] = ALIGNMENT if "c" not in places or places["c"].aligned else sizes["c"]
+        return MatMul({**_json(shape), "align": align}, **places, line=_line(op))
 
     def _copy(self, op: Operation) -> Launch | Copy:
         source, target = (v.type for v in op.operands)
         assert isinstance(source, BufferType) and isinstance(target, BufferType)
         places = self.places[op.operands[0]], self.places[op.operands[1]]
         if source.layout == target.layout == BufferType(source.shape, source.dtype).layout:
-            return Copy(*places, source.numel * source.dtype.bytes)
+            return Copy(*places, source.numel * source.dtype.bytes, _line(op))
         if (source, target) not in self.copies:
             name = f"copy_layout{len(self.copies)}"
             while name in self.kernels or name in self.program.kernels:
                 name += "_"
             self.copies[source, target] = name
             self.program.kernels[name] = copy_kernel(name, source, target, self.func["symbols"])
-        return Launch(self.copies[source, target], places)
+        return Launch(self.copies[source, target], places, _line(op))
+
+
+def _places(step: Step) -> tuple[Place, ...]:
+    """The addresses that a step uses."""
+    if isinstance(step, Launch):
+        return step.buffers
+    return (step.source, step.target) if isinstance(step, Copy) else tuple(step.places.values())
+
+
+def _line(op: Operation) -> str:
+    return str(op.location) if op.location.file else ""
+
+
+def _json(value: Any) -> Any:
+    """Size expressions within lists and dicts as JSON."""
+    if isinstance(value, (tuple, list)):
+        return [_json(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: _json(v) for k, v in value.items()}
+    return value if isinstance(value, (str, bool)) else expr_to_json(value)
 
 
 _PLACES = {

@@ -241,7 +241,7 @@ class _Printer:
 
     def _text(self, operands: Sequence[Value], shape: Sequence[int]) -> IndexText:
         return IndexText(
-            {f"i{k}": (self._name(v), self.ranges.get(v, (None, None))) for k, v in enumerate(operands)},
+            {f"i{k}": (self._use(v) if self.wide else self._name(v), self.ranges.get(v, (None, None))) for k, v in enumerate(operands)},
             self.sizes,
             shape,
             self._arange,

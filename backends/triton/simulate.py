@@ -25,12 +25,13 @@ from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 from ...ir.core import IRError, Operation
 from ...ir.expr import evaluate
+from ...ir.expr_json import json_to_expr
 from ...ir.interpreter import interpret
 from ...ir.interpreter.context import TORCH_DTYPES, Context
 from ...ir.interpreter.memory import Memory, extent
 from ...ir.types import BufferType, TensorType
 from .compile import default_cache, load_function
-from .host import Copy, Place, build_program
+from .host import Copy, MatMul, Place, build_program
 from .printer import KernelSource, print_kernel
 
 __all__ = ["Libdevice", "SimulatedLibrary", "simulate"]
@@ -138,6 +139,9 @@ class SimulatedLibrary:
                 if isinstance(step, Copy):
                     ctypes.memmove(address(step.target), address(step.source), evaluate(step.bytes, env))
                     continue
+                if isinstance(step, MatMul):
+                    run_product(step.shape, {name: address(p) for name, p in step.places.items()}, env)
+                    continue
                 kernel, source = self.program.kernels[step.kernel], self.sources[step.kernel]
                 flat = [_memory(address(p), a.type, env) for p, a in zip(step.buffers, kernel.body.args, strict=True)]
                 self.launches += 1
@@ -154,6 +158,34 @@ class SimulatedLibrary:
             return 0
 
         return run
+
+
+def run_product(shape: Mapping[str, Any], addresses: Mapping[str, int], env: Mapping[str, int]) -> None:
+    """A matrix product as cuBLASLt computes it (see `runtime/cublaslt.py`), on CPU memory."""
+
+    def numbers(key: str) -> list[int]:
+        return [int(evaluate(json_to_expr(e), env)) for e in shape[key]]
+
+    batch, m, n, k = numbers("sizes")
+    layouts: dict[str, tuple[tuple[int, ...], list[int]]] = {
+        "a": ((batch, m, k), numbers("a")),
+        "b": ((batch, k, n), numbers("b")),
+        "d": ((batch, m, n), [*numbers("d"), 1]),
+    }
+    if shape["c"]:
+        layouts["c"] = ((batch, m, n), [*numbers("c"), 1])
+    if shape["bias"]:
+        layouts["bias"] = ((n,), [1])
+    if 0 in (batch, m, n):
+        return
+    x = {}
+    for name, (sizes, strides) in layouts.items():
+        dtype = TORCH_DTYPES[shape["types"][name]]
+        size = extent(sizes, strides) * dtype.itemsize
+        x[name] = torch.frombuffer((ctypes.c_uint8 * size).from_address(addresses[name]), dtype=dtype).as_strided(sizes, strides)
+    total = x["a"].double() @ x["b"].double()
+    total = total + sum(x[name].double() for name in ("bias", "c") if name in x)
+    x["d"].copy_(total.relu() if shape["act"] == "relu" else total)
 
 
 def _memory(address: int, t: Any, env: Mapping[str, int]) -> torch.Tensor:

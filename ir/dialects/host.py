@@ -22,6 +22,11 @@ define("host.launch", "runs a kernel on buffers (inputs, then outputs)", operand
        traits=[Trait.ReadsMemory, Trait.WritesMemory])
 define("host.copy", "copies `source` to `target` (same shape and element type, any strides)", operands="source target", results=(),
        traits=[Trait.ReadsMemory, Trait.WritesMemory])
+define("host.library", "a call of a vendor's library on buffers; `roles` names them (a, b, bias, c are read; d and workspace are written)",
+       operands="buffers*", results=(),
+       attrs={"library": attr("such as cublaslt"), "roles": attr(), "outputs": attr("how many trailing buffers are written"),
+              "shape": attr("sizes, strides and types, as runtime/cublaslt.py describes them"), "why": optional("")},
+       traits=[Trait.ReadsMemory, Trait.WritesMemory])
 define("host.extern", "an ATen operator on buffers: `inputs` operands are read, the rest receive its tensor results in order",
        operands="buffers*", results=(),
        attrs={"target": attr(), "args": attr(), "kwargs": optional({}), "inputs": attr(), "result_kinds": optional(()),

@@ -129,6 +129,11 @@ define("tensor.scatter", "a copy of `init` into which, for each point of the spa
 define("tensor.fused", "ops that become one kernel; the region takes the operands and yields the results", operands="inputs*",
        results="results*", attrs={"kernel": optional("", "name of the kernel"), "why": optional("", "why they belong together")},
        regions=1, traits=[Trait.Pure, Trait.IsolatedFromAbove])
+define("tensor.library", "ops that one call of a vendor's library computes: their meaning is the region, which takes the operands and yields "
+       "the result", operands="inputs*",
+       attrs={"library": attr("such as cublaslt"), "roles": attr("what each operand is: a, b (the factors), bias, c (a summand)"),
+              "act": optional("none", "none or relu"), "why": optional("", "why the library does it")},
+       regions=1, traits=[Trait.Pure, Trait.IsolatedFromAbove])
 define("tensor.yield", "ends a body", operands="values*", results=(), traits=[Trait.Terminator])
 define("tensor.index", "the position along dimension `dim` of the enclosing iteration space, an i64", attrs={"dim": attr()}, traits=[Trait.Pure])
 define("tensor.sym", "a size expression as an i64", attrs={"expr": attr()}, traits=[Trait.Pure])

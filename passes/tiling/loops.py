@@ -429,6 +429,9 @@ class _Lowering:
                 slot += 1
                 for axis in axes:
                     value = self._reduce(value, axis, kind)
+                if op in self.frame.online:  # where the maximum is -inf there was nothing but exp(-inf + inf)
+                    highest = self.outer_values[self.frame.online[op].result]
+                    value = b.arith("select", b.arith("eq", highest, float("-inf")), float("nan"), value)
             self.outer_values[r] = value
             if r in self.stores:
                 with b.at(op.location):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...ir import DTYPES, Block, BufferType, Builder, Operation, Region, SymbolRef, TensorType, TileType, Value, element_type
+from ...ir import DTYPES, Block, BufferType, Builder, IRError, Operation, Region, SymbolRef, TensorType, TileType, Value, element_type
 from ...ir.expr import Dim, free_symbols
 from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
@@ -129,6 +129,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         else:
             tile = square_tile(target, stream.row_count, stream.length)
             grid = CpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile).emit(target)
+    elif fused["why"].startswith("streams"):
+        raise IRError(f"the members of '{fused['kernel']}' no longer form a stream")
     elif (contraction := next((m for m in members if is_contraction(m)), None)) is not None and _worth_gemm(
             contraction, members, not target.is_gpu):
         roles = roles_of(contraction)

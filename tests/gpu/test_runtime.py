@@ -1,116 +1,192 @@
-"""How launches are put together, against a driver that only writes down what it is asked."""
+"""Native host functions, against a driver that only writes down what it is asked."""
 
 from __future__ import annotations
 
 import ctypes
-from types import SimpleNamespace
+import threading
 from typing import Any
 
 import pytest
-import torch
-from aicc.runtime import cuda
+from aicc.backends.triton.host import Copy, Launch, MatMul, Place, Program, Step
+from aicc.backends.triton.native import MISALIGNED, emit_native
+from aicc.ir import Operation, sym
+from aicc.ir.core import Block, IRError, Region
+from aicc.ir.expr import Dim, ceildiv
+from aicc.ir.expr_json import expr_to_json
 from aicc.runtime.artifact import ArtifactError
+from aicc.runtime.cuda import CudaError, CudaLibrary
 
-PROGRAM = {
-    "kernels": {
-        "k": {
-            "buffers": 2,
-            "symbols": ["s1"],
-            "checks": 1,
-            "grid": [["floordiv", ["add", "s1", 63], 64], 3],
-            "blob": "b",
-            "symbol": "k",
-            "threads": 128,
-            "shared": 256,
-            "parameters": 6,
-        },
-    },
-    "constants": [],
-    "functions": {},
-}
+from .fake_device import FakeDevice
+
+KERNEL = {"threads": 128, "shared": 256, "parameters": 6, "symbols": ["s1"], "checks": 1, "blob": "cubin", "symbol": "k", "digest": "d"}
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    made: list[Any] = []
-
-    def launch(
-        function: int, x: int, y: int, z: int, threads: int, ty: int, tz: int, shared: int, stream: int, params: int, extra: Any
-    ) -> None:
-        cells = (ctypes.c_void_p * 6).from_address(params)
-        made.append(
-            ("launch", function, (x, y, z), threads, shared, stream, [ctypes.c_uint64.from_address(c).value for c in cells])
-        )
-
-    fake = SimpleNamespace(
-        launch=launch, copy=lambda target, source, n, stream: made.append(("copy", target, source, n, stream))
-    )
-    monkeypatch.setattr(cuda, "driver", lambda: fake)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
-    return made
+def kernel(*grid: Dim) -> Operation:
+    block = Block()
+    block.append(Operation.create("tile.yield"))
+    return Operation.create("tile.kernel", (), {"sym_name": "k", "grid": grid, "symbols": ("s1",), "outputs": 1}, (), [Region([block])])
 
 
-def library() -> Any:
-    return SimpleNamespace(
-        program=PROGRAM,
-        positions={"s0": 0, "s1": 1},
-        constants=[torch.zeros(4)],
-        error=torch.zeros(1, dtype=torch.int32),
-        entries={"k": 1234},
-        device=SimpleNamespace(index=0),
-        launches=0,
-        take_error=lambda: 0,
-    )
+def load(steps: list[Step], device: FakeDevice, *, grid: tuple[Dim, ...] = (ceildiv(sym("s1"), 64), 3), constants: tuple[bytes, ...] = (),
+         inputs: tuple[int, ...] = (), symbols: tuple[str, ...] = ("s0", "s1"), row: dict[str, Any] | None = None) -> CudaLibrary:
+    """A library of one function, main_0, compiled and linked."""
+    rows = {"k": {**KERNEL, **(row or {})}}
+    program = Program({"k": kernel(*grid)}, {"main_0": steps}, list(constants), {"main_0": symbols}, {"main_0": inputs})
+    host = emit_native(program, rows)
+    data = {
+        "kernels": {name: {**r, "grid": [expr_to_json(g) for g in grid]} for name, r in rows.items()},
+        "constants": ["AAAA" for _ in constants],
+        "functions": {"main_0": [step_json(s) for s in steps]},
+        "host": {"blob": "host", "imports": list(host.imports)},
+    }
+    library = CudaLibrary(data, {"cubin": b"cubin", "host": host.object_code}, on=device)
+    library.bind(list(symbols))
+    return library
 
 
-def run(steps: list[Any], table: list[int], symbols: list[int], lib: Any = None) -> int:
-    function = cuda.CudaFunction(lib or library(), steps)
-    t, s = (ctypes.c_uint64 * len(table))(*table), (ctypes.c_int64 * len(symbols))(*symbols)
-    return function(ctypes.addressof(t), ctypes.addressof(s))
+def step_json(step: Step) -> list[Any]:
+    if isinstance(step, Launch):
+        return ["launch", step.kernel, [p.to_json() for p in step.buffers], step.line]
+    if isinstance(step, Copy):
+        return ["copy", step.source.to_json(), step.target.to_json(), expr_to_json(step.bytes), step.line]
+    return ["product", {n: p.to_json() for n, p in step.places.items()}, dict(step.shape), step.line]
 
 
-def test_a_launch_has_addresses_sizes_the_error_word_and_null_scratch(calls: list[Any]) -> None:
-    lib = library()
-    step = ["launch", "k", [["table", 2, ["mul", "s0", 64]], ["constant", 0, 8]]]
-    assert run([step], [1000, 2000, 3000], [5, 130], lib) == 0
-    ((kind, function, grid, threads, shared, stream, parameters),) = calls
-    assert (kind, function, grid, threads, shared, stream) == ("launch", 1234, (9, 1, 1), 128, 256, 77)
-    assert parameters == [3000 + 5 * 64, lib.constants[0].data_ptr() + 8, 130, lib.error.data_ptr(), 0, 0]
+def run(library: CudaLibrary, table: list[int], symbols: list[int]) -> int:
+    t, s = (ctypes.c_uint64 * max(1, len(table)))(*table), (ctypes.c_int64 * max(1, len(symbols)))(*symbols)
+    return library.function("main_0")(ctypes.addressof(t), ctypes.addressof(s))
 
 
-def test_copies_run_in_order_and_empty_ones_not_at_all(calls: list[Any]) -> None:
-    run(
-        [["copy", ["table", 0, 16], ["table", 1, 0], ["mul", "s0", 4]], ["copy", ["table", 1, 0], ["table", 0, 0], "s1"]],
-        [1000, 2000],
-        [5, 0],
-    )
-    assert calls == [("copy", 2000, 1016, 20, 77)]
+def test_a_launch_has_addresses_sizes_the_error_word_and_null_scratch() -> None:
+    device = FakeDevice()
+    library = load([Launch("k", (Place(2, sym("s0") * 64), Place(0, 8, constant=True)))], device, constants=(b"\0\0\0",))
+    assert run(library, [1000, 2000, 3000], [5, 130]) == 0
+    ((kind, function, grid, threads, shared, stream, parameters),) = device.calls
+    assert (kind, function, grid, threads, shared, stream) == ("launch", 100, (9, 1, 1), 128, 256, 77)
+    assert parameters == [3000 + 5 * 64, library.constants[0].data_ptr() + 8, 130, device.error.data_ptr(), 0, 0]
 
 
-def test_no_programs_no_launch(calls: list[Any]) -> None:
-    step = ["launch", "k", [["table", 0, 0], ["table", 1, 0]]]
-    run([step], [1000, 2000], [5, 0])
-    assert calls == []
+def test_launches_and_copies_run_in_order_and_empty_ones_not_at_all() -> None:
+    device = FakeDevice()
+    a, b = Place(0, 16), Place(1, 0)
+    steps: list[Step] = [Copy(a, b, sym("s0") * 4), Launch("k", (b, a)), Copy(b, a, sym("s1")), Copy(b, a, 0), Copy(b, b, 64)]
+    run(load(steps, device), [1000, 2000], [5, 0])
+    assert device.calls == [("copy", 2000, 1016, 20, 77), ("copy", 2000, 2000, 64, 77)]
+    device.calls.clear()
+    run(load(steps, device), [1000, 2000], [0, 1])
+    assert [c[0] for c in device.calls] == ["launch", "copy", "copy"]
 
 
-def test_sizes_are_measured_anew_for_new_symbols(calls: list[Any]) -> None:
-    function = cuda.CudaFunction(library(), [["launch", "k", [["table", 0, "s0"], ["table", 0, 0]]]])
-    table = (ctypes.c_uint64 * 1)(4096)
+def test_sizes_are_evaluated_anew_in_each_call() -> None:
+    device = FakeDevice()
+    library = load([Launch("k", (Place(0, sym("s0")), Place(0, 0)))], device)
     for s0, s1 in ((16, 64), (32, 65), (16, 64)):
-        symbols = (ctypes.c_int64 * 2)(s0, s1)
-        function(ctypes.addressof(table), ctypes.addressof(symbols))
-    assert [(c[2][0], c[6][0], c[6][2]) for c in calls] == [(3, 4112, 64), (6, 4128, 65), (3, 4112, 64)]
+        run(library, [4096], [s0, s1])
+    assert [(c[2][0], c[6][0], c[6][2]) for c in device.calls] == [(3, 4112, 64), (6, 4128, 65), (3, 4112, 64)]
 
 
-def test_an_earlier_error_is_reported_before_anything_is_launched(calls: list[Any]) -> None:
-    lib = library()
-    lib.take_error = lambda: 1
-    assert run([["launch", "k", [["table", 0, 0], ["table", 0, 0]]]], [1000], [1, 1], lib) == 1
-    assert calls == []
+def test_an_earlier_error_is_reported_before_anything_is_launched_and_only_once() -> None:
+    device = FakeDevice()
+    library = load([Launch("k", (Place(0, 0), Place(0, 0)))], device)
+    device.error[0] = 3
+    assert run(library, [1000], [1, 1]) == 3
+    assert device.calls == []
+    assert run(library, [1000], [1, 1]) == 0
+    assert len(device.calls) == 1
 
 
-def test_too_few_parameters_are_an_error() -> None:
-    lib = library()
-    lib.program = {**PROGRAM, "kernels": {"k": {**PROGRAM["kernels"]["k"], "parameters": 3}}}  # type: ignore[dict-item]
-    with pytest.raises(ArtifactError, match="parameters"):
-        cuda.CudaFunction(lib, [["launch", "k", [["table", 0, 0], ["table", 0, 0]]]])
+def test_a_failing_launch_stops_the_program_and_names_its_kernel_and_line() -> None:
+    device = FakeDevice()
+    step = Launch("k", (Place(0, 0), Place(0, 0)), "model.py:12")
+    library = load([Copy(Place(0, 0), Place(0, 0), 4), step, step], device)
+    device.fail_at, device.fail_with = 1, 719
+    with pytest.raises(CudaError, match=r"kernel 'k' \(step 2 of 3 of 'main_0', from model.py:12\): result 719; a kernel that was launched earlier"):
+        run(library, [1000], [1, 64])
+    assert [c[0] for c in device.calls] == ["copy"]
+    device.fail_at, device.count = 0, 0
+    with pytest.raises(CudaError, match=r"launching a copy \(step 1 of 3"):
+        run(library, [1000], [1, 64])
+
+
+def test_too_large_a_grid_is_an_error_at_run_time_or_when_compiling() -> None:
+    device = FakeDevice()
+    library = load([Launch("k", (Place(0, 0), Place(0, 0)), "m.py:1")], device, grid=(sym("s1") * 64,))
+    with pytest.raises(CudaError, match=r"from m.py:1\): the grid has more than 2147483647 programs"):
+        run(library, [1000], [1, 1 << 30])
+    assert device.calls == []
+    with pytest.raises(IRError, match="would need"):
+        load([Launch("k", (Place(0, 0), Place(0, 0)))], device, grid=(1 << 31,))
+
+
+def test_a_misaligned_input_is_noticed_before_anything_is_launched() -> None:
+    device = FakeDevice()
+    library = load([Launch("k", (Place(0, 0), Place(1, 0)))], device, inputs=(0, 2))
+    function = library.function("main_0")
+    symbols = (ctypes.c_int64 * 2)(1, 64)
+    for table, code in (((4096, 4100, 4112), 0), ((4096, 4096, 4104), MISALIGNED), ((4097, 4096, 4096), MISALIGNED)):
+        t = (ctypes.c_uint64 * 3)(*table)
+        assert function.native(ctypes.addressof(t), ctypes.addressof(symbols), 0, 0) == code
+    assert len(device.calls) == 1
+
+
+def test_the_library_context_is_current_for_the_call_alone() -> None:
+    device = FakeDevice()
+    library = load([Launch("k", (Place(0, 0), Place(0, 0)))], device)
+    run(library, [1000], [1, 64])
+    assert device.switched == []
+    device.current = 6000
+    run(library, [1000], [1, 64])
+    assert device.switched == [5000, 6000]
+    device.switched.clear()
+    device.fail_at, device.fail_with, device.count = 0, 1, 0
+    with pytest.raises(CudaError):
+        run(library, [1000], [1, 64])
+    assert device.switched == [5000, 6000], "also after a failure"
+    device.current, device.fail_at = 0, -1
+    device.switched.clear()
+    run(library, [1000], [1, 64])
+    assert device.switched == [5000], "a thread without a context keeps the library's"
+
+
+def test_products_get_their_plan_operands_in_the_transposed_order_and_the_bias_of_the_call() -> None:
+    device = FakeDevice()
+    places = {"a": Place(0, 32), "b": Place(1, 0), "d": Place(2, 0), "bias": Place(3, 8), "workspace": Place(4, 64)}
+    library = load([MatMul({"sizes": []}, **places), MatMul({"sizes": []}, Place(0, 0), Place(1, 0), Place(2, 0), Place(4, 0), c=Place(3, 0))], device)
+    run(library, [1 << 12, 2 << 12, 3 << 12, 4 << 12, 5 << 12], [0, 0])
+    first, second = device.calls
+    handle, alpha, beta, algorithm, workspace_bytes = 1001, 1008, 1009, 1007, 1010
+    assert first == ("product", [4242, (4 << 12) + 8], handle, alpha, 2 << 12, 1003, (1 << 12) + 32, 1004, beta, 3 << 12, 1005, 3 << 12, 1006,
+                     algorithm, (5 << 12) + 256, workspace_bytes, 77), "temporary memory is aligned"
+    assert second[1] == [4243, 0] and second[9:11] == (4 << 12, 1005) and second[14] == 5 << 12
+
+
+def test_several_threads_may_run_one_function() -> None:
+    device = FakeDevice()
+    library = load([Launch("k", (Place(0, 0), Place(1, sym("s0"))))] * 5, device)
+    function = library.function("main_0")
+
+    def work(n: int) -> None:
+        table, symbols = (ctypes.c_uint64 * 2)(16 * n, 1 << 20), (ctypes.c_int64 * 2)(n, 64 * n)
+        for _ in range(40):
+            assert function(ctypes.addressof(table), ctypes.addressof(symbols)) == 0
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(1, 5)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(device.calls) == 4 * 40 * 5
+    for _, _, grid, _, _, _, parameters in device.calls:
+        n = parameters[0] // 16
+        assert parameters[1:3] == [(1 << 20) + n, 64 * n] and grid == (3 * n, 1, 1)
+
+
+def test_kernels_that_do_not_fit_and_missing_parts_are_errors() -> None:
+    device = FakeDevice()
+    with pytest.raises(IRError, match="takes 3 parameters, not 4"):
+        load([Launch("k", (Place(0, 0), Place(0, 0)))], device, row={"parameters": 3})
+    library = load([Launch("k", (Place(0, 0), Place(0, 0)))], device)
+    with pytest.raises(ArtifactError, match="no function 'other'"):
+        library.function("other")
+    with pytest.raises(ArtifactError, match="lacks the cubin"):
+        CudaLibrary(library.program, {}, on=device)
+    assert device.loaded == [b"cubin"], "equal cubins are loaded once"

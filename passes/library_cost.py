@@ -1,0 +1,89 @@
+"""How long a matrix product takes on a GPU, by the library and as a generated kernel: seconds, from peak rates and bytes moved.
+
+    work = Work("bf16", (1, 4096, 4096, 4096), result_bytes=2, fused=True, heavy=1.0)
+    library_seconds(target, work), generated_seconds(target, work)
+
+Rates are per multiprocessor, from NVIDIA's data sheets at boost clocks. What share of them kernels reach, and what issuing a call costs the
+host, was measured on an H100 (`tests/gpu/host_check.py choice` prints the times of both ways beside the choice).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..ir import Target
+
+__all__ = ["Work", "generated_seconds", "library_seconds"]
+
+LAUNCH = 2e-6
+"""Seconds that one more kernel costs the device: its start and end overlap with nothing."""
+HOST_LIBRARY, HOST_GENERATED = 15e-6, 4.5e-6
+"""Seconds that the host needs to issue a product: the device cannot be faster, unless launches are replayed."""
+HEAVY = 1.6e-12 * 132
+"""Seconds times multiprocessors for one erf in the epilogue of a product: registers are full there, and nothing hides it."""
+BYTES = {"bf16": 2, "f16": 2, "f32": 4, "tf32": 4, "f64": 8}
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """FLOP/s of one multiprocessor by kind, and bytes/s of the device's memory."""
+
+    flops: dict[str, float]
+    bandwidth: float
+
+
+RATES = {
+    80: _Rates({"bf16": 2.89e12, "f16": 2.89e12, "tf32": 1.44e12, "f32": 0.181e12, "f64": 0.181e12}, 1.9e12),
+    90: _Rates({"bf16": 7.49e12, "f16": 7.49e12, "tf32": 3.75e12, "f32": 0.507e12, "f64": 0.507e12}, 3.35e12),
+    100: _Rates({"bf16": 15.2e12, "f16": 15.2e12, "tf32": 7.6e12, "f32": 0.54e12, "f64": 0.27e12}, 8e12),
+}
+LIBRARY_SHARE = {"bf16": 0.78, "f16": 0.78, "tf32": 0.75, "f32": 0.80, "f64": 0.80}
+GENERATED_SHARE = {"bf16": 0.68, "f16": 0.68, "tf32": 0.40, "f32": 0.30, "f64": 0.10}
+MEMORY_SHARE = 0.9
+TILE = 128
+"""Rows and columns of the tile that one multiprocessor works on."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A product: the type it computes in, (batch, m, n, k), the width of its result, whether a pointwise op alone reads that (and would be
+    fused into a generated kernel), how much that op computes per element, in units of one erf, and whether launches are replayed."""
+
+    kind: str
+    sizes: tuple[int, ...]
+    result_bytes: int
+    fused: bool = False
+    heavy: float = 0.0
+    replayed: bool = False
+
+    @property
+    def elements(self) -> int:
+        batch, m, n, _ = self.sizes
+        return batch * m * n
+
+
+def library_seconds(target: Target, work: Work) -> float:
+    """By cuBLASLt; a pointwise reader then reads the result from memory."""
+    extra = LAUNCH + 2 * work.elements * work.result_bytes / (MEMORY_SHARE * _rates(target).bandwidth) if work.fused else 0.0
+    return max(_product(target, work, LIBRARY_SHARE[work.kind], TILE // 2), 0 if work.replayed else HOST_LIBRARY) + extra
+
+
+def generated_seconds(target: Target, work: Work) -> float:
+    """By a generated kernel, its pointwise reader fused."""
+    extra = work.heavy * work.elements * HEAVY / max(1, target.multiprocessors) if work.fused else 0.0
+    return max(_product(target, work, GENERATED_SHARE[work.kind], TILE), 0 if work.replayed else HOST_GENERATED) + extra
+
+
+def _product(target: Target, work: Work, share: float, tile: int) -> float:
+    batch, m, n, k = work.sizes
+    rates, processors = _rates(target), max(1, target.multiprocessors)
+    tiles = batch * -(-m // tile) * -(-n // tile)
+    busy = -(-tiles // processors) * processors / max(1, tiles)  # multiprocessors that wait for the last tiles count as busy
+    compute = 2.0 * work.elements * k * min(busy, 8.0) / (share * rates.flops[work.kind] * processors)
+    moved = batch * (m * k + k * n) * BYTES[work.kind] + work.elements * work.result_bytes
+    return LAUNCH + max(compute, moved / (MEMORY_SHARE * rates.bandwidth))
+
+
+def _rates(target: Target) -> _Rates:
+    """Those of the newest generation that is not newer than the target."""
+    return RATES[max((c for c in RATES if c <= target.capability), default=min(RATES))]

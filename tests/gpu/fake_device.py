@@ -1,0 +1,161 @@
+"""A CUDA device that only writes down what native code asks of it: its functions are ctypes callbacks.
+
+    device = FakeDevice()
+    library = CudaLibrary(program, blobs, on=device)
+    device.calls        # ("launch", handle, grid, threads, shared, stream, parameters) | ("copy", ...) | ("product", ...)
+
+Kernel handles are 100, 101, ... in the order of loading. `fail_at` makes the call of that number fail with result `fail_with`. Graphs
+are lists of calls: a launched one adds its calls, with the parameters that they have by then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from aicc.runtime.cuda_driver import KernelNode
+
+_P, _U32, _U64 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64
+_LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int32, _P, *[_U32] * 7, _P, _P, _P)
+_COPY = ctypes.CFUNCTYPE(ctypes.c_int32, _U64, _U64, _U64, _P)
+_PRODUCT = ctypes.CFUNCTYPE(ctypes.c_int32, *[_P] * 14, _U64, _P)
+_ATTRIBUTE = ctypes.CFUNCTYPE(ctypes.c_int32, _P, ctypes.c_int32, _P, _U64)
+_CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int32, _P)
+CAPTURE_STREAM = 999
+
+
+class FakeDevice:
+    """See the module docstring. `parameters` says how many parameters the kernel with a handle takes."""
+
+    def __init__(self, parameters: Callable[[int], int] = lambda handle: 6) -> None:
+        self.device = torch.device("cpu")
+        self.error = torch.zeros(1, dtype=torch.int32)
+        self.calls: list[tuple[Any, ...]] = []
+        self.captured: list[tuple[Any, ...]] = []
+        self.graphs: dict[int, list[tuple[Any, ...]]] = {}
+        self.executables: dict[int, list[tuple[Any, ...]]] = {}
+        self.fail_at, self.fail_with, self.count = -1, 0, 0
+        self.current = self.made = 5000  # the context
+        self.switched: list[int] = []
+        self.raw = 77
+        self.loaded: list[bytes] = []
+        self.destroyed: list[int] = []
+        self.user_captures = False
+        self._parameters = parameters
+        self._handles = 0
+        self._bias: list[int] = []
+        self._keep = {
+            "cuLaunchKernel": _LAUNCH(self._launch),
+            "cuMemcpyDtoDAsync_v2": _COPY(self._copy),
+            "cublasLtMatmul": _PRODUCT(self._product),
+            "cublasLtMatmulDescSetAttribute": _ATTRIBUTE(self._attribute),
+            "cuCtxGetCurrent": _CONTEXT(self._get_context),
+            "cuCtxSetCurrent": _CONTEXT(self._set_context),
+        }
+
+    # -- what native code calls
+
+    def _record(self, stream: int, call: tuple[Any, ...]) -> int:
+        self.count += 1
+        if self.count - 1 == self.fail_at:
+            return self.fail_with
+        (self.captured if stream == CAPTURE_STREAM else self.calls).append(call)
+        return 0
+
+    def _launch(self, f: int, x: int, y: int, z: int, tx: int, ty: int, tz: int, shared: int, stream: int, params: int, extra: int) -> int:
+        n = self._parameters(f)
+        cells = (ctypes.c_void_p * n).from_address(params)
+        values = [ctypes.c_uint64.from_address(c).value for c in cells]
+        assert (ty, tz, extra) == (1, 1, None)
+        return self._record(stream, ("launch", f, (x, y, z), tx, shared, stream, values))
+
+    def _copy(self, target: int, source: int, size: int, stream: int) -> int:
+        return self._record(stream, ("copy", target, source, size, stream))
+
+    def _attribute(self, descriptor: int, which: int, value: int, size: int) -> int:
+        assert size == 8
+        ctypes.c_uint64.from_address(descriptor + 8 * which).value = ctypes.c_uint64.from_address(value).value
+        return 0
+
+    def _product(self, *args: int) -> int:
+        descriptor = [ctypes.c_uint64.from_address(args[1] + 8 * i).value for i in (0, 8)]
+        return self._record(args[-1], ("product", descriptor, *[0 if a is None else a for a in (args[0], *args[2:])]))
+
+    def _get_context(self, out: int) -> int:
+        ctypes.c_uint64.from_address(out).value = self.current
+        return 0
+
+    def _set_context(self, context: int) -> int:
+        self.current = context or 0
+        self.switched.append(self.current)
+        return 0
+
+    # -- what the library calls
+
+    def context(self) -> int:
+        return self.made
+
+    def stream(self) -> int:
+        return self.raw
+
+    def address(self, name: str) -> int:
+        return ctypes.cast(self._keep[name], ctypes.c_void_p).value or 0
+
+    def describe(self, code: int) -> str:
+        return f"result {code}"
+
+    def load_module(self, cubin: bytes) -> int:
+        self.loaded.append(cubin)
+        return len(self.loaded)
+
+    def unload(self, module: int) -> None:
+        pass
+
+    def kernel(self, module: int, name: str, shared: int) -> int:
+        self._handles += 1
+        return 99 + self._handles
+
+    def plans(self, shapes: Sequence[Mapping[str, Any]], symbols: Mapping[str, int]) -> Any:
+        """Records whose words are 1001, 1002, ..., with a descriptor of real memory."""
+        self._records = []
+        for i, _ in enumerate(shapes):
+            memory = (ctypes.c_uint64 * 128)(4242 + i)
+            record = (ctypes.c_uint64 * 10)(1001, ctypes.addressof(memory), *range(1003, 1011))
+            self._records.append((memory, record))
+        self._array = (ctypes.c_uint64 * len(shapes))(*[ctypes.addressof(r) for _, r in self._records])
+        return SimpleNamespace(fixed=ctypes.addressof(self._array))
+
+    # -- graphs
+
+    def capturing(self) -> bool:
+        return self.user_captures
+
+    def capture(self, launch: Callable[[int], Any]) -> int:
+        self.captured = []
+        launch(CAPTURE_STREAM)
+        self.graphs[len(self.graphs) + 1] = self.captured
+        return len(self.graphs)
+
+    def kernel_nodes(self, graph: int) -> list[tuple[int, KernelNode]]:
+        return [(i, KernelNode(c[1])) for i, c in enumerate(self.graphs[graph]) if c[0] == "launch"]
+
+    def instantiate(self, graph: int) -> int:
+        self.executables[len(self.executables) + 1] = list(self.graphs[graph])
+        return len(self.executables)
+
+    def set_node(self, executable: int, node: int, params: KernelNode) -> None:
+        kind, f, *_ = self.executables[executable][node]
+        cells = (ctypes.c_void_p * self._parameters(f)).from_address(params.params)
+        values = [ctypes.c_uint64.from_address(c).value for c in cells]
+        self.executables[executable][node] = (kind, params.function, tuple(params.grid), params.block[0], params.shared, CAPTURE_STREAM, values)
+
+    def launch_graph(self, executable: int, stream: int) -> int:
+        self.calls.append(("graph", executable, stream, [tuple(c) for c in self.executables[executable]]))
+        return 0
+
+    def destroy_graph(self, graph: int, executables: Sequence[int]) -> None:
+        for x in (graph, *executables):
+            self.destroyed.append(x)
