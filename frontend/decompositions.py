@@ -45,7 +45,7 @@ _MORE = (
     aten._batch_norm_with_update_functional, aten.native_batch_norm_backward, aten.batch_norm_backward,
     aten.upsample_bilinear2d, aten.upsample_bilinear2d_backward, aten.upsample_nearest2d_backward,
     aten._fused_rms_norm_backward, aten._fused_dropout,
-    aten.upsample_bicubic2d, aten.grid_sampler_2d, aten.bucketize, aten.dist,
+    aten.upsample_bicubic2d, aten.grid_sampler_2d, aten.dist,
     aten.narrow_copy, aten.norm, aten.tril_indices, aten.triu_indices,
 )
 """Decompositions of torch that are not in its core table."""

@@ -291,6 +291,23 @@ def trilinear(a: Tensor, b: Tensor, c: Tensor, expand1: Sequence[int], expand2: 
     return (wide(a, expand1) * wide(b, expand2) * wide(c, expand3)).sum(tuple(sumdim))
 
 
+def bucketize(x: Tensor, boundaries: Tensor, *, out_int32: bool = False, right: bool = False) -> Tensor:
+    """How many boundaries, which ascend, lie below each element (or, with `right`, not above it): a binary search, bit by bit.
+
+    torch's own decomposition indexes with a 0-d tensor, which reads it on the host.
+    """
+    count = boundaries.shape[0]
+    if not isinstance(count, int):
+        return NotImplemented
+    place = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
+    for bit in reversed(range(count.bit_length())):
+        probe = place + (1 << bit)
+        bound = boundaries.take(probe.clamp(max=count) - 1)
+        beyond = bound > x if right else bound >= x
+        place = torch.where((probe <= count) & ~beyond, probe, place)
+    return place.to(torch.int32) if out_int32 else place
+
+
 def angle(x: Tensor) -> Tensor:
     """The angle of real numbers: 0, pi for negative ones, NaN for NaN."""
     if x.is_complex():
@@ -319,4 +336,5 @@ FORMULAS: dict[Any, Callable[..., Any]] = {
     aten.adaptive_max_pool3d_backward.default: adaptive_max_backward(3),
     aten._trilinear.default: trilinear,
     aten.angle.default: angle,
+    aten.bucketize.Tensor: bucketize,
 }

@@ -26,7 +26,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "linear algebra": ("linalg_*", "_linalg_*", "cholesky*", "lu_unpack", "lu_solve", "geqrf", "ormqr", "triangular_solve"),
     "data-dependent size": ("nonzero", "masked_select", "unique_consecutive", "_unique2", "bincount", "repeat_interleave"),
     "number on the host": ("_local_scalar_dense", "item"),
-    "complex": ("view_as_real", "view_as_complex", "complex", "polar", "_conj", "_conj_physical", "imag", "real"),
+    "complex": ("view_as_real", "view_as_complex", "complex", "polar", "_conj", "_conj_physical", "imag", "real", "angle"),
     "special function": ("special_*", "polygamma", "igamma", "igammac", "i0", "frexp"),
 }
 
