@@ -177,7 +177,8 @@ def embedding_bag_weights_backward(grad: Tensor, weight: Tensor, indices: Tensor
                                    padding_idx: int = -1) -> Tensor:
     """The gradient of per_sample_weights [N]."""
     bag = _bags(indices, offsets[:grad.shape[0]])
-    each = (grad.index_select(0, bag).float() * weight.index_select(0, indices).float()).sum(1).to(grad.dtype)
+    work = torch.float32 if grad.dtype.itemsize < 4 else grad.dtype
+    each = (grad.index_select(0, bag).to(work) * weight.index_select(0, indices).to(work)).sum(1).to(grad.dtype)
     return torch.where(indices != padding_idx, each, 0.0)
 
 
