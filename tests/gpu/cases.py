@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from aicc import passes  # noqa: F401  (registers them)
 from aicc.compiler.options import Options
 from aicc.compiler.pipelines import STAGES, pipeline
+from aicc.frontend import random as _philox  # noqa: F401  (registers the operators)
 from aicc.frontend.decompositions import decomposition_table, flash_attention_backward
 from aicc.frontend.importer import import_graph
 from aicc.ir import Operation, Target
@@ -139,6 +140,18 @@ def _attention_gradients(*saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return flash_attention_backward(*saved, 0.0, True)
 
 
+def _random(seed: Tensor) -> tuple[Tensor, ...]:
+    draw = torch.ops.aicc
+    return (
+        draw.random_uniform(seed, [33, 70], 0, torch.float32),
+        draw.random_normal(seed, [33, 70], 1, torch.float32),
+        draw.random_uniform(seed, [70], 2, torch.float64),
+        draw.random_uniform(seed, [70], 3, torch.bfloat16),
+        draw.random_integers(seed, [70], -5, 1 << 20, 4),
+        draw.random_integers(seed, [70], 0, 1 << 40, 5),
+    )
+
+
 CASES: dict[str, Case] = {
     "pointwise": Case(_plain(lambda a, b: torch.tanh(a) * b + a.relu()), _normal((7, 333), (333,))),
     "pointwise_symbolic": Case(_plain(lambda a, b: torch.exp(a) * b + 1), _normal((7, 333), (7, 333)), dynamic=True),
@@ -155,6 +168,7 @@ CASES: dict[str, Case] = {
         _with_nan,
         tolerance=0,
     ),
+    "random": Case(_plain(_random), lambda g: (torch.randint(-(1 << 62), 1 << 62, (), generator=g),), tolerance=1e-6),
     "variance": Case(_plain(lambda a: torch.var_mean(a, 1)), _normal((9, 770))),
     "gemm": Case(_plain(lambda a, b: a @ b), _normal((70, 100), (100, 90))),
     "gemm_gelu": Case(_module(lambda: nn.Sequential(nn.Linear(100, 130), nn.GELU())), _normal((75, 100))),
