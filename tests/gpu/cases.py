@@ -18,7 +18,8 @@ from aicc import passes  # noqa: F401  (registers them)
 from aicc.compiler.options import Options
 from aicc.compiler.pipelines import STAGES, pipeline
 from aicc.frontend import random as _philox  # noqa: F401  (registers the operators)
-from aicc.frontend.decompositions import decomposition_table, flash_attention_backward
+from aicc.frontend.decompositions import decomposition_table
+from aicc.frontend.formulas import flash_attention_backward
 from aicc.frontend.importer import import_graph
 from aicc.ir import Operation, Target
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from aicc.compiler.pipelines import pipeline
-from aicc.frontend.decompositions import flash_attention_backward
+from aicc.frontend.formulas import flash_attention_backward
 from aicc.ir import Operation
 from aicc.ir.expr import evaluate
 from aicc.ir.interpreter import interpret
