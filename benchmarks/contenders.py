@@ -1,4 +1,6 @@
-"""The compilers that the suites compare, and a cold cache for both.
+"""The compilers that the suites compare, and a cold cache for each.
+
+    call = PEERS["onnxruntime"](function, args, threads)      # optional: `pip install aicc[peers]`
 
 Import this before torch: the caches are named by environment variables that are read early.
 """
@@ -6,9 +8,12 @@ Import this before torch: the caches are named by environment variables that are
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
 
 _ROOT = tempfile.mkdtemp(prefix="aicc-bench-")
 atexit.register(shutil.rmtree, _ROOT, ignore_errors=True)
@@ -19,7 +24,7 @@ os.environ["AICC_STRICT"] = "1"
 
 import torch  # noqa: E402
 
-__all__ = ["warm_up"]
+__all__ = ["PEERS", "missing", "warm_up"]
 
 
 def warm_up(backends: list[str]) -> None:
@@ -29,3 +34,58 @@ def warm_up(backends: list[str]) -> None:
         with torch.no_grad():
             torch.compile(lambda x: x * 2 + 1, backend=name)(torch.ones(8))
     torch._dynamo.reset()
+
+
+class _AsModule(torch.nn.Module):
+    """A function as a module, which the exporter wants."""
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: torch.Tensor) -> Any:
+        return self.function(*args)
+
+
+def _exported(function: Callable[..., Any], args: Sequence[torch.Tensor]) -> str:
+    """The path of an ONNX file of the function."""
+    module = function if isinstance(function, torch.nn.Module) else _AsModule(function)
+    program = torch.onnx.export(module.eval(), tuple(args), dynamo=True, verbose=False)
+    path = os.path.join(tempfile.mkdtemp(dir=_ROOT), "model.onnx")
+    assert program is not None
+    program.save(path)
+    return path
+
+
+def _onnxruntime(function: Callable[..., Any], args: Sequence[torch.Tensor], threads: int) -> Callable[[], list[torch.Tensor]]:
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(_exported(function, args), options, providers=["CPUExecutionProvider"])
+    feed = {x.name: a.numpy() for x, a in zip(session.get_inputs(), args, strict=True)}
+    return lambda: [torch.from_numpy(y) for y in session.run(None, feed)]
+
+
+def _openvino(function: Callable[..., Any], args: Sequence[torch.Tensor], threads: int) -> Callable[[], list[torch.Tensor]]:
+    import openvino
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    compiled = openvino.Core().compile_model(_exported(function, args), "CPU", settings)
+    request, feed = compiled.create_infer_request(), [a.numpy() for a in args]
+    return lambda: [torch.from_numpy(y) for y in request.infer(feed, share_inputs=True, share_outputs=True).values()]
+
+
+def _inductor_max(function: Callable[..., Any], args: Sequence[torch.Tensor], threads: int) -> Callable[[], Any]:
+    compiled = torch.compile(function, backend="inductor", options={"freezing": True, "max_autotune": True})
+    return lambda: compiled(*args)
+
+
+PEERS: dict[str, Callable[[Callable[..., Any], Sequence[torch.Tensor], int], Callable[[], Any]]] = {
+    "inductor-max": _inductor_max, "onnxruntime": _onnxruntime, "openvino": _openvino}
+"""(function, arguments, threads) -> a call. The sessions are made and the model exported before the first call."""
+
+
+def missing(peers: Sequence[str]) -> list[str]:
+    """The packages that these peers need and that are not installed."""
+    needed = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino", "onnx", "onnxscript")}
+    return sorted({m for p in peers for m in needed.get(p, ()) if importlib.util.find_spec(m) is None})

@@ -1,6 +1,6 @@
 """The CPU suite: models and single kernels at fixed shapes, eager beside Inductor and aicc in one process.
 
-    python -m aicc.benchmarks.cpu [--cases softmax,mlp] [--threads 1] [--no-inductor] [--json FILE]
+    python -m aicc.benchmarks.cpu [--cases softmax,mlp] [--threads 1] [--no-inductor] [--peers onnxruntime,openvino] [--json FILE]
 
 A row per case: milliseconds per call, speed over eager, and the largest difference from eager over eager's largest value
 (a row whose difference exceeds `TOLERANCE` is marked WRONG and the exit code is 1). float32, batch 1 unless the name says more.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,32 +103,45 @@ def main() -> None:
     parser.add_argument("--cases", help="names, or parts of them, separated by commas")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-inductor", action="store_true")
+    parser.add_argument("--peers", default="", help=f"others to measure, separated by commas: {', '.join(contenders.PEERS)}")
     parser.add_argument("--seconds", type=float, default=1.5, help="how long each contender is measured per case")
+    parser.add_argument("--cpu-time", action="store_true", help="count this thread's CPU time, not wall time: for one thread on a busy machine")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    clock = time.thread_time if options.cpu_time else time.perf_counter
     parts = options.cases.split(",") if options.cases else [""]
     names = [n for n in CASES if any(p in n for p in parts)]
     if not names:
         parser.error(f"no case matches; there are {', '.join(CASES)}")
 
     backends = ["aicc"] if options.no_inductor else ["aicc", "inductor"]
+    peers = [p for p in options.peers.split(",") if p]
+    if unknown := [p for p in peers if p not in contenders.PEERS]:
+        parser.error(f"no peer {', '.join(unknown)}; there are {', '.join(contenders.PEERS)}")
+    if packages := contenders.missing(peers):
+        parser.error(f"{', '.join(packages)} missing: pip install aicc[peers]")
+    if options.cpu_time and "openvino" in peers:
+        parser.error("OpenVINO computes in threads of its own: --cpu-time would not see them")
     contenders.warm_up(backends)
     about = environment()
     print(f"{about['cpu']}, torch {about['torch']}, {about['threads']} of {about['cores']} cores, load {about['load']}, float32\n")
-    print(" ".join(format(title, width) for title, width in COLUMNS), flush=True)
+    print(" ".join(format(title, width) for title, width in COLUMNS), *(f"{p + ' ms':>15}" for p in peers), flush=True)
     rows = []
     for name in names:
         try:
-            row = measure(CASES[name], backends, options.seconds)
+            row = measure(CASES[name], backends, options.seconds, clock, peers)
         except Exception as e:  # one case that fails must not cost the table
             traceback.print_exc(file=sys.stderr)
             row = {"case": name, "failure": f"{type(e).__name__}: {e}".splitlines()[0]}
         rows.append(row)
-        print(_line(row), flush=True)
+        print(_line(row), *(f"{row.get(f'{p}_ms', float('nan')):>15.3f}" for p in peers), flush=True)
     good = [r for r in rows if "failure" not in r]
-    for contender in backends:
+    for contender in [*backends, *peers]:
         print(f"geometric mean over eager, {contender}: {geometric_mean([r['eager_ms'] / r[f'{contender}_ms'] for r in good]):.2f}x")
+    theirs = ["eager", *backends[1:], *peers]
+    print(f"geometric mean of the best of {', '.join(theirs)} over aicc: "
+          f"{geometric_mean([min(r[f'{p}_ms'] for p in theirs) / r['aicc_ms'] for r in good]):.2f}x")
     about["load at the end"] = environment()["load"]
     print(f"load at the end {about['load at the end']}")
     if options.json:
@@ -136,7 +150,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def measure(case: Case, backends: list[str], seconds: float) -> dict[str, Any]:
+def measure(case: Case, backends: list[str], seconds: float, clock: Callable[[], float], peers: list[str]) -> dict[str, Any]:
     """One row."""
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -153,7 +167,13 @@ def measure(case: Case, backends: list[str], seconds: float) -> dict[str, Any]:
         with watching(compiled=compilations.append):
             row[f"{name}_compile_s"], result = first_call(calls[name])
         row[f"{name}_error"] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(tree_leaves(result), expected, strict=True))
-    times = best_block_medians(list(calls.values()), seconds)
+    for name in peers:
+        start = time.perf_counter()
+        calls[name] = contenders.PEERS[name](function, args, torch.get_num_threads())
+        result = tree_leaves(calls[name]())
+        row[f"{name}_compile_s"] = time.perf_counter() - start
+        row[f"{name}_error"] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(result, expected, strict=True))
+    times = best_block_medians(list(calls.values()), seconds, clock)
     row.update({f"{name}_ms": t * 1e3 for name, t in zip(calls, times, strict=True)})
     return {**row, "graphs": len(compilations), "externs": sum(len(c.stats["externs"]) for c in compilations),
             "kernels": sum(c.stats["kernels"] for c in compilations)}

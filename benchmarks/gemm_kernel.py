@@ -1,36 +1,45 @@
-"""The GEMM microkernel of the LLVM backend against this machine's measured multiply-add peak, one thread, float32.
+"""GEMM as users get it (`torch.compile` of a linear layer) against this machine's measured multiply-add peak and torch, one thread.
 
-    python -m aicc.benchmarks.gemm_kernel [--sizes 512 1024] [--features avx2,fma,...] [--asm]
+    python -m aicc.benchmarks.gemm_kernel [--shapes 512x512x512 128x3072x768] [--dtype bf16] [--asm] [--rounds 5]
 
-The kernel is the one that tiling makes: a register tile of MR x NR, operand B packed in panels of NR columns, a program per
-block of rows and panel. The peak is measured by a loop of independent multiply-adds on registers, in the same run.
+Shapes are rows x output columns x K. The peak is that of a loop of independent multiply-adds on registers. Peak, aicc and torch take turns in
+every round; each figure is that of its best round, in seconds of CPU time of this thread, so that other processes disturb them less.
+Cores that lower their clock for dense vector code reach the peak only in loops that touch no memory: `sustained` is the same loop with
+its operands loaded from the first-level cache, as a GEMM's are.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import math
 import re
 import time
+from collections.abc import Callable
 
-import torch
-from aicc.backends.llvm import compile_module, host_target
+from . import contenders  # noqa: F401  # first: it names the caches before torch reads them
+
+import torch  # isort: skip
+from aicc.backends.llvm import host_target
 from aicc.backends.llvm.compile import optimize, parse
 from aicc.backends.llvm.target import target_machine
-from aicc.ir import Block, BufferType, Builder, Operation, Region, SymbolRef, TileType, make_func, make_module, sym
-from aicc.ir.expr import ceildiv, minimum
+from aicc.compiler.driver import Compilation, watching
 from aicc.ir.target import Target
-from aicc.ir.types import DTYPES, index
 from aicc.runtime.loader import NativeLibrary, load_object
-from llvmlite import ir
+from llvmlite import binding, ir
+from torch import nn
 
-F32 = DTYPES["f32"]
-ROUNDS = 200_000
+from .timing import environment
+
+ROUNDS = 60_000
 CHAINS = 24
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
+SHAPES = ("512x512x512", "1024x1024x1024", "2048x2048x2048", "128x768x768", "128x3072x768", "128x768x3072", "256x768x3072", "1x4096x4096",
+          "4x4096x4096", "16x4096x4096")
 
 
-def peak_gflops(target: Target) -> float:
-    """Multiply-adds per second on registers, in 1e9 operations (two per multiply-add)."""
+def make_peak(target: Target, loads: bool = False) -> Callable[[], float]:
+    """Measures multiply-adds per second, in 1e9 operations (two per multiply-add): on registers, or with a load for every second one."""
     lanes = target.lanes(32)
     chains = CHAINS if target.vector_registers >= 32 else 12
     vector = ir.VectorType(ir.FloatType(), lanes)
@@ -48,9 +57,13 @@ def peak_gflops(target: Target) -> float:
     n.add_incoming(ir.IntType(64)(0), entry)
     phis = [b.phi(vector) for _ in range(chains)]
     following = []
-    for phi in phis:
+    for i, phi in enumerate(phis):
         phi.add_incoming(x, entry)
-        following.append(b.call(fma, [phi, x, x]))
+        if loads and i % 2 == 0:
+            splat = b.load(b.gep(out, [ir.IntType(64)(i)], source_etype=ir.FloatType()), typ=ir.FloatType(), align=4)
+            y = b.shuffle_vector(b.insert_element(ir.Constant(vector, ir.Undefined), splat, ir.IntType(32)(0)), ir.Constant(vector, ir.Undefined),
+                                 ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes))
+        following.append(b.call(fma, [phi, x, y if loads else x]))
         phi.add_incoming(following[-1], loop)
     more = b.add(n, ir.IntType(64)(1))
     n.add_incoming(more, loop)
@@ -65,40 +78,7 @@ def peak_gflops(target: Target) -> float:
     optimize(parsed, target)
     library = load_object(target_machine(target).emit_object(parsed), ["peak"])
     data = torch.zeros(64)
-    seconds = best_time(library, "peak", [data.data_ptr()])
-    return 2 * lanes * chains * ROUNDS / seconds / 1e9
-
-
-def gemm_kernel(size: int, rows: int, columns: int, block_rows: int, packed: bool = True) -> Operation:
-    """C = A @ B for square matrices; B in panels [size / columns][size][columns], or row-major when not packed."""
-    i0, i1, t0, t1 = map(sym, ("i0", "i1", "t0", "t1"))
-    acc_type = TileType((rows, columns), F32)
-    block = Block([BufferType((size * size,), F32)] * 3)
-    a, w, c = block.args
-    b = Builder.at_end(block)
-    p, q = (b.op("tile.program_id", type=index, axis=n) for n in (0, 1))
-    tile_body = Block([index])
-    t = Builder.at_end(tile_body)
-    at = tile_body.args[0]
-    zero = t.op("tile.full", t.constant(0.0, F32), type=acc_type)
-    k_body = Block([index, acc_type])
-    k = Builder.at_end(k_body)
-    left = k.op("tile.load", a, k_body.args[0], at, type=TileType((rows, 1), F32), shape=(rows, 1),
-                offset=minimum(i1 + t0, size - 1) * size + i0)
-    panel = (i1 * size + i0) * columns + t1 if packed else i0 * size + i1 * columns + t1
-    right = k.op("tile.load", w, k_body.args[0], q, type=TileType((1, columns), F32), shape=(1, columns), offset=panel)
-    k.create("tile.yield", [k.op("tile.dot", left, right, k_body.args[1], type=acc_type)])
-    made = t.create("tile.for", [zero], {"lower": 0, "upper": size, "step": 1, "unroll": 4}, [acc_type], [Region([k_body])])
-    t.create("tile.store", [c, made.result, at, q],
-             {"offset": (i0 + t0) * size + i1 * columns + t1, "mask": ((i0 + t0, size),)})
-    t.create("tile.yield")
-    b.create("tile.for", [p],
-             {"lower": i0 * block_rows, "upper": minimum(size, i0 * block_rows + block_rows), "step": rows, "indices": 1},
-             (), [Region([tile_body])])
-    b.create("tile.yield")
-    return Operation.create("tile.kernel", (),
-                            {"sym_name": "gemm", "grid": (ceildiv(size, block_rows), size // columns), "outputs": 1,
-                                                "flops": 2 * size**3}, (), [Region([block])])
+    return lambda: 2 * lanes * chains * ROUNDS / best_time(library, "peak", [data.data_ptr()]) / 1e9
 
 
 def best_time(library: NativeLibrary, name: str, pointers: list[int], repeats: int = 7) -> float:
@@ -114,50 +94,63 @@ def best_time(library: NativeLibrary, name: str, pointers: list[int], repeats: i
     return min(times)
 
 
+def measure(m: int, n: int, k: int, dtype: torch.dtype, peak: Callable[[], float], rounds: int, asm: bool) -> str:
+    """One line of the table."""
+    torch._dynamo.reset()
+    layer, x = nn.Linear(k, n, bias=False, dtype=dtype), torch.randn(m, k, dtype=dtype)
+    kernels = []
+    with torch.no_grad(), watching(compiled=kernels.append):
+        compiled = torch.compile(layer, backend="aicc")
+        start = time.perf_counter()
+        y = compiled(x)
+        seconds = time.perf_counter() - start
+        truth = x.double() @ layer.weight.double().T
+        errors = [(r.double() - truth).abs().max().item() for r in (y, layer(x))]
+        best = [0.0, math.inf, math.inf]
+        calls = max(1, int(2e9 / (2 * m * n * k)))
+        for _ in range(rounds):
+            best[0] = max(best[0], peak())
+            for i, f in enumerate((compiled, layer), 1):
+                f(x)
+                for _ in range(3):
+                    start = time.thread_time()
+                    for _ in range(calls):
+                        f(x)
+                    best[i] = min(best[i], (time.thread_time() - start) / calls)
+    ours, theirs = (2 * m * n * k / t / 1e9 for t in best[1:])
+    gigabytes = n * k * dtype.itemsize / best[1] / 1e9
+    line = (f"{f'{m}x{n}x{k}':>15} {best[1] * 1e3:9.3f} ms {ours:8.1f} {100 * ours / best[0]:6.0f} % {theirs:8.1f} {gigabytes:8.1f} {seconds:8.2f} "
+            f"{errors[0]:9.1e} {errors[1]:9.1e}")
+    if asm:
+        loops = re.split(r"^(?=\.LBB.*:)", _asm(kernels[0]), flags=re.M)
+        line += "\n" + max(loops, key=lambda text: text.count("vfmadd") + text.count("vdpbf16") + 8 * text.count("tdpbf16"))
+    return line
+
+
+def _asm(compilation: Compilation) -> str:
+    parsed = binding.parse_assembly(compilation.llvm_ir)
+    optimize(parsed, compilation.target)
+    return target_machine(compilation.target).emit_assembly(parsed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024])
-    parser.add_argument("--features", default="", help="LLVM feature names, comma-separated, instead of the host's")
-    parser.add_argument("--tile", type=int, nargs=2, default=None, help="rows and columns of the register tile")
-    parser.add_argument("--unpacked", action="store_true", help="read B row-major")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--dtype", default="f32", choices=DTYPES)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--asm", action="store_true", help="print the inner loop")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    target = host_target(options.features.split(",") if options.features else None)
-    lanes = target.lanes(32)
-    rows, columns = options.tile or ((12, 2 * lanes) if target.vector_registers >= 32 else (6, 2 * lanes))
-    peak = peak_gflops(target)
-    print(f"{target.vector_bits}-bit vectors, tile {rows}x{columns}, multiply-add peak {peak:.1f} GFLOP/s")
-    for size in options.sizes:
-        module, top = make_module("host")
-        kernel = gemm_kernel(size, rows, columns, 240 // rows * rows, not options.unpacked)
-        top.append(kernel)
-        _, body = make_func(top, "main", [arg.type for arg in kernel.body.args])
-        b = Builder.at_end(body)
-        b.create("host.launch", list(body.args), {"kernel": SymbolRef("gemm"), "outputs": 1})
-        b.create("return")
-        start = time.perf_counter()
-        compiled = compile_module(module, target)
-        compile_seconds = time.perf_counter() - start
-        x, y, z = torch.randn(size, size), torch.randn(size, size), torch.zeros(size, size)
-        panels = y if options.unpacked else y.view(size, size // columns, columns).permute(1, 0, 2).contiguous()
-        library = load_object(compiled.object_code, compiled.symbols)
-        seconds = best_time(library, "main_0", [v.data_ptr() for v in (x, panels, z)])
-        error = (z - x @ y).abs().max().item()
-        reference = min(_timed(lambda x=x, y=y: x @ y) for _ in range(7))
-        gflops = 2 * size**3 / seconds / 1e9
-        theirs = 2 * size**3 / reference / 1e9
-        print(f"{size:5}: {gflops:7.1f} GFLOP/s, {100 * gflops / peak:3.0f} % of peak (torch {theirs:.1f}); "
-              f"compiled in {1e3 * compile_seconds:.0f} ms; largest error {error:.1e}")
-        if options.asm:
-            loops = re.split(r"^(?=\.LBB.*:)", compiled.asm, flags=re.M)
-            print(max(loops, key=lambda text: text.count("vfmadd")))
-
-
-def _timed(f) -> float:  # type: ignore[no-untyped-def]
-    start = time.thread_time()
-    f()
-    return time.thread_time() - start
+    target = host_target()
+    peak = make_peak(target)
+    sustained = max(make_peak(target, loads=True)() for _ in range(5))
+    print(f"{environment()['cpu']}, {target.vector_bits}-bit vectors, multiply-add peak {max(peak() for _ in range(5)):.1f} GFLOP/s, "
+          f"sustained {sustained:.1f}; {options.dtype}")
+    titles = ("aicc", 12), ("GFLOP/s", 8), ("of peak", 8), ("torch", 8), ("B GB/s", 8), ("compile s", 8), ("error", 9), ("torch err", 9)
+    print(f"{'shape':>15}", *(f"{title:>{width}}" for title, width in titles), flush=True)
+    for shape in options.shapes:
+        m, n, k = map(int, shape.split("x"))
+        print(measure(m, n, k, DTYPES[options.dtype], peak, options.rounds, options.asm), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -42,9 +43,11 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="forward, loss and backward; default without the full-size models")
     parser.add_argument("--no-inductor", action="store_true")
     parser.add_argument("--seconds", type=float, default=1.5, help="how long each contender is measured per model")
+    parser.add_argument("--cpu-time", action="store_true", help="count this thread's CPU time, not wall time: for one thread on a busy machine")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    clock = time.thread_time if options.cpu_time else time.perf_counter
     names = options.models.split(",") if options.models else [
         n for n, case in MODELS.items() if n not in LEFT_OUT and not (options.train and case.full_size)]
     unknown = [n for n in names if n not in MODELS]
@@ -60,7 +63,7 @@ def main() -> None:
     rows = []
     for name in names:
         try:
-            row = measure(MODELS[name], backends, options.train, options.seconds)
+            row = measure(MODELS[name], backends, options.train, options.seconds, clock)
         except Exception as e:  # one model that fails must not cost the table
             traceback.print_exc(file=sys.stderr)
             row = {"model": name, "failure": f"{type(e).__name__}: {e}".splitlines()[0]}
@@ -76,7 +79,7 @@ def main() -> None:
     sys.exit(len(good) != len(rows))
 
 
-def measure(case: ModelCase, backends: list[str], train: bool, seconds: float) -> dict[str, Any]:
+def measure(case: ModelCase, backends: list[str], train: bool, seconds: float, clock: Callable[[], float]) -> dict[str, Any]:
     """One row."""
     torch._dynamo.reset()
     model, inputs = case.build()
@@ -92,7 +95,7 @@ def measure(case: ModelCase, backends: list[str], train: bool, seconds: float) -
             with watching(compiled=compilations.append):
                 row[f"{name}_compile_s"], result = first_call(calls[name])
             row[f"{name}_error"] = _error(result, truth)
-        times = best_block_medians(list(calls.values()), seconds)
+        times = best_block_medians(list(calls.values()), seconds, clock)
     row.update({f"{name}_ms": t * 1e3 for name, t in zip(calls, times, strict=True)})
     externs = [e["target"] for c in compilations for e in c.stats["externs"]]
     memory = [c.stats["memory"] for c in compilations]

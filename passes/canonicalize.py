@@ -13,9 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from ..ir import Builder, Dim, DType, Operation, TensorType, Trait, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import substitute
+from ..ir.interpreter.context import TORCH_DTYPES
 from ..ir.passes import Pass, PassContext, register
 from ..ir.rewriter import Pattern, Rewriter, rewrite_greedily
 from .structured import identity_map, identity_of, is_identity_view, rebuild
@@ -117,8 +120,9 @@ def _drop_rounding(op: Operation, rewriter: Rewriter) -> None:
     inner = op.operands[0].defining_op
     if inner is None:
         return
-    if inner.name == "arith.constant" and element_type(op.result.type).name == "f32" and _has_few_bits(inner["value"]):
-        rewriter.replace(op, [rewriter.builder(op).constant(inner["value"], element_type(op.result.type))])
+    if inner.name == "arith.constant" and element_type(op.result.type).name == "f32" and element_type(inner.result.type).name in ("bf16", "f16"):
+        value = _in_memory(inner["value"], element_type(inner.result.type))
+        rewriter.replace(op, [rewriter.builder(op).constant(value, element_type(op.result.type))])
         return
     if inner.name != "arith.cast":
         return
@@ -127,11 +131,9 @@ def _drop_rounding(op: Operation, rewriter: Rewriter) -> None:
         rewriter.replace(op, [source])
 
 
-def _has_few_bits(x: Any) -> bool:
-    """A float that every 16-bit type holds exactly."""
-    if not isinstance(x, float) or math.isnan(x):
-        return False
-    return math.isinf(x) or x == 0 or (2.0**-14 <= abs(x) <= 2.0**15 and (math.frexp(x)[0] * 256).is_integer())
+def _in_memory(x: float, dtype: DType) -> float:
+    """The number that a constant `x` of a float type stands for: rounded, infinite where it is too large."""
+    return float(torch.tensor(x, dtype=TORCH_DTYPES[dtype.name]))
 
 
 def _widen_select(op: Operation, rewriter: Rewriter) -> None:
@@ -144,8 +146,8 @@ def _widen_select(op: Operation, rewriter: Rewriter) -> None:
     rounded = [s is not None and s.name == "arith.cast" and element_type(s.operands[0].type).name == "f32" for s in sides]
     if not any(rounded) or not all(r or (s is not None and s.name == "arith.constant") for s, r in zip(sides, rounded, strict=True)):
         return
-    b = rewriter.builder(op)
-    wide = [s.operands[0] if r else b.constant(s["value"], element_type(op.result.type))  # type: ignore[union-attr,index]
+    b, narrow = rewriter.builder(op), element_type(choice.result.type)
+    wide = [s.operands[0] if r else b.constant(_in_memory(s["value"], narrow), element_type(op.result.type))  # type: ignore[union-attr,index]
             for s, r in zip(sides, rounded, strict=True)]
     rewriter.replace(op, [b.arith("select", choice.operands[0], *wide)])
 

@@ -155,7 +155,7 @@ class _Reader:
             if any(a is None for a in args) or element_type(v.type).kind != "int":
                 return None
             if name == "arith.cast":
-                return args[0]
+                return args[0] if element_type(v.type).bits >= 32 else None  # positions have at most 31
             a, b = args
             assert a is not None and b is not None
             return a + b if name == "arith.add" else a - b if name == "arith.sub" else a * b

@@ -3,6 +3,7 @@
 Index maps are logical, so a layout is only the strides of a tensor's type. Rules, in program order:
   1. a contraction with a parameter (a convolution, say) puts the parameter's own dimensions innermost: output channels become contiguous, so
      that a vector of them is computed at once from packed weights and stored at once;
+     where the parameter has none (a depthwise convolution) the result keeps the order of the other operand;
   2. an op that reads a value in such a layout, and walks all its dimensions, gives its result the same order;
   3. a value that the function returns gets the strides that eager would have given it.
 Before: every tensor is row-major except function arguments. After: some types carry strides. No op is added.
@@ -57,13 +58,15 @@ def _set_type(v: Value, t: TensorType) -> None:
 
 
 def _contraction_order(op: Operation, constant: set[Value]) -> list[int] | None:
-    """Row-major, but the dimensions that only a parameter has come last; None if they do already or no operand is a parameter."""
+    """Row-major, but the dimensions that only a parameter has come last (none: the other operand's order); None if that changes nothing."""
     rank = len(parallel_dims(op))
     reads = [{int(s[1:]) for e in m for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()} for m in op["maps"]]
     for i, v in enumerate(op.operands):
         own = [d for d in range(rank) if d in reads[i] and d not in reads[1 - i]]
-        if v in constant and op.operands[1 - i] not in constant and own:
-            order = [d for d in range(rank) if d not in own] + own
+        if v in constant and op.operands[1 - i] not in constant:
+            other = op.operands[1 - i].type
+            assert isinstance(other, TensorType)
+            order = [d for d in range(rank) if d not in own] + own if own else walk_order(op, other, op["maps"][1 - i])
             return None if order == list(range(rank)) else order
     return None
 

@@ -3,6 +3,7 @@
 The microkernel wants, for each panel of NR columns and each k, NR contiguous elements. This pass rewrites the right operand B[.., k, n] of a
 contraction into packed[.., n // NR, k.., n % NR], made by an ordinary pointwise generic with zero fill past the last column; elementwise
 producers of B then fuse into the packing. An operand that is made from parameters alone is packed once and kept (the launch is `cached`).
+Where the target multiplies pairs of bf16 the panels hold them so: packed[.., n // NR, k // 2, n % NR, k % 2].
 Other operands that are contiguous along n already are packed when columns are ragged, or when a panel's rows lie far apart.
 Padded (convolution) left operands are materialised with their padding, so that the inner loop tests no bounds.
 
@@ -32,11 +33,16 @@ from ..ir.expr import (
 )
 from ..ir.passes import Pass, PassContext, register
 from ..ir.types import i64
-from .structured import constant_values, in_order, is_contraction, space_bounds
-from .tiling.contraction import Roles, gemm_tile, roles_of
+from .structured import constant_values, in_order, is_contraction, plain_dims, space_bounds
+from .tiling.contraction import MATRIX, Roles, roles_of
+from .tiling.cpu_tiles import contraction_tile, is_depthwise, multiplies_matrices, multiplies_pairs
 
 SMALL_M = 4
 """With fewer rows, packing an operand that is used once costs more than it saves."""
+
+
+PAIRS_M = 16
+"""With fewer rows, turning an operand into pairs costs more than products of pairs save."""
 
 
 @register
@@ -55,7 +61,9 @@ class Pack(Pass):
             for op in list(func.body):
                 if is_contraction(op):
                     roles = roles_of(op)
-                    if roles is not None and roles.k:
+                    if is_depthwise(op):
+                        _turn_window(op, constant, ctx)
+                    elif roles is not None and roles.k:
                         _materialise_padding(op, roles, ctx)
                         _pack_right(op, roles, constant, ctx)
 
@@ -64,41 +72,83 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     i = roles.right
     v, m = op.operands[i], op["maps"][i]
     m_size, n_size = _size(op, roles.m), _size(op, roles.n)
-    _, nr, _ = gemm_tile(ctx.target, m_size, n_size, op["dims"][roles.k[-1]])
+    k_order = sorted(roles.k, key=lambda d: -_stride(op, roles.left, d))  # the loop that walks the left operand contiguously is innermost
+    _, nr, _ = contraction_tile(op, roles, ctx.target)
+    form = _deep_form(op, roles, k_order[-1], m_size, n_size, nr, ctx)
+    if form == "matrices":
+        nr = MATRIX[1]
     is_constant = v in constant
     if not is_constant:
         if isinstance(m_size, int) and m_size < SMALL_M:
             ctx.remark("declined", f"a contraction with {m_size} rows streams its right operand unpacked", op.location)
             return
-        if _contiguous_along_n(v, m, op, roles) and n_size % nr == 0 and _panel_is_compact(op, roles):
+        pays = form and isinstance(m_size, int) and m_size >= PAIRS_M
+        if not pays and _contiguous_along_n(v, m, op, roles) and n_size % nr == 0 and _panel_is_compact(op, roles):
             return
     n_dims = [op["dims"][d] for d in roles.n]
     used = {int(s[1:]) for e in m for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()}
     batch = [d for d in roles.batch if d in used]
     panels = ceildiv(n_size, nr)
-    k_order = sorted(roles.k, key=lambda d: -_stride(op, roles.left, d))  # the loop that walks the left operand contiguously is innermost
-    dims: list[Dim] = [*(op["dims"][d] for d in batch), panels, *(op["dims"][d] for d in k_order), nr]
+    pairs = bool(form)
+    k_dims = [op["dims"][d] for d in k_order]
+    if pairs:
+        k_dims[-1] = k_dims[-1] // 2
+    dims: list[Dim] = [*(op["dims"][d] for d in batch), panels, *k_dims, nr, *([2] if pairs else [])]
+    lane = len(batch) + 1 + len(k_dims)
     at: dict[str, Dim] = {f"d{d}": sym(f"d{j}") for j, d in enumerate(batch)}
-    column = sym(f"d{len(batch)}") * nr + sym(f"d{len(dims) - 1}")
+    column = sym(f"d{len(batch)}") * nr + sym(f"d{lane}")
     ragged = n_size % nr != 0
     for d, e in zip(roles.n, delinearize(column, n_dims), strict=True):
         at[f"d{d}"] = e
     for j, d in enumerate(k_order):
         at[f"d{d}"] = sym(f"d{len(batch) + 1 + j}")
+    if pairs:
+        at[f"d{k_order[-1]}"] = sym(f"d{lane - 1}") * 2 + sym(f"d{lane + 1}")
     bounds = space_bounds(dims)
     source_map = tuple(simplify(substitute(e, at), bounds) for e in m)
     fill = 0 if ragged else fill_of(op, i)
     b = Builder.before_op(op)
-    body = _packing_body(len(batch), len(dims) - 1, nr, n_size) if ragged else (lambda bb, x: x)
+    body = _packing_body(len(batch), lane, nr, n_size) if ragged else (lambda bb, x: x)
     packed = b.generic([v], [source_map], dims, body, fills=[fill], name=f"{v.name or 'b'}_packed")
     flat = contiguous_linear([sym(f"d{d}") for d in roles.n], n_dims)
     op_bounds = space_bounds(op["dims"])
-    new_map = (*(sym(f"d{d}") for d in batch), simplify(flat // nr, op_bounds), *(sym(f"d{d}") for d in k_order), simplify(flat % nr, op_bounds))
+    k_at: list[Dim] = [sym(f"d{d}") for d in k_order]
+    within: list[Dim] = []
+    if pairs:
+        k_at[-1:], within = [k_at[-1] // 2], [k_at[-1] % 2]
+    new_map = (*(sym(f"d{d}") for d in batch), simplify(flat // nr, op_bounds), *k_at, simplify(flat % nr, op_bounds), *within)
     _set_operand(op, i, packed.result, new_map)
-    op.attributes["_packed"] = True
+    op.attributes["_packed"] = form or True
     if is_constant:
         constant.add(packed.result)
     ctx.remark("done", f"right operand {product(v.type.shape)} packed in panels of {nr}" + (", once" if is_constant else ""), op.location)  # type: ignore[attr-defined]
+
+
+def _deep_form(op: Operation, roles: Roles, last_k: int, m: Dim, n: Dim, nr: int, ctx: PassContext) -> str:
+    """How the target takes several elements along K at once: 'matrices', 'pairs' or ''."""
+    if multiplies_matrices(op, roles, last_k, ctx.target) and not (isinstance(n, int) and n < MATRIX[1] // 2):
+        return "matrices"
+    last = op["dims"][last_k]
+    pairs = multiplies_pairs(op, ctx.target) and isinstance(last, int) and last % 2 == 0 and nr % ctx.target.lanes(32) == 0
+    return "pairs" if pairs else ""
+
+
+def _turn_window(op: Operation, constant: set[Value], ctx: PassContext) -> None:
+    """A depthwise convolution reads its parameter with the dimension innermost that is contiguous in the result."""
+    result = op.result.type
+    assert isinstance(result, TensorType)
+    innermost = next((d for d in range(result.rank) if result.layout[d] == 1 and result.shape[d] != 1), None)
+    for i, (v, m) in enumerate(zip(op.operands, op["maps"], strict=True)):
+        dims = plain_dims([e for e in m if e != 0])
+        if v not in constant or dims is None or innermost not in dims or _stride(op, i, innermost) == 1:  # type: ignore[arg-type]
+            continue
+        order = [d for d in dims if d != innermost] + [innermost]
+        at = {f"d{d}": sym(f"d{j}") for j, d in enumerate(order)}
+        turned = Builder.before_op(op).generic([v], [tuple(substitute(e, at) for e in m)], [op["dims"][d] for d in order], lambda b, x: x,
+                                               name=f"{v.name or 'w'}_turned")
+        _set_operand(op, i, turned.result, tuple(sym(f"d{d}") for d in order))
+        constant.add(turned.result)
+        ctx.remark("done", "the window's parameter turned to the result's layout, once", op.location)
 
 
 def _packing_body(panel: int, lane: int, nr: int, n_size: Dim) -> Any:

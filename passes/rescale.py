@@ -9,7 +9,7 @@ These are the homomorphisms that let two dependent reductions become one pass; s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..ir import Operation, Value, element_type
 
@@ -22,15 +22,19 @@ class Declined(Exception):
 
 @dataclass(frozen=True)
 class Factor:
-    """How a scalar of the inner space depends on row values: "free", not at all; "row", it is `value`; "shift", something minus `value`;
-    "product", something times exp(-value), if there is one, and times the `scales`."""
+    """How a scalar of the inner space depends on row values: "free", not at all; "row", it is `value`; "linear", it is `value` but for a rounding,
+    a sign or a choice of 0; "shift", something minus `value`; "product", something times exp(-value), if there is one, and times the `scales`.
+
+    A scale is (row value, "mul" or "div", guarded): guarded by a select of 0 outside of it, which hides a NaN of the row. `guarded`: exp is."""
 
     kind: str
     value: Value | None = None
-    scales: tuple[tuple[Value, str], ...] = ()
+    scales: tuple[tuple[Value, str, bool], ...] = ()
+    guarded: bool = False
 
 
 FREE = Factor("free")
+_LINEAR = ("row", "linear")
 
 
 def _opaque() -> Factor:
@@ -42,14 +46,15 @@ def _merge(a: Factor, b: Factor, kind: str) -> Factor:
     """The factor of a * b or a / b (kind "mul" or "div"), where at most one is a shift."""
     if "shift" in (a.kind, b.kind):
         return _opaque()
-    if a.kind == "row":
-        return _merge(b, a, kind) if kind == "mul" and b.kind != "row" else _opaque()
-    if b.kind == "row":
+    if a.kind in _LINEAR:
+        return _merge(b, a, kind) if kind == "mul" and b.kind not in _LINEAR else _opaque()
+    if b.kind in _LINEAR:
         assert b.value is not None
-        return Factor("product", a.value if a.kind == "product" else None, (*a.scales, (b.value, kind)))
+        return Factor("product", a.value if a.kind == "product" else None, (*a.scales, (b.value, kind, False)), a.guarded)
     if (b.kind == "product" and kind == "div") or (a.value is not None and b.value is not None):
         return _opaque()
-    return FREE if a.kind == b.kind == "free" else Factor("product", a.value or b.value, (*a.scales, *b.scales))
+    return FREE if a.kind == b.kind == "free" else Factor("product", a.value or b.value, (*a.scales, *b.scales),
+                                                                          a.guarded or b.guarded)
 
 
 class Dependence:
@@ -88,17 +93,26 @@ class Dependence:
             return Factor("product", args[0].value)
         if name in ("mul", "div"):
             return _merge(args[0], args[1], name)
-        if name in ("cast", "neg") and args[0].kind in ("product", "row"):
-            return args[0] if element_type(inner.result.type).is_float else _opaque()
+        if name in ("cast", "neg") and args[0].kind in ("product", *_LINEAR):
+            to = element_type(inner.result.type)
+            if not to.is_float or (to.name == "f16" and args[0].scales and args[0].value is None):
+                return _opaque()  # without its scales the product may be too large
+            return _linear(args[0])
         if name == "select" and args[0].kind == "free":
             return self._choice(inner, args)
         return _opaque()
 
     def _choice(self, inner: Operation, args: list[Factor]) -> Factor:
         sides = [(a, v) for a, v in zip(args[1:], inner.operands[1:], strict=True) if not _is_zero(v)]
-        if len(sides) == 1 or (sides[0][0] == sides[1][0] and sides[0][0].kind == "product"):
-            return sides[0][0] if sides[0][0].kind in ("product", "row") else _opaque()
-        return _opaque()
+        found = sides[0][0]
+        if len(sides) == 1 and found.kind in ("product", *_LINEAR):
+            return replace(_linear(found), scales=tuple((w, kind, True) for w, kind, _ in found.scales), guarded=True)
+        return found if len(sides) == 2 and found == sides[1][0] and found.kind == "product" else _opaque()
+
+
+def _linear(f: Factor) -> Factor:
+    """The factor of what is proportional to a value with factor `f`."""
+    return replace(f, kind="linear") if f.kind == "row" else f
 
 
 def _is_zero(v: Value) -> bool:

@@ -52,7 +52,7 @@ class SplitReductions(Pass):
         d = max(range(first, len(op["dims"])), key=lambda i: op["dims"][i])
         length = product(op["dims"][first:])
         least = self.least_row if not is_contraction(op) and _reduces_rows(op) else self.least
-        limit = min(wanted, self.most, int(length) // least)  # type: ignore[arg-type]
+        limit = min(wanted, self.most, int(length) // least, _affordable(op))  # type: ignore[arg-type]
         return next((p for p in range(limit, 1, -1) if op["dims"][d] % p == 0), 1), d
 
 
@@ -67,6 +67,13 @@ def _programs(op: Operation, target: Target) -> int:
         tile = gemm_tile_gpu(target, batch, m, n, k, widest, exact=not element_type(op.result.type).is_float)
         return max(1, as_int(batch * ceildiv(m, tile.rows) * ceildiv(n, tile.columns)))
     return max(1, count if _reduces_rows(op) else count // 64)
+
+
+def _affordable(op: Operation) -> int:
+    """Partial results are written and read again: they must not outweigh the operands."""
+    read = sum(as_int(v.type.numel) * v.type.dtype.bytes for v in op.operands if isinstance(v.type, TensorType))
+    made = sum(as_int(product(parallel_dims(op))) * element_type(y.type).bytes for y in op.body.terminator.operands)
+    return read // max(1, 2 * made)
 
 
 def _reduces_rows(op: Operation) -> bool:

@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import networkx as nx
+
 from ..ir import Block, Builder, Dim, Operation, Region, Target, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import free_symbols, product, simplify, substitute
 from ..ir.passes import Pass, PassContext, register
 from .dead_region import Alive, dead_where
 from .rescale import FREE, Declined, Dependence, Factor
-from .stream_access import why_slow_on_cpu
+from .stream_access import why_slow
 from .structured import is_contraction, is_pointwise, plain_dims
 from .topology import topological_sort
 
@@ -53,7 +55,8 @@ class Stream:
     seconds: list[Operation] = field(default_factory=list)
     tail: list[Operation] = field(default_factory=list)
     shifts: dict[Operation, Value | None] = field(default_factory=dict)
-    scales: dict[Operation, list[tuple[Value, str]]] = field(default_factory=dict)
+    scales: dict[Operation, list[tuple[Value, str, bool]]] = field(default_factory=dict)
+    guarded: set[Operation] = field(default_factory=set)  # sums of products in which a select of 0 hides exp(-inf + inf)
     alive: Alive = field(default_factory=Alive)
 
     @property
@@ -198,6 +201,41 @@ class _Growth:
             depends = depends or inside
         return depends
 
+    def size_of(self, e: Dim) -> Dim | None:
+        """The extent of a frame dimension or column that stands alone."""
+        return {**self.s.sizes, **{f"n{k}": n for k, n in enumerate(self.s.columns)}}.get(str(e))
+
+    # -- what the members may assume of each other
+
+    def check_reads(self) -> None:
+        """Members read each other where they are made, and contractions read from outside what is not streamed."""
+        s = self.s
+        for op in s.members:
+            streamed = s.streamed(op) if op in s.seconds else None
+            if op in s.seconds and op.operands[0] is op.operands[1]:
+                raise Declined("a product of the middle space with itself")
+            for i, v in enumerate(op.operands):
+                made = v.defining_op
+                if made is None or made not in s.position or v is streamed:
+                    continue
+                if op in s.firsts or op in s.seconds:
+                    raise Declined("an input depends on a result")
+                reduced = tuple(sym(f) for f in s.stream) if op in s.reductions else ()
+                if op["maps"][i] is None or self._reads(op, i, s.position[op], reduced) != s.position[made]:
+                    raise Declined("one value is read at two positions")
+
+    def check_outputs(self) -> None:
+        """What is read elsewhere is computed as a whole."""
+        s = self.s
+        members = set(s.members)
+        for op in [*s.reductions, *s.row, *s.seconds, *s.tail]:
+            if all(u in members for r in op.results for u in r.users):
+                continue
+            at = [e for e, n in zip(s.position[op], parallel_dims(op), strict=True) if n != 1]
+            sizes = [n for n in parallel_dims(op) if n != 1]
+            if len({str(e) for e in at}) != len(at) or any(self.size_of(e) != n for e, n in zip(at, sizes, strict=True)):
+                raise Declined("a part of a result that is needed as a whole")
+
     # -- what else belongs to it
 
     def add_seconds(self) -> None:
@@ -211,6 +249,9 @@ class _Growth:
                 if place is not None:
                     self.s.position[user] = place
                     self.s.seconds.append(user)
+                    if _waits_for_itself(self.s):
+                        self.s.position.pop(user)
+                        self.s.seconds.remove(user)
 
     def _place_second(self, op: Operation, which: int, at: tuple[Dim, ...]) -> tuple[Dim, ...] | None:
         dims = plain_dims(op["maps"][which])
@@ -222,6 +263,8 @@ class _Growth:
             if (str(e) in self.s.stream) != (d >= parallel) or str(e) not in self.s.sizes:
                 return None
             place[d] = e
+        if any(op["dims"][d] != self.s.sizes[str(e)] for d, e in place.items()):
+            return None  # it reads a part
         columns = [d for d in range(parallel) if d not in place]
         in_v = _dims_of(op["maps"][1 - which])
         if tuple(op["dims"][d] for d in columns) != self.s.columns or len(place) + len(columns) != len(op["dims"]):
@@ -258,6 +301,8 @@ class _Growth:
         if len(place) != len(op["dims"]) or len({str(e) for e in place.values()}) != len(place):
             return False
         at = tuple(place[d] for d in range(len(place)))
+        if any(op["dims"][j] != self.size_of(e) for j, e in enumerate(at)):
+            return False  # it reads a part
         wanted = {*self.s.batch, *self.s.rows}
         names = {str(e) for e in at}
         tail = any(n not in wanted for n in names)
@@ -268,6 +313,8 @@ class _Growth:
         self.s.position[op] = at
         try:
             self._operands(op, at)  # its other operands may need members that the seed did not (the sum of a softmax)
+            if _waits_for_itself(s):
+                raise Declined("an input depends on a result")
         except Declined:
             s.position, (s.firsts, s.full, s.reductions, s.row) = position, lists
             return False
@@ -295,7 +342,9 @@ def _check_dependence(s: Stream) -> None:
             if f.value is not None and not _is_plain_maximum(s, rules, f.value):
                 raise Declined("a reduction depends on an earlier one in a way that cannot be rescaled")
             s.shifts[op], s.scales[op] = f.value, list(f.scales)
-    if {w for rows in s.scales.values() for w, _ in rows} & set(s.shifts.values()):
+            if f.guarded:
+                s.guarded.add(op)
+    if {w for rows in s.scales.values() for w, *_ in rows} & set(s.shifts.values()):
         raise Declined("a row value both shifts and scales")
 
 
@@ -320,6 +369,8 @@ def _grown(seed: Operation, which: int) -> Stream:
     growth = _Growth(seed, which)
     growth.add_seconds()
     growth.add_tail()
+    growth.check_reads()
+    growth.check_outputs()
     s = growth.s
     if not s.firsts:
         raise Declined("no contraction makes the middle space")
@@ -369,8 +420,9 @@ def _find_streams(func: Operation, target: Target, decline: Callable[[Operation,
             continue
         try:
             s = _grown(seed, which)
-            _check_cycle(s, func)
-            slow = "" if target.is_gpu else why_slow_on_cpu(s)
+            if _waits_for_itself(s):
+                raise Declined("an input depends on a result")
+            slow = why_slow(s, target)
             if slow:
                 raise Declined(slow)
         except Declined as why:
@@ -386,7 +438,11 @@ def _find_streams(func: Operation, target: Target, decline: Callable[[Operation,
             if s not in kept:
                 decline(s.seconds[0], "a value of the middle space is needed in memory all the same")
         if len(kept) == len(found):
-            return kept
+            circle = _circle(found)
+            if circle is None:
+                return found
+            decline(circle.seconds[0], "kernels would wait for each other")
+            kept = [s for s in found if s is not circle]
         found = kept
 
 
@@ -409,20 +465,40 @@ def _escapes(s: Stream, members: set[Operation]) -> bool:
     return any(user not in members for op in [*s.firsts, *s.full] for r in op.results for user in r.users)
 
 
-def _check_cycle(s: Stream, func: Operation) -> None:
-    """What the members read from outside must not depend on what they make."""
-    members = set(s.members)
-    made = {op for op in members if op in s.reductions or op in s.row or op in s.seconds or op in s.tail}
-    stack = [v.defining_op for op in members for v in op.operands if v.defining_op is not None and v.defining_op not in members]
+def _waits_for_itself(s: Stream) -> bool:
+    """What a member reads from outside depends on what some member makes."""
+    stack = [v.defining_op for op in s.position for v in op.operands if v.defining_op is not None and v.defining_op not in s.position]
     seen: set[Operation] = set()
     while stack:
         op = stack.pop()
         if op in seen:
             continue
         seen.add(op)
-        if op in made:
-            raise Declined("an input depends on a result")
+        if op in s.position and op not in s.firsts and op not in s.full:
+            return True
         stack.extend(v.defining_op for v in op.operands if v.defining_op is not None)
+    return False
+
+
+def _circle(streams: Sequence[Stream]) -> Stream | None:
+    """A stream that would need, by way of others, what it makes."""
+    if len(streams) < 2:
+        return None
+    home = {op: next(s for s in streams if op in s.position) for s in streams for op in s.members}
+    graph = nx.DiGraph()
+    for reader in [*streams, *(op for op in streams[0].seconds[0].parent if op not in home)]:  # type: ignore[union-attr]
+        inside = reader.members if isinstance(reader, Stream) else [reader]
+        for v in {v: None for op in inside for inner in op.walk() for v in inner.operands}:
+            made = v.defining_op
+            if made is not None and (made in home or made.parent is streams[0].seconds[0].parent) and not (
+                    isinstance(reader, Stream) and made in reader.position):
+                graph.add_edge(id(home.get(made, made)), id(reader))
+    by_key = {id(s): s for s in streams}
+    try:
+        found = nx.find_cycle(graph)
+    except nx.NetworkXNoCycle:
+        return None
+    return next(by_key[a] for a, _ in found if a in by_key)
 
 
 def _describe(s: Stream) -> str:
@@ -433,29 +509,51 @@ def _describe(s: Stream) -> str:
 
 
 
-def _outline(s: Stream, name: str) -> Operation:
-    """A `tensor.fused` of copies of the members, placed at the last of them; the originals stay where something else needs them."""
-    order = {op: i for i, op in enumerate(s.seconds[0].parent)}  # type: ignore[arg-type]
-    members = sorted(s.members, key=order.__getitem__)
+def _outline(streams: Sequence[Stream], name: Callable[[int], str]) -> None:
+    """Makes each stream a `tensor.fused` of copies of its members, placed at the last of them, and erases the members.
+
+    A value that two streams compute is stored by the first, for readers that are in no stream which computes it."""
+    members = {op for s in streams for op in s.members}
+    stored: dict[Value, Value] = {}
+    for k, s in enumerate(streams):
+        order = {op: i for i, op in enumerate(s.seconds[0].parent)}  # type: ignore[arg-type]
+        inside = sorted(s.members, key=order.__getitem__)
+        outputs = [r for op in inside for r in op.results if r not in stored and s.kind_of(r) not in ("first", "full") and _is_stored(r, streams)]
+        if not outputs:
+            continue  # its readers compute it themselves, or another stream stores it
+        fused = _fused(s, inside, outputs, name(k))
+        stored |= dict(zip(outputs, fused.results, strict=True))
+    for old, new in stored.items():
+        new.name = old.name
+        old.replace_uses_if(new, lambda user: user not in members)
+    left = sorted(members, key={op: i for i, op in enumerate(streams[0].seconds[0].parent)}.__getitem__)  # type: ignore[arg-type]
+    for op in reversed(left):
+        if not any(r.uses for r in op.results):
+            op.erase()
+
+
+def _is_stored(v: Value, streams: Sequence[Stream]) -> bool:
+    """Some reader of `v` is in no stream, or in one that does not compute `v`."""
+    for user in v.users:
+        homes = [s for s in streams if user in s.position]
+        if not homes or any(v.defining_op not in s.position for s in homes):
+            return True
+    return False
+
+
+def _fused(s: Stream, members: Sequence[Operation], outputs: Sequence[Value], name: str) -> Operation:
     inside = set(members)
     inputs = list(dict.fromkeys(v for op in members for v in op.operands if v.defining_op not in inside))
-    outputs = [r for op in members if op not in s.firsts and op not in s.full for r in op.results if any(u not in inside for u in r.users)]
     last = members[-1]
     assert isinstance(last.parent, Block)
     block = Block([v.type for v in inputs], [v.name for v in inputs])
     types = [TensorType(r.type.shape, r.type.dtype, r.type.strides) for r in outputs]  # type: ignore[attr-defined]
     at = Builder(last.parent, last, s.seconds[0].location)
-    fused = at.create("tensor.fused", inputs, {"kernel": name, "why": _describe(s)}, types, [Region([block])])
+    fused = at.create("tensor.fused", inputs, {"kernel": name, "why": f"streams {_describe(s)}"}, types, [Region([block])])
     renamed: dict[Value, Value] = dict(zip(inputs, block.args, strict=True))
     for op in members:
         block.append(op.clone(renamed))
     Builder(block, None, last.location).create("tensor.yield", [renamed[v] for v in outputs])
-    for old, new in zip(outputs, fused.results, strict=True):
-        new.name = old.name
-        old.replace_uses_if(new, lambda user: user not in inside)
-    for op in reversed(members):
-        if not any(r.uses for r in op.results):
-            op.erase()
     return fused
 
 
@@ -469,15 +567,8 @@ class StreamPass(Pass):
     def run(self, module: Operation, ctx: PassContext) -> None:
         for func in [f for f in module.body if f.name == "func"]:
             found = _find_streams(func, ctx.target, lambda op, why: ctx.remark("declined", f"no streaming: {why}", op.location))
-            made: set[Operation] = set()  # what earlier streams end with
-            k = 0
             for s in found:
-                if made & {*s.firsts, *s.full} or any(op.parent is None for op in s.members):
-                    ctx.remark("declined", "no streaming: of three products in a chain two are in another stream", s.seconds[0].location)
-                    continue
-                k += 1
-                made |= {*s.seconds, *s.tail}
                 ctx.remark("done", f"streams {_describe(s)}", s.seconds[0].location)
-                _outline(s, "stream" if k == 1 else f"stream_{k}")
             if found:
+                _outline(found, lambda k: "stream" if k == 0 else f"stream_{k + 1}")
                 topological_sort(func.body)

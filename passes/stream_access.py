@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..ir import Dim, Operation, element_type, sym
+from ..ir import Dim, Operation, Target, element_type, sym
 from ..ir.dialects.tensor import parallel_dims
-from ..ir.expr import free_symbols, simplify, split_linear, substitute
+from ..ir.expr import as_int, ceildiv, free_symbols, product, simplify, split_linear, substitute
 
 if TYPE_CHECKING:
     from .stream import Stream
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SMALL = 1 << 16
 """Points of the middle space, per batch element, below which storing them costs a CPU little."""
 
-__all__ = ["packed", "reduced_order", "stream_side", "why_slow_on_cpu"]
+__all__ = ["packed", "reduced_order", "stream_side", "why_slow"]
 
 
 def reduced_order(s: Stream, op: Operation, which: int) -> list[str]:
@@ -52,7 +52,7 @@ def _stride(s: Stream, op: Operation, i: int, name: str) -> Dim:
     return 0 if linear is None else linear[0]
 
 
-def why_slow_on_cpu(s: Stream) -> str:
+def _why_slow_on_cpu(s: Stream) -> str:
     """Why the stream would be slow on a CPU; "" if it would not."""
     points = s.row_count * s.length
     if isinstance(points, int) and points < SMALL:
@@ -68,3 +68,33 @@ def why_slow_on_cpu(s: Stream) -> str:
     if any(element_type(v.type).name != "f32" for op in (*s.firsts, *s.seconds) for v in op.operands):
         return "not float32"
     return ""
+
+
+def why_slow(s: Stream, target: Target) -> str:
+    """Why kernels of their own would be quicker than the stream; "" if they would not."""
+    return _why_slow_on_gpu(s, target) if target.is_gpu else _why_slow_on_cpu(s)
+
+
+FLOPS_PER_US = {2: 2.5e6, 4: 2e5, 8: 1e5}
+"""What one multiprocessor does in a microsecond, by bytes per element (of an H100, at half its peak)."""
+BYTES_PER_US = 3e6
+LAUNCH_US = 4.0
+
+
+def _why_slow_on_gpu(s: Stream, target: Target) -> str:
+    """A stream has a program per block of rows; kernels of their own have one per tile of the middle space, but store it and read it."""
+    space = [*(s.sizes[f] for f in s.batch), s.row_count, s.length]
+    widths = [product(op["dims"][len(s.position[op]):]) for op in s.firsts] + [product(s.columns)] * len(s.seconds)
+    if not all(isinstance(n, int) for n in (*space, *widths)):
+        return ""
+    batch, points = as_int(product(space[:-2])), as_int(product(space))
+    narrowest = min(element_type(v.type).bytes for op in s.firsts for v in op.operands)
+    rate = FLOPS_PER_US[max(2, narrowest)]
+    flops = 2.0 * points * sum(as_int(w) for w in widths)
+    programs = batch * as_int(ceildiv(space[-2], 64))
+    tiles = programs * as_int(ceildiv(space[-1], 64))
+    rounds = -(-programs // max(1, target.multiprocessors))
+    streamed = LAUNCH_US + rounds * flops / programs / rate
+    kernels = 3 if s.reductions else 2
+    apart = kernels * LAUNCH_US + flops / rate / min(tiles, max(1, target.multiprocessors)) + 2 * (kernels - 1) * narrowest * points / BYTES_PER_US
+    return "" if streamed <= apart else f"{programs} programs would take {streamed:.0f} us, kernels of their own {apart:.0f} us"

@@ -11,7 +11,8 @@ call.
 The manifest (JSON, made by `compiler/manifest.py`; sizes as in `sizes.py`):
 
     name, symbols            names; `symbols` in table order
-    inputs                   per tensor argument: {name, position among the caller's arguments, dtype, shape, strides}
+    inputs                   per tensor argument: {name, position among the caller's arguments, dtype, shape, strides, and
+                             number = true where the caller passes a Python number}
     symbol_args              [[position, symbol or null], ...]: the caller's other arguments
     symbol_sources           [[symbol, input, dimension, "size" or "stride"], ...]
     buffers                  after the inputs: {kind: "output" | "extern" | "late", dtype, shape, strides}
@@ -22,7 +23,7 @@ The manifest (JSON, made by `compiler/manifest.py`; sizes as in `sizes.py`):
     steps                    ["call", function] | ["extern", {...}] | ["allocate", [buffers]] | ["drop", [buffers]]
     mutated                  inputs that the program writes to
     constants                base64 of the constants that externs read (native code has its own copies)
-    errors                   error code, as a string -> message
+    errors                   error code, as a string -> message; "RuntimeError: ..." raises that, any other OutOfRange
 
 Thread safety: one graph may run in several threads at once; every call takes its own frame (table) and arena from pools.
 """
@@ -42,11 +43,12 @@ from .artifact import ArtifactError
 from .dtypes import torch_dtype
 from .extern_call import TensorSpec
 from .loader import NativeFunction, load_object
+from .outputs import is_large, shared_outputs
 from .packing import PackedMemory, PersistentBuffer
 from .segments import Segments
 from .sizes import Size, SizeError, compile_size, evaluate_size
 
-__all__ = ["CompiledGraph"]
+__all__ = ["CompiledGraph", "OutOfRange"]
 
 _data_ptr = torch.Tensor.data_ptr
 _bump_version = torch.autograd.graph.increment_version
@@ -63,6 +65,10 @@ def _fast_empty() -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], t
 _empty = _fast_empty()
 
 
+class OutOfRange(IndexError, RuntimeError):
+    """An index in the data is out of range. Eager raises IndexError from some operators and RuntimeError from others, such as gather."""
+
+
 class Library(Protocol):
     """Compiled functions by name: native code (`loader.py`) or launches of CUDA kernels (`cuda.py`)."""
 
@@ -74,11 +80,12 @@ class Library(Protocol):
 class _Sizes:
     """What depends on the symbol values: computed once per combination of values."""
 
-    __slots__ = ("address", "arena", "array", "outputs", "values")
+    __slots__ = ("address", "arena", "array", "empty", "outputs", "values")
 
     def __init__(self, values: tuple[int, ...], outputs: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]],
-                 arena: int):
+                 arena: int, empty: Callable[..., torch.Tensor]):
         self.values = values
+        self.empty = empty
         self.array = (ctypes.c_int64 * max(1, len(values)))(*values)
         self.address = ctypes.addressof(self.array)
         self.outputs = outputs
@@ -161,6 +168,9 @@ class CompiledGraph:
         lazy = [int(x["position"]) for x in inputs if torch_dtype(x["dtype"]).is_complex]
         if lazy:
             self._run = _materialised(self._run, lazy)
+        numbers = [(int(x["position"]), torch_dtype(x["dtype"])) for x in inputs if x.get("number")]
+        if numbers:
+            self._run = _with_numbers(self._run, numbers, self.device)
 
     def _pick_inputs(self, inputs: list[dict[str, Any]], symbol_args: list[list[Any]]) -> None:
         positions = [int(x["position"]) for x in inputs]
@@ -197,7 +207,7 @@ class CompiledGraph:
     # -- running
 
     def __call__(self, *args: Any) -> list[Any]:
-        """The outputs, for arguments as the graph was compiled for. IndexError where an index in the data is out of range."""
+        """The outputs, for arguments as the graph was compiled for. OutOfRange or RuntimeError for data that eager refuses."""
         if len(args) == 1 and type(args[0]) is list:
             boxed = args[0]
             outputs = self._run(boxed)
@@ -209,7 +219,7 @@ class CompiledGraph:
         """How to run a program that is one native call: the same as `_run_steps`, with everything looked up beforehand."""
         count, pick, static, packed_memory = self._arg_count, self._pick, self._static, self._packed
         frames, fill, acquire, release = self._frames, self._fill, self.arenas.acquire, self.arenas.release
-        plain, empty = self._plain and not self._mutated, self._empty
+        plain = self._plain and not self._mutated
 
         def run(args: Sequence[Any]) -> list[Any]:
             if len(args) != count:
@@ -219,6 +229,7 @@ class CompiledGraph:
             sizes = static or self._sizes(self._symbol_values(args, tensors))
             if self._input_specs:
                 self._check_inputs(tensors, sizes.values)
+            empty = sizes.empty
             buffers = [empty(*spec) for spec in sizes.outputs]
             packed = None
             try:
@@ -258,7 +269,7 @@ class CompiledGraph:
         packed = None if self._packed is None else self._packed.get(tensors, pointers, sizes.values, sizes.address)
         buffers: list[Any] = [None] * self._buffer_count
         for i, spec in zip(self._early, sizes.outputs, strict=True):
-            buffers[i] = self._empty(*spec)
+            buffers[i] = sizes.empty(*spec)
         arena = self.arenas.acquire(sizes.arena) if sizes.arena else None
         table, address = self._new_frame()
         self._fill(table, 0, *pointers, *[0 if b is None else b.data_ptr() for b in buffers],
@@ -295,12 +306,15 @@ class CompiledGraph:
 
     def _fail(self, code: int) -> None:
         message = self._errors.get(str(code), "index out of range")
-        raise IndexError(f"{message} (in the compiled graph '{self.name}', code {code})")
+        kind, _, rest = message.partition(": ")
+        error, text = (RuntimeError, rest) if kind == "RuntimeError" else (OutOfRange, message)
+        raise error(f"{text} (in the compiled graph '{self.name}', code {code})")
 
     def _symbol_values(self, args: Sequence[Any], tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
         values = [0] * len(self._positions)
         for position, symbol in self._symbol_args:
-            values[symbol] = int(args[position])
+            value = args[position]
+            values[symbol] = value if type(value) is int else _integer(value)
         for symbol, i, dimension, what in self._symbol_sources:
             values[symbol] = tensors[i].stride(dimension) if what else tensors[i].size(dimension)
         return tuple(values)
@@ -310,7 +324,8 @@ class CompiledGraph:
         if found is None:
             specs = [self._specs[i] for i in self._early]
             outputs = [(spec.shape(values), spec.strides(values), spec.dtype) for spec in specs]
-            found = _Sizes(values, outputs, evaluate_size(self._arena_size, values))
+            large = self.device.type == "cpu" and any(is_large(*spec) for spec in outputs)
+            found = _Sizes(values, outputs, evaluate_size(self._arena_size, values), shared_outputs().empty if large else self._empty)
             if len(self._memo) >= _MEMO_LIMIT:
                 self._memo.clear()
             self._memo[values] = found
@@ -357,6 +372,24 @@ def _materialised(run: Callable[[Sequence[Any]], list[Any]], positions: list[int
                 args[p] = torch.empty_strided(args[p].size(), args[p].stride(), dtype=args[p].dtype, device=args[p].device).copy_(args[p])
         return run(args)
     return resolved
+
+
+def _with_numbers(run: Callable[[Sequence[Any]], list[Any]], numbers: list[tuple[int, torch.dtype]],
+                  device: torch.device) -> Callable[[Sequence[Any]], list[Any]]:
+    """`run` with the Python numbers among its arguments made tensors."""
+    def made(args: Sequence[Any]) -> list[Any]:
+        args = list(args)
+        for p, dtype in numbers:
+            if p < len(args):
+                args[p] = torch.scalar_tensor(args[p], dtype=dtype, device=device)
+        return run(args)
+    return made
+
+
+def _integer(value: Any) -> int:
+    """A size that is no plain int: a number of another type, or the length of a jagged dimension, which only has a name."""
+    node = getattr(value, "node", None)
+    return int(node.nested_int()) if node is not None and node.is_nested_int() else int(value)
 
 
 def _empty_bytes(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> int:

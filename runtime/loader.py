@@ -13,8 +13,11 @@ loaded (one thread pool, `torch.set_num_threads` obeyed), libm, and a few of lib
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
+import platform
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -131,6 +134,13 @@ class NativeLibrary:
             jit.close()
 
 
+@functools.cache
+def _allow_matrix_unit() -> None:
+    """Linux lets a process use AMX's registers once it has asked (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA); a refusal means there are none."""
+    if sys.platform.startswith("linux") and platform.machine() == "x86_64":
+        ctypes.CDLL(None).syscall(158, 0x1023, 18)
+
+
 def load_object(code: bytes, names: Iterable[str], extra_symbols: Mapping[str, int] | None = None) -> NativeLibrary:
     """Links the object file `code` and exports `names`.
 
@@ -140,6 +150,7 @@ def load_object(code: bytes, names: Iterable[str], extra_symbols: Mapping[str, i
     if len(code) < 64 or code[:4] not in _OBJECT_MAGICS:
         raise ArtifactError(f"{len(code)} bytes of object code do not start like an object file")
     initialize()
+    _allow_matrix_unit()
     wanted = list(names)
     builder = llvm.JITLibraryBuilder().add_object_img(code)
     for name, address in {**runtime_symbols(), **(extra_symbols or {})}.items():

@@ -10,6 +10,7 @@ the last, partial step have it peeled off.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from llvmlite import ir
@@ -19,7 +20,7 @@ from ...ir.expr import Dim, substitute, sym
 from ...ir.opdef import Trait
 from ...ir.target import Target
 from ...ir.types import BufferType, DType, ScalarType, element_type
-from . import arith
+from . import amx, arith
 from .convert import emit_cast
 from .intrinsics import call, suffix
 from .layout import Layouts, kernel_lanes
@@ -49,9 +50,11 @@ class KernelEmitter:
         self.env: dict[Value, Any] = {}
         self.instances: dict[str, Dim] = {}
         self.scratch = Scratch(self)
+        self.matrix_dots = amx.matrix_dots(self)
         self.conditions: Conditions = {}
         self.versioned = False  # inside a run that exists twice
         self.cold = False       # in code for edges: not worth more versions or unrolling
+        self.copy = 0           # which copy of an unrolled loop body this is
         self._codes: dict[Operation, int] = {}
 
     # -- the function
@@ -264,7 +267,9 @@ class KernelEmitter:
 
     def _for(self, op: Operation) -> None:
         loop = self.resolver.loops[op]
+        in_tiles = amx.carried_in_tiles(op, self.matrix_dots) if self.matrix_dots else []
         values = [self.value(v) for v in op.operands[op["indices"]:]]
+        values = [amx.enter(self, v, x) if t else x for v, x, t in itertools.zip_longest(op.operands[op["indices"]:], values, in_tiles)]
         unroll = 1 if self.cold else max(1, op["unroll"])
         outer = self.facts
         if self._is_inlined(op):
@@ -290,7 +295,7 @@ class KernelEmitter:
                 values = self._tail(op, loop, facts, at, upper, values)
         self.facts = outer
         for result, v in zip(op.results, values):
-            self.env[result] = v
+            self.env[result] = amx.leave(self, result, v) if isinstance(v, amx.AmxTile) else v
 
     def _iterate(self, op: Operation, carried: list[Any]) -> list[Any]:
         for arg, v in zip(op.body.args[1:], carried):
@@ -299,7 +304,7 @@ class KernelEmitter:
 
     def _canonical(self, op: Operation, values: list[Any]) -> list[Any]:
         """Loop-carried tiles in their standard layout."""
-        return [with_widths(self.b, v, self.layouts.widths(r)) if isinstance(v, Tile) else v
+        return [with_widths(self.b, v, self.layouts.widths(r)) if isinstance(v, Tile) and not isinstance(v, amx.AmxTile) else v
                 for v, r in zip(values, op.results)]
 
     def _loop(self, op: Operation, loop: Loop, facts: Facts, start: Dim | ir.Value, bound: Dim, copies: int,
@@ -323,11 +328,14 @@ class KernelEmitter:
         self.facts = facts
         with self.scalars.scope({loop.symbol: variable}, "loop"):
             carried = _unflatten(values, phis)
+            around = self.copy
             for n in range(copies):
+                self.copy = n
                 if n:
                     self.instances[loop.symbol] = sym(loop.symbol) + n * loop.step
                 carried = self._iterate(op, carried)
                 self.instances.pop(loop.symbol, None)
+            self.copy = around
             following = b.add(variable, I64(loop.step * copies), flags=("nsw",))
             latch = b.block
             b.cbranch(b.icmp_signed("<", following, limit), header, done)
@@ -413,7 +421,8 @@ class KernelEmitter:
         """Sets the error word unless every lane of `mask` holds."""
         b = self.b
         if op not in self._codes:
-            self._codes[op] = self.errors.code(f"index out of range in kernel '{self.kernel['sym_name']}' ({op.location})")
+            what = f"RuntimeError: {op['message']}" if op.name == "tile.require" else "index out of range"
+            self._codes[op] = self.errors.code(f"{what} in kernel '{self.kernel['sym_name']}' ({op.location})")
         if isinstance(mask.type, ir.VectorType):
             mask = call(b, f"llvm.vector.reduce.and.{suffix(mask.type)}", I1, [mask])
         b.store(I32(self._codes[op]), b.select(mask, self.scratch.sink(), self.context))

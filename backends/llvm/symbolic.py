@@ -179,6 +179,8 @@ class Resolver:
             pairs = [(substitute(a, env), substitute(b, env)) for a, b in op["mask"]]
             pairs += [(-1, substitute(e, env)) for e in op["mask_low"]]
             self.accesses[op] = Access(substitute(op["offset"], env), tuple(pairs), shape)
+        elif op.name == "tile.prefetch":
+            self.accesses[op] = Access(substitute(op["offset"], self._operands(op.operands[1:])), (), ())
         elif op.name == "tile.mask":
             shape = tuple(op["shape"])
             env = {**self._operands(op.operands), **_fixed(shape)}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import re
+import sys
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +23,8 @@ _VECTOR_BITS = (("avx512f", 512, 32), ("avx2", 256, 16), ("sve", 128, 32), ("neo
 def host_target(features: Iterable[str] | None = None) -> Target:
     """The machine that this process runs on. `features` replaces the detected LLVM feature names."""
     found = features if features is not None else [n for n, on in binding.get_host_cpu_features().items() if on]
+    if not _matrix_unit_allowed():
+        found = [f for f in found if not f.startswith("amx")]
     name = binding.get_host_cpu_name() if features is None else _generic_name(binding.get_process_triple())
     return make_target(binding.get_process_triple(), name, found, _host_caches())
 
@@ -37,6 +42,14 @@ def make_target(triple: str, name: str = "", features: Iterable[str] = (),
     l1, l2, l3 = caches or (32 << 10, 1 << 20, 16 << 20)
     return Target(kind="cpu", name=name or _generic_name(triple), triple=triple, features=on, vector_bits=bits,
                   vector_registers=registers, l1=l1, l2=l2, l3=l3)
+
+
+@lru_cache
+def _matrix_unit_allowed() -> bool:
+    """Asks the system for AMX's registers, which a Linux process has to before it uses them (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA)."""
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        return False
+    return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
 
 
 def _generic_name(triple: str) -> str:

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 from llvmlite import ir
 
 from ...ir.core import Operation
-from ...ir.expr import Dim, as_int, free_symbols, substitute, sym
+from ...ir.expr import Dim, as_int, free_symbols, split_linear, substitute, sym
 from ...ir.types import DTYPES, BufferType, DType, ScalarType, TileType, element_type
 from . import arith
 from .access import AccessChunk, Accessor, broadcast_row, emit_load, emit_store, full_mask, row_coordinates
+from .amx import AmxTile, emit_amx_dot, enter, leave
 from .convert import emit_cast
-from .dot import emit_dot
+from .dot import PairTile, emit_dot
+from .intrinsics import call
 from .masks import LaneChunk
 from .shapes import emit_reduce, emit_reshape, emit_transpose
 from .symbolic import position
-from .values import I32, Tile, chunk_type, constant, register_type, splat, with_widths
+from .values import I32, Tile, chunk_type, constant, memory_type, register_type, splat, with_widths
 
 if TYPE_CHECKING:
     from .kernel import KernelEmitter
@@ -179,11 +181,51 @@ def private_buffer(k: KernelEmitter, op: Operation) -> None:
     k.env[op.result] = k.scratch.private(op, max(1, span * t.dtype.bytes))
 
 
+def _reads_pairs(k: KernelEmitter, op: Operation) -> bool:
+    """Two rows of bf16, element by element beside each other in memory, for products of pairs."""
+    t, access = op.result.type, k.resolver.accesses[op]
+    if not isinstance(t, TileType) or t.rank != 2 or t.shape[0] != 2 or t.dtype.name != "bf16" or access.pairs or "avx512bf16" not in k.features:
+        return False
+    across, down = (split_linear(access.offset, position(d)) for d in (1, 0))
+    return (across is not None and across[0] == 2 and down is not None and down[0] == 1 and t.shape[1] % k.lanes == 0  # type: ignore[operator]
+            and all(u.name == "tile.dot" and u.operands[1] is op.result and op.result not in (u.operands[0], u.operands[2]) for u in op.result.users))
+
+
+def _load_pairs(k: KernelEmitter, op: Operation) -> PairTile:
+    t = op.result.type
+    assert isinstance(t, TileType)
+    access = Accessor(k, op, k.layout(op.result))
+    width = k.lanes
+    at = [substitute(access.offset, {position(0): 0, position(1): n}) for n in range(0, as_int(t.shape[1]), width)]
+    vectors = [k.b.load(access.address(offset), align=2, typ=chunk_type(I32, width)) for offset in at]
+    return PairTile(t.shape, t.dtype, (width,) * len(vectors), [vectors])  # type: ignore[arg-type]
+
+
 def load(k: KernelEmitter, op: Operation) -> None:
+    if any(u in k.matrix_dots for u in op.result.users):
+        return  # the product reads it
+    if _reads_pairs(k, op):
+        k.env[op.result] = _load_pairs(k, op)
+        return
     k.env[op.result] = emit_load(k, op)
 
 
+def prefetch(k: KernelEmitter, op: Operation) -> None:
+    """A prefetch to all cache levels; in unrolled code for the first copy alone, and none in code for edges."""
+    if k.cold or k.copy:
+        return
+    buffer = op.operands[0]
+    at = k.instantiate(k.facts.simplify(k.resolver.accesses[op].offset))
+    address = k.scalars.address(k.env[buffer], memory_type(element_type(buffer.type)), at)
+    call(k.b, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(3), I32(1)])  # to read, keep, data
+
+
 def dot(k: KernelEmitter, op: Operation) -> None:
+    if op in k.matrix_dots:
+        held = k.value(op.operands[2])
+        made = emit_amx_dot(k, op, enter(k, op.operands[2], held))
+        k.env[op.result] = made if isinstance(held, AmxTile) else leave(k, op.result, made)
+        return
     x, y, acc = (k.value(v) for v in op.operands)
     acc = with_widths(k.b, acc, k.layout(op.result))
     k.env[op.result] = emit_dot(k.b, k.features, x, y, acc)
@@ -204,6 +246,14 @@ def transpose(k: KernelEmitter, op: Operation) -> None:
     k.env[op.result] = emit_transpose(k.b, k.value(op.operands[0]), k.layout(op.result))
 
 
+def require(k: KernelEmitter, op: Operation) -> None:
+    """The value as it is; the condition is tested chunk by chunk."""
+    for row in k.tile(op.operands[0]).rows:
+        for chunk in row:
+            k.report(op, chunk)
+    k.env[op.result] = k.value(op.operands[1])
+
+
 def symbolic(k: KernelEmitter, op: Operation) -> None:
     """Nothing to do: the value is an expression."""
 
@@ -212,5 +262,5 @@ LOWERINGS: dict[str, Callable[[KernelEmitter, Operation], None]] = {
     "arith.constant": constant_value, "tile.program_id": symbolic, "tile.load": load, "tile.store": emit_store,
     "tile.index": index_value,
     "tile.mask": mask_tile, "tile.full": full_tile, "tile.reduce": reduce, "tile.reshape": reshape, "tile.transpose": transpose,
-    "tile.dot": dot, "tile.alloca": private_buffer,
+    "tile.dot": dot, "tile.require": require, "tile.prefetch": prefetch, "tile.alloca": private_buffer,
 }

@@ -241,7 +241,7 @@ class _Printer:
 
     def _text(self, operands: Sequence[Value], shape: Sequence[int]) -> IndexText:
         return IndexText(
-            {f"i{k}": (self._name(v), self.ranges.get(v, (None, None))) for k, v in enumerate(operands)},
+            {f"i{k}": (self._use(v) if self.wide else self._name(v), self.ranges.get(v, (None, None))) for k, v in enumerate(operands)},
             self.sizes,
             shape,
             self._arange,
@@ -303,6 +303,10 @@ class _Printer:
         place = self._spread(text(op["offset"]), shape, self._reach(op["offset"], operands, text))
         masked = f", mask={mask}, other={literal(op['other'])}" if mask else ""
         self._define(op, f"tl.load({self._name(buffer)} + {_term(place)}{masked})")
+
+    def require(self, op: Operation) -> None:
+        """The value: eager does not look either on a GPU."""
+        self._define(op, self._name(op.operands[1]))
 
     def _check(self, op: Operation, mask: str, text: IndexText) -> None:
         self.checks += 1
@@ -426,6 +430,7 @@ _HANDLERS = {
     "tile.reduce": _Printer.reduce,
     "tile.scan": _Printer.scan,
     "tile.dot": _Printer.dot,
+    "tile.require": _Printer.require,
 }
 
 

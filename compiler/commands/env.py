@@ -18,7 +18,7 @@ from ... import __version__
 from ...backends.llvm import host_target
 from ...ir.expr import sym
 from ...ir.target import Target
-from ...passes.tiling.contraction import gemm_tile
+from ...passes.tiling.cpu_tiles import gemm_tile
 from ...runtime.cache import ArtifactCache
 from ..env import read_environment
 from ..errors import UserError

@@ -10,16 +10,17 @@ The right operand should be contiguous along N; `passes/pack.py` sees to that on
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
-from ...ir import Dim, Operation, Target, TensorType, TileType, Value, element_type, sym
+from ...ir import BufferType, Dim, Operation, Target, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of, parallel_dims
 from ...ir.expr import ceildiv, delinearize, evaluate, free_symbols, minimum, product, simplify, split_linear, substitute
 from ...ir.types import index
 from ..structured import body_ops, space_bounds
 from .emit import Emitter, Pair, fill_masks
 
-__all__ = ["Roles", "emit_contraction", "gemm_tile", "roles_of"]
+__all__ = ["MATRIX", "Roles", "emit_contraction", "offset_of", "roles_of"]
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,26 @@ def _stride_key(stride: Dim) -> int:
     return stride if isinstance(stride, int) else 1 << 40
 
 
-def gemm_tile(target: Target, m: Dim, n: Dim, k: Dim) -> tuple[int, int, int]:
-    """(rows, columns, K step) of one register tile of a CPU."""
-    lanes = target.lanes(32)
-    if target.vector_registers >= 32:
-        rows, columns = (12, 2 * lanes) if target.vector_bits >= 512 else (8, 3 * lanes)
-    else:
-        rows, columns = 6, 2 * lanes
-    if isinstance(n, int) and n < columns:
-        columns = max(1, -(-n // lanes)) * lanes if n > lanes // 2 else max(1, 1 << (n - 1).bit_length())
-    if isinstance(m, int):
-        passes = -(-m // rows)
-        rows = max(1, -(-m // passes))  # even tiles: 16 rows are two of 8, not 12 and 4
-    return rows, columns, 1
+MATRIX = (32, 32, 32)
+"""Rows (or half as many), columns and depth of the products that are made on a matrix unit."""
+UNROLL = 4
+"""Copies of the innermost loop."""
+ROWS, COLUMNS = 240, 256
+"""Most rows of the left operand that a program works through, and, where K is cut, about how many columns."""
+PART = 512
+"""Steps of K that are summed by themselves, where all of K is done at once: the error of a long sum grows with its length."""
+STREAM = 2048
+"""Bytes ahead that an operand is asked for which is read once."""
+PROGRAMS = 8
+"""Programs that a launch should have at least, to share out among threads."""
+
+
+def _rows_in_block(m: Dim, mr: int) -> int:
+    """Rows per program: a multiple of `mr`, equal blocks where m is known."""
+    most = max(mr, ROWS // mr * mr)
+    if not isinstance(m, int) or m <= 0:
+        return most
+    return min(most, -(-m // (-(-m // most) * mr)) * mr)
 
 
 def emit_contraction(op: Operation, epilogue: list[Operation], outputs: list[Value], target: Target, e: Emitter,
@@ -102,6 +110,9 @@ class _Contraction:
         self.k_sizes = [dims[d] for d in found.k]
         self.m, self.n = product(self.m_sizes), product(self.n_sizes)
         self.acc_type = TileType((tile[0], tile[1]), element_type(op.result.type))
+        self.depth = {"pairs": 2, "matrices": MATRIX[2]}.get(op.attributes.get("_packed"), 1)  # type: ignore[arg-type]
+        if self.depth > 1:  # elements of the last K dimension in one step
+            self.k_sizes[-1] = self.k_sizes[-1] // self.depth
 
     # -- positions ----------------------------------------------------------------------------------------------------
 
@@ -120,7 +131,7 @@ class _Contraction:
         fill = fill_of(self.op, i)
         bounds = e.bounds()
         pairs, low = fill_masks(m, v.type.shape, at, bounds) if fill is not None else ([], [])  # type: ignore[attr-defined]
-        offset = _offset(v, m, at, bounds)
+        offset = offset_of(v, m, at, bounds)
         value = e.load(self.buffers[v], offset, [*pairs, *e.needed(mask)], low, 0 if fill is None else fill)
         chain = []
         x = next(iter(self.op.body.args[i].uses))[0]
@@ -178,7 +189,7 @@ class _Contraction:
                 continue
             fill = fill_of(op, i)
             pairs, low = fill_masks(mp, v.type.shape, at, bounds) if fill is not None else ([], [])  # type: ignore[attr-defined]
-            offset = _offset(v, mp, at, bounds)
+            offset = offset_of(v, mp, at, bounds)
             key = (v, offset, repr(fill))
             if key not in loads:
                 active = [p for p in mask if free_symbols(p[0]) & {"t0", "t1"} & free_symbols(offset)]
@@ -192,6 +203,8 @@ class _Contraction:
             elif inner.name == "tensor.extract":
                 source = op.operands[inner.operands[0].index]  # type: ignore[attr-defined]
                 local[inner.result] = emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"], mask)
+            elif inner.name == "tensor.require":
+                local[inner.result] = e.require(inner, [local[v] for v in inner.operands], mask)
             else:
                 local[inner.result] = e.arith(inner, [local[v] for v in inner.operands])
         for r, y in zip(op.results, op.body.terminator.operands, strict=True):
@@ -213,53 +226,180 @@ class _Contraction:
     def _zero(self, e: Emitter) -> Value:
         return e.broadcast(e.builder.constant(0, self.acc_type.dtype), self.acc_type.shape)  # type: ignore[arg-type]
 
-    def _k_loops(self, e: Emitter, acc: Value, step: Any, ks: list[Dim] | None = None) -> Value:
-        """Nested loops over K; `step(emitter, positions, acc)` adds one slice. The last K dimension is innermost."""
-        done = ks or []
-        sizes = self.k_sizes[len(done):]
-        if not sizes:
-            return step(e, done, acc)
-        last = len(sizes) == 1
-        inc = self.tile[2] if last else 1
+    def _k_loops(self, e: Emitter, acc: Value, step: Any, ks: list[Dim], within: tuple[Dim, Dim] | None) -> Value:
+        """Nested loops over the K dimensions after `ks`, the first over the range `within`; `step(emitter, positions, acc)` adds one slice."""
+        rest = self.k_sizes[len(ks):]
+        if not rest:
+            return step(e, ks, acc)
+        lower, upper = within if within is not None else (0, rest[0])
 
         def body(inner: Emitter, i: Dim, carried: list[Value]) -> list[Value]:
-            return [self._k_loops(inner, carried[0], step, [*done, i])]
+            return [self._k_loops(inner, carried[0], step, [*ks, i], None)]
 
-        return e.loop(0, sizes[0], inc, [acc], body, unroll=4 if last and inc == 1 else 1)[0]
+        return e.loop(lower, upper, 1, [acc], body, unroll=UNROLL if len(rest) == 1 else 1)[0]
+
+    def _is_skinny(self, target: Target) -> bool:
+        """A block of rows of the left operand stays in the caches for all of K: the right operand is streamed through once."""
+        k = product(self.k_sizes)
+        v = self.op.operands[self.roles.left]
+        return isinstance(k, int) and _rows_in_block(self.m, self.tile[0]) * k * element_type(v.type).bytes <= target.l2 // 4
+
+    def _k_blocks(self, target: Target) -> tuple[int, int] | None:
+        """(d, length): K is cut into blocks of `length` steps along dimension d of K, all of the dimensions after it, and one step of those before.
+
+        A block of rows of the left operand and the columns of a program stay in half of the second-level cache while they are used.
+        None where K is short or unknown: then every tile runs over all of it, with its sums in registers.
+        """
+        if not all(isinstance(s, int) for s in self.k_sizes):
+            return None
+        sizes: list[int] = [int(s) for s in self.k_sizes]  # type: ignore[arg-type]
+        step_bytes = self.depth * max(element_type(v.type).bytes for v in self.op.operands)
+        most = max(128 // self.depth, target.l2 // 2 // ((ROWS + COLUMNS) * step_bytes) // UNROLL * UNROLL)
+        if prod(sizes) <= most * 3 // 2 or self._is_skinny(target):
+            return None
+        d = next(d for d in range(len(sizes)) if prod(sizes[d + 1:]) <= most)
+        blocks = -(-sizes[d] // max(1, most // prod(sizes[d + 1:])))
+        length = -(-sizes[d] // blocks)
+        return d, length if d < len(sizes) - 1 else -(-length // UNROLL) * UNROLL
 
     def cpu(self, target: Target) -> list[Dim]:
         e, (mr, nr, _) = self.e, self.tile
         batch = self._batch(e, 0)
         nb = len(batch)
-        k = product(self.k_sizes)
-        k_bytes = (k if isinstance(k, int) else 1024) * 4
-        rows_in_block = max(mr, min(target.l2 // 2 // k_bytes // mr * mr, 256 // mr * mr))
-        blocks, panels = ceildiv(self.m, rows_in_block), ceildiv(self.n, nr)
+        cut = self._k_blocks(target)
+        rows = _rows_in_block(self.m, mr)
+        blocks, panels = ceildiv(self.m, rows), ceildiv(self.n, nr)
+        together = 1
+        if cut is not None:
+            together = max(1, COLUMNS // nr)
+            programs = blocks * panels * product(self.op["dims"][d] for d in self.roles.batch)
+            if isinstance(programs, int):
+                together = max(1, min(together, programs // PROGRAMS))
+        columns = ceildiv(panels, together)
         p_block = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb), 0, blocks - 1)
-        p_panel = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb + 1), 0, panels - 1)
-        n = p_panel * nr + sym("t1")
-        start = p_block * rows_in_block
-        upper = minimum(self.m, start + rows_in_block)
-        if isinstance(self.m, int) and self.m <= rows_in_block:
+        p_column = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb + 1), 0, columns - 1)
+        start = p_block * rows
+        upper = minimum(self.m, start + rows)
+        if isinstance(self.m, int) and self.m <= rows:
             start, upper = 0, self.m
+        first_panel = p_column * together
+        sums = e.builder.op("tile.alloca", type=BufferType((rows, together * nr), self.acc_type.dtype)) if cut is not None else None
 
-        def tile(inner: Emitter, i: Dim, _: list[Value]) -> list[Value]:
-            m = i + sym("t0")
-            safe_m = m if isinstance(upper, int) and upper % mr == 0 and start == 0 else minimum(m, self.m - 1)
-            acc = self._k_loops(inner, self._zero(inner), lambda ke, ks, a: self._rank1(ke, batch, safe_m, n, ks, a))
+        def at(inner: Emitter, i: Dim, panel: Dim) -> tuple[Dim, Dim, Dim, Dim]:
+            """Rows (twice: as they are, and within bounds for reading), columns, and the place in `sums`."""
+            m, n = i + sym("t0"), panel * nr + sym("t1")
+            safe_m = m if isinstance(self.m, int) and self.m % mr == 0 else minimum(m, self.m - 1)
+            return m, safe_m, n, (i - start + sym("t0")) * (together * nr) + (panel - first_panel) * nr + sym("t1")
+
+        def tiles(inner: Emitter, body: Any) -> None:
+            def panel_loop(deeper: Emitter, q: Dim, _: list[Value]) -> list[Value]:
+                deeper.loop(start, upper, mr, [], lambda x, i, _: [body(x, i, q), []][1])
+                return []
+            if together == 1:
+                panel_loop(inner, p_column, [])
+            else:
+                inner.loop(first_panel, minimum(panels, first_panel + together), 1, [], panel_loop)
+
+        def multiply(inner: Emitter, i: Dim, panel: Dim, ks: list[Dim], within: tuple[Dim, Dim], acc: Value) -> Value:
+            safe_m, n = at(inner, i, panel)[1:3]
+
+            def step(ke: Emitter, at_k: list[Dim], a: Value) -> Value:
+                self._prefetch(ke, batch, panel, at_k, len(ks), within, i - start, rows)
+                return self._rank1(ke, batch, safe_m, n, at_k, a)
+            return self._k_loops(inner, acc, step, ks, within)
+
+        def whole(inner: Emitter, i: Dim, panel: Dim) -> None:
+            m, _, n, _ = at(inner, i, panel)
+            size, part_steps = self.k_sizes[0], PART // self.depth
+
+            def part(x: Emitter, k: Dim, carried: list[Value]) -> list[Value]:
+                return [x.builder.arith("add", carried[0], multiply(x, i, panel, [], (k, minimum(size, k + part_steps)), self._zero(x)))]
+
+            if len(self.k_sizes) == 1 and isinstance(size, int) and size > 3 * part_steps // 2:
+                acc = inner.loop(0, size, part_steps, [self._zero(inner)], part)[0]
+            else:
+                acc = multiply(inner, i, panel, [], (0, size), self._zero(inner))
             self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)])
-            return []
 
-        e.loop(start, upper, mr, [], tile)
-        return [*(self.op["dims"][d] for d in self.roles.batch), blocks, panels]
+        def k_nest(inner: Emitter, ks: list[Dim]) -> None:
+            assert sums is not None and cut is not None
+            d, length = cut
+            size = self.k_sizes[len(ks)]
+            if len(ks) < d:
+                def deeper(x: Emitter, i: Dim, _: list[Value]) -> list[Value]:
+                    k_nest(x, [*ks, i])
+                    return []
+                inner.loop(0, size, 1, [], deeper)
+                return
+
+            def block(x: Emitter, k: Dim, _: list[Value]) -> list[Value]:
+                def one(y: Emitter, i: Dim, panel: Dim) -> None:
+                    place = simplify(at(y, i, panel)[3], y.bounds())
+                    part = multiply(y, i, panel, ks, (k, minimum(size, k + length)), self._zero(y))
+                    before = y.load(sums, place, [(0, sum(ks, k))])  # zeros in the first block
+                    y.store(sums, y.builder.arith("add", before, part), place)
+                tiles(x, one)
+                return []
+            inner.loop(0, size, length, [], block)
+
+        def last_step(inner: Emitter, i: Dim, panel: Dim) -> None:
+            m, _, n, place = at(inner, i, panel)
+            self.finish(inner, inner.load(sums, simplify(place, inner.bounds())), batch, m, n, [(m, upper), (n, self.n)])  # type: ignore[arg-type]
+
+        if cut is None:
+            tiles(e, whole)
+        else:
+            k_nest(e, [])
+            tiles(e, last_step)
+        return [*(self.op["dims"][d] for d in self.roles.batch), blocks, columns]
+
+    def _prefetch(self, e: Emitter, batch: list[Dim], panel: Dim, ks: list[Dim], d: int, within: tuple[Dim, Dim], row: Dim, rows: int) -> None:
+        """Asks for the panel after this one, a share in each row tile of a block and each of its steps of K (over `within` along dimension d)."""
+        inside = [within[1] - within[0], *self.k_sizes[d + 1:]]
+        if not self.op.attributes.get("_packed") or not isinstance(self.k_sizes[d], int):
+            return
+        (mr, nr, _), right, bounds = self.tile, self.roles.right, e.bounds()
+        v = self.op.operands[right]
+        step: Dim = ks[d] - within[0]
+        for k, size in zip(ks[d + 1:], inside[1:], strict=True):
+            step = step * size + k
+        length = inside[0] if isinstance(inside[0], int) else self.k_sizes[d]
+        line = 64 // element_type(v.type).bytes
+        width = nr * self.depth
+        per_step = -(-width // -(-rows // mr))  # elements to ask for per step of K
+        if rows <= 2 * mr:  # a stream: what comes next, not a panel that is still far away
+            here = offset_of(v, self.op["maps"][right], self.positions(batch, 0, panel * nr, self._elements(ks), e), bounds)
+            for n in range(-(-width * UNROLL // line)):
+                e.prefetch(self.buffers[v], here + STREAM // element_type(v.type).bytes + n * line)
+            return
+        start = [*ks[:d], within[0], *[0] * (len(ks) - d - 1)]
+        base = offset_of(v, self.op["maps"][right], self.positions(batch, 0, (panel + 1) * nr, self._elements(start), e), bounds)
+        ahead = simplify(base + row * (per_step * product([length, *inside[1:]]) // mr) + step * per_step, bounds)
+        for n in range(min(8, -(-per_step * UNROLL // line))):
+            e.prefetch(self.buffers[v], ahead + n * line)
 
     def _rank1(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim, ks: list[Dim], acc: Value) -> Value:
+        if self.depth > 1:
+            return self._deep_products(e, batch, m, n, ks, acc)
         at = self.positions(batch, m, n, ks, e)
         left = self.read(e, self.roles.left, at, [])
         packed = bool(self.op.attributes.get("_packed"))  # zero-padded to whole panels: reading past N is in bounds
         right = self.read(e, self.roles.right, at, [] if packed else [(n, self.n)])
         left, right = _as_tile(e, left, (self.tile[0], 1)), _as_tile(e, right, (1, self.tile[1]))
         return e.builder.op("tile.dot", left, right, acc, type=self.acc_type)
+
+    def _deep_products(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim, ks: list[Dim], acc: Value) -> Value:
+        """Several elements along K in one product; the packed right operand has each two of a column side by side."""
+        mr, nr, _ = self.tile
+        left_e, right_e = _with_shape(e, (mr, self.depth)), _with_shape(e, (self.depth, nr))
+        left = self.read(left_e, self.roles.left, self.positions(batch, m, 0, self._elements(ks, sym("t1")), left_e), [], cast=False)
+        right = self.read(right_e, self.roles.right, self.positions(batch, 0, n, self._elements(ks, sym("t0")), right_e), [], cast=False)
+        left, right = _as_tile(e, left, (mr, self.depth)), _as_tile(e, right, (self.depth, nr))
+        return e.builder.op("tile.dot", left, right, acc, type=self.acc_type)
+
+    def _elements(self, ks: list[Dim], within: Dim = 0) -> list[Dim]:
+        """Positions along K of steps of K."""
+        return [*ks[:-1], ks[-1] * self.depth + within] if self.depth > 1 else ks
 
     def _narrow_products(self) -> bool:
         """Both operands are of one 16-bit float type and accumulated in f32: their products are exact there, so no cast is needed first."""
@@ -307,7 +447,7 @@ def _row_group(blocks_m: Dim, blocks_n: Dim) -> int:
     return next(g for g in (8, 4, 2, 1) if blocks_m % g == 0)
 
 
-def _offset(v: Value, m: tuple[Dim, ...], at: dict[str, Dim], bounds: Any) -> Dim:
+def offset_of(v: Value, m: tuple[Dim, ...], at: dict[str, Dim], bounds: Any) -> Dim:
     assert isinstance(v.type, TensorType)
     total: Dim = 0
     for x, stride in zip(m, v.type.layout, strict=True):

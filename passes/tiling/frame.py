@@ -282,7 +282,7 @@ def make_online(frame: Frame) -> None:
         if op["reductions"] and op["combine"] == ("sum",):
             try:
                 f = rules.of(op, op.body.terminator.operands[0])
-                maximum = made[f.value] if f.kind == "product" and f.value in made and not f.scales else None
+                maximum = made[f.value] if f.kind == "product" and f.value in made and not f.scales and not f.guarded else None
                 plain = maximum is not None and maximum["reductions"] and maximum["combine"] == ("max",) and rules.of(
                     maximum, maximum.body.terminator.operands[0]).kind == "free"
             except Declined:

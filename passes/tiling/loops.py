@@ -311,6 +311,8 @@ class _Lowering:
             source = op.operands[inner.operands[0].index]  # type: ignore[attr-defined]
             return emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"],
                                 list(scope.active.values()))
+        if inner.name == "tensor.require":
+            return e.require(inner, [local[v] for v in inner.operands], list(scope.active.values()))
         return e.arith(inner, [local[v] for v in inner.operands])
 
     def _load(self, scope: _Scope, v: Value, m: tuple[Dim, ...], positions: dict[str, Dim], fill: Any) -> Value:
@@ -429,6 +431,9 @@ class _Lowering:
                 slot += 1
                 for axis in axes:
                     value = self._reduce(value, axis, kind)
+                if op in self.frame.online:  # where the maximum is -inf there was nothing but exp(-inf + inf)
+                    highest = self.outer_values[self.frame.online[op].result]
+                    value = b.arith("select", b.arith("eq", highest, float("-inf")), float("nan"), value)
             self.outer_values[r] = value
             if r in self.stores:
                 with b.at(op.location):

@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...ir import DTYPES, Block, BufferType, Builder, Operation, Region, SymbolRef, TensorType, TileType, Value, element_type
+from ...ir import DTYPES, Block, BufferType, Builder, IRError, Operation, Region, SymbolRef, TensorType, TileType, Value, element_type
 from ...ir.expr import Dim, free_symbols
 from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
 from ..storage import storage_bytes
 from ..stream import analyse as analyse_stream
 from ..structured import constant_values, is_contraction, is_pointwise
-from .contraction import emit_contraction, gemm_tile, roles_of
+from .contraction import emit_contraction, roles_of
+from .cpu_tiles import contraction_tile, is_depthwise, square_tile
 from .emit import Emitter
 from .frame import Frame, analyse, is_expensive
 from .gpu_tiles import GpuTile, gemm_tile_gpu
@@ -126,9 +127,12 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
             tile = (hint.rows, hint.columns)
             grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile).emit()
         else:
-            tile = gemm_tile(target, stream.row_count, stream.length, 0)[:2]
+            tile = square_tile(target, stream.row_count, stream.length)
             grid = CpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile).emit(target)
-    elif (contraction := next((m for m in members if is_contraction(m)), None)) is not None and _worth_gemm(contraction, members):
+    elif fused["why"].startswith("streams"):
+        raise IRError(f"the members of '{fused['kernel']}' no longer form a stream")
+    elif (contraction := next((m for m in members if is_contraction(m)), None)) is not None and _worth_gemm(
+            contraction, members, not target.is_gpu):
         roles = roles_of(contraction)
         assert roles is not None
         batch, m, n, k = (_product(contraction, d) for d in (roles.batch, roles.m, roles.n, roles.k))
@@ -138,7 +142,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
                                  heavy=any(is_expensive(m) or len(m.operands) > 2 for m in members if m is not contraction))
             gemm = (hint.rows, hint.columns, hint.step)
         else:
-            gemm = gemm_tile(target, m, n, k)
+            gemm = contraction_tile(contraction, roles, target)
         flops = 2 * _product(contraction, range(len(contraction["dims"])))  # type: ignore[arg-type]
         e = Emitter(builder, gemm[:2], ranges)
         grid = emit_contraction(contraction, [m for m in members if m is not contraction], outputs, target, e, buffers, gemm)
@@ -163,10 +167,10 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
     return Operation.create("tile.kernel", (), attrs, (), [Region([block])], members[0].location)
 
 
-def _worth_gemm(op: Operation, members: list[Operation]) -> bool:
+def _worth_gemm(op: Operation, members: list[Operation], on_cpu: bool) -> bool:
     """Contractions with a real M, N and K; matrix-vector products and depthwise windows run as reductions."""
     roles = roles_of(op)
-    if roles is None or not roles.k:
+    if roles is None or not roles.k or (on_cpu and is_depthwise(op)):
         return False
     has_epilogue = len(members) > 1
     n, k = _product(op, roles.n), _product(op, roles.k)

@@ -159,6 +159,8 @@ class StreamLowering:
             from .loops import emit_extract
             source = op.operands[inner.operands[0].index]  # type: ignore[attr-defined]
             return emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"], scope.active)
+        if inner.name == "tensor.require":
+            return e.require(inner, [local[v] for v in inner.operands], scope.active)
         if inner.name == "arith.select" and inner.operands[0] in scope.known:
             return local[inner.operands[1 if scope.known[inner.operands[0]] else 2]]
         if inner.name in ("arith.mul", "arith.div") and local[inner.operands[1]] in scope.units:
@@ -210,6 +212,15 @@ class StreamLowering:
         power = scaled[0] if len(scaled) == 1 else b.arith("sub", *scaled)
         return b.op("arith.exp2", power, type=power.type, _approximate=True)
 
+    def rescale(self, e: Emitter, before: Value, after: Value) -> Value:
+        """exp(before - after), exactly 1 where the maximum stands: the difference comes first."""
+        b = e.builder
+        gap = b.arith("sub", before, after)
+        if not self.coarse or element_type(gap.type).name != "f32":
+            return b.arith("exp", gap)
+        power = b.arith("mul", gap, LOG2_E)
+        return b.op("arith.exp2", power, type=power.type, _approximate=True)
+
     def tanh(self, e: Emitter, x: Value) -> Value:
         """1 - 2 / (1 + exp(2x)): within 1e-7 of tanh, absolutely."""
         b = e.builder
@@ -233,15 +244,18 @@ class StreamLowering:
 
     def scaled(self, scope: Scope, op: Operation, value: Value) -> Value:
         """A finished sum times the row values that were left out of its terms."""
-        for w, kind in self.s.scales[op]:
-            x = self.value(scope, w)
-            value = scope.e.builder.arith(kind, value, scope.e.builder.cast(x, element_type(value.type)))
+        b, m = scope.e.builder, self.s.shifts[op]
+        if m is not None and op not in self.s.guarded:  # nothing but exp(-inf + inf)
+            value = b.arith("select", b.arith("eq", self.value(scope, m), float("-inf")), float("nan"), value)
+        for w, kind, guarded in self.s.scales[op]:
+            made = b.arith(kind, value, b.cast(self.value(scope, w), element_type(value.type)))
+            value = b.arith("select", b.arith("eq", value, 0), value, made) if guarded else made
         return value
 
     def without_scales(self, scope: Scope) -> None:
         """Inside the loop, row values that only scale count as 1."""
         for rows in self.s.scales.values():
-            for w, _ in rows:
+            for w, *_ in rows:
                 scope.values[w] = scope.e.builder.constant(1, element_type(w.type))
                 scope.units.add(scope.values[w])
 
@@ -379,7 +393,7 @@ class GpuStream(StreamLowering):
                 out[op] = b.arith(COMBINE_OPS[kind], before, part)
                 if op.result in s.shifts.values():
                     scope.values[op.result] = self.safe(e, out[op])
-                    alpha[op.result] = self.exp(e, b.arith("sub", now[op], scope.values[op.result]))
+                    alpha[op.result] = self.rescale(e, now[op], scope.values[op.result])
         for op in s.seconds:
             with b.at(op.location):
                 out[op] = self._second(scope, op, i, now[op], alpha, lanes)
@@ -425,6 +439,8 @@ def _narrow(s: Stream, op: Operation) -> DType | None:
     A streamed operand is rounded to it, as it would be in memory."""
     types = {element_type(v.type) for v in op.operands if not s.kind_of(v)}
     narrow = types.pop() if len(types) == 1 else None
+    if narrow is not None and narrow.name == "f16" and s.scales.get(op) and s.shifts[op] is None:
+        return None  # without its scale, a term may be too large for 16 bits
     return narrow if narrow is not None and narrow.name in ("bf16", "f16") and element_type(op.result.type).name == "f32" else None
 
 

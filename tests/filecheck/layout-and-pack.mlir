@@ -14,11 +14,11 @@ module { func @conv {arg_attrs = [{kind = "input"}, {kind = "param"}]} { ^(%x: t
 } }
 // -----
 
-// A parameter is packed in panels of two vectors of 8, ragged at 20 columns: zero past the last, in a generic of its own.
+// A parameter is packed in panels of three vectors of 8 (the tile that wastes least), ragged at 20 columns: zero past the last, in a generic of its own.
 // PACK-LABEL: func @param
-// PACK: %w_packed = tensor.generic(%w) {dims = [2, 32, 16], maps = {{\[}}[d1, d0*16 + d2]], fills = [0]} : tensor<2x32x16xf32>
-// PACK: %m = tensor.generic(%x, %w_packed) {{.*}}maps = {{\[}}[d0, d2], [(d1 // 16), d2, (d1 % 16)]]{{.*}}_packed = true
-// PACK: pack: done: right operand 640 packed in panels of 16, once
+// PACK: %w_packed = tensor.generic(%w) {dims = [1, 32, 24], maps = {{\[}}[d1, d0*24 + d2]], fills = [0]} : tensor<1x32x24xf32>
+// PACK: %m = tensor.generic(%x, %w_packed) {{.*}}maps = {{\[}}[d0, d2], [0, d2, d1]]{{.*}}_packed = true
+// PACK: pack: done: right operand 640 packed in panels of 24, once
 // GPU-LABEL: func @param
 // GPU-NOT: packed
 module { func @param {arg_attrs = [{kind = "input"}, {kind = "param"}]} { ^(%x: tensor<64x32xf32>, %w: tensor<32x20xf32>):

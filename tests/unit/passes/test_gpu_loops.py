@@ -1,0 +1,99 @@
+"""Kernels of loops on GPUs: softmax in one pass over long rows, transposing tiles, and identities of constants of 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.stages import CUDA, capture, check_levels, lowered
+from torch import Tensor
+
+NEVER = float("-inf")
+
+
+def _normal(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    g = torch.Generator().manual_seed(sum(map(sum, shapes)))
+    return [(torch.randn(s, generator=g) * 3).to(dtype) for s in shapes]
+
+
+def _odd() -> list[Tensor]:
+    x, = _normal((6, 9000))
+    x[1] = NEVER
+    x[2, 5000], x[3, 8999], x[4, :8000] = float("nan"), float("inf"), NEVER
+    return [x]
+
+
+def shifted_sum(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a row of -inf, eager's sum of exp(-inf + inf) is NaN."""
+    m = x.amax(-1, keepdim=True)
+    return torch.exp(x - m).sum(-1), m
+
+
+def guarded_sum(x: Tensor) -> Tensor:
+    return torch.where(x == NEVER, 0.0, torch.exp(x - x.amax(-1, keepdim=True))).sum(-1)
+
+
+LONG: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
+    "softmax": (lambda x: x.softmax(-1), _normal((3, 9000))),
+    "softmax_bf16": (lambda x: x.softmax(-1), _normal((3, 9000), dtype=torch.bfloat16)),
+    "log_softmax": (lambda x: x.log_softmax(-1), _normal((3, 20000))),
+    "logsumexp": (lambda x: x.logsumexp(-1), _normal((3, 9000))),
+    "cross_entropy": (lambda x: F.cross_entropy(x, torch.arange(3)), _normal((3, 9000))),
+    "masked": (lambda x: torch.where(x > 1, x, NEVER).softmax(-1), _normal((3, 9000))),
+    "odd": (lambda x: x.softmax(-1), _odd()),
+    "shifted_sum": (shifted_sum, _odd()),
+    "guarded_sum": (guarded_sum, _odd()),
+    "column": (lambda x: x.softmax(1), _normal((2, 300, 40))),
+    "column_odd": (lambda x: x.t().softmax(0), _odd()),
+    "scaled": (lambda x: (x / 7).softmax(-1) * x, _normal((3, 9000))),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_rows(name: str) -> None:
+    check_levels(capture(*LONG[name]), CUDA)
+
+
+def test_softmax_reads_a_long_row_twice() -> None:
+    module = lowered(capture(lambda x: x.softmax(-1), _normal((3, 9000))), CUDA)
+    assert sum(op.name == "tile.for" for op in module.walk()) == 2
+
+
+TRANSPOSED: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
+    "add": (lambda a, b: a.t() + b, _normal((100, 130), (130, 100))),
+    "copy": (lambda a: a.permute(0, 2, 1).contiguous() * 2, _normal((3, 65, 70))),
+    "four": (lambda a, b: a.permute(0, 2, 1, 3).contiguous() + b.transpose(1, 3), _normal((2, 3, 64, 64), (2, 64, 3, 64))),
+    "narrow": (lambda a, b: a.t() + b, _normal((5, 130), (130, 5))),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed(name: str, dynamic: bool) -> None:
+    check_levels(capture(*TRANSPOSED[name], dynamic=dynamic), CUDA)
+
+
+def test_a_transposing_kernel_has_square_tiles() -> None:
+    module = lowered(capture(*TRANSPOSED["add"]), CUDA)
+    assert {tuple(op["shape"]) for op in module.walk() if op.name == "tile.load"} == {(64, 64)}
+
+
+HALF = torch.float16
+CONSTANTS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
+    "power_of_two": (lambda x: (x / 8, x / -0.25, x / 2**20, x / 3), _normal((70,))),
+    "power_of_two_small": (lambda x: (x * 2e-38 / 8, x / float("inf"), x / 2**-14), _normal((70,))),
+    "power_of_two_f16": (lambda x: (x / 8, x * 1e-6 / 4), _normal((70,), dtype=HALF)),
+    # In f16, -1e9 is -inf: a row of it has no softmax.
+    "mask_too_large": (lambda x: torch.where(torch.arange(4)[:, None] < 2, -1e9, x).softmax(-1), _normal((4, 70), dtype=HALF)),
+    "mask_bf16": (lambda x: torch.where(torch.arange(4)[:, None] < 2, -3e38, x * 2).softmax(-1), _normal((4, 70), dtype=torch.bfloat16)),
+    "fraction_bf16": (lambda x: torch.where(x > 0, 0.1, x * 2).float() * 1000, _normal((70,), dtype=torch.bfloat16)),
+    "choice": (lambda x: torch.where(x > 0, True, False), _normal((70,))),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants(name: str) -> None:
+    check_levels(capture(*CONSTANTS[name]), CUDA)

@@ -1,0 +1,71 @@
+"""Memory of large results is used again only when nobody can see it."""
+
+from __future__ import annotations
+
+import torch
+from aicc.runtime.outputs import LARGE, OutputPool
+
+SHAPE, STRIDES = (LARGE // 4, 2), (2, 1)
+
+
+def make(pool: OutputPool) -> torch.Tensor:
+    return pool.empty(SHAPE, STRIDES, torch.float32)
+
+
+def test_a_dropped_result_is_used_again() -> None:
+    pool = OutputPool()
+    address = make(pool).data_ptr()
+    assert make(pool).data_ptr() == address
+    assert pool.reused == 1
+    again = pool.empty((2, LARGE // 4), (1, 2), torch.int32)
+    assert (again.data_ptr(), again.stride(), again.dtype) == (address, (1, 2), torch.int32)
+
+
+def test_views_arrays_and_storages_keep_it() -> None:
+    for keep in (lambda t: t[3:], lambda t: t.numpy(), lambda t: t.untyped_storage(), lambda t: t.detach(), lambda t: torch.utils.dlpack.to_dlpack(t)):
+        pool = OutputPool()
+        first = make(pool)
+        address, held = first.data_ptr(), keep(first)
+        del first
+        assert make(pool).data_ptr() != address
+        del held
+        assert {make(pool).data_ptr() for _ in range(2)} >= {address} or pool.reused
+
+
+def test_saved_for_backward_keeps_it() -> None:
+    pool = OutputPool()
+    first = make(pool).normal_()
+    x = torch.ones(SHAPE, requires_grad=True)
+    y = (x * first).sum()
+    address, value = first.data_ptr(), first.clone()
+    del first
+    assert make(pool).data_ptr() != address
+    y.backward()
+    assert torch.equal(x.grad, value)
+
+
+def test_shared_and_resized_storages_are_left_alone() -> None:
+    pool = OutputPool()
+    t = make(pool).zero_()
+    t.share_memory_()
+    address = t.data_ptr()
+    del t
+    assert make(pool).data_ptr() != address
+    t = make(pool)
+    t.untyped_storage().resize_(16)
+    del t
+    assert make(pool).untyped_storage().nbytes() >= 4 * SHAPE[0] * SHAPE[1]
+
+
+def test_the_limit_holds() -> None:
+    pool = OutputPool(keep_bytes=3 * LARGE)
+    held = [make(pool) for _ in range(5)]
+    assert pool.bytes <= 3 * LARGE
+    assert len({t.data_ptr() for t in held}) == 5
+
+
+def test_small_results_are_not_remembered() -> None:
+    pool = OutputPool()
+    pool.empty((4,), (1,), torch.float32)
+    pool.empty((0, 5), (5, 1), torch.float32)
+    assert pool.bytes == 0
