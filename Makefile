@@ -5,18 +5,21 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+FUZZ_SECONDS ?= 600
 PIP_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install test test-all test-gpu lint docs update-golden clean
+.PHONY: help setup install test test-all test-gpu fuzz mutation lint docs update-golden clean
 
 help:
 	@echo "make setup          create $(VENV), install, compile and run a small GPT-2"
 	@echo "make test           the tests (JOBS=2 at a time)"
 	@echo "make test-all       the slow ones too"
 	@echo "make test-gpu       those that need a CUDA device"
+	@echo "make fuzz           random programs, modules and damaged files for FUZZ_SECONDS=600"
+	@echo "make mutation       small faults planted in the lowerings: how many do the tests notice?"
 	@echo "make lint           ruff, mypy, import contracts"
 	@echo "make docs           write docs/index.md anew from real output"
 	@echo "make update-golden  write the expected texts of the tests anew (look at the diff)"
@@ -42,6 +45,12 @@ test-all: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
+
+mutation: $(STAMP)
+	$(BIN)/python -m aicc.benchmarks.mutation --sample 60 --jobs $(JOBS)
 
 # mypy looks for the package by its name, so it goes through a link of that name: the checkout may be called anything.
 lint: $(STAMP)

@@ -8,8 +8,9 @@ needs no import of this package. What is here is for those who look inside; name
 from typing import Any
 
 __version__ = "0.1.0"
-_PUBLIC = {"Options": "compiler.options", "compile_fx": "compiler.driver"}
-__all__ = ["Options", "__version__", "compile_fx"]
+_PUBLIC = {"Mesh": "passes.shard", "Options": "compiler.options", "Plan": "passes.shard", "auto_shard": "compiler.auto_shard",
+            "compile_fx": "compiler.driver", "invalidate": "compiler.invalidation"}
+__all__ = ["Mesh", "Options", "Plan", "__version__", "auto_shard", "compile_fx", "invalidate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,11 @@
 """Every operator of PyTorch's OpInfo database through aicc, compared with eager: a table, and the failures as JSON.
 
-    python benchmarks/opinfo_sweep.py --dtype float32 [--backward] [--shard 0/2] [--samples 1] [--only softmax,sum] --json out.json
+    python benchmarks/opinfo_sweep.py --dtype float32 [--backward] [--shard 0/2] [--samples 2] [--only softmax,sum] --json out.json
+    python benchmarks/opinfo_sweep.py --core --json core.json      # the core ATen operators one by one: which are native?
 
 Operators run in a worker process that is started anew when one of them kills it. The statuses are those of
 `tests/ops/harness.py`; the native rate is the share of the operators that pass with no ATen call in their graphs.
+`operator_docs.py` makes docs/operators.md from the JSON files.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def main() -> int:
     parser.add_argument("--backward", action="store_true")
     parser.add_argument("--dynamic", action="store_true", help="symbolic sizes")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th operator from the i-th on")
-    parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument("--core", action="store_true", help="the core ATen operator set instead (tests/ops/core.py)")
+    parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seconds", type=int, default=60, help="time limit for each compilation")
     parser.add_argument("--only", default="", help="labels of operators, separated by commas")
     parser.add_argument("--json", type=Path)
@@ -39,8 +42,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.worker:
         return work(options)
-    rows = sweep(options)
-    report(rows, options)
+    rows = core(options) if options.core else sweep(options)
+    if not options.core:
+        report(rows, options)
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1))
     return 0
@@ -102,6 +106,7 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
             row = {"op": label, "dtype": options.dtype, "status": "hang" if code is None else "crash", "externs": [], "reasons": [],
                    "detail": f"the process {'does not answer' if code is None else f'died with {code}'}", "samples": 1, "graphs": 0, "kernels": 0}
             worker = Worker()
+        row["backward"] = options.backward
         row["seconds"] = round(time.perf_counter() - start, 2)
         rows.append(row)
         if row["status"] not in ("pass", "eager", "nograph", "known"):
@@ -121,6 +126,27 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         print(f"  {status:9} {counts[status]:4}")
     print(f"  native    {len(native):4} of {len(passed)} that pass ({100 * len(native) / max(1, len(passed)):.0f} %)")
     print("  externs   " + ", ".join(f"{name.removeprefix('aten.')} {n}" for name, n in externs.most_common(60)))
+
+
+def core(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per core operator; prints the rate and what is not native, by class."""
+    import dataclasses
+    import warnings
+
+    warnings.simplefilter("ignore")
+    from ops.core import collect, measure
+
+    wanted = options.only.split(",") if options.only else []
+    calls = {op: found for op, found in collect().items() if not wanted or op._schema.name.removeprefix("aten::") in wanted}
+    rows = list(measure(calls))
+    native = sum(r.status == "native" for r in rows)
+    print(f"{len(rows)} core operators, {sum(r.calls for r in rows)} calls: {native} native ({100 * native / max(1, len(rows)):.1f} %)")
+    for status, n in Counter(r.status for r in rows if r.status != "native").most_common():
+        print(f"  {n:4} {status}: " + ", ".join(f"{r.op} {r.native}/{r.calls}" for r in rows if r.status == status))
+    for r in rows:
+        for failure in r.failures:
+            print(f"  {r.op}: {failure}")
+    return [{**dataclasses.asdict(r), "status": r.status} for r in rows]
 
 
 if __name__ == "__main__":

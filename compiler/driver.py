@@ -85,9 +85,13 @@ def lower(module: Operation, target: Target, options: Options, compilation: Comp
     compilation.stats["passes"] = dict(ctx.timings)
 
 
-def compile_graph(module: Operation, options: Options, *, name: str = "graph", observe: Observer | None = None) -> Compilation:
-    """Compiles a graph-level module for the device of its arguments, through the artifact cache. An observer bypasses the cache."""
-    device = cuda_device(module)
+def compile_graph(module: Operation, options: Options, *, name: str = "graph", observe: Observer | None = None,
+                  device: str | None = None) -> Compilation:
+    """Compiles a graph-level module for the device of its arguments, through the artifact cache. An observer bypasses the cache.
+
+    `device` is a CUDA device for a module whose arguments are on none.
+    """
+    device = cuda_device(module) or device
     target = cpu_target(options) if device is None else cuda_target(device)
     compilation = Compilation(name, target)
     env = read_environment()
@@ -146,17 +150,29 @@ def statistics(module: Operation) -> dict[str, Any]:
 def compile_fx(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options | None = None, *, name: str = "graph",
                arg_kinds: Sequence[str] | None = None, observe: Observer | None = None) -> CompiledGraph:
     """Compiles an AOTAutograd graph. The result takes a list of arguments (which it empties) and returns a list."""
+    options = options or Options.from_user()
     with _disable_current_modes():  # AOTAutograd compiles under fake tensors; constants must be folded on real ones
         start = time.perf_counter()
+        if not options.pack_parameters:
+            arg_kinds = None  # nothing is known to stay the same between calls
         module = import_graph(gm, name="main", arg_kinds=arg_kinds)
         spent = time.perf_counter() - start
-        compilation = compile_graph(module, options or Options.from_user(), name=name, observe=observe or _observer())
+        compilation = compile_graph(module, options, name=name, observe=observe or _observer(), device=_cuda_device_of(gm))
     compilation.seconds = {"import": spent, **compilation.seconds}
     assert compilation.graph is not None
     for watcher in _WATCHERS:
         if watcher.compiled is not None:
             watcher.compiled(compilation)
     return compilation.graph
+
+
+def _cuda_device_of(gm: torch.fx.GraphModule) -> str | None:
+    """The CUDA device that anything in the graph is on: graphs without arguments make their tensors somewhere too."""
+    for node in gm.graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and val.device.type == "cuda":
+            return f"cuda:{val.device.index or 0}"
+    return None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 AOTAutograd makes functional forward and backward graphs, torch's min-cut partitioner decides what is saved between them, and each graph
 goes through `driver.compile_fx`. A graph that fails to compile runs through ATen with one warning that names a repro file
 (`AICC_STRICT=1` raises): a fault in the compiler never loses the user's program.
+
+AOTAutograd is called directly: torch's wrapper for backends (`torch._dynamo.backends.common`) would import a good part of Inductor.
 """
 
 from __future__ import annotations
@@ -11,22 +13,32 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo import disable
+from torch._dynamo.utils import flatten_graph_inputs
+from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext
 
+from ..frontend.common_subexpressions import merge_common_subexpressions
 from ..frontend.decompositions import decomposition_table
+from ..frontend.flex import expand_flex
+from ..frontend.random import random_decompositions, share_seeds
+from .control_flow import compile_pieces
 from .driver import Observer, compile_fx
 from .options import Options
 
-__all__ = ["aicc", "backend"]
+__all__ = ["aicc", "aot_backend", "arg_kinds", "backend"]
+
+Graph = torch.fx.GraphModule
 
 
-def aicc(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Callable:
+def aicc(gm: Graph, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Callable:
     """The backend function that Dynamo calls with each captured graph."""
     return backend(Options.from_user(mode, options))(gm, example_inputs)
 
@@ -34,18 +46,54 @@ def aicc(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str |
 def backend(options: Options, observe: Observer | None = None) -> Callable:
     """A Dynamo backend with fixed options; `observe` sees every module after every pass (for dump-ir)."""
     def compiler(role: str) -> Callable:
-        def compile_one(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable:
-            return _guarded(gm, inputs, options, role, observe)
-        return compile_one
+        return lambda gm, _: _guarded(gm, options, role, _decompositions(options.fallback_random), observe)
 
-    return aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"), inference_compiler=compiler("inference"),
-                        decompositions=decomposition_table(), partition_fn=min_cut_rematerialization_partition,
-                        keep_inference_input_mutations=True)
+    return aot_backend(compiler, fallback_random=options.fallback_random)
 
 
-def _guarded(gm: torch.fx.GraphModule, inputs: Sequence[Any], options: Options, role: str, observe: Observer | None) -> Callable:
+def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = False) -> Callable:
+    """A Dynamo backend whose graphs are made as aicc's are: `compiler(role)` gives the compiler of forward, backward or inference graphs."""
+    def prepared(role: str) -> Callable:
+        compile_one = compiler(role)
+
+        def compile_seeded(gm: Graph, inputs: Sequence[Any]) -> Callable:
+            if role == "inference":  # the others were parted from a graph whose seeds are shared
+                share_seeds(gm)
+            return compile_one(gm, inputs)
+
+        def compile_later(gm: Graph, inputs: Sequence[Any]) -> Callable:  # when the first gradient is wanted, outside of Dynamo
+            return disable(compile_one(gm, inputs), reason="compiled code")
+
+        return disable(compile_later, reason="a compiler is not traced") if role == "backward" else compile_seeded
+
+    compilers: Any = {"fw_compiler": prepared("forward"), "bw_compiler": prepared("backward"), "inference_compiler": prepared("inference")}
+    table = _decompositions(fallback_random)
+
+    def compile_captured(gm: Graph, inputs: Sequence[Any]) -> Callable:
+        if any(isinstance(x, (list, tuple, dict)) for x in inputs):
+            return flatten_graph_inputs(gm, inputs, compile_captured)
+        made = aot_module_simplified(gm, inputs, decompositions=table, partition_fn=_partition, keep_inference_input_mutations=True, **compilers)
+        return disable(made, reason="compiled code")
+
+    return compile_captured
+
+
+@cache
+def _decompositions(fallback_random: bool) -> dict[Any, Callable[..., Any]]:
+    return decomposition_table() if fallback_random else {**decomposition_table(), **random_decompositions()}
+
+
+def _partition(joint: Graph, inputs: Sequence[Any], **rest: Any) -> tuple[Graph, Graph]:
+    share_seeds(joint)
+    joint.graph.eliminate_dead_code()
+    merge_common_subexpressions(joint.graph)
+    with functorch_config.patch(cse=False):  # torch's own pass imports Inductor
+        return min_cut_rematerialization_partition(joint, inputs, **rest)
+
+
+def _guarded(gm: Graph, options: Options, role: str, table: Mapping[Any, Callable[..., Any]], observe: Observer | None) -> Callable:
     try:
-        return compile_fx(gm, inputs, options, name=role, arg_kinds=_arg_kinds(role, len(inputs)), observe=observe)
+        return _compile(gm, options, role, table, observe)
     except Exception as e:
         if options.strict or observe is not None:
             raise
@@ -55,7 +103,20 @@ def _guarded(gm: torch.fx.GraphModule, inputs: Sequence[Any], options: Options, 
         return make_boxed_func(gm.forward)
 
 
-def _arg_kinds(role: str, count: int) -> list[str]:
+def _compile(gm: Graph, options: Options, role: str, table: Mapping[Any, Callable[..., Any]], observe: Observer | None) -> Callable:
+    """The graph, or where there is control flow the pieces between, and the graphs within."""
+    expand_flex(gm, table)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    kinds = dict(zip(placeholders, arg_kinds(role, len(placeholders)), strict=True))
+
+    def compile_piece(piece: Graph, name: str, origins: list[torch.fx.Node | None]) -> Callable:
+        return compile_fx(piece, (), options, name=f"{role}_{name}" if name else role, observe=observe,
+                          arg_kinds=["input" if n is None else kinds[n] for n in origins])
+
+    return compile_pieces(gm, compile_piece, table)
+
+
+def arg_kinds(role: str, count: int) -> list[str]:
     """'param' for arguments that torch keeps at one address (parameters and buffers), 'input' for the others."""
     context = TracingContext.try_get()
     metadata = getattr(context, "fw_metadata", None) if context is not None else None

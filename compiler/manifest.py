@@ -120,7 +120,7 @@ class _Builder:
                 raise IRError(f"argument '{attrs.get('name', a.name)}' is on {attrs['device']}; this program runs on the CPU")
             rows.append({"name": attrs.get("name") or a.name or f"argument {a.index}",
                          "position": attrs.get("position", following),
-                         **_layout(a.type)})
+                         **({"number": True} if attrs.get("number") else {}), **_layout(a.type)})
         return rows
 
     def _result(self, attrs: Mapping[str, Any]) -> dict[str, Any]:

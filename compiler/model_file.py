@@ -8,6 +8,7 @@ A file may define (the first that is there counts):
 1. `model`, and `example_inputs` or `inputs`: a tensor, a tuple of arguments, a dict of keyword arguments, or a function that returns these;
 2. a class `Model`, and `get_inputs()` and optionally `get_init_inputs()` (the arguments of the constructor), in the file or in the class;
 3. a call of torch.compile with backend="aicc": then it is a script.
+`more_inputs`, a list of such arguments, gives further calls for `aicc explain`: other sizes and types, to see what compiles again.
 Files run with their folder on sys.path, as `python model.py` would have it.
 """
 
@@ -28,7 +29,7 @@ import torch
 
 from .errors import UserError
 
-__all__ = ["EXAMPLE", "LoadedModel", "Script", "load"]
+__all__ = ["EXAMPLE", "LoadedModel", "Script", "defined_names", "load", "namespace"]
 
 EXAMPLE = '''\
     import torch
@@ -48,6 +49,7 @@ class LoadedModel:
     model: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    more: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,16 @@ def load(spec: str) -> LoadedModel | Script:
 
 
 # -- files
+
+def defined_names(path: Path) -> set[str]:
+    """What a Python file binds at its top level, without running it. UserError if it cannot be read."""
+    return _top_level_names(_read(path))
+
+
+def namespace(path: Path) -> dict[str, Any]:
+    """Runs a Python file and returns its names. UserError with file and line if it fails."""
+    return vars(_execute(path, _read(path)))
+
 
 def _read(path: Path) -> ast.Module:
     try:
@@ -195,14 +207,14 @@ def _from_namespace(where: str, names: Mapping[str, Any], attribute: str = "") -
     if isinstance(found, type) and issubclass(found, torch.nn.Module):
         make_inputs = getattr(found, "get_inputs", None) or names.get("get_inputs")
         if make_inputs is not None or key is not None:
-            args, kwargs = _arguments(where, (getattr(found, "get_init_inputs", None) or names.get("get_init_inputs") or tuple)())
+            args, kwargs = _arguments(where, getattr(found, "get_init_inputs", None) or names.get("get_init_inputs") or ())
             found = _construct(where, found, args, kwargs)
-            return LoadedModel(name, found, *_arguments(where, make_inputs() if make_inputs is not None else names[str(key)]))
+            return LoadedModel(name, found, *_arguments(where, make_inputs if make_inputs is not None else names[str(key)]), _more(where, names))
     elif callable(found):
         if key is None and callable(names.get("get_inputs")):
-            return LoadedModel(name, found, *_arguments(where, names["get_inputs"]()))
+            return LoadedModel(name, found, *_arguments(where, names["get_inputs"]), _more(where, names))
         if key is not None:
-            return LoadedModel(name, found, *_arguments(where, names[key]))
+            return LoadedModel(name, found, *_arguments(where, names[key]), _more(where, names))
     raise UserError(_nothing_found(where, names, attribute))
 
 
@@ -211,11 +223,16 @@ def _construct(where: str, cls: type[torch.nn.Module], args: tuple[Any, ...], kw
         return cls(*args, **kwargs)
     except TypeError as e:
         raise UserError(f"{where}: {cls.__name__} cannot be constructed from get_init_inputs(): {e}") from e
+    except Exception as e:
+        raise UserError(f"constructing {cls.__name__} failed: {_failure(Path(where), e)}") from e
 
 
 def _arguments(where: str, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if callable(value) and not isinstance(value, torch.Tensor):
-        value = value()
+        try:
+            value = value()
+        except Exception as e:
+            raise UserError(f"the function that makes the inputs failed: {_failure(Path(where), e)}") from e
     if isinstance(value, torch.Tensor):
         return (value,), {}
     if isinstance(value, Mapping):
@@ -224,6 +241,13 @@ def _arguments(where: str, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
         return tuple(value), {}
     raise UserError(f"{where}: the inputs must be a tensor, a tuple or list of arguments, or a dict of keyword arguments; "
                     f"got {type(value).__name__}")
+
+
+def _more(where: str, names: Mapping[str, Any]) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]:
+    calls = names.get("more_inputs", ())
+    if not isinstance(calls, (list, tuple)):
+        raise UserError(f"{where}: `more_inputs` must be a list with the arguments of one call per entry; got {type(calls).__name__}")
+    return tuple(_arguments(where, call) for call in calls)
 
 
 def _nothing_found(where: str, names: Mapping[str, Any], attribute: str) -> str:

@@ -25,6 +25,8 @@ class Options:
     emulate_precision_casts   round 16-bit floats after every op as eager does, instead of computing fused chains in float32
     features                  CPU features to compile for; None means those of the host
     fuse                      group ops into kernels; False gives one kernel per op (for debugging)
+    fallback_random           draw random numbers through ATen, which gives eager's for the same seed, instead of from counters
+    pack_parameters           keep a packed copy of parameters that kernels read in another layout; False keeps the parameters only
     cudagraphs                replay a graph's launches from a CUDA graph (mode="reduce-overhead" means the same)
     """
 
@@ -35,6 +37,8 @@ class Options:
     emulate_precision_casts: bool = False
     features: tuple[str, ...] | None = None
     fuse: bool = True
+    fallback_random: bool = False
+    pack_parameters: bool = True
     cudagraphs: bool = False
 
     @staticmethod
@@ -65,4 +69,4 @@ class Options:
     @property
     def key(self) -> str:
         """The part of the options that changes the code."""
-        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse},{self.replays}"
+        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse},{self.pack_parameters},{self.replays}"

@@ -125,6 +125,9 @@ class Context:
     def number(self, x: SymScalar) -> Value:
         """A symbolic number as a 0-d tensor: i64, f64 or i1."""
         kind = {torch.SymInt: I64, torch.SymFloat: F64, torch.SymBool: I1}[type(x.value)]
+        known = self.numbers.get(str(x.value.node.expr))
+        if known is not None:
+            return self.cast(known, kind)
         return self.cast(lower_number(self, x.value.node.expr), kind)
 
     def full(self, shape: Sequence[Dim], value: Number, dtype: DType) -> Value:
@@ -187,7 +190,7 @@ class Context:
 
     def ew(self, name: str, *operands: Any, **attrs: Any) -> Value:
         """`graph.<name>` of broadcasting operands of one element type; numbers and sizes take the type of the tensors."""
-        typed = [v for v in (operands[1:] if name == "select" else operands) if isinstance(v, Value)]
+        typed = [v for v in (operands[1:] if name in ("select", "require") else operands) if isinstance(v, Value)]
         dtype = typeof(typed[0]).dtype
         if dtype.kind == "complex":
             raise Unsupported("complex numbers")

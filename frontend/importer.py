@@ -4,7 +4,8 @@
 
 Conventions of the function that comes out:
 - Block arguments are the tensor placeholders, in order; their types carry strides. `arg_attrs[i]` has the FX `name`, the
-  `kind`, the `position` among all placeholders (what the caller passes), and the `device` when it is not the CPU.
+  `kind`, the `position` among all placeholders (what the caller passes), and the `device` when it is not the CPU. An argument with
+  `number = true` is passed as a Python number that is no size (a float, or an int that may be negative).
 - `symbol_args` has one entry {position, expr} per other placeholder: `expr` is the size that is passed there (a bare symbol is
   thereby defined), or none when nothing is read from it. `symbol_sources` says where the remaining symbols are read off tensor
   arguments: symbol -> [block argument, dimension], or [block argument, dimension, "stride"].
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..ir.attributes import Dense
 from ..ir.builder import Builder, make_func, make_module
@@ -39,12 +41,13 @@ from .dtypes import from_torch
 from .errors import Unsupported, UnsupportedError
 from .extern import lower_extern
 from .location import location_of
-from .ops import TABLE
+from .ops import COMPLEX, TABLE
 from .symbols import SymbolTable
 
 __all__ = ["externs", "import_graph"]
 
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_TENSOR_OF = {torch.SymInt: torch.int64, torch.SymFloat: torch.float64, torch.SymBool: torch.bool}
+_SYMBOLIC = tuple(_TENSOR_OF)
 _NO_EFFECT = {"aten._assert_tensor_metadata.default", "aten.sym_constrain_range.default", "aten._assert_scalar.default",
               "aten.sym_constrain_range_for_size.default"}
 """Checks that hold whenever the guards of the graph hold."""
@@ -102,9 +105,11 @@ class _Importer:
                     where = {} if val.device.type == "cpu" else {"device": str(val.device)}
                     arg_attrs.append({"name": node.name, "kind": kinds[position], "position": position, **where})
                     continue
-                expr = self._number(val) if isinstance(val, (int, torch.SymInt)) else None
+                expr = self._number(val) if isinstance(val, (int, *_SYMBOLIC)) else None
                 if isinstance(expr, SymScalar):
-                    raise Unsupported(f"the size {val} as an argument")
+                    self._number_argument(node, expr)
+                    arg_attrs.append({"name": node.name, "kind": "input", "position": position, "number": True})
+                    continue
                 if expr is None and node.users and val is not None and not _is_token(node):
                     raise Unsupported(f"an argument of type {type(val).__name__}")
                 self.env[node] = expr
@@ -115,6 +120,12 @@ class _Importer:
         if symbol_args:
             self.func.attributes["symbol_args"] = tuple(symbol_args)
         self._sources()
+
+    def _number_argument(self, node: fx.Node, number: SymScalar) -> None:
+        """A Python number that is no size: a 0-d tensor, which the executor makes."""
+        self.env[node] = number
+        dtype = from_torch(_TENSOR_OF[type(number.value)])
+        self.c.numbers[str(number.value.node.expr)] = self.body.add_arg(TensorType((), dtype), node.name)
 
     def _tensor_argument(self, node: fx.Node, val: torch.Tensor) -> None:
         if val.layout != torch.strided or val.is_quantized:
@@ -213,6 +224,8 @@ class _Importer:
         last = self.body.last
         if row is None:
             reason = f"no lowering for '{target}'"
+        elif str(target) not in COMPLEX and _has_complex(node):
+            reason = "complex numbers"
         else:
             try:
                 args, kwargs = _bind(target, self._argument(node.args), {k: self._argument(v) for k, v in node.kwargs.items()})
@@ -226,8 +239,7 @@ class _Importer:
     def _read_number(self, node: fx.Node) -> Value:
         """The number in a tensor of one element, where it is no size: it stays a 0-d tensor (i64, f64 or i1)."""
         x = self._argument(node.args[0])
-        kind = {torch.SymInt: torch.int64, torch.SymFloat: torch.float64, torch.SymBool: torch.bool}[type(self.c.val)]
-        value = self.c.reshape(self.c.cast(x, from_torch(kind)), ())
+        value = self.c.reshape(self.c.cast(x, from_torch(_TENSOR_OF[type(self.c.val)])), ())
         self.c.numbers[str(self.c.val.node.expr)] = value
         return value
 
@@ -395,9 +407,20 @@ def _covers(node: fx.Node, root: fx.Node) -> bool:
     if node is root:
         return True
     val, whole = node.meta["val"], root.meta.get("val")
-    if not isinstance(whole, torch.Tensor) or any(isinstance(n, torch.SymInt) for n in (*val.shape, *val.stride(), *whole.shape)):
+    if not isinstance(whole, torch.Tensor) or val.dtype != whole.dtype or not statically_known_true(val.numel() == whole.numel()):
         return False
-    return val.dtype == whole.dtype and val.numel() == whole.numel() and _is_dense(val)
+    symbolic = any(isinstance(n, torch.SymInt) for n in (*val.shape, *val.stride()))
+    return _is_row_major(val) if symbolic else _is_dense(val)
+
+
+def _is_row_major(val: torch.Tensor) -> bool:
+    """Whether the strides are known to be those of a row-major tensor, whatever the sizes; adds no guard."""
+    step: Any = 1
+    for size, stride in zip(reversed(val.shape), reversed(val.stride())):
+        if not statically_known_true(size == 1) and not statically_known_true(stride == step):
+            return False
+        step = step * size
+    return True
 
 
 def _is_dense(val: torch.Tensor) -> bool:
@@ -409,6 +432,17 @@ def _is_dense(val: torch.Tensor) -> bool:
                 return False
             step *= size
     return True
+
+
+def _has_complex(node: fx.Node) -> bool:
+    """Whether complex numbers go into the node or come out."""
+    def found(x: Any) -> bool:
+        if isinstance(x, fx.Node):
+            return found(x.meta.get("val"))
+        if isinstance(x, (list, tuple)):
+            return any(map(found, x))
+        return isinstance(x, complex) or (isinstance(x, torch.Tensor) and x.is_complex())
+    return found(node) or found(node.args) or found(tuple(node.kwargs.values()))
 
 
 def _is_token(node: fx.Node) -> bool:

@@ -6,6 +6,7 @@ IR text is data: parsing runs no code, and every error is an `IRError` with file
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,9 @@ __all__ = ["ParseError", "load", "parse_expr", "parse_module", "parse_type"]
 
 MAX_DEPTH = 100
 MAX_CONSTANT_BYTES = 1 << 31
+MAX_MESSAGE = 500
+MAX_TERMS = 4096
+"""Terms of an index expression. Products of sums are kept multiplied out, so that a short text could ask for any number of them."""
 
 
 class ParseError(IRError):
@@ -35,6 +39,7 @@ class ParseError(IRError):
         if 0 < line <= len(lines):
             shown = lines[line - 1][:200]
             excerpt = f"\n  {shown}\n  {' ' * min(column - 1, 200)}^"
+        message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "..."  # it may quote a token of any length
         super().__init__(f"{filename}:{line}:{column}: {message}{excerpt}")
         self.line, self.column = line, column
 
@@ -135,7 +140,10 @@ class _Tree(Transformer):
         return _dim(c[0]) - _dim(c[1])
 
     def mul(self, c: Children) -> Any:
-        return _dim(c[0]) * _dim(c[1])
+        a, b = _dim(c[0]), _dim(c[1])
+        if isinstance(a, E.Expr) and isinstance(b, E.Expr) and (len(a.terms) + 1) * (len(b.terms) + 1) > MAX_TERMS:
+            raise ValueError(f"an index expression of more than {MAX_TERMS} terms")
+        return a * b
 
     def floordiv(self, c: Children) -> Any:
         return E.floordiv(_dim(c[0]), _dim(c[1]))
@@ -213,6 +221,8 @@ def parse_expr(text: str) -> Any:
         raise ValueError(f"'{text}' is not an index expression: column {e.column}") from None
     except VisitError as e:
         raise ValueError(str(e.orig_exc)) from None
+    except RecursionError:
+        raise ValueError(f"the expression '{text[:40]}...' is nested too deeply") from None
 
 
 @lru_cache(maxsize=4096)
@@ -329,7 +339,19 @@ def parse_module(text: str, *, filename: str = "<text>", resources: Mapping[str,
             if token is not None:
                 line, column = token.line or 0, token.column or 0
         raise ParseError(str(e.orig_exc), filename, line, column, text) from None
+    except RecursionError:
+        raise ParseError("nested too deeply", filename, *_deepest(text), text) from None
     return _Builder(filename, text).build(tree, {}, 0)
+
+
+def _deepest(text: str) -> tuple[int, int]:
+    """Line and column of the bracket, or else the operator, in which a text that nests too deeply is deepest."""
+    depth = deepest = place = 0
+    for m in re.finditer(r'"(?:[^"\\\n]|\\.)*"|//[^\n]*|[(\[{]|[)\]}]', text):
+        depth += (m.group() in "([{") - (m.group() in ")]}")
+        if depth > deepest:
+            deepest, place = depth, m.start()
+    return text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
 
 
 def load(path: Path) -> Operation:

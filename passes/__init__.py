@@ -17,6 +17,7 @@ from . import (
     schedule,
     sink_reshapes,
     split_reductions,
+    spmd,
     stream,
     tiling,
     unpad_concatenations,

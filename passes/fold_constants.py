@@ -46,7 +46,7 @@ class FoldConstants(Pass):
         operands = [_tensor_of(v) for v in op.operands]
         try:
             value, = interpret_op(op, operands)
-        except IRError:
+        except (IRError, IndexError):  # what fails when it runs fails then
             return False
         made = _constant(Builder.before_op(op), op.result, torch.as_tensor(value))
         if made is None:
@@ -57,7 +57,7 @@ class FoldConstants(Pass):
 
     def _small(self, v: Value) -> bool:
         t = v.type
-        return not isinstance(t, TensorType) or (isinstance(t.numel, int) and t.numel <= self.max_elements)
+        return not isinstance(t, TensorType) or _is_known(t, self.max_elements)
 
 
 def _is_constant(v: Value) -> bool:
@@ -65,7 +65,12 @@ def _is_constant(v: Value) -> bool:
     if op is None or op.name not in ("graph.full", "graph.constant", "arith.constant"):
         return False
     t = v.type
-    return not isinstance(t, TensorType) or (isinstance(t.numel, int) and t.numel <= 4096)
+    return not isinstance(t, TensorType) or _is_known(t, 4096)
+
+
+def _is_known(t: TensorType, most: int) -> bool:
+    """Whether every size is a number (a symbol may stand beside a zero) and there are few elements."""
+    return all(isinstance(size, int) for size in t.shape) and t.numel <= most  # type: ignore[operator]
 
 
 def _tensor_of(v: Value) -> Any:

@@ -65,10 +65,12 @@ def _taken_over(op: Operation, arg: BlockArg, kernels: Mapping[str, Operation], 
         return None
     out = op.operands.index(arg)
     for i, j in kernels[op["kernel"].name]["inplace"]:
-        if j == out and op.operands.count(op.operands[i]) == 1:
-            for g in groups:
-                if g.end == at and op.operands[i] in g.members and g.bytes == size:
-                    return g
+        if j != out:
+            continue
+        others = {v for k, v in enumerate(op.operands) if k != i}
+        for g in groups:
+            if g.end == at and op.operands[i] in g.members and g.bytes == size and others.isdisjoint(g.members):
+                return g  # with another member here, this launch would write the place twice
     return None
 
 

@@ -11,7 +11,8 @@ call.
 The manifest (JSON, made by `compiler/manifest.py`; sizes as in `sizes.py`):
 
     name, symbols            names; `symbols` in table order
-    inputs                   per tensor argument: {name, position among the caller's arguments, dtype, shape, strides}
+    inputs                   per tensor argument: {name, position among the caller's arguments, dtype, shape, strides, and
+                             number = true where the caller passes a Python number}
     symbol_args              [[position, symbol or null], ...]: the caller's other arguments
     symbol_sources           [[symbol, input, dimension, "size" or "stride"], ...]
     buffers                  after the inputs: {kind: "output" | "extern" | "late", dtype, shape, strides}
@@ -22,7 +23,7 @@ The manifest (JSON, made by `compiler/manifest.py`; sizes as in `sizes.py`):
     steps                    ["call", function] | ["extern", {...}] | ["allocate", [buffers]] | ["drop", [buffers]]
     mutated                  inputs that the program writes to
     constants                base64 of the constants that externs read (native code has its own copies)
-    errors                   error code, as a string -> message
+    errors                   error code, as a string -> message; "RuntimeError: ..." raises that, any other OutOfRange
 
 Thread safety: one graph may run in several threads at once; every call takes its own frame (table) and arena from pools.
 """
@@ -47,7 +48,7 @@ from .packing import PackedMemory, PersistentBuffer
 from .segments import Segments
 from .sizes import Size, SizeError, compile_size, evaluate_size
 
-__all__ = ["CompiledGraph"]
+__all__ = ["CompiledGraph", "OutOfRange"]
 
 _data_ptr = torch.Tensor.data_ptr
 _bump_version = torch.autograd.graph.increment_version
@@ -62,6 +63,10 @@ def _fast_empty() -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], t
 
 
 _empty = _fast_empty()
+
+
+class OutOfRange(IndexError, RuntimeError):
+    """An index in the data is out of range. Eager raises IndexError from some operators and RuntimeError from others, such as gather."""
 
 
 class Library(Protocol):
@@ -163,6 +168,9 @@ class CompiledGraph:
         lazy = [int(x["position"]) for x in inputs if torch_dtype(x["dtype"]).is_complex]
         if lazy:
             self._run = _materialised(self._run, lazy)
+        numbers = [(int(x["position"]), torch_dtype(x["dtype"])) for x in inputs if x.get("number")]
+        if numbers:
+            self._run = _with_numbers(self._run, numbers, self.device)
 
     def _pick_inputs(self, inputs: list[dict[str, Any]], symbol_args: list[list[Any]]) -> None:
         positions = [int(x["position"]) for x in inputs]
@@ -199,7 +207,7 @@ class CompiledGraph:
     # -- running
 
     def __call__(self, *args: Any) -> list[Any]:
-        """The outputs, for arguments as the graph was compiled for. IndexError where an index in the data is out of range."""
+        """The outputs, for arguments as the graph was compiled for. OutOfRange or RuntimeError for data that eager refuses."""
         if len(args) == 1 and type(args[0]) is list:
             boxed = args[0]
             outputs = self._run(boxed)
@@ -298,12 +306,15 @@ class CompiledGraph:
 
     def _fail(self, code: int) -> None:
         message = self._errors.get(str(code), "index out of range")
-        raise IndexError(f"{message} (in the compiled graph '{self.name}', code {code})")
+        kind, _, rest = message.partition(": ")
+        error, text = (RuntimeError, rest) if kind == "RuntimeError" else (OutOfRange, message)
+        raise error(f"{text} (in the compiled graph '{self.name}', code {code})")
 
     def _symbol_values(self, args: Sequence[Any], tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
         values = [0] * len(self._positions)
         for position, symbol in self._symbol_args:
-            values[symbol] = int(args[position])
+            value = args[position]
+            values[symbol] = value if type(value) is int else _integer(value)
         for symbol, i, dimension, what in self._symbol_sources:
             values[symbol] = tensors[i].stride(dimension) if what else tensors[i].size(dimension)
         return tuple(values)
@@ -361,6 +372,24 @@ def _materialised(run: Callable[[Sequence[Any]], list[Any]], positions: list[int
                 args[p] = torch.empty_strided(args[p].size(), args[p].stride(), dtype=args[p].dtype, device=args[p].device).copy_(args[p])
         return run(args)
     return resolved
+
+
+def _with_numbers(run: Callable[[Sequence[Any]], list[Any]], numbers: list[tuple[int, torch.dtype]],
+                  device: torch.device) -> Callable[[Sequence[Any]], list[Any]]:
+    """`run` with the Python numbers among its arguments made tensors."""
+    def made(args: Sequence[Any]) -> list[Any]:
+        args = list(args)
+        for p, dtype in numbers:
+            if p < len(args):
+                args[p] = torch.scalar_tensor(args[p], dtype=dtype, device=device)
+        return run(args)
+    return made
+
+
+def _integer(value: Any) -> int:
+    """A size that is no plain int: a number of another type, or the length of a jagged dimension, which only has a name."""
+    node = getattr(value, "node", None)
+    return int(node.nested_int()) if node is not None and node.is_nested_int() else int(value)
 
 
 def _empty_bytes(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -9,7 +9,7 @@ A parameter counts as unchanged while all of these hold, compared with the time 
 - a few elements spread over it are the same (`fingerprint.py`): that sees writes to a whole tensor that torch does not count, through
   `p.data`, numpy views or raw pointers.
 
-What cannot be seen: an uncounted write to single elements. After such a write call `CompiledGraph.invalidate()`.
+What cannot be seen: an uncounted write to single elements. After such a write call `aicc.invalidate(module)`.
 Inference tensors (made under `torch.inference_mode()`) have no version counter. They are packed anew in every call, with one
 warning: slower, never stale. Parameters made outside of inference mode and only used inside it have a counter, and are cached.
 
@@ -23,7 +23,8 @@ import ctypes
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -35,7 +36,7 @@ from .fingerprint import Samples
 from .loader import NativeFunction
 from .sizes import Size, evaluate_size
 
-__all__ = ["Packed", "PackedMemory", "PersistentBuffer"]
+__all__ = ["Packed", "PackedMemory", "PersistentBuffer", "forget_packed"]
 
 _expired = torch.UntypedStorage._expired  # type: ignore[attr-defined]
 
@@ -90,12 +91,18 @@ class PackedMemory:
         self._lock = threading.Lock()
         self._current: Packed | None = None
         self._warned = False
+        _live.add(self)
 
     @property
     def bytes(self) -> int:
         """Bytes held at present."""
         packed = self._current
         return 0 if packed is None else sum(m.nbytes for m in packed.memory if m is not None)
+
+    def reads(self, storages: set[int]) -> bool:
+        """Whether what is packed now was made from one of these storages (addresses of their C++ objects)."""
+        packed = self._current
+        return packed is not None and not storages.isdisjoint(packed.storages)
 
     def invalidate(self) -> None:
         """Forgets everything; the next call packs anew."""
@@ -129,10 +136,19 @@ class PackedMemory:
                 packed = self._renew(guarded, where, versions, symbols, pointers, symbol_address)
         return packed
 
+    def _forget_if_dead(self) -> None:
+        """Drops what was packed from parameters that are gone: Dynamo keeps the graphs of modules that are not there any more."""
+        packed = self._current
+        if packed is not None and any(map(_expired, packed.storages)):
+            self._current = None  # without the lock: a call that renews meanwhile publishes its own
+
     def _renew(self, guarded: Sequence[torch.Tensor], where: Sequence[int], versions: list[object], symbols: tuple[int, ...],
                pointers: Sequence[int], symbol_address: int) -> Packed:
         old, self._current = self._current, None  # from here on no other call can take `old`
         unused = old is not None and sys.getrefcount(old) == 2  # `old` and the argument of getrefcount
+        for other in list(_live):
+            if other is not self:
+                other._forget_if_dead()
         refs = [StorageWeakRef(t.untyped_storage()) for t in guarded]
         samples = Samples(guarded)  # before packing, so that a later write is seen
         hashes = [Samples([t]).hash for t in guarded]
@@ -181,3 +197,16 @@ class PackedMemory:
             warnings.warn("aicc: a parameter was made under torch.inference_mode() and has no version counter, so it is packed "
                           "anew in every call; make the model outside of inference mode", RuntimeWarning, stacklevel=4)
 
+
+
+_live: weakref.WeakSet[PackedMemory] = weakref.WeakSet()
+"""What graphs hold at present, for `forget_packed`."""
+
+
+def forget_packed(tensors: Iterable[torch.Tensor] | None = None) -> int:
+    """Forgets what was packed from these tensors, or everything; how many graphs will pack anew."""
+    storages = None if tensors is None else {t.untyped_storage()._cdata for t in tensors}
+    stale = [m for m in list(_live) if m.bytes and (storages is None or m.reads(storages))]
+    for memory in stale:
+        memory.invalidate()
+    return len(stale)

@@ -170,19 +170,43 @@ def _shift(kind: str) -> Emit:
     return go
 
 
-def _pow_int(b: ir.IRBuilder, x: ir.Value, n: ir.Value) -> ir.Value:
-    """Square and multiply over every bit of n, wrapping. Negative n: 1 for x == 1, +-1 for x == -1, else 0 (torch)."""
+def _pow_unsigned(b: ir.IRBuilder, x: ir.Value, n: ir.Value, bits: int | None = None) -> ir.Value:
+    """Square and multiply over the low `bits` bits of n (all of them), wrapping."""
     width = (x.type.element if isinstance(x.type, ir.VectorType) else x.type).width
-    one, zero = _like(x, 1), _like(x, 0)
-    result, power = one, x
-    for bit in range(width - 1):
-        taken = b.icmp_unsigned("!=", b.and_(n, _like(n, 1 << bit)), zero)
+    result, power = _like(x, 1), x
+    for bit in range(width if bits is None else bits):
+        taken = b.icmp_unsigned("!=", b.and_(n, _like(n, 1 << bit)), _like(x, 0))
         result = b.select(taken, b.mul(result, power), result)
         power = b.mul(power, power)
+    return result
+
+
+def _pow_int(b: ir.IRBuilder, x: ir.Value, n: ir.Value) -> ir.Value:
+    """Negative n: 1 for x == 1, +-1 for x == -1, else 0 (torch)."""
+    width = (x.type.element if isinstance(x.type, ir.VectorType) else x.type).width
+    one, zero = _like(x, 1), _like(x, 0)
+    result = _pow_unsigned(b, x, n, width - 1)
     odd = b.icmp_unsigned("!=", b.and_(n, one), zero)
     for_minus_one = b.select(b.icmp_signed("==", x, _all_ones(x)), b.select(odd, x, one), zero)
     negative = b.select(b.icmp_signed("==", x, one), one, for_minus_one)
     return b.select(b.icmp_signed("<", n, zero), negative, result)
+
+
+def _nextafter_narrow(b: ir.IRBuilder, x: ir.Value, y: ir.Value, dtype: DType) -> ir.Value:
+    """The neighbour of x toward y among 16-bit floats: the bit pattern one up or down; away from zero is up for either sign."""
+    fx, fy = (emit_cast(b, v, dtype.name, "f32") for v in (x, y))
+    integer = ir.IntType(16)
+    bits_type = ir.VectorType(integer, x.type.count) if isinstance(x.type, ir.VectorType) else integer
+    xi, yi = (v if v.type == bits_type else b.bitcast(v, bits_type) for v in (x, y))
+    up = b.fcmp_ordered("<", fx, fy)
+    positive = b.icmp_signed(">=", xi, _like(xi, 0))
+    away = b.icmp_unsigned("==", up, positive)
+    moved = b.add(xi, b.select(away, _like(xi, 1), _like(xi, -1)))
+    smallest = b.or_(b.and_(yi, _like(yi, -(1 << 15))), _like(yi, 1))
+    moved = b.select(b.fcmp_ordered("==", fx, _like(fx, 0.0)), smallest, moved)
+    moved = b.select(b.fcmp_ordered("==", fx, fy), yi, moved)
+    moved = b.select(_isnan(b, fx), xi, b.select(_isnan(b, fy), yi, moved))
+    return moved if x.type == bits_type else b.bitcast(moved, x.type)
 
 
 def _isinf(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
@@ -219,7 +243,7 @@ TABLE: dict[str, dict[str, Emit]] = {
     "mul": _rows(f=_op("fmul"), iu=_op("mul"), b=_op("and_")), "div": _rows(f=_op("fdiv")),
     "floordiv": _rows(f=_floordiv_float, i=_floordiv_int, u=_udiv), "truncdiv": _rows(i=_truncdiv, u=_udiv),
     "mod": _rows(f=_mod_float, i=_mod_int, u=_urem), "rem": _rows(f=vecmath.BINARY["fmod"], i=_rem, u=_urem),
-    "pow": _rows(iu=_pow_int), "copysign": _rows(f=_intrinsic("copysign")),
+    "pow": _rows(i=_pow_int, u=_pow_unsigned), "copysign": _rows(f=_intrinsic("copysign")),
     "max": _rows(f=_float_extreme(">"), i=_int_extreme(">", True), u=_int_extreme(">", False), b=_op("or_")),
     "min": _rows(f=_float_extreme("<"), i=_int_extreme("<", True), u=_int_extreme("<", False), b=_op("and_")),
     "fmax": _rows(f=_number_extreme(">")), "fmin": _rows(f=_number_extreme("<")),
@@ -233,6 +257,8 @@ TABLE: dict[str, dict[str, Emit]] = {
 def emit(b: ir.IRBuilder, features: Features, name: str, dtype: DType, *xs: ir.Value) -> ir.Value:
     """`arith.<name>` on chunks of element type `dtype`. NotImplementedError names an op that has no lowering."""
     kind = _KIND.get(dtype.kind, "")
+    if name == "nextafter" and dtype.name in ("bf16", "f16"):
+        return _nextafter_narrow(b, xs[0], xs[1], dtype)
     if kind == "f" and dtype.bits < 32:
         wide = emit(b, features, name, F32, *[emit_cast(b, x, dtype.name, "f32") for x in xs])
         return wide if BY_NAME[name].result == "i1" else emit_cast(b, wide, "f32", dtype.name)

@@ -421,7 +421,8 @@ class KernelEmitter:
         """Sets the error word unless every lane of `mask` holds."""
         b = self.b
         if op not in self._codes:
-            self._codes[op] = self.errors.code(f"index out of range in kernel '{self.kernel['sym_name']}' ({op.location})")
+            what = f"RuntimeError: {op['message']}" if op.name == "tile.require" else "index out of range"
+            self._codes[op] = self.errors.code(f"{what} in kernel '{self.kernel['sym_name']}' ({op.location})")
         if isinstance(mask.type, ir.VectorType):
             mask = call(b, f"llvm.vector.reduce.and.{suffix(mask.type)}", I1, [mask])
         b.store(I32(self._codes[op]), b.select(mask, self.scratch.sink(), self.context))

@@ -25,7 +25,7 @@ HEAP_BYTES = 64 * 1024
 
 @dataclass
 class ErrorTable:
-    """What each error word means; code 0 is success."""
+    """What each error word means; code 0 is success. "RuntimeError: ..." raises that, any other text OutOfRange."""
 
     messages: dict[int, str] = field(default_factory=dict)
 

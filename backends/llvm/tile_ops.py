@@ -246,6 +246,14 @@ def transpose(k: KernelEmitter, op: Operation) -> None:
     k.env[op.result] = emit_transpose(k.b, k.value(op.operands[0]), k.layout(op.result))
 
 
+def require(k: KernelEmitter, op: Operation) -> None:
+    """The value as it is; the condition is tested chunk by chunk."""
+    for row in k.tile(op.operands[0]).rows:
+        for chunk in row:
+            k.report(op, chunk)
+    k.env[op.result] = k.value(op.operands[1])
+
+
 def symbolic(k: KernelEmitter, op: Operation) -> None:
     """Nothing to do: the value is an expression."""
 
@@ -254,5 +262,5 @@ LOWERINGS: dict[str, Callable[[KernelEmitter, Operation], None]] = {
     "arith.constant": constant_value, "tile.program_id": symbolic, "tile.load": load, "tile.store": emit_store,
     "tile.index": index_value,
     "tile.mask": mask_tile, "tile.full": full_tile, "tile.reduce": reduce, "tile.reshape": reshape, "tile.transpose": transpose,
-    "tile.dot": dot, "tile.prefetch": prefetch, "tile.alloca": private_buffer,
+    "tile.dot": dot, "tile.require": require, "tile.prefetch": prefetch, "tile.alloca": private_buffer,
 }

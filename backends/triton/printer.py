@@ -304,6 +304,10 @@ class _Printer:
         masked = f", mask={mask}, other={literal(op['other'])}" if mask else ""
         self._define(op, f"tl.load({self._name(buffer)} + {_term(place)}{masked})")
 
+    def require(self, op: Operation) -> None:
+        """The value: eager does not look either on a GPU."""
+        self._define(op, self._name(op.operands[1]))
+
     def _check(self, op: Operation, mask: str, text: IndexText) -> None:
         self.checks += 1
         _, reach = self._mask(op["mask"], op["mask_low"], op.operands[1:], text)
@@ -426,6 +430,7 @@ _HANDLERS = {
     "tile.reduce": _Printer.reduce,
     "tile.scan": _Printer.scan,
     "tile.dot": _Printer.dot,
+    "tile.require": _Printer.require,
 }
 
 

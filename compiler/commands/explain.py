@@ -1,7 +1,8 @@
-"""`aicc explain`: what became of each op, what was declined and why, and what torch guards."""
+"""`aicc explain`: what became of each op, what was declined and why, where torch parted the program, and what it compiled again."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from ...ir.core import Operation
 from ..capture import GraphRecord, Recorder, call_eager, call_model, prepare
 from ..dynamo import backend
 from ..errors import UserError
+from ..frames import CaptureLog
 from ..model_file import Script, load
 from ..options import Options
 from .common import Debug, Dynamic, ModelSpec, Train, console, reports_errors
@@ -30,37 +32,50 @@ def explain(
     model: ModelSpec,
     train: Train = False,
     dynamic: Dynamic = None,
-    every_remark: Annotated[bool, typer.Option("--all", help="Remarks on what was done as well as on what was declined.")] = False,
+    every_remark: Annotated[bool, typer.Option("--all", help="Remarks on what was done as well as on what was declined; every guard.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Explain what MODEL compiles to: ops, fused groups, kernels, ATen calls with the Python line and reason, and what was declined."""
+    """Explain what MODEL compiles to, and why: ops, fused groups, kernels, ATen calls with the Python line, what was declined; graph breaks
+    and guards; and what a second call, and a call with each of the file's `more_inputs`, makes torch compile again."""
     found = load(model)
     options = Options.from_user(options={"strict": True, "cache": False})
-    recorder = Recorder()
-    torch._dynamo.utils.counters.clear()
-    torch._dynamo.utils.clear_compilation_metrics()
-    capture: dict[str, Any] = {}
-    with recorder.watching():
+    recorder, log = Recorder(), CaptureLog()
+    calls: list[dict[str, Any]] = []
+    with recorder.watching(), log.watching():
         if isinstance(found, Script):
             found.run()
         else:
             prepare(found.model, train)
             call_eager(found, train)  # a fault of the model itself shows before anything is compiled
-            compiled = torch.compile(found.model, backend=backend(options), dynamic=dynamic)
-            call_model(compiled, found, train)
-            first = len(recorder.graphs)
-            call_model(compiled, found, train)
-            capture["recompiled_on_second_call"] = len(recorder.graphs) - first
+            compiled = torch.compile(found.model, backend=backend(options), dynamic=dynamic, options=log.options)
+            given = (found.args, found.kwargs)
+            further = [(f"more_inputs[{i}]", call) for i, call in enumerate(found.more)]
+            for what, (args, kwargs) in [("example inputs", given), ("the same again", given), *further]:
+                before = len(recorder.graphs)
+                call_model(compiled, dataclasses.replace(found, args=args, kwargs=kwargs), train)
+                calls.append({"call": what, "arguments": _shapes(args, kwargs), "compiled": [g.title for g in recorder.graphs[before:]]})
     if not recorder.graphs:
         raise UserError(f"'{model}' ran, but nothing in it was compiled")
-    capture.update(_guards())
-    capture["graph_breaks"] = dict(torch._dynamo.utils.counters["graph_break"])
-    report = {"model": model, "capture": capture, "graphs": [_graph(g, every_remark) for g in recorder.graphs if g.compilation is not None]}
+    report = {"model": model, "capture": _capture(log, calls),
+              "graphs": [_graph(g, every_remark) for g in recorder.graphs if g.compilation is not None]}
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
-        _show(report)
+        _show(report, every_remark)
+
+
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    return ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" if isinstance(x, torch.Tensor) else repr(x)[:20] for x in leaves)
+
+
+def _capture(log: CaptureLog, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    again = {"recompiled_on_second_call": len(calls[1]["compiled"])} if calls else {}
+    return {"frames": [dataclasses.asdict(f) for f in log.frames], "guards": sum(f.guards for f in log.frames),
+            "guard_list": [f"{kind} {name}".strip() for kind, name in dict.fromkeys(log.guards)], "calls": calls, **again,
+            "graph_breaks": [dataclasses.asdict(b) for b in log.breaks],
+            "recompilations": [{"function": f.function, "place": f.place, "changed": f.recompiled} for f in log.recompilations]}
 
 
 def _graph(record: GraphRecord, every_remark: bool) -> dict[str, Any]:
@@ -91,20 +106,20 @@ def _origins(kernel: Operation) -> list[str]:
     return list(places)
 
 
-def _guards() -> dict[str, int]:
-    """Frames that torch captured since the metrics were cleared, and the guards that it checks before it reuses them."""
-    frames = torch._dynamo.utils.get_compilation_metrics()
-    return {"frames": len(frames), "guards": sum(f.guard_count or 0 for f in frames)}
-
-
-def _show(report: dict[str, Any]) -> None:
+def _show(report: dict[str, Any], everything: bool) -> None:
     out = console()
     capture = report["capture"]
-    again = capture.get("recompiled_on_second_call")
-    out.print(f"[bold]{escape(report['model'])}[/]: {len(report['graphs'])} compiled graphs; torch captured {capture['frames']} frames behind "
-              f"{capture['guards']} guards" + ("" if again is None else f"; a second call recompiled {again}"))
-    for reason, times in capture["graph_breaks"].items():
-        out.print(f"graph break ({times} times): {escape(str(reason))}")
+    out.print(f"[bold]{escape(report['model'])}[/]: {len(report['graphs'])} compiled graphs; torch captured {len(capture['frames'])} frames behind "
+              f"{capture['guards']} guards")
+    _show_rows(out, "frames", ("frame", "function", "at", "ops", "guards"),
+               [(f["id"], f["function"], f["place"], str(f["ops"]), str(f["guards"])) for f in capture["frames"]])
+    if everything:
+        _show_rows(out, "kinds of guards", ("checked before captured code is used again",), [(g,) for g in capture["guard_list"]])
+    _show_rows(out, "graph breaks", ("at", "line", "because"),
+               [(b["place"], b["line"], b["reason"]) for b in capture["graph_breaks"]])
+    _show_rows(out, "calls", ("call", "with", "compiled"),
+               [(c["call"], c["arguments"], ", ".join(c["compiled"]) or "nothing") for c in capture["calls"]])
+    _show_rows(out, "recompilations", ("function", "at", "what changed"), [tuple(r.values()) for r in capture["recompilations"]])
     for g in report["graphs"]:
         out.print(f"\n[bold]{g['name']}[/]")
         out.print(f"  {sum(g['graph_ops'].values())} graph ops: {_names(g['graph_ops'])}")

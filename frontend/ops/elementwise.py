@@ -55,9 +55,15 @@ def logical_not(c: Context, x: Value) -> Value:
 
 
 def round_decimals(c: Context, x: Value, *, decimals: int) -> Value:
+    """Scaled by a power of ten, rounded, scaled back, in the order of ATen: the power is a whole number."""
+    if not typeof(x).dtype.is_float:
+        return x
     if decimals == 0:
-        return c.ew("round", x) if typeof(x).dtype.is_float else x
-    raise Unsupported(f"round to {decimals} decimals")
+        return c.ew("round", x)
+    power = 10.0 ** abs(decimals)
+    there, back = ("mul", "div") if decimals > 0 else ("div", "mul")
+    work = F32 if c.dtype.name in ("bf16", "f16") else c.dtype
+    return c.cast(c.ew(back, c.ew("round", c.ew(there, c.cast(x, work), power)), power), c.dtype)
 
 
 def sgn(c: Context, x: Value) -> Value:
@@ -102,10 +108,13 @@ def nan_to_num(c: Context, x: Value, nan: float | None, posinf: float | None, ne
 # -- binary -----------------------------------------------------------------------------------------------------------
 
 
-def working_type(c: Context, *operands: Any) -> DType:
-    """The result's element type, or f32 where a number or 0-d operand would lose bits in a 16-bit float."""
+def working_type(c: Context, *operands: Any, rounds: bool = False) -> DType:
+    """The result's element type, or f32 where a number or 0-d operand would lose bits in a 16-bit float.
+
+    `rounds` is for operators whose kernels round numbers first on CPUs: all but products, quotients and interpolations.
+    """
     dtype = c.dtype
-    if dtype.name not in ("bf16", "f16"):
+    if dtype.name not in ("bf16", "f16") or (rounds and c.fake().device.type == "cpu"):
         return dtype
     for x in operands:
         if isinstance(x, Value):
@@ -120,9 +129,15 @@ def working_type(c: Context, *operands: Any) -> DType:
 def binary(name: str) -> Lower:
     """`graph.<name>` of both operands in the working type."""
     def lower(c: Context, a: Any, b: Any) -> Value:
-        work = working_type(c, a, b)
+        work = working_type(c, a, b, rounds=name != "mul")
         return c.cast(c.ew(name, c.scalar(a, work), c.scalar(b, work)), c.dtype)
     return lower
+
+
+def nextafter(c: Context, a: Value, b: Value) -> Value:
+    if c.dtype.bits < 32 and c.fake().device.type != "cpu":
+        raise Unsupported("neighbours of 16-bit floats on a GPU")
+    return binary("nextafter")(c, a, b)
 
 
 def ignoring_nan(name: str, of_integers: str) -> Lower:
@@ -133,13 +148,29 @@ def additive(name: str, swap: bool = False) -> Lower:
     """a +- alpha * b, or with `swap` b - alpha * a."""
     def lower(c: Context, a: Any, b: Any, alpha_: Any = 1, *, alpha: Any = None) -> Value:
         alpha = alpha_ if alpha is None else alpha
-        work = working_type(c, a, b, alpha)
+        work = working_type(c, a, b, alpha, rounds=True)
         x, y = c.scalar(a, work), c.scalar(b, work)
         if swap:
             x, y = y, x
-        if alpha != 1:
-            y = c.ew("mul", y, c.scalar(alpha, work))
+        if alpha != 1:  # one rounding for both steps
+            wide = F32 if work.bits < 32 else work
+            return c.cast(c.ew(name, c.cast(x, wide), c.ew("mul", c.cast(y, wide), c.cast(c.scalar(alpha, work), wide))), c.dtype)
         return c.cast(c.ew(name, x, y), c.dtype)
+    return lower
+
+
+def _divisor(c: Context, y: Value) -> Value:
+    """An integer divisor: eager raises RuntimeError for a zero among its elements (on CPUs; a GPU gives any number)."""
+    if typeof(y).dtype.is_float or (c.constant_of(y) or 0) != 0:
+        return y
+    return c.ew("require", c.ew("ne", y, 0), y, message="ZeroDivisionError: an integer is divided by zero")
+
+
+def remainder(name: str) -> Lower:
+    """remainder and fmod."""
+    def lower(c: Context, a: Any, b: Any) -> Value:
+        work = working_type(c, a, b, rounds=True)
+        return c.cast(c.ew(name, c.scalar(a, work), _divisor(c, c.scalar(b, work))), c.dtype)
     return lower
 
 
@@ -149,11 +180,11 @@ def div(c: Context, a: Any, b: Any, *, rounding_mode: str | None = None) -> Valu
     if rounding_mode is None:
         made = c.ew("div", x, y)
     elif rounding_mode == "floor":
-        made = c.ew("floordiv", x, y)
+        made = c.ew("floordiv", x, _divisor(c, y))
     elif work.is_float:
         made = c.ew("trunc", c.ew("div", x, y))
     else:
-        made = c.ew("truncdiv", x, y)
+        made = c.ew("truncdiv", x, _divisor(c, y))
     return c.cast(made, c.dtype)
 
 
@@ -166,12 +197,15 @@ def power(c: Context, a: Any, b: Any) -> Value:
     work = F32 if c.dtype.name in ("bf16", "f16") and not (isinstance(a, Value) and isinstance(b, Value)) else c.dtype
     exponent = c.constant_of(b) if not (isinstance(b, Value) and typeof(b).rank) else None
     rule = _POWERS.get(float(exponent)) if exponent is not None else None
+    if c.dtype.name == "f16" and exponent in (0.5, -0.5):
+        rule = None  # eager takes no roots here: they differ for -0.0 and -inf
     if rule is not None and (work.is_float or exponent in (0, 1, 2, 3)):
         return c.cast(rule(c, c.scalar(a, work)), c.dtype)
     base = c.constant_of(a) if not isinstance(a, Value) else None
     if base == 2 and work.is_float:
         return c.cast(c.ew("exp2", c.scalar(b, work)), c.dtype)
-    return c.cast(c.ew("pow", c.scalar(a, work), c.scalar(b, work)), c.dtype)
+    first = c.dtype if c.fake().device.type == "cpu" else work  # there, numbers are rounded before they are used
+    return c.cast(c.ew("pow", c.cast(c.scalar(a, first), work), c.cast(c.scalar(b, first), work)), c.dtype)
 
 
 _POWERS: dict[float, Lower] = {
@@ -205,21 +239,25 @@ def bitwise(name: str) -> Lower:
 def xlogy(log: str) -> Lower:
     """x * log(y), 0 where x is 0 and NaN where y is."""
     def lower(c: Context, x: Any, y: Any) -> Value:
-        a, b = c.scalar(x, c.dtype), c.scalar(y, c.dtype)
+        work = F32 if c.dtype.name in ("bf16", "f16") else c.dtype
+        a, b = c.scalar(x, work), c.scalar(y, work)
         product = c.ew("select", c.ew("eq", a, 0), 0, c.ew("mul", a, c.ew(log, b)))
-        return c.ew("select", c.ew("isnan", b), math.nan, product)
+        return c.cast(c.ew("select", c.ew("isnan", b), math.nan, product), c.dtype)
     return lower
 
 
-def logaddexp(exp: str, log: str) -> Lower:
-    """log(exp(a) + exp(b)) without overflow; equal infinities give themselves."""
+def logaddexp(exp: str) -> Lower:
+    """log(exp(a) + exp(b)) (or with base 2) without overflow; equal infinities give themselves."""
     def lower(c: Context, a: Value, b: Value) -> Value:
-        x, y = c.cast(a, c.dtype), c.cast(b, c.dtype)
+        work = F32 if c.dtype.name in ("bf16", "f16") else c.dtype
+        x, y = c.cast(a, work), c.cast(b, work)
         high = c.ew("max", x, y)
         gap = c.ew("neg", c.ew("abs", c.ew("sub", x, y)))
-        correction = c.ew("log1p", c.ew("exp", gap)) if exp == "exp" else c.ew("log2", c.ew("add", c.ew("exp2", gap), 1))
+        correction = c.ew("log1p", c.ew(exp, gap))
+        if exp == "exp2":
+            correction = c.ew("mul", correction, 1 / math.log(2))
         same = c.ew("and", c.ew("isinf", x), c.ew("eq", x, y))
-        return c.ew("select", same, x, c.ew("add", high, correction))
+        return c.cast(c.ew("select", same, x, c.ew("add", high, correction)), c.dtype)
     return lower
 
 
@@ -259,12 +297,12 @@ def addcmul(op: str) -> Lower:
 
 
 def lerp(c: Context, start: Value, end: Value, weight: Any) -> Value:
-    """start + w * (end - start), from the nearer end."""
-    work = working_type(c, weight)
+    """start + w * (end - start), from the nearer end: one fused multiply-add, as ATen's vector form."""
+    work = F32 if c.dtype.bits < 32 else c.dtype
     a, b, w = c.cast(start, work), c.cast(end, work), c.scalar(weight, work)
-    gap = c.ew("sub", b, a)
-    near, far = c.ew("add", a, c.ew("mul", w, gap)), c.ew("sub", b, c.ew("mul", gap, c.ew("sub", 1, w)))
-    return c.cast(c.ew("select", c.ew("lt", c.ew("abs", w), 0.5), near, far), c.dtype)
+    near = c.ew("lt", c.ew("abs", w), 0.5)
+    coefficient = c.ew("select", near, w, c.ew("sub", w, 1))
+    return c.cast(c.ew("fma", coefficient, c.ew("sub", b, a), c.ew("select", near, a, b)), c.dtype)
 
 
 # -- activations ------------------------------------------------------------------------------------------------------
@@ -336,6 +374,8 @@ def prelu(c: Context, x: Value, weight: Value) -> Value:
 
 
 def to_copy(c: Context, x: Value, *, device: Any = None, **_: Any) -> Value:
+    if not isinstance(x, Value):  # a number, where torch's decompositions promote one
+        return c.scalar(x, c.dtype)
     source = c.argument(0)
     if device is not None and source.device != c.fake().device:
         raise Unsupported(f"a copy from {source.device} to {c.fake().device}")
@@ -361,7 +401,7 @@ ROWS: dict[str, Lower] = {
     "aten.round.decimals": round_decimals,
     **{f"aten.{n}.default": predicate(n) for n in ("isnan", "isinf")},
     **{f"aten.{n}.default": identity for n in ("alias", "clone", "detach", "lift_fresh_copy", "lift_fresh", "lift", "positive",
-                                               "contiguous", "resolve_conj", "resolve_neg", "alias_copy")},
+                                               "contiguous", "resolve_conj", "resolve_neg", "alias_copy", "detach_copy")},
     **{f"aten.{n}.default": identity_of_reals for n in ("_conj", "_conj_physical", "real")},
     "aten.bitwise_not.default": bitwise_not,
     "aten.logical_not.default": logical_not,
@@ -383,12 +423,13 @@ ROWS: dict[str, Lower] = {
     **{f"aten.divide.{o}": div for o in ("Tensor_mode", "Scalar_mode")},
     **{f"aten.div.{o}": div for o in ("Tensor", "Scalar", "Tensor_mode", "Scalar_mode")},
     **{f"aten.floor_divide.{o}": floor_divide for o in ("default", "Scalar")},
-    **{f"aten.remainder.{o}": binary("mod") for o in ("Tensor", "Scalar", "Scalar_Tensor")},
-    **{f"aten.fmod.{o}": binary("rem") for o in ("Tensor", "Scalar")},
+    **{f"aten.remainder.{o}": remainder("mod") for o in ("Tensor", "Scalar", "Scalar_Tensor")},
+    **{f"aten.fmod.{o}": remainder("rem") for o in ("Tensor", "Scalar")},
     **{f"aten.pow.{o}": power for o in ("Tensor_Tensor", "Tensor_Scalar", "Scalar")},
     "aten.maximum.default": binary("max"),
     "aten.minimum.default": binary("min"),
-    **{f"aten.{n}.default": binary(n) for n in ("atan2", "hypot", "nextafter")},
+    **{f"aten.{n}.default": binary(n) for n in ("atan2", "hypot")},
+    "aten.nextafter.default": nextafter,
     "aten.fmax.default": ignoring_nan("fmax", "max"),
     "aten.fmin.default": ignoring_nan("fmin", "min"),
     **{f"aten.copysign.{o}": binary("copysign") for o in ("Tensor", "Scalar")},
@@ -400,8 +441,8 @@ ROWS: dict[str, Lower] = {
     **{f"aten.__{t}__.{o}": bitwise(n) for t, n in (("lshift", "shl"), ("rshift", "shr")) for o in ("Tensor", "Scalar")},
     **{f"aten.xlogy.{o}": xlogy("log") for o in ("Tensor", "Scalar_Other", "Scalar_Self")},
     **{f"aten.special_xlog1py.{o}": xlogy("log1p") for o in ("default", "other_scalar", "self_scalar")},
-    "aten.logaddexp.default": logaddexp("exp", "log"),
-    "aten.logaddexp2.default": logaddexp("exp2", "log2"),
+    "aten.logaddexp.default": logaddexp("exp"),
+    "aten.logaddexp2.default": logaddexp("exp2"),
     **{f"aten.where.{o}": where for o in ("self", "ScalarOther", "ScalarSelf", "Scalar")},
     **{f"aten.masked_fill.{o}": masked_fill for o in ("Scalar", "Tensor")},
     **{f"aten.clamp.{o}": clamp for o in ("default", "Tensor")},

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ...ir.core import Value
 from ...ir.expr import Dim
 from ...ir.types import TensorType
 from ..context import F32, I1, I64, Context, like, typeof
+from ..dtypes import TO_TORCH
 from ..errors import Unsupported
 from ..extern import make_extern
 from .table import Lower
@@ -111,14 +114,15 @@ def scatter_add(c: Context, x: Value, dim: int, at: Value, src: Value) -> Value:
 def scatter_reduce(c: Context, x: Value, dim: int, at: Value, src: Value, reduce: str, *, include_self: bool = True) -> Value:
     """The mean divides the sum by how many elements met; without `include_self`, touched elements start neutral."""
     t = typeof(x)
-    if reduce == "mean" and not t.dtype.is_float:
-        raise Unsupported("scatter_reduce with mean of integers")
     kind = _REDUCE["sum" if reduce == "mean" else reduce]
     if not include_self:
         x = _scatter(c, x, dim, at, _neutral(kind, t), "set")
     total = _scatter(c, x, dim, at, src, kind)
     if reduce != "mean":
         return total
+    if not t.dtype.is_float:
+        met = _scatter(c, c.full(t.shape, int(include_self), I64), dim, at, c.full(typeof(at).shape, 1, I64), "add")
+        return c.ew("floordiv", total, c.cast(c.ew("max", met, 1), t.dtype))
     ones = c.full(typeof(at).shape, 1.0, F32)
     count = _scatter(c, c.full(t.shape, 1.0 if include_self else 0.0, F32), dim, at, ones, "add")
     work = F32 if t.dtype.bits < 32 else t.dtype
@@ -132,16 +136,39 @@ def _neutral(kind: str, t: TensorType) -> Any:
         return 1
     if t.dtype.is_float:
         return float("-inf") if kind == "amax" else float("inf")
-    raise Unsupported(f"scatter_reduce with {kind} of integers without include_self")
+    if t.dtype == I1:
+        return kind == "amin"
+    limits = torch.iinfo(TO_TORCH[t.dtype])
+    return limits.min if kind == "amax" else limits.max
+
+
+def index_reduce(c: Context, x: Value, dim: int, at: Value, src: Value, reduce: str, *, include_self: bool = True) -> Value:
+    """scatter_reduce with one index for a whole slice."""
+    rank = typeof(x).rank
+    if rank == 0:
+        return c.reshape(index_reduce(c, c.reshape(x, (1,)), 0, c.reshape(at, (1,)), c.reshape(src, (1,)), reduce,
+                                      include_self=include_self), ())
+    axis = c.axis(dim, rank)
+    shape = typeof(src).shape
+    wide = c.expand(c.reshape(c.cast(at, I64), [shape[axis] if i == axis else 1 for i in range(rank)]), shape)
+    return scatter_reduce(c, x, axis, wide, src, reduce, include_self=include_self)
 
 
 def index_add(c: Context, x: Value, dim: int, at: Value, src: Value, *, alpha: Any = 1) -> Value:
     src = src if alpha == 1 else c.ew("mul", src, alpha)
-    return _put_along(c, x, dim, at, src, accumulate=True)
+    return _put_along(c, x, dim, _from_front(c, x, dim, at), src, accumulate=True)
 
 
 def index_copy(c: Context, x: Value, dim: int, at: Value, src: Value) -> Value:
-    return _put_along(c, x, dim, at, src, accumulate=False)
+    return _put_along(c, x, dim, _from_front(c, x, dim, at), src, accumulate=False)
+
+
+def _from_front(c: Context, x: Value, dim: int, at: Value) -> Value:
+    """Indices that must not count from the end: a negative one is moved out of range, where it is reported."""
+    rank = typeof(x).rank
+    size = c.scalar(typeof(x).shape[c.axis(dim, rank)] if rank else 1, I64)
+    at = c.cast(at, I64)
+    return c.ew("select", c.ew("lt", at, 0), size, at)
 
 
 def index_fill(c: Context, x: Value, dim: int, at: Value, value: Any) -> Value:
@@ -150,9 +177,10 @@ def index_fill(c: Context, x: Value, dim: int, at: Value, value: Any) -> Value:
 
 def _put_along(c: Context, x: Value, dim: int, at: Value, src: Value, accumulate: bool) -> Value:
     t = typeof(x)
-    if t.rank == 0:
-        raise Unsupported("an indexed write to a 0-d tensor")
     at = c.cast(at, I64)
+    if t.rank == 0:
+        line = _put_along(c, c.reshape(x, (1,)), 0, c.reshape(at, (c.numel(at, range(typeof(at).rank)),)), c.reshape(src, (1,)), accumulate)
+        return c.reshape(line, ())
     at = c.reshape(at, (1,)) if typeof(at).rank == 0 else at
     if typeof(src).rank not in (0, t.rank):
         raise Unsupported("an indexed write of another rank")
@@ -160,19 +188,34 @@ def _put_along(c: Context, x: Value, dim: int, at: Value, src: Value, accumulate
                   **({"accumulate": True} if accumulate else {}))
 
 
+def put(c: Context, x: Value, at: Value, src: Value, accumulate: bool = False) -> Value:
+    """Writes to the flattened tensor; negative places count from the end."""
+    flat = c.reshape(x, (c.numel(x, range(typeof(x).rank)),))
+    count = c.numel(at, range(typeof(at).rank))
+    made = c.b.op("graph.index_put", flat, c.reshape(c.cast(src, typeof(x).dtype), (count,)), c.reshape(c.cast(at, I64), (count,)),
+                  type=like(flat), dims=(0,), **({"accumulate": True} if accumulate else {}))
+    return c.reshape(made, typeof(x).shape)
+
+
 def masked_scatter(c: Context, x: Value, mask: Value, src: Value) -> Value:
-    """The n-th true element takes src[n]: n is a running count of the mask."""
+    """The n-th true element takes src[n]: n is a running count of the mask. RuntimeError when there are not as many."""
+    shape = c.shape
+    if not shape:
+        shape, x, mask = (1,), c.reshape(x, (1,)), c.reshape(mask, (1,))
+    x = c.expand(x, shape)
     t = typeof(x)
-    if t.rank == 0:
-        raise Unsupported("masked_scatter of a 0-d tensor")
     count = c.numel(x, range(t.rank))
     wide = c.expand(c.cast(mask, I1), t.shape)
     flat = c.reshape(c.cast(wide, I64), (count,))
     order = c.ew("sub", c.b.op("graph.scan", flat, type=like(flat), dim=0, kind="sum"), 1)
     items = c.numel(src, range(typeof(src).rank))
+    enough = c.ew("lt", order, c.scalar(items, I64))
+    order = c.ew("require", enough, order, message="masked_scatter: the mask has more true elements than the source has elements")
+    if items == 0:
+        return c.reshape(c.ew("select", c.ew("lt", c.reshape(order, t.shape), 0), x, c.full((), 0, t.dtype)), c.shape)
     at = c.ew("min", c.ew("max", order, 0), c.scalar(items - 1, I64))
     taken = c.b.op("graph.take", c.reshape(src, (items,)), at, type=TensorType((count,), typeof(src).dtype), dim=0)
-    return c.ew("select", wide, c.reshape(taken, t.shape), x)
+    return c.reshape(c.ew("select", wide, c.reshape(taken, t.shape), x), c.shape)
 
 
 # -- order and counting: library routines -----------------------------------------------------------------------------
@@ -232,6 +275,8 @@ ROWS: dict[str, Lower] = {
     "aten.index_add.default": index_add,
     "aten.index_copy.default": index_copy,
     **{f"aten.index_fill.{o}": index_fill for o in ("int_Scalar", "int_Tensor")},
+    "aten.index_reduce.default": index_reduce,
+    "aten.put.default": put,
     "aten.masked_scatter.default": masked_scatter,
     "aten.topk.default": topk,
     "aten.native_dropout.default": native_dropout,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from ...ir.core import Value
-from ...ir.expr import Dim, product
+from ...ir.expr import Dim, product, sym
 from ...ir.types import TensorType
 from ..context import F32, I64, Context, like, typeof
 from ..errors import Unsupported
@@ -63,15 +64,37 @@ def max_pool_backward(n: int) -> Lower:
 def avg_pool(n: int) -> Lower:
     def lower(c: Context, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
               count_include_pad: bool = True, divisor: int | None = None) -> Value:
-        if not c.dtype.is_float:
-            raise Unsupported("averages of integers")
         size = _window(kernel, n)
+        if not c.dtype.is_float:
+            return _integer_mean(c, x, size, _window(stride, n, size), _window(padding, n), count_include_pad, divisor)
         attrs = {"kernel": size, "stride": _window(stride, n, size), "padding": _window(padding, n),
                  **({"ceil_mode": True} if ceil_mode else {}), **({} if count_include_pad else {"count_include_pad": False}),
                  **({} if divisor is None else {"divisor": divisor})}
         made = c.b.op("graph.avg_pool", _batched(c, x, n), type=_type(c, None, n), **attrs)
         return c.reshape(made, c.shape)
     return lower
+
+
+def _integer_mean(c: Context, x: Value, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], include_pad: bool,
+                  divisor: int | None) -> Value:
+    """Sums of windows, divided as C++ divides integers. A window is two dimensions of a view: where it starts, and where in it."""
+    n, shape, out = len(kernel), typeof(x).shape, c.shape[-len(kernel):]
+    lead = typeof(x).rank - n
+    reach = [(out[i] - 1) * stride[i] + kernel[i] - shape[lead + i] - padding[i] for i in range(n)]
+    padded = c.pad(x, [0] * lead + list(padding), [0] * lead + reach, 0)
+    places: list[Dim] = [sym(f"d{i}") for i in range(lead)]
+    places += [sym(f"d{lead + i}") * stride[i] + sym(f"d{lead + n + i}") for i in range(n)]
+    windows = c.remap(padded, (*c.shape, *kernel), places)
+    total = c.reduce("sum", windows, range(lead + n, lead + 2 * n))
+    if divisor is not None:
+        return c.ew("truncdiv", total, divisor)
+    count = None
+    for i in range(n):
+        here = c.reshape(_window_size(c, out[i], shape[lead + i], kernel[i], stride[i], padding[i], include_pad),
+                         [out[i] if j == i else 1 for j in range(n)])
+        count = here if count is None else c.ew("mul", count, here)
+    assert count is not None
+    return c.ew("truncdiv", total, c.cast(count, c.dtype))
 
 
 def avg_pool_backward(n: int) -> Lower:
@@ -142,11 +165,17 @@ def adaptive_avg_pool(n: int) -> Lower:
     return lower
 
 
-def adaptive_avg_pool_backward(c: Context, grad: Value, x: Value) -> Value:
-    window = _divided(typeof(x).shape[-2:], typeof(grad).shape[-2:])
-    if not window:
-        raise Unsupported("adaptive pooling with windows of several sizes")
-    return _repeated(c, c.ew("div", grad, float(window[0] * window[1])), window)
+def adaptive_avg_pool_backward(n: int) -> Lower:
+    """Windows of one size; others are taken apart before (`formulas.py`)."""
+    def lower(c: Context, grad: Value, x: Value) -> Value:
+        shape = typeof(x).shape
+        if all(o == 1 for o in typeof(grad).shape[-n:]):
+            return c.expand(c.ew("div", grad, c.scalar(product(shape[-n:]), typeof(grad).dtype)), shape)
+        window = _divided(shape[-n:], typeof(grad).shape[-n:])
+        if not window:
+            raise Unsupported("adaptive pooling with windows of several sizes")
+        return _repeated(c, c.ew("div", grad, float(math.prod(window))), window)
+    return lower
 
 
 ROWS: dict[str, Lower] = {
@@ -162,5 +191,6 @@ ROWS: dict[str, Lower] = {
     "aten.adaptive_avg_pool1d.default": adaptive_avg_pool(1),
     "aten._adaptive_avg_pool2d.default": adaptive_avg_pool(2),
     "aten._adaptive_avg_pool3d.default": adaptive_avg_pool(3),
-    "aten._adaptive_avg_pool2d_backward.default": adaptive_avg_pool_backward,
+    "aten._adaptive_avg_pool2d_backward.default": adaptive_avg_pool_backward(2),
+    "aten._adaptive_avg_pool3d_backward.default": adaptive_avg_pool_backward(3),
 }

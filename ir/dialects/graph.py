@@ -52,6 +52,8 @@ for _row in ROWS:
            traits=[P, E, *([Trait.Commutative] if _row.commutative else [])], verify=_verify_elementwise)
 define("graph.select", "a where cond, else b", operands="cond a b", traits=[P, E], verify=_verify_elementwise)
 define("graph.cast", "converted to the element type of the result", operands="x", traits=[P, E], verify=_verify_elementwise)
+define("graph.require", "`value`; a false element of `cond` makes the call fail with RuntimeError", operands="cond value",
+       attrs={"message": attr()}, traits=[P, E], verify=_verify_elementwise)
 define("graph.relu", "max(x, 0)", operands="x", traits=[P, E], verify=_verify_elementwise)
 define("graph.silu", "x * sigmoid(x)", operands="x", traits=[P, E], verify=_verify_elementwise)
 define("graph.gelu", "x * Phi(x); approximate='tanh' for the tanh form", operands="x", attrs={"approximate": optional("none")},
@@ -62,6 +64,10 @@ define("graph.full", "every element is `value`", attrs={"value": attr("bool, int
 define("graph.constant", "a constant tensor", attrs={"value": attr("Dense")}, traits=[P, Trait.ConstantLike])
 define("graph.iota", "start + step * i along the only dimension", attrs={"start": optional(0), "step": optional(1)}, traits=[P])
 define("graph.sym", "a 0-d i64 tensor that holds a size expression", attrs={"expr": attr("Expr or int")}, traits=[P])
+
+define("graph.random_bits", "u32 or u64 random bits of element i: words 2 * pair and 2 * pair + 1 (low, high) of Philox 4x32-10 at counter "
+       "(i low, i high, stream, 0) with the halves of the i64 `seed` as key", operands="seed",
+       attrs={"stream": attr("number of the random tensor in its graph"), "pair": optional(0)}, traits=[P])
 
 # -- views: elements moved or repeated ---------------------------------------------------------------------------------
 

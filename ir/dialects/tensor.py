@@ -139,6 +139,8 @@ define("tensor.index", "the position along dimension `dim` of the enclosing iter
 define("tensor.sym", "a size expression as an i64", attrs={"expr": attr()}, traits=[Trait.Pure])
 define("tensor.extract", "source[indices]; with `check` an index out of range makes the call fail with IndexError",
        operands="source indices*", attrs={"check": optional(True)}, traits=[Trait.Pure])
+define("tensor.require", "`value`; a false `cond` makes the call fail with RuntimeError (on GPUs nothing is checked, as in eager)",
+       operands="cond value", attrs={"message": attr()}, traits=[Trait.Pure])
 define("tensor.constant", "a constant tensor", attrs={"value": attr("Dense")}, traits=[Trait.Pure, Trait.ConstantLike])
 define("tensor.assign", "writes `value` into the memory of the function argument `target` at the end of the call", operands="target value",
        results=(), traits=[Trait.WritesMemory])

@@ -153,6 +153,8 @@ define("tile.index", "the value of an index expression: a tile of `shape`, or a 
        operands="indices*", attrs={"expr": attr(), "shape": optional(())}, traits=[Trait.Pure])
 define("tile.mask", "an i1 tile (a scalar when shape is []): where all pairs of `mask` hold, as for loads; backends fold it where it is proved",
        operands="indices*", attrs={"mask": attr("pairs [a, b]: a < b"), "shape": attr()}, traits=[Trait.Pure])
+define("tile.require", "`value`; a false element of `cond` makes the call fail with RuntimeError", operands="cond value",
+       attrs={"message": attr()}, traits=[Trait.Pure])
 define("tile.full", "a tile of one scalar", operands="value", traits=[Trait.Pure])
 define("tile.reduce", "combines along `axis`, which keeps size 1", operands="x", attrs={"axis": attr(), "kind": attr()}, traits=[Trait.Pure],
        verify=_verify_reduce)

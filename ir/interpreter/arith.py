@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 Binary = Callable[[Tensor, Tensor], Tensor]
 
-__all__ = ["HANDLERS", "WIDE_UNSIGNED", "apply", "convert", "select"]
+__all__ = ["HANDLERS", "WIDE_UNSIGNED", "apply", "convert", "require", "select"]
 
 WIDE_UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})
 _NARROW = frozenset({torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2})
@@ -138,6 +138,14 @@ def _cast(ctx: Context, op: Operation, xs: list[Any]) -> list[Any]:
 
 def _constant(ctx: Context, op: Operation, xs: list[Any]) -> list[Any]:
     return [ctx.scalar(op["value"], op.result.type.dtype)]  # type: ignore[attr-defined]
+
+
+def require(ctx: Context, op: Operation, xs: list[Any]) -> list[Any]:
+    """The value of `graph.require` and `tensor.require`. IndexError, whatever the compiled program raises, if the condition fails."""
+    cond, value = torch.broadcast_tensors(*xs)
+    if not bool(cond.all()):
+        raise IndexError(op["message"])
+    return [value]
 
 
 HANDLERS: Mapping[str, Callable[[Context, Operation, list[Any]], list[Any]]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -54,6 +55,24 @@ def _iota(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     start, step = (v if isinstance(v, float) else ctx.dim(v) for v in (op["start"], op["step"]))
     wide = torch.float64 if isinstance(start, float) or isinstance(step, float) else torch.int64
     return _typed(ctx, op, start + step * torch.arange(n, dtype=wide))
+
+
+def _random_bits(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
+    """Philox 4x32-10 as the paper writes it, in numpy's u64."""
+    t = op.result.type
+    shape = ctx.shape(t)
+    seed, low = int(xs[0].item()) & (1 << 64) - 1, np.uint64(0xFFFFFFFF)
+    index = np.arange(int(np.prod(shape, dtype=np.int64)), dtype=np.uint64).reshape(shape)
+    half = np.uint64(32)
+    c = [index & low, index >> half, np.full_like(index, op["stream"]), np.zeros_like(index)]
+    keys = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        p, q = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(q >> half) ^ c[1] ^ np.uint64(keys[0]), q & low, (p >> half) ^ c[3] ^ np.uint64(keys[1]), p & low]
+        keys = [(k + step) & 0xFFFFFFFF for k, step in zip(keys, (0x9E3779B9, 0xBB67AE85), strict=True)]
+    words = c[2 * op["pair"]:2 * op["pair"] + 2]
+    wide = t.dtype.name == "u64"  # type: ignore[attr-defined]
+    return [torch.from_numpy(np.asarray(words[0] | words[1] << half if wide else words[0].astype(np.uint32)))]
 
 
 def _sym(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
@@ -353,8 +372,8 @@ _REDUCTIONS: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
 
 HANDLERS: dict[str, Handler] = {
     **{name.replace("arith.", "graph."): handler for name, handler in arith.HANDLERS.items()},
-    "graph.relu": _relu, "graph.silu": _silu, "graph.gelu": _gelu,
-    "graph.full": _full, "graph.constant": _constant, "graph.iota": _iota, "graph.sym": _sym,
+    "graph.require": arith.require, "graph.relu": _relu, "graph.silu": _silu, "graph.gelu": _gelu,
+    "graph.full": _full, "graph.constant": _constant, "graph.iota": _iota, "graph.random_bits": _random_bits, "graph.sym": _sym,
     "graph.reshape": _reshape, "graph.permute": _permute, "graph.expand": _expand, "graph.slice": _slice, "graph.flip": _flip,
     "graph.remap": _remap, "graph.cat": _cat, "graph.pad": _pad,
     "graph.matmul": _matmul, "graph.conv": _conv, "graph.conv_transpose": _conv_transpose,

@@ -130,6 +130,9 @@ def _extract(ctx: Context, op: Operation, xs: list[Any]) -> list[Any]:
     return [flat_take(source.reshape(-1), flat)]
 
 
+_IN_BODIES: dict[str, Handler] = {**arith.HANDLERS, "tensor.extract": _extract, "tensor.require": arith.require}
+
+
 class _Body:
     """The body of a structured op, evaluated over one box. Values are computed on demand, each once."""
 
@@ -156,7 +159,7 @@ class _Body:
         if op.name == "tensor.sym":
             got = torch.tensor(self.ctx.dim(op["expr"]))
         else:
-            handler = _extract if op.name == "tensor.extract" else arith.HANDLERS.get(op.name)
+            handler = _IN_BODIES.get(op.name)
             if handler is None:
                 raise IRError(f"'{op.name}' cannot stand in the body of a structured op")
             (got,) = handler(self.ctx, op, [self.values[v] for v in op.operands])

@@ -211,11 +211,20 @@ def _arith(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     return [got.reshape(1) if got.dim() == 0 else got]
 
 
+def _require(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
+    cond, value = xs
+    if p.active is not None:
+        cond = cond | ~lift(p.active, cond.dim() - 1)
+    if not bool(cond.all()):
+        raise IndexError(op["message"])
+    return [value]
+
+
 _OPS: dict[str, Callable[[Programs, Operation, list[Any]], list[Any]]] = {
     **dict.fromkeys(arith.HANDLERS, _arith),
     "tile.load": _load, "tile.store": _store, "tile.alloca": _alloca, "tile.program_id": _program_id, "tile.index": _index,
     "tile.mask": _mask, "tile.full": _full, "tile.reduce": _reduce, "tile.scan": _scan, "tile.reshape": _reshape, "tile.transpose": _transpose,
-    "tile.dot": _dot, "tile.for": _for, "tile.prefetch": lambda p, op, xs: [],
+    "tile.dot": _dot, "tile.require": _require, "tile.for": _for, "tile.prefetch": lambda p, op, xs: [],
 }
 
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from ...ir import Builder, IRError, Operation, TensorType, Value
 from ...ir.passes import Pass, PassContext, register
-from . import attention, contraction, convolution, elementwise, indexing, norm, pool, reduction, sources, views
+from . import attention, contraction, convolution, elementwise, indexing, norm, pool, random, reduction, sources, views
 from .common import Rule, identity, move, tensor_type
 
 __all__ = ["RULES", "Decompose"]
@@ -23,7 +23,7 @@ __all__ = ["RULES", "Decompose"]
 
 def _merged() -> dict[str, Rule]:
     rules: dict[str, Rule] = {}
-    for family in (elementwise, views, sources, contraction, convolution, attention, reduction, norm, pool, indexing):
+    for family in (elementwise, views, sources, contraction, convolution, attention, reduction, norm, pool, indexing, random):
         for name, rule in family.RULES.items():
             if name in rules:
                 raise IRError(f"'{name}' has two decompositions")

@@ -59,12 +59,19 @@ def _gelu(b: Builder, op: Operation) -> list[Value]:
     return [pointwise(b, shape_of(op.result), op.operands, body, tensor_type(op.result).dtype)]
 
 
+def _require(b: Builder, op: Operation) -> list[Value]:
+    shape = shape_of(op.result)
+    maps = [broadcast_map(shape_of(v), len(shape)) for v in op.operands]
+    return [b.generic(op.operands, maps, shape, lambda i, cond, x: i.op("tensor.require", cond, x, type=x.type, message=op["message"])).result]
+
+
 RULES: dict[str, Rule] = {
     **{f"graph.{row.name}": _elementwise(_row(row.name)) for row in ROWS},
     "graph.cast": _elementwise(lambda b, x: x),
     "graph.relu": _elementwise(_relu),
     "graph.silu": _elementwise(_silu),
     "graph.gelu": _gelu,
+    "graph.require": _require,
     "graph.select": _exact("select"),
     "graph.nextafter": _exact("nextafter"),
 }

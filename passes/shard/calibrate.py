@@ -2,7 +2,7 @@
 
 Entry points:
 - `CONSTANTS`: every constant of the model, what it means, and whether it is fitted;
-- `fit_constants(cases)`: least squares on the rows of `validate.FITTED`, for the constants marked fitted;
+- `fit_constants(cases)`: least squares on the rows of `published.FITTED`, for the constants marked fitted;
 - `fit_gemm`, `fit_memory`, `fit_link`: from timed samples to `Efficiency` and `Level` values;
 - `cluster_toml(cluster)`: the cluster file to write.
 """
@@ -18,7 +18,7 @@ from scipy.optimize import least_squares  # type: ignore[import-untyped]
 from .cluster import Cluster, Device, Level
 from .collectives import ALGORITHMS
 from .kernels import gemm_time
-from .validate import Case, predict_case
+from .published import Case, predict_case
 
 __all__ = ["CONSTANTS", "Constant", "GemmSample", "LinkSample", "cluster_toml", "fit_constants", "fit_gemm", "fit_link",
            "fit_memory", "with_constants"]
@@ -136,7 +136,7 @@ def fit_gemm(device: Device, dtype: str, samples: Sequence[GemmSample]) -> Devic
     e = device.efficiency
     start = np.array([e.gemm, e.gemm_half_k, max(0.5, e.kernel_overhead_s * 1e6)])
     found = least_squares(errors, start, bounds=([0.01, 0.0, 0.0], [1.0, 4096.0, 1000.0]), diff_step=1e-2,
-                          x_scale=[0.1, 50.0, 5.0], max_nfev=60)
+                          x_scale=[0.1, 50.0, 5.0], max_nfev=60, loss="soft_l1", f_scale=0.1)  # a disturbed sample counts less
     return candidate(found.x)
 
 
@@ -162,8 +162,11 @@ def fit_link(level: Level, samples: Sequence[LinkSample]) -> Level:
     if len(table) < 2 or np.linalg.matrix_rank(table[:, :2] / table[:, 2:]) < 2:
         raise ValueError("link samples of one size only; at least two sizes are needed")
     weighted = table[:, :2] / table[:, 2:]
-    scale = weighted.max(axis=0)
-    solution = np.linalg.lstsq(weighted / scale, np.ones(len(table)), rcond=None)[0] / scale
+    scale, trust = weighted.max(axis=0), np.ones(len(table))
+    for _ in range(8):  # least squares of relative errors, with disturbed samples counting less each time (Huber's weights)
+        solution = np.linalg.lstsq(weighted / scale * trust[:, None], trust, rcond=None)[0] / scale
+        errors = np.abs(weighted @ solution - 1)
+        trust = np.sqrt(np.minimum(1.0, 0.1 / np.maximum(errors, 1e-12)))
     alpha, per_byte = float(max(solution[0], 0.0)), float(max(solution[1], 1e-30))
     return replace(level, alpha=alpha, efficiency=min(1.0, 1 / per_byte / level.bandwidth))
 

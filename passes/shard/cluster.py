@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from .hashing import hash_once
 from .tables import ConfigError, TableReader, nearest
 
 __all__ = ["Cluster", "Device", "Efficiency", "Level", "Mesh", "NodeGroup", "load_cluster", "preset_names"]
@@ -46,6 +47,7 @@ class Efficiency:
     kernel_overhead_s: float = 4e-6
 
 
+@hash_once
 @dataclass(frozen=True)
 class Device:
     """One accelerator (or CPU). `cores` is the number of streaming multiprocessors: GEMM tiles come in waves of this many.
@@ -102,6 +104,7 @@ class NodeGroup:
     nodes: int
 
 
+@hash_once
 @dataclass(frozen=True)
 class Cluster:
     """Node groups in rank order and the tower of levels that joins them (level 0 inside a node)."""

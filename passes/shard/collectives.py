@@ -21,6 +21,7 @@ from functools import lru_cache
 from math import ceil, log2, prod
 
 from .cluster import Cluster, Level
+from .hashing import hash_once
 
 __all__ = ["ALGORITHMS", "CollectiveCost", "Group", "all_times", "axis_group", "collective_cost", "collective_time"]
 
@@ -35,6 +36,7 @@ class Stage:
     topology: str = "switch"
 
 
+@hash_once
 @dataclass(frozen=True)
 class Group:
     """The levels that a group spans, innermost first, extents above one only. An empty tower is a group of one rank.

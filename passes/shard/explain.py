@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from .plan import Plan, plan_problems
-from .search import Infeasible, Problem, SearchResult, search
+from .planner import Infeasible, Problem, SearchResult, search
 from .space import divisors
 from .step import StepReport, predict_step
 

@@ -18,14 +18,16 @@ from operator import attrgetter
 
 from .cluster import Cluster, Device
 from .collectives import Group, axis_group, collective_time
+from .hashing import hash_once
 from .kernels import attention_time, gemm_time, memory_time
 from .model import ELEMENT, ModelConfig, Shard, block_params
 from .plan import Plan
 from .workload import BlockWork, Kernel, block_work
 
-__all__ = ["SOFTWARE", "BlockCost", "Placement", "Software", "block_cost", "with_gather"]
+__all__ = ["SOFTWARE", "BlockCost", "Placement", "Software", "block_cost", "kernel_seconds", "with_gather"]
 
 
+@hash_once
 @dataclass(frozen=True)
 class Software:
     """What the training program overlaps and fuses. Facts about a code base, not fitted numbers.
@@ -66,6 +68,7 @@ SOFTWARE: dict[str, Software] = {s.name: s for s in (
 )}
 
 
+@hash_once
 @dataclass(frozen=True)
 class Placement:
     """Axes of a plan laid on a cluster: the group of each axis, and the device that a stage runs on."""
@@ -96,8 +99,8 @@ class BlockCost:
 
     forward, backward_input (recomputation included) and backward_weight contain exposed communication; the *_comm fields
     say how much, and alltoall_* how much of that an overlapped (DualPipe) schedule can hide. saved: activation bytes kept
-    per micro-batch. working: activation bytes alive while the block runs backward. hfu_flops: FLOPs really done,
-    recomputation included.
+    per micro-batch. working: activation bytes alive while the block runs backward. flops and hfu_flops: as utilisation counts
+    them (a masked score matrix whole), without and with recomputation.
     """
 
     forward: float
@@ -221,6 +224,14 @@ def _kernel_seconds(config: ModelConfig, kind: str, micro_batch: int, shard: Sha
                           tuple(_backward_weight(k, device, software, dtype) for k in kernels))
 
 
+def kernel_seconds(config: ModelConfig, kind: str, micro_batch: int, shard: Shard, device: Device, software: Software,
+                   kernel: str) -> tuple[float, float, float]:
+    """(forward, input-gradient, weight-gradient) seconds of one kernel of a block, by its name. Raises ValueError if there is none."""
+    times = _kernel_seconds(config, kind, micro_batch, shard, device, software)
+    index = [k.name for k in block_work(config, kind, micro_batch, shard).kernels].index(kernel)
+    return times.forward[index], times.backward[index], times.weight[index]
+
+
 def block_cost(config: ModelConfig, kind: str, micro_batch: int, recompute: str, placement: Placement,
                gather: bool = False) -> BlockCost:
     """The cost of one block. `gather`: parameters are sharded over the data group (ZeRO-3) and gathered for forward and
@@ -237,14 +248,14 @@ def block_cost(config: ModelConfig, kind: str, micro_batch: int, recompute: str,
     forward = ahead + sent + lost
     again = resent = flops_again = alltoall_again = 0.0
     if recompute == "full" and kind not in ("embedding", "head"):
-        again, resent, flops_again, alltoall_again = forward, sent, work.forward_flops, alltoall
+        again, resent, flops_again, alltoall_again = forward, sent, work.counted_flops, alltoall
     elif recompute == "selective":
         again = sum(f for k, f in zip(work.kernels, times.forward, strict=True) if k.core)
-        flops_again = sum(k.flops for k in work.kernels if k.core)
+        flops_again = sum(k.flops / k.scale for k in work.kernels if k.core)
     backward_input, backward_weight = back + sent_back + lost_back + again, sum(times.weight)
     sent_back += resent
     kept = work.saved_bytes(recompute)
-    flops = 3 * work.forward_flops
+    flops = 3 * work.counted_flops
     cost = BlockCost(forward, backward_input, backward_weight, sent, sent_back, alltoall, alltoall_back + alltoall_again,
                      again - resent, kept, max(0.0, work.saved_bytes("none") - kept), flops, flops + flops_again)
     return with_gather(cost, config, kind, placement) if gather else cost

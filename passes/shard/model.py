@@ -9,10 +9,12 @@ their number.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, Protocol
 
-__all__ = ["ELEMENT", "LatentAttention", "MixtureOfExperts", "ModelConfig", "Params", "Shard", "block_params",
+from .hashing import hash_once
+
+__all__ = ["ELEMENT", "CustomBlocks", "LatentAttention", "MixtureOfExperts", "ModelConfig", "Params", "Shard", "block_params",
            "from_transformers"]
 
 ELEMENT = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 2}  # fp8 GEMMs still pass 16-bit activations around
@@ -44,9 +46,28 @@ class LatentAttention:
     value_dim: int
 
 
+class CustomBlocks(Protocol):
+    """Blocks of a model that is no decoder of known sizes (see `traced.py`). Hashable."""
+
+    def runs(self) -> tuple[tuple[str, int], ...]:
+        """Kinds in order with their counts; the first is `embedding`, the last `head`."""
+
+    def params(self, kind: str) -> Params:
+        """Parameters of one block."""
+
+    def work(self, kind: str, micro_batch: int, shard: Shard) -> Any:
+        """The `workload.BlockWork` of one block on one device."""
+
+    def cut(self, kind: str, kernel: str, shard: Shard) -> str:
+        """How a kernel's weight is cut over the tensor axis, in words."""
+
+
+@hash_once
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer. Zeros mean the usual: kv_heads = heads, head_dim = hidden / heads, ffn = 4 * hidden.
+    """A decoder-only transformer, or anything that `custom` describes (then hidden and seq say what passes between blocks).
+
+    Zeros mean the usual: kv_heads = heads, head_dim = hidden / heads, ffn = 4 * hidden.
 
     attention: `unfused` materialises the score matrix (2021 practice), `flash` streams it (score FLOPs halved by the
     causal mask).
@@ -71,6 +92,7 @@ class ModelConfig:
     dtype: str = "bf16"
     moe: MixtureOfExperts | None = None
     latent: LatentAttention | None = None
+    custom: CustomBlocks | None = None
 
     def __post_init__(self) -> None:
         for field in ("hidden", "layers", "heads", "vocab", "seq"):
@@ -84,9 +106,11 @@ class ModelConfig:
         if self.attention not in ("flash", "unfused"):
             raise ValueError(f"model {self.name}: attention = {self.attention!r}: allowed: flash, unfused")
 
-    @property
+    @cached_property
     def runs(self) -> tuple[tuple[str, int], ...]:
         """Block kinds in order with their counts: embedding, dense and moe runs, head."""
+        if self.custom is not None:
+            return self.custom.runs()
         if self.moe is None:
             middle: tuple[tuple[str, int], ...] = (("dense", self.layers),)
         else:
@@ -94,10 +118,10 @@ class ModelConfig:
             middle = tuple(r for r in (("dense", front), ("moe", self.layers - front)) if r[1])
         return (("embedding", 1), *middle, ("head", 1))
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[str, ...]:
         """Every block's kind in order."""
-        return _blocks(self.runs)
+        return tuple(kind for kind, count in self.runs for _ in range(count))
 
     def experts(self) -> MixtureOfExperts:
         """The experts. Raises ValueError for a dense model."""
@@ -116,11 +140,6 @@ class ModelConfig:
             return self.params()
         idle = (self.moe.experts - self.moe.top_k) * 3 * self.hidden * self.moe.ffn
         return self.params() - idle * sum(count for kind, count in self.runs if kind == "moe")
-
-
-@lru_cache(maxsize=256)
-def _blocks(runs: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
-    return tuple(kind for kind, count in runs for _ in range(count))
 
 
 @dataclass(frozen=True)
@@ -153,6 +172,8 @@ class Params:
 @lru_cache(maxsize=1024)
 def block_params(config: ModelConfig, kind: str) -> Params:
     """Parameters of one block of `kind`, biases and norms included."""
+    if config.custom is not None:
+        return config.custom.params(kind)
     h, biased = config.hidden, not config.gated
     if kind == "embedding":
         return Params(dense=config.vocab * h, whole=config.seq * h if config.learned_positions else 0)

@@ -45,6 +45,11 @@ def part_ranks(schedule: str, pp: int, parts: int) -> tuple[int, ...]:
 
 def part_blocks(config: ModelConfig, plan: Plan, split: tuple[int, ...]) -> PartLayout:
     """Lay the model's blocks on parts by `split` (blocks per part, embedding and head not counted)."""
+    return _part_blocks(config, plan.schedule, plan.pp, split)
+
+
+@lru_cache(maxsize=1 << 14)
+def _part_blocks(config: ModelConfig, schedule: str, pp: int, split: tuple[int, ...]) -> PartLayout:
     kinds = config.blocks
     runs, start = [], 1
     for i, count in enumerate(split):
@@ -52,7 +57,7 @@ def part_blocks(config: ModelConfig, plan: Plan, split: tuple[int, ...]) -> Part
         last = start + count + (1 if i == len(split) - 1 else 0)
         runs.append(tuple((kind, len(list(group))) for kind, group in groupby(kinds[first:last])))
         start += count
-    return PartLayout(tuple(runs), part_ranks(plan.schedule, plan.pp, len(split)))
+    return PartLayout(tuple(runs), part_ranks(schedule, pp, len(split)))
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,14 @@ def _best_split(times: tuple[tuple[float, ...], ...], first: float, last: float,
     parts, blocks = len(times), len(times[0])
     if all(len(set(row)) == 1 for row in set(times)) and (limit is None or all(len(set(r)) == 1 for r in set(limit.per_block))):
         return _split_equal_blocks(times, first, last, limit)
-    tables = {row: _segments(row, 0.0) for row in set(times)}
+    tables = {row: _segments(row) for row in set(times)}
     segments = [tables[row] for row in times]
     segments[0] = segments[0] + first
     segments[-1] = segments[-1] + last
     if limit is not None:
+        held = {row: _segments(row) for row in set(limit.per_block)}
         for p in range(parts):
-            segments[p] = np.where(_segments(limit.per_block[p], 0.0) <= limit.capacity[p], segments[p], np.inf)
+            segments[p] = np.where(held[limit.per_block[p]] <= limit.capacity[p], segments[p], np.inf)
     slowest = _minimise(segments, blocks, np.maximum)[0][blocks]
     if not np.isfinite(slowest):
         return None
@@ -125,11 +131,15 @@ def _split_equal_blocks(times: tuple[tuple[float, ...], ...], first: float, last
     return tuple(split)
 
 
-def _segments(weights: tuple[float, ...], extra: float) -> np.ndarray:
-    """(j, i) -> extra + sum of weights[i:j]; infinite for j < i. Shape (blocks + 1, blocks + 1)."""
+def _segments(weights: tuple[float, ...]) -> np.ndarray:
+    """(j, i) -> sum of weights[i:j]; infinite for j < i. Shape (blocks + 1, blocks + 1)."""
     prefix = np.concatenate([[0.0], np.cumsum(weights)])
-    table = prefix[:, None] - prefix[None, :] + extra
-    return np.where(np.tri(len(prefix), dtype=bool), table, np.inf)
+    return np.asarray((prefix[:, None] - prefix[None, :]) + _below_diagonal(len(prefix)))
+
+
+@lru_cache(maxsize=64)
+def _below_diagonal(size: int) -> np.ndarray:
+    return np.where(np.tri(size, dtype=bool), 0.0, np.inf)
 
 
 def _minimise(segments: list[np.ndarray], blocks: int, join: np.ufunc) -> tuple[np.ndarray, list[np.ndarray]]:

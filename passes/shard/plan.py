@@ -1,7 +1,8 @@
 """A parallel plan: plain data, written and read as TOML or JSON, checked against a model and a mesh.
 
 Entry points: `Plan`, `Plan.to_toml()`, `load_plan(path)`, `SCHEMA` (a JSON schema of the file), `plan_problems(plan,
-config, cluster, global_batch)`. Rank order: tensor ranks are innermost, then context, then data, and pipeline stages
+config, cluster, global_batch)`. A file says the version of its schema and may say in tables of its own what it was made for (see
+`plan_file.py`). Rank order: tensor ranks are innermost, then context, then data, and pipeline stages
 outermost. Expert groups are laid over tensor, context and data ranks together (each device routes its own tokens).
 """
 
@@ -17,9 +18,11 @@ from .model import ModelConfig, Shard
 from .schedules import SCHEDULES, schedule_problem
 from .tables import ConfigError, TableReader, nearest
 
-__all__ = ["RECOMPUTE", "SCHEMA", "Plan", "load_plan", "parse_plan", "plan_problems"]
+__all__ = ["RECOMPUTE", "SCHEMA", "VERSION", "Plan", "load_plan", "parse_plan", "plan_problems"]
 
 RECOMPUTE = ("none", "selective", "full")
+VERSION = 1  # of the plan file's schema
+TABLES = ("target", "model")  # what the plan was made for; `plan_file.py` reads them
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,13 @@ class Plan:
 
     def to_toml(self) -> str:
         """The plan as a TOML table with a comment per line's meaning; `parse_plan` reads it back equal."""
-        lines = ["# aicc plan: edit and pass back with --plan. See docs/planner.md."]
+        lines = ["# aicc plan: edit and pass back with --plan. See docs/planner.md.", f"version = {VERSION}  # of this file's schema"]
         for field in fields(self):
             lines.append(f"{field.name} = {_toml(getattr(self, field.name))}  # {_MEANING[field.name]}")
         return "\n".join(lines) + "\n"
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps({"version": VERSION, **asdict(self)}, indent=1)
 
 
 _MEANING = {
@@ -94,6 +97,7 @@ SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "aicc plan", "type": "object",
     "additionalProperties": False,
     "properties": {
+        "version": {"const": VERSION, "description": "version of this schema"},
         **{n: {"type": "integer", "minimum": 1, "description": _MEANING[n]}
            for n in ("dp", "tp", "cp", "ep", "pp", "micro_batch", "interleave")},
         **{n: {"type": "boolean", "description": _MEANING[n]} for n in ("sp", "offload")},
@@ -101,6 +105,8 @@ SCHEMA: dict[str, Any] = {
         "recompute": {"enum": list(RECOMPUTE), "description": _MEANING["recompute"]},
         "schedule": {"enum": list(SCHEDULES), "description": _MEANING["schedule"]},
         "split": {"type": "array", "items": {"type": "integer", "minimum": 0}, "description": _MEANING["split"]},
+        "target": {"type": "object", "description": "mesh, hardware and batch that the plan was made for"},
+        "model": {"type": "object", "description": "sizes of the model that the plan was made for"},
     },
 }
 
@@ -125,13 +131,24 @@ def load_plan(path: str | Path) -> Plan:
 
 def parse_plan(text: str, file: str = "plan.toml") -> Plan:
     """Parse TOML, or JSON when `file` ends in `.json`. Missing keys take the defaults of `Plan`."""
-    if file.endswith(".json"):
-        try:
-            reader = TableReader(file, text, json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
-    else:
-        reader = TableReader.from_text(text, file)
+    return read_plan(plan_reader(text, file))
+
+
+def plan_reader(text: str, file: str) -> TableReader:
+    """The file's top table. Raises ConfigError when it is not TOML (or JSON, by the name's ending)."""
+    if not file.endswith(".json"):
+        return TableReader.from_text(text, file)
+    try:
+        return TableReader(file, text, json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
+
+
+def read_plan(reader: TableReader) -> Plan:
+    """The plan in a file's top table; its other tables are left alone. Raises ConfigError with file, line and key."""
+    if reader.table.get("version", VERSION) != VERSION:
+        raise reader.error("version", f"this aicc reads plan files of version {VERSION}")
+    reader.seen.update(("version", *TABLES))
     values: dict[str, Any] = {}
     for field in fields(Plan):
         key, rule = field.name, SCHEMA["properties"][field.name]

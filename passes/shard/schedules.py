@@ -1,7 +1,7 @@
 """Pipeline schedules as explicit per-rank lists of operations.
 
 Entry point: `build_schedule(name, ranks, micro_batches, interleave)`. The lists say only the order on each rank; when
-each operation runs follows from costs and dependencies in `simulate.py`, and so do bubbles and peak memory.
+each operation runs follows from costs and dependencies in `simulator.py`, and so do bubbles and peak memory.
 
 A schedule has stages (a contiguous part of the model at a place). Usually stage i holds part i. DualPipe keeps two
 copies of the model that run in opposite directions, so it has two stages per part. Stage i takes its input from

@@ -2,7 +2,7 @@
 
 Entry points: `Space` (what is allowed, with pins), `skeletons(...)` (plans without schedule and split, ZeRO as a choice
 of gathering), `schedule_choices(...)`. Everything here is enumeration; nothing is dropped for being slow (bounds do that
-in `search.py`).
+in `planner.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One training step of a plan on a cluster: time, where it goes, and memory per device.
 
 Entry point: `predict_step(config, plan, cluster, global_batch)` -> `StepReport`. Stage costs come from `layer_cost.py`,
-bubbles and peak activations from running the schedule (`simulate.py`), then gradient reduction, optimizer and parameter
+bubbles and peak activations from running the schedule (`simulator.py`), then gradient reduction, optimizer and parameter
 gathers are added.
 
 Memory per device is: parameters, gradients and optimizer state (divided by ZeRO), activations alive at the schedule's
@@ -11,7 +11,7 @@ peak, the working set of the block that runs backward, and what the device reser
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from .cluster import Cluster, Device
@@ -21,12 +21,12 @@ from .layer_cost import SOFTWARE, BlockCost, Placement, Software, block_cost
 from .model import ELEMENT, ModelConfig, Shard, block_params
 from .partition import PartLayout, even_split, part_blocks
 from .plan import Plan, plan_problems
-from .schedules import SCHEDULES, build_schedule
-from .simulate import PipelineCosts, PipelineTime, pipeline_time, simulate
+from .schedules import SCHEDULES, Schedule, build_schedule
+from .simulator import PipelineCosts, PipelineRun, PipelineTime, pipeline_time, simulate
 from .tables import ConfigError
 from .workload import model_flops
 
-__all__ = ["MemoryReport", "StepReport", "data_parallel_seconds", "pipeline_costs", "predict_step", "stage_memory"]
+__all__ = ["MemoryReport", "StepReport", "data_parallel_seconds", "pipeline_costs", "pipeline_inputs", "pipeline_run", "predict_step", "stage_memory"]
 
 OPTIMIZER_STATE = 12  # bytes per parameter: fp32 master copy and two moments
 # Bytes per parameter through memory in the optimizer step: read gradient, unscale and norm (10), read and write master
@@ -227,8 +227,9 @@ def data_parallel_seconds(config: ModelConfig, plan: Plan, layout: PartLayout, r
 
 
 def predict_step(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch: int, software: Software | str = "aicc",
-                 exact: bool = True) -> StepReport:
-    """Simulate one step. `exact=False` extrapolates many micro-batches from the steady state (for the search).
+                 exact: bool = True, slowdown: tuple[float, ...] = ()) -> StepReport:
+    """Simulate one step. `exact=False` extrapolates many micro-batches from the steady state (for the search). slowdown: per pipeline
+    rank, 1.0 is nominal speed.
 
     Raises ConfigError listing everything that is wrong with the plan.
     """
@@ -240,13 +241,30 @@ def predict_step(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch
     micro_batches = plan.micro_batches(global_batch)
     layout = part_blocks(config, plan, plan.split or even_split(config.layers, plan.parts))
     parts = part_costs(config, plan, cluster, software, layout)
-    costs = pipeline_costs(parts, software)
+    costs = replace(pipeline_costs(parts, software), slowdown=slowdown)
     if exact:
         run = simulate(build_schedule(plan.schedule, plan.pp, micro_batches, plan.interleave), costs, timeline=False)
         timing = PipelineTime(run.seconds, sum(run.busy) / plan.pp, run.peak_bytes)
     else:
         timing = pipeline_time(plan.schedule, plan.pp, micro_batches, plan.interleave, costs)
     return assemble(config, plan, cluster, global_batch, software, layout, parts, timing)
+
+
+def pipeline_inputs(config: ModelConfig, plan: Plan, cluster: Cluster, software: Software | str = "aicc") -> PipelineCosts:
+    """What the plan's pipeline is simulated with."""
+    if isinstance(software, str):
+        software = SOFTWARE[software]
+    layout = part_blocks(config, plan, plan.split or even_split(config.layers, plan.parts))
+    return pipeline_costs(part_costs(config, plan, cluster, software, layout), software)
+
+
+def pipeline_run(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch: int, software: Software | str = "aicc",
+                 most: int = 0) -> tuple[Schedule, PipelineRun]:
+    """The plan's schedule and its run with a timeline, of at most `most` micro-batches (rounded up to whole pipelines; 0: all)."""
+    m = plan.micro_batches(global_batch)
+    few = min(m, -(-most // plan.pp) * plan.pp) if most else m
+    schedule = build_schedule(plan.schedule, plan.pp, few, plan.interleave)
+    return schedule, simulate(schedule, pipeline_inputs(config, plan, cluster, software))
 
 
 def assemble(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch: int, software: Software, layout: PartLayout,
@@ -276,7 +294,7 @@ def assemble(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch: in
     stage = plan.devices // plan.pp
     seconds = timing.seconds + reduce + optimizer + gather
     # What overlapped operations hid is the difference between their nominal and their busy seconds.
-    hidden = mean("forward", "backward_input", "backward_weight") - timing.busy
+    hidden = max(0.0, mean("forward", "backward_input", "backward_weight") - timing.busy)  # slow ranks are busy for longer
     peak = sum(d.flops(config.dtype) for d in devices) * stage
     tokens = global_batch * config.seq
     return StepReport(

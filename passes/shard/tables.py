@@ -9,6 +9,7 @@ Entry point: `TableReader.from_file`. A reader hands out values by key and remem
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -70,8 +71,9 @@ class TableReader:
             headers = [i for i, text in enumerate(lines) if text.strip().strip("[]").strip() == name]
             nth = int(index.rstrip("]")) if index else 0
             start = headers[nth] if nth < len(headers) else 0
+        written = re.compile(rf'\s*"?{re.escape(key)}"?\s*[=:]')  # TOML or JSON
         for number in range(start, len(lines)):
-            if lines[number].split("=")[0].strip() == key:
+            if written.match(lines[number]):
                 return number + 1
         return start + 1 if self.prefix else None
 

@@ -84,6 +84,11 @@ class BlockWork:
         """FLOPs of the forward pass."""
         return sum(k.flops for k in self.kernels)
 
+    @cached_property
+    def counted_flops(self) -> float:
+        """FLOPs of the forward pass as utilisation counts them: the whole score matrix, masked or not."""
+        return sum(k.flops / k.scale for k in self.kernels)
+
     def saved_bytes(self, recompute: str) -> float:
         """Bytes kept per micro-batch under `none`, `selective` or `full` recomputation."""
         if recompute == "full":
@@ -96,6 +101,9 @@ def block_work(config: ModelConfig, kind: str, micro_batch: int, shard: Shard) -
     """Kernels, collectives and saved activations of one `kind` block for `micro_batch` sequences on one device of
     `shard`.
     """
+    if config.custom is not None:
+        work: BlockWork = config.custom.work(kind, micro_batch, shard)
+        return work
     return _BUILDERS[kind](_Sizes.of(config, micro_batch, shard))
 
 
@@ -323,5 +331,5 @@ def model_flops(config: ModelConfig, tokens: float) -> float:
     per_sequence = 0.0
     for kind, count in config.runs:
         work = block_work(config, kind, 1, Shard())
-        per_sequence += count * sum(k.flops / k.scale for k in work.kernels)
+        per_sequence += count * work.counted_flops
     return 3 * per_sequence * tokens / config.seq

@@ -203,6 +203,8 @@ class _Contraction:
             elif inner.name == "tensor.extract":
                 source = op.operands[inner.operands[0].index]  # type: ignore[attr-defined]
                 local[inner.result] = emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"], mask)
+            elif inner.name == "tensor.require":
+                local[inner.result] = e.require(inner, [local[v] for v in inner.operands], mask)
             else:
                 local[inner.result] = e.arith(inner, [local[v] for v in inner.operands])
         for r, y in zip(op.results, op.body.terminator.operands, strict=True):

@@ -139,12 +139,21 @@ class Emitter:
                                                            "shape": shape}, [tile_or_scalar(shape, DTYPES["i1"])]).result
 
     def arith(self, op: Operation, args: Sequence[Value]) -> Value:
-        """A copy of a scalar arith op on tiles."""
+        """A copy of a scalar arith op on tiles, from the Python line that the scalar op came from."""
         types = [v.type for v in args]
-        if op.name == "arith.constant":
-            return self.builder.create(op.name, (), op.attributes, [op.result.type]).result
-        result = with_tile_shape(types, element_type(op.result.type)) if op.name == "arith.cast" else arith_result_type(op.name[6:], types)
-        return self.builder.create(op.name, args, dict(op.attributes), [result]).result
+        with self.builder.at(op.location if op.location.file else self.builder.location):
+            if op.name == "arith.constant":
+                return self.builder.create(op.name, (), op.attributes, [op.result.type]).result
+            result = with_tile_shape(types, element_type(op.result.type)) if op.name == "arith.cast" else arith_result_type(op.name[6:], types)
+            return self.builder.create(op.name, args, dict(op.attributes), [result]).result
+
+    def require(self, op: Operation, operands: Sequence[Value], active: Sequence[Pair]) -> Value:
+        """The `tensor.require` `op` on tiles (condition, value): only the positions inside of the space count."""
+        cond, value = operands
+        mask = self.mask_value([p for p in active if free_symbols(p[0]) & {"t0", "t1"}])
+        if mask is not None:
+            cond = self.builder.arith("or", cond, self.builder.arith("bitnot", mask))
+        return self.builder.create("tile.require", [cond, value], dict(op.attributes), [value.type]).result
 
     # -- loops --------------------------------------------------------------------------------------------------------
 

@@ -311,6 +311,8 @@ class _Lowering:
             source = op.operands[inner.operands[0].index]  # type: ignore[attr-defined]
             return emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"],
                                 list(scope.active.values()))
+        if inner.name == "tensor.require":
+            return e.require(inner, [local[v] for v in inner.operands], list(scope.active.values()))
         return e.arith(inner, [local[v] for v in inner.operands])
 
     def _load(self, scope: _Scope, v: Value, m: tuple[Dim, ...], positions: dict[str, Dim], fill: Any) -> Value:

@@ -45,6 +45,8 @@ def _body(e: Emitter, op: Operation, buffers: dict[Value, Value], at: dict[str, 
             elif inner.name == "tensor.extract":
                 source = op.operands[lead + inner.operands[0].index]  # type: ignore[attr-defined]
                 local[inner.result] = emit_extract(e, buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"], active)
+            elif inner.name == "tensor.require":
+                local[inner.result] = e.require(inner, [local[v] for v in inner.operands], active)
             else:
                 local[inner.result] = e.arith(inner, [local[v] for v in inner.operands])
     return [local[v] for v in op.body.terminator.operands]

@@ -159,6 +159,8 @@ class StreamLowering:
             from .loops import emit_extract
             source = op.operands[inner.operands[0].index]  # type: ignore[attr-defined]
             return emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"], scope.active)
+        if inner.name == "tensor.require":
+            return e.require(inner, [local[v] for v in inner.operands], scope.active)
         if inner.name == "arith.select" and inner.operands[0] in scope.known:
             return local[inner.operands[1 if scope.known[inner.operands[0]] else 2]]
         if inner.name in ("arith.mul", "arith.div") and local[inner.operands[1]] in scope.units:

@@ -249,7 +249,7 @@ class CpuStream(StreamLowering):
             if out not in wide:
                 self.store(rows, out, self.value(rows, out))
         for op in s.seconds:
-            for w, _ in s.scales[op]:
+            for w, *_ in s.scales[op]:
                 self.value(rows, w)
 
         def panel(inner: Emitter, n: Dim) -> None:

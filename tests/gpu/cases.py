@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from aicc import passes  # noqa: F401  (registers them)
 from aicc.compiler.options import Options
 from aicc.compiler.pipelines import STAGES, pipeline
+from aicc.frontend import random as _philox  # noqa: F401  (registers the operators)
 from aicc.frontend.decompositions import decomposition_table
+from aicc.frontend.formulas import flash_attention_backward
 from aicc.frontend.importer import import_graph
 from aicc.ir import Operation, Target
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
@@ -92,6 +94,65 @@ def _put(g: torch.Generator) -> tuple[Tensor, ...]:
     return torch.randn(10, 37, generator=g), torch.randperm(10, generator=g)[:4], torch.randn(4, 37, generator=g)
 
 
+def _positions(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the rows and of the columns of scores."""
+    return torch.arange(s.shape[-2], device=s.device)[:, None], torch.arange(s.shape[-1], device=s.device)[None, :]
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.transpose(-1, -2) * 0.2
+    i, j = _positions(s)
+    return s.masked_fill(j > i, float("-inf")).softmax(-1) @ v
+
+
+def _window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = 20 * torch.tanh(q @ k.transpose(-1, -2) / 100)
+    i, j = _positions(s)
+    return torch.where((j <= i) & (i - j < 37), s, float("-inf")).softmax(-1) @ v
+
+
+def _alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.transpose(-1, -2) * 0.2
+    i, j = _positions(s)
+    slopes = torch.exp2(-1.0 - torch.arange(s.shape[1], device=s.device, dtype=s.dtype))[:, None, None]
+    return (s + (j - i) * slopes).masked_fill(j > i, float("-inf")).softmax(-1) @ v
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def _masked_attention(g: torch.Generator) -> tuple[Tensor, ...]:
+    """The first rows see nothing: their result is 0."""
+    mask = torch.rand(70, 70, generator=g) > 0.5
+    mask[:5] = False
+    return (*(torch.randn(1, 2, 70, 32, generator=g) for _ in range(3)), mask)
+
+
+def _saved_attention(g: torch.Generator, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """What the backward of causal attention is given: gradient, q, k, v, result, log-sum-exp."""
+    grad, q, k, v = (torch.randn(1, 2, 100, 32, generator=g).to(dtype) for _ in range(4))
+    s = (q.float() @ k.float().mT / 32**0.5).masked_fill(torch.ones(100, 100, dtype=torch.bool).triu(1), float("-inf"))
+    return grad, q, k, v, (s.softmax(-1) @ v.float()).to(dtype), s.logsumexp(-1)
+
+
+def _attention_gradients(*saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return flash_attention_backward(*saved, 0.0, True)
+
+
+def _random(seed: Tensor) -> tuple[Tensor, ...]:
+    draw = torch.ops.aicc
+    return (
+        draw.random_uniform(seed, [33, 70], 0, torch.float32),
+        draw.random_normal(seed, [33, 70], 1, torch.float32),
+        draw.random_uniform(seed, [70], 2, torch.float64),
+        draw.random_uniform(seed, [70], 3, torch.bfloat16),
+        draw.random_integers(seed, [70], -5, 1 << 20, 4),
+        draw.random_integers(seed, [70], 0, 1 << 40, 5),
+    )
+
+
 CASES: dict[str, Case] = {
     "pointwise": Case(_plain(lambda a, b: torch.tanh(a) * b + a.relu()), _normal((7, 333), (333,))),
     "pointwise_symbolic": Case(_plain(lambda a, b: torch.exp(a) * b + 1), _normal((7, 333), (7, 333)), dynamic=True),
@@ -108,6 +169,7 @@ CASES: dict[str, Case] = {
         _with_nan,
         tolerance=0,
     ),
+    "random": Case(_plain(_random), lambda g: (torch.randint(-(1 << 62), 1 << 62, (), generator=g),), tolerance=1e-6),
     "variance": Case(_plain(lambda a: torch.var_mean(a, 1)), _normal((9, 770))),
     "gemm": Case(_plain(lambda a, b: a @ b), _normal((70, 100), (100, 90))),
     "gemm_gelu": Case(_module(lambda: nn.Sequential(nn.Linear(100, 130), nn.GELU())), _normal((75, 100))),
@@ -198,6 +260,27 @@ CASES: dict[str, Case] = {
     ),
     "copy_out": Case(_plain(lambda a: (a.t().contiguous() + 1, a.t())), _normal((45, 130)), tolerance=0),
     "extern": Case(_plain(lambda a: (a + 1).sort(1)[0] * 2), _normal((9, 70)), tolerance=0),
+    "causal": Case(_plain(_causal), _normal((2, 2, 100, 32), (2, 2, 100, 32), (2, 2, 100, 32))),
+    "window_softcap": Case(_plain(_window), _normal((1, 2, 130, 32), (1, 2, 130, 32), (1, 2, 130, 32))),
+    "alibi": Case(_plain(_alibi), _normal((1, 2, 100, 32), (1, 2, 100, 32), (1, 2, 100, 32))),
+    "sdpa_causal_bf16": Case(
+        _plain(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
+        _normal((1, 2, 140, 64), (1, 2, 140, 64), (1, 2, 140, 64), dtype=torch.bfloat16),
+        tolerance=1.6e-2,
+    ),
+    "sdpa_mask": Case(_plain(F.scaled_dot_product_attention), _masked_attention),
+    "attention_gradients": Case(_plain(_attention_gradients), _saved_attention),
+    "attention_gradients_bf16": Case(
+        _plain(_attention_gradients), lambda g: tuple(_saved_attention(g, torch.bfloat16)), tolerance=3e-2
+    ),
+    "cross_entropy_long": Case(
+        _plain(lambda x, y: F.cross_entropy(x, y)),
+        lambda g: (torch.randn(4, 9001, generator=g), torch.randint(0, 9001, (4,), generator=g)),
+    ),
+    "rope": Case(_plain(_rope), _normal((2, 3, 33, 64), (33, 64), (33, 64))),
+    "transpose_add": Case(_plain(lambda a, b: a.t() + b), _normal((200, 130), (130, 200)), tolerance=0),
+    "split_k": Case(_plain(lambda a, b, c: F.gelu(a @ b + c)), _normal((16, 2048), (2048, 40), (40,))),
+    "column_sum_long": Case(_plain(lambda a: a.sum(0) * 2), _normal((16384, 16))),
     "mlp_backward": Case(_module(_mlp, train=True), _normal((50, 64)), backward=True, tolerance=2e-5),
     "embedding_backward": Case(
         _plain(lambda w, i: F.embedding(i, w).tanh()),

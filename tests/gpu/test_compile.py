@@ -24,6 +24,13 @@ SLOW = {
     "sdpa_causal",
     "transcendental",
     "nan",
+    "window_softcap",
+    "alibi",
+    "sdpa_mask",
+    "attention_gradients",
+    "attention_gradients_bf16",
+    "cross_entropy_long",
+    "column_sum_long",
 }
 
 
@@ -68,7 +75,8 @@ def test_case_compiles_for_hopper(name: str, tmp_path: Path) -> None:
         "gemm_gelu",
         "gemm_bf16",
         "embedding",
-        *[pytest.param(n, marks=pytest.mark.slow) for n in ("conv", "attention", "gemm_f64", "integers", "scatter_add")],
+        "sdpa_causal_bf16",
+        *[pytest.param(n, marks=pytest.mark.slow) for n in ("causal", "window_softcap", "attention_gradients_bf16", "split_k", "conv", "attention", "gemm_f64", "integers", "scatter_add")],
     ],
 )
 def test_case_compiles_for_ampere(name: str, tmp_path: Path) -> None:

@@ -136,6 +136,16 @@ def test_gather():
         structured(GATHER, [w, i.fill_(10)])
 
 
+def test_require():
+    def checked(b, cond, v):
+        return b.op("tensor.require", cond, v, type=v.type, message="a zero divisor")
+    cond, x = torch.tensor([True, True]), torch.randn(2)
+    (got,) = generic([cond, x], [(D0,), (D0,)], (2,), checked)
+    assert torch.equal(got, x)
+    with pytest.raises(IndexError, match="a zero divisor"):
+        generic([torch.tensor([True, False]), x], [(D0,), (D0,)], (2,), checked)
+
+
 def test_reads_out_of_bounds_without_a_fill_are_errors():
     x = torch.randn(4)
     with pytest.raises(IRError, match=r"map 0 \[d0 \+ 1\] reads outside"):

@@ -102,6 +102,9 @@ for _name in ("max", "min", "fmax", "fmin", "lt", "eq", "sign", "isnan", "isinf"
          t("i1" if _name in ("lt", "eq", "isnan", "isinf") else "f32", 6, 7), special=(NAN, INF, -INF))
 for _name in ("f32", "bf16", "i64", "i1"):
     case("select", [t("i1", 3, 1), t(_name, 4), t(_name, 3, 4)], t(_name, 3, 4))
+    case("require", [t("i1", 3, 1), t(_name, 3, 4)], t(_name, 3, 4), message="no",
+         values=(torch.ones(3, 1, dtype=torch.bool), torch.arange(12.0).reshape(3, 4).to(
+             {"i1": torch.bool, "i64": torch.int64, "bf16": torch.bfloat16, "f32": torch.float32}[_name])))
     for _to in ("f32", "f64", "f16", "bf16", "i64", "i32", "i1"):
         case("cast", t(_name, 3, S1), t(_to, 3, S1))
 case("cast", t("f32", 4), t("i1", 4), values=(torch.tensor([0.0, -0.0, 0.25, NAN]),))
@@ -121,6 +124,9 @@ case("iota", (), t("f32", 5), start=0.5, step=0.25)
 case("iota", (), t("f32", 5), start=2.0, step=3.0)
 case("iota", (), t("bf16", 5), start=0.1, step=0.3)
 case("iota", (), t("i64", S1), start=S0, step=2)
+case("random_bits", t("i64"), t("u32", 3, 5), stream=2)
+case("random_bits", t("i64"), t("u64", S0, 4), stream=0, pair=1)
+case("random_bits", t("i64"), t("u64"), stream=7)
 case("sym", (), t("i64"), expr=S0 * S1 + 1)
 case("sym", (), t("i64"), expr=12)
 case("constant", (), t("f32", 2, 3), value=Dense.from_numpy(np.arange(6.0).reshape(2, 3), DTYPES["f32"]))
@@ -434,7 +440,7 @@ _NARROW = [c for c in CASES if any(v.dtype.name in ("bf16", "f16") for v in c.in
 
 @pytest.mark.parametrize("c", _NARROW, ids=lambda c: c.label)
 def test_narrow_floats_are_only_moved_and_cast(c: Case) -> None:
-    free = {"arith.cast", "arith.select", "arith.constant", "arith.nextafter"}
+    free = {"arith.cast", "arith.select", "arith.constant", "arith.nextafter", "tensor.require"}
     for op in decompose(build(c)).walk():
         if op.opdef.dialect == "arith" and op.name not in free:
             assert all(v.type.dtype.bits >= 32 or not v.type.dtype.is_float for v in (*op.operands, *op.results)), op

@@ -8,17 +8,13 @@ from __future__ import annotations
 import torch
 from aicc.compiler.driver import compile_graph
 from aicc.compiler.options import Options
-from hypothesis import given, settings
+from hypothesis import given
+from support.fuzzing import attempt, scaled
 from support.random_programs import RandomProgram, random_programs
 from support.stages import TARGETS, Program, capture, check_levels, compare, copied
 
 LOOSE = 20_000
 """Roundings allowed: chains of steps amplify errors, while a wrong element is wrong by its own magnitude."""
-
-
-def scaled(examples: int) -> settings:
-    """`examples` in the default profile; profiles with more run that many times as many."""
-    return settings(max_examples=max(examples, examples * settings.default.max_examples // 100))
 
 
 def captured(p: RandomProgram, *, dynamic: bool = False) -> Program:
@@ -28,30 +24,33 @@ def captured(p: RandomProgram, *, dynamic: bool = False) -> Program:
 @scaled(60)
 @given(random_programs())
 def test_levels(p: RandomProgram) -> None:
-    program = captured(p)
-    for target in TARGETS.values():
-        check_levels(program, target, levels=["tile"], slack=LOOSE)
+    def check() -> None:
+        program = captured(p)
+        for target in TARGETS.values():
+            check_levels(program, target, levels=["tile"], slack=LOOSE)
+    attempt(p, check)
 
 
 @scaled(20)
 @given(random_programs())
 def test_levels_with_symbolic_sizes(p: RandomProgram) -> None:
-    program = captured(p, dynamic=True)
-    for name in ("avx2", "cuda"):
-        check_levels(program, TARGETS[name], levels=["tensor", "tile"], slack=LOOSE)
+    def check() -> None:
+        program = captured(p, dynamic=True)
+        for name in ("avx2", "cuda"):
+            check_levels(program, TARGETS[name], levels=["tensor", "tile"], slack=LOOSE)
+    attempt(p, check)
 
 
 @scaled(12)
 @given(random_programs())
 def test_native_code(p: RandomProgram) -> None:
-    program = captured(p)
-    native(program)
+    attempt(p, lambda: native(captured(p)))
 
 
 @scaled(6)
 @given(random_programs())
 def test_native_code_with_symbolic_sizes(p: RandomProgram) -> None:
-    native(captured(p, dynamic=True))
+    attempt(p, lambda: native(captured(p, dynamic=True)))
 
 
 def native(program: Program) -> None:

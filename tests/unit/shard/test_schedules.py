@@ -2,7 +2,7 @@
 
 import pytest
 from aicc.passes.shard.schedules import SCHEDULES, Op, Schedule, build_schedule, schedule_problem
-from aicc.passes.shard.simulate import PipelineCosts, pipeline_time, simulate
+from aicc.passes.shard.simulator import PipelineCosts, pipeline_time, simulate
 
 CASES = [(1.0, 1.0, 1.0), (1.0, 1.1, 0.9), (2.0, 2.0, 1.0)]  # seconds of F, B, W of one rank's share of the model
 

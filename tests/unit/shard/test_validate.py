@@ -1,7 +1,6 @@
 """The simulator against published training runs, and calibration."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from aicc.passes.shard.calibrate import (
@@ -18,9 +17,9 @@ from aicc.passes.shard.calibrate import (
 from aicc.passes.shard.cluster import load_cluster
 from aicc.passes.shard.collectives import ALGORITHMS
 from aicc.passes.shard.kernels import gemm_time, memory_time
-from aicc.passes.shard.validate import FITTED, format_report, held_out_errors, load_cases, validate
+from aicc.passes.shard.published import FITTED, PUBLISHED, format_report, held_out_errors, load_cases, validate
 
-RUNS = Path(__file__).parents[2] / "data" / "published_runs.json"
+RUNS = PUBLISHED
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import numpy as np
 
 from .schedules import Op, Schedule, build_schedule
 
-__all__ = ["Interval", "PipelineCosts", "PipelineRun", "PipelineTime", "peak_activations", "pipeline_time",
+__all__ = ["Interval", "PipelineCosts", "PipelineRun", "PipelineTime", "alive_counts", "peak_activations", "pipeline_time",
            "simulate"]
 
 
@@ -186,22 +186,34 @@ def _peaks(schedule: Schedule, costs: PipelineCosts) -> list[float]:
     """Activation bytes at every rank's peak: the order of operations alone decides."""
     if not costs.activation:
         return [0.0] * schedule.ranks
-    size = np.array(costs.activation)
-    change = np.array([0.0, costs.weight_fraction - 1.0, -costs.weight_fraction, -1.0])
-    peaks = []
-    for kinds, parts in _orders(schedule):
-        taken = np.where(kinds == 0, size[parts], 0.0)
-        given = change[kinds] * size[parts]
-        held = np.cumsum(taken + given) - given
-        peaks.append(float(held.max(initial=0.0)))
+    parts, counts = _alive(schedule, costs.weight_fraction)
+    size = np.array(costs.activation)[parts]
+    peaks: list[float] = (counts * size[:, None, :]).sum(axis=2).max(axis=1).tolist()
     return peaks
 
 
 @lru_cache(maxsize=128)
-def _orders(schedule: Schedule) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """Per rank: kind and part of its operations in order."""
-    return tuple((np.array([_KINDS.index(op.kind) for op in ops], dtype=np.int8),
-                  np.array([schedule.part_of[op.stage] for op in ops], dtype=np.int32)) for ops in schedule.ops)
+def _alive(schedule: Schedule, weight_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """(the parts of every rank, shape (ranks, parts per rank); how many micro-batches of each are alive at the moments that may be
+    the peak, shape (ranks, moments, parts per rank)). Moments at which no part has more alive than at another are left out.
+    """
+    change = np.array([0.0, weight_fraction - 1.0, -weight_fraction, -1.0])
+    found = []
+    for ops in schedule.ops:
+        kinds = np.array([_KINDS.index(op.kind) for op in ops])
+        parts, local = np.unique(np.array([schedule.part_of[op.stage] for op in ops]), return_inverse=True)
+        here = np.eye(len(parts))[local]
+        given = change[kinds][:, None] * here
+        moments = np.unique(np.cumsum((kinds == 0)[:, None] * here + given, axis=0) - given, axis=0)
+        more = moments[None, :, :] - moments[:, None, :]
+        beaten = ((more >= -1e-9).all(axis=2) & (more > 1e-9).any(axis=2)).any(axis=1)
+        found.append((parts, moments[~beaten]))
+    wide, tall = max(len(p) for p, _ in found), max(len(m) for _, m in found)
+    part_table, counts = np.zeros((schedule.ranks, wide), dtype=np.int64), np.zeros((schedule.ranks, tall, wide))
+    for rank, (parts, most) in enumerate(found):
+        part_table[rank, :len(parts)] = parts
+        counts[rank, :len(most), :len(parts)] = most
+    return part_table, counts
 
 
 @lru_cache(maxsize=128)
@@ -212,38 +224,49 @@ def _compile(schedule: Schedule) -> _Program:
     total = first_id[-1]
     following = {before: stage for stage, before in enumerate(schedule.previous) if before >= 0}
     dummy = 2 * total
-    # Messages by (kind, stage, micro-batch) that receives them, known once their sender has been placed.
-    inbox: dict[tuple[str, int, int], int] = {}
+    # Messages by who receives them (kind, stage, micro-batch as one number), known once their sender has been placed.
+    many, stages = schedule.micro_batches, len(schedule.rank_of)
+    inbox = [-1] * (2 * stages * many)
     level = [0] * (total + 1)
-    previous, needs = [total] * total, [[dummy, dummy] for _ in range(total)]
-    after, crosses, boundary = ([[v, v] for _ in range(total)] for v in (dummy, False, 0))
+    previous, needs = [total] * total, [(dummy, dummy)] * total
+    after, crosses, boundary = [dummy] * (2 * total), [False] * (2 * total), [0] * (2 * total)
     channel: dict[tuple[int, int, bool], int] = {}
     cursor, pending, queued = [0] * schedule.ranks, list(range(schedule.ranks)), [True] * schedule.ranks
+    rank_of, part_of, before = schedule.rank_of, schedule.part_of, schedule.previous
     while pending:
         rank = pending.pop()
         queued[rank] = False
         row, base = units[rank], first_id[rank]
         while cursor[rank] < len(row):
             unit, node = row[cursor[rank]], base + cursor[rank]
-            wanted = [_need(op, schedule) for op in unit]
-            if any(key is not None and key not in inbox for key in wanted):
+            wanted, ready = [dummy, dummy], True
+            for slot, op in enumerate(unit):
+                kind, stage = op[0], op[1]
+                if kind != "W" and (kind != "F" or before[stage] >= 0):
+                    wanted[slot] = inbox[((kind != "F") * stages + stage) * many + op[2]]
+                    ready = ready and wanted[slot] >= 0
+            if not ready:
                 break
-            needs[node] = [dummy if key is None else inbox[key] for key in wanted] + [dummy] * (2 - len(wanted))
+            needs[node] = (wanted[0], wanted[1])
             if cursor[rank]:
                 previous[node] = node - 1
-            level[node] = 1 + max(level[previous[node]], *(level[m // 2] for m in needs[node]))
+            level[node] = 1 + max(level[previous[node]], level[wanted[0] >> 1], level[wanted[1] >> 1])
             cursor[rank] += 1
             for slot, op in enumerate(unit):
-                key = _result(op, schedule, following)
-                if key is None:
+                kind, stage = op[0], op[1]
+                if kind == "W" or (kind != "F" and before[stage] < 0):
                     continue
-                message = inbox[key] = 2 * node + slot
-                other = schedule.rank_of[key[1]]
+                # The last stage's F is its own backward's input (the loss).
+                forward = kind == "F" and stage in following
+                target = following[stage] if forward else stage if kind == "F" else before[stage]
+                message = 2 * node + slot
+                inbox[((not forward) * stages + target) * many + op[2]] = message
+                other = rank_of[target]
                 if other != rank:
-                    lane = (rank, other, key[0] == "F")
-                    after[node][slot], channel[lane] = channel.get(lane, dummy), message
-                    crosses[node][slot] = True
-                    boundary[node][slot] = min(schedule.part_of[op.stage], schedule.part_of[key[1]])
+                    lane = (rank, other, forward)
+                    after[message], channel[lane] = channel.get(lane, dummy), message
+                    crosses[message] = True
+                    boundary[message] = min(part_of[stage], part_of[target])
                     if not queued[other]:
                         queued[other] = True
                         pending.append(other)
@@ -257,14 +280,14 @@ def _compile(schedule: Schedule) -> _Program:
     renamed = np.concatenate([np.stack([2 * new[:total], 2 * new[:total] + 1], axis=1).ravel(), [dummy]])
     sizes = np.bincount(np.array(level[:total]))[1:]
     ends = np.cumsum(sizes)
-    kinds = np.array([[2 * _KINDS.index(u[0].kind) + u[0].overlapped, 2 * _KINDS.index(u[1].kind) + u[1].overlapped]
-                      if len(u) == 2 else [2 * _KINDS.index(u[0].kind) + u[0].overlapped, 8] for u in flat])
+    code = {(kind, beside): 2 * i + beside for i, kind in enumerate(_KINDS) for beside in (False, True)}
+    kinds = np.array([(code[u[0][0], u[0][3]], code[u[1][0], u[1][3]] if len(u) == 2 else 8) for u in flat])
     return _Program(
         ops=tuple(flat[n] for n in order), levels=tuple(zip((ends - sizes).tolist(), ends.tolist(), strict=True)),
         rank=np.repeat(np.arange(schedule.ranks), [len(u) for u in units])[order], previous=new[np.array(previous)][order],
-        needs=renamed[np.array(needs)][order], after=renamed[np.array(after)][order], crosses=np.array(crosses)[order],
-        boundary=np.array(boundary)[order], kinds=kinds[order],
-        stages=np.array([[u[0].stage, u[-1].stage] for u in flat])[order],
+        needs=renamed[np.array(needs)][order], after=renamed[np.array(after).reshape(-1, 2)][order], crosses=np.array(crosses).reshape(-1, 2)[order],
+        boundary=np.array(boundary).reshape(-1, 2)[order], kinds=kinds[order],
+        stages=np.array([(u[0][1], u[-1][1]) for u in flat])[order],
         by_rank=tuple(tuple(new[first_id[r]:first_id[r + 1]].tolist()) for r in range(schedule.ranks)),
         part_of=np.array(schedule.part_of), rank_of=np.array(schedule.rank_of))
 
@@ -278,24 +301,6 @@ def _units(ops: Sequence[Op]) -> list[tuple[Op, ...]]:
         else:
             units.append((op,))
     return units
-
-
-def _need(op: Op, schedule: Schedule) -> tuple[str, int, int] | None:
-    """The message that an operation waits for, or None."""
-    if op.kind == "W" or (op.kind == "F" and schedule.previous[op.stage] < 0):
-        return None
-    return ("F" if op.kind == "F" else "B", op.stage, op.micro_batch)
-
-
-def _result(op: Op, schedule: Schedule, following: dict[int, int]) -> tuple[str, int, int] | None:
-    """The message that an operation sends, named by its receiver. The last stage's F is its own backward's input (the
-    loss).
-    """
-    if op.kind == "F":
-        return ("F", following[op.stage], op.micro_batch) if op.stage in following else ("B", op.stage, op.micro_batch)
-    if op.kind == "W" or schedule.previous[op.stage] < 0:
-        return None
-    return ("B", schedule.previous[op.stage], op.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -339,3 +344,15 @@ def peak_activations(name: str, ranks: int, micro_batches: int, interleave: int,
     """Activation bytes at every rank's peak, without running: the order of operations alone decides."""
     few = micro_batches if name == "gpipe" else min(micro_batches, _short(ranks, micro_batches))
     return tuple(_peaks(build_schedule(name, ranks, few, interleave), costs))
+
+
+@lru_cache(maxsize=1024)
+def alive_counts(name: str, ranks: int, micro_batches: int, interleave: int) -> np.ndarray:
+    """Per rank, micro-batches alive at the peak of the part that has fewest: at least so many times a block's activations are kept
+    for every block of the rank, however the rank's blocks lie on its parts. Shape (ranks,).
+    """
+    few = micro_batches if name == "gpipe" else min(micro_batches, _short(ranks, micro_batches))
+    schedule = build_schedule(name, ranks, few, interleave)
+    parts, counts = _alive(schedule, PipelineCosts((), (), ()).weight_fraction)
+    width = len(set(parts[0].tolist()))
+    return np.asarray(counts[:, :, :width].min(axis=2).max(axis=1))

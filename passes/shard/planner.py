@@ -16,7 +16,7 @@ fits, `Infeasible` says the smallest memory found and what takes it.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from time import monotonic
@@ -28,7 +28,7 @@ from .model import ModelConfig
 from .partition import MemoryLimit, PartLayout, best_split, even_split, part_blocks, part_ranks
 from .plan import Plan
 from .schedules import SCHEDULES
-from .simulate import PipelineCosts, peak_activations, pipeline_time
+from .simulator import PipelineCosts, alive_counts, peak_activations, pipeline_time
 from .space import Space, schedule_choices, skeletons
 from .step import (
     OPTIMIZER_TRAFFIC,
@@ -104,16 +104,20 @@ class Infeasible(ValueError):
 class _State:
     """Mutable state of one search."""
 
-    heap: list[tuple[float, int, Plan, bool]] = field(default_factory=list)
+    heap: list[tuple[float, int, Plan, Step]] = field(default_factory=list)
     order: count[int] = field(default_factory=count)
     found: dict[tuple[int, ...], StepReport] = field(default_factory=dict)
     costs: dict[tuple[object, ...], dict[str, BlockCost]] = field(default_factory=dict)
+    weights: dict[tuple[object, ...], dict[str, tuple[float, float]]] = field(default_factory=dict)
+    static: dict[tuple[object, ...], float] = field(default_factory=dict)
     best: StepReport | None = None
     considered: int = 0
     simulated: int = 0
 
-    def push(self, bound: float, plan: Plan, expanded: bool) -> None:
-        heapq.heappush(self.heap, (bound, next(self.order), plan, expanded))
+    def push(self, bound: float, plan: Plan, step: Step) -> None:
+        """Put a plan on the heap unless its bound already loses."""
+        if self.best is None or bound < self.best.seconds:
+            heapq.heappush(self.heap, (bound, next(self.order), plan, step))
 
     def offer(self, report: StepReport) -> None:
         """Keep the report if it is the fastest of its degrees (ties: least memory)."""
@@ -125,6 +129,9 @@ class _State:
             self.best = report
 
 
+Step = Callable[[Problem, Plan, float, _State], None]
+
+
 def _rank(report: StepReport) -> tuple[float, float, str]:
     return (report.seconds, report.peak_memory, report.plan.label)
 
@@ -134,13 +141,14 @@ def search(problem: Problem) -> SearchResult:
     began, state = monotonic(), _State()
     for plan in skeletons(problem.config, problem.cluster, problem.global_batch, problem.space):
         state.considered += 1
-        if _static_bytes(problem, plan) <= problem.capacity(problem.cluster.device):
-            state.push(_skeleton_bound(problem, plan, state), plan, False)
+        if _static_bytes(problem, plan, state) <= problem.capacity(problem.cluster.device):
+            state.push(_skeleton_bound(problem, plan, state), plan, _expand)
     if not state.considered:
         pins = ", ".join(f"{k}={v}" for k, v in problem.space.pins)
         raise Infeasible(f"no plan exists for {problem.cluster.size} devices and global batch {problem.global_batch}"
                          + (f" with {pins}" if pins else ""))
     lower = state.heap[0][0] if state.heap else 0.0
+    _dive(problem, state, began + problem.budget_s / 2)
     proved = True
     while state.heap:
         if state.best is not None and state.heap[0][0] >= state.best.seconds:
@@ -148,11 +156,8 @@ def search(problem: Problem) -> SearchResult:
         if monotonic() - began > problem.budget_s and state.best is not None:
             proved = False
             break
-        _, _, plan, expanded = heapq.heappop(state.heap)
-        if expanded:
-            _simulate(problem, plan, state)
-        else:
-            _expand(problem, plan, state)
+        bound, _, plan, step = heapq.heappop(state.heap)
+        step(problem, plan, bound, state)
     if state.best is None:
         raise _infeasible(problem, state)
     # The search extrapolates long pipelines; the answer is run in full.
@@ -202,23 +207,103 @@ def _skeleton_bound(problem: Problem, plan: Plan, state: _State) -> float:
     return m * max(work / plan.pp, rounded) + (0.0 if plan.offload else memory_time(device, OPTIMIZER_TRAFFIC * shards))
 
 
-def _static_bytes(problem: Problem, plan: Plan) -> float:
+def _static_bytes(problem: Problem, plan: Plan, state: _State) -> float:
     """Bytes that the fullest device holds at least: the mean rank's weights under the best ZeRO stage, no activations."""
-    layout = part_blocks(problem.config, replace(plan, pp=1, dp=plan.dp * plan.pp), (problem.config.layers,))
-    leanest = replace(plan, pp=1, dp=plan.dp, schedule="1f1b", zero=3 if plan.zero == 3 else 2)
-    report = stage_memory(problem.config, leanest, layout, 0, 0.0, 0.0, problem.cluster.device, problem.software)
-    return (report.parameters + report.gradients + report.optimizer) / plan.pp * 0.999 + report.reserved
+    key = (plan.dp * plan.cp, plan.tp, plan.ep, plan.pp, plan.zero == 3, plan.offload)
+    if key not in state.static:
+        layout = PartLayout((problem.config.runs,), (0,))
+        leanest = replace(plan, pp=1, schedule="1f1b", zero=3 if plan.zero == 3 else 2)
+        m = stage_memory(problem.config, leanest, layout, 0, 0.0, 0.0, problem.cluster.device, problem.software)
+        state.static[key] = (m.parameters + m.gradients + m.optimizer) / plan.pp * 0.999 + m.reserved
+    return state.static[key]
 
 
-def _expand(problem: Problem, plan: Plan, state: _State) -> None:
-    """Push every schedule and split of a skeleton with a bound that knows both."""
+DIVES = 8  # plans simulated before the search proper
+_EASY = ("zb-v", "interleaved", "1f1b")  # schedules with little bubble first; any micro-batch count runs the last
+
+
+def _dive(problem: Problem, state: _State, deadline: float) -> None:
+    """Simulate the most promising skeleton of each of a few tensor and pipeline degrees, so that a search that runs out of its budget has
+    something good, and bounds that lose to it need not be kept. The answer of a finished search does not depend on it.
+    """
+    seen: set[tuple[int, int]] = set()
+    for bound, _, plan, _ in heapq.nsmallest(2000, state.heap):
+        if len(seen) == DIVES or monotonic() > deadline or (state.best is not None and bound >= state.best.seconds):
+            break
+        if (plan.tp, plan.pp) in seen:
+            continue
+        choices = [c for c in schedule_choices(problem.config, plan, problem.global_batch, problem.space)
+                   if c.schedule in _EASY and c.interleave <= 2 and _may_fit(problem, c, state)]
+        for choice in sorted(choices, key=lambda c: _EASY.index(c.schedule))[:1]:
+            before = len(state.found)
+            for split in _splits(problem, choice, state)[:1]:
+                _simulate(problem, replace(choice, split=split), bound, state)
+            if len(state.found) > before:
+                seen.add((plan.tp, plan.pp))
+
+
+def _expand(problem: Problem, plan: Plan, bound: float, state: _State) -> None:
+    """Push every schedule of a skeleton that some split might fit into memory."""
     for choice in schedule_choices(problem.config, plan, problem.global_batch, problem.space):
-        for split in _splits(problem, choice, state):
-            candidate = replace(choice, split=split)
-            _, _, costs = _prepare(problem, candidate, state)
-            bound = _schedule_bound(candidate, costs, candidate.micro_batches(problem.global_batch))
-            if state.best is None or bound < state.best.seconds:
-                state.push(bound, candidate, True)
+        if _may_fit(problem, choice, state):
+            state.push(max(bound, _bubble_bound(problem, choice, state)), choice, _cut)
+
+
+def _may_fit(problem: Problem, plan: Plan, state: _State) -> bool:
+    """Whether memory admits some split: every rank is filled with the blocks that take most, as many as it holds. On a rank with
+    several parts, blocks count as if they all lay on the part with fewest micro-batches alive. Never says no to a plan that fits.
+    """
+    config = problem.config
+    counts = alive_counts(plan.schedule, plan.pp, plan.micro_batches(problem.global_batch), plan.interleave)
+    devices = rank_devices(plan, problem.cluster)
+    device = max(devices, key=problem.capacity) if devices[0] is not devices[-1] else devices[0]
+    costs, weights = _costs_by_kind(problem, plan, device, state), _block_weights(problem, plan, device, state)
+    copies = SCHEDULES[plan.schedule].copies
+    for kind, number in config.runs[1:-1]:
+        static, fixed = weights[kind]
+        room = problem.capacity(device) - fixed
+        if room <= 0 or float((room / (static * copies + counts * costs[kind].saved)).sum()) < number * (1 - 1e-9):
+            return False
+    return True
+
+
+def _block_weights(problem: Problem, plan: Plan, device: Device, state: _State) -> dict[str, tuple[float, float]]:
+    """By kind of block: bytes of its weights, gradients and optimizer state under the leanest ZeRO stage allowed; bytes that a
+    device keeps besides blocks.
+    """
+    key = (plan.dp * plan.cp, plan.tp, plan.ep, plan.pp, plan.zero == 3, plan.offload, id(device))
+    if key not in state.weights:
+        zero = max(_zero_stages(problem, plan), default=plan.zero)
+        single = replace(plan, zero=zero, schedule="1f1b", interleave=1)
+        state.weights[key] = {}
+        for kind, _ in problem.config.runs:
+            layout = PartLayout((((kind, 1),),), (0,))
+            m = stage_memory(problem.config, single, layout, 0, 0.0, 0.0, device, problem.software)
+            state.weights[key][kind] = (m.parameters + m.gradients + m.optimizer, m.working + m.reserved)
+    return state.weights[key]
+
+
+def _bubble_bound(problem: Problem, plan: Plan, state: _State) -> float:
+    """Seconds that no split of this schedule can beat, with one part per rank: rank r works m times its share l_r, after the ranks
+    before it have sent one micro-batch down, and (unless backward is split) before they have finished one. Of all shares
+    with m * l_r + c * (l_0 + ... + l_r-1) <= T the sum is at most T / c * (1 - (1 - c / m) ** p), which gives T.
+    """
+    m, p = plan.micro_batches(problem.global_batch), plan.pp
+    traits = SCHEDULES[plan.schedule]
+    if p == 1 or traits.parts_per_rank != 1 or traits.copies != 1:
+        return 0.0
+    costs = _costs_by_kind(problem, plan, _fastest(problem.cluster), state)
+    work = sum(n * costs[kind].total for kind, n in problem.config.runs)
+    ahead = min(cost.forward / cost.total for cost in costs.values() if cost.total) if traits.splits_backward else 1.0
+    return work * ahead / (1 - (1 - ahead / m) ** p)
+
+
+def _cut(problem: Problem, plan: Plan, _bound: float, state: _State) -> None:
+    """Push every split of a schedule with a bound that knows it."""
+    for split in _splits(problem, plan, state):
+        candidate = replace(plan, split=split)
+        _, _, costs = _prepare(problem, candidate, state)
+        state.push(_schedule_bound(candidate, costs, candidate.micro_batches(problem.global_batch)), candidate, _simulate)
 
 
 def _splits(problem: Problem, plan: Plan, state: _State) -> list[tuple[int, ...]]:
@@ -244,14 +329,15 @@ def _splits(problem: Problem, plan: Plan, state: _State) -> list[tuple[int, ...]
     fastest = best_split(times, first, last)
     if fastest and fastest not in splits:
         splits.insert(0, fastest)
-    if parts == plan.pp and not any(_fitting_zeros(problem, replace(plan, split=s), state) for s in splits):
-        lean = best_split(times, first, last, _memory_limit(problem, plan, devices, by_rank))
+    if parts == plan.pp and not any(_fitting_zeros(problem, cut, *_prepare(problem, cut, state)) for cut in (replace(plan, split=s) for s in splits)):
+        lean = best_split(times, first, last, _memory_limit(problem, plan, devices, by_rank, state))
         if lean:
             splits = [lean]
     return splits
 
 
-def _memory_limit(problem: Problem, plan: Plan, devices: list[Device], by_rank: list[dict[str, BlockCost]]) -> MemoryLimit:
+def _memory_limit(problem: Problem, plan: Plan, devices: list[Device], by_rank: list[dict[str, BlockCost]],
+                  state: _State) -> MemoryLimit:
     """What a block takes on each rank (weights under the leanest ZeRO stage allowed, activations in flight), and what
     there is.
     """
@@ -259,21 +345,14 @@ def _memory_limit(problem: Problem, plan: Plan, devices: list[Device], by_rank: 
     one = (1.0,) * plan.pp
     alone = PipelineCosts(one, one, one, one)
     alive = peak_activations(plan.schedule, plan.pp, plan.micro_batches(problem.global_batch), plan.interleave, alone)
-    zero = max(z for z in problem.space.values("zero", problem.space.zero) if (z == 3) == (plan.zero == 3))
-    single = replace(plan, zero=zero, schedule="1f1b")
     rows, capacity = [], []
     for rank, device in enumerate(devices):
-        weights = {}
-        for kind, _ in config.runs:
-            layout = PartLayout((((kind, 1),),), (rank,))
-            m = stage_memory(config, single, layout, rank, 0.0, 0.0, device, problem.software)
-            weights[kind] = m.parameters + m.gradients + m.optimizer
-            fixed = m.working + m.reserved
-        kinds = config.blocks
-        each = {k: weights[k] + alive[rank] * by_rank[rank][k].saved for k, _ in config.runs}
-        rows.append(tuple(each[k] for k in kinds[1:-1]))
+        held, costs = _block_weights(problem, plan, device, state), by_rank[rank]
+        each = {k: static + alive[rank] * costs[k].saved for k, (static, _) in held.items()}
+        rows.append(tuple(map(each.__getitem__, config.blocks[1:-1])))
         ends = (each["embedding"] if rank == 0 else 0.0) + (each["head"] if rank == plan.pp - 1 else 0.0)
-        capacity.append(problem.capacity(device) - fixed - max(c.working for c in by_rank[rank].values()) - ends)
+        fixed = held["head"][1] + max(c.working for c in costs.values())
+        capacity.append(problem.capacity(device) - fixed - ends)
     return MemoryLimit(tuple(rows), tuple(capacity))
 
 
@@ -310,11 +389,8 @@ def _schedule_bound(plan: Plan, costs: PipelineCosts, m: int) -> float:
     return worst
 
 
-def _fitting_zeros(problem: Problem, plan: Plan, state: _State) -> list[int]:
-    """ZeRO stages of this plan that may fit: activations counted at the moment when most are alive, which never
-    overstates.
-    """
-    layout, parts, costs = _prepare(problem, plan, state)
+def _fitting_zeros(problem: Problem, plan: Plan, layout: PartLayout, parts: PartCosts, costs: PipelineCosts) -> list[int]:
+    """ZeRO stages of this plan that fit."""
     m = plan.micro_batches(problem.global_batch)
     activations = peak_activations(plan.schedule, plan.pp, m, plan.interleave, costs)
     stages = [replace(plan, zero=zero) for zero in _zero_stages(problem, plan)]
@@ -343,12 +419,12 @@ def _fits(problem: Problem, plan: Plan, layout: PartLayout, parts: PartCosts, ac
     return True
 
 
-def _simulate(problem: Problem, plan: Plan, state: _State) -> None:
+def _simulate(problem: Problem, plan: Plan, _bound: float, state: _State) -> None:
     """Run one schedule and split, and offer it under every ZeRO stage that fits."""
-    zeros = _fitting_zeros(problem, plan, state)
+    layout, parts, costs = _prepare(problem, plan, state)
+    zeros = _fitting_zeros(problem, plan, layout, parts, costs)
     if not zeros:
         return
-    layout, parts, costs = _prepare(problem, plan, state)
     m = plan.micro_batches(problem.global_batch)
     timing = pipeline_time(plan.schedule, plan.pp, m, plan.interleave, costs)
     state.simulated += 1
@@ -368,7 +444,7 @@ def _infeasible(problem: Problem, state: _State) -> Infeasible:
 
     def size(plan: Plan) -> tuple[float, int]:
         costs = _costs_by_kind(lean, plan, lean.cluster.device, state)
-        return _static_bytes(lean, plan) + costs[lean.config.blocks[1]].working, plan.micro_batch
+        return _static_bytes(lean, plan, state) + costs[lean.config.blocks[1]].working, plan.micro_batch
 
     plans = sorted(skeletons(lean.config, lean.cluster, lean.global_batch, lean.space), key=size)[:40]
     smallest: StepReport | None = None

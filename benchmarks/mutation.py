@@ -1,0 +1,280 @@
+"""Do the tests notice? Plants small faults in the compiler, one at a time, and runs the tests that ought to fail.
+
+    python -m aicc.benchmarks.mutation --sample 60 --seed 1 --jobs 1
+
+A mutant is one source file with one change: an operator swapped, a constant off by one, a comparison moved to its neighbour, a condition
+negated, a statement dropped. It is written into a copy of the package in a temporary folder, and the tests that `TESTS` maps its file to run there
+(`-x -q`, with a limit of time). A mutant that no test notices survives: it shows a missing test, or a change that means nothing (an
+equivalent mutant, such as a bound that no caller reaches). Messages, remarks, annotations and checks that only raise are left alone.
+
+The unchanged copy is tested first: a failure there would kill every mutant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+_PROGRAMS = "tests/unit/passes/test_random_programs.py"
+_DETAILS = "tests/unit/passes/test_lowering_details.py"
+_LLVM = ("tests/unit/llvm/test_pointwise.py", "tests/unit/llvm/test_reductions.py", "tests/unit/llvm/test_against_interpreter.py")
+TESTS: dict[str, tuple[str, ...]] = {
+    "passes/decompose/": (_DETAILS, "tests/unit/passes/test_decompose.py", "tests/filecheck", _PROGRAMS),
+    "passes/tiling/": (_DETAILS, "tests/unit/passes/test_tiling.py", "tests/filecheck", _PROGRAMS),
+    "passes/fuse.py": ("tests/quality/test_fusion.py", "tests/filecheck", _PROGRAMS, "tests/unit/passes/test_tiling.py"),
+    "passes/inline.py": ("tests/filecheck", "tests/quality/test_fusion.py", _PROGRAMS),
+    "passes/layout.py": ("tests/filecheck", "tests/unit/passes/test_tiling.py", _PROGRAMS, "tests/unit/runtime/test_compiled_programs.py"),
+    "passes/pack.py": ("tests/filecheck", "tests/unit/passes/test_tiling.py", _PROGRAMS, "tests/unit/runtime/test_compiled_programs.py"),
+    "passes/sink_reshapes.py": ("tests/filecheck", "tests/unit/passes/test_reshape_map.py", _PROGRAMS),
+    "passes/bufferize.py": ("tests/unit/passes/test_host_passes.py", "tests/unit/passes/test_memory_random.py",
+                            "tests/unit/runtime/test_compiled_programs.py"),
+    "passes/plan_memory.py": (_DETAILS, "tests/unit/passes/test_host_passes.py", "tests/unit/passes/test_memory_random.py"),
+    "passes/fit.py": ("tests/unit/passes/test_fit.py", "tests/unit/passes/test_memory_random.py"),
+    "passes/schedule.py": ("tests/unit/passes/test_host_passes.py", "tests/unit/passes/test_memory_random.py"),
+    "passes/canonicalize.py": ("tests/filecheck", "tests/unit/passes/test_decompose.py", _PROGRAMS),
+    "backends/llvm/": ("tests/unit/llvm/test_integer_edges.py", "tests/unit/llvm/test_arith.py", *_LLVM),
+    "ir/expr.py": ("tests/unit/ir/test_expr.py", "tests/unit/ir/test_parser_expressions.py", "tests/unit/passes/test_tiling.py"),
+}
+"""File, or folder, below the root -> tests, quickest first. The longest name that fits a file counts."""
+
+DEFAULT = ("passes/decompose", "passes/tiling", "passes/fuse.py", "passes/inline.py", "passes/layout.py", "passes/bufferize.py",
+           "passes/plan_memory.py", "backends/llvm/arith.py", "backends/llvm/tile_ops.py", "backends/llvm/masks.py", "ir/expr.py")
+
+_OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mod, ast.Mod: ast.FloorDiv, ast.Div: ast.Mult,
+    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.Pow: ast.Mult,
+}
+_COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.In: ast.NotIn,
+    ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: `text` is the whole file with it."""
+
+    path: str
+    line: int
+    what: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`killed` by a failing test, or by `timeout`; survived otherwise."""
+
+    mutant: Mutant
+    killed: bool
+    how: str
+    seconds: float
+
+
+def _skipped(node: ast.AST) -> bool:
+    """Whether changes inside `node` say nothing about code that is generated: messages, types, checks that only raise."""
+    if isinstance(node, (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)):
+        return True
+    if isinstance(node, ast.If) and all(isinstance(s, ast.Raise) for s in node.body):
+        return True
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "remark"
+
+
+def _children(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
+    """(parent, field, position in the field, child), without annotations, decorators and what is skipped; outer first."""
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "decorator_list", "type_params"):
+            continue
+        for i, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if isinstance(child, ast.AST) and not _skipped(child):
+                yield node, field, i, child
+                yield from _children(child)
+
+
+def _changes(node: ast.AST, field: str) -> Iterator[tuple[str, ast.AST]]:
+    """What may stand in place of `node`, with a description."""
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS and not isinstance(node.left, ast.Constant | ast.JoinedStr):
+        new = copy.deepcopy(node)
+        new.op = _OPERATORS[type(node.op)]()
+        yield f"`{ast.unparse(node)}` becomes `{ast.unparse(new)}`", new
+    elif isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARISONS:
+        changed = copy.deepcopy(node)
+        changed.ops = [_COMPARISONS[type(node.ops[0])]()]
+        yield f"`{ast.unparse(node)}` becomes `{ast.unparse(changed)}`", changed
+    elif isinstance(node, ast.BoolOp):
+        other = copy.deepcopy(node)
+        other.op = ast.And() if isinstance(node.op, ast.Or) else ast.Or()
+        yield f"`{ast.unparse(node)}` becomes `{ast.unparse(other)}`", other
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub)):
+        yield f"`{ast.unparse(node)}` becomes `{ast.unparse(node.operand)}`", node.operand
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield f"`{node.value}` becomes `{not node.value}`", ast.Constant(not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+        yield f"`{node.value}` becomes `{node.value + 1}`", ast.Constant(node.value + 1)
+    elif isinstance(node, ast.IfExp) or (isinstance(node, ast.If) and not node.orelse):
+        negated = copy.deepcopy(node)
+        negated.test = ast.UnaryOp(ast.Not(), node.test)
+        yield f"condition `{ast.unparse(node.test)}` is negated", negated
+    elif field == "body" and ((isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)) or isinstance(node, ast.AugAssign)):
+        yield f"`{ast.unparse(node)}` is dropped", ast.Pass()
+
+
+def mutants_of(path: str, source: str) -> list[Mutant]:
+    """Every mutant of one file, in order."""
+    tree, lines = ast.parse(source), source.splitlines()
+    found = []
+    for parent, field, i, child in list(_children(tree)):
+        for what, new in _changes(child, field):
+            _put(parent, field, i, ast.copy_location(new, child))
+            line: int = getattr(child, "lineno", getattr(parent, "lineno", 1))
+            shown = f"{what} in `{lines[line - 1].strip()[:100]}`" if isinstance(child, ast.Constant) else what
+            found.append(Mutant(path, line, shown.replace("\n", " ")[:200], ast.unparse(ast.fix_missing_locations(tree))))
+            _put(parent, field, i, child)
+    return [m for m in found if m.text != ast.unparse(tree)]
+
+
+def _put(parent: ast.AST, field: str, i: int | None, child: ast.AST) -> None:
+    if i is None:
+        setattr(parent, field, child)
+    else:
+        getattr(parent, field)[i] = child
+
+
+def tests_for(path: str) -> tuple[str, ...]:
+    """The tests that ought to notice a fault in `path`. ValueError for a file that no entry of `TESTS` covers."""
+    fitting = [k for k in TESTS if path.startswith(k)]
+    if not fitting:
+        raise ValueError(f"no tests are mapped to {path}; add it to TESTS")
+    return TESTS[max(fitting, key=len)]
+
+
+def sources(wanted: list[str]) -> list[str]:
+    """The Python files below the given files and folders."""
+    found = []
+    for name in wanted:
+        path = ROOT / name
+        found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    return [str(p.relative_to(ROOT)) for p in found if p.name != "__init__.py" or p.stat().st_size > 400]
+
+
+def sample(wanted: list[str], count: int, seed: int) -> list[Mutant]:
+    """`count` mutants, as evenly over the files as their numbers allow, chosen by `seed`."""
+    rng = random.Random(seed)
+    piles = [mutants_of(p, (ROOT / p).read_text()) for p in sources(wanted)]
+    for pile in piles:
+        rng.shuffle(pile)
+    rng.shuffle(piles)
+    chosen: list[Mutant] = []
+    while len(chosen) < count and any(piles):
+        for pile in piles:
+            if pile and len(chosen) < count:
+                chosen.append(pile.pop())
+    return chosen
+
+
+class Copies:
+    """Copies of the package, one per worker; each is used by one mutant at a time."""
+
+    def __init__(self, count: int):
+        self.folder = Path(tempfile.mkdtemp(prefix="aicc-mutants-"))
+        self.free = [self._made(i) for i in range(count)]
+
+    def _made(self, i: int) -> Path:
+        target = self.folder / str(i) / "aicc"
+        ignored = shutil.ignore_patterns(".git", "__pycache__", ".venv", "*.egg-info", ".*_cache", "build", "dist")
+        shutil.copytree(ROOT, target, ignore=ignored)
+        return target
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def run_tests(package: Path, tests: tuple[str, ...], limit: float) -> str:
+    """"" when all pass; else the first failing test, 'timeout', or the last line of a collection error."""
+    environment = {**os.environ, "PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+                   "AICC_CACHE": "0"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=no", *tests]
+    process = subprocess.Popen(command, cwd=package, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        process.communicate()
+        return "timeout"
+    if process.returncode == 0:
+        return ""
+    lines = [line for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1] if lines else f"exit {process.returncode}")[:200]
+
+
+def judge(mutant: Mutant, copies: Copies, limit: float) -> Outcome:
+    """Runs the tests of one mutant in a free copy, which is as before afterwards."""
+    package = copies.free.pop()
+    path = package / mutant.path
+    original = path.read_text()
+    start = time.monotonic()
+    try:
+        path.write_text(mutant.text)
+        how = run_tests(package, tests_for(mutant.path), limit)
+    finally:
+        path.write_text(original)
+        copies.free.append(package)
+    return Outcome(mutant, bool(how), how, time.monotonic() - start)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("paths", nargs="*", default=list(DEFAULT), help="files and folders to mutate (default: the lowerings)")
+    parser.add_argument("--sample", type=int, default=60, help="how many mutants (0: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=400, help="seconds per mutant; one that takes longer counts as killed")
+    parser.add_argument("--list", action="store_true", help="print the mutants and stop")
+    arguments = parser.parse_args()
+    mutants = sample(arguments.paths, arguments.sample or 10**9, arguments.seed)
+    if arguments.list:
+        print("\n".join(map(str, mutants)))
+        return 0
+    copies = Copies(arguments.jobs)
+    try:
+        tests = tuple(dict.fromkeys(t for m in mutants for t in tests_for(m.path)))
+        start = time.monotonic()
+        failure = run_tests(copies.free[0], tests, 10 * arguments.limit)
+        if failure:
+            print(f"the tests fail without any mutant: {failure}", file=sys.stderr)
+            return 2
+        print(f"{len(mutants)} mutants (seed {arguments.seed}); the tests pass unchanged in {time.monotonic() - start:.0f} s", flush=True)
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            outcomes = []
+            for outcome in pool.map(lambda m: judge(m, copies, arguments.limit), mutants):
+                outcomes.append(outcome)
+                print(f"{'killed  ' if outcome.killed else 'SURVIVED'} {outcome.seconds:5.0f} s  {outcome.mutant}  {outcome.how}", flush=True)
+    finally:
+        copies.close()
+    survivors = [o.mutant for o in outcomes if not o.killed]
+    killed = len(outcomes) - len(survivors)
+    print(f"\nkill rate: {killed} of {len(outcomes)} ({100 * killed / max(1, len(outcomes)):.0f} %)")
+    for m in survivors:
+        print(f"survived: {m}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""flex_attention written out: scores, modification, mask, softmax, product, in plain tensor operators.
+
+    expand_flex(gm, decompositions)      # in place; True if there was one
+
+AOTAutograd hands over `flex_attention(q, k, v, score_mod, block_mask, ...)` as one node with the score modification as a graph within
+the graph. torch's dense form of it (the one that eager runs) is traced here and takes the node's place, so that what follows is
+fused like any other attention written by hand. Blocks that the mask leaves out are computed and masked, not skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from torch._guards import detect_fake_mode
+from torch._higher_order_ops.flex_attention import flex_attention, flex_attention_backward, sdpa_dense, sdpa_dense_backward
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+__all__ = ["expand_flex"]
+
+_DENSE: dict[Any, Callable[..., Any]] = {flex_attention: sdpa_dense, flex_attention_backward: sdpa_dense_backward}
+
+
+def expand_flex(gm: fx.GraphModule, decompositions: Mapping[Any, Callable[..., Any]]) -> bool:
+    """Replaces every attention node of `gm` by its dense form, traced with `decompositions`."""
+    found = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in _DENSE]
+    for node in found:
+        _expand(gm, node, decompositions)
+    if found:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+    return bool(found)
+
+
+def _expand(gm: fx.GraphModule, node: fx.Node, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+    leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
+    given = [a for a in leaves if isinstance(a, fx.Node) and not _is_graph(gm, a)]
+    fixed = [getattr(gm, str(a.target)) if isinstance(a, fx.Node) and _is_graph(gm, a) else a for a in leaves]
+    places = [i for i, a in enumerate(leaves) if isinstance(a, fx.Node) and not _is_graph(gm, a)]
+
+    def dense(*values: Any) -> Any:
+        full = list(fixed)
+        for i, v in zip(places, values, strict=True):
+            full[i] = v
+        args, kwargs = pytree.tree_unflatten(full, spec)
+        with TransformGetItemToIndex():
+            return _DENSE[node.target](*args, **kwargs)  # type: ignore[index]
+
+    values = [_value(gm, a) for a in given]
+    mode = detect_fake_mode(values)
+    assert mode is not None
+    with mode:
+        traced = make_fx(torch.func.functionalize(dense), decomposition_table=dict(decompositions))(*values)
+    traced.graph.eliminate_dead_code()
+    with gm.graph.inserting_before(node):
+        inlined = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))
+        results = _inline(gm, traced, inlined, node)
+    # what reads the results reads tuples, some of them nested, through getitem
+    _forward_results(node, results)
+
+
+def _is_graph(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "get_attr" and isinstance(getattr(gm, str(node.target), None), fx.GraphModule)
+
+
+def _value(gm: fx.GraphModule, node: fx.Node) -> Any:
+    return node.meta["val"]
+
+
+def _inline(gm: fx.GraphModule, traced: fx.GraphModule, env: dict[fx.Node, Any], at: fx.Node) -> Any:
+    """Copies the traced nodes in front of `at`, at its place in the program; gives what they return."""
+    for n in traced.graph.nodes:
+        if n.op == "output":
+            return fx.node.map_arg(n.args[0], lambda m: env[m])
+        if n.op == "placeholder":
+            continue
+        if n.op == "get_attr":
+            name = f"_flex_{at.name}_{n.target}".replace(".", "_")
+            gm.register_buffer(name, getattr(traced, str(n.target)), persistent=False)
+            env[n] = gm.graph.get_attr(name)
+        else:
+            env[n] = gm.graph.node_copy(n, lambda m: env[m])
+        env[n].meta = {**{k: v for k, v in at.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")}, **n.meta}
+    raise AssertionError("a graph without an output")
+
+
+def _forward_results(node: fx.Node, results: Any) -> None:
+    for user in list(node.users):
+        assert user.target.__name__ == "getitem", user  # type: ignore[union-attr]
+        value = results[user.args[1]]
+        if isinstance(value, (tuple, list)):
+            _forward_results(user, value)
+        else:
+            user.replace_all_uses_with(value)
+        user.graph.erase_node(user)
+    if not isinstance(node.target, str) and not node.users and node.target in _DENSE:
+        node.graph.erase_node(node)

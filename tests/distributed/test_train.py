@@ -1,0 +1,91 @@
+"""Training on several ranks gives the losses of one process, and moves the bytes that the IR says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .launch import ROOT, torchrun
+
+WORKER = Path(__file__).parent / "worker.py"
+
+
+def train(tmp_path: Path, model: str, plan: dict[str, Any], steps: int, layers: int = 2) -> list[dict[str, Any]]:
+    """Runs the plan; the results of all ranks, compared with one process."""
+    ranks = plan.get("dp", 1) * plan.get("tp", 1) * plan.get("pp", 1)
+    out = tmp_path / "result"
+    done = torchrun(ranks, WORKER, model, json.dumps(plan), str(steps), str(layers), str(out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(Path(f"{out}.{r}.json").read_text()) for r in range(ranks)]
+    for result in results:
+        assert result["losses"] == pytest.approx(result["expected"], rel=2e-5)
+        assert result["worst"] < 2e-4
+        assert {k: v for k, v in result["bytes"].items() if v} == {k: v for k, v in result["said"].items() if v}
+        assert len(set(result["losses"])) == steps  # it does train
+    assert all(r["losses"] == pytest.approx(results[0]["losses"], rel=1e-6) for r in results)
+    return results
+
+
+def test_tensor_parallel_with_sequence(tmp_path: Path) -> None:
+    results = train(tmp_path, "llama", {"tp": 2, "sp": True, "micro_batch": 8}, 3, layers=1)
+    assert results[0]["bytes"]["reduce_scatter"] > 0
+    assert results[0]["held"] < 0.55 * results[0]["all"]
+
+
+def test_zero_3(tmp_path: Path) -> None:
+    results = train(tmp_path, "gpt2", {"dp": 2, "zero": 3, "micro_batch": 4}, 3, layers=1)
+    assert results[0]["held"] < 0.55 * results[0]["all"]
+
+
+TWO = {
+    "dp": {"dp": 2, "micro_batch": 4}, "accumulated": {"dp": 2, "micro_batch": 1},
+    "tp": {"tp": 2, "micro_batch": 8}, "tp+sp": {"tp": 2, "sp": True, "micro_batch": 8},
+    "zero1": {"dp": 2, "zero": 1, "micro_batch": 4}, "zero2": {"dp": 2, "zero": 2, "micro_batch": 4}, "zero3": {"dp": 2, "zero": 3, "micro_batch": 4},
+    "pp": {"pp": 2, "micro_batch": 2, "schedule": "1f1b"},
+}
+FOUR = {
+    "tp4": {"tp": 4, "micro_batch": 8}, "dp2 tp2+sp zero3": {"dp": 2, "tp": 2, "sp": True, "zero": 3, "micro_batch": 4},
+    "dp4 zero2": {"dp": 4, "zero": 2, "micro_batch": 2}, "pp2 dp2 zero1": {"pp": 2, "dp": 2, "zero": 1, "micro_batch": 1, "schedule": "1f1b"},
+    "pp2 tp2": {"pp": 2, "tp": 2, "micro_batch": 2, "schedule": "1f1b"},
+}
+EXPERTS = {"ep2": {"dp": 2, "ep": 2, "micro_batch": 4}, "dp2 tp2 ep2 zero2": {"dp": 2, "tp": 2, "ep": 2, "zero": 2, "micro_batch": 4},
+           "ep4 zero1": {"dp": 4, "ep": 4, "zero": 1, "micro_batch": 2}}
+INTERLEAVED = {"pp": 2, "micro_batch": 2, "schedule": "interleaved", "interleave": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", TWO, ids=str)
+@pytest.mark.parametrize("model", ["gpt2", "llama", "mixtral"])
+def test_two_ranks(tmp_path: Path, model: str, plan: str) -> None:
+    train(tmp_path, model, TWO[plan], 50)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", FOUR, ids=str)
+@pytest.mark.parametrize("model", ["gpt2", "llama", "mixtral"])
+def test_four_ranks(tmp_path: Path, model: str, plan: str) -> None:
+    train(tmp_path, model, FOUR[plan], 50)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_interleaved(tmp_path: Path, model: str) -> None:
+    train(tmp_path, model, INTERLEAVED, 50, layers=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", EXPERTS, ids=str)
+def test_experts(tmp_path: Path, plan: str) -> None:
+    results = train(tmp_path, "mixtral", EXPERTS[plan], 50)
+    assert results[0]["bytes"]["all_to_all"] > 0
+
+
+@pytest.mark.slow
+def test_example() -> None:
+    done = torchrun(2, ROOT / "examples" / "train_sharded.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step")]
+    assert losses[-1] < losses[0] - 1.5

@@ -1,0 +1,82 @@
+"""One rank of a training run that is compared with the same run in one process. Started by torchrun from test_train.py.
+
+    worker.py MODEL PLAN STEPS LAYERS OUT       PLAN is JSON; rank r writes OUT.r.json
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import aicc
+from networks import batches, build
+
+
+class CountBytes(TorchDispatchMode):
+    """Bytes handed to torch's functional collectives, by operator."""
+
+    NAMES = {"all_reduce": "all_reduce", "all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter",
+             "all_to_all_single": "all_to_all"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, _, name = func._schema.name.partition("::")
+        if space == "_c10d_functional" and name in self.NAMES:
+            self.bytes[self.NAMES[name]] += args[0].numel() * args[0].element_size()
+        return func(*args, **(kwargs or {}))
+
+
+def optimizer(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def main() -> None:
+    name, plan_text, steps, layers, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    rank = dist.get_rank()
+    model, data = build(name, layers), batches(steps)
+    plan = aicc.Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(plan_text).items()})
+    sharding = aicc.auto_shard(model, {"input_ids": data[0], "labels": data[0]}, mesh=plan.devices, optimizer=optimizer, plan=plan)
+    sharded = sharding.compile(model)
+    whole = copy.deepcopy(model)
+    update = optimizer(whole.parameters())
+    losses, expected, counted = [], [], CountBytes()
+    for k, ids in enumerate(data):
+        if k == 1:
+            with counted:
+                losses.append(sharded.step(input_ids=ids, labels=ids).item())
+        else:
+            losses.append(sharded.step(input_ids=ids, labels=ids).item())
+        update.zero_grad()
+        loss = whole(input_ids=ids, labels=ids).loss
+        loss.backward()
+        update.step()
+        expected.append(loss.item())
+    parameters = dict(whole.named_parameters())
+    worst = max((float((p.full_tensor() - parameters[n]).abs().max()) for m in sharded.modules for n, p in m.named_parameters()), default=0.0)
+    said: Counter[str] = Counter()
+    for (kind, _), size in sharded.traffic().items():
+        said[kind] += size
+    result = {"losses": losses, "expected": expected, "worst": worst, "bytes": dict(counted.bytes), "said": dict(said),
+              "held": sum(p.to_local().numel() for m in sharded.modules for p in m.parameters()), "all": sum(p.numel() for p in whole.parameters())}
+    Path(f"{out}.{rank}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The mutation check itself: what it changes, what it leaves alone, and that it tells dead mutants from living ones."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from aicc.benchmarks import mutation
+
+SOURCE = '''
+def f(a: int, b=3):
+    """Adds 1 + 1."""
+    if a < 0:
+        raise ValueError(f"{a - 1} is too small")
+    total = a + b * 2
+    out.append(total)
+    return total if not a else -total
+'''
+
+
+def test_what_is_changed_and_what_is_not() -> None:
+    mutants = mutation.mutants_of("f.py", SOURCE)
+    found = [m.what.partition(" in `")[0] for m in mutants]
+    assert found == ["`3` becomes `4`", "`a + b * 2` becomes `a - b * 2`", "`b * 2` becomes `b + 2`", "`2` becomes `3`", "`out.append(total)` is dropped",
+                     "condition `not a` is negated", "`not a` becomes `a`", "`-total` becomes `total`"]
+    original = ast.unparse(ast.parse(SOURCE))
+    for m in mutants:
+        changed = [a for a, b in zip(m.text.splitlines(), original.splitlines(), strict=True) if a != b]
+        assert len(changed) == 1, m
+        ast.parse(m.text)
+
+
+def test_every_default_file_has_tests_that_exist() -> None:
+    files = mutation.sources(list(mutation.DEFAULT))
+    assert len(files) > 25
+    for path in files:
+        for test in mutation.tests_for(path):
+            assert (mutation.ROOT / test).exists(), test
+    with pytest.raises(ValueError, match="no tests are mapped"):
+        mutation.tests_for("runtime/loader.py")
+
+
+def test_a_sample_is_the_same_for_one_seed_and_spread_over_the_files() -> None:
+    a, b = (mutation.sample(["ir/expr.py", "passes/inline.py"], 8, seed=5) for _ in range(2))
+    assert a == b and {m.path for m in a} == {"ir/expr.py", "passes/inline.py"} and a != mutation.sample(["ir/expr.py", "passes/inline.py"], 8, seed=6)
+
+
+@pytest.mark.parametrize(("text", "killed"), [("def f():\n    return 1\n", False), ("def f():\n    return 2\n", True),
+                                              ("def f():\n    while True:\n        pass\n", True)])
+def test_dead_or_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, killed: bool) -> None:
+    package = tmp_path / "0" / "aicc"
+    package.mkdir(parents=True)
+    (package / "f.py").write_text("def f():\n    return 1\n")
+    (package / "test_f.py").write_text("from f import f\ndef test_f():\n    assert f() == 1\n")
+    (package / "conftest.py").write_text(f"import sys\nsys.path.insert(0, {str(package)!r})\n")
+    monkeypatch.setitem(mutation.TESTS, "f.py", ("test_f.py",))
+
+    class Here(mutation.Copies):
+        def __init__(self) -> None:
+            self.free = [package]
+
+    outcome = mutation.judge(mutation.Mutant("f.py", 2, "", text), Here(), limit=8)
+    assert outcome.killed == killed, outcome
+    assert (package / "f.py").read_text() == "def f():\n    return 1\n", "the file is as before"
