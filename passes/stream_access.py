@@ -52,8 +52,17 @@ def _stride(s: Stream, op: Operation, i: int, name: str) -> Dim:
     return 0 if linear is None else linear[0]
 
 
-def _why_slow_on_cpu(s: Stream) -> str:
+def _splits_panels(op: Operation, i: int, target: Target) -> bool:
+    """Operand i lies in panels that the vectors of a stream's tile (`cpu_tiles.square_tile`) would cross."""
+    panel = op.operands[i].type.shape[-1]  # type: ignore[attr-defined]
+    columns = target.lanes(32) * (3 if target.vector_registers >= 32 and target.vector_bits < 512 else 2)
+    return packed(op, i) and panel % columns != 0
+
+
+def _why_slow_on_cpu(s: Stream, target: Target) -> str:
     """Why the stream would be slow on a CPU; "" if it would not."""
+    if any(_splits_panels(op, i, target) for op in (*s.firsts, *s.seconds) for i in (0, 1)):
+        return "an operand is packed in panels of another width"
     points = s.row_count * s.length
     if isinstance(points, int) and points < SMALL:
         return "the middle space stays in the cache"
@@ -72,7 +81,7 @@ def _why_slow_on_cpu(s: Stream) -> str:
 
 def why_slow(s: Stream, target: Target) -> str:
     """Why kernels of their own would be quicker than the stream; "" if they would not."""
-    return _why_slow_on_gpu(s, target) if target.is_gpu else _why_slow_on_cpu(s)
+    return _why_slow_on_gpu(s, target) if target.is_gpu else _why_slow_on_cpu(s, target)
 
 
 FLOPS_PER_US = {2: 2.5e6, 4: 2e5, 8: 1e5}

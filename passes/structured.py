@@ -235,7 +235,7 @@ def inline_into_gather(consumer: Operation, producer: Operation) -> Operation:
         local: dict[Value, Value] = {}
         for v, m, arg in zip(sources, producer["maps"], producer.body.args, strict=True):
             at = [_index_value(b, e, op, indices) for e in m]
-            local[arg] = b.create("tensor.extract", [v, *at], {"check": op["check"]}, [ScalarType(element_type(v.type))]).result
+            local[arg] = b.create("tensor.extract", [v, *at], {"check": op["check"] and bool(at)}, [ScalarType(element_type(v.type))]).result
         for inner in body_ops(producer):
             local[inner.result] = indices[inner["dim"]] if inner.name == "tensor.index" else b.insert(inner.clone(local)).result
         renamed[op.result] = local[producer.body.terminator.operands[producer.results.index(consumer.operands[which])]]  # type: ignore[arg-type]

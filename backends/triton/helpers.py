@@ -108,7 +108,7 @@ def digamma(x):
     tail = z * (1.0 / 240 - z * (1.0 / 132 - z * (691.0 / 32760 - z * (1.0 / 12))))
     series = z * (1.0 / 12 - z * (1.0 / 120 - z * (1.0 / 252 - tail)))
     value = total + libdevice.log(y) - libdevice.div_rn(y * 0 + 0.5, y) - series
-    fraction = x - libdevice.trunc(x)
+    fraction = x - libdevice.rint(x)  # exact, and small where the cotangent is steep
     cotangent = libdevice.div_rn(fraction * 0 + 3.141592653589793, libdevice.tan(3.141592653589793 * fraction))
     value = tl.where(reflected, value - cotangent, value)
     at_zero = libdevice.copysign(x * 0 + float("inf"), -x)

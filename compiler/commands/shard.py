@@ -38,6 +38,7 @@ def shard(
     imbalance: Annotated[float, typer.Option(help="Tokens of the busiest expert rank over the mean.")] = 1.0,
     offload: Annotated[bool, typer.Option("--offload", help="Also try keeping optimizer state in host memory.")] = False,
     prompt: Annotated[int, typer.Option(help="--infer: tokens of a prompt. Default: half of the sequence.", show_default=False)] = 0,
+    validate: Annotated[bool, typer.Option("--validate", help="Run the plan's step on virtual ranks here, against the whole model's.")] = False,
     budget: Budget = 300.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
@@ -51,6 +52,10 @@ def shard(
         return sharding.show_diff(*diff)
     if not model:
         raise UserError("which model? Give a Python file, package.module:attribute, or a checkpoint's config.json")
+    if validate:
+        from ..plan_check import check_plan
+
+        raise typer.Exit(0 if check_plan(model, mesh, plan) else 1)
     request = sharding.Request(
         model=model, mesh=mesh, hardware=hardware, global_batch=global_batch, seq=seq, dtype=dtype, memory_limit=memory_limit,
         fix=tuple(fix or ()), imbalance=imbalance, offload=offload, budget=budget, prompt=prompt)

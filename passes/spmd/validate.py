@@ -109,23 +109,34 @@ class _State:
             found = self.partitioned.origin.get(r)
             if found is not None and found[0] in self.whole:
                 text = str(op).split("\n", 1)[0][:300]
-                self.compare([env[r] for env in envs], self.whole[found[0]], found[1], text, str(op.location))
+                self.compare([env[r] for env in envs], self.whole[found[0]], found[1], text, str(op.location), CANCELLED * self._operands(op))
 
-    def compare(self, xs: list[Tensor], want: Tensor, placement: dict[str, Placement], text: str, location: str) -> None:
+    def _operands(self, op: Operation) -> float:
+        """The largest magnitude among the op's operands, of those that the whole program has too."""
+        known = [self.whole[o[0]] for v in op.operands if (o := self.partitioned.origin.get(v)) is not None and o[0] in self.whole]
+        sizes = [float(x.abs().nan_to_num(0.0, 0.0).max()) for x in known if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
+        return max(sizes, default=0.0)
+
+    def compare(self, xs: list[Tensor], want: Tensor, placement: dict[str, Placement], text: str, location: str,
+                floor: float = 0.0) -> None:
         self.compared += 1
         try:
             got = assemble(xs, self.mesh, placement, self.order)
         except (IRError, RuntimeError) as e:
             self.first = Difference(text, location, float("inf"), str(e))
             return
-        error = compare_results(got, want)
+        error = compare_results(got, want, floor)
         self.worst = max(self.worst, error)
         if error > TOLERANCE:
             self.first = Difference(text, location, error)
 
 
-def compare_results(got: Tensor, want: Tensor) -> float:
-    """The largest difference relative to the largest element (of tensors of one shape); infinite if shapes or infinities differ."""
+CANCELLED = 1e-3
+"""A result this much smaller than what it was computed from is what cancellation left: its error is measured against the operands."""
+
+
+def compare_results(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
+    """The largest difference relative to the largest element (or to `floor`, if that is larger); infinite if shapes or infinities differ."""
     if got.shape != want.shape:
         return float("inf")
     if not want.numel():
@@ -135,4 +146,4 @@ def compare_results(got: Tensor, want: Tensor) -> float:
     if not torch.equal(finite, torch.isfinite(a)) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
         return float("inf")
     a, b = torch.where(finite, a, 0.0), torch.where(finite, b, 0.0)
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+    return float((a - b).abs().max() / b.abs().max().clamp_min(max(floor, 1e-30)))

@@ -94,18 +94,6 @@ def _put(g: torch.Generator) -> tuple[Tensor, ...]:
     return torch.randn(10, 37, generator=g), torch.randperm(10, generator=g)[:4], torch.randn(4, 37, generator=g)
 
 
-def _random(seed: Tensor) -> tuple[Tensor, ...]:
-    draw = torch.ops.aicc
-    return (
-        draw.random_uniform(seed, [33, 70], 0, torch.float32),
-        draw.random_normal(seed, [33, 70], 1, torch.float32),
-        draw.random_uniform(seed, [70], 2, torch.float64),
-        draw.random_uniform(seed, [70], 3, torch.bfloat16),
-        draw.random_integers(seed, [70], -5, 1 << 20, 4),
-        draw.random_integers(seed, [70], 0, 1 << 40, 5),
-    )
-
-
 def _positions(s: Tensor) -> tuple[Tensor, Tensor]:
     """Of the rows and of the columns of scores."""
     return torch.arange(s.shape[-2], device=s.device)[:, None], torch.arange(s.shape[-1], device=s.device)[None, :]
@@ -151,6 +139,18 @@ def _saved_attention(g: torch.Generator, dtype: torch.dtype = torch.float32) -> 
 
 def _attention_gradients(*saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return flash_attention_backward(*saved, 0.0, True)
+
+
+def _random(seed: Tensor) -> tuple[Tensor, ...]:
+    draw = torch.ops.aicc
+    return (
+        draw.random_uniform(seed, [33, 70], 0, torch.float32),
+        draw.random_normal(seed, [33, 70], 1, torch.float32),
+        draw.random_uniform(seed, [70], 2, torch.float64),
+        draw.random_uniform(seed, [70], 3, torch.bfloat16),
+        draw.random_integers(seed, [70], -5, 1 << 20, 4),
+        draw.random_integers(seed, [70], 0, 1 << 40, 5),
+    )
 
 
 CASES: dict[str, Case] = {
