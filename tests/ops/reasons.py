@@ -7,7 +7,7 @@ import torch
 __all__ = ["CLASSES", "class_of"]
 
 CLASSES: dict[str, str] = {
-    "random": "draws from torch's generator, whose stream of numbers eager would continue",
+    "random": "draws eager's numbers from torch's generator, as the sweep asks for (`fallback_random`); by default many of these are compiled",
     "sorting": "a library routine of many passes that nothing fuses with",
     "linear algebra": "LAPACK's factorisations and solvers",
     "FFT": "MKL's and pocketfft's transforms",
