@@ -19,10 +19,10 @@ COMMANDS: dict[str, str] = {  # command -> what `aicc --help` says of it; the fu
     "opt": "Read IR from FILE, run passes over it, print the result.",
     "run": "Compile MODEL and run it: accuracy, compile time per stage, kernels, memory, speed against eager.",
     "explain": "Explain what MODEL compiles to, and why.",
-    "bisect": "Find the first pass and op of MODEL that leave the error budget, and write a small repro.",
-    "shard": "Find the best data, tensor, pipeline, expert and ZeRO placement of MODEL on a mesh of devices.",
-    "sim": "Simulate plans: published runs, a plan file, scaling, failures.",
-    "calibrate": "Measure this machine's products, copies and collectives, and write a cluster file.",
+    "bisect": "Compare MODEL at every stage with the stage before, in float64 and in its own types, and name the first pass, op or kernel that is wrong.",
+    "shard": "Decide how MODEL runs on a mesh: data, tensor, sequence, context, pipeline and expert parallelism, ZeRO, micro-batches",
+    "sim": "The training simulator: checked against published runs, and run on plans.",
+    "calibrate": "Measure GEMMs, memory and collectives on this machine, and write a cluster file",
     "env": "Show what aicc found: CPU, threads, versions, GPU, cache; and what that enables.",
 }
 

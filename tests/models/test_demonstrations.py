@@ -163,7 +163,7 @@ x = %(input)s
 seen = []
 with torch.no_grad(), watching(compiled=seen.append):
     compiled = torch.compile(model, backend="aicc")
-    compiled(x)
+    held = compiled(x)  # else the next call would write its result there
     (compilation,) = seen
     graph = compilation.graph
     graph.invalidate()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import aicc as package
 import pytest
+import typer
 from aicc.compiler.cli import COMMANDS
 
 _HELP = f"""
@@ -33,11 +34,12 @@ def test_help_is_quick() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_says_what_the_command_says(name: str) -> None:
     function = name.replace("-", "_")
-    doc = getattr(import_module(f"aicc.compiler.commands.{function}"), function).__doc__
+    command = getattr(import_module(f"aicc.compiler.commands.{function}"), function)
+    doc = str(command.info.help) if isinstance(command, typer.Typer) else command.__doc__
     assert " ".join(doc.split()).startswith(COMMANDS[name].rstrip("."))
 
 
 def test_every_command_is_listed() -> None:
     folder = Path(package.__file__).parent / "compiler" / "commands"
-    commands = {p.stem for p in folder.glob("*.py") if f"def {p.stem}(" in p.read_text()}
+    commands = {p.stem for p in folder.glob("*.py") if f"def {p.stem}(" in p.read_text() or f"{p.stem} = typer.Typer(" in p.read_text()}
     assert commands == {name.replace("-", "_") for name in COMMANDS}
