@@ -19,7 +19,7 @@ COMMANDS: dict[str, str] = {  # command -> what `aicc --help` says of it; the fu
     "opt": "Read IR from FILE, run passes over it, print the result.",
     "run": "Compile MODEL and run it: accuracy, compile time per stage, kernels, memory, speed against eager.",
     "explain": "Explain what MODEL compiles to, and why.",
-    "bisect": "Compare MODEL at every stage with the stage before, in float64 and in its own types, and name the first pass, op or kernel that is wrong.",
+    "bisect": "Compare MODEL at every stage with the stage before, in float64 and in its own types, and name the first pass, op or kernel",
     "shard": "Decide how MODEL runs on a mesh: data, tensor, sequence, context, pipeline and expert parallelism, ZeRO, micro-batches",
     "sim": "The training simulator: checked against published runs, and run on plans.",
     "calibrate": "Measure GEMMs, memory and collectives on this machine, and write a cluster file",
