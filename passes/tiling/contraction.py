@@ -19,6 +19,7 @@ from ...ir.expr import ceildiv, delinearize, evaluate, free_symbols, minimum, pr
 from ...ir.types import index
 from ..structured import body_ops, space_bounds
 from .emit import Emitter, Pair, fill_masks
+from .loops import emit_extract
 
 __all__ = ["MATRIX", "Roles", "emit_contraction", "offset_of", "roles_of"]
 
@@ -179,7 +180,6 @@ class _Contraction:
 
     def _member(self, e: Emitter, op: Operation, at: dict[str, Dim], values: dict[Value, Value], loads: dict[Any, Value], mask: list[Pair],
                 bounds: Any) -> None:
-        from .loops import emit_extract
         local: dict[Value, Value] = {}
         for i, (v, mp, arg) in enumerate(zip(op.operands, op["maps"], op.body.args, strict=True)):
             if mp is None:

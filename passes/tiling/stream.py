@@ -42,6 +42,7 @@ from ..structured import body_ops, identity_of
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks
 from .frame import is_expensive
 from .gpu_tiles import GpuTile, padded
+from .loops import emit_extract
 
 F32 = DTYPES["f32"]
 LOG2_E = 1.4426950408889634
@@ -156,7 +157,6 @@ class StreamLowering:
         if inner.name == "tensor.sym":
             return e.index_value(inner["expr"])
         if inner.name == "tensor.extract":
-            from .loops import emit_extract
             source = op.operands[inner.operands[0].index]  # type: ignore[attr-defined]
             return emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"], scope.active)
         if inner.name == "tensor.require":
