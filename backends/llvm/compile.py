@@ -6,6 +6,8 @@ IR says.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +19,7 @@ from .half import add_half_conversions
 from .host import HostProgram, ModuleEmitter
 from .target import target_machine
 
-__all__ = ["CompiledObject", "compile_module", "optimize", "parse"]
+__all__ = ["CompiledObject", "compile_module", "emit_object", "optimize", "parse"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class CompiledObject:
     @cached_property
     def asm(self) -> str:
         """The object code as assembly (compiles again)."""
-        return target_machine(self.target).emit_assembly(self._optimized())
+        parsed = self._optimized()
+        with _addresses_as_written():
+            return target_machine(self.target).emit_assembly(parsed)
 
     def _optimized(self) -> binding.ModuleRef:
         parsed = binding.parse_assembly(self.llvm_ir)
@@ -61,7 +65,7 @@ def compile_module(module: Operation, target: Target) -> CompiledObject:
     add_half_conversions(emitter.llvm, target)
     parsed, text = parse(emitter.llvm, target)
     optimize(parsed, target)
-    code = target_machine(target).emit_object(parsed)
+    code = emit_object(parsed, target)
     return CompiledObject(code, text, tuple(emitter.exported), programs, dict(emitter.errors.messages), target)
 
 
@@ -77,6 +81,23 @@ def parse(module: ir.Module, target: Target) -> tuple[binding.ModuleRef, str]:
     except RuntimeError as e:
         raise IRError(f"LLVM rejects the generated code of '{module.name}': {str(e)[:2000]}") from e
     return parsed, text
+
+
+def emit_object(parsed: binding.ModuleRef, target: Target) -> bytes:
+    """Machine code of an optimised module."""
+    with _addresses_as_written():
+        return target_machine(target).emit_object(parsed)
+
+
+@contextmanager
+def _addresses_as_written() -> Iterator[None]:
+    """Without loop strength reduction, which takes half of the time of code generation here and gains nothing: kernels step their own
+    pointers. It is a switch of the whole process, so it is put back at once for others that use LLVM through llvmlite."""
+    binding.set_option("aicc", "-disable-lsr=true")
+    try:
+        yield
+    finally:
+        binding.set_option("aicc", "-disable-lsr=false")
 
 
 def optimize(parsed: binding.ModuleRef, target: Target, level: int = 2) -> None:

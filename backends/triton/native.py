@@ -35,9 +35,9 @@ from llvmlite import binding, ir
 
 from ...ir.core import IRError
 from ...ir.expr import Dim, product, sym
-from ..llvm.compile import optimize, parse
+from ..llvm.compile import emit_object, optimize, parse
 from ..llvm.scalars import ScalarEmitter
-from ..llvm.target import make_target, target_machine
+from ..llvm.target import make_target
 from ..llvm.values import I1, I32, I64, PTR, stack_slot
 from .host import Copy, Launch, Place, Program, Step
 
@@ -98,7 +98,7 @@ def emit_native(program: Program, kernels: Mapping[str, Mapping[str, Any]]) -> N
         emitter.function(name)
     parsed, text = parse(module, target)
     optimize(parsed, target)
-    code = target_machine(target).emit_object(parsed)
+    code = emit_object(parsed, target)
     return NativeHost(code, text, tuple(program.functions), tuple(sorted(emitter.imported)))
 
 
