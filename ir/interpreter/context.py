@@ -124,7 +124,7 @@ def bind_shape(shape: Sequence[Dim], actual: Sequence[int], symbols: MutableMapp
         unknown = free_symbols(size) - symbols.keys()
         if len(unknown) != 1:
             continue
-        name = unknown.pop()
+        name, = unknown
         parts = split_linear(substitute(size, dict(symbols)), name)
         if parts is None:
             continue

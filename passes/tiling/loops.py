@@ -285,7 +285,7 @@ class _Lowering:
 
     def _active(self, scope: _Scope, offset: Dim) -> list[Pair]:
         """Lane masks for the tile dimensions that `offset` moves along."""
-        return [pair for pair in scope.active.values() if set(map(str, ("t0", "t1"))) & _free(pair[0]) & _free(offset)]
+        return [pair for pair in scope.active.values() if {"t0", "t1"} & free_symbols(pair[0]) & free_symbols(offset)]
 
     def _body(self, scope: _Scope, op: Operation) -> list[Value]:
         """Evaluates a member's body at the scope's point."""
@@ -327,15 +327,16 @@ class _Lowering:
         if key in scope.loads:
             return scope.loads[key]
         pairs, low = fill_masks(m, v.type.shape, positions, bounds) if fill is not None else ([], [])
+        moving = free_symbols(offset).union(*(free_symbols(x) for x, _ in pairs))
         mask = [*pairs, *e.needed(self._active(scope, offset) if fill is None else [
-            p for p in scope.active.values() if _free(p[0]) & {"t0", "t1"} & set().union(_free(offset), *(_free(x) for x, _ in pairs))])]
+            p for p in scope.active.values() if free_symbols(p[0]) & {"t0", "t1"} & moving])]
         value = e.load(self.buffers[v], offset, mask, low, 0 if fill is None else fill)
         scope.loads[key] = value
         return value
 
     def _store(self, scope: _Scope, home: Value, value: Value) -> None:
         offset = self._at(scope, self.stores[home])
-        mask = [p for p in scope.active.values() if _free(p[0]) & {"t0", "t1"} & _free(offset)]
+        mask = [p for p in scope.active.values() if free_symbols(p[0]) & {"t0", "t1"} & free_symbols(offset)]
         scope.e.store(self.buffers[home], value, offset, scope.e.needed(mask))
 
     # -- reductions ---------------------------------------------------------------------------------------------------
@@ -496,16 +497,11 @@ class _Lowering:
         return max((self.frame.stage[op] for op in self.frame.members if v in op.operands), default=-1)
 
 
-def _free(e: Dim) -> set[str]:
-    from ...ir.expr import free_symbols
-    return free_symbols(e)
-
-
 def emit_extract(e: Emitter, buffer: Value, source: Value, indices: Sequence[Value], check: bool, active: Sequence[Pair]) -> Value:
     """A gather: `source[indices]`, with lanes outside `active` reading element 0."""
     t = source.type
     assert isinstance(t, TensorType)
-    mask = e.mask_value([p for p in active if _free(p[0]) & {"t0", "t1"}])
+    mask = e.mask_value([p for p in active if free_symbols(p[0]) & {"t0", "t1"}])
     b = e.builder
     safe = []
     for v in indices:

@@ -7,7 +7,7 @@ Kernels with the same body are shared: twelve transformer layers launch the same
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ...ir import DTYPES, Block, BufferType, Builder, IRError, Operation, Region, SymbolRef, TensorType, TileType, Value, element_type
 from ...ir.expr import Dim, free_symbols
@@ -202,9 +202,9 @@ def _symbols(op: Operation) -> set[str]:
     return {s for s in found if not (s[0] in "it" and s[1:].isdigit())}
 
 
-def _attribute_symbols(value) -> set[str]:  # type: ignore[no-untyped-def]
+def _attribute_symbols(value: Any) -> frozenset[str]:
     if isinstance(value, tuple):
-        return set().union(*map(_attribute_symbols, value)) if value else set()
+        return frozenset().union(*map(_attribute_symbols, value))
     return free_symbols(value)
 
 
