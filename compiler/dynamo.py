@@ -29,6 +29,7 @@ from ..frontend.common_subexpressions import merge_common_subexpressions
 from ..frontend.decompositions import decomposition_table
 from ..frontend.flex import expand_flex
 from ..frontend.random import random_decompositions, share_seeds
+from ..frontend.recompute import recompute_attention
 from .control_flow import compile_pieces
 from .driver import Observer, compile_fx
 from .options import Options
@@ -83,12 +84,13 @@ def _decompositions(fallback_random: bool) -> dict[Any, Callable[..., Any]]:
     return decomposition_table() if fallback_random else {**decomposition_table(), **random_decompositions()}
 
 
-def _partition(joint: Graph, inputs: Sequence[Any], **rest: Any) -> tuple[Graph, Graph]:
+def _partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, **rest: Any) -> tuple[Graph, Graph]:
     share_seeds(joint)
     joint.graph.eliminate_dead_code()
     merge_common_subexpressions(joint.graph)
-    with functorch_config.patch(cse=False):  # torch's own pass imports Inductor
-        return min_cut_rematerialization_partition(joint, inputs, **rest)
+    recompute_attention(joint, num_fwd_outputs)  # after equal nodes are merged, for it makes copies
+    with functorch_config.patch(cse=False, recompute_views=True):  # its own pass imports Inductor; a saved view would be a copy
+        return min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **rest)
 
 
 def _guarded(gm: Graph, options: Options, role: str, table: Mapping[Any, Callable[..., Any]], observe: Observer | None) -> Callable:
