@@ -29,7 +29,7 @@ from ..frontend.common_subexpressions import merge_common_subexpressions
 from ..frontend.decompositions import decomposition_table
 from ..frontend.flex import expand_flex
 from ..frontend.random import random_decompositions, share_seeds
-from ..frontend.recompute import recompute_attention
+from ..frontend.recompute import permute_transposes, recompute_attention
 from .control_flow import compile_pieces
 from .driver import Observer, compile_fx
 from .options import Options
@@ -89,6 +89,7 @@ def _partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, **r
     joint.graph.eliminate_dead_code()
     merge_common_subexpressions(joint.graph)
     recompute_attention(joint, num_fwd_outputs)  # after equal nodes are merged, for it makes copies
+    permute_transposes(joint.graph)
     with functorch_config.patch(cse=False, recompute_views=True):  # its own pass imports Inductor; a saved view would be a copy
         return min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **rest)
 

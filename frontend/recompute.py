@@ -24,7 +24,7 @@ import torch
 import torch.fx as fx
 from torch._guards import detect_fake_mode
 
-__all__ = ["recompute_attention"]
+__all__ = ["permute_transposes", "recompute_attention"]
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.bmm.default, aten.mm.default}
@@ -53,6 +53,18 @@ def recompute_attention(joint: fx.GraphModule, num_fwd_outputs: int) -> int:
         joint.graph.eliminate_dead_code()
         joint.recompile()
     return found
+
+
+def permute_transposes(graph: fx.Graph) -> None:
+    """Spells transposes as permutations: the partitioner knows these for views, which are not saved but made anew."""
+    for n in graph.nodes:
+        if n.target in (aten.transpose.int, aten.t.default):
+            rank = n.meta["val"].dim()
+            order = list(range(rank))
+            a, b = (d % max(rank, 1) for d in n.args[1:]) if n.target is aten.transpose.int else (0, rank - 1)
+            if rank > 1:
+                order[a], order[b] = order[b], order[a]
+            n.target, n.args = aten.permute.default, (n.args[0], order)
 
 
 def _dim(softmax: fx.Node) -> int:

@@ -9,7 +9,7 @@ from ..ir.dialects.tensor import parallel_dims
 from ..ir.expr import as_int, ceildiv, free_symbols, product, simplify, split_linear, substitute
 
 if TYPE_CHECKING:
-    from .stream import Stream
+    from .stream_form import Stream
 
 SMALL = 1 << 16
 """Points of the middle space, per batch element, below which storing them costs a CPU little."""
