@@ -25,6 +25,7 @@ from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext
 
+from ..frontend.attention import write_out_attention
 from ..frontend.common_subexpressions import merge_common_subexpressions
 from ..frontend.decompositions import decomposition_table
 from ..frontend.flex import expand_flex
@@ -73,6 +74,7 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
     def compile_captured(gm: Graph, inputs: Sequence[Any]) -> Callable:
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)
+        write_out_attention(gm, drops=not fallback_random)
         # Dynamo does not trace into what it is given back: a wrapper that forbids it would cost each call a microsecond or two.
         return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=_partition, keep_inference_input_mutations=True, **compilers)
 

@@ -263,7 +263,7 @@ class _Middle:
             weights = Counter(f for f, _ in _factors(second.args[0]))
             for i, (f, path) in enumerate(factors):
                 rest = Counter(g for j, (g, _) in enumerate(factors) if j != i)
-                if f.target is second.target and rest == weights and _is_transposed(f.args[1], second.args[1]):
+                if isinstance(f, fx.Node) and f.target is second.target and rest == weights and _is_transposed(f.args[1], second.args[1]):
                     with self.graph.inserting_before(node):
                         wide = [self._wide(x) for x in (f.args[0], second)]
                         rows = self._call(aten.sum.dim_IntList, (self._call(aten.mul.Tensor, tuple(wide)), [-1], True))
@@ -293,15 +293,24 @@ def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _factors(node: Any) -> list[tuple[fx.Node, list[Sequence[Any]]]]:
-    """What is multiplied to give `node`, with the sizes through which each factor is reshaped on the way; roundings do not count."""
-    if node.target is aten.mul.Tensor and all(isinstance(a, fx.Node) and _numel(a) == _numel(node) for a in node.args):
+def _factors(node: Any) -> list[tuple[Any, list[Sequence[Any]]]]:
+    """What is multiplied to give `node`, with the sizes through which each factor is reshaped on the way; roundings do not count. A choice
+    of 0 is a factor as well: its condition."""
+    if not isinstance(node, fx.Node):
+        return [(node, [])]
+    if node.target is aten.mul.Tensor and all(not isinstance(a, fx.Node) or _numel(a) == _numel(node) for a in node.args):
         return [f for a in node.args for f in _factors(a)]
     if node.target in _SAME or (node.target is aten.expand.default and _numel(node.args[0]) == _numel(node)):
         return _factors(node.args[0])
+    if node.target is aten.where.self and _is_zero(node.args[2]):
+        return [(node.args[0], []), *_factors(node.args[1])]
     if node.target in _RESHAPES and node.args[0].meta["val"].shape[-1] == node.meta["val"].shape[-1]:
         return [(f, [*path, node.args[1]]) for f, path in _factors(node.args[0])]
     return [(node, [])]
+
+
+def _is_zero(n: fx.Node) -> bool:
+    return n.target in (aten.scalar_tensor.default, aten.full.default) and n.args[0 if n.target is aten.scalar_tensor.default else 1] == 0
 
 
 def _numel(n: fx.Node) -> Any:

@@ -311,7 +311,7 @@ def _half_full(rows: int, columns: int, dead: int = 0) -> Tensor:
 BF16, F16 = torch.bfloat16, torch.float16
 ONE = ("1 + 1 [max, sum]",)
 SUMS = ("1 + 1 []",)
-BACKWARD = ("2 + 1 []", "2 + 1 []", "1 + 1 []")
+BACKWARD = ("2 + 1 []", "2 + 2 []")
 
 
 @dataclass(frozen=True)
