@@ -170,19 +170,50 @@ class _Growth:
     # -- what else belongs to it
 
     def add_seconds(self) -> None:
-        """Other contractions over the same stream and rows, with as many columns."""
+        """Other contractions over the same stream and rows, with as many columns, also of what is made from the middle space by pointwise ops."""
         for made in [*self.s.full, *self.s.firsts]:
-            for user in [u for r in made.results for u in r.users]:
-                if user in self.s.position or not is_contraction(user) or user.parent is not self.block:
-                    continue
-                which = next(i for i, v in enumerate(user.operands) if v.defining_op is made)
-                place = self._place_second(user, which, made)
-                if place is not None:
-                    self.s.position[user] = place
-                    self.s.seconds.append(user)
-                    if waits_for_itself(self.s):
-                        self.s.position.pop(user)
-                        self.s.seconds.remove(user)
+            self._add_readers(made)
+
+    def _add_readers(self, made: Operation) -> bool:
+        added = False
+        for user in list({u: None for r in made.results for u in r.users}):
+            if user in self.s.position or user.parent is not self.block:
+                continue
+            if is_contraction(user):
+                added = self._add_second(made, user) or added
+            elif is_pointwise(user):
+                added = self._add_branch(made, user) or added
+        return added
+
+    def _add_second(self, made: Operation, user: Operation) -> bool:
+        place = self._place_second(user, next(i for i, v in enumerate(user.operands) if v.defining_op is made), made)
+        if place is None:
+            return False
+        self.s.position[user] = place
+        self.s.seconds.append(user)
+        if waits_for_itself(self.s):
+            self.s.position.pop(user)
+            self.s.seconds.remove(user)
+            return False
+        return True
+
+    def _add_branch(self, made: Operation, user: Operation) -> bool:
+        """A pointwise op on the middle space from which contractions read: the weights rounded to 16 bits, say."""
+        i = next(i for i, v in enumerate(user.operands) if v.defining_op is made)
+        if user["maps"][i] is None or fill_of(user, i) is not None:
+            return False
+        place = matched(user["maps"][i], user["dims"], self.s.position[made], parallel_dims(made), self.s.sizes)
+        if place is None or any(d not in place and n != 1 for d, n in enumerate(user["dims"])):
+            return False
+        s, outer = self.s, set(self.outer)
+        position, lists = dict(s.position), [list(x) for x in (s.firsts, s.full, s.reductions, s.row)]
+        try:
+            if self.visit(user.results[0], tuple(place.get(d, 0) for d in range(len(user["dims"])))) and self._add_readers(user):
+                return True
+        except Declined:
+            pass
+        s.position, (s.firsts, s.full, s.reductions, s.row), self.outer = position, lists, outer
+        return False
 
     def _place_second(self, op: Operation, which: int, made: Operation) -> tuple[Dim, ...] | None:
         if fill_of(op, which) is not None:
