@@ -138,8 +138,7 @@ class _Middle:
 
     def _is_middle(self, n: fx.Node) -> bool:
         val = n.meta.get("val")
-        return self.spans(n) or (isinstance(val, torch.Tensor) and val.numel() == self.softmax.meta["val"].numel()
-                                 and val.shape[-1] == self.softmax.meta["val"].shape[-1])
+        return self.spans(n) or (isinstance(val, torch.Tensor) and _numel(n) == _numel(self.softmax) and _last(n) == _last(self.softmax))
 
     def _collect_after(self) -> bool:
         stack = [u for u in self.softmax.users if u in self.forward]
@@ -304,7 +303,7 @@ def _factors(node: Any) -> list[tuple[Any, list[Sequence[Any]]]]:
         return _factors(node.args[0])
     if node.target is aten.where.self and _is_zero(node.args[2]):
         return [(node.args[0], []), *_factors(node.args[1])]
-    if node.target in _RESHAPES and node.args[0].meta["val"].shape[-1] == node.meta["val"].shape[-1]:
+    if node.target in _RESHAPES and _last(node.args[0]) == _last(node):
         return [(f, [*path, node.args[1]]) for f, path in _factors(node.args[0])]
     return [(node, [])]
 
@@ -313,8 +312,14 @@ def _is_zero(n: fx.Node) -> bool:
     return n.target in (aten.scalar_tensor.default, aten.full.default) and n.args[0 if n.target is aten.scalar_tensor.default else 1] == 0
 
 
-def _numel(n: fx.Node) -> Any:
-    return n.meta["val"].numel()
+def _numel(n: fx.Node) -> str:
+    """As text: comparing symbolic sizes themselves would guard on the answer."""
+    return str(n.meta["val"].numel())
+
+
+def _last(n: fx.Node) -> str:
+    shape = n.meta["val"].shape
+    return str(shape[-1]) if shape else ""
 
 
 def _is_transposed(a: Any, b: Any) -> bool:

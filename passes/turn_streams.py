@@ -5,6 +5,8 @@ stream, and that of a second which moves along the columns, must be the right on
 the middle space along the keys for one gradient and along the queries for the others: the second gets a transposed copy of the
 contractions and pointwise ops that make the space (they are computed by each stream anyway).
 
+Contractions of streams are marked, for `pack` to make all their panels as wide as the stream's tiles.
+
 After: of each stream the parallel dimensions that its middle space shares with the stream come last, and the columns of its seconds.
 """
 
@@ -40,6 +42,8 @@ class TurnStreams(Pass):
         turned = 0
         for func in [f for f in module.body if f.name == "func"]:
             for s in _streams(func):
+                for op in (*s.firsts, *s.seconds):
+                    op.attributes["_streams"] = True
                 turned += _turn(s)
         ctx.remark("done", f"{turned} ops of streams turned")
 
