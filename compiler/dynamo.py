@@ -35,7 +35,7 @@ from .control_flow import compile_pieces
 from .driver import Observer, compile_fx
 from .options import Options
 
-__all__ = ["aicc", "aot_backend", "arg_kinds", "backend"]
+__all__ = ["aicc", "aot_backend", "arg_kinds", "backend", "partition"]
 
 Graph = torch.fx.GraphModule
 
@@ -76,7 +76,7 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
             return flatten_graph_inputs(gm, inputs, compile_captured)
         write_out_attention(gm, drops=not fallback_random)
         # Dynamo does not trace into what it is given back: a wrapper that forbids it would cost each call a microsecond or two.
-        return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=_partition, keep_inference_input_mutations=True, **compilers)
+        return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=partition, keep_inference_input_mutations=True, **compilers)
 
     return compile_captured
 
@@ -86,7 +86,8 @@ def _decompositions(fallback_random: bool) -> dict[Any, Callable[..., Any]]:
     return decomposition_table() if fallback_random else {**decomposition_table(), **random_decompositions()}
 
 
-def _partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, **rest: Any) -> tuple[Graph, Graph]:
+def partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, **rest: Any) -> tuple[Graph, Graph]:
+    """The forward and backward graphs of a joint one, by torch's min-cut, after what aicc wants computed again is computed again."""
     share_seeds(joint)
     joint.graph.eliminate_dead_code()
     merge_common_subexpressions(joint.graph)

@@ -27,9 +27,9 @@ LOW = -1e30
 Tensor = torch.Tensor
 
 
-def suits_library(device: torch.device, dtype: torch.dtype, points: Any) -> bool:
+def suits_library(cuda: bool, dtype: torch.dtype, points: Any) -> bool:
     """Whether plain attention with that many scores per head is left to the library (measured on an H100: 1.3 to 1.6 times at 4096 by 4096)."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and isinstance(points, int) and points >= LIBRARY_POINTS
+    return cuda and dtype in (torch.bfloat16, torch.float16) and isinstance(points, int) and points >= LIBRARY_POINTS
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, *,
@@ -62,7 +62,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None
     """`F.scaled_dot_product_attention`, as `attention` where that pays. order: dimensions of the result, the one with the largest stride first;
     drops: whether dropout may draw other numbers than eager."""
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    library = attn_mask is None and dropout_p == 0 and suits_library(q.device, q.dtype, q.shape[-2] * k.shape[-2])
+    library = attn_mask is None and suits_library(q.is_cuda, q.dtype, q.shape[-2] * k.shape[-2])
     declined = dropout_p > 0 and not drops
     if library or declined or not (trained or dropout_p > 0) or not q.is_floating_point() or not isinstance(dropout_p, (int, float)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

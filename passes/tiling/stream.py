@@ -43,6 +43,7 @@ from .emit import COMBINE_OPS, Emitter, Pair, fill_masks
 from .frame import is_expensive
 from .gpu_tiles import GpuTile, padded
 from .loops import emit_extract
+from .stream_tiles import tile_of_several
 from .turned import turned
 
 F32 = DTYPES["f32"]
@@ -58,6 +59,11 @@ def stream_tile(s: Stream, target: Target) -> GpuTile:
     """Rows and steps (the columns) of one tile of the middle space."""
     width = max(padded(product(s.columns)), *(padded(_width(op)) for op in s.firsts))
     narrow = all(_narrow(s, op) is not None for op in (*s.firsts, *s.seconds))
+    if len(s.firsts) > 1:
+        widest = max(element_type(v.type).bytes for op in (*s.firsts, *s.seconds) for v in op.operands if not s.kind_of(v))
+        t = tile_of_several(target, width, 2 if narrow else widest, len(s.firsts), len(s.seconds))
+        rows, steps = (n if not isinstance(size, int) else min(n, padded(size)) for n, size in ((t.rows, s.row_count), (t.columns, s.length)))
+        return GpuTile(rows, steps, 0, t.warps, t.stages)
     kept = len(s.firsts) + len(s.seconds)  # tiles that stay in registers or shared memory
     heavy = any(is_expensive(op) for op in s.reductions + s.firsts) or len(s.full) > 2 or kept > 3
     rows = 128 if narrow and not heavy else 64
