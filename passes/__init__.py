@@ -20,5 +20,6 @@ from . import (
     spmd,
     stream,
     tiling,
+    turn_streams,
     unpad_concatenations,
 )

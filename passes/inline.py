@@ -16,6 +16,7 @@ from ..ir.expr import product
 from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
 from .structured import EXPENSIVE, body_ops, identity_map, inline_into, inline_into_gather, is_contraction, is_pointwise
+from .tiling.contraction import roles_of
 
 TRIVIAL = frozenset({"arith.cast", "arith.constant", "tensor.index", "tensor.sym"})
 
@@ -77,8 +78,9 @@ class Inline(Pass):
         if not reader.has_trait(Trait.Structured) or len(reader.body) + len(producer.body) > self.max_ops or (
                 len(reader.operands) + len(producer.operands) > self.max_operands):
             return False
-        if is_contraction(reader) and (len(producer.operands) != 1 or any(o.name != "arith.cast" for o in body_ops(producer))
-                                       or fill_of(producer, 0) is not None or producer["maps"][0] != identity_map(len(producer["dims"]))):
+        if is_contraction(reader) and roles_of(reader) is not None and (
+                len(producer.operands) != 1 or any(o.name != "arith.cast" for o in body_ops(producer))
+                or fill_of(producer, 0) is not None or producer["maps"][0] != identity_map(len(producer["dims"]))):
             return False  # packed and padded operands are there on purpose
         lead = 1 if reader.name == "tensor.scatter" else 0
         if lead and reader.operands[0].defining_op is producer:

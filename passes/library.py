@@ -18,12 +18,13 @@ from typing import Any, ClassVar
 
 from ..ir import Block, Builder, Dim, IRError, Operation, Region, Target, TensorType, Value, element_type
 from ..ir.dialects.tensor import fill_of
-from ..ir.expr import Expr, evaluate, free_symbols
+from ..ir.expr import Expr, evaluate, free_symbols, product
 from ..ir.passes import Pass, PassContext, register
 from .library_cost import Work, generated_seconds, library_seconds
 from .products import Product, read_product
+from .stream_growth import MAX_WIDTH
 from .structured import EXPENSIVE, body_ops, identity_map, is_contraction, is_pointwise, reshape_like
-from .tiling.contraction import roles_of
+from .tiling.contraction import Roles, roles_of
 
 __all__ = ["WORKSPACE", "WORKSPACE_SLACK", "Library", "LibraryOperands", "library_shape"]
 
@@ -145,8 +146,9 @@ def _heavy_readers(v: Value) -> float | None:
 # -- attention --------------------------------------------------------------------------------------------------------
 
 def _attention(func: Operation) -> set[Operation]:
-    """Batched products of activations between which there are only pointwise ops and at least one reduction."""
-    batched = {op for op in func.body if is_contraction(op) and (roles := roles_of(op)) is not None and roles.batch}
+    """Batched products of activations between which there are only pointwise ops and reductions: of these at least one, or else sizes as narrow
+    as those of a head (the backward pass, where the reductions are known)."""
+    batched = {op: roles for op in func.body if is_contraction(op) and (roles := roles_of(op)) is not None and roles.batch}
     found: set[Operation] = set()
     for op in batched:
         seen: set[tuple[Operation, bool]] = set()
@@ -157,11 +159,21 @@ def _attention(func: Operation) -> set[Operation]:
                 continue
             seen.add((user, reduced))
             if is_contraction(user):
-                if user in batched and reduced:
+                if user in batched and (reduced or _narrow_between(op, batched[op], user, batched[user])):
                     found |= {op, user}
                 continue
             stack += [(u, reduced or user["reductions"] > 0) for r in user.results for u in r.users]
     return found
+
+
+def _narrow_between(first: Operation, made: Roles, second: Operation, read: Roles) -> bool:
+    """The space between the products is larger than what they read and make, along dimensions that one program can hold."""
+    width = product(first["dims"][d] for d in made.k)
+    own = [n for side in (read.m, read.n) if isinstance(n := product(second["dims"][d] for d in side), int)]
+    if not isinstance(width, int) or not own or max(width, min(own)) > MAX_WIDTH:
+        return False
+    length = product(second["dims"][d] for d in read.k)
+    return not isinstance(length, int) or length >= max(width, min(own))
 
 
 # -- what the library does along the way ------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from ...ir.core import Value
 from ...ir.expr import Dim, product
 from ...ir.types import TensorType
+from ..attention import suits_library
 from ..context import F32, I1, Context, typeof
 from ..errors import Unsupported
 from .table import Lower
@@ -117,15 +118,10 @@ def _rest(size: Dim, out: Dim, kernel: Dim, stride: int, padding: int, dilation:
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
-LIBRARY_POINTS = 1 << 20
-"""Scores per head from which, on GPUs and in 16 bits, cuDNN's and FlashAttention's kernels beat the streaming one by more than a call costs."""
-
-
 def _leave_to_library(c: Context, queries: Dim, keys: Dim) -> None:
     """Declines plain attention that the library's own kernel does quicker (measured on an H100: 1.3 to 1.6 times at 4096 by 4096)."""
     result = c.val[0] if isinstance(c.val, (tuple, list)) else c.val
-    points = queries * keys
-    if result.is_cuda and result.dtype in (torch.bfloat16, torch.float16) and isinstance(points, int) and points >= LIBRARY_POINTS:
+    if suits_library(result.is_cuda, result.dtype, queries * keys):
         raise Unsupported("the library's attention kernel is quicker")
 
 

@@ -43,6 +43,8 @@ from .emit import COMBINE_OPS, Emitter, Pair, fill_masks
 from .frame import is_expensive
 from .gpu_tiles import GpuTile, padded
 from .loops import emit_extract
+from .stream_tiles import tile_of_several
+from .turned import turned
 
 F32 = DTYPES["f32"]
 LOG2_E = 1.4426950408889634
@@ -57,6 +59,11 @@ def stream_tile(s: Stream, target: Target) -> GpuTile:
     """Rows and steps (the columns) of one tile of the middle space."""
     width = max(padded(product(s.columns)), *(padded(_width(op)) for op in s.firsts))
     narrow = all(_narrow(s, op) is not None for op in (*s.firsts, *s.seconds))
+    if len(s.firsts) > 1:
+        widest = max(element_type(v.type).bytes for op in (*s.firsts, *s.seconds) for v in op.operands if not s.kind_of(v))
+        t = tile_of_several(target, width, 2 if narrow else widest, len(s.firsts), len(s.seconds))
+        rows, steps = (n if not isinstance(size, int) else min(n, padded(size)) for n, size in ((t.rows, s.row_count), (t.columns, s.length)))
+        return GpuTile(rows, steps, 0, t.warps, t.stages)
     kept = len(s.firsts) + len(s.seconds)  # tiles that stay in registers or shared memory
     heavy = any(is_expensive(op) for op in s.reductions + s.firsts) or len(s.full) > 2 or kept > 3
     rows = 128 if narrow and not heavy else 64
@@ -286,7 +293,8 @@ class StreamLowering:
         if first == 0 and full_from == 0:
             full_to = full_to if known_less(-1, full_to, known) else maximum(0, full_to)
             return [(0, full_to, False), (full_to, end, True)]
-        return [(first, _least(full_from, end, known), True), (full_from, full_to, False), (maximum(full_from, full_to), end, True)]
+        parts: list[tuple[Dim, Dim, bool]] = [(first, _least(full_from, end, known), True), (full_from, full_to, False)]
+        return parts if full_to == end else [*parts, (maximum(full_from, full_to), end, True)]
 
 
 def _least(a: Dim, b: Dim, bounds: Any) -> Dim:
@@ -360,6 +368,7 @@ class GpuStream(StreamLowering):
         k, t = sym("t0"), i + sym("t1")
         right = self.read(right_e, op, stream_side(self.s, op), self.frame_at(0, t), delinearize(k, op["dims"][len(self.s.position[op]):]),
                           [(k, width), (t, self.s.length)], cast=_narrow(self.s, op) is None)
+        self.read_now.append(right)
         acc = TileType((bm, bt), element_type(op.result.type))
         zero = e.broadcast(e.builder.constant(0, acc.dtype), (bm, bt))
         return e.builder.op("tile.dot", self.kept[op], _as_tile(right_e, right, right_e.shape), zero, type=acc)
@@ -370,6 +379,7 @@ class GpuStream(StreamLowering):
         b, t = e.builder, i + sym("t1")
         scope = Scope(e, self.frame_at(self.m, t), [self.row_mask, (t, s.length)], known={} if masked else dict(s.alive.known))
         self.without_scales(scope)
+        self.read_now: list[Value] = []
         for op in s.firsts:
             with b.at(op.location):
                 scope.values[op.result] = self._first(e, op, i)
@@ -413,6 +423,7 @@ class GpuStream(StreamLowering):
         at = self.frame_at(0, t) | self.column_at(n)
         reduced = [at[f] for f in reduced_order(s, op, which)]
         other = self.read(other_e, op, 1 - which, at, reduced, [(t, s.length), (n, product(s.columns))], cast=_narrow(s, op) is None)
+        other = turned(b, other, self.read_now)
         shift = s.shifts[op]
         if shift is not None:
             acc = b.arith("mul", acc, b.cast(alpha[shift], element_type(acc.type)))

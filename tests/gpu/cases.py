@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from aicc import passes  # noqa: F401  (registers them)
+from aicc.compiler.dynamo import partition
 from aicc.compiler.options import Options
 from aicc.compiler.pipelines import STAGES, pipeline
 from aicc.frontend import random as _philox  # noqa: F401  (registers the operators)
@@ -23,7 +24,6 @@ from aicc.frontend.formulas import flash_attention_backward
 from aicc.frontend.importer import import_graph
 from aicc.ir import Operation, Target
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
-from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -287,6 +287,10 @@ CASES: dict[str, Case] = {
         lambda g: (torch.randn(50, 20, generator=g).requires_grad_(), torch.randint(0, 50, (3, 7), generator=g)),
         backward=True,
     ),
+    "attention_training": Case(_plain(_causal), _normal((1, 2, 70, 32), (1, 2, 70, 32), (1, 2, 70, 32), grad=True), backward=True),
+    "attention_training_window": Case(_plain(_window), _normal((2, 1, 100, 32), (2, 1, 100, 32), (2, 1, 100, 32), grad=True), backward=True),
+    "attention_training_bf16": Case(_plain(_causal), lambda g: tuple(torch.randn(1, 2, 130, 32, generator=g).bfloat16().requires_grad_() for _ in range(3)),
+                                    backward=True, tolerance=3e-2),
     "conv_backward": Case(
         _module(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2)), train=True),
         _normal((2, 3, 12, 13), grad=True),
@@ -322,7 +326,7 @@ def capture(
         bw_compiler=compiler,
         inference_compiler=compiler,
         decompositions=decomposition_table(),
-        partition_fn=min_cut_rematerialization_partition,
+        partition_fn=partition,
         keep_inference_input_mutations=True,
     )
     torch._dynamo.reset()

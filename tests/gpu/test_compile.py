@@ -29,6 +29,9 @@ SLOW = {
     "sdpa_mask",
     "attention_gradients",
     "attention_gradients_bf16",
+    "attention_training",
+    "attention_training_window",
+    "attention_training_bf16",
     "cross_entropy_long",
     "column_sum_long",
 }
@@ -76,7 +79,7 @@ def test_case_compiles_for_hopper(name: str, tmp_path: Path) -> None:
         "gemm_bf16",
         "embedding",
         "sdpa_causal_bf16",
-        *[pytest.param(n, marks=pytest.mark.slow) for n in ("causal", "window_softcap", "attention_gradients_bf16", "split_k", "conv", "attention", "gemm_f64", "integers", "scatter_add")],
+        *[pytest.param(n, marks=pytest.mark.slow) for n in ("causal", "window_softcap", "attention_gradients_bf16", "attention_training_bf16", "split_k", "conv", "attention", "gemm_f64", "integers", "scatter_add")],
     ],
 )
 def test_case_compiles_for_ampere(name: str, tmp_path: Path) -> None:
