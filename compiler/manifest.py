@@ -136,7 +136,7 @@ class _Builder:
         if kind == "view":
             n = len(self.inputs)
             of = {"input": attrs["arg"]} if attrs["arg"] < n else {"buffer": attrs["arg"] - n}
-            return {"kind": kind, **of, "offset": expr_to_json(attrs.get("offset", 0)),
+            return {"kind": kind, **of, **({"dtype": attrs["dtype"]} if "dtype" in attrs else {}), "offset": expr_to_json(attrs.get("offset", 0)),
                     "shape": [expr_to_json(e) for e in attrs["shape"]], "strides": [expr_to_json(e) for e in attrs["strides"]]}
         if kind == "none":
             return {"kind": kind}
@@ -217,7 +217,7 @@ class _Builder:
 
     def _with_drops(self, steps: list[list[Any]], last_use: Mapping[int, int]) -> list[list[Any]]:
         """Buffers that are not returned go as soon as their last step has run."""
-        kept = {r["arg"] - len(self.inputs) for r in self.func["result_attrs"] if r["kind"] in ("buffer", "item")}
+        kept = {r["arg"] - len(self.inputs) for r in self.func["result_attrs"] if r["kind"] in ("buffer", "item", "view")}
         done: list[list[Any]] = []
         for i, step in enumerate(steps):
             done.append(step)

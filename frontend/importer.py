@@ -13,8 +13,9 @@ Conventions of the function that comes out:
   {kind = "none"}; an "int" without `expr` is the number in a 0-d tensor. `return` has an operand for each tensor and each int (a
   0-d i64), none for a "none". A tensor result is in memory of its own, unless it has one of: `alias_of_arg` = k, it is that block
   argument itself, after the assignments; `view` = {arg, offset, shape, strides}, it is memory of that block argument, `offset`
-  elements on (its value is for the interpreter); `same` = j, it is result j itself; `base` = j and `offset`, it is a view of result j,
-  that many elements on.
+  elements on (its value is for the interpreter); `same` = j, it is result j itself; `base` = j and `offset`, it is a view of result j
+  (perhaps with another element type), that many of its own elements on. With `alias_results`, the last entries may be
+  {kind = "tensor", hidden = true}: memory that several results are views of though the program does not return it.
 - Values keep their FX names. Every op has the location of its node.
 
 A node whose row declines becomes a `graph.extern`. UnsupportedError means that the graph as a whole cannot be imported.
@@ -56,18 +57,19 @@ _OTHER_VALUES = {"aten._conj.default", "aten._neg_view.default"}
 _READS_NUMBER = {"aten._local_scalar_dense.default", "aten.item.default"}
 
 
-def import_graph(gm: fx.GraphModule, *, name: str = "main", arg_kinds: Sequence[str] | None = None) -> Operation:
+def import_graph(gm: fx.GraphModule, *, name: str = "main", arg_kinds: Sequence[str] | None = None, alias_results: bool = False) -> Operation:
     """A module with one function `name` that computes what `gm` does.
 
-    `arg_kinds` gives 'param', 'buffer', 'input' or 'constant' for each placeholder of `gm` (default: all 'input').
+    `arg_kinds` gives 'param', 'buffer', 'input' or 'constant' for each placeholder of `gm` (default: all 'input'). `alias_results`: results
+    that are views of one intermediate value share its memory as they do in eager, also when the value itself is not returned.
     Nodes need `meta["val"]` (fake tensors). Raises UnsupportedError, naming the node, if the graph cannot be imported.
     """
     module, block = make_module("graph")
-    return _Importer(gm, block, name, arg_kinds).run(module)
+    return _Importer(gm, block, name, arg_kinds, alias_results).run(module)
 
 
 class _Importer:
-    def __init__(self, gm: fx.GraphModule, block: Any, name: str, arg_kinds: Sequence[str] | None):
+    def __init__(self, gm: fx.GraphModule, block: Any, name: str, arg_kinds: Sequence[str] | None, alias_results: bool):
         self.gm = gm
         self.symbols = SymbolTable()
         self.func, self.body = make_func(block, name, ())
@@ -75,6 +77,7 @@ class _Importer:
         self.env: dict[fx.Node, Any] = {}
         self.assigned: dict[Any, BlockArg] = {}  # copy_ node -> the argument that it writes
         self.arg_kinds = arg_kinds
+        self.alias_results = alias_results
 
     def run(self, module: Operation) -> Operation:
         self._placeholders()
@@ -310,7 +313,8 @@ class _Importer:
 
     def _output(self, node: fx.Node) -> None:
         given = node.args[0]
-        returned = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+        asked = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+        returned = (*asked, *(_hidden_bases(asked) if self.alias_results else ()))
         values: list[Value] = []
         attrs: list[dict[str, Any]] = []
         for r in returned:
@@ -324,6 +328,8 @@ class _Importer:
                 values.append(value)
                 memory = self._result_memory(len(attrs), returned, value) or self._view_of_argument(r, value)
                 attrs.append({"kind": "tensor", **self._result_strides(r, value), **memory})
+                if len(attrs) > len(asked):
+                    attrs[-1]["hidden"] = True
             elif isinstance(value, (int, Expr)) and not isinstance(value, bool):
                 values.append(self.c.scalar(value, from_torch(torch.int64)))
                 attrs.append({"kind": "int", "expr": value})
@@ -378,10 +384,14 @@ class _Importer:
                 return {}
             return {"alias_of_arg": value.index}
         base = next((b for b in returned if isinstance(b, fx.Node) and _storage_root(b) is root and _covers(b, root)), None)
-        if base is None or base is r or base.meta["val"].dtype != r.meta["val"].dtype:
+        if base is None or base is r:
+            return {}
+        val, whole = r.meta["val"], base.meta["val"]
+        start = whole.storage_offset() * whole.element_size()
+        if val.dtype != whole.dtype and not statically_known_true(start % val.element_size() == 0):
             return {}
         try:
-            offset = self.c.dim(r.meta["val"].storage_offset() - base.meta["val"].storage_offset())
+            offset = self.c.dim(val.storage_offset() - start // val.element_size())
         except Unsupported:
             return {}
         return {"base": returned.index(base), "offset": offset}
@@ -400,6 +410,17 @@ def _storage_root(node: fx.Node) -> fx.Node:
             return node
         node = made.args[0]  # type: ignore[assignment]
     return node
+
+
+def _hidden_bases(returned: Sequence[Any]) -> list[fx.Node]:
+    """The values that are not returned, and that two or more results are views of, none of which has all the memory."""
+    views: dict[fx.Node, set[fx.Node]] = {}
+    for r in returned:
+        if isinstance(r, fx.Node) and isinstance(r.meta.get("val"), torch.Tensor):
+            views.setdefault(_storage_root(r), set()).add(r)
+    return [root for root, found in views.items()
+            if len(found) > 1 and root.op == "call_function" and not any(_covers(r, root) for r in found)
+            and isinstance(root.meta.get("val"), torch.Tensor)]
 
 
 def _covers(node: fx.Node, root: fx.Node) -> bool:
