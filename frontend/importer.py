@@ -274,6 +274,9 @@ class _Importer:
         if have.dtype != want.dtype or have.rank != want.rank or any(
                 isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(have.shape, want.shape, strict=True)):
             raise Unsupported(f"the lowering gives {have} where torch gives {want}")
+        fresh = {s for e in want.shape for s in free_symbols(e)} - self.c.defined
+        if fresh:
+            raise Unsupported(f"the size {', '.join(sorted(fresh))} is read off the operator's result")
         return made if have.shape == want.shape else self.c.reshape(made, want.shape)
 
     def _erase_after(self, last: Operation | None) -> None:

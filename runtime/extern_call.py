@@ -138,6 +138,13 @@ def _laid_out(t: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...])
     return made.expand(shape) if repeated else made
 
 
+def _measured(result: Any, axis: int, operands: Sequence[torch.Tensor]) -> int:
+    """A size of the result; -1: the number that it is; -2: how many elements of the first operand's memory come before it, a view of that."""
+    if axis >= 0:
+        return int(result.shape[axis])
+    return int(result) if axis == -1 else int(result.storage_offset() - operands[0].storage_offset())
+
+
 _HANDED_ON = frozenset({"aicc_dist.wait.default"})
 """Operators that give an operand itself, which nobody reads or writes under its old name any more."""
 
@@ -173,10 +180,10 @@ class ExternCall:
         if len(values) != len(self._kinds):
             raise RuntimeError(f"'{self.target}' returned {len(values)} values; "
                                f"the program was compiled for {len(self._kinds)}")
-        for position, result, axis in self._defines:
-            define(position, int(values[result]) if axis < 0 else values[result].shape[axis])
-        taken = {t.untyped_storage()._cdata for t in operands} if self.target not in _HANDED_ON else set()
         found = [v for v, kind in zip(values, self._kinds, strict=True) if kind != "none"]
+        for position, result, axis in self._defines:
+            define(position, _measured(found[result], axis, given))
+        taken = {t.untyped_storage()._cdata for t in operands} if self.target not in _HANDED_ON else set()
         device = operands[0].device if operands else torch.device("cpu")
         return [self._result(v, spec, taken, symbols, device) for v, spec in zip(found, self._results, strict=True)]
 
