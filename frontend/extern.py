@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -112,7 +113,8 @@ def lower_extern(c: Context, node: fx.Node, env: Mapping[fx.Node, Any], reason: 
         if i not in read:
             kinds.append("none")
         elif isinstance(r, torch.Tensor):
-            types.append(c.type_of(r).with_strides(c.dims(r.stride())))
+            t = c.type_of(r).with_strides(c.dims(r.stride()))
+            types.append(replace(t, dtype=DTYPES["i64"]) if i and str(target) in _COUNTING else t)
             kinds.append("tensor")
         elif r is None:
             kinds.append("none")
@@ -128,6 +130,10 @@ def lower_extern(c: Context, node: fx.Node, env: Mapping[fx.Node, Any], reason: 
     results = iter(values)
     made = tuple(None if k == "none" else next(results) for k in kinds)
     return made if several else made[0] if made else None
+
+
+_COUNTING = ("aten._unique2.default", "aten.unique_consecutive.default", "aten.unique_dim.default")
+"""Operators whose results but the first are int64, though torch 2.11's tracing gives the element type of the first."""
 
 
 def make_extern(c: Context, target: str, operands: list[Value], args: tuple[Any, ...], kwargs: dict[str, Any],

@@ -27,10 +27,13 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from ..ir.attributes import Dense
 from ..ir.builder import Builder, make_func, make_module
@@ -49,9 +52,8 @@ __all__ = ["externs", "import_graph"]
 
 _TENSOR_OF = {torch.SymInt: torch.int64, torch.SymFloat: torch.float64, torch.SymBool: torch.bool}
 _SYMBOLIC = tuple(_TENSOR_OF)
-_NO_EFFECT = {"aten._assert_tensor_metadata.default", "aten.sym_constrain_range.default", "aten._assert_scalar.default",
-              "aten.sym_constrain_range_for_size.default"}
-"""Checks that hold whenever the guards of the graph hold."""
+_NO_EFFECT = {"aten._assert_tensor_metadata.default", "aten.sym_constrain_range.default", "aten.sym_constrain_range_for_size.default"}
+"""Checks that hold whenever the guards of the graph hold and sizes are in their ranges, which the executor sees to."""
 _OTHER_VALUES = {"aten._conj.default", "aten._neg_view.default"}
 """Views for torch, which notes on the tensor that its memory holds other values; here they are computed."""
 _READS_NUMBER = {"aten._local_scalar_dense.default", "aten.item.default"}
@@ -179,7 +181,7 @@ class _Importer:
             raise Unsupported(f"'{node.op}' nodes")
         elif node.target is operator.getitem:
             self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
-        elif str(node.target) in _NO_EFFECT:
+        elif str(node.target) in _NO_EFFECT or (str(node.target) == "aten._assert_scalar.default" and self._is_assured(node.args[0])):
             self.env[node] = None
         elif node.target is torch.ops.higher_order.with_effects:
             self.env[node] = self._ordered(node)
@@ -192,6 +194,21 @@ class _Importer:
         value = self.env.get(node)
         if isinstance(value, OpResult):
             value.name = value.name or node.name
+
+    def _is_assured(self, condition: Any) -> bool:
+        """Whether a condition that the program asserts follows from guards and the ranges of symbols (or is none that can be computed)."""
+        val = condition.meta.get("val") if isinstance(condition, fx.Node) else None
+        if not isinstance(val, torch.SymBool):
+            return True
+        ranges, expr = self.symbols.bounds, val.node.expr
+        read = [s for s in expr.free_symbols if s.name.startswith(("u", "zuf"))]
+        if not read:
+            return True
+        if any(s.name not in ranges for s in expr.free_symbols):
+            return False
+        known = {s: ValueRanges(ranges[s.name][0], int_oo if ranges[s.name][1] is None else ranges[s.name][1]) for s in expr.free_symbols}
+        found = bound_sympy(expr, known)
+        return bool(found.is_singleton() and found.lower == sympy.true)
 
     def _number(self, val: Any) -> Any:
         """A Python number, a size, or (for what is no polynomial of sizes) a symbolic scalar."""
@@ -315,7 +332,7 @@ class _Importer:
     # -- results
 
     def _output(self, node: fx.Node) -> None:
-        given = node.args[0]
+        given, self.c.closed = node.args[0], True
         asked = tuple(given) if isinstance(given, (list, tuple)) else (given,)
         returned = (*asked, *(_hidden_bases(asked) if self.alias_results else ()))
         values: list[Value] = []
