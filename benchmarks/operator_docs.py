@@ -111,8 +111,8 @@ def render(summary: dict[str, Any]) -> str:
     from ops.reasons import CLASSES
     lines = ["# Operators", "",
              "Every operator of PyTorch's OpInfo database is compiled with `torch.compile(backend=\"aicc\")` and compared with eager under the",
-             f"tolerances that OpInfo itself has for it (torch {summary['torch']}, CPU; or the one in the table). This page is made by `benchmarks/operator_docs.py` from",
-             "what `benchmarks/opinfo_sweep.py` measured.", "", "## Results", "",
+             f"tolerances that OpInfo itself has for it (torch {summary['torch']}, CPU, or the torch in the table).",
+             "This page is made by `benchmarks/operator_docs.py` from what `benchmarks/opinfo_sweep.py` measured.", "", "## Results", "",
              "*pass*: every sample agrees. *no graph*: agrees too, but torch handed nothing to the compiler. *known*: differs, for the reason",
              "below. *not in eager*: the operator has no such type or gradient on a CPU, or eager itself fails. *native*: of those that pass, the",
              "share whose graphs have no call to ATen left.", ""]
@@ -121,7 +121,8 @@ def render(summary: dict[str, Any]) -> str:
          f"{s['native']} ({_share(s['native'], s['pass'])})") for s in summary["sweeps"]])
     known = sorted({row for s in summary["sweeps"] for row in s["known_rows"]})
     lines += ["", "Known differences (`tests/ops/known.py`):", "", *(f"- `{k.split(': ', 1)[0]}`: {k.split(': ', 1)[1]}" for k in known)]
-    failures = sorted({f"{f} ({s['dtype']} {s['direction']}, torch {s.get('torch', summary['torch'])})" for s in summary["sweeps"] for f in s["failures"]})
+    failures = sorted({f"{f} ({s['dtype']} {s['direction']}, torch {s.get('torch', summary['torch'])})"
+                       for s in summary["sweeps"] for f in s["failures"]})
     if failures:
         lines += ["", "Failures:", "", *(f"- {f}" for f in failures)]
     core = summary.get("core")
