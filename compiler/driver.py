@@ -155,7 +155,7 @@ def compile_fx(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options:
         start = time.perf_counter()
         if not options.pack_parameters:
             arg_kinds = None  # nothing is known to stay the same between calls
-        module = import_graph(gm, name="main", arg_kinds=arg_kinds)
+        module = import_graph(gm, name="main", arg_kinds=arg_kinds, alias_results=True)
         spent = time.perf_counter() - start
         compilation = compile_graph(module, options, name=name, observe=observe or _observer(), device=_cuda_device_of(gm))
     compilation.seconds = {"import": spent, **compilation.seconds}

@@ -136,7 +136,7 @@ class _Builder:
         if kind == "view":
             n = len(self.inputs)
             of = {"input": attrs["arg"]} if attrs["arg"] < n else {"buffer": attrs["arg"] - n}
-            return {"kind": kind, **of, "offset": expr_to_json(attrs.get("offset", 0)),
+            return {"kind": kind, **of, **({"dtype": attrs["dtype"]} if "dtype" in attrs else {}), "offset": expr_to_json(attrs.get("offset", 0)),
                     "shape": [expr_to_json(e) for e in attrs["shape"]], "strides": [expr_to_json(e) for e in attrs["strides"]]}
         if kind == "none":
             return {"kind": kind}
@@ -199,6 +199,9 @@ class _Builder:
                 outputs = 1 if op.name == "host.copy" else op["outputs"]
                 busy = True
                 touch(op)
+                early = [a for a in waiting if a in op.operands]
+                if early:
+                    raise IRError(f"'{op.name}' comes before the symbols that decide the size of a buffer of type {early[0].type}")
                 mutated |= {self.places[v].index for v in op.operands[len(op.operands) - outputs:]
                             if self.places[v].space == "input"}
             elif op.name == "host.extern":
@@ -217,7 +220,7 @@ class _Builder:
 
     def _with_drops(self, steps: list[list[Any]], last_use: Mapping[int, int]) -> list[list[Any]]:
         """Buffers that are not returned go as soon as their last step has run."""
-        kept = {r["arg"] - len(self.inputs) for r in self.func["result_attrs"] if r["kind"] in ("buffer", "item")}
+        kept = {r["arg"] - len(self.inputs) for r in self.func["result_attrs"] if r["kind"] in ("buffer", "item", "view")}
         done: list[list[Any]] = []
         for i, step in enumerate(steps):
             done.append(step)
@@ -236,7 +239,7 @@ class _Builder:
                 "result_kinds": list(op["result_kinds"]) or ["tensor"] * (len(op.operands) - n),
                 "results": [_layout(v.type) for v in op.operands[n:]],
                 "buffers": [self.places[v].index for v in op.operands[n:]],
-                "defines": [[name, *where] for name, where in op["defines"].items()]}
+                "defines": [[name, *where, *self.func["symbols"].get(name, (0, None))] for name, where in op["defines"].items()]}
 
     def _strides(self, v: Value, wanted: tuple[Dim, ...] | None) -> list[Any] | None:
         """The strides that an operand must be given (it has them in eager; none: row-major); None if it has them already."""

@@ -5,7 +5,7 @@ order.
 `result_attrs` has one entry per result of the program (or none, for plain tensors):
 - {kind = "tensor", strides} takes an operand of `return`, wants these strides (absent: row-major) and memory of its own, but for
   `alias_of_arg`, `same`, `base` and `offset` (see `frontend/importer.py`; without `result_attrs`, returned arguments and values
-  returned twice are shared);
+  returned twice are shared); one that is `hidden` is memory for others' `base` and no result of the program;
 - {kind = "int", expr} takes one too (which is ignored when `expr` is given);
 - {kind = "none"} and {kind = "view", arg, shape, strides, offset} (a view of an argument, in elements) take none.
 
@@ -14,7 +14,8 @@ After: block arguments are the inputs, the outputs, then one buffer per other ex
 without a copy; {kind = "output", extern = true} when that result is returned). `result_attrs` says what the program returns:
 
     {kind = "buffer", arg = k}     the output buffer k              {kind = "input", arg = k}   argument k itself
-    {kind = "same", result = j}    the same tensor as result j      {kind = "view", ...}        as above, of an input or an output
+    {kind = "same", result = j}    the same tensor as result j      {kind = "view", ...}        as above, of an input or an output, and with
+                                                                                                `dtype` if that is another one
     {kind = "item", arg = k}       the value of a 0-d buffer        {kind = "int", expr}, {kind = "none"}
 
 - A returned value is written where it is returned, unless its layout differs, or it is constant, cached or returned in two
@@ -37,7 +38,7 @@ from ..ir.builder import Builder
 from ..ir.core import Block, BlockArg, IRError, Operation, Value
 from ..ir.expr import Dim
 from ..ir.passes import Pass, PassContext, register
-from ..ir.types import DTYPES, BufferType, TensorType, contiguous_strides
+from ..ir.types import DTYPES, BufferType, DType, TensorType, contiguous_strides
 from .library import WORKSPACE_SLACK, library_shape
 from .storage import storage_bytes
 
@@ -183,7 +184,7 @@ class _Bufferizer:
     def _place_results(self) -> None:
         placed: dict[tuple[Value, tuple[Dim, ...]], int] = {}
         plain = not self.func["result_attrs"]
-        views: list[int] = []
+        views: list[tuple[int, DType]] = []
         for i, (attrs, v) in enumerate(self._entries()):
             kind = attrs.get("kind", "tensor")
             if v is None or _is_known_int(attrs):
@@ -200,18 +201,27 @@ class _Bufferizer:
             elif "same" in attrs or (plain and (v, wanted) in placed):
                 self.results.append({"kind": "same", "result": attrs.get("same", placed.get((v, wanted)))})
             elif "base" in attrs:
-                views.append(i)
+                views.append((i, t.dtype))
                 self.results.append({"kind": "view", "arg": attrs["base"], "shape": t.shape, "strides": wanted, "offset": attrs.get("offset", 0)})
             elif plain and isinstance(v, BlockArg) and v not in self.assigned and t.layout == wanted:
                 self.results.append({"kind": "input", "arg": v.index})
             else:
                 placed[v, wanted] = i
                 self.results.append({"kind": "buffer", "arg": self._output(v, wanted).index})
-        for i in views:  # the base may come later among the results
+        for i, dtype in views:  # the base may come later among the results
             base = self.results[self.results[i]["arg"]]
-            if base["kind"] != "buffer":
+            if base["kind"] not in ("buffer", "input"):
                 raise IRError(f"result {i} is a view of result {self.results[i]['arg']}, which has no memory of its own")
+            made = self.block.args[base["arg"]].type
+            if isinstance(made, BufferType) and dtype != made.dtype:
+                self.results[i]["dtype"] = dtype.name
             self.results[i]["arg"] = base["arg"]
+        while self.results and self._is_hidden(len(self.results) - 1):
+            self.results.pop()
+
+    def _is_hidden(self, i: int) -> bool:
+        attrs = self.func["result_attrs"]
+        return i < len(attrs) and bool(attrs[i].get("hidden"))
 
     def _output(self, v: Value, strides: tuple[Dim, ...]) -> BlockArg:
         """A new output buffer that will hold `v`."""

@@ -28,16 +28,21 @@ def _scaled(c: Context, x: Value, factor: Any) -> Value:
     return x if factor == 1 else c.ew("mul", x, factor)
 
 
+def _scaled_sum(c: Context, made: Value, bias: Value, beta: Any, alpha: Any) -> Value:
+    """beta * bias + alpha * made; factors of 16-bit floats are no 16-bit floats, and the sum is rounded once, as in eager."""
+    work = F32 if c.dtype.name in ("bf16", "f16") and (alpha, beta) != (1, 1) else c.dtype
+    made = _scaled(c, c.cast(made, work), alpha)
+    return c.cast(made if beta == 0 else c.ew("add", made, _scaled(c, c.cast(bias, work), beta)), c.dtype)
+
+
 def add_product(c: Context, bias: Value, a: Value, b: Value, *, beta: Any = 1, alpha: Any = 1) -> Value:
     """addmm and baddbmm: beta * bias + alpha * (a @ b); a bias that is multiplied by 0 is not read."""
-    made = _scaled(c, matmul(c, a, b), alpha)
-    return made if beta == 0 else c.ew("add", made, _scaled(c, c.cast(bias, c.dtype), beta))
+    return _scaled_sum(c, matmul(c, a, b), bias, beta, alpha)
 
 
 def add_batch_product(c: Context, bias: Value, a: Value, b: Value, *, beta: Any = 1, alpha: Any = 1) -> Value:
     """addbmm: the products are summed over the batch."""
-    made = _scaled(c, c.reduce("sum", c.matmul(a, b), (0,)), alpha)
-    return made if beta == 0 else c.ew("add", made, _scaled(c, bias, beta))
+    return _scaled_sum(c, c.reduce("sum", c.matmul(a, b), (0,)), bias, beta, alpha)
 
 
 def _column(c: Context, v: Value) -> Value:
@@ -49,8 +54,7 @@ def mv(c: Context, a: Value, v: Value) -> Value:
 
 
 def addmv(c: Context, bias: Value, a: Value, v: Value, *, beta: Any = 1, alpha: Any = 1) -> Value:
-    made = _scaled(c, mv(c, a, v), alpha)
-    return made if beta == 0 else c.ew("add", made, _scaled(c, bias, beta))
+    return _scaled_sum(c, mv(c, a, v), bias, beta, alpha)
 
 
 def dot(c: Context, a: Value, b: Value) -> Value:
