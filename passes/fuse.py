@@ -119,9 +119,13 @@ class Fuse(Pass):
         return groups
 
     def _candidates(self, op: Operation, of: dict[Operation, Group], position: dict[Operation, int]) -> list[Group]:
-        """Groups of the producers, latest first, then groups near by that read the same tensor."""
-        producers = {v.defining_op: None for v in op.operands if v.defining_op in of}
-        found = {id(of[p]): of[p] for p in sorted(producers, key=lambda p: -position[p])}
+        """Groups of the producers, that of the largest tensor first (it need not be stored then) and the latest among equals; then groups
+        near by that read the same tensor."""
+        producers: dict[Operation, float] = {}
+        for v in op.operands:
+            if v.defining_op in of:
+                producers[v.defining_op] = max(_elements(v), producers.get(v.defining_op, 0))
+        found = {id(of[p]): of[p] for p in sorted(producers, key=lambda p: (-producers[p], -position[p]))}
         for v in op.operands:
             for user in v.users:
                 if user in of and user is not op and position[op] - position[user] < 64 and not of[user].contraction:
@@ -223,6 +227,12 @@ class Fuse(Pass):
         if isinstance(total, int) and total <= self.small:
             return True
         return not isinstance(outer, int) or outer >= self.parallel_enough
+
+
+def _elements(v: Value) -> float:
+    """How many elements a value has; more than any other where sizes are symbols."""
+    n = v.type.numel  # type: ignore[attr-defined]
+    return n if isinstance(n, int) else float("inf")
 
 
 def _alignment(g: Group, op: Operation) -> dict[int, int] | None:

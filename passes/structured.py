@@ -105,8 +105,9 @@ def composed_map(outer: Sequence[Dim], inner: Sequence[Dim], bounds: Bounds) -> 
 
 def reshape_like(m: Sequence[Dim], dims: Sequence[Dim], shape: Sequence[Dim]) -> bool:
     """True if reading `shape` through `m` from the space `dims` visits every element once, in row-major order."""
-    from_map = simplify(contiguous_linear(m, shape), space_bounds(dims))
-    return from_map == contiguous_linear(identity_map(len(dims)), dims)
+    still: dict[str, Dim] = {f"d{i}": 0 for i, size in enumerate(dims) if size == 1}
+    from_map = substitute(simplify(contiguous_linear(m, shape), space_bounds(dims)), still)
+    return from_map == substitute(contiguous_linear(identity_map(len(dims)), dims), still)
 
 
 def rebuild(op: Operation, builder: Builder, operands: Sequence[Value], maps: Sequence[Any], fills: Sequence[Any], dims: Sequence[Dim],
