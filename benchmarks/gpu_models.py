@@ -166,7 +166,6 @@ def _error(got: list[Tensor], true: list[Tensor]) -> float:
 def contender(model: nn.Module, name: str) -> Callable[..., Any]:
     if name == "eager":
         return model
-    torch._dynamo.reset()
     if name.startswith("aicc"):
         return torch.compile(model, backend=aicc_backend, dynamic=False, mode=name[5:] or None)
     return torch.compile(model, dynamic=False, mode=None if name == "inductor" else name)
@@ -260,8 +259,11 @@ def print_profile(subject: Subject, made: Callable[..., Any], compilations: list
 
 
 def show(found: dict[str, Any]) -> None:
-    keys = [k for k in found if k != "case" and not k.endswith("_failed")]
-    print(f"{found['case']:26s} " + "  ".join(f"{k}={found[k]:.4g}" for k in keys), flush=True)
+    ratio = f", best peer / best aicc {found['speedup']:.2f}" if "speedup" in found else ""
+    print(f"{found['case']}: limit {found['limit']:.3f} ms{ratio}")
+    for name in [k.removesuffix("_s") for k in found if k.endswith("_s")]:
+        print(f"  {name:22s} {found[name]:8.3f} ms  error {found[f'{name}_error']:.1e}  peak {found[f'{name}_peak_mb']:7.0f} MB  "
+              f"first call {found[f'{name}_s']:5.1f} s", flush=True)
 
 
 def side_by_side(rows: list[Row], options: argparse.Namespace, begin: float) -> list[dict[str, Any]]:
@@ -289,7 +291,9 @@ def side_by_side(rows: list[Row], options: argparse.Namespace, begin: float) -> 
         for line in texts[r.name]:
             if line.startswith(RESULT):
                 found.append(json.loads(line.removeprefix(RESULT)))
-            elif line != READY:
+                if options.json:
+                    options.json.write_text(json.dumps(found, indent=1))
+            elif line != READY and "warn" not in line.lower():
                 print(line, flush=True)
     return found
 

@@ -36,6 +36,8 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             *(["stream"] if options.fuse else []),
             *(["split-reductions"] if target.is_gpu and options.fuse else []),
             "fuse" if options.fuse else "fuse{max-members=1}",
+            # What crosses from kernel to kernel is known now.
+            *(["narrow-results"] if target.is_gpu else []),
         ]),
         # Kernels are simplified once more: bodies merged by fusion share index arithmetic.
         "tile": "tile,cse,dce",

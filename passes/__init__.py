@@ -12,6 +12,7 @@ from . import (
     inline,
     layout,
     library,
+    narrow_results,
     pack,
     plan_memory,
     schedule,

@@ -15,6 +15,7 @@ from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import product
 from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
+from .narrow_results import note_rounding
 from .structured import EXPENSIVE, body_ops, identity_map, inline_into, inline_into_gather, is_contraction, is_pointwise
 
 TRIVIAL = frozenset({"arith.cast", "arith.constant", "tensor.index", "tensor.sym"})
@@ -49,12 +50,15 @@ class Inline(Pass):
         if not readers:
             return 0
         if all(self._can_gather(producer, u) for u in readers):
+            note_rounding(producer)
             for reader in readers:
                 inline_into_gather(reader, producer)
             return len(readers)
         eligible = [u for u in readers if self._can_merge(producer, u)]
         single = len(readers) == 1
         merged = 0
+        if len(eligible) == len(readers) and _trivial(producer):
+            note_rounding(producer)
         for reader in eligible:
             if _trivial(producer) or (single and _visits_once(producer, reader)) or (
                     len(eligible) == len(readers) and _cheap(producer) and _visits(producer, reader) <= (self.repeats if single else 1)):
