@@ -85,10 +85,19 @@ def _decompositions(fallback_random: bool) -> dict[Any, Callable[..., Any]]:
 
 def _partition(joint: Graph, inputs: Sequence[Any], **rest: Any) -> tuple[Graph, Graph]:
     share_seeds(joint)
+    _drop_detaches(joint.graph)
     joint.graph.eliminate_dead_code()
     merge_common_subexpressions(joint.graph)
     with functorch_config.patch(cse=False):  # torch's own pass imports Inductor
         return min_cut_rematerialization_partition(joint, inputs, **rest)
+
+
+def _drop_detaches(graph: torch.fx.Graph) -> None:
+    """In a joint graph `detach` means nothing any more, but torch's partitioner would save its result rather than compute it again."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+        if not any(user.op == "output" for user in node.users):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _guarded(gm: Graph, options: Options, role: str, table: Mapping[Any, Callable[..., Any]], observe: Observer | None) -> Callable:

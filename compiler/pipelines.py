@@ -29,7 +29,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             # Products for a library leave before anything merges: what it does along the way is still told apart.
             *([library] if target.is_gpu else []),
             # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.
-            "inline", "sink-reshapes", f"canonicalize{relax}", "dce",
+            "inline", *(["plain-reductions"] if target.is_gpu else []), "sink-reshapes", f"canonicalize{relax}", "dce",
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
             "layout", "pack", "inline", f"canonicalize{relax}", "cse", "dce",
             *(["library-operands"] if target.is_gpu else []),

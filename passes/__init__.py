@@ -14,6 +14,7 @@ from . import (
     library,
     narrow_results,
     pack,
+    plain_reductions,
     plan_memory,
     schedule,
     sink_reshapes,

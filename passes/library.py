@@ -137,6 +137,8 @@ def _heavy_readers(v: Value) -> float | None:
     total: float | None = None
     while len(v.users) == 1 and is_pointwise(v.users[0]) and len(v.users[0].results) == 1:
         user = v.users[0]
+        if all(o.name == "arith.cast" for o in body_ops(user)):
+            break  # merges into whoever reads it
         total = (total or 0.0) + sum(HEAVY_OPS.get(o.name, LIGHT if o.name in EXPENSIVE else 0.0) for o in body_ops(user))
         v = user.result
     return total
@@ -199,6 +201,8 @@ class _Chain:
         kind = _kind(user, at)
         if dtype.name not in self.results or kind is None or (kind != "same" and not epilogues):
             return False
+        if kind == "same" and len(self.members) > 1 and dtype.bytes > element_type(self.value.type).bytes:
+            return False  # widening is free for readers, and costs memory here
         held = [element_type(v.type) for r, v in zip(self.roles, self.operands, strict=True) if r in ("bias", "c")]
         if any(d != dtype for d in held):
             return False

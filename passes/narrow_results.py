@@ -18,7 +18,7 @@ from ..ir.passes import Pass, PassContext, register
 from ..ir.types import DTYPES
 from .structured import body_ops, identity_map, is_pointwise
 
-__all__ = ["ROUNDS", "NarrowResults", "note_rounding"]
+__all__ = ["ROUNDS", "NarrowResults", "note_rounding", "rounding"]
 
 ROUNDS = "_rounds"
 NARROW = ("bf16", "f16")
@@ -26,14 +26,19 @@ NARROW = ("bf16", "f16")
 
 def note_rounding(cast: Operation) -> None:
     """Called before `cast`, a pointwise op, merges into all its readers: if it only rounds the result of a reduction, the reduction is told."""
-    if not is_pointwise(cast) or len(cast.operands) != 1 or [o.name for o in body_ops(cast)] != ["arith.cast"]:
-        return
-    source, narrow = cast.operands[0], element_type(cast.result.type)
-    maker = source.defining_op
-    if maker is None or maker.name != "tensor.generic" or not maker["reductions"] or len(maker.results) != 1 or len(source.uses) != 1:
-        return
-    if element_type(source.type).name == "f32" and narrow.name in NARROW:
+    narrow = rounding(cast)
+    maker = cast.operands[0].defining_op if narrow is not None else None
+    if maker is not None and maker.name == "tensor.generic" and maker["reductions"] and len(maker.results) == 1 and len(maker.result.uses) == 1:
+        assert narrow is not None
         maker.attributes[ROUNDS] = narrow.name
+
+
+def rounding(op: Operation) -> DType | None:
+    """The 16-bit type of the result, if all that a pointwise op does is round float32 numbers to it."""
+    if not is_pointwise(op) or len(op.operands) != 1 or len(op.results) != 1 or [o.name for o in body_ops(op)] != ["arith.cast"]:
+        return None
+    narrow = element_type(op.result.type)
+    return narrow if element_type(op.operands[0].type).name == "f32" and narrow.name in NARROW else None
 
 
 @register
