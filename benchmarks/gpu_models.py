@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import faulthandler
 import gc
 import json
 import os
@@ -269,7 +270,7 @@ def show(found: dict[str, Any]) -> None:
 def side_by_side(rows: list[Row], options: argparse.Namespace, begin: float) -> list[dict[str, Any]]:
     """Each row in a process of its own: all compile at once, and then they take turns to measure."""
     command = [sys.executable, "-m", "aicc.benchmarks.gpu_models", "--peers", options.peers, "--profile", str(options.profile), "--budget",
-               str(options.budget), "--turn", "--only"]
+               str(options.budget), "--compile-seconds", str(options.compile_seconds), "--turn", "--only"]
     running = [(r, subprocess.Popen([*command, r.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
                for r in rows]
     texts: dict[str, list[str]] = {r.name: [] for r in rows}
@@ -281,7 +282,8 @@ def side_by_side(rows: list[Row], options: argparse.Namespace, begin: float) -> 
         if not ready[r.name].wait(max(0.0, begin + options.compile_seconds - time.time())):
             print(f"{r.name} is not ready after {time.time() - begin:.0f} s", flush=True)
     found = []
-    for (r, p), reader in zip(running, readers, strict=True):
+    pairs = sorted(zip(running, readers, strict=True), key=lambda pair: not ready[pair[0][0].name].is_set())
+    for (r, p), reader in pairs:
         left = begin + options.seconds - time.time()
         if ready[r.name].is_set() and left > 1 and p.poll() is None and p.stdin is not None:
             p.stdin.write("go\n")
@@ -337,8 +339,11 @@ def main() -> int:
             if time.time() - begin > options.seconds:
                 print(f"{row.name}: out of time")
                 continue
+            if options.turn:
+                faulthandler.dump_traceback_later(max(1, options.compile_seconds - 4), file=sys.stdout)
             contest = Contest(row, peers)
             if options.turn:
+                faulthandler.cancel_dump_traceback_later()
                 print(READY, flush=True)
                 sys.stdin.readline()
             found.append(contest.measure(options.profile, options.budget))

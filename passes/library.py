@@ -185,6 +185,9 @@ class _Chain:
         chain = _Chain(op, found)
         while chain._extend(epilogues):
             pass
+        while len(chain.members) > 1 and len(chain.value.defining_op.operands) == 1 and _widens(chain.value.defining_op):  # type: ignore[union-attr, arg-type]
+            chain.members.pop()  # free for readers, and it would cost memory here
+            chain.value = chain.members[-1].result
         return chain
 
     def _extend(self, epilogues: bool) -> bool:
@@ -201,8 +204,6 @@ class _Chain:
         kind = _kind(user, at)
         if dtype.name not in self.results or kind is None or (kind != "same" and not epilogues):
             return False
-        if kind == "same" and len(self.members) > 1 and dtype.bytes > element_type(self.value.type).bytes:
-            return False  # widening is free for readers, and costs memory here
         held = [element_type(v.type) for r, v in zip(self.roles, self.operands, strict=True) if r in ("bias", "c")]
         if any(d != dtype for d in held):
             return False
@@ -255,6 +256,11 @@ class _Chain:
             block.append(op.detach())
         Builder(block, None, last.location).create("tensor.yield", [last.result])
         return made
+
+
+def _widens(op: Operation) -> bool:
+    """Its result takes more memory than its operand, and says no more."""
+    return all(o.name == "arith.cast" for o in body_ops(op)) and element_type(op.result.type).bytes > element_type(op.operands[0].type).bytes
 
 
 def _kind(user: Operation, at: int) -> str | None:
