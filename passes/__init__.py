@@ -12,6 +12,7 @@ from . import (
     inline,
     layout,
     library,
+    merge_launches,
     narrow_results,
     pack,
     plain_reductions,
