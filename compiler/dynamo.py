@@ -89,12 +89,21 @@ def _decompositions(fallback_random: bool) -> dict[Any, Callable[..., Any]]:
 def partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, **rest: Any) -> tuple[Graph, Graph]:
     """The forward and backward graphs of a joint one, by torch's min-cut, after what aicc wants computed again is computed again."""
     share_seeds(joint)
+    _drop_detaches(joint.graph)
     joint.graph.eliminate_dead_code()
     merge_common_subexpressions(joint.graph)
     recompute_attention(joint, num_fwd_outputs)  # after equal nodes are merged, for it makes copies
     permute_transposes(joint.graph)
     with functorch_config.patch(cse=False, recompute_views=True):  # its own pass imports Inductor; a saved view would be a copy
         return min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **rest)
+
+
+def _drop_detaches(graph: torch.fx.Graph) -> None:
+    """In a joint graph `detach` means nothing any more, but torch's partitioner would save its result rather than compute it again."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+        if not any(user.op == "output" for user in node.users):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _guarded(gm: Graph, options: Options, role: str, table: Mapping[Any, Callable[..., Any]], observe: Observer | None) -> Callable:

@@ -29,7 +29,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             # Products for a library leave before anything merges: what it does along the way is still told apart.
             *([library] if target.is_gpu else []),
             # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.
-            "inline", "sink-reshapes", f"canonicalize{relax}", "dce",
+            "inline", *(["plain-reductions"] if target.is_gpu else []), "sink-reshapes", f"canonicalize{relax}", "dce",
             *(["turn-streams", "dce"] if options.fuse and not target.is_gpu else []),
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
             "layout", "pack", "inline", f"canonicalize{relax}", "cse", "dce",
@@ -37,9 +37,12 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             *(["stream"] if options.fuse else []),
             *(["split-reductions"] if target.is_gpu and options.fuse else []),
             "fuse" if options.fuse else "fuse{max-members=1}",
+            # What crosses from kernel to kernel is known now.
+            *(["narrow-results"] if target.is_gpu else []),
         ]),
         # Kernels are simplified once more: bodies merged by fusion share index arithmetic.
-        "tile": "tile,cse,dce",
+        # On GPUs small ones that are independent of each other are launched together then.
+        "tile": "tile,cse,dce" + (",merge-launches" if target.is_gpu and options.fuse else ""),
         # A CUDA graph wants few kernels to use the memory of outputs, whose address is another one in each call.
         "host": "schedule,bufferize,plan-memory" + ("{outputs=false}" if options.replays and target.is_gpu else ""),
     }[stage]

@@ -43,6 +43,38 @@ def flash_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out:
     return grad_scores @ k, grad_scores.transpose(-2, -1) @ q, grad_v
 
 
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+LARGE_VOCABULARY = 4096
+"""Classes from which log-softmax is written out: its result is the largest tensor of many models."""
+
+
+def log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    """x - max - log(sum(exp(x - max))). Written out, the partitioner sees that all but two numbers per row can be computed again from x, which
+    is often 16 bits wide, so that training saves x and not the wider result."""
+    if x.dim() == 0 or not isinstance(x.shape[dim], int) or x.shape[dim] < LARGE_VOCABULARY or x.dtype == torch.float64:
+        return NotImplemented
+    shifted = x.float()
+    shifted = shifted - shifted.amax(dim, keepdim=True)
+    result = shifted - shifted.exp().sum(dim, keepdim=True).log()
+    return result if half_to_float else result.to(x.dtype)
+
+
+def nll_loss_backward(grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int,
+                      total_weight: Tensor) -> Tensor:
+    """The gradient of log-probabilities [N, C] or [C]: -grad at the target, 0 elsewhere, as one comparison per element instead of a scatter."""
+    if x.dim() not in (1, 2):
+        return NotImplemented
+    if reduction == 1:  # the mean
+        grad = grad / total_weight
+    target = target.unsqueeze(-1)
+    factor = torch.where(target != ignore_index, grad.unsqueeze(-1) if x.dim() == 2 and grad.dim() > 0 else grad, 0.0)
+    if weight is not None:
+        factor = factor * weight[torch.where(target != ignore_index, target, 0)]
+    classes = torch.arange(x.shape[-1], device=x.device)
+    return torch.where(classes == target, -factor, 0.0).to(x.dtype)
+
+
 # -- distances --------------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +351,8 @@ def angle(x: Tensor) -> Tensor:
 
 FORMULAS: dict[Any, Callable[..., Any]] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: flash_attention_backward,
+    aten._log_softmax.default: log_softmax,
+    aten.nll_loss_backward.default: nll_loss_backward,
     aten._cdist_forward.default: cdist,
     aten._cdist_backward.default: cdist_backward,
     aten._pdist_forward.default: pdist,

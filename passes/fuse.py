@@ -119,9 +119,10 @@ class Fuse(Pass):
         return groups
 
     def _candidates(self, op: Operation, of: dict[Operation, Group], position: dict[Operation, int]) -> list[Group]:
-        """Groups of the producers, latest first, then groups near by that read the same tensor."""
+        """Groups of the producers, the one that saves most memory traffic first and the latest among equals; then groups near by that read
+        the same tensor."""
         producers = {v.defining_op: None for v in op.operands if v.defining_op in of}
-        found = {id(of[p]): of[p] for p in sorted(producers, key=lambda p: -position[p])}
+        found = {id(of[p]): of[p] for p in sorted(producers, key=lambda p: (-_saved(of[p], op), -position[p]))}
         for v in op.operands:
             for user in v.users:
                 if user in of and user is not op and position[op] - position[user] < 64 and not of[user].contraction:
@@ -225,6 +226,18 @@ class Fuse(Pass):
         return not isinstance(outer, int) or outer >= self.parallel_enough
 
 
+def _saved(g: Group, op: Operation) -> float:
+    """Elements that need not be read (or stored) where `op` is in the group: what it makes, and what its loops read too."""
+    read = set() if g.contraction is not None else {v for m in g.members for v in m.operands}
+    return sum(_elements(v) for v in dict.fromkeys(op.operands) if v in g.values or v in read)
+
+
+def _elements(v: Value) -> float:
+    """How many elements a value has; more than any other where sizes are symbols."""
+    n = v.type.numel  # type: ignore[attr-defined]
+    return n if isinstance(n, int) else float("inf")
+
+
 def _alignment(g: Group, op: Operation) -> dict[int, int] | None:
     """Which frame dimension each dimension of `op` must be, by the values it shares with the group; None on conflict."""
     to: dict[int, int] = {}
@@ -251,11 +264,13 @@ def _alignment(g: Group, op: Operation) -> dict[int, int] | None:
     for v, m in zip(op.operands, op["maps"], strict=True):  # siblings: align by a tensor that both read whole
         dims = plain_dims(m) if m is not None else None
         for member in g.members:
-            if dims is None or v not in member.operands or member.name != "tensor.generic":
+            if m is None or v not in member.operands or member.name != "tensor.generic":
                 continue
             mine = member["maps"][member.operands.index(v)]
+            if mine == m and member["dims"] == op["dims"] and member["reductions"] == op["reductions"]:
+                return dict(enumerate(g.places[member]))
             theirs = plain_dims(mine) if mine is not None else None
-            if theirs is not None and len(dims) == len(op["dims"]):
+            if dims is not None and theirs is not None and len(dims) == len(op["dims"]):
                 return to if align(dims, [g.places[member][d] for d in theirs]) and len(set(to.values())) == len(to) else None
     return None
 

@@ -12,9 +12,10 @@ from typing import ClassVar
 
 from ..ir import Operation
 from ..ir.dialects.tensor import fill_of, parallel_dims
-from ..ir.expr import product
+from ..ir.expr import free_symbols, product
 from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
+from .narrow_results import note_rounding, rounding
 from .structured import EXPENSIVE, body_ops, identity_map, inline_into, inline_into_gather, is_contraction, is_pointwise
 from .tiling.contraction import roles_of
 
@@ -47,15 +48,23 @@ class Inline(Pass):
 
     def _merge_into_readers(self, producer: Operation) -> int:
         readers = list(dict.fromkeys(u for r in producer.results for u in r.users))
-        if not readers:
+        if not readers or _absorbs_its_maker(producer):
             return 0
         if all(self._can_gather(producer, u) for u in readers):
+            note_rounding(producer)
             for reader in readers:
                 inline_into_gather(reader, producer)
             return len(readers)
+        pickers = [u for u in readers if self._can_gather(producer, u)]
         eligible = [u for u in readers if self._can_merge(producer, u)]
-        single = len(readers) == 1
         merged = 0
+        if pickers and _cheap(producer) and len(pickers) + len(eligible) == len(readers):  # where all elements are computed too, some are again
+            for reader in pickers:
+                inline_into_gather(reader, producer)
+            merged, readers = len(pickers), eligible
+        single = len(readers) == 1
+        if len(eligible) == len(readers) and _trivial(producer):
+            note_rounding(producer)
         for reader in eligible:
             if _trivial(producer) or (single and _visits_once(producer, reader)) or (
                     len(eligible) == len(readers) and _cheap(producer) and _visits(producer, reader) <= (self.repeats if single else 1)):
@@ -82,11 +91,25 @@ class Inline(Pass):
                 len(producer.operands) != 1 or any(o.name != "arith.cast" for o in body_ops(producer))
                 or fill_of(producer, 0) is not None or producer["maps"][0] != identity_map(len(producer["dims"]))):
             return False  # packed and padded operands are there on purpose
+        if is_contraction(reader) and rounding(producer) is not None and not _is_batched(reader):
+            return False  # matrix units multiply 16-bit numbers much faster than those that they were rounded from
         lead = 1 if reader.name == "tensor.scatter" else 0
         if lead and reader.operands[0].defining_op is producer:
             return False
         return all(m is not None and fill_of(reader, i) is None
                    for i, (v, m) in enumerate(zip(reader.operands[lead:], reader["maps"], strict=True)) if v.defining_op is producer)
+
+
+def _absorbs_its_maker(producer: Operation) -> bool:
+    """It rounds what a pointwise op makes for it alone: that op, merged into this one, has a 16-bit result for all readers."""
+    maker = producer.operands[0].defining_op if rounding(producer) is not None else None
+    return maker is not None and is_pointwise(maker) and len(maker.results) == 1 and len(maker.result.uses) == 1
+
+
+def _is_batched(contraction: Operation) -> bool:
+    """Both operands are read at a parallel dimension of the result, as in attention."""
+    reads = [{s for e in m for s in free_symbols(e)} for m in contraction["maps"]]
+    return any(f"d{i}" in reads[0] & reads[1] for i in range(len(parallel_dims(contraction))))
 
 
 def _trivial(producer: Operation) -> bool:

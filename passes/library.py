@@ -138,6 +138,8 @@ def _heavy_readers(v: Value) -> float | None:
     total: float | None = None
     while len(v.users) == 1 and is_pointwise(v.users[0]) and len(v.users[0].results) == 1:
         user = v.users[0]
+        if all(o.name == "arith.cast" for o in body_ops(user)):
+            break  # merges into whoever reads it
         total = (total or 0.0) + sum(HEAVY_OPS.get(o.name, LIGHT if o.name in EXPENSIVE else 0.0) for o in body_ops(user))
         v = user.result
     return total
@@ -195,6 +197,9 @@ class _Chain:
         chain = _Chain(op, found)
         while chain._extend(epilogues):
             pass
+        while len(chain.members) > 1 and len(chain.value.defining_op.operands) == 1 and _widens(chain.value.defining_op):  # type: ignore[union-attr, arg-type]
+            chain.members.pop()  # free for readers, and it would cost memory here
+            chain.value = chain.members[-1].result
         return chain
 
     def _extend(self, epilogues: bool) -> bool:
@@ -263,6 +268,11 @@ class _Chain:
             block.append(op.detach())
         Builder(block, None, last.location).create("tensor.yield", [last.result])
         return made
+
+
+def _widens(op: Operation) -> bool:
+    """Its result takes more memory than its operand, and says no more."""
+    return all(o.name == "arith.cast" for o in body_ops(op)) and element_type(op.result.type).bytes > element_type(op.operands[0].type).bytes
 
 
 def _kind(user: Operation, at: int) -> str | None:

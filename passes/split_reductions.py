@@ -15,6 +15,7 @@ from ..ir import Builder, Dim, Operation, Target, TensorType, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import as_int, ceildiv, product, simplify, split_linear, substitute
 from ..ir.passes import Pass, PassContext, register
+from .narrow_results import ROUNDS
 from .structured import is_contraction, rebuild, space_bounds
 from .tiling.contraction import roles_of
 from .tiling.gpu_tiles import gemm_tile_gpu
@@ -41,7 +42,9 @@ class SplitReductions(Pass):
                 if not set(op["combine"]) <= SPLITTABLE or 0 in op["dims"]:
                     continue
                 programs, room = _programs(op, ctx.target), ctx.target.multiprocessors
-                parts, d = self._parts(op, -(-2 * room // programs)) if 2 * programs <= room else (1, 0)
+                # Half of the multiprocessors are enough to read what a product needs, and its neighbours may be launched with it.
+                idle = 3 if is_contraction(op) else 2
+                parts, d = self._parts(op, -(-2 * room // programs)) if idle * programs <= room else (1, 0)
                 if parts > 1:
                     _split(op, d, parts)
                     ctx.remark("done", f"a reduction of {op['dims'][d]} elements in {parts} parts", op.location)
@@ -107,10 +110,13 @@ def _split(op: Operation, d: int, parts: int) -> None:
     fills = [fill_of(op, i) for i in range(len(op.operands))]
     b = Builder.before_op(op)
     partial = rebuild(op, b, op.operands, maps, fills, new_dims, place, n)
+    rounds = partial.attributes.pop(ROUNDS, None)
     rank = len(dims) - n
     read = (sym(f"d{rank}"), *(sym(f"d{j}") for j in range(rank)))
     made = b.generic(list(partial.results), [read] * len(partial.results), [*dims[:rank], parts], lambda _, *xs: xs,
                      reductions=1, combine=op["combine"])
+    if rounds is not None:
+        made.attributes[ROUNDS] = rounds
     for old, new in zip(op.results, made.results, strict=True):
         new.name, new.type = old.name, old.type
         old.replace_all_uses_with(new)

@@ -10,10 +10,10 @@ from typing import Any
 
 from ..ir import Block, Builder, Dim, DType, Expr, Operation, Region, ScalarType, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of
-from ..ir.expr import Bounds, contiguous_linear, fold, product, simplify, substitute
+from ..ir.expr import Bounds, contiguous_linear, fold, free_symbols, product, simplify, substitute
 from ..ir.types import i64
 
-__all__ = ["EXPENSIVE", "body_ops", "composed_map", "constant_values", "identity_map", "identity_of", "in_order",
+__all__ = ["EXPENSIVE", "PLAIN", "body_ops", "composed_map", "constant_values", "identity_map", "identity_of", "in_order",
            "inline_into", "inline_into_gather", "is_contraction", "is_identity_view", "is_pointwise",
            "map_bounds", "plain_dims", "rebuild", "reshape_like", "space_bounds"]
 
@@ -21,6 +21,8 @@ EXPENSIVE = frozenset(f"arith.{n}" for n in (
     "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh",
     "acosh", "atanh", "erf", "erfc", "erfinv", "lgamma", "digamma", "sigmoid", "pow", "atan2", "hypot"))
 """Ops worth storing rather than computing twice."""
+PLAIN = "_plain"
+"""Attribute of a sum of products that is to be a reduction like any other."""
 
 
 def identity_of(kind: str, dtype: DType) -> bool | int | float:
@@ -70,10 +72,11 @@ def body_ops(op: Operation) -> list[Operation]:
 
 
 def is_contraction(op: Operation) -> bool:
-    """sum over (a * b) of two distinct mapped operands, possibly cast first; at least one reduction dimension."""
+    """sum over (a * b) of two distinct mapped operands, possibly cast first; at least one reduction dimension, and one of the result's that a
+    single operand has: where both are read at the same points there is nothing to reuse, and it is a reduction like any other."""
     if op.name != "tensor.generic" or op["reductions"] == 0 or op["combine"] != ("sum",) or len(op.operands) != 2:
         return False
-    if any(m is None for m in op["maps"]):
+    if any(m is None for m in op["maps"]) or op.attributes.get(PLAIN):
         return False
     product = op.body.terminator.operands[0].defining_op
     if product is None or product.name != "arith.mul":
@@ -83,7 +86,11 @@ def is_contraction(op: Operation) -> bool:
         while v.defining_op is not None and v.defining_op.name == "arith.cast":
             v = v.defining_op.operands[0]
         sources.append(v)
-    return set(sources) == set(op.body.args) and len(body_ops(op)) == 1 + sum(o.name == "arith.cast" for o in body_ops(op))
+    if set(sources) != set(op.body.args) or len(body_ops(op)) != 1 + sum(o.name == "arith.cast" for o in body_ops(op)):
+        return False
+    reads = [{s for e in m for s in free_symbols(e)} for m in op["maps"]]
+    own = {f"d{i}" for i in range(len(op["dims"]) - op["reductions"])} & (reads[0] ^ reads[1])
+    return bool(own) or all(n == 1 for n in op["dims"][:len(op["dims"]) - op["reductions"]])
 
 
 def plain_dims(m: Sequence[Dim]) -> list[int] | None:
@@ -105,8 +112,9 @@ def composed_map(outer: Sequence[Dim], inner: Sequence[Dim], bounds: Bounds) -> 
 
 def reshape_like(m: Sequence[Dim], dims: Sequence[Dim], shape: Sequence[Dim]) -> bool:
     """True if reading `shape` through `m` from the space `dims` visits every element once, in row-major order."""
-    from_map = simplify(contiguous_linear(m, shape), space_bounds(dims))
-    return from_map == contiguous_linear(identity_map(len(dims)), dims)
+    still: dict[str, Dim] = {f"d{i}": 0 for i, size in enumerate(dims) if size == 1}
+    from_map = substitute(simplify(contiguous_linear(m, shape), space_bounds(dims)), still)
+    return from_map == substitute(contiguous_linear(identity_map(len(dims)), dims), still)
 
 
 def rebuild(op: Operation, builder: Builder, operands: Sequence[Value], maps: Sequence[Any], fills: Sequence[Any], dims: Sequence[Dim],

@@ -40,7 +40,7 @@ STEP_BITS = 12
 STATE = "aicc_state"
 _STICKY = range(700, 800)
 """Results that a kernel of an earlier launch may have caused."""
-_PROTOTYPE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+_PROTOTYPE = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 4, ctypes.c_int32, ctypes.c_int32)
 
 
 class Device(Protocol):
@@ -169,12 +169,13 @@ def _upload(text: str, device: torch.device) -> torch.Tensor:
 class CudaFunction:
     """One list of launches, callable with the addresses of the table and of the symbol values.
 
-    `native(table, symbols, stream, plans)` is the machine code itself, and `plan(symbols)` what it wants for its matrix products.
+    `native(table, symbols, stream, plans, 0, count)` is the machine code itself, and `plan(symbols)` what it wants for its matrix products.
     """
 
     def __init__(self, library: CudaLibrary, name: str, native: Callable[..., int]):
         self.library, self.name, self.native = library, name, native
         self.steps: list[list[Any]] = library.program["functions"][name]
+        self.count = len(self.steps)
         self.stream = library.on.stream
         shapes = [step[2] for step in self.steps if step[0] == "product"]
         self._plans = library.on.plans(shapes, library.positions) if shapes else None
@@ -189,7 +190,7 @@ class CudaFunction:
 
         CudaError if a launch fails.
         """
-        code = self.native(table, symbols, self.stream(), self.plan(symbols))
+        code = self.native(table, symbols, self.stream(), self.plan(symbols), 0, self.count)
         if code >= MISALIGNED:
             raise self.failure(code)
         return code

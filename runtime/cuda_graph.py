@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .cuda import MISALIGNED, CudaFunction, CudaLibrary, Device
+from .cuda_profile import Profile
 from .cuda_replay import Replay
 from .executor import CompiledGraph
 from .loader import NativeFunction
@@ -54,6 +55,7 @@ class CudaGraph(CompiledGraph):
         library = CudaLibrary(manifest["cuda"], blobs, device, on=on)
         self.cuda = library
         self.replay: Replay | None = None
+        self.profile: Profile | None = None
         self._wants_replay = cudagraphs
         self._allocate = _allocator(library.device)
         self._native_alignment = False
@@ -75,6 +77,8 @@ class CudaGraph(CompiledGraph):
             self._look_at(given)
         if self._foreign or not (self._native_alignment or self._aligned(given)):
             outputs = self._moved(given)
+        elif self.profile is not None:
+            outputs = self.profile.run(self, given)
         else:
             outputs = self._run(given)
         if boxed is not None:
@@ -115,7 +119,7 @@ class CudaGraph(CompiledGraph):
             return super()._one_call(native)
         count, pick, static, checked = self._arg_count, self._pick, self._static, bool(self._input_specs)
         frames, fill, empty, plain = self._frames, self._fill, self._allocate, self._plain and not self._mutated
-        launch, stream, plan = native.native, native.stream, native.plan
+        launch, stream, plan, steps = native.native, native.stream, native.plan, native.count
         if self._wants_replay:
             self.replay = Replay(native, self._input_count)
         self._native_alignment = True
@@ -139,7 +143,7 @@ class CudaGraph(CompiledGraph):
                 except IndexError:
                     frame = self._new_frame()
                 fill(frame[0], 0, *pointers, 0 if arena is None else arena.data_ptr())
-                code = launch(frame[1], sizes.address, stream(), plan(sizes.address))
+                code = launch(frame[1], sizes.address, stream(), plan(sizes.address), 0, steps)
                 frames.append(frame)
             self.calls += 1
             if code:

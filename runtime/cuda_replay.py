@@ -189,7 +189,8 @@ class Replay:
 
     def _run(self, table: Sequence[int], sizes: Any, stream: int) -> int:
         array = (ctypes.c_uint64 * len(table))(*table)
-        return self.function.native(ctypes.addressof(array), sizes.address, stream, self.function.plan(sizes.address))
+        return self.function.native(ctypes.addressof(array), sizes.address, stream, self.function.plan(sizes.address),
+                                    0, self.function.count)
 
     def _give_up(self, reason: str) -> None:
         self.off = reason

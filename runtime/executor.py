@@ -259,7 +259,8 @@ class CompiledGraph:
 
         return run
 
-    def _run_steps(self, args: Sequence[Any]) -> list[Any]:
+    def _run_steps(self, args: Sequence[Any], segments: Segments | None = None) -> list[Any]:
+        """`segments` stands in for the program's own steps (a profiler's)."""
         if len(args) != self._arg_count:
             raise self._wrong_count(args)
         tensors = args if self._pick is None else self._pick(args)
@@ -277,7 +278,7 @@ class CompiledGraph:
                    *(packed.pointers if packed is not None else ()), arena.data_ptr() if arena is not None else 0)
         symbols = list(sizes.values)
         array = (ctypes.c_int64 * max(1, len(symbols)))(*symbols)  # of this call alone: externs may define symbols
-        calls, externs, code = self._segments.run(tensors, buffers, packed, arena, table, address, symbols, array)
+        calls, externs, code = (segments or self._segments).run(tensors, buffers, packed, arena, table, address, symbols, array)
         if arena is not None:  # after an exception it is simply freed
             self.arenas.release(arena)
         self.calls += calls

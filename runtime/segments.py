@@ -51,10 +51,11 @@ class Segments:
 
     def __init__(self, steps: Sequence[Any], function: Callable[[str], NativeFunction], constants: Sequence[str],
                  positions: Mapping[str, int], inputs: Sequence[Mapping[str, Any]], specs: Sequence[TensorSpec],
-                 device: torch.device | str = "cpu"):
+                 device: torch.device | str = "cpu", around_extern: Callable[[str, Step], Step] = lambda target, step: step):
+        """`around_extern(target, step)` is run in the place of an operator call."""
         self._function, self._constants, self._positions = function, constants, positions
         self._inputs, self._specs = inputs, specs
-        self._device = torch.device(device)
+        self._device, self._around_extern = torch.device(device), around_extern
         makers: dict[str, Callable[[Any], Step]] = {"call": self._call, "extern": self._extern, "allocate": self._allocate, "drop": self._drop}
         self._steps: list[Step] = [makers[kind](value) for kind, value in steps]
 
@@ -113,7 +114,7 @@ class Segments:
             for (slot, i), tensor in zip(targets, made, strict=True):
                 call.buffers[i] = tensor
                 call.table[slot] = tensor.data_ptr()
-        return step
+        return self._around_extern(invoke.target, step)
 
     def _slot(self, i: Any) -> int:
         if type(i) is not int or not 0 <= i < len(self._specs):

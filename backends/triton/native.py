@@ -5,12 +5,13 @@
 
 Each function of the program becomes
 
-    i32 NAME(ptr table, ptr symbols, ptr stream, ptr plans)
+    i32 NAME(ptr table, ptr symbols, ptr stream, ptr plans, i32 first, i32 end)
 
-It evaluates addresses and grid sizes from the symbol values into cells on its own stack (so it may run in several threads at once) and calls
-the driver in order: `cuLaunchKernel`, `cuMemcpyDtoDAsync_v2`, `cublasLtMatmul`. The order is data: a loop walks a table of steps, so that
-thousands of launches compile as fast as one. The functions called are imported; what only the process knows (handles of kernels, addresses of
-constants) is read from the exported global `STATE`, an array of 64-bit words:
+It evaluates addresses and grid sizes from the symbol values into cells on its own stack (so it may run in several threads at once) and runs
+the steps from `first` up to `end`, which is no more than there are (a profiler asks for one at a time). The calls are `cuLaunchKernel`,
+`cuMemcpyDtoDAsync_v2` and `cublasLtMatmul`. The order is data: a loop walks a table of steps, so that thousands of launches compile as fast
+as one. The functions called are imported; what only the process knows (handles of kernels, addresses of constants) is read from the exported
+global `STATE`, an array of 64-bit words:
 
     [address of the word for failed checks, context, kernels in the program's order..., constants...]
 
@@ -128,7 +129,7 @@ class _Emitter:
         return made
 
     def function(self, name: str) -> None:
-        f = ir.Function(self.module, ir.FunctionType(I32, [PTR] * 4), name)
+        f = ir.Function(self.module, ir.FunctionType(I32, [PTR] * 4 + [I32] * 2), name)
         f.attributes.add("nounwind")
         program = self.program
         _Function(self, f, program.functions[name], program.symbols[name], program.inputs[name]).emit()
@@ -200,7 +201,7 @@ class _Function:
         values = {s: self._load(f.args[1], i, I64) for i, s in enumerate(self.symbols)}
         with self.scalars.scope(values, "cells"):
             self._fill()
-            self._loop(len(self.steps), self._step)
+            self._loop(b.sub(f.args[5], f.args[4]), lambda i: self._step(b.add(f.args[4], i)))
             self._leave(I32(0))
         self._finish()
 

@@ -70,6 +70,7 @@ class _Printer:
     narrow: Narrow = field(default_factory=Narrow)
     checks: int = 0
     indent: int = 1
+    first: int = 0  # number of the program that is the first of the part being printed
 
     def run(self) -> KernelSource:
         kernel = self.kernel
@@ -78,6 +79,7 @@ class _Printer:
         self.sizes: dict[str, Range] = {s: tuple(r) for s, r in kernel["bounds"].items()}  # type: ignore[misc]
         self.wide = bool(symbols) or not _is_small(kernel)
         self.index_type = "tl.int64" if self.wide else "tl.int32"
+        self.grid: Sequence[Dim] = kernel["grid"]
         self.both = _stored(kernel.body) & _loaded(kernel.body)
         name = _identifier(kernel["sym_name"])
         self.taken.add(name)
@@ -189,7 +191,7 @@ class _Printer:
 
     def program_id(self, op: Operation) -> None:
         """The coordinate on one axis of the linear program number."""
-        grid, axis = self.kernel["grid"], op["axis"]
+        grid, axis = self.grid, op["axis"]
         below, size = product(grid[axis + 1 :]), grid[axis]
         text = IndexText({}, self.sizes, (), self._arange)
         if size == 1:
@@ -197,12 +199,27 @@ class _Printer:
             self.ranges[op.result] = (0, 0)
             return
         pid = "tl.program_id(0).to(tl.int64)" if self.wide else "tl.program_id(0)"
+        if self.first:
+            pid = f"({pid} - {self.first})"
         if below != 1:
             pid = f"{pid} // ({text(below)})"
         if any(n != 1 for n in grid[:axis]):
             pid = f"{pid} % ({text(size)})"
         self._define(op, pid)
         self.ranges[op.result] = (0, size - 1)
+
+    def part(self, op: Operation) -> None:
+        """Programs of its own. Its buffers are no other part's to write, and names are never used twice."""
+        self.first, self.grid = op["first"], op["grid"]
+        end = self.first + as_int(product(self.grid))
+        self._write(f"{'elif' if self.first else 'if'} tl.program_id(0) < {end}:")
+        self.indent += 1
+        start = len(self.lines)
+        self.written, self.read = set(), set()
+        self._block(op)
+        if len(self.lines) == start:
+            self._write("pass")
+        self.indent -= 1
 
     def for_loop(self, op: Operation) -> None:
         n = op["indices"]
@@ -419,6 +436,7 @@ _REDUCTIONS["any"], _REDUCTIONS["all"] = _REDUCTIONS["max"], _REDUCTIONS["min"]
 
 _HANDLERS = {
     "tile.program_id": _Printer.program_id,
+    "tile.part": _Printer.part,
     "tile.for": _Printer.for_loop,
     "tile.load": _Printer.load,
     "tile.store": _Printer.store,

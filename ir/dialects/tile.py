@@ -80,6 +80,14 @@ def _verify_kernel(op: Operation) -> None:
             raise IRError(f"the grid uses {', '.join(sorted(missing))}, not listed in 'symbols'")
 
 
+def _verify_part(op: Operation) -> None:
+    last = op.body.last
+    if op.body.args or last is None or last.name != "tile.yield" or last.operands:
+        raise IRError("a 'tile.part' takes no values and ends with an empty 'tile.yield'")
+    if not isinstance(op["first"], int) or op["first"] < 0 or not all(isinstance(n, int) and n >= 0 for n in op["grid"]):
+        raise IRError(f"the programs of a 'tile.part' must be constant, got {op['first']} and {op['grid']}")
+
+
 def _verify_for(op: Operation) -> None:
     n = op["indices"]
     inits = op.operands[n:]
@@ -135,6 +143,8 @@ define("tile.launch", "runs a kernel on tensors, giving its outputs as new tenso
        operands="inputs*", results="results*", attrs={"kernel": attr("@name"), "cached": optional(False, "depends on parameters alone: run once")},
        traits=[Trait.Pure])
 define("tile.program_id", "this program's coordinate on grid axis `axis`", attrs={"axis": attr()}, traits=[Trait.Pure])
+define("tile.part", "a kernel of its own, that programs first, first + 1, ... of a one-dimensional grid run as those of `grid`", results=(),
+       attrs={"first": attr(), "grid": attr("number of programs per axis, constant")}, regions=1, traits=[], verify=_verify_part)
 define("tile.for", "for (iv = lower; iv < upper; iv += step) with carried values; lower and upper see the first `indices` operands as i0, ...",
        operands="indices_and_inits*", results="results*",
        attrs={"lower": attr(), "upper": attr(), "step": optional(1), "indices": optional(0), "unroll": optional(1)},

@@ -112,6 +112,15 @@ def _conjunction(op: Operation, value: Callable[[Dim], Tensor]) -> Tensor:
     return mask
 
 
+def _part(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
+    """The programs of a part, numbered as in a grid of their own."""
+    count = math.prod(op["grid"])
+    mine = ((p.ids >= op["first"]) & (p.ids < op["first"] + count)).nonzero().flatten()
+    if len(mine):
+        replace(p, grid=tuple(op["grid"]), ids=p.ids[mine] - op["first"], lanes=p.lanes[mine], env=dict(p.env)).run(op.body)
+    return []
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 def _load(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
@@ -222,7 +231,7 @@ def _require(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
 
 _OPS: dict[str, Callable[[Programs, Operation, list[Any]], list[Any]]] = {
     **dict.fromkeys(arith.HANDLERS, _arith),
-    "tile.load": _load, "tile.store": _store, "tile.alloca": _alloca, "tile.program_id": _program_id, "tile.index": _index,
+    "tile.part": _part, "tile.load": _load, "tile.store": _store, "tile.alloca": _alloca, "tile.program_id": _program_id, "tile.index": _index,
     "tile.mask": _mask, "tile.full": _full, "tile.reduce": _reduce, "tile.scan": _scan, "tile.reshape": _reshape, "tile.transpose": _transpose,
     "tile.dot": _dot, "tile.require": _require, "tile.for": _for, "tile.prefetch": lambda p, op, xs: [],
 }

@@ -32,6 +32,23 @@ RATE = {16: 0.13, 32: 0.25, 64: 0.5, 128: 0.85, 256: 1.0}
 """Relative rate of tensor cores by the side of a square tile (others: the geometric mean of the sides' rates)."""
 
 
+FEW_ROWS, DEEP = 16, 512
+"""A product with at most so many rows, summed over at least so many elements, reads its right operand once: memory sets its pace."""
+
+
+def _thin_tile(target: Target, batch: int, n: int, k: int) -> GpuTile:
+    """Columns so that every multiprocessor has as much to read as the others, wide steps to have many bytes under way."""
+    processors = max(1, target.multiprocessors)
+
+    def share(columns: int) -> int:
+        """Columns that the busiest multiprocessor reads."""
+        return as_int(ceildiv(batch * as_int(ceildiv(n, columns)), processors)) * columns
+
+    least = min(share(c) for c in (16, 32, 64))
+    columns = max(c for c in (16, 32, 64) if share(c) <= 1.05 * least)
+    return GpuTile(16, columns, _fit(k, 256 if columns < 64 else 128), 4, 4)
+
+
 def padded(n: Dim, least: int = 16) -> int:
     """The power of two that holds n, at least `least`."""
     return max(least, 1 << max(0, as_int(n) - 1).bit_length())
@@ -52,6 +69,8 @@ def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_
         rows, columns = _fit(m, most if isinstance(m, int) and m >= 512 else 64), _fit(n, most)
         return GpuTile(rows, columns, _fit(k, 32), 8 if rows * columns >= 128 * 128 else 4, 3)
     sizes = [x if isinstance(x, int) else UNKNOWN for x in (batch, m, n)]
+    if sizes[1] <= FEW_ROWS and isinstance(k, int) and k >= DEEP:
+        return _thin_tile(target, sizes[0], sizes[2], k)
     best: tuple[float, GpuTile] | None = None
     for rows, columns in pairs((16, 32, 64, 128), (32, 64, 128, 256)):
         if rows > padded(sizes[1]) or columns > max(32, padded(sizes[2])) or rows * columns > 128 * (128 if heavy else 256):

@@ -6,7 +6,7 @@ Kernels with the same body are shared: twelve transformer layers launch the same
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...ir import DTYPES, Block, BufferType, Builder, IRError, Operation, Region, SymbolRef, TensorType, TileType, Value, element_type
@@ -35,15 +35,14 @@ class Tile(Pass):
     name: ClassVar[str] = "tile"
 
     def run(self, module: Operation, ctx: PassContext) -> None:
-        kernels: dict[str, str] = {}
-        taken: set[str] = set()
+        names = KernelNames()
         launches = 0
         for func in [f for f in module.body if f.name == "func"]:
             constant = constant_values(func)
             for op in list(func.body):
                 if op.name == "tensor.fused":
                     kernel = lower(op, func["symbols"], ctx)
-                    name = _intern(kernel, func, kernels, taken)
+                    name = names.intern(kernel, func)
                     attrs: dict = {"kernel": SymbolRef(name)}
                     # GPUs: changed parameters could not be noticed without waiting for the device, and nothing is packed there.
                     if not ctx.target.is_gpu and op.operands and all(v in constant for v in op.operands):
@@ -57,29 +56,41 @@ class Tile(Pass):
                     op.erase()
                     launches += 1
         module.attributes["level"] = "tile"
-        ctx.remark("done", f"{launches} launches of {len(taken)} kernels")
+        ctx.remark("done", f"{launches} launches of {len(names.taken)} kernels")
 
 
-def _intern(kernel: Operation, func: Operation, kernels: dict[str, str], taken: set[str]) -> str:
-    """Adds the kernel before the function unless an equal one is there already; returns its name."""
-    wanted = kernel.attributes.pop("sym_name")
-    provenance = kernel.attributes.pop("provenance", ())
-    text = _anonymous_text(kernel)
-    if text in kernels:
-        kernel.drop_references()
-        return kernels[text]
-    name, n = wanted, 1
-    while name in taken:
-        n += 1
-        name = f"{wanted}_{n}"
-    taken.add(name)
-    kernels[text] = name
-    kernel.attributes = {"sym_name": name, **kernel.attributes}
-    if provenance:
-        kernel.attributes["provenance"] = provenance
-    assert func.parent is not None
-    func.parent.insert_before(func, kernel)
-    return name
+@dataclass
+class KernelNames:
+    """The kernels of a module: equal ones are there once, and every one has a name of its own."""
+
+    known: dict[str, str] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+
+    @staticmethod
+    def of(module: Operation) -> KernelNames:
+        """Those that a module has already; an equal one made later gets a name of its own."""
+        return KernelNames(taken={op["sym_name"] for op in module.body if op.name == "tile.kernel"})
+
+    def intern(self, kernel: Operation, func: Operation) -> str:
+        """Adds the kernel before the function unless an equal one is there already; returns its name."""
+        wanted = kernel.attributes.pop("sym_name")
+        provenance = kernel.attributes.pop("provenance", ())
+        text = _anonymous_text(kernel)
+        if text in self.known:
+            kernel.drop_references()
+            return self.known[text]
+        name, n = wanted, 1
+        while name in self.taken:
+            n += 1
+            name = f"{wanted}_{n}"
+        self.taken.add(name)
+        self.known[text] = name
+        kernel.attributes = {"sym_name": name, **kernel.attributes}
+        if provenance:
+            kernel.attributes["provenance"] = provenance
+        assert func.parent is not None
+        func.parent.insert_before(func, kernel)
+        return name
 
 
 def _anonymous_text(kernel: Operation) -> str:

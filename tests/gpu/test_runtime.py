@@ -125,7 +125,7 @@ def test_a_misaligned_input_is_noticed_before_anything_is_launched() -> None:
     symbols = (ctypes.c_int64 * 2)(1, 64)
     for table, code in (((4096, 4100, 4112), 0), ((4096, 4096, 4104), MISALIGNED), ((4097, 4096, 4096), MISALIGNED)):
         t = (ctypes.c_uint64 * 3)(*table)
-        assert function.native(ctypes.addressof(t), ctypes.addressof(symbols), 0, 0) == code
+        assert function.native(ctypes.addressof(t), ctypes.addressof(symbols), 0, 0, 0, function.count) == code
     assert len(device.calls) == 1
 
 

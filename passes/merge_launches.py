@@ -1,0 +1,180 @@
+"""Small kernels that do not depend on each other become one launch, each with programs of its own (GPUs).
+
+A launch that keeps few multiprocessors busy, or that is over in microseconds, costs more than its work: the next one waits for its last program,
+and for the device to start it. The query, key and value products of a decoder's token, the two of its gate, the folded statistics of fifty batch
+norms, the second halves of split sums: kernels that run side by side. Merged, their programs share the device, and one start and one end are
+left of several.
+
+Two launches are merged if neither needs the other's results, even by way of others, if both are small (SMALL bytes; products, which
+keep their registers for a long loop, PRODUCT bytes and only with products of the same warps), and if at most WINDOW launches lie between them.
+Before: `tile` has made kernels. After: the merged ones have a `tile.part` for each of theirs; kernels that nobody launches are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..ir import Block, Builder, Operation, Region, SymbolRef, Value
+from ..ir.expr import product
+from ..ir.passes import Pass, PassContext, register
+from .tiling.lower import KernelNames
+from .topology import topological_sort
+
+__all__ = ["MergeLaunches"]
+
+SMALL = 2 << 20
+"""Bytes that a kernel moves which is over before the device is busy."""
+PRODUCT = 64 << 20
+"""Bytes for products: at 3 TB/s, 20 microseconds."""
+WINDOW = 48
+PARTS = 64
+"""Most kernels in one, and most buffers that one takes."""
+BUFFERS = 160
+
+
+@register
+@dataclass(frozen=True)
+class MergeLaunches(Pass):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "merge-launches"
+
+    def run(self, module: Operation, ctx: PassContext) -> None:
+        kernels = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
+        names = KernelNames.of(module)
+        merged = 0
+        for func in [f for f in module.body if f.name == "func"]:
+            groups = [g for g in _Finder(func, kernels, ctx.target.multiprocessors).groups() if len(g.members) > 1]
+            for g in groups:
+                _merge(func, g.members, kernels, names)
+                merged += len(g.members)
+            if groups:
+                topological_sort(func.body)
+        launched = {op["kernel"].name for op in module.walk() if op.name == "tile.launch"}
+        for op in list(module.body):
+            if op.name == "tile.kernel" and op["sym_name"] not in launched:
+                op.erase()
+        ctx.remark("done", f"{merged} launches merged into fewer")
+
+
+@dataclass(eq=False)
+class _Group:
+    """Launches that may be one; `kind` says which others may join."""
+
+    kind: tuple[object, ...]
+    members: list[Operation]
+    last: int
+
+
+class _Finder:
+    def __init__(self, func: Operation, kernels: dict[str, Operation], multiprocessors: int):
+        self.func, self.kernels, self.room = func, kernels, max(1, multiprocessors)
+        self.of: dict[Operation, _Group] = {}
+
+    def groups(self) -> list[_Group]:
+        """Greedily, in program order: each launch joins the nearest group that it does not depend on."""
+        found: list[_Group] = []
+        position = {op: i for i, op in enumerate(self.func.body)}
+        for op, at in position.items():
+            kind = self._kind(op)
+            if kind is None:
+                continue
+            home = next((g for g in self._near(found, kind, at) if self._fits(g, op) and not self._depends(op, g, position)), None)
+            if home is None:
+                home = _Group(kind, [], at)
+                found.append(home)
+            home.members.append(op)
+            home.last = at
+            self.of[op] = home
+        return found
+
+    def _kind(self, op: Operation) -> tuple[object, ...] | None:
+        """What a launch can be merged with; None: nothing."""
+        kernel = self.kernels.get(op["kernel"].name) if op.name == "tile.launch" and not op["cached"] else None
+        if kernel is None or kernel["symbols"] or kernel.attributes.get("updates") or not all(isinstance(n, int) for n in kernel["grid"]):
+            return None
+        if any(o.name in ("tile.part", "tile.alloca") for o in kernel.walk()) or not isinstance(kernel["bytes"], int):
+            return None
+        if any(o.name == "tile.dot" for o in kernel.walk()):
+            few = product(kernel["grid"]) <= 2 * self.room  # type: ignore[operator]
+            return ("product", kernel["num_warps"], kernel["num_stages"]) if kernel["bytes"] <= PRODUCT and few else None
+        return ("loops", kernel["num_warps"]) if kernel["bytes"] <= SMALL else None
+
+    def _near(self, groups: Sequence[_Group], kind: tuple[object, ...], at: int) -> Iterator[_Group]:
+        return (g for g in reversed(groups) if g.kind == kind and at - g.last <= WINDOW and len(g.members) < PARTS)
+
+    def _fits(self, g: _Group, op: Operation) -> bool:
+        return len({v for m in (*g.members, op) for v in (*m.operands, *m.results)}) <= BUFFERS
+
+    def _depends(self, op: Operation, g: _Group, position: dict[Operation, int]) -> bool:
+        """Some operand of `op` is made from a result of `g`, groups counting as one op."""
+        first = min(position[m] for m in g.members)
+        stack, seen = [op], {op}
+        while stack:
+            for v in stack.pop().operands:
+                maker = v.defining_op
+                if maker is None or maker in seen:
+                    continue
+                home = self.of.get(maker)
+                if home is g:
+                    return True
+                around = home.members if home is not None else [maker]
+                seen.update(around)
+                if max(position[m] for m in around) > first:  # nothing before the group depends on it
+                    stack += around
+        return False
+
+
+def _merge(func: Operation, launches: list[Operation], kernels: dict[str, Operation], names: KernelNames) -> None:
+    """One launch of one kernel in the place of several."""
+    operands = list(dict.fromkeys(v for op in launches for v in op.operands))
+    results = [r for op in launches for r in op.results]
+    kernel = _merged_kernel(launches, kernels, operands, results)
+    name = names.intern(kernel, func)
+    kernels.setdefault(name, kernel)
+    position = {op: i for i, op in enumerate(func.body)}
+    ready = max((position[v.defining_op] for v in operands if v.defining_op is not None), default=-1)
+    place = max(launches, key=position.__getitem__) if ready > position[launches[0]] else launches[0]
+    made = Builder(func.body, place, launches[0].location).create("tile.launch", operands, {"kernel": SymbolRef(name)}, [r.type for r in results])
+    for old, new in zip(results, made.results, strict=True):
+        new.name = old.name
+        old.replace_all_uses_with(new)
+    for op in launches:
+        op.erase()
+
+
+def _merged_kernel(launches: Sequence[Operation], kernels: dict[str, Operation], operands: Sequence[Value], results: Sequence[Value]) -> Operation:
+    parts = [kernels[op["kernel"].name] for op in launches]
+    types: dict[Value, object] = {}
+    for op, kernel in zip(launches, parts, strict=True):
+        types.update(zip((*op.operands, *op.results), (a.type for a in kernel.body.args), strict=True))
+    block = Block([types[v] for v in (*operands, *results)],  # type: ignore[misc]
+                  [f"in{i}" for i in range(len(operands))] + [f"out{i}" for i in range(len(results))])
+    argument = dict(zip((*operands, *results), block.args, strict=True))
+    first, inplace = 0, []
+    readers = [set(op.operands) for op in launches]
+    for k, (op, kernel) in enumerate(zip(launches, parts, strict=True)):
+        outer = (*op.operands, *op.results)
+        body = Block()
+        renamed: dict[Value, Value] = {a: argument[v] for a, v in zip(kernel.body.args, outer, strict=True)}
+        for inner in kernel.body:
+            body.append(inner.clone(renamed))
+        count = product(kernel["grid"])
+        assert isinstance(count, int)
+        Builder(block, None, kernel.location).create("tile.part", [], {"first": first, "grid": kernel["grid"]}, [], [Region([body])])
+        first += count
+        for i, j in kernel["inplace"]:  # unless another part reads the old contents
+            if not any(outer[i] in reads for n, reads in enumerate(readers) if n != k):
+                inplace.append((argument[outer[i]].index, argument[outer[j]].index))  # type: ignore[attr-defined]
+    builder = Builder(block, None, launches[0].location)
+    builder.create("tile.yield")
+    shared = sorted({str(k["sym_name"]) for k in parts})
+    attrs = {"sym_name": f"{shared[0]}_and_{len(parts) - 1}_more", "grid": (first,), "symbols": (), "outputs": len(results),
+             "num_warps": max(k["num_warps"] for k in parts), "num_stages": max(k["num_stages"] for k in parts),
+             "flops": sum(k["flops"] for k in parts), "bytes": sum(k["bytes"] for k in parts)}
+    if inplace:
+        attrs["inplace"] = tuple(inplace)
+    attrs["provenance"] = tuple(dict.fromkeys(line for k in parts for line in k["provenance"]))
+    return Operation.create("tile.kernel", (), attrs, (), [Region([block])], launches[0].location)

@@ -1,0 +1,57 @@
+"""Products of a matrix with a vector that are reductions like any other: on GPUs, those of a computed matrix that others read too.
+
+A norm's backward sums dy * weight along each row, beside other sums along the same rows: as a matrix product that would be a kernel of its own
+which reads dy once more; as a reduction it shares the others' pass over memory. A matrix that only the product reads stays a product.
+After: such ops carry `_plain`, and `is_contraction` says no.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..ir import Operation, Value
+from ..ir.expr import free_symbols
+from ..ir.passes import Pass, PassContext, register
+from .structured import PLAIN, body_ops, is_contraction, is_pointwise
+
+__all__ = ["PlainReductions"]
+
+
+@register
+@dataclass(frozen=True)
+class PlainReductions(Pass):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "plain-reductions"
+
+    def run(self, module: Operation, ctx: PassContext) -> None:
+        found = 0
+        for func in [f for f in module.body if f.name == "func"]:
+            for op in func.body:
+                if is_contraction(op) and _shares_its_matrix(op):
+                    op.attributes[PLAIN] = True
+                    found += 1
+        ctx.remark("done", f"{found} products with a vector are reductions")
+
+
+def _shares_its_matrix(op: Operation) -> bool:
+    rank = len(op["dims"]) - op["reductions"]
+    wide = {f"d{i}" for i in range(rank) if op["dims"][i] != 1}
+    for i in (0, 1):
+        vector, matrix = op.operands[i], op.operands[1 - i]
+        reads = {s for e in op["maps"][i] for s in free_symbols(e)}
+        if not reads & wide and matrix is not vector and matrix.defining_op is not None and _has_other_readers(matrix, op):
+            return True
+    return False
+
+
+def _has_other_readers(v: Value, op: Operation) -> bool:
+    """Something beside `op` reads v, or what v is but a conversion of."""
+    while True:
+        if any(user is not op for user in v.users):
+            return True
+        maker = v.defining_op
+        if maker is None or not is_pointwise(maker) or len(maker.operands) != 1 or any(o.name != "arith.cast" for o in body_ops(maker)):
+            return False
+        v, op = maker.operands[0], maker

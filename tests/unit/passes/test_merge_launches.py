@@ -1,0 +1,81 @@
+"""Independent small kernels as one launch: which are merged, and that the numbers stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from aicc.backends.triton.printer import print_kernel
+from aicc.ir import Operation
+from aicc.ir.parser import parse_module
+from aicc.ir.printer import print_op
+from aicc.tests.gpu.cases import SM90, capture
+from torch import Tensor
+
+
+def lowered(f: Any, *inputs: Tensor) -> Operation:
+    found: list[Operation] = []
+
+    def keep(module: Operation, gm: torch.fx.GraphModule, args: list[Any]) -> Any:
+        found.append(module)
+        return gm.forward(*args)
+
+    capture(f, inputs, keep, until="tile", target=SM90)
+    (made,) = found
+    return made
+
+
+def launches(module: Operation) -> list[Operation]:
+    return [op for op in module.walk() if op.name == "tile.launch"]
+
+
+def parts(module: Operation) -> list[int]:
+    """For each kernel that is launched, in order: how many it was merged from."""
+    kernels = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
+    return [max(1, sum(o.name == "tile.part" for o in kernels[op["kernel"].name].body)) for op in launches(module)]
+
+
+def test_products_of_one_row_with_several_weights_are_one_launch() -> None:
+    def f(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return x @ q, x @ k, x @ v
+
+    module = lowered(f, *(torch.randn(*s) for s in ((1, 256), (256, 512), (256, 256), (256, 256))))
+    assert parts(module) == [3]
+
+
+def test_what_depends_on_another_waits_for_it() -> None:
+    def f(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a = x.softmax(-1)
+        b = y.softmax(-1)
+        return a, b, (a.sum(0) * b.sum(0)).cumsum(0)
+
+    module = lowered(f, torch.randn(64, 300), torch.randn(64, 300))
+    assert parts(module)[0] == 2 and all(n <= 2 for n in parts(module)) and len(launches(module)) >= 3
+
+
+def test_groups_do_not_wait_for_each_other_in_a_circle() -> None:
+    def f(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        p = a.softmax(-1)  # p -> q, r -> s: merging p with s and q with r would be a circle
+        q = p.cumsum(-1)
+        r = b.cumsum(-1)
+        s = r.softmax(-1)
+        return q, s
+
+    module = lowered(f, torch.randn(8, 300), torch.randn(8, 300))
+    order = {op: i for i, op in enumerate(module.walk())}
+    for op in launches(module):
+        assert all(order[v.defining_op] < order[op] for v in op.operands if v.defining_op is not None)
+
+
+def test_large_kernels_stay_alone() -> None:
+    module = lowered(lambda x, y: (x.softmax(-1), y.softmax(-1)), torch.randn(4096, 512), torch.randn(4096, 512))
+    assert parts(module) == [1, 1]
+
+
+def test_a_merged_kernel_prints_and_parses_and_branches_on_its_program() -> None:
+    module = lowered(lambda x, y: (x.softmax(-1), y.cumsum(-1), x.sum(0)), torch.randn(40, 300), torch.randn(3, 500))
+    text = print_op(module)
+    assert print_op(parse_module(text)) == text
+    merged = next(op for op in module.body if op.name == "tile.kernel" and any(o.name == "tile.part" for o in op.body))
+    source = print_kernel(merged).text
+    assert "if tl.program_id(0) < " in source and "elif tl.program_id(0) < " in source
