@@ -217,7 +217,7 @@ class _Builder:
 
     def _with_drops(self, steps: list[list[Any]], last_use: Mapping[int, int]) -> list[list[Any]]:
         """Buffers that are not returned go as soon as their last step has run."""
-        kept = {r["arg"] - len(self.inputs) for r in self.func["result_attrs"] if r["kind"] in ("buffer", "item")}
+        kept = {r["arg"] - len(self.inputs) for r in self.func["result_attrs"] if r["kind"] in ("buffer", "item", "view")}
         done: list[list[Any]] = []
         for i, step in enumerate(steps):
             done.append(step)

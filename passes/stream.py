@@ -115,6 +115,7 @@ class _Growth:
             raise Declined("no rows or no columns")
         self.block = seed.parent
         self.outer: set[Operation] = set()  # members that do not depend on the stream
+        self.apart: set[tuple[Operation, tuple[Dim, ...]]] = set()  # found not to depend on it: a model is deep, and read by many paths
         self.s = Stream({names[d]: seed["dims"][d] for d in names}, tuple(names[d] for d in names if d not in own),
                         tuple(names[d] for d in rows), tuple(names[d] for d in own if d >= parallel), tuple(seed["dims"][d] for d in columns))
         place = {**{d: sym(names[d]) for d in names}, **{d: sym(f"n{k}") for k, d in enumerate(columns)}}
@@ -142,6 +143,14 @@ class _Growth:
             if known != at:
                 raise Declined("one value is read at two positions")
             return op not in self.outer
+        if (op, at) in self.apart:
+            return False
+        depends = self._take(op, at)
+        if not depends and op not in self.s.position:
+            self.apart.add((op, at))
+        return depends
+
+    def _take(self, op: Operation, at: tuple[Dim, ...]) -> bool:
         rows, stream = self._spans(at)
         if is_contraction(op):
             return rows and stream and self._first(op, at)
