@@ -41,7 +41,7 @@ from .manifest import build_manifest
 from .options import Options
 from .pipelines import STAGES, pipeline
 
-__all__ = ["Compilation", "Observer", "compile_fx", "compile_graph", "cpu_target", "lower", "statistics", "watching"]
+__all__ = ["Compilation", "Observer", "compile_fx", "compile_graph", "cpu_target", "lower", "mark_saved", "statistics", "watching"]
 
 Observer = Callable[[str, "Pass | None", Operation], None]
 """Called with the stage, the pass that just ran (None at the end of a stage), and the module."""
@@ -148,14 +148,19 @@ def statistics(module: Operation) -> dict[str, Any]:
 
 
 def compile_fx(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options | None = None, *, name: str = "graph",
-               arg_kinds: Sequence[str] | None = None, observe: Observer | None = None) -> CompiledGraph:
-    """Compiles an AOTAutograd graph. The result takes a list of arguments (which it empties) and returns a list."""
+               arg_kinds: Sequence[str] | None = None, observe: Observer | None = None, saved_from: int | None = None) -> CompiledGraph:
+    """Compiles an AOTAutograd graph. The result takes a list of arguments (which it empties) and returns a list.
+
+    `saved_from`: the results from this one on are kept for the backward pass, where nobody but it sees them.
+    """
     options = options or Options.from_user()
     with _disable_current_modes():  # AOTAutograd compiles under fake tensors; constants must be folded on real ones
         start = time.perf_counter()
         if not options.pack_parameters:
             arg_kinds = None  # nothing is known to stay the same between calls
         module = import_graph(gm, name="main", arg_kinds=arg_kinds, alias_results=True)
+        if saved_from is not None:
+            mark_saved(module, saved_from)
         spent = time.perf_counter() - start
         compilation = compile_graph(module, options, name=name, observe=observe or _observer(), device=_cuda_device_of(gm))
     compilation.seconds = {"import": spent, **compilation.seconds}
@@ -164,6 +169,13 @@ def compile_fx(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options:
         if watcher.compiled is not None:
             watcher.compiled(compilation)
     return compilation.graph
+
+
+def mark_saved(module: Operation, first: int) -> None:
+    """Notes on the program's results from number `first` on that the user does not see them (`passes/alias_views.py` shares their memory)."""
+    for func in [f for f in module.body if f.name == "func"]:
+        func.attributes["result_attrs"] = tuple({**a, "saved": True} if i >= first and a.get("kind", "tensor") == "tensor" else a
+                                                for i, a in enumerate(func["result_attrs"]))
 
 
 def _cuda_device_of(gm: torch.fx.GraphModule) -> str | None:

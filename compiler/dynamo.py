@@ -35,7 +35,7 @@ from .control_flow import compile_pieces
 from .driver import Observer, compile_fx
 from .options import Options
 
-__all__ = ["aicc", "aot_backend", "arg_kinds", "backend", "partition"]
+__all__ = ["aicc", "aot_backend", "arg_kinds", "backend", "first_saved", "partition"]
 
 Graph = torch.fx.GraphModule
 
@@ -126,6 +126,7 @@ def _compile(gm: Graph, options: Options, role: str, table: Mapping[Any, Callabl
 
     def compile_piece(piece: Graph, name: str, origins: list[torch.fx.Node | None]) -> Callable:
         return compile_fx(piece, (), options, name=f"{role}_{name}" if name else role, observe=observe,
+                          saved_from=first_saved(role) if piece is gm else None,
                           arg_kinds=["input" if n is None else kinds[n] for n in origins])
 
     return compile_pieces(gm, compile_piece, table)
@@ -137,6 +138,13 @@ def arg_kinds(role: str, count: int) -> list[str]:
     metadata = getattr(context, "fw_metadata", None) if context is not None else None
     static = set(getattr(metadata, "static_input_indices", None) or ()) if role != "backward" else set()
     return ["param" if i in static else "input" for i in range(count)]
+
+
+def first_saved(role: str) -> int | None:
+    """The number of the first result of a forward graph that is only kept for the backward graph; None where torch does not say."""
+    context = TracingContext.try_get() if role == "forward" else None
+    count = getattr(getattr(context, "fw_metadata", None), "num_forward", None)
+    return count if isinstance(count, int) else None
 
 
 def _write_repro(gm: torch.fx.GraphModule, error: Exception) -> Path:

@@ -27,13 +27,13 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             # Views first: then every read of a tensor is a map, and two reads of the same elements look alike to cse.
             "absorb-views", f"canonicalize{relax}", "cse", "dce",
             # Products for a library leave before anything merges: what it does along the way is still told apart.
-            *([library] if target.is_gpu else []),
+            *(["operand-order", library] if target.is_gpu else []),
             # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.
             "inline", *(["plain-reductions"] if target.is_gpu else []), "sink-reshapes", f"canonicalize{relax}", "dce",
             *(["turn-streams", "dce"] if options.fuse and not target.is_gpu else []),
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
             "layout", "pack", "inline", f"canonicalize{relax}", "cse", "dce",
-            *(["library-operands"] if target.is_gpu else []),
+            *(["library-operands", "alias-views"] if target.is_gpu else []),
             *(["stream"] if options.fuse else []),
             *(["split-reductions"] if target.is_gpu and options.fuse else []),
             "fuse" if options.fuse else "fuse{max-members=1}",

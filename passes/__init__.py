@@ -2,6 +2,7 @@
 
 from . import (
     absorb_views,
+    alias_views,
     bufferize,
     canonicalize,
     cse,
@@ -14,6 +15,7 @@ from . import (
     library,
     merge_launches,
     narrow_results,
+    operand_order,
     pack,
     plain_reductions,
     plan_memory,

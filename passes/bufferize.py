@@ -45,7 +45,7 @@ from .storage import storage_bytes
 __all__ = ["Bufferize"]
 
 _STABLE_KINDS = ("param", "constant", "buffer")
-_KNOWN = ("tile.launch", "tensor.constant", "tensor.extern", "tensor.assign", "tensor.library")
+_KNOWN = ("tile.launch", "tensor.constant", "tensor.extern", "tensor.assign", "tensor.library", "tensor.alias")
 _EXTERN_ATTRS = ("target", "args", "kwargs", "result_kinds", "random", "reason", "operand_strides", "defines")
 
 
@@ -93,6 +93,7 @@ class _Bufferizer:
         self.arg_attrs: list[dict[str, Any]] = list(func["arg_attrs"]) or [{"kind": "input"}] * self.inputs
         self.results: list[dict[str, Any]] = []
         self.home: dict[Value, BlockArg] = {}
+        self.bases: dict[tuple[Value, tuple[Dim, ...]], int] = {}  # output buffers that are returned, or views of which are
         self.buffer: dict[Value, Value] = dict(zip(self.old.args, self.block.args, strict=True))
         self.first: list[tuple[Value, Value]] = []  # (target buffer, source buffer) before everything else
         self.saved: dict[Value, Value] = {}
@@ -153,7 +154,7 @@ class _Bufferizer:
                 continue
             if op.name not in _KNOWN:
                 raise IRError(f"bufferize does not know '{op.name}'; it expects {', '.join(_KNOWN)}")
-            if op.name in ("tile.launch", "tensor.constant", "tensor.library") and not needed.intersection(op.results):
+            if op.name in ("tile.launch", "tensor.constant", "tensor.library", "tensor.alias") and not needed.intersection(op.results):
                 continue
             needed.update(op.operands)
             kept.append(op)
@@ -203,11 +204,20 @@ class _Bufferizer:
             elif "base" in attrs:
                 views.append((i, t.dtype))
                 self.results.append({"kind": "view", "arg": attrs["base"], "shape": t.shape, "strides": wanted, "offset": attrs.get("offset", 0)})
+            elif v.defining_op is not None and v.defining_op.name == "tensor.alias" and t.layout == wanted:
+                source = v.defining_op.operands[0]
+                key = (source, tuple(_tensor(source).layout))
+                if key not in self.bases:
+                    self.bases[key] = self._output(source, key[1]).index
+                self.results.append({"kind": "view", "arg": self.bases[key], "shape": t.shape, "strides": wanted,
+                                     "offset": v.defining_op["offset"]})
             elif plain and isinstance(v, BlockArg) and v not in self.assigned and t.layout == wanted:
                 self.results.append({"kind": "input", "arg": v.index})
             else:
                 placed[v, wanted] = i
-                self.results.append({"kind": "buffer", "arg": self._output(v, wanted).index})
+                if (v, wanted) not in self.bases:
+                    self.bases[v, wanted] = self._output(v, wanted).index
+                self.results.append({"kind": "buffer", "arg": self.bases[v, wanted]})
         for i, dtype in views:  # the base may come later among the results
             base = self.results[self.results[i]["arg"]]
             if base["kind"] not in ("buffer", "input"):
@@ -328,6 +338,10 @@ class _Bufferizer:
         self.b.create("host.extern", [self.buffer[v] for v in (*op.operands, *op.results)],
                       {**attrs, "inputs": len(op.operands)})
 
+    def _emit_alias(self, op: Operation) -> None:
+        attrs = {"offset": op["offset"]} if op["offset"] else {}
+        self.buffer[op.result] = self.b.op("host.view", self.buffer[op.operands[0]], type=_buffer_type(_tensor(op.result)), **attrs)
+
     def _emit_assign(self, op: Operation) -> None:
         """Nothing here: the write is a copy elsewhere, or the launch that makes the value."""
 
@@ -357,4 +371,5 @@ def _is_known_int(attrs: dict[str, Any]) -> bool:
 
 
 _EMITTERS = {"tensor.constant": _Bufferizer._emit_constant, "tile.launch": _Bufferizer._emit_launch,
-             "tensor.extern": _Bufferizer._emit_extern, "tensor.library": _Bufferizer._emit_library, "tensor.assign": _Bufferizer._emit_assign}
+             "tensor.extern": _Bufferizer._emit_extern, "tensor.library": _Bufferizer._emit_library, "tensor.assign": _Bufferizer._emit_assign,
+             "tensor.alias": _Bufferizer._emit_alias}

@@ -57,6 +57,8 @@ class Inline(Pass):
             return len(readers)
         pickers = [u for u in readers if self._can_gather(producer, u)]
         eligible = [u for u in readers if self._can_merge(producer, u)]
+        if rounding(producer) is not None and len(eligible) < len(readers):
+            return 0  # the 16-bit numbers are stored anyway: all read them
         merged = 0
         if pickers and _cheap(producer) and len(pickers) + len(eligible) == len(readers):  # where all elements are computed too, some are again
             for reader in pickers:

@@ -20,7 +20,7 @@ from ..ir.expr import evaluate, free_symbols, simplify, split_linear
 from ..ir.passes import Pass, PassContext, register
 from .structured import constant_values, in_order, is_contraction, space_bounds
 
-__all__ = ["Layout", "walk_order"]
+__all__ = ["Layout", "set_type", "walk_order"]
 
 
 @register
@@ -41,13 +41,13 @@ class Layout(Pass):
                 if order is not None:
                     for r in op.results:
                         assert isinstance(r.type, TensorType)
-                        _set_type(r, in_order(r.type, order))
+                        set_type(r, in_order(r.type, order))
                     changed += 1
             _match_outputs(func)
         ctx.remark("done", f"{changed} tensors in another order than row-major")
 
 
-def _set_type(v: Value, t: TensorType) -> None:
+def set_type(v: Value, t: TensorType) -> None:
     """Changes a value's layout, also where a body receives the tensor whole."""
     v.type = t
     for user, i in v.uses:
@@ -123,7 +123,7 @@ def _match_outputs(func: Operation) -> None:
             continue
         order = _dense_order(v.type.shape, tuple(wanted))
         if order is not None:
-            _set_type(v, v.type.with_strides(tuple(wanted)))
+            set_type(v, v.type.with_strides(tuple(wanted)))
 
 
 def _dense_order(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> list[int] | None:

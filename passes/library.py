@@ -43,6 +43,8 @@ MARGIN = 1e-6
 """Seconds that the library must win by: its calls cost the host more, and what is generated fuses further."""
 HEAVY_OPS, LIGHT = {"arith.erf": 1.0, "arith.tanh": 0.6}, 0.25
 """How much functions cost in an epilogue, in units of one erf."""
+READ = 1.5
+"""How much reading one more tensor of the result's size costs there: matrix units' registers hold odd pieces of rows."""
 REACH = 60
 """How many ops attention may have between its two products."""
 
@@ -140,9 +142,14 @@ def _heavy_readers(v: Value) -> float | None:
         user = v.users[0]
         if all(o.name == "arith.cast" for o in body_ops(user)):
             break  # merges into whoever reads it
-        total = (total or 0.0) + sum(HEAVY_OPS.get(o.name, LIGHT if o.name in EXPENSIVE else 0.0) for o in body_ops(user))
+        wide = sum(_elements(x) == _elements(v) for x in user.operands if x is not v)
+        total = (total or 0.0) + READ * wide + sum(HEAVY_OPS.get(o.name, LIGHT if o.name in EXPENSIVE else 0.0) for o in body_ops(user))
         v = user.result
     return total
+
+
+def _elements(v: Value) -> Dim:
+    return v.type.numel if isinstance(v.type, TensorType) else 1
 
 
 # -- attention --------------------------------------------------------------------------------------------------------

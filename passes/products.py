@@ -20,7 +20,7 @@ from ..ir.types import contiguous_strides
 from .structured import space_bounds
 from .tiling.contraction import roles_of
 
-__all__ = ["Product", "read_product"]
+__all__ = ["Product", "read_product", "walk"]
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ def read_product(op: Operation, types: Sequence[TensorType] | None = None) -> Pr
     for i in range(2):
         t = op.operands[i].type if types is None else types[i]
         assert isinstance(t, TensorType)
-        walk = _walk(op, i, t)
-        if walk is None:
+        found_walk = walk(op, i, t)
+        if found_walk is None:
             return f"operand {i} is not read with fixed strides"
-        walks.append(walk)
+        walks.append(found_walk)
     (left, offset_a), (right, offset_b) = walks[roles.left], walks[roles.right]
     parallel = parallel_dims(op)
     out = dict(enumerate(contiguous_strides(parallel)))
@@ -79,8 +79,8 @@ def read_product(op: Operation, types: Sequence[TensorType] | None = None) -> Pr
     return found
 
 
-def _walk(op: Operation, i: int, t: TensorType) -> tuple[dict[int, Dim], Dim] | None:
-    """The stride of each dimension in operand i, and where it begins; None if it is not linear."""
+def walk(op: Operation, i: int, t: TensorType) -> tuple[dict[int, Dim], Dim] | None:
+    """For an operand of type t: the stride of each dimension in operand i, and where it begins; None if it is not linear."""
     offset: Dim = 0
     for e, stride in zip(op["maps"][i], t.layout, strict=True):
         offset = offset + e * stride
@@ -98,7 +98,7 @@ def _collapse(dims: Sequence[Dim], group: Sequence[int], operands: Sequence[dict
     """(size, stride in each operand) of the dimensions as one, outermost first; None if they are not."""
     wide = [d for d in group if dims[d] != 1]
     for outer, inner in pairwise(wide):
-        if any(walk[outer] != walk[inner] * dims[inner] for walk in operands):
+        if any(w[outer] != w[inner] * dims[inner] for w in operands):
             return None
     strides = tuple(walk[wide[-1]] if wide else 0 for walk in operands)
     return product(dims[d] for d in wide), strides

@@ -24,6 +24,9 @@ from .sizes import compile_size, evaluate_size
 
 __all__ = ["Segments"]
 
+ALIGNMENT = 16
+"""Bytes: kernels on GPUs take every buffer to start at a multiple."""
+
 
 class _Call:
     """What one call of the program works on."""
@@ -51,8 +54,11 @@ class Segments:
 
     def __init__(self, steps: Sequence[Any], function: Callable[[str], NativeFunction], constants: Sequence[str],
                  positions: Mapping[str, int], inputs: Sequence[Mapping[str, Any]], specs: Sequence[TensorSpec],
-                 device: torch.device | str = "cpu", around_extern: Callable[[str, Step], Step] = lambda target, step: step):
-        """`around_extern(target, step)` is run in the place of an operator call."""
+                 device: torch.device | str = "cpu", around_extern: Callable[[str, Step], Step] = lambda target, step: step,
+                 aligned: bool = False):
+        """`around_extern(target, step)` is run in the place of an operator call; `aligned`: results of operators that start elsewhere than at
+        a multiple of ALIGNMENT are copied (always so on GPUs)."""
+        self._aligned = aligned
         self._function, self._constants, self._positions = function, constants, positions
         self._inputs, self._specs = inputs, specs
         self._device, self._around_extern = torch.device(device), around_extern
@@ -107,11 +113,14 @@ class Segments:
         targets = [(self._slot(i), i) for i in row["buffers"]]
         if len(targets) != len(row["results"]):
             raise ArtifactError(f"'{invoke.target}' has {len(row['results'])} results for {len(targets)} buffers")
+        aligned = self._device.type == "cuda" or self._aligned
 
         def step(call: _Call) -> None:
             call.externs += 1
             made = invoke([place(call) for place in operands], call.symbols, call.define)
             for (slot, i), tensor in zip(targets, made, strict=True):
+                if aligned and tensor.data_ptr() % ALIGNMENT:
+                    tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
                 call.buffers[i] = tensor
                 call.table[slot] = tensor.data_ptr()
         return self._around_extern(invoke.target, step)

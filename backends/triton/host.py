@@ -30,7 +30,7 @@ COPY_TILE = 1024
 @dataclass(frozen=True)
 class Place:
     """An address: `slot` of the table (or constant number `slot`) plus `offset` bytes. `aligned`: always a multiple of 16
-    (an input is taken to be)."""
+    (an input, and what an operator gives, is taken to be)."""
 
     slot: int
     offset: Dim
@@ -123,8 +123,8 @@ class _Builder:
     def run(self) -> None:
         func, name = self.func, self.func["sym_name"]
         kinds = [a.get("kind", "input") for a in func["arg_attrs"]] or ["input"] * self.arguments
-        for a, kind in zip(func.body.args, kinds, strict=True):
-            self.places[a] = Place(a.index, 0, aligned=kind != "extern")
+        for a in func.body.args:
+            self.places[a] = Place(a.index, 0)  # results of operators too: `runtime/segments.py` sees to it
         given = {a.index for a, kind in zip(func.body.args, kinds, strict=True) if kind not in ("output", "extern", "late")}
         functions: dict[str, list[Step]] = {}
         steps: list[Step] = []

@@ -141,6 +141,9 @@ define("tensor.extract", "source[indices]; with `check` an index out of range ma
        operands="source indices*", attrs={"check": optional(True)}, traits=[Trait.Pure])
 define("tensor.require", "`value`; a false `cond` makes the call fail with RuntimeError (on GPUs nothing is checked, as in eager)",
        operands="cond value", attrs={"message": attr()}, traits=[Trait.Pure])
+define("tensor.alias", "the operand's memory under another shape, from element `offset` on with the strides of the result's type: element d of the "
+       "result is element `map`(d) of the operand", operands="source", attrs={"map": attr(), "offset": optional(0)},
+       traits=[Trait.Pure, Trait.ViewLike])
 define("tensor.constant", "a constant tensor", attrs={"value": attr("Dense")}, traits=[Trait.Pure, Trait.ConstantLike])
 define("tensor.assign", "writes `value` into the memory of the function argument `target` at the end of the call", operands="target value",
        results=(), traits=[Trait.WritesMemory])

@@ -363,6 +363,6 @@ def _sym(ctx: Context, op: Operation, xs: list[Any]) -> list[Any]:
 
 HANDLERS: dict[str, Handler] = {
     "tensor.generic": _generic, "tensor.scan": _scan, "tensor.scatter": _scatter, "tensor.fused": _fused, "tensor.library": _fused,
-    "tensor.sym": _sym, "tensor.extract": _extract, "tensor.constant": _constant,
+    "tensor.sym": _sym, "tensor.alias": graph.HANDLERS["graph.remap"], "tensor.extract": _extract, "tensor.constant": _constant,
     "tensor.assign": graph.HANDLERS["graph.assign"], "tensor.extern": extern,
 }
