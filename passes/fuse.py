@@ -4,7 +4,8 @@ Every group has a *frame*: a list of loop dimensions that all members share, spl
 ones (reduced by some member, or absent from a member that computes once per outer point). A member has either all
 frame dimensions or exactly the outer ones; each value passed between members is read at the point at which it was made. So a group becomes one
 loop nest that keeps its intermediates in registers: softmax, norms and their backward are one group each.
-A contraction starts a group of its own, and takes elementwise readers as its epilogue.
+A contraction starts a group of its own, and takes elementwise readers as its epilogue. On GPUs it also takes in what unpacks its operands
+(`prologue.py`): weights of few bits then cross the memory bus as they are stored.
 
 A reader joins a group only if no path leaves the group and comes back (that would be a cycle of kernels), and if joining does not
 give up parallelism (a big elementwise op does not join a reduction to a handful of elements).
@@ -21,6 +22,7 @@ from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import product
 from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
+from .prologue import unpacks
 from .structured import body_ops, is_contraction, is_pointwise, plain_dims
 from .topology import topological_sort
 
@@ -34,6 +36,11 @@ class Group:
     places: dict[Operation, tuple[int, ...]] = field(default_factory=dict)
     contraction: Operation | None = None
     values: set[Value] = field(default_factory=set)
+    prologue: list[Operation] = field(default_factory=list)
+
+    @property
+    def everything(self) -> list[Operation]:
+        return [*self.prologue, *self.members]
 
     def add(self, op: Operation, place: tuple[int, ...], frame: list[Dim]) -> None:
         self.frame = frame
@@ -115,8 +122,22 @@ class Fuse(Pass):
                 joined = frame_of(op)
                 groups.append(joined)
             of[op] = joined
+            if op is joined.contraction:
+                self._take_prologue(joined, of, groups, ctx)
             self._merge_producer_groups(op, joined, of, groups, position)
         return groups
+
+    def _take_prologue(self, g: Group, of: dict[Operation, Group], groups: list[Group], ctx: PassContext) -> None:
+        """Ops that unpack an operand of the group's contraction for it alone, and that are a group by themselves."""
+        assert g.contraction is not None
+        for v in g.contraction.operands:
+            maker = v.defining_op
+            if maker is None or maker not in of or of[maker].everything != [maker] or not unpacks(maker, g.contraction, ctx.target):
+                continue
+            groups.remove(of[maker])
+            of[maker] = g
+            g.prologue.append(maker)
+            g.values.update(maker.results)
 
     def _candidates(self, op: Operation, of: dict[Operation, Group], position: dict[Operation, int]) -> list[Group]:
         """Groups of the producers, latest first, then groups near by that read the same tensor."""
@@ -281,7 +302,7 @@ def _reads_agree(members: list[Operation], places: dict[Operation, tuple[int, ..
 
 def _makes_cycle(g: Group, op: Operation, of: dict[Operation, Group], position: dict[Operation, int]) -> bool:
     """True if `op` depends on `g` through an op outside of it."""
-    first = min(position[m] for m in g.members)
+    first = min(position[m] for m in g.everything)
     stack = [v.defining_op for v in op.operands if v.defining_op is not None and v not in g.values]
     seen: set[Operation] = set()
     while stack:
@@ -292,7 +313,7 @@ def _makes_cycle(g: Group, op: Operation, of: dict[Operation, Group], position: 
         group = of.get(p)
         if group is g:
             return True
-        around = group.members if group is not None else [p]
+        around = group.everything if group is not None else [p]
         if group is not None and max(position[m] for m in around) < first:
             continue
         seen.update(around)
@@ -308,9 +329,9 @@ def _makes_cycle(g: Group, op: Operation, of: dict[Operation, Group], position: 
 
 def _outline(g: Group, names: dict[str, int]) -> None:
     """Moves the members into a `tensor.fused` placed at the last of them."""
-    inside = set(g.members)
-    inputs = list(dict.fromkeys(v for op in g.members for v in op.operands if v.defining_op not in inside))
-    outputs = [r for op in g.members for r in op.results if any(u not in inside for u in r.users)]
+    inside = set(g.everything)
+    inputs = list(dict.fromkeys(v for op in g.everything for v in op.operands if v.defining_op not in inside))
+    outputs = [r for op in g.everything for r in op.results if any(u not in inside for u in r.users)]
     last = g.members[-1]
     block = Block([v.type for v in inputs], [v.name for v in inputs])
     region = Region([block])
@@ -323,7 +344,7 @@ def _outline(g: Group, names: dict[str, int]) -> None:
         old.replace_uses_if(new, lambda user: user not in inside and user is not fused)
     for v, arg in zip(inputs, block.args, strict=True):
         v.replace_uses_if(arg, lambda user: user in inside)
-    for op in g.members:
+    for op in g.everything:
         block.append(op.detach())
     Builder(block, None, last.location).create("tensor.yield", outputs)
 

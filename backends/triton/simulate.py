@@ -84,10 +84,19 @@ def run_kernel(
 
 @contextmanager
 def _mended() -> Iterator[None]:
-    """Two faults of Triton's interpreter set right: it forgets that a comparison of scalars is boolean when it is
-    broadcast, and
-    multiplies matrices of bfloat16, which it keeps as bit patterns, as if they were integers."""
+    """Three faults of Triton's interpreter set right: it forgets that a comparison of scalars is boolean when it is broadcast, and it keeps
+    bfloat16 as bit patterns, but multiplies matrices of them and converts integers to them as if they were integers."""
     original, dot = interpreter_builder.create_splat, interpreter_builder.create_dot
+    signed, unsigned = interpreter_builder.create_si_to_fp, interpreter_builder.create_ui_to_fp
+
+    def by_float32(convert: Any) -> Any:
+        def converted(src: Any, dst_type: Any) -> Any:
+            if dst_type.scalar != tl.bfloat16:
+                return convert(src, dst_type)
+            wide = tl.block_type(tl.float32, dst_type.shape) if dst_type.is_block() else tl.float32
+            return interpreter_builder.cast_impl(convert(src, wide), dst_type)
+
+        return converted
 
     def splat(ret_ty: Any, arg: Any) -> Any:
         if ret_ty.scalar == tl.int1:
@@ -100,10 +109,12 @@ def _mended() -> Iterator[None]:
         return dot(a, b, *rest)
 
     interpreter_builder.create_splat, interpreter_builder.create_dot = splat, widened_dot
+    interpreter_builder.create_si_to_fp, interpreter_builder.create_ui_to_fp = by_float32(signed), by_float32(unsigned)
     try:
         yield
     finally:
         del interpreter_builder.create_splat, interpreter_builder.create_dot
+        del interpreter_builder.create_si_to_fp, interpreter_builder.create_ui_to_fp
 
 
 class SimulatedLibrary:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product as pairs
 
-from ...ir import Dim, Target
+from ...ir import Dim, Operation, Target, element_type
 from ...ir.expr import as_int, ceildiv
+from ..exact import matrix_unit_type
 
-__all__ = ["GpuTile", "gemm_tile_gpu", "padded"]
+__all__ = ["GpuTile", "gemm_tile_gpu", "padded", "product_bytes"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ RATE = {16: 0.13, 32: 0.25, 64: 0.5, 128: 0.85, 256: 1.0}
 def padded(n: Dim, least: int = 16) -> int:
     """The power of two that holds n, at least `least`."""
     return max(least, 1 << max(0, as_int(n) - 1).bit_length())
+
+
+def product_bytes(op: Operation) -> int:
+    """Bytes of a factor of a contraction as it is multiplied: 2 where matrix units do it in 16 bits."""
+    unit = matrix_unit_type(op)
+    return unit.bytes if unit is not None else max(element_type(v.type).bytes for v in op.operands)
 
 
 def _fit(size: Dim, most: int) -> int:

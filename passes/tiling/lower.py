@@ -17,10 +17,11 @@ from ..storage import storage_bytes
 from ..stream import analyse as analyse_stream
 from ..structured import constant_values, is_contraction, is_pointwise
 from .contraction import emit_contraction, roles_of
+from .contraction_gpu import emit_gpu_contraction
 from .cpu_tiles import contraction_tile, is_depthwise, square_tile
 from .emit import Emitter
 from .frame import Frame, analyse, is_expensive
-from .gpu_tiles import GpuTile, gemm_tile_gpu
+from .gpu_tiles import GpuTile, gemm_tile_gpu, product_bytes
 from .loops import choose_tile, emit_loops, traffic, work
 from .ordered import emit_scan, emit_scatter
 from .stream import GpuStream, stream_tile
@@ -136,16 +137,17 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         roles = roles_of(contraction)
         assert roles is not None
         batch, m, n, k = (_product(contraction, d) for d in (roles.batch, roles.m, roles.n, roles.k))
+        flops = 2 * _product(contraction, range(len(contraction["dims"])))  # type: ignore[arg-type]
+        at = members.index(contraction)
+        prologue, epilogue = members[:at], members[at + 1:]
         if target.is_gpu:
-            widest_operand = max(element_type(v.type).bytes for v in contraction.operands)
-            hint = gemm_tile_gpu(target, batch, m, n, k, widest_operand, exact=not element_type(contraction.result.type).is_float,
-                                 heavy=any(is_expensive(m) or len(m.operands) > 2 for m in members if m is not contraction))
+            hint = gemm_tile_gpu(target, batch, m, n, k, product_bytes(contraction), exact=not element_type(contraction.result.type).is_float,
+                                 heavy=any(is_expensive(m) or len(m.operands) > 2 for m in epilogue))
             gemm = (hint.rows, hint.columns, hint.step)
+            grid = emit_gpu_contraction(contraction, prologue, epilogue, outputs, Emitter(builder, gemm[:2], ranges), buffers, gemm)
         else:
             gemm = contraction_tile(contraction, roles, target)
-        flops = 2 * _product(contraction, range(len(contraction["dims"])))  # type: ignore[arg-type]
-        e = Emitter(builder, gemm[:2], ranges)
-        grid = emit_contraction(contraction, [m for m in members if m is not contraction], outputs, target, e, buffers, gemm)
+            grid = emit_contraction(contraction, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges), buffers, gemm)
     else:
         frame = analyse(fused, ranges)
         widest = max((element_type(v.type).bits for op in members for v in [*op.operands, *op.results]), default=32)

@@ -137,6 +137,24 @@ def _saved_attention(g: torch.Generator, dtype: torch.dtype = torch.float32) -> 
     return grad, q, k, v, (s.softmax(-1) @ v.float()).to(dtype), s.logsumexp(-1)
 
 
+def _packed_weight(kind: torch.dtype, scales: Callable[[int, int], tuple[int, ...]], rows: int = 5, n: int = 70, k: int = 192) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+    """A few rows of bfloat16, a weight (two numbers to a byte of uint8), its scales."""
+
+    def make(g: torch.Generator) -> tuple[Tensor, ...]:
+        bits = torch.randint(-128, 128, (n, k // 2 if kind == torch.uint8 else k), generator=g)
+        weight = (bits / 50).to(kind) if kind.is_floating_point else bits.to(kind)
+        return torch.randn(rows, k, generator=g).bfloat16(), weight, (torch.rand(scales(n, k), generator=g) + 0.5).bfloat16()
+
+    return make
+
+
+def _int4_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """Pairs of 4-bit numbers to a byte, and a scale for each group of a row."""
+    low, high = (packed & 15).to(torch.int8) - 8, (packed >> 4).to(torch.int8) - 8
+    numbers = torch.stack([low, high], -1).reshape(packed.shape[0], scale.shape[1], -1)
+    return F.linear(x, (numbers.to(x.dtype) * scale[:, :, None]).reshape(packed.shape[0], -1))
+
+
 def _attention_gradients(*saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return flash_attention_backward(*saved, 0.0, True)
 
@@ -180,6 +198,16 @@ CASES: dict[str, Case] = {
         _plain(lambda a, b: a @ b),
         lambda g: (torch.randint(-9, 9, (33, 40), generator=g), torch.randint(-9, 9, (40, 21), generator=g)),
         tolerance=0,
+    ),
+    "int8_weight": Case(_plain(lambda x, w, s: F.linear(x, w.to(x.dtype)) * s), _packed_weight(torch.int8, lambda n, k: (n,)), tolerance=1.6e-2),
+    "int8_scaled": Case(
+        _plain(lambda x, w, s: F.linear(x, w.to(x.dtype) * s)), _packed_weight(torch.int8, lambda n, k: (n, 1)), tolerance=1.6e-2
+    ),
+    "int4_groups": Case(_plain(_int4_linear), _packed_weight(torch.uint8, lambda n, k: (n, k // 64)), tolerance=1.6e-2),
+    "fp8_weight": Case(
+        _plain(lambda x, w, s: F.gelu(F.linear(x, w.to(x.dtype) * s))),
+        _packed_weight(torch.float8_e4m3fn, lambda n, k: (n, 1), 3, 45, 130),
+        tolerance=1.6e-2,
     ),
     "matvec": Case(_plain(lambda a, b: a @ b), _normal((300, 200), (200,))),
     "bmm": Case(_plain(lambda a, b: a @ b), _normal((3, 33, 45), (3, 45, 21))),

@@ -1,0 +1,146 @@
+"""Contractions on GPUs: one program computes a BM x BN tile of the result, K in steps of BK by tile.dot.
+
+An operand may be of another type than the matrix units multiply (int8 or 8-bit float weights), or the result of a pointwise member
+(`prologue`: unpacking, scaling), if that gives 16-bit floats: its tile is loaded as it is in memory, and becomes 16-bit floats in registers.
+Where a prologue reads one element of memory for several steps of K (two 4-bit numbers to a byte), each of these is a product of its own, so
+that it reads each byte once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...ir import Dim, DType, Operation, ScalarType, TileType, Value, element_type, sym
+from ...ir.dialects.tensor import fill_of
+from ...ir.expr import ceildiv, delinearize, free_symbols, product, simplify, substitute
+from ...ir.types import index
+from ..exact import matrix_unit_type
+from .bodies import evaluate_body
+from .contraction import Contraction, as_tile, offset_of, with_shape
+from .emit import Emitter, Pair, fill_masks
+
+__all__ = ["emit_gpu_contraction"]
+
+INTERLEAVED = (8, 4, 2)
+"""Steps of K that may lie in one element of memory."""
+
+
+def emit_gpu_contraction(op: Operation, prologue: Sequence[Operation], epilogue: Sequence[Operation], outputs: list[Value], e: Emitter,
+                         buffers: dict[Value, Value], tile: tuple[int, int, int]) -> list[Dim]:
+    """Writes the body of the kernel; returns the grid. `prologue`: pointwise members that make operands of the contraction."""
+    return _GpuContraction(op, prologue, list(epilogue), outputs, e, buffers, tile).emit()
+
+
+class _GpuContraction(Contraction):
+    def __init__(self, op: Operation, prologue: Sequence[Operation], epilogue: list[Operation], outputs: list[Value], e: Emitter,
+                 buffers: dict[Value, Value], tile: tuple[int, int, int]):
+        super().__init__(op, epilogue, outputs, e, buffers, tile)
+        self.makers = {r: m for m in prologue for r in m.results}
+        self.unit = matrix_unit_type(op)  # all factors become this, or what the body casts them to
+        self.size = product(self.k_sizes)  # all of K is one loop: a window of 3 x 3 would leave most of a step of its own empty
+
+    def emit(self) -> list[Dim]:
+        e, (bm, bn, bk) = self.e, self.tile
+        batch = self._batch(e, 0)
+        nb = len(batch)
+        blocks_m, blocks_n = ceildiv(self.m, bm), ceildiv(self.n, bn)
+        group = _row_group(blocks_m, blocks_n)
+        grid = [blocks_m, blocks_n] if group == 1 else [blocks_m * blocks_n]
+        ids = [e.fresh(e.builder.op("tile.program_id", type=index, axis=nb + k), 0, g - 1) for k, g in enumerate(grid)]
+        if group > 1:
+            column = group * blocks_n
+            ids = [e.named(ids[0] // column * group + ids[0] % group, blocks_m - 1), e.named(ids[0] % column // group, blocks_n - 1)]
+        p_m, p_n = ids
+        m, n = p_m * bm + sym("t0"), p_n * bn + sym("t1")
+        parts = self._interleaved()
+
+        def step(ke: Emitter, k: Dim, carried: list[Value]) -> list[Value]:
+            acc = carried[0]
+            loads: dict[Any, Value] = {}
+            for part in range(parts):
+                acc = self._product(ke, batch, m, n, k, parts, part, acc, loads)
+            return [acc]
+
+        if self.makers:  # by number of the step: then what is read once for several steps, as a scale, does not depend on the place within
+            acc, = e.loop(0, ceildiv(self.size, bk * parts), 1, [self._zero(e)], lambda ke, i, carried: step(ke, i * bk, carried))
+        else:
+            acc, = e.loop(0, self.size, bk, [self._zero(e)], step)
+        self.finish(e, acc, batch, m, n, [(m, self.m), (n, self.n)])
+        return [*(self.op["dims"][d] for d in self.roles.batch), *grid]
+
+    def _product(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim, k: Dim, parts: int, part: int, acc: Value,
+                 loads: dict[Any, Value]) -> Value:
+        """acc + left @ right, of every `parts`-th step of K from `part` on, `bk` of them from k * parts on."""
+        bm, bn, bk = self.tile
+        k_row, k_col = (k + sym("t1")) * parts + part, (k + sym("t0")) * parts + part
+        left = self._factor(with_shape(e, (bm, bk)), self.roles.left, batch, m, 0, k_row, [(m, self.m), (k_row, self.size)], loads)
+        right = self._factor(with_shape(e, (bk, bn)), self.roles.right, batch, 0, n, k_col, [(k_col, self.size), (n, self.n)], loads)
+        return e.builder.op("tile.dot", as_tile(e, left, (bm, bk)), as_tile(e, right, (bk, bn)), acc, type=self.acc_type)
+
+    def _factor(self, e: Emitter, i: int, batch: list[Dim], m: Dim, n: Dim, k: Dim, mask: list[Pair],
+                loads: dict[Any, Value]) -> Value:
+        """A tile of operand i, in the type in which it is multiplied."""
+        at = self.positions(batch, m, n, delinearize(k, self.k_sizes), e)
+        v = self.op.operands[i]
+        value = self._made(e, i, at, mask, loads) if v in self.makers else self.read(e, i, at, mask, cast=self.unit is None)
+        return value if self.unit is None else _cast(e, value, self.unit)
+
+    def _made(self, e: Emitter, i: int, at: dict[str, Dim], mask: list[Pair], loads: dict[Any, Value]) -> Value:
+        """A tile of an operand that a member of the prologue computes: 0 outside of the operand."""
+        v, bounds = self.op.operands[i], e.bounds()
+        maker = self.makers[v]
+        place = {f"d{j}": simplify(substitute(x, at), bounds) for j, x in enumerate(self.op["maps"][i])}
+
+        def operand(j: int) -> Value:
+            source, mp, fill = maker.operands[j], maker["maps"][j], fill_of(maker, j)
+            pairs, low = fill_masks(mp, source.type.shape, place, bounds) if fill is not None else ([], [])  # type: ignore[attr-defined]
+            offset = offset_of(source, mp, place, bounds)
+            moving = {"t0", "t1"} & set().union(free_symbols(offset), *(free_symbols(x) for x, _ in pairs))
+            active = [p for p in mask if free_symbols(p[0]) & moving]
+            needed = [*pairs, *e.needed(active)]
+            key = (source, offset, tuple(needed), tuple(low), repr(fill))
+            if key not in loads:
+                loads[key] = e.load(self.buffers[source], offset, needed, low, 0 if fill is None else fill)
+            return loads[key]
+
+        value = evaluate_body(e, maker, place, operand, self.buffers, mask)[maker.results.index(v)]  # type: ignore[arg-type]
+        inside = e.mask_value(mask)
+        return value if inside is None else e.builder.arith("select", inside, value, 0)
+
+    def _interleaved(self) -> int:
+        """How many successive steps of K all reads of the prologue find in the same elements."""
+        if not self.makers or not isinstance(self.k_sizes[-1], int):
+            return 1
+        return next((p for p in INTERLEAVED if self.k_sizes[-1] % p == 0 and self._same_elements(p)), 1)
+
+    def _same_elements(self, parts: int) -> bool:
+        dims = self.op["dims"]
+        bounds = {f"d{d}": (0, size - 1) for d, size in enumerate(dims)}
+        k = self.roles.k[-1]
+        bounds["x"] = (0, dims[k] // parts - 1)
+        for i, v in enumerate(self.op.operands):
+            if v not in self.makers:
+                continue
+            maker, found = self.makers[v], []
+            for part in range(parts):
+                at: dict[str, Dim] = {f"d{d}": sym(f"d{d}") for d in range(len(dims))} | {f"d{k}": sym("x") * parts + part}
+                place = {f"d{j}": simplify(substitute(x, at), bounds) for j, x in enumerate(self.op["maps"][i])}
+                found.append([offset_of(s, mp, place, bounds) for s, mp in zip(maker.operands, maker["maps"], strict=True) if mp is not None])
+            if any(f != found[0] for f in found):
+                return False
+        return True
+
+
+def _cast(e: Emitter, value: Value, dtype: DType) -> Value:
+    if element_type(value.type) == dtype:
+        return value
+    made = TileType(value.type.shape, dtype) if isinstance(value.type, TileType) else ScalarType(dtype)
+    return e.builder.op("arith.cast", value, type=made)
+
+
+def _row_group(blocks_m: Dim, blocks_n: Dim) -> int:
+    """Programs that run together cover a block of this many tile rows, so that they share what they read in the L2 cache."""
+    if not isinstance(blocks_m, int) or not isinstance(blocks_n, int) or blocks_n < 4:
+        return 1
+    return next(g for g in (8, 4, 2, 1) if blocks_m % g == 0)
