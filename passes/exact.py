@@ -6,12 +6,14 @@ fits bfloat16.
 
 from __future__ import annotations
 
-from ..ir import DType, Operation, Value, element_type
+from ..ir import DType, Operation, element_type
 from ..ir.types import DTYPES
 
 __all__ = ["factors", "holds", "matrix_unit_type"]
 
-_FLOATS = {"f8e4m3fn": (4, -9, 8), "f8e5m2": (3, -16, 15), "f16": (11, -24, 15), "bf16": (8, -133, 127), "f32": (24, -149, 127), "f64": (53, -1074, 1023)}
+_FLOATS = {
+    "f8e4m3fn": (4, -9, 8), "f8e5m2": (3, -16, 15), "f16": (11, -24, 15), "bf16": (8, -133, 127), "f32": (24, -149, 127), "f64": (53, -1074, 1023),
+}
 """Digits of the significand, exponent of the smallest number, largest exponent (IEEE 754; OCP 8-bit floating point, section 5)."""
 
 
@@ -55,13 +57,3 @@ def matrix_unit_type(op: Operation) -> DType | None:
     wanted = [types[0] for types in chains if types[0].name in ("bf16", "f16")]
     return next((t for t in [*wanted, DTYPES["bf16"], DTYPES["f16"]] if all(holds(t, types[0]) for types in chains)), None)
 
-
-def is_mixed(op: Operation) -> bool:
-    """A contraction on matrix units one of whose operands must be converted first."""
-    t = matrix_unit_type(op)
-    return t is not None and any(element_type(v.type) != t for v in op.operands)
-
-
-def narrower(v: Value, than: DType) -> bool:
-    """The elements of `v` take less memory than those of a type."""
-    return element_type(v.type).bits < than.bits

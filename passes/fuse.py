@@ -23,6 +23,7 @@ from ..ir.expr import product
 from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
 from .prologue import unpacks
+from .split_dimensions import reshaping_view
 from .structured import body_ops, is_contraction, is_pointwise, plain_dims
 from .topology import topological_sort
 
@@ -47,6 +48,10 @@ class Group:
         self.members.append(op)
         self.places[op] = place
         self.values.update(op.results)
+
+
+def _is_reshape(op: Operation) -> bool:
+    return op.name == "tensor.generic" and len(op.operands) == 1 and reshaping_view(op.operands[0]) is op
 
 
 def _is_loop(g: Group) -> bool:
@@ -103,6 +108,8 @@ class Fuse(Pass):
         of: dict[Operation, Group] = {}
         position = {op: i for i, op in enumerate(func.body)}
         for op in func.body:
+            if _is_reshape(op):
+                continue  # of the result of a group, which gets that shape
             if op.name != "tensor.generic":
                 if op.has_trait(Trait.Structured):
                     g = Group([])
@@ -336,12 +343,16 @@ def _outline(g: Group, names: dict[str, int]) -> None:
     block = Block([v.type for v in inputs], [v.name for v in inputs])
     region = Region([block])
     assert isinstance(last.parent, Block)
-    types = [TensorType(r.type.shape, r.type.dtype, r.type.strides) for r in outputs]  # type: ignore[attr-defined]
+    shown = [view.result if (view := reshaping_view(r)) is not None else r for r in outputs]
+    types = [TensorType(r.type.shape, r.type.dtype, r.type.strides) for r in shown]  # type: ignore[attr-defined]
     with_loc = Builder(last.parent, last, g.members[0].location)
     fused = with_loc.create("tensor.fused", inputs, {"kernel": _kernel_name(g, names)}, types, [region])
-    for old, new in zip(outputs, fused.results, strict=True):
-        new.name = old.name
-        old.replace_uses_if(new, lambda user: user not in inside and user is not fused)
+    for old, seen, new in zip(outputs, shown, fused.results, strict=True):
+        new.name = seen.name
+        seen.replace_uses_if(new, lambda user: user not in inside and user is not fused)
+        if seen is not old:
+            assert seen.defining_op is not None
+            seen.defining_op.erase()
     for v, arg in zip(inputs, block.args, strict=True):
         v.replace_uses_if(arg, lambda user: user in inside)
     for op in g.everything:

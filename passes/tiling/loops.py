@@ -23,6 +23,7 @@ from ...ir.types import DTYPES, index
 from ..structured import body_ops
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
 from .frame import Frame, is_expensive, make_online
+from .moments import add_second_moment, initial_count, spread_of_means
 
 __all__ = ["TileChoice", "choose_tile", "emit_loops"]
 
@@ -119,6 +120,7 @@ class _Scope:
     values: dict[Value, Value] = field(default_factory=dict)
     loads: dict[Any, Value] = field(default_factory=dict)
     alpha: dict[Operation, Value] = field(default_factory=dict)  # of a running maximum: what earlier terms are multiplied by
+    sums: dict[Operation, tuple[Value, Value, Value]] = field(default_factory=dict)  # of a sum: before and after, and what was added
 
 
 class _Lowering:
@@ -254,7 +256,7 @@ class _Lowering:
         out: list[Value] = []
         slot = 0
         for op, k in keys:
-            n = 2 if op["combine"][k] in ("argmax", "argmin") else 1
+            n = self._slots(op, k)
             out.extend(self._combine(scope, op, k, list(carried[slot:slot + n])))
             slot += n
         for made, value, home in pending:
@@ -262,6 +264,10 @@ class _Lowering:
             if made in self.borrowed:
                 self.kept.add(made)
         return out
+
+    def _slots(self, op: Operation, k: int) -> int:
+        """Accumulators of a reduction: an extreme has its position too, a second moment the number of elements."""
+        return 2 if op["combine"][k] in ("argmax", "argmin") or op in self.frame.moments else 1
 
     def _value(self, scope: _Scope, v: Value) -> Value:
         """The tile of an internal value at the scope's point, computed at most once per scope."""
@@ -345,6 +351,8 @@ class _Lowering:
         dtype = element_type(op.body.terminator.operands[k].type)
         if op in self.frame.online or op in self.frame.online.values():
             return [e.broadcast(e.builder.constant(identity_of(kind, dtype), dtype), self._row_shape())]
+        if op in self.frame.moments:
+            return [e.broadcast(e.builder.constant(0, dtype), self.tile.shape), initial_count(e, dtype, self._ragged(), self.tile.shape)]
         if kind in ("argmax", "argmin"):
             return [e.broadcast(e.builder.constant(identity_of(kind[3:], dtype), dtype), self.tile.shape),
                     e.broadcast(e.builder.constant((1 << 63) - 1, I64), self.tile.shape)]
@@ -365,12 +373,21 @@ class _Lowering:
         mask = e.mask_value([p for f, p in scope.active.items() if f in self.frame.inner])
         if kind in ("argmax", "argmin"):
             return self._combine_arg(scope, op, value, acc, mask, kind)
+        if op in self.frame.moments:
+            before, after, x = scope.sums[self.frame.moments[op]]
+            return add_second_moment(e, x, before, after, acc, mask)
         if mask is not None:
             value = b.arith("select", mask, value, identity_of(kind, dtype))
         if op in self.frame.online or op in self.frame.online.values():
             return [self._combine_online(scope, op, value, acc[0])]
         made = b.arith(COMBINE_OPS[kind], acc[0], value)
-        return [made if made.type == acc[0].type else e.broadcast(made, self.tile.shape)]
+        made = made if made.type == acc[0].type else e.broadcast(made, self.tile.shape)
+        scope.sums[op] = acc[0], made, value
+        return [made]
+
+    def _ragged(self) -> bool:
+        """The last tile of an inner dimension is not full."""
+        return any(self._extent(f) > 1 and not (isinstance(s := self.frame.sizes[f], int) and s % self._extent(f) == 0) for f in self.frame.inner)
 
     def _row_shape(self) -> tuple[int, int]:
         """The tile reduced along the inner dimensions."""
@@ -420,6 +437,7 @@ class _Lowering:
         e, b = self.e, self.e.builder
         axes = self._inner_axes()
         slot = 0
+        sums: dict[Operation, Value] = {}
         for op, k in keys:
             kind = op["combine"][k]
             r = op.results[k]
@@ -428,7 +446,12 @@ class _Lowering:
                 slot += 2
             else:
                 value = carried[slot]
-                slot += 1
+                if op in self.frame.moments:
+                    total = self.frame.moments[op]
+                    value = spread_of_means(e, value, sums[total], carried[slot + 1], self.outer_values[total.result],
+                                            product(self.frame.sizes[f] for f in self.frame.inner))
+                sums[op] = carried[slot]
+                slot += self._slots(op, k)
                 for axis in axes:
                     value = self._reduce(value, axis, kind)
                 if op in self.frame.online:  # where the maximum is -inf there was nothing but exp(-inf + inf)

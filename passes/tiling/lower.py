@@ -107,7 +107,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         buffers[v] = arg
     members = [op for op in fused.body if op.name != "tensor.yield"]
     for inner, outer in zip(outputs, fused.results, strict=True):
-        inner.type = outer.type  # a later pass may have given the result another layout
+        if inner.type.shape == outer.type.shape:  # type: ignore[attr-defined]  # else the same elements in the same order
+            inner.type = outer.type  # a later pass may have given the result another layout
     lanes = target.lanes(32) if not target.is_gpu else 256
     builder = Builder(block, None, members[0].location)
     flops: Dim = 0
