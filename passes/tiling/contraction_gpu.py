@@ -73,9 +73,9 @@ class _GpuContraction(Contraction):
                  loads: dict[Any, Value]) -> Value:
         """acc + left @ right, of every `parts`-th step of K from `part` on, `bk` of them from k * parts on."""
         bm, bn, bk = self.tile
-        k_row, k_col = (k + sym("t1")) * parts + part, (k + sym("t0")) * parts + part
-        left = self._factor(with_shape(e, (bm, bk)), self.roles.left, batch, m, 0, k_row, [(m, self.m), (k_row, self.size)], loads)
-        right = self._factor(with_shape(e, (bk, bn)), self.roles.right, batch, 0, n, k_col, [(k_col, self.size), (n, self.n)], loads)
+        k_row, k_col, steps = k + sym("t1"), k + sym("t0"), ceildiv(self.size, parts)
+        left = self._factor(with_shape(e, (bm, bk)), self.roles.left, batch, m, 0, k_row * parts + part, [(m, self.m), (k_row, steps)], loads)
+        right = self._factor(with_shape(e, (bk, bn)), self.roles.right, batch, 0, n, k_col * parts + part, [(k_col, steps), (n, self.n)], loads)
         return e.builder.op("tile.dot", as_tile(e, left, (bm, bk)), as_tile(e, right, (bk, bn)), acc, type=self.acc_type)
 
     def _factor(self, e: Emitter, i: int, batch: list[Dim], m: Dim, n: Dim, k: Dim, mask: list[Pair],
