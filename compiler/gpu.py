@@ -41,12 +41,14 @@ def cuda_device(module: Operation) -> str | None:
 
 
 def cuda_target(device: str) -> Target:
-    """What a device of this machine can do. The feature "tf32": float32 products may round their operands, as torch's settings say now."""
-    return _target(device, _tf32_allowed())
+    """What a device of this machine can do. Features, as torch's settings say now: "tf32", float32 products may round their operands;
+    "deterministic", results are the same in every run (colliding additions of a scatter are made in order then, by few programs)."""
+    chosen = (("tf32", _tf32_allowed()), ("deterministic", torch.are_deterministic_algorithms_enabled()))
+    return _target(device, tuple(name for name, on in chosen if on))
 
 
 @cache
-def _target(device: str, tf32: bool) -> Target:
+def _target(device: str, features: tuple[str, ...]) -> Target:
     p = torch.cuda.get_device_properties(device)
     capability = 10 * p.major + p.minor
     return Target(
@@ -55,7 +57,7 @@ def _target(device: str, tf32: bool) -> Target:
         capability=capability,
         multiprocessors=p.multi_processor_count,
         l2=p.L2_cache_size,
-        features=("tf32",) if tf32 and capability >= 80 else (),
+        features=tuple(f for f in features if f != "tf32" or capability >= 80),
     )
 
 

@@ -126,6 +126,7 @@ define("tile.kernel", "a kernel: a grid of programs that all run the body", resu
        attrs={"sym_name": attr(), "grid": attr("number of programs per axis"), "symbols": optional((), "size symbols used, in argument order"),
               "outputs": optional(1, "how many trailing arguments are written"),
               "inplace": optional((), "pairs [input, output] (argument numbers) that may share memory"),
+              "updates": optional((), "pairs [input, output]: the output starts with the elements of the input"),
               "bounds": optional({}, "symbol -> [smallest, largest or none]"),
               "num_warps": optional(0, "GPUs: warps per program; 0: the backend's choice"),
               "num_stages": optional(0, "GPUs: iterations of a loop whose loads are in flight; 0: the backend's choice"),

@@ -23,7 +23,7 @@ from .emit import Emitter
 from .frame import Frame, analyse, is_expensive
 from .gpu_tiles import GpuTile, gemm_tile_gpu, product_bytes
 from .loops import choose_tile, emit_loops, traffic, work
-from .ordered import emit_scan, emit_scatter
+from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel
 from .stream import GpuStream, stream_tile
 from .stream_cpu import CpuStream
 
@@ -114,9 +114,13 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
     flops: Dim = 0
     bytes_moved: Dim = sum((v.type.numel * element_type(v.type).bytes for v in [*fused.operands, *fused.results]), 0)  # type: ignore[attr-defined]
     inplace: tuple = ()
+    updates: tuple = ()
     hint: GpuTile | None = None
     first = members[0]
-    if first.name == "tensor.scatter":
+    if first.name == "tensor.scatter" and scatters_in_parallel(first, target):
+        grid = emit_parallel_scatter(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result])
+        inplace = updates = ((next(i for i, v in enumerate(fused.body.args) if v is first.operands[0]), len(fused.operands)),)
+    elif first.name == "tensor.scatter":
         grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result], lanes)
     elif first.name == "tensor.scan":
         # As torch does: on CPUs the error of a running sum does not grow with its length.
@@ -164,6 +168,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         attrs |= {"num_warps": hint.warps, "num_stages": hint.stages}
     if inplace:
         attrs["inplace"] = inplace
+    if updates:
+        attrs["updates"] = updates
     if symbols:
         attrs["bounds"] = {s: ranges.get(s, (0, None)) for s in symbols}
     attrs |= {"flops": flops, "bytes": bytes_moved, "provenance": tuple(dict.fromkeys(str(m.location) for m in members if m.location.file))}
