@@ -294,8 +294,9 @@ class _Bufferizer:
         for op in reversed(self.ops):
             for source, result in self._updates(op):
                 maker = source.defining_op
-                if (maker is None or maker.name not in ("tile.launch", "tensor.library") or self._is_cached(maker) or len(source.uses) != 1
-                        or source in self.home or source in returned or not same_layout(_tensor(source).shape, _tensor(source).layout, _tensor(result).layout)):
+                if maker is None or maker.name not in ("tile.launch", "tensor.library") or self._is_cached(maker):
+                    continue
+                if len(source.uses) != 1 or source in self.home or source in returned or _tensor(source).layout != _tensor(result).layout:
                     continue
                 home = self.home.get(result)
                 if home is None:

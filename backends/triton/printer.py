@@ -302,7 +302,8 @@ class _Printer:
             self.read.add(buffer)
         place = self._spread(text(op["offset"]), shape, self._reach(op["offset"], operands, text))
         masked = f", mask={mask}, other={literal(op['other'])}" if mask else ""
-        self._define(op, f"tl.load({self._name(buffer)} + {_term(place)}{masked})")
+        kept = f', eviction_policy="evict_{op["evict"]}"' if op["evict"] else ""
+        self._define(op, f"tl.load({self._name(buffer)} + {_term(place)}{masked}{kept})")
 
     def require(self, op: Operation) -> None:
         """The value: eager does not look either on a GPU."""

@@ -143,7 +143,8 @@ define("tile.for", "for (iv = lower; iv < upper; iv += step) with carried values
 define("tile.yield", "ends a kernel or a loop body", operands="values*", results=(), traits=[Trait.Terminator])
 define("tile.load", "a tile (a scalar when shape is []) read from a buffer", operands="buffer indices*",
        attrs={**_ACCESS, "shape": attr(), "other": optional(0, "value outside the mask"),
-              "check": optional(False, "the masks of this load are user indices: report IndexError where they fail")},
+              "check": optional(False, "the masks of this load are user indices: report IndexError where they fail"),
+              "evict": optional("", "a hint to GPUs: leave the cache 'last' (it is read again) or 'first'")},
        traits=[Trait.ReadsMemory], verify=_verify_load)
 define("tile.store", "writes a tile or scalar", operands="buffer value indices*",
        attrs={**_ACCESS, "atomic": optional("", "combine with what is there, atomically")}, results=(), traits=[Trait.WritesMemory],

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...ir import Dim, DType, Operation, ScalarType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
-from ...ir.expr import ceildiv, delinearize, free_symbols, product, simplify, substitute
+from ...ir.expr import ceildiv, delinearize, free_symbols, product, simplify, split_linear, substitute
 from ...ir.types import index
 from ..exact import matrix_unit_type
 from .bodies import evaluate_body
@@ -39,6 +39,9 @@ class _GpuContraction(Contraction):
         self.makers = {r: m for m in prologue for r in m.results}
         self.unit = matrix_unit_type(op)  # all factors become this, or what the body casts them to
         self.size = product(self.k_sizes)  # all of K is one loop: a window of 3 x 3 would leave most of a step of its own empty
+        self.parts = self._interleaved()
+        if self.makers:
+            self.tile = (*tile[:2], self._step(tile[2]))
 
     def emit(self) -> list[Dim]:
         e, (bm, bn, bk) = self.e, self.tile
@@ -53,7 +56,7 @@ class _GpuContraction(Contraction):
             ids = [e.named(ids[0] // column * group + ids[0] % group, blocks_m - 1), e.named(ids[0] % column // group, blocks_n - 1)]
         p_m, p_n = ids
         m, n = p_m * bm + sym("t0"), p_n * bn + sym("t1")
-        parts = self._interleaved()
+        parts = self.parts
 
         def step(ke: Emitter, k: Dim, carried: list[Value]) -> list[Value]:
             acc = carried[0]
@@ -115,21 +118,27 @@ class _GpuContraction(Contraction):
         return next((p for p in INTERLEAVED if self.k_sizes[-1] % p == 0 and self._same_elements(p)), 1)
 
     def _same_elements(self, parts: int) -> bool:
+        bounds = {"x": (0, self.op["dims"][self.roles.k[-1]] // parts - 1)}
+        return all(len({tuple(offsets) for offsets in found}) == 1 for found in (
+            [self._offsets(v, sym("x") * parts + part, bounds) for part in range(parts)] for v in self.op.operands if v in self.makers))
+
+    def _step(self, most: int) -> int:
+        """Of the steps up to `most`, the largest over which what the prologue reads moves evenly: a scale of a group is read once, not per element."""
+        for step in (most, most // 2, most // 4):
+            bounds = {"x": (0, ceildiv(self.op["dims"][self.roles.k[-1]], step * self.parts) - 1), "t": (0, step - 1)}
+            k = (sym("x") * step + sym("t")) * self.parts
+            if step >= 32 and all(split_linear(o, "t") is not None for v in self.op.operands if v in self.makers for o in self._offsets(v, k, bounds)):
+                return step
+        return most
+
+    def _offsets(self, v: Value, k: Dim, bounds: dict[str, tuple[Dim, Dim]]) -> list[Dim]:
+        """Where the operand `v` of the contraction, made by the prologue, is read from at place `k` of the last dimension of K."""
         dims = self.op["dims"]
-        bounds = {f"d{d}": (0, size - 1) for d, size in enumerate(dims)}
-        k = self.roles.k[-1]
-        bounds["x"] = (0, dims[k] // parts - 1)
-        for i, v in enumerate(self.op.operands):
-            if v not in self.makers:
-                continue
-            maker, found = self.makers[v], []
-            for part in range(parts):
-                at: dict[str, Dim] = {f"d{d}": sym(f"d{d}") for d in range(len(dims))} | {f"d{k}": sym("x") * parts + part}
-                place = {f"d{j}": simplify(substitute(x, at), bounds) for j, x in enumerate(self.op["maps"][i])}
-                found.append([offset_of(s, mp, place, bounds) for s, mp in zip(maker.operands, maker["maps"], strict=True) if mp is not None])
-            if any(f != found[0] for f in found):
-                return False
-        return True
+        bounds = {**{f"d{d}": (0, size - 1) for d, size in enumerate(dims)}, **bounds}
+        at: dict[str, Dim] = {**{f"d{d}": sym(f"d{d}") for d in range(len(dims))}, f"d{self.roles.k[-1]}": k}
+        maker, m = self.makers[v], self.op["maps"][self.op.operands.index(v)]
+        place = {f"d{j}": simplify(substitute(x, at), bounds) for j, x in enumerate(m)}
+        return [offset_of(s, mp, place, bounds) for s, mp in zip(maker.operands, maker["maps"], strict=True) if mp is not None]
 
 
 def _cast(e: Emitter, value: Value, dtype: DType) -> Value:

@@ -6,6 +6,7 @@ which the multiprocessors get through all tiles. Small problems get small tiles,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product as pairs
 
@@ -13,7 +14,7 @@ from ...ir import Dim, Operation, Target, element_type
 from ...ir.expr import as_int, ceildiv
 from ..exact import matrix_unit_type
 
-__all__ = ["GpuTile", "gemm_tile_gpu", "padded", "product_bytes"]
+__all__ = ["COLUMNS", "GpuTile", "gemm_tile_gpu", "packed_bytes", "padded", "product_bytes"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class GpuTile:
     stages: int
 
 
+COLUMNS = 256
+"""Columns that a program sums at once: runs of 512 bytes of 16-bit floats."""
+FEW_ROWS, RUN = 16, 256
+"""A product with so few rows is bound by memory: programs read RUN bytes of each of 32 columns at a time."""
 UNKNOWN = 2048
 """What a size that is not known at compile time counts as."""
 RATE = {16: 0.13, 32: 0.25, 64: 0.5, 128: 0.85, 256: 1.0}
@@ -44,20 +49,29 @@ def product_bytes(op: Operation) -> int:
     return unit.bytes if unit is not None else max(element_type(v.type).bytes for v in op.operands)
 
 
+def packed_bytes(op: Operation, makers: Sequence[Operation] = ()) -> int:
+    """Bytes in memory of an element of the larger operand of a contraction; `makers` compute operands from what is in memory."""
+    sources = [v for op_ in (op, *makers) for v in op_.operands if not any(v in m.results for m in makers)]
+    largest = max(sources, key=lambda v: as_int(v.type.numel) if isinstance(v.type.numel, int) else 0)  # type: ignore[attr-defined]
+    return element_type(largest.type).bytes
+
+
 def _fit(size: Dim, most: int) -> int:
     return min(most, padded(size)) if isinstance(size, int) else most
 
 
 def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_element: int, *, exact: bool = False,
-                  heavy: bool = False) -> GpuTile:
+                  heavy: bool = False, stored: int = 2) -> GpuTile:
     """The tile of a contraction; `exact`: integers, as rank-1 updates, since matrix units do not have their types; `heavy`: the epilogue needs
-    registers beside the accumulator."""
+    registers beside the accumulator; `stored`: bytes in memory of an element of the larger operand."""
     if exact:
         return GpuTile(_fit(m, 32), _fit(n, 32), 1, 4, 1)
     if bytes_per_element > 2:  # f32 and f64 run on the plain units: tiles are bounded by registers
         most = 64 if bytes_per_element > 4 else 128
         rows, columns = _fit(m, most if isinstance(m, int) and m >= 512 else 64), _fit(n, most)
         return GpuTile(rows, columns, _fit(k, 32), 8 if rows * columns >= 128 * 128 else 4, 3)
+    if isinstance(m, int) and m <= FEW_ROWS:
+        return GpuTile(16, 32, _fit(k, RUN // stored), 4, 4)
     sizes = [x if isinstance(x, int) else UNKNOWN for x in (batch, m, n)]
     best: tuple[float, GpuTile] | None = None
     for rows, columns in pairs((16, 32, 64, 128), (32, 64, 128, 256)):

@@ -23,6 +23,7 @@ from ...ir.types import DTYPES, index
 from ..structured import body_ops
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
 from .frame import Frame, is_expensive, make_online
+from .gpu_tiles import COLUMNS
 from .moments import add_second_moment, initial_count, spread_of_means
 
 __all__ = ["TileChoice", "choose_tile", "emit_loops"]
@@ -38,6 +39,7 @@ class TileChoice:
     row: str | None
     shape: tuple[int, int]
     chunk: int              # elements of the vector dimension per program, when it is an outer one
+    warps: int = 0          # of a program on a GPU; 0: as many as the tile's size suggests
 
 
 def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
@@ -78,23 +80,33 @@ def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
     """Power-of-two tiles of 1024 to 4096 elements; whole rows when they are short enough."""
     extent = size if isinstance(size, int) else 1 << 16
     others = [f for f in frame.sizes if f != vector and (f in frame.inner) != (vector in frame.inner)] if frame.inner else []
+    warps = 0
     if vector in frame.inner:
         width = min(1 << max(0, (extent - 1).bit_length()), 8192 if extent <= 8192 else 4096)
         rows = max(1, min(16, 1024 // width))
     elif frame.inner:
-        width = min(1 << max(0, (extent - 1).bit_length()), 64)
+        width = min(1 << max(0, (extent - 1).bit_length()), _columns(frame))
         rows = 32
+        warps = 8 if width == COLUMNS and sum(bool(op["reductions"]) for op in frame.members) == 1 else 0
     else:
         width = min(1 << max(0, (extent - 1).bit_length()), 1024)
         rows = max(1, 1024 // width)
         others = [f for f in frame.sizes if f != vector]
         across = _transposed(frame, vector)
         if across is not None:  # both ways of walking memory see runs of 64 elements
-            return TileChoice(vector, across, (64, 64), 64)
+            return TileChoice(vector, across, (64, 64), 64, 8)
     row = max(others, key=lambda f: (frame.sizes[f] if isinstance(frame.sizes[f], int) else 1 << 16, f), default=None)  # type: ignore[arg-type,return-value]
     if row is not None and isinstance(frame.sizes[row], int):
         rows = min(rows, 1 << max(0, (int(frame.sizes[row]) - 1).bit_length()))  # type: ignore[arg-type]
-    return TileChoice(vector, row if rows > 1 else None, (rows if row is not None else 1, width), width)
+    return TileChoice(vector, row if rows > 1 else None, (rows if row is not None else 1, width), width, warps)
+
+
+def _columns(frame: Frame) -> int:
+    """How many columns a program sums: few where there is little to do, so that more programs share it."""
+    points = product(frame.sizes.values())
+    if not isinstance(points, int):
+        return 64
+    return COLUMNS if points >= 1 << 22 else 64 if points >= 1 << 18 else 32
 
 
 def _transposed(frame: Frame, vector: str) -> str | None:

@@ -16,12 +16,13 @@ from ...ir.printer import print_op
 from ..storage import storage_bytes
 from ..stream import analyse as analyse_stream
 from ..structured import constant_values, is_contraction, is_pointwise
+from .caching import mark_second_readings
 from .contraction import emit_contraction, roles_of
 from .contraction_gpu import emit_gpu_contraction
 from .cpu_tiles import contraction_tile, is_depthwise, square_tile
 from .emit import Emitter
 from .frame import Frame, analyse, is_expensive
-from .gpu_tiles import GpuTile, gemm_tile_gpu, product_bytes
+from .gpu_tiles import GpuTile, gemm_tile_gpu, packed_bytes, product_bytes
 from .loops import choose_tile, emit_loops, traffic, work
 from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel
 from .stream import GpuStream, stream_tile
@@ -115,6 +116,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
     bytes_moved: Dim = sum((v.type.numel * element_type(v.type).bytes for v in [*fused.operands, *fused.results]), 0)  # type: ignore[attr-defined]
     inplace: tuple = ()
     updates: tuple = ()
+    warps = 0
     hint: GpuTile | None = None
     first = members[0]
     if first.name == "tensor.scatter" and scatters_in_parallel(first, target):
@@ -147,7 +149,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         prologue, epilogue = members[:at], members[at + 1:]
         if target.is_gpu:
             hint = gemm_tile_gpu(target, batch, m, n, k, product_bytes(contraction), exact=not element_type(contraction.result.type).is_float,
-                                 heavy=any(is_expensive(m) or len(m.operands) > 2 for m in epilogue))
+                                 heavy=any(is_expensive(m) or len(m.operands) > 2 for m in epilogue),
+                                 stored=packed_bytes(contraction, prologue))
             gemm = (hint.rows, hint.columns, hint.step)
             grid = emit_gpu_contraction(contraction, prologue, epilogue, outputs, Emitter(builder, gemm[:2], ranges), buffers, gemm)
         else:
@@ -158,6 +161,9 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         widest = max((element_type(v.type).bits for op in members for v in [*op.operands, *op.results]), default=32)
         choice = choose_tile(frame, max(1, target.vector_bits // min(max(widest, 32), 64)) if not target.is_gpu else 32, gpu=target.is_gpu)
         grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges), buffers, online=target.is_gpu)
+        warps = choice.warps
+        if target.is_gpu:
+            mark_second_readings(block)
         flops, bytes_moved = work(frame), traffic(frame)
         inplace = _inplace_pairs(frame, fused)
     builder.create("tile.yield")
@@ -166,6 +172,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
     attrs = {"sym_name": fused["kernel"] or "kernel", "grid": tuple(grid), "symbols": tuple(symbols), "outputs": len(outputs)}
     if hint is not None:
         attrs |= {"num_warps": hint.warps, "num_stages": hint.stages}
+    elif warps:
+        attrs["num_warps"] = warps
     if inplace:
         attrs["inplace"] = inplace
     if updates:
