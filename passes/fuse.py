@@ -23,6 +23,7 @@ from ..ir.expr import product
 from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
 from .prologue import unpacks
+from .siblings import are_siblings
 from .split_dimensions import reshaping_view
 from .structured import body_ops, is_contraction, is_pointwise, plain_dims
 from .topology import topological_sort
@@ -132,6 +133,8 @@ class Fuse(Pass):
             if op is joined.contraction:
                 self._take_prologue(joined, of, groups, ctx)
             self._merge_producer_groups(op, joined, of, groups, position)
+            if ctx.target.is_gpu:
+                self._merge_siblings(op, joined, of, groups)
         return groups
 
     def _take_prologue(self, g: Group, of: dict[Operation, Group], groups: list[Group], ctx: PassContext) -> None:
@@ -145,6 +148,28 @@ class Fuse(Pass):
             of[maker] = g
             g.prologue.append(maker)
             g.values.update(maker.results)
+
+    def _merge_siblings(self, op: Operation, g: Group, of: dict[Operation, Group], groups: list[Group]) -> None:
+        """`op`, an epilogue of the group's contraction, also reads the result of another product of the same left operand (gate and up of a gated
+        unit): both are computed side by side, and the left operand is read once."""
+        if g.contraction is None or op is g.contraction:
+            return
+        for i, v in enumerate(op.operands):
+            other = of.get(v.defining_op) if v.defining_op is not None else None
+            if other is None or other is g or other.contraction is None or other.members != [other.contraction] or v.users != [op]:
+                continue
+            m = op["maps"][i]
+            dims = plain_dims(m) if m is not None and fill_of(op, i) is None else None
+            whole = dims is not None and [g.places[op][d] for d in dims] == list(range(len(g.frame)))
+            if not whole or len([c for c in g.members if is_contraction(c)]) > 1 or not are_siblings(g.contraction, other.contraction):
+                continue
+            g.members.insert(0, other.contraction)
+            g.places[other.contraction] = tuple(range(len(g.frame)))
+            g.values |= other.values
+            g.prologue += other.prologue
+            for member in other.everything:
+                of[member] = g
+            groups.remove(other)
 
     def _candidates(self, op: Operation, of: dict[Operation, Group], position: dict[Operation, int]) -> list[Group]:
         """Groups of the producers, latest first, then groups near by that read the same tensor."""
@@ -364,14 +389,14 @@ def _kernel_name(g: Group, names: dict[str, int]) -> str:
     """A readable name from what the kernel does, numbered when it repeats."""
     parts: list[str] = []
     for op in g.members:
-        if op is g.contraction:
+        if is_contraction(op):
             parts.append("matmul")
         elif op.name != "tensor.generic":
             parts.append(op.name.removeprefix("tensor."))
         elif op["reductions"]:
             parts.extend(op["combine"])
         parts.extend(o.name.removeprefix("arith.") for o in body_ops(op) if o.name not in (
-            "arith.constant", "arith.cast", "arith.select", "tensor.index", "tensor.sym") and op is not g.contraction)
+            "arith.constant", "arith.cast", "arith.select", "tensor.index", "tensor.sym") and not is_contraction(op))
     name = "_".join(list(dict.fromkeys(p for p in parts if p != "none"))[:6]) or "copy"
     n = names[name] = names.get(name, 0) + 1
     return name if n == 1 else f"{name}_{n}"

@@ -22,11 +22,14 @@ from ..ir.expr import Expr, evaluate, free_symbols
 from ..ir.passes import Pass, PassContext, register
 from .library_cost import Work, generated_seconds, library_seconds
 from .products import Product, read_product
+from .siblings import sibling_of
 from .structured import EXPENSIVE, body_ops, identity_map, is_contraction, is_pointwise, reshape_like
 from .tiling.contraction import roles_of
 
 __all__ = ["WORKSPACE", "WORKSPACE_SLACK", "Library", "LibraryOperands", "library_shape"]
 
+TENSOR_MAPS = 90
+"""The compute capability on which generated products reach the library's speed, so that what they fuse is gained."""
 OLDEST = 80
 """The lowest compute capability for which the library is asked."""
 WORKSPACE = {80: 8 << 20, 90: 32 << 20}
@@ -82,6 +85,9 @@ class Library(Pass):
             return False
         chain = _Chain.of(op, found, self.epilogues)
         if not self.always:
+            if ctx.target.capability == TENSOR_MAPS and sibling_of(op) is not None and all(n % 128 == 0 for n in shape[1:]):
+                ctx.remark("note", f"{text} is generated: it is computed beside another product that its reader needs too", op.location)
+                return False
             if min(shape[1:3]) <= SKINNY:
                 ctx.remark("note", f"{text} is generated: with {min(shape[1:3])} rows or columns it is bound by memory", op.location)
                 return False

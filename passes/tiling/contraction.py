@@ -9,6 +9,7 @@ The right operand should be contiguous along N; `passes/pack.py` sees to that on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -146,14 +147,16 @@ class Contraction:
 
     # -- epilogue -----------------------------------------------------------------------------------------------------
 
-    def finish(self, e: Emitter, acc: Value, batch: list[Dim], m: Dim, n: Dim, mask: list[Pair]) -> None:
-        """Applies the elementwise members to the accumulator and stores the outputs."""
+    def finish(self, e: Emitter, acc: Value, batch: list[Dim], m: Dim, n: Dim, mask: list[Pair],
+               siblings: Mapping[Operation, Value] | None = None) -> None:
+        """Applies the elementwise members to the accumulator (and those of contractions of the same space) and stores the outputs."""
         bounds = e.bounds()
         base = self.positions(batch, m, n, [0] * len(self.k_sizes), e)
         frame = [base[f"d{d}"] for d in range(len(parallel_dims(self.op)))]
-        values: dict[Value, Value] = {self.op.result: acc}
+        sums = {self.op: acc, **(siblings or {})}
+        values: dict[Value, Value] = {op.result: v for op, v in sums.items()}
         loads: dict[Any, Value] = {}
-        place = {self.op: list(range(len(frame)))}
+        place = {op: list(range(len(frame))) for op in sums}
         for op in self.epilogue:
             dims: list[Any] = [None] * len(op["dims"])
             for v, mp in zip(op.operands, op["maps"], strict=True):

@@ -26,25 +26,27 @@ INTERLEAVED = (8, 4, 2)
 """Steps of K that may lie in one element of memory."""
 
 
-def emit_gpu_contraction(op: Operation, prologue: Sequence[Operation], epilogue: Sequence[Operation], outputs: list[Value], e: Emitter,
+def emit_gpu_contraction(ops: Sequence[Operation], prologue: Sequence[Operation], epilogue: Sequence[Operation], outputs: list[Value], e: Emitter,
                          buffers: dict[Value, Value], tile: tuple[int, int, int]) -> list[Dim]:
-    """Writes the body of the kernel; returns the grid. `prologue`: pointwise members that make operands of the contraction."""
-    return _GpuContraction(op, prologue, list(epilogue), outputs, e, buffers, tile).emit()
+    """Writes the body of the kernel; returns the grid. `ops`: the contraction, and its siblings (see `passes/siblings.py`); `prologue`: pointwise
+    members that make operands of contractions."""
+    first, *others = [_GpuContraction(op, prologue, list(epilogue), outputs, e, buffers, tile) for op in ops]
+    return first.emit(others)
 
 
 class _GpuContraction(Contraction):
     def __init__(self, op: Operation, prologue: Sequence[Operation], epilogue: list[Operation], outputs: list[Value], e: Emitter,
                  buffers: dict[Value, Value], tile: tuple[int, int, int]):
         super().__init__(op, epilogue, outputs, e, buffers, tile)
-        self.makers = {r: m for m in prologue for r in m.results}
+        self.makers = {r: m for m in prologue for r in m.results if op in r.users}
         self.unit = matrix_unit_type(op)  # all factors become this, or what the body casts them to
         self.size = product(self.k_sizes)  # all of K is one loop: a window of 3 x 3 would leave most of a step of its own empty
         self.parts = self._interleaved()
         if self.makers:
             self.tile = (*tile[:2], self._step(tile[2]))
 
-    def emit(self) -> list[Dim]:
-        e, (bm, bn, bk) = self.e, self.tile
+    def emit(self, siblings: Sequence[_GpuContraction]) -> list[Dim]:
+        e, (bm, bn, _) = self.e, self.tile
         batch = self._batch(e, 0)
         nb = len(batch)
         blocks_m, blocks_n = ceildiv(self.m, bm), ceildiv(self.n, bn)
@@ -56,20 +58,24 @@ class _GpuContraction(Contraction):
             ids = [e.named(ids[0] // column * group + ids[0] % group, blocks_m - 1), e.named(ids[0] % column // group, blocks_n - 1)]
         p_m, p_n = ids
         m, n = p_m * bm + sym("t0"), p_n * bn + sym("t1")
-        parts = self.parts
+        products = [self, *siblings]
+        parts, bk = max(p.parts for p in products), min(p.tile[2] for p in products)
+        for p in products:
+            p.tile = (bm, bn, bk)
 
-        def step(ke: Emitter, k: Dim, carried: list[Value]) -> list[Value]:
-            acc = carried[0]
+        def step(ke: Emitter, k: Dim, sums: list[Value]) -> list[Value]:
             loads: dict[Any, Value] = {}
             for part in range(parts):
-                acc = self._product(ke, batch, m, n, k, parts, part, acc, loads)
-            return [acc]
+                sums = [p._product(ke, batch, m, n, k, parts, part, acc, loads) for p, acc in zip(products, sums, strict=True)]
+            return sums
 
-        if self.makers:  # by number of the step: then what is read once for several steps, as a scale, does not depend on the place within
-            acc, = e.loop(0, ceildiv(self.size, bk * parts), 1, [self._zero(e)], lambda ke, i, carried: step(ke, i * bk, carried))
+        zeros = [self._zero(e) for _ in products]
+        if any(p.makers for p in products):  # by number of the step: then a scale does not depend on the place within one
+            sums = e.loop(0, ceildiv(self.size, bk * parts), 1, zeros, lambda ke, i, carried: step(ke, i * bk, carried))
         else:
-            acc, = e.loop(0, self.size, bk, [self._zero(e)], step)
-        self.finish(e, acc, batch, m, n, [(m, self.m), (n, self.n)])
+            sums = e.loop(0, self.size, bk, zeros, step)
+        others = {p.op: acc for p, acc in zip(siblings, sums[1:], strict=True)}
+        self.finish(e, sums[0], batch, m, n, [(m, self.m), (n, self.n)], others)
         return [*(self.op["dims"][d] for d in self.roles.batch), *grid]
 
     def _product(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim, k: Dim, parts: int, part: int, acc: Value,
@@ -84,10 +90,13 @@ class _GpuContraction(Contraction):
     def _factor(self, e: Emitter, i: int, batch: list[Dim], m: Dim, n: Dim, k: Dim, mask: list[Pair],
                 loads: dict[Any, Value]) -> Value:
         """A tile of operand i, in the type in which it is multiplied."""
-        at = self.positions(batch, m, n, delinearize(k, self.k_sizes), e)
         v = self.op.operands[i]
-        value = self._made(e, i, at, mask, loads) if v in self.makers else self.read(e, i, at, mask, cast=self.unit is None)
-        return value if self.unit is None else _cast(e, value, self.unit)
+        key = ("factor", v, i, self.op["maps"][i], k)
+        if key not in loads:
+            at = self.positions(batch, m, n, delinearize(k, self.k_sizes), e)
+            value = self._made(e, i, at, mask, loads) if v in self.makers else self.read(e, i, at, mask, cast=self.unit is None)
+            loads[key] = value if self.unit is None else _cast(e, value, self.unit)
+        return loads[key]
 
     def _made(self, e: Emitter, i: int, at: dict[str, Dim], mask: list[Pair], loads: dict[Any, Value]) -> Value:
         """A tile of an operand that a member of the prologue computes: 0 outside of the operand."""
@@ -123,11 +132,12 @@ class _GpuContraction(Contraction):
             [self._offsets(v, sym("x") * parts + part, bounds) for part in range(parts)] for v in self.op.operands if v in self.makers))
 
     def _step(self, most: int) -> int:
-        """Of the steps up to `most`, the largest over which what the prologue reads moves evenly: a scale of a group is read once, not per element."""
+        """Of the steps up to `most`, the largest over which what the prologue reads moves evenly: a group's scale is read once, not per element."""
         for step in (most, most // 2, most // 4):
             bounds = {"x": (0, ceildiv(self.op["dims"][self.roles.k[-1]], step * self.parts) - 1), "t": (0, step - 1)}
             k = (sym("x") * step + sym("t")) * self.parts
-            if step >= 32 and all(split_linear(o, "t") is not None for v in self.op.operands if v in self.makers for o in self._offsets(v, k, bounds)):
+            made = [v for v in self.op.operands if v in self.makers]
+            if step >= 32 and all(split_linear(o, "t") is not None for v in made for o in self._offsets(v, k, bounds)):
                 return step
         return most
 

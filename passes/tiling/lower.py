@@ -145,14 +145,15 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         assert roles is not None
         batch, m, n, k = (_product(contraction, d) for d in (roles.batch, roles.m, roles.n, roles.k))
         flops = 2 * _product(contraction, range(len(contraction["dims"])))  # type: ignore[arg-type]
-        at = members.index(contraction)
-        prologue, epilogue = members[:at], members[at + 1:]
+        products = [m for m in members if is_contraction(m)]
+        prologue = [m for m in members if m not in products and any(u in products for r in m.results for u in r.users)]
+        epilogue = [m for m in members if m not in products and m not in prologue]
         if target.is_gpu:
             hint = gemm_tile_gpu(target, batch, m, n, k, product_bytes(contraction), exact=not element_type(contraction.result.type).is_float,
-                                 heavy=any(is_expensive(m) or len(m.operands) > 2 for m in epilogue),
+                                 heavy=len(products) > 1 or any(is_expensive(m) or len(m.operands) > 2 for m in epilogue),
                                  stored=packed_bytes(contraction, prologue))
             gemm = (hint.rows, hint.columns, hint.step)
-            grid = emit_gpu_contraction(contraction, prologue, epilogue, outputs, Emitter(builder, gemm[:2], ranges), buffers, gemm)
+            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, Emitter(builder, gemm[:2], ranges), buffers, gemm)
         else:
             gemm = contraction_tile(contraction, roles, target)
             grid = emit_contraction(contraction, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges), buffers, gemm)

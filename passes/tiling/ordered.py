@@ -175,7 +175,8 @@ def _update(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, 
     if pairs:  # reports a bad index; the value is not used. From init: other programs may be writing this element of the result
         e.load(buffers[init], first, pairs, low, 0, extra=extra, extra_shape=extra_shape, check=True)
     kind = op["combine"]
-    shape: tuple[int, ...] = _shape(e, [offset, *(p[0] for p in mask)], extra_shape)
+    # In parallel every lane is a point, also where all go to one place with one value.
+    shape: tuple[int, ...] = e.shape if atomic else _shape(e, [offset, *(p[0] for p in mask)], extra_shape)
     if not atomic and kind != "set":
         old = e.load(out, simplify(offset, e.bounds()), mask, low, 0, extra=extra, extra_shape=extra_shape)
         value = e.builder.arith({"add": "add", "mul": "mul", "max": "max", "min": "min"}[kind] if element_type(value.type).kind != "bool" else

@@ -33,9 +33,11 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "largest": (lambda i: torch.zeros(9, dtype=torch.int64).scatter_reduce(0, i, i * 3, "amax"), (_rows(300, 9),)),
     "half": (lambda a, i, s: a.index_add(0, i, s), (_normal(10, 37).half(), _rows(70, 10), _normal(70, 37).half())),
     "products": (lambda a, i, s: a.scatter_reduce(0, i, s, "prod"), (_normal(10), _rows(70, 10), _normal(70))),
+    "one_place": (lambda i: torch.zeros(1, dtype=torch.int64).index_add(0, i % 1, torch.ones_like(i)), (_rows(300, 9),)),
+    "one_place_short": (lambda i: torch.zeros(1, dtype=torch.int64).index_add(0, i % 1, torch.ones_like(i)), (_rows(2, 9),)),
     "twice": (lambda a, i, s: (a.index_add(0, i, s), a + 1), (_normal(10, 37), _rows(70, 10), _normal(70, 37))),
 }
-ATOMIC = {"scatter_add", "into_zeros", "embedding", "embedding_bf16", "integers", "largest", "half", "twice"}
+ATOMIC = {"scatter_add", "into_zeros", "embedding", "embedding_bf16", "integers", "largest", "half", "one_place", "one_place_short", "twice"}
 
 
 @pytest.mark.parametrize("name", CASES)
