@@ -23,12 +23,13 @@ from ...ir.core import IRError, Operation, Value
 from ...ir.expr import Dim, as_int, free_symbols, lower_bound, product, upper_bound
 from ...ir.types import BufferType, DType, TileType, element_type
 from .arith import arith_text, literal
+from .descriptors import TensorMap
 from .dtypes import pointer, tl_type
 from .expressions import IndexText, Range
 from .helpers import HELPERS, used_helpers
 from .narrow import Narrow
 
-__all__ = ["KernelSource", "print_kernel"]
+__all__ = ["KernelSource", "Printer", "identifier", "loaded_buffers", "print_kernel", "provenance", "stored_buffers"]
 
 SMALL = 1 << 30
 """Sizes below this leave room for a tile's overhang in 32 bits."""
@@ -38,7 +39,8 @@ ERROR = "err"
 @dataclass(frozen=True)
 class KernelSource:
     """A kernel as Triton text. `tile` is the number of elements of its largest tile, `dot` whether it multiplies matrices;
-    `num_warps` and `num_stages` are 0 where the compiler may choose."""
+    `num_warps` and `num_stages` are 0 where the compiler may choose. `descriptors` are the last parameters.
+    `registers`, if not 0, says that it is Gluon, and bounds those of a thread; then `programs` of them are launched, whatever the grid."""
 
     name: str
     text: str
@@ -50,15 +52,20 @@ class KernelSource:
     dot: bool
     num_warps: int = 0
     num_stages: int = 0
+    descriptors: tuple[TensorMap, ...] = ()
+    registers: int = 0
+    programs: int = 0
 
 
 def print_kernel(kernel: Operation) -> KernelSource:
     """The Triton source of a `tile.kernel`. IRError names an op that Triton cannot express."""
-    return _Printer(kernel).run()
+    return Printer(kernel).run()
 
 
 @dataclass
-class _Printer:
+class Printer:
+    """The plain form of a kernel; `warp_groups.py` has another one for streams."""
+
     kernel: Operation
     lines: list[str] = field(default_factory=list)
     names: dict[Value, str] = field(default_factory=dict)
@@ -71,15 +78,18 @@ class _Printer:
     checks: int = 0
     indent: int = 1
 
+    def __post_init__(self) -> None:
+        kernel = self.kernel
+        self.taken |= set(kernel["symbols"])
+        self.sizes: dict[str, Range] = {s: tuple(r) for s, r in kernel["bounds"].items()}  # type: ignore[misc]
+        self.wide = bool(kernel["symbols"]) or not _is_small(kernel)
+        self.index_type = "tl.int64" if self.wide else "tl.int32"
+        self.both = stored_buffers(kernel.body) & loaded_buffers(kernel.body)
+
     def run(self) -> KernelSource:
         kernel = self.kernel
         symbols: tuple[str, ...] = tuple(kernel["symbols"])
-        self.taken |= set(symbols)
-        self.sizes: dict[str, Range] = {s: tuple(r) for s, r in kernel["bounds"].items()}  # type: ignore[misc]
-        self.wide = bool(symbols) or not _is_small(kernel)
-        self.index_type = "tl.int64" if self.wide else "tl.int32"
-        self.both = _stored(kernel.body) & _loaded(kernel.body)
-        name = _identifier(kernel["sym_name"])
+        name = identifier(kernel["sym_name"])
         self.taken.add(name)
         signature: dict[str, str] = {}
         for arg in kernel.body.args:
@@ -89,7 +99,7 @@ class _Printer:
         if self.checks:
             signature[ERROR] = "*i32"
         body = "\n".join([*self._prologue(symbols), *self.lines]) or "    pass"
-        header = [f"# {line}" for line in _provenance(kernel)]
+        header = [f"# {line}" for line in provenance(kernel)]
         helpers = used_helpers(body)
         function = f"@triton.jit\ndef {name}({', '.join(signature)}):\n{body}\n"
         libdevice = "from triton.language.extra import libdevice\n" if "libdevice." in body + "".join(helpers) else ""
@@ -118,7 +128,7 @@ class _Printer:
 
     def _name(self, v: Value, prefix: str = "v") -> str:
         if v not in self.names:
-            stem = _identifier(v.name) if v.name else ""
+            stem = identifier(v.name) if v.name else ""
             name, n = stem, 1
             if not stem:
                 n = len(self.names)
@@ -208,7 +218,7 @@ class _Printer:
         n = op["indices"]
         text = self._text(op.operands[:n], ())
         inits, (iv, *carried) = op.operands[n:], op.body.args
-        touched_store, touched_load = _stored(op.body), _loaded(op.body)
+        touched_store, touched_load = stored_buffers(op.body), loaded_buffers(op.body)
         if (touched_load & self.written) or (touched_store & self.read & self.both):
             self._barrier()
         state: list[str] = []
@@ -419,19 +429,19 @@ _SCANS = {
 _REDUCTIONS["any"], _REDUCTIONS["all"] = _REDUCTIONS["max"], _REDUCTIONS["min"]
 
 _HANDLERS = {
-    "tile.program_id": _Printer.program_id,
-    "tile.for": _Printer.for_loop,
-    "tile.load": _Printer.load,
-    "tile.store": _Printer.store,
-    "tile.index": _Printer.index,
-    "tile.mask": _Printer.mask,
-    "tile.full": _Printer.full,
-    "tile.reshape": _Printer.reshape,
-    "tile.transpose": _Printer.transpose,
-    "tile.reduce": _Printer.reduce,
-    "tile.scan": _Printer.scan,
-    "tile.dot": _Printer.dot,
-    "tile.require": _Printer.require,
+    "tile.program_id": Printer.program_id,
+    "tile.for": Printer.for_loop,
+    "tile.load": Printer.load,
+    "tile.store": Printer.store,
+    "tile.index": Printer.index,
+    "tile.mask": Printer.mask,
+    "tile.full": Printer.full,
+    "tile.reshape": Printer.reshape,
+    "tile.transpose": Printer.transpose,
+    "tile.reduce": Printer.reduce,
+    "tile.scan": Printer.scan,
+    "tile.dot": Printer.dot,
+    "tile.require": Printer.require,
 }
 
 
@@ -443,16 +453,16 @@ def _term(text: str) -> str:
     return f"({text})" if re.search(r" [-+] |^-", text) else text
 
 
-def _identifier(name: str) -> str:
+def identifier(name: str) -> str:
     text = re.sub(r"\W", "_", name)
     return f"_{text}" if not text or text[0].isdigit() else text
 
 
-def _stored(block) -> set[Value]:  # type: ignore[no-untyped-def]
+def stored_buffers(block) -> set[Value]:  # type: ignore[no-untyped-def]
     return {o.operands[0] for op in block for o in op.walk() if o.name == "tile.store"}
 
 
-def _loaded(block) -> set[Value]:  # type: ignore[no-untyped-def]
+def loaded_buffers(block) -> set[Value]:  # type: ignore[no-untyped-def]
     return {o.operands[0] for op in block for o in op.walk() if o.name == "tile.load" and o.result.uses}
 
 
@@ -469,7 +479,7 @@ def _is_small(kernel: Operation) -> bool:
     return isinstance(programs, int) and programs < SMALL and all(not isinstance(b, int) or b < SMALL for b in bounds)
 
 
-def _provenance(kernel: Operation) -> list[str]:
+def provenance(kernel: Operation) -> list[str]:
     lines = [f"aicc kernel '{kernel['sym_name']}', grid [{', '.join(map(str, kernel['grid']))}]"]
     lines += [f"  argument {a.index}: {a.type}" for a in kernel.body.args]
     lines += [f"  computes {p}" for p in kernel["provenance"]]

@@ -157,7 +157,8 @@ class Emitter:
 
     # -- loops --------------------------------------------------------------------------------------------------------
 
-    def loop(self, lower: Dim, upper: Dim, step: int, inits: Sequence[Value], body: Any, unroll: int = 1) -> list[Value]:
+    def loop(self, lower: Dim, upper: Dim, step: int, inits: Sequence[Value], body: Any, unroll: int = 1,
+             part: str = "") -> list[Value]:
         """`tile.for`; `body(emitter, position, carried)` builds one iteration and returns the carried values."""
         operands, names = self._operands([lower, upper])
         block = Block([index, *(v.type for v in inits)])
@@ -171,6 +172,8 @@ class Emitter:
         attrs: dict[str, Any] = {"lower": substitute(lower, names), "upper": substitute(upper, names), "step": step, "indices": len(operands)}
         if unroll > 1:
             attrs["unroll"] = unroll
+        if part:
+            attrs["part"] = part
         made = self.builder.create("tile.for", [*operands, *inits], attrs, [v.type for v in inits], [Region([block])])
         return list(made.results)
 
