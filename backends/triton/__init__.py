@@ -42,6 +42,10 @@ __all__ = [
 ]
 
 
+TENSOR_MAPS = 90
+"""The compute capability whose kernels read matrices by tensor maps."""
+
+
 @dataclass(frozen=True)
 class CompiledGpu:
     """What the runtime needs, and what people look at. `program` goes into the artifact's manifest under "cuda", `blobs`
@@ -83,7 +87,7 @@ def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = N
 def _source(kernel: Operation, target: Target, divisible: Sequence[bool]) -> KernelSource:
     """The kernel in the form that suits the target best."""
     made = print_warp_groups(kernel, target, divisible)
-    return print_kernel(kernel) if isinstance(made, str) else made
+    return print_kernel(kernel, divisible if target.capability == TENSOR_MAPS else ()) if isinstance(made, str) else made
 
 
 def program_json(

@@ -57,9 +57,10 @@ class KernelSource:
     programs: int = 0
 
 
-def print_kernel(kernel: Operation) -> KernelSource:
-    """The Triton source of a `tile.kernel`. IRError names an op that Triton cannot express."""
-    return Printer(kernel).run()
+def print_kernel(kernel: Operation, aligned: Sequence[bool] = ()) -> KernelSource:
+    """The Triton source of a `tile.kernel`. `aligned`: where the target reads matrices by tensor maps, which buffers always start at a multiple of
+    16 bytes. IRError names an op that Triton cannot express."""
+    return Printer(kernel, aligned=tuple(aligned)).run()
 
 
 @dataclass
@@ -77,6 +78,8 @@ class Printer:
     narrow: Narrow = field(default_factory=Narrow)
     checks: int = 0
     indent: int = 1
+    aligned: tuple[bool, ...] = ()
+    maps: dict[tuple[object, ...], TensorMap] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         kernel = self.kernel
@@ -98,6 +101,7 @@ class Printer:
         self._block(kernel)
         if self.checks:
             signature[ERROR] = "*i32"
+        signature |= {m.name: m.triton_type for m in self.maps.values()}
         body = "\n".join([*self._prologue(symbols), *self.lines]) or "    pass"
         header = [f"# {line}" for line in provenance(kernel)]
         helpers = used_helpers(body)
@@ -122,6 +126,7 @@ class Printer:
             any(op.name == "tile.dot" for op in kernel.walk()),
             kernel["num_warps"],
             kernel["num_stages"],
+            tuple(self.maps.values()),
         )
 
     # -- names
@@ -310,10 +315,27 @@ class Printer:
             self._barrier()
         if buffer in self.both:
             self.read.add(buffer)
+        if op["matrix"] and self.aligned and self.aligned[buffer.index] and buffer not in self.both:  # type: ignore[attr-defined]
+            self._define(op, self._block_of_matrix(op, text))
+            return
         place = self._spread(text(op["offset"]), shape, self._reach(op["offset"], operands, text))
         masked = f", mask={mask}, other={literal(op['other'])}" if mask else ""
         kept = f', eviction_policy="evict_{op["evict"]}"' if op["evict"] else ""
         self._define(op, f"tl.load({self._name(buffer)} + {_term(place)}{masked}{kept})")
+
+    def _block_of_matrix(self, op: Operation, text: IndexText) -> str:
+        """A load by a tensor map."""
+        buffer, (rows, columns, stride, flipped), shape = op.operands[0], op["matrix"], op["shape"]
+        block = (shape[1], shape[0]) if flipped else (shape[0], shape[1])
+        key = (buffer, rows, columns, stride, block)
+        if key not in self.maps:
+            name = f"{self._name(buffer)}_map"
+            while name in self.taken:
+                name += "_"
+            self.taken.add(name)
+            self.maps[key] = TensorMap(name, buffer.index, element_type(buffer.type).name, rows, columns, stride, block)  # type: ignore[attr-defined]
+        at = ", ".join(f"({text(x)}).to(tl.int32)" if self.wide and free_symbols(x) else text(x) for x in op["corner"])
+        return f"{self.maps[key].name}.load([{at}]){'.T' if flipped else ''}"
 
     def require(self, op: Operation) -> None:
         """The value: eager does not look either on a GPU."""

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...ir.core import IRError, Operation
 from ...ir.expr import evaluate
@@ -74,10 +75,11 @@ def run_kernel(
     """One launch on flat CPU tensors. IndexError where a checked index fails."""
     function = load_function(source, folder)
     function.fn.__globals__["libdevice"] = Libdevice()
+    maps = [TensorDescriptor(buffers[m.buffer], [m.rows, m.columns], [m.stride, 1], list(m.block)) for m in source.descriptors]
     error = torch.zeros(1, dtype=torch.int32)
     if programs:
         with np.errstate(all="ignore"), _mended():
-            function[(programs,)](*buffers, *symbols, *([error] if source.checks else []))
+            function[(programs,)](*buffers, *symbols, *([error] if source.checks else []), *maps)
     if int(error):
         raise IndexError(f"in kernel '{source.name}': an index given by the user is out of range")
 
@@ -122,7 +124,7 @@ class SimulatedLibrary:
 
     def __init__(self, module: Operation, cache_dir: Path | None = None):
         self.program = build_program(module)
-        self.sources = {name: print_kernel(k) for name, k in self.program.kernels.items()}
+        self.sources = {name: print_kernel(k, self.program.divisible(name)) for name, k in self.program.kernels.items()}
         self.constants = [ctypes.create_string_buffer(c, max(1, len(c))) for c in self.program.constants]
         self.folder = cache_dir or default_cache()
         self.symbols: list[str] = []

@@ -145,6 +145,9 @@ define("tile.yield", "ends a kernel or a loop body", operands="values*", results
 define("tile.load", "a tile (a scalar when shape is []) read from a buffer", operands="buffer indices*",
        attrs={**_ACCESS, "shape": attr(), "other": optional(0, "value outside the mask"),
               "check": optional(False, "the masks of this load are user indices: report IndexError where they fail"),
+              "matrix": optional((), "[rows, columns, stride, flipped]: the tile (its transpose, if flipped) is a block of such a matrix at the "
+                                     "start of the buffer, 0 outside of it, which a tensor map can read"),
+              "corner": optional((), "row and column of the block's first element"),
               "evict": optional("", "a hint to GPUs: leave the cache 'last' (it is read again) or 'first'")},
        traits=[Trait.ReadsMemory], verify=_verify_load)
 define("tile.store", "writes a tile or scalar", operands="buffer value indices*",

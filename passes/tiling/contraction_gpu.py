@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ...ir import Dim, DType, Operation, ScalarType, TileType, Value, element_type, sym
+from ...ir import Dim, DType, Operation, ScalarType, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
-from ...ir.expr import ceildiv, delinearize, free_symbols, product, simplify, split_linear, substitute
+from ...ir.expr import as_int, ceildiv, delinearize, free_symbols, product, simplify, split_linear, substitute
 from ...ir.types import index
 from ..exact import matrix_unit_type
 from .bodies import evaluate_body
@@ -22,25 +22,28 @@ from .emit import Emitter, Pair, fill_masks
 
 __all__ = ["emit_gpu_contraction"]
 
+MAP_TILE = 64
+"""Tiles with fewer rows or columns are read without tensor maps: what they cost is latency."""
 INTERLEAVED = (8, 4, 2)
 """Steps of K that may lie in one element of memory."""
 
 
 def emit_gpu_contraction(ops: Sequence[Operation], prologue: Sequence[Operation], epilogue: Sequence[Operation], outputs: list[Value], e: Emitter,
-                         buffers: dict[Value, Value], tile: tuple[int, int, int]) -> list[Dim]:
-    """Writes the body of the kernel; returns the grid. `ops`: the contraction, and its siblings (see `passes/siblings.py`); `prologue`: pointwise
+                         buffers: dict[Value, Value], tile: tuple[int, int, int], *, maps: bool = False) -> list[Dim]:
+    """Writes the body of the kernel; returns the grid. `maps`: the target reads blocks of matrices by tensor maps. `ops`: the contraction, and its siblings (see `passes/siblings.py`); `prologue`: pointwise
     members that make operands of contractions."""
-    first, *others = [_GpuContraction(op, prologue, list(epilogue), outputs, e, buffers, tile) for op in ops]
+    first, *others = [_GpuContraction(op, prologue, list(epilogue), outputs, e, buffers, tile, maps) for op in ops]
     return first.emit(others)
 
 
 class _GpuContraction(Contraction):
     def __init__(self, op: Operation, prologue: Sequence[Operation], epilogue: list[Operation], outputs: list[Value], e: Emitter,
-                 buffers: dict[Value, Value], tile: tuple[int, int, int]):
+                 buffers: dict[Value, Value], tile: tuple[int, int, int], maps: bool):
         super().__init__(op, epilogue, outputs, e, buffers, tile)
         self.makers = {r: m for m in prologue for r in m.results if op in r.users}
         self.unit = matrix_unit_type(op)  # all factors become this, or what the body casts them to
         self.size = product(self.k_sizes)  # all of K is one loop: a window of 3 x 3 would leave most of a step of its own empty
+        self.matrices = [self._matrix(i) if maps and min(tile[:2]) >= MAP_TILE else None for i in range(2)]
         self.parts = self._interleaved()
         if self.makers:
             self.tile = (*tile[:2], self._step(tile[2]))
@@ -94,9 +97,52 @@ class _GpuContraction(Contraction):
         key = ("factor", v, i, self.op["maps"][i], k)
         if key not in loads:
             at = self.positions(batch, m, n, delinearize(k, self.k_sizes), e)
-            value = self._made(e, i, at, mask, loads) if v in self.makers else self.read(e, i, at, mask, cast=self.unit is None)
+            if v in self.makers:
+                value = self._made(e, i, at, mask, loads)
+            elif (matrix := self.matrices[i]) is not None:
+                value = self._block(e, i, at, mask, matrix, m + n, k)
+            else:
+                value = self.read(e, i, at, mask, cast=self.unit is None)
             loads[key] = value if self.unit is None else _cast(e, value, self.unit)
         return loads[key]
+
+    def _matrix(self, i: int) -> tuple[int, int, int, bool] | None:
+        """(rows, columns, stride, whether the contiguous dimension is the summed one for the right operand or is not for the left one) of operand i,
+        if it is a matrix that a tensor map can describe."""
+        v, fills = self.op.operands[i], self.op["fills"]
+        t = v.type
+        assert isinstance(t, TensorType)
+        own = self.m if i == self.roles.left else self.n
+        sizes = (*self.op["dims"], own, self.size)
+        if self.roles.batch or fills or v in self.makers or t.dtype != self.unit or not all(isinstance(n, int) for n in sizes):
+            return None
+        bounds = {"x": (0, own - 1), "y": (0, self.size - 1)}
+        at = self._place(sym("x"), sym("y"), bounds)
+        by_k = split_linear(offset_of(v, self.op["maps"][i], at, bounds), "y")
+        by_row = None if by_k is None else split_linear(by_k[1], "x")
+        if by_k is None or by_row is None or by_row[1] != 0 or 1 not in (by_k[0], by_row[0]):
+            return None
+        stride, across = (by_row[0], own) if by_k[0] == 1 else (by_k[0], self.size)
+        columns = self.size if by_k[0] == 1 else own
+        if not isinstance(stride, int) or stride * t.dtype.bytes % 16 or stride < as_int(columns):
+            return None
+        return as_int(across), as_int(columns), stride, (by_k[0] == 1) == (i == self.roles.right)
+
+    def _place(self, x: Dim, k: Dim, bounds: Any) -> dict[str, Dim]:
+        """The position where M and N, as linear indices, are both x, and K is k."""
+        at: dict[str, Dim] = {}
+        for dims, values in ((self.roles.m, delinearize(x, self.m_sizes)), (self.roles.n, delinearize(x, self.n_sizes)),
+                             (self.roles.k, delinearize(k, self.k_sizes))):
+            at |= {f"d{d}": simplify(value, bounds) for d, value in zip(dims, values, strict=True)}
+        return at
+
+    def _block(self, e: Emitter, i: int, at: dict[str, Dim], mask: list[Pair], matrix: tuple[int, int, int, bool], own: Dim, k: Dim) -> Value:
+        """The tile of an operand that is a matrix."""
+        v, bounds = self.op.operands[i], e.bounds()
+        first = [simplify(substitute(x, {"t0": 0, "t1": 0}), bounds) for x in (own, k)]
+        contiguous_k = matrix[3] == (i == self.roles.right)
+        corner = (first[0], first[1]) if contiguous_k else (first[1], first[0])
+        return e.load(self.buffers[v], offset_of(v, self.op["maps"][i], at, bounds), e.needed(mask), matrix=matrix, corner=corner)
 
     def _made(self, e: Emitter, i: int, at: dict[str, Dim], mask: list[Pair], loads: dict[Any, Value]) -> Value:
         """A tile of an operand that a member of the prologue computes: 0 outside of the operand."""

@@ -75,9 +75,10 @@ class Emitter:
     # -- memory -------------------------------------------------------------------------------------------------------
 
     def load(self, buffer: Value, offset: Dim, mask: Sequence[Pair] = (), low: Sequence[Dim] = (), other: Any = 0,
-             extra: Sequence[Value] = (), extra_shape: tuple[int, ...] = (), check: bool = False) -> Value:
-        """Reads at `offset`; `extra` are index tiles seen as i0, i1, ... in the expressions."""
-        exprs = [offset, *(e for p in mask for e in p), *low]
+             extra: Sequence[Value] = (), extra_shape: tuple[int, ...] = (), check: bool = False,
+             matrix: tuple[int, ...] = (), corner: tuple[Dim, ...] = ()) -> Value:
+        """Reads at `offset`; `extra` are index tiles seen as i0, i1, ... in the expressions. `matrix` and `corner`: as in `tile.load`."""
+        exprs = [offset, *(e for p in mask for e in p), *low, *corner]
         operands, names = self._operands(exprs, extra)
         shape = self.tile_shape([offset, *(p[0] for p in mask), *low])
         if extra_shape:
@@ -92,6 +93,8 @@ class Emitter:
             attrs["other"] = _scalar(other, dtype)
         if check:
             attrs["check"] = True
+        if matrix:
+            attrs |= {"matrix": matrix, "corner": tuple(substitute(x, names) for x in corner)}
         return self.builder.create("tile.load", [buffer, *operands], attrs, [tile_or_scalar(shape, dtype)]).result
 
     def store(self, buffer: Value, value: Value, offset: Dim, mask: Sequence[Pair] = (), atomic: str = "", extra: Sequence[Value] = ()) -> None:

@@ -61,9 +61,9 @@ def _fit(size: Dim, most: int) -> int:
 
 
 def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_element: int, *, exact: bool = False,
-                  heavy: bool = False, stored: int = 2) -> GpuTile:
+                  heavy: bool = False, stored: int = 2, products: int = 1) -> GpuTile:
     """The tile of a contraction; `exact`: integers, as rank-1 updates, since matrix units do not have their types; `heavy`: the epilogue needs
-    registers beside the accumulator; `stored`: bytes in memory of an element of the larger operand."""
+    registers beside the accumulator; `stored`: bytes in memory of an element of the larger operand; `products`: contractions of one left operand, side by side."""
     if exact:
         return GpuTile(_fit(m, 32), _fit(n, 32), 1, 4, 1)
     if bytes_per_element > 2:  # f32 and f64 run on the plain units: tiles are bounded by registers
@@ -75,7 +75,7 @@ def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_
     sizes = [x if isinstance(x, int) else UNKNOWN for x in (batch, m, n)]
     best: tuple[float, GpuTile] | None = None
     for rows, columns in pairs((16, 32, 64, 128), (32, 64, 128, 256)):
-        if rows > padded(sizes[1]) or columns > max(32, padded(sizes[2])) or rows * columns > 128 * (128 if heavy else 256):
+        if rows > padded(sizes[1]) or columns > max(32, padded(sizes[2])) or rows * columns > 128 * (128 if heavy or products > 1 else 256):
             continue
         tiles = sizes[0] * as_int(ceildiv(sizes[1], rows)) * as_int(ceildiv(sizes[2], columns))
         rounds = as_int(ceildiv(tiles, max(1, target.multiprocessors)))
@@ -86,5 +86,5 @@ def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_
     assert best is not None
     chosen = best[1]
     step = _fit(k, 128 if chosen.rows + chosen.columns <= 128 else 64)
-    stages = 3 if chosen.rows * chosen.columns >= 128 * 256 else 4
+    stages = 3 if chosen.rows * chosen.columns * products >= 128 * 256 else 4
     return GpuTile(chosen.rows, chosen.columns, step, chosen.warps, stages)

@@ -150,10 +150,11 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         epilogue = [m for m in members if m not in products and m not in prologue]
         if target.is_gpu:
             hint = gemm_tile_gpu(target, batch, m, n, k, product_bytes(contraction), exact=not element_type(contraction.result.type).is_float,
-                                 heavy=len(products) > 1 or any(is_expensive(m) or len(m.operands) > 2 for m in epilogue),
+                                 heavy=any(is_expensive(m) or len(m.operands) > 2 for m in epilogue), products=len(products),
                                  stored=packed_bytes(contraction, prologue))
             gemm = (hint.rows, hint.columns, hint.step)
-            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, Emitter(builder, gemm[:2], ranges), buffers, gemm)
+            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, Emitter(builder, gemm[:2], ranges), buffers, gemm,
+                                        maps=target.capability == 90)
         else:
             gemm = contraction_tile(contraction, roles, target)
             grid = emit_contraction(contraction, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges), buffers, gemm)

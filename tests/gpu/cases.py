@@ -209,6 +209,12 @@ CASES: dict[str, Case] = {
         _packed_weight(torch.float8_e4m3fn, lambda n, k: (n, 1), 3, 45, 130),
         tolerance=1.6e-2,
     ),
+    "gated_unit": Case(
+        _plain(lambda x, g, u: F.silu(F.linear(x, g)) * F.linear(x, u)),
+        _normal((1000, 72), (1208, 72), (1208, 72), dtype=torch.bfloat16),
+        tolerance=1.6e-2,
+    ),
+    "gemm_maps": Case(_plain(lambda a, b: (a.t() @ b).relu()), _normal((72, 1000), (72, 1208), dtype=torch.bfloat16), tolerance=8e-3),
     "matvec": Case(_plain(lambda a, b: a @ b), _normal((300, 200), (200,))),
     "bmm": Case(_plain(lambda a, b: a @ b), _normal((3, 33, 45), (3, 45, 21))),
     "attention": Case(_plain(_attention), _normal((2, 3, 40, 32), (2, 3, 40, 32), (2, 3, 40, 32))),
