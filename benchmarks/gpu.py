@@ -172,11 +172,14 @@ def _packed() -> Iterator[Case]:
     for m in (1, 16):
         done = 2 * m * 11008 * 4096
         yield Case(f"int8-scaled-{m}x11008x4096", "packed", lambda m=m: (
-            lambda x, w, s: F.linear(x, w.to(x.dtype) * s), (rand(m, 4096), rand(11008, 4096).mul(40).to(torch.int8), rand(11008, 1))), 11008 * 4096, done)
+            lambda x, w, s: F.linear(x, w.to(x.dtype) * s),
+            (rand(m, 4096), rand(11008, 4096).mul(40).to(torch.int8), rand(11008, 1))), 11008 * 4096, done)
         yield Case(f"fp8-linear-{m}x11008x4096", "packed", lambda m=m: (
-            lambda x, w, s: F.linear(x, w.to(x.dtype)) * s, (rand(m, 4096), rand(11008, 4096).to(torch.float8_e4m3fn), rand(11008))), 11008 * 4096, done)
+            lambda x, w, s: F.linear(x, w.to(x.dtype)) * s,
+            (rand(m, 4096), rand(11008, 4096).to(torch.float8_e4m3fn), rand(11008))), 11008 * 4096, done)
         yield Case(f"int4-groups-{m}x11008x4096", "packed", lambda m=m: (
-            int4_linear, (rand(m, 4096), torch.randint(0, 256, (11008, 2048), device="cuda", dtype=torch.uint8), rand(11008, 32))), 11008 * 2112, done)
+            int4_linear,
+            (rand(m, 4096), torch.randint(0, 256, (11008, 2048), device="cuda", dtype=torch.uint8), rand(11008, 32))), 11008 * 2112, done)
 
 
 def _scatter() -> Iterator[Case]:
@@ -185,9 +188,11 @@ def _scatter() -> Iterator[Case]:
     yield Case("embedding-backward", "scatter", lambda: (
         lambda g, i: torch.ops.aten.embedding_dense_backward(g, i, vocabulary, -1, False), (rand(tokens, d), index())), 2 * d * (tokens + vocabulary))
     yield Case("index-add-f32", "scatter", lambda: (
-        lambda g, i: torch.zeros(vocabulary, d, device="cuda").index_add(0, i, g), (rand(tokens, d, dtype=torch.float32), index())), 4 * d * (tokens + vocabulary))
+        lambda g, i: torch.zeros(vocabulary, d, device="cuda").index_add(0, i, g),
+        (rand(tokens, d, dtype=torch.float32), index())), 4 * d * (tokens + vocabulary))
     yield Case("cache-update", "scatter", lambda: (
-        lambda c, i, k: c.index_copy(2, i, k), (rand(16, 8, 1024, 128), torch.tensor([77], device="cuda"), rand(16, 8, 1, 128))), 4 * 16 * 8 * 1024 * 128)
+        lambda c, i, k: c.index_copy(2, i, k),
+        (rand(16, 8, 1024, 128), torch.tensor([77], device="cuda"), rand(16, 8, 1, 128))), 4 * 16 * 8 * 1024 * 128)
 
 
 CASES = [*_memory(), *_attention(), *_gemm(), *_packed(), *_scatter()]

@@ -30,8 +30,8 @@ INTERLEAVED = (8, 4, 2)
 
 def emit_gpu_contraction(ops: Sequence[Operation], prologue: Sequence[Operation], epilogue: Sequence[Operation], outputs: list[Value], e: Emitter,
                          buffers: dict[Value, Value], tile: tuple[int, int, int], *, maps: bool = False) -> list[Dim]:
-    """Writes the body of the kernel; returns the grid. `maps`: the target reads blocks of matrices by tensor maps. `ops`: the contraction, and its siblings (see `passes/siblings.py`); `prologue`: pointwise
-    members that make operands of contractions."""
+    """Writes the body of the kernel; returns the grid. `ops`: the contraction, and its siblings (see `passes/siblings.py`); `prologue`: pointwise
+    members that make operands of contractions. `maps`: the target reads blocks of matrices by tensor maps."""
     first, *others = [_GpuContraction(op, prologue, list(epilogue), outputs, e, buffers, tile, maps) for op in ops]
     return first.emit(others)
 

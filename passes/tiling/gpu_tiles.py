@@ -63,7 +63,8 @@ def _fit(size: Dim, most: int) -> int:
 def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_element: int, *, exact: bool = False,
                   heavy: bool = False, stored: int = 2, products: int = 1) -> GpuTile:
     """The tile of a contraction; `exact`: integers, as rank-1 updates, since matrix units do not have their types; `heavy`: the epilogue needs
-    registers beside the accumulator; `stored`: bytes in memory of an element of the larger operand; `products`: contractions of one left operand, side by side."""
+    registers beside the accumulator; `stored`: bytes in memory of an element of the larger operand; `products`: contractions of one left operand,
+    side by side."""
     if exact:
         return GpuTile(_fit(m, 32), _fit(n, 32), 1, 4, 1)
     if bytes_per_element > 2:  # f32 and f64 run on the plain units: tiles are bounded by registers

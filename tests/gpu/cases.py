@@ -179,6 +179,9 @@ CASES: dict[str, Case] = {
     "softmax_long": Case(_plain(lambda a: a.softmax(-1)), _normal((3, 9001))),
     "softmax_symbolic": Case(_plain(lambda a: a.softmax(-1)), _normal((5, 777)), dynamic=True),
     "layer_norm": Case(_plain(lambda a, w, b: F.layer_norm(a, (300,), w, b)), _normal((33, 300), (300,), (300,))),
+    "group_norm": Case(
+        _plain(lambda a, w, b: F.silu(F.group_norm(a, 16, w, b))), _normal((16, 32, 20, 33), (32,), (32,)), tolerance=2e-5
+    ),
     "column_sum": Case(_plain(lambda a: a.sum(0)), _normal((1000, 77))),
     "total": Case(_plain(lambda a: a.sum()), _normal((100, 77)), tolerance=1e-4),
     "extremes": Case(_plain(lambda a: (a.argmax(1), a.amin(1), a.argmin(0))), _normal((9, 77)), tolerance=0),

@@ -47,6 +47,8 @@ LIMIT: dict[str, float] = {"seconds": 330}
 """Seconds after which no further row is begun."""
 PART: list[int] = [1, 1]
 """Which of how many parts of the kernel families to run."""
+CHOSEN: list[str] = []
+"""The kernel families to run; empty: all."""
 ROWS: list[dict[str, Any]] = []
 STATS: list[Any] = []
 WATCH = driver.watching(compiled=STATS.append)
@@ -121,7 +123,7 @@ NOT_IN_EAGER = {"gemm_i64"}
 
 def kernels() -> None:
     for name, case in list(CASES.items())[PART[0] - 1 :: PART[1]]:
-        if name in NOT_IN_EAGER:
+        if name in NOT_IN_EAGER or (CHOSEN and name not in CHOSEN):
             continue
         if late():
             print(f"out of time before {name}", flush=True)
@@ -402,7 +404,9 @@ def main() -> int:
     parser.add_argument("sections", nargs="*", default=list(SECTIONS))
     parser.add_argument("--seconds", type=float, default=LIMIT["seconds"], help="no further row is begun after this")
     parser.add_argument("--part", default="1/1", help="of the kernel families, as 3/8")
+    parser.add_argument("--case", action="append", default=[], help="only this kernel family")
     options = parser.parse_args()
+    CHOSEN.extend(options.case)
     LIMIT["seconds"], PART[:] = options.seconds, [int(n) for n in options.part.split("/")]
     versions = f"torch {torch.__version__}, triton {triton.__version__}, python {sys.version.split()[0]}"
     print(f"{torch.cuda.get_device_name()}, {versions}", flush=True)
