@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product as pairs
+from typing import Any
 
 from ...ir import Dim, Operation, Target, element_type
 from ...ir.expr import as_int, ceildiv
 from ..exact import matrix_unit_type
 
-__all__ = ["COLUMNS", "GpuTile", "gemm_tile_gpu", "packed_bytes", "padded", "product_bytes"]
+__all__ = ["COLUMNS", "GpuTile", "gemm_tile_gpu", "gemm_tiles_gpu", "packed_bytes", "padded", "product_bytes"]
 
 
 @dataclass(frozen=True)
@@ -60,32 +61,34 @@ def _fit(size: Dim, most: int) -> int:
     return min(most, padded(size)) if isinstance(size, int) else most
 
 
-def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_element: int, *, exact: bool = False,
-                  heavy: bool = False, stored: int = 2, products: int = 1) -> GpuTile:
-    """The tile of a contraction; `exact`: integers, as rank-1 updates, since matrix units do not have their types; `heavy`: the epilogue needs
-    registers beside the accumulator; `stored`: bytes in memory of an element of the larger operand; `products`: contractions of one left operand,
-    side by side."""
+def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_element: int, **about: Any) -> GpuTile:
+    """The tile of a contraction that the model finds best; see `gemm_tiles_gpu`."""
+    return gemm_tiles_gpu(target, batch, m, n, k, bytes_per_element, **about)[0]
+
+
+def gemm_tiles_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_element: int, *, exact: bool = False,
+                   heavy: bool = False, stored: int = 2, products: int = 1) -> list[GpuTile]:
+    """Tiles of a contraction, the best by the model first. `exact`: integers, as rank-1 updates, since matrix units do not have their types;
+    `heavy`: the epilogue needs registers beside the accumulator; `stored`: bytes in memory of an element of the larger operand; `products`:
+    contractions of one left operand, side by side."""
     if exact:
-        return GpuTile(_fit(m, 32), _fit(n, 32), 1, 4, 1)
+        return [GpuTile(_fit(m, 32), _fit(n, 32), 1, 4, 1)]
     if bytes_per_element > 2:  # f32 and f64 run on the plain units: tiles are bounded by registers
         most = 64 if bytes_per_element > 4 else 128
         rows, columns = _fit(m, most if isinstance(m, int) and m >= 512 else 64), _fit(n, most)
-        return GpuTile(rows, columns, _fit(k, 32), 8 if rows * columns >= 128 * 128 else 4, 3)
+        return [GpuTile(rows, columns, _fit(k, 32), 8 if rows * columns >= 128 * 128 else 4, 3)]
     if isinstance(m, int) and m <= FEW_ROWS:
-        return GpuTile(16, 32, _fit(k, RUN // stored), 4, 4)
+        shapes = ((32, RUN), (64, RUN), (32, RUN // 2), (64, RUN // 2), (32, 2 * RUN))
+        return [GpuTile(16, columns, _fit(k, run // stored), 4, 4) for columns, run in shapes]
     sizes = [x if isinstance(x, int) else UNKNOWN for x in (batch, m, n)]
-    best: tuple[float, GpuTile] | None = None
+    found: list[tuple[float, int, GpuTile]] = []
     for rows, columns in pairs((16, 32, 64, 128), (32, 64, 128, 256)):
         if rows > padded(sizes[1]) or columns > max(32, padded(sizes[2])) or rows * columns > 128 * (128 if heavy or products > 1 else 256):
             continue
         tiles = sizes[0] * as_int(ceildiv(sizes[1], rows)) * as_int(ceildiv(sizes[2], columns))
         rounds = as_int(ceildiv(tiles, max(1, target.multiprocessors)))
         cost = rounds * rows * columns / (RATE[rows] * RATE[columns]) ** 0.5
-        tile = GpuTile(rows, columns, 0, 8 if rows * columns >= 128 * 128 else 4, 0)
-        if best is None or cost < best[0]:
-            best = cost, tile
-    assert best is not None
-    chosen = best[1]
-    step = _fit(k, 128 if chosen.rows + chosen.columns <= 128 else 64)
-    stages = 3 if chosen.rows * chosen.columns * products >= 128 * 256 else 4
-    return GpuTile(chosen.rows, chosen.columns, step, chosen.warps, stages)
+        step = _fit(k, 128 if rows + columns <= 128 else 64)
+        stages = 3 if rows * columns * products >= 128 * 256 else 4
+        found.append((cost, len(found), GpuTile(rows, columns, step, 8 if rows * columns >= 128 * 128 else 4, stages)))
+    return [tile for _, _, tile in sorted(found)]

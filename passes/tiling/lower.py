@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...ir import DTYPES, Block, BufferType, Builder, IRError, Operation, Region, SymbolRef, TensorType, TileType, Value, element_type
+from ...ir import DTYPES, Block, BufferType, Builder, IRError, Operation, Region, SymbolRef, Target, TensorType, TileType, Value, element_type
 from ...ir.expr import Dim, free_symbols
 from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
@@ -22,7 +22,7 @@ from .contraction_gpu import emit_gpu_contraction
 from .cpu_tiles import contraction_tile, is_depthwise, square_tile
 from .emit import Emitter
 from .frame import Frame, analyse, is_expensive
-from .gpu_tiles import GpuTile, gemm_tile_gpu, packed_bytes, product_bytes
+from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
 from .loops import choose_tile, emit_loops, traffic, work
 from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel
 from .stream import GpuStream, stream_tile
@@ -143,15 +143,12 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
             contraction, members, not target.is_gpu):
         roles = roles_of(contraction)
         assert roles is not None
-        batch, m, n, k = (_product(contraction, d) for d in (roles.batch, roles.m, roles.n, roles.k))
         flops = 2 * _product(contraction, range(len(contraction["dims"])))  # type: ignore[arg-type]
         products = [m for m in members if is_contraction(m)]
         prologue = [m for m in members if m not in products and any(u in products for r in m.results for u in r.users)]
         epilogue = [m for m in members if m not in products and m not in prologue]
         if target.is_gpu:
-            hint = gemm_tile_gpu(target, batch, m, n, k, product_bytes(contraction), exact=not element_type(contraction.result.type).is_float,
-                                 heavy=any(is_expensive(m) or len(m.operands) > 2 for m in epilogue), products=len(products),
-                                 stored=packed_bytes(contraction, prologue))
+            hint = GpuTile(*fused["tile"]) if fused["tile"] else candidate_tiles(fused, target)[0]
             gemm = (hint.rows, hint.columns, hint.step)
             grid = emit_gpu_contraction(products, prologue, epilogue, outputs, Emitter(builder, gemm[:2], ranges), buffers, gemm,
                                         maps=target.capability == 90)
@@ -184,6 +181,23 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         attrs["bounds"] = {s: ranges.get(s, (0, None)) for s in symbols}
     attrs |= {"flops": flops, "bytes": bytes_moved, "provenance": tuple(dict.fromkeys(str(m.location) for m in members if m.location.file))}
     return Operation.create("tile.kernel", (), attrs, (), [Region([block])], members[0].location)
+
+
+def candidate_tiles(fused: Operation, target: Target) -> list[GpuTile]:
+    """Of a group with a contraction, for a GPU: tiles, the best by the model first. None for other groups."""
+    members = [op for op in fused.body if op.name != "tensor.yield"]
+    products = [m for m in members if is_contraction(m)]
+    if not target.is_gpu or not products or not _worth_gemm(products[0], members, False) or fused["why"].startswith("streams"):
+        return []
+    first = products[0]
+    roles = roles_of(first)
+    assert roles is not None
+    prologue = [m for m in members if m not in products and any(u in products for r in m.results for u in r.users)]
+    epilogue = [m for m in members if m not in products and m not in prologue]
+    batch, m, n, k = (_product(first, d) for d in (roles.batch, roles.m, roles.n, roles.k))
+    return gemm_tiles_gpu(target, batch, m, n, k, product_bytes(first), exact=not element_type(first.result.type).is_float,
+                          heavy=any(is_expensive(m) or len(m.operands) > 2 for m in epilogue), products=len(products),
+                          stored=packed_bytes(first, prologue))
 
 
 def _worth_gemm(op: Operation, members: list[Operation], on_cpu: bool) -> bool:
