@@ -8,7 +8,7 @@ that it reads each byte once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...ir import Dim, DType, Operation, ScalarType, TensorType, TileType, Value, element_type, sym
@@ -40,7 +40,7 @@ class _GpuContraction(Contraction):
     def __init__(self, op: Operation, prologue: Sequence[Operation], epilogue: list[Operation], outputs: list[Value], e: Emitter,
                  buffers: dict[Value, Value], tile: tuple[int, int, int], maps: bool):
         super().__init__(op, epilogue, outputs, e, buffers, tile)
-        self.makers = {r: m for m in prologue for r in m.results if op in r.users}
+        self.makers: dict[Value, Operation] = {r: m for m in prologue for r in m.results if op in r.users}
         self.unit = matrix_unit_type(op)  # all factors become this, or what the body casts them to
         self.size = product(self.k_sizes)  # all of K is one loop: a window of 3 x 3 would leave most of a step of its own empty
         self.matrices = [self._matrix(i) if maps and min(tile[:2]) >= MAP_TILE else None for i in range(2)]
@@ -187,14 +187,14 @@ class _GpuContraction(Contraction):
                 return step
         return most
 
-    def _offsets(self, v: Value, k: Dim, bounds: dict[str, tuple[Dim, Dim]]) -> list[Dim]:
+    def _offsets(self, v: Value, k: Dim, bounds: Mapping[str, tuple[Dim, Dim]]) -> list[Dim]:
         """Where the operand `v` of the contraction, made by the prologue, is read from at place `k` of the last dimension of K."""
         dims = self.op["dims"]
-        bounds = {**{f"d{d}": (0, size - 1) for d, size in enumerate(dims)}, **bounds}
+        ranges = {**{f"d{d}": (0, size - 1) for d, size in enumerate(dims)}, **bounds}
         at: dict[str, Dim] = {**{f"d{d}": sym(f"d{d}") for d in range(len(dims))}, f"d{self.roles.k[-1]}": k}
         maker, m = self.makers[v], self.op["maps"][self.op.operands.index(v)]
-        place = {f"d{j}": simplify(substitute(x, at), bounds) for j, x in enumerate(m)}
-        return [offset_of(s, mp, place, bounds) for s, mp in zip(maker.operands, maker["maps"], strict=True) if mp is not None]
+        place = {f"d{j}": simplify(substitute(x, at), ranges) for j, x in enumerate(m)}
+        return [offset_of(s, mp, place, ranges) for s, mp in zip(maker.operands, maker["maps"], strict=True) if mp is not None]
 
 
 def _cast(e: Emitter, value: Value, dtype: DType) -> Value:
