@@ -37,7 +37,7 @@ from ..runtime.executor import CompiledGraph
 from .autotune import Tuner, tune_tiles
 from .env import read_environment
 from .errors import SettingError
-from .gpu import compile_cuda, cuda_device, cuda_target, triton_version
+from .gpu import compile_cuda, cuda_device, cuda_target, kernel_resources, triton_version
 from .manifest import build_manifest
 from .options import Options
 from .pipelines import STAGES, pipeline
@@ -124,6 +124,8 @@ def compile_graph(module: Operation, options: Options, *, name: str = "graph", o
         artifact = compile_cuda(module, target, cache_dir=env.cache_dir)
     compilation.seconds["llvm" if device is None else "triton"] = time.perf_counter() - start
     artifact.manifest["stats"] = statistics(module)
+    if device is not None:
+        artifact.manifest["stats"]["resources"] = kernel_resources(artifact.manifest, target.capability)
     compilation.stats.update(artifact.manifest["stats"])
     if store is not None:
         store.put(key, Artifact(json.loads(json.dumps(artifact.manifest)), artifact.blobs))

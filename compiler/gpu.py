@@ -9,19 +9,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 
 from ..backends.triton import compile_gpu
+from ..backends.triton.occupancy import occupancy
 from ..ir import Operation, Target
 from ..ir.core import IRError
 from ..runtime.artifact import Artifact
 from .manifest import build_manifest
 
-__all__ = ["compile_cuda", "cuda_device", "cuda_target", "triton_version"]
+__all__ = ["compile_cuda", "cuda_device", "cuda_target", "kernel_resources", "triton_version"]
 
 ERRORS = {1: "an index is out of range"}
 
@@ -76,6 +79,17 @@ def compile_cuda(module: Operation, target: Target, *, cache_dir: Path | None = 
     manifest = build_manifest(module, errors=ERRORS, device="cuda")
     manifest["cuda"] = compiled.program
     return Artifact(manifest, compiled.blobs)
+
+
+def kernel_resources(manifest: Mapping[str, Any], capability: int) -> dict[str, dict[str, Any]]:
+    """Of each kernel: registers per thread, spilled and shared bytes, warps, programs per multiprocessor and what limits them."""
+    found = {}
+    for name, row in manifest["cuda"]["kernels"].items():
+        warps = row["threads"] // 32
+        held = occupancy(capability, warps, row["registers"], row["shared"])
+        found[name] = {"registers": row["registers"], "spills": row["spills"], "shared": row["shared"], "warps": warps,
+                       "programs": held.programs, "occupancy": round(held.share, 3), "limit": held.limit}
+    return found
 
 
 def triton_version() -> str:

@@ -110,6 +110,8 @@ def program_json(
                 "symbol": k.symbol,
                 "threads": 32 * k.num_warps,
                 "shared": k.shared,
+                "registers": k.registers,
+                "spills": k.spills,
                 "parameters": k.parameters,
                 "descriptors": list(k.descriptors),
                 "programs": source.programs,
