@@ -1,7 +1,7 @@
 """How many programs of a kernel a multiprocessor holds at once, and what stops it holding more.
 
-Limits are those of the CUDA C++ programming guide (table of technical specifications): 64 Ki registers, given out to warps in units of 256, and at most
-as many warps and blocks as below.
+Limits are those of the CUDA C++ programming guide (table of technical specifications): 64 Ki registers, given out to warps in units of 256, and at
+most as many warps and blocks as below.
 """
 
 from __future__ import annotations
