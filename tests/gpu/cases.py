@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 SM90 = Target(kind="cuda", name="sm_90", capability=90, multiprocessors=132, l2=50 << 20)
+SM100 = Target(kind="cuda", name="sm_100", capability=100, multiprocessors=148, l2=126 << 20)
 SM80 = Target(kind="cuda", name="sm_80", capability=80, multiprocessors=108, l2=40 << 20)
 
 
