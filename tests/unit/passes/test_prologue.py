@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from aicc.compiler.pipelines import pipeline
+from aicc.frontend.importer import import_graph
 from aicc.ir import DTYPES
+from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
 from aicc.passes.exact import holds
 from gpu.cases import CASES, _int4_linear, _packed_weight
-from support.stages import CUDA, capture, check_levels, lowered
+from support.stages import CUDA, OPTIONS, capture, check_levels, lowered
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 PACKED = ("int8_weight", "int8_scaled", "int4_groups", "fp8_weight")
 
@@ -44,6 +48,21 @@ def test_many_rows_unpack_once_for_all() -> None:
     module = lowered(capture(_int4_linear, inputs), CUDA)
     assert not any(op.name == "tile.load" and str(op.result.type).endswith("u8>") and any(o.name == "tile.dot" for o in kernel.walk())
                    for kernel in module.body if kernel.name == "tile.kernel" for op in kernel.walk())
+
+
+@pytest.mark.parametrize(("rows", "library"), [(64, 0), (4096, 1)])
+def test_the_library_pays_for_unpacking(rows: int, library: int) -> None:
+    """With few rows the product is generated, and unpacks; with many the library's speed is worth a pass over the weight."""
+    def f(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        return F.linear(x, w.to(x.dtype) * s)
+
+    empty = torch.empty(rows, 4096, dtype=torch.bfloat16), torch.empty(11008, 4096, dtype=torch.int8), torch.empty(11008, 1, dtype=torch.bfloat16)
+    gm = make_fx(f)(*empty)
+    module = import_graph(gm)
+    for stage in ("graph", "tensor"):
+        run_pipeline(module, parse_pipeline(pipeline(stage, CUDA, OPTIONS)), PassContext(CUDA))
+    assert sum(op.name == "tensor.library" for op in module.walk()) == library
+    assert sum(op.name == "tensor.fused" for op in module.walk()) == 1
 
 
 def test_a_rounding_cast_keeps_float32_products() -> None:
