@@ -22,7 +22,7 @@ from ..structured import space_bounds
 from .bodies import evaluate_body
 from .emit import Emitter, Pair, fill_masks
 
-__all__ = ["MATRIX", "Contraction", "Roles", "as_tile", "emit_contraction", "offset_of", "roles_of", "with_shape"]
+__all__ = ["MATRIX", "Contraction", "Roles", "as_tile", "emit_contraction", "is_row_major", "offset_of", "roles_of", "with_shape"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ def _walk(op: Operation, i: int, d: int) -> int:
         offset = offset + e * stride
     split = split_linear(simplify(offset, space_bounds(op["dims"])), f"d{d}")
     return 0 if split is None else int(evaluate(split[0], dict.fromkeys(free_symbols(split[0]), 64)))
+
+
+def is_row_major(op: Operation, roles: Roles) -> bool:
+    """The right operand is contiguous along N, and not along K."""
+    return bool(roles.n) and any(_walk(op, roles.right, d) == 1 for d in roles.n) and not any(_walk(op, roles.right, d) == 1 for d in roles.k)
 
 
 def _stride_key(stride: Dim) -> int:
@@ -405,4 +410,4 @@ def as_tile(e: Emitter, value: Value, shape: tuple[int, int]) -> Value:
 
 
 def with_shape(e: Emitter, shape: tuple[int, int]) -> Emitter:
-    return Emitter(e.builder, shape, e.symbols, e.variables, e.ranges)
+    return Emitter(e.builder, shape, e.symbols, e.variables, e.ranges, e.coarse)

@@ -19,6 +19,8 @@ from ..structured import identity_of
 __all__ = ["COMBINE_OPS", "Emitter", "Pair", "identity_of", "tile_or_scalar"]
 
 Pair = tuple[Dim, Dim]
+COARSE = frozenset({"arith.exp", "arith.exp2", "arith.sigmoid"})
+"""Functions for which GPUs have a fast form that is wrong nowhere by more than 16-bit rounding."""
 COMBINE_OPS = {"sum": "add", "prod": "mul", "max": "max", "min": "min", "any": "or", "all": "and"}
 
 
@@ -35,6 +37,7 @@ class Emitter:
     symbols: Bounds
     variables: dict[str, Value] = field(default_factory=dict)
     ranges: dict[str, tuple[Dim, Dim | None]] = field(default_factory=dict)
+    coarse: bool = False  # everything in memory is of 16 bits or less: functions may be a few float32 ulp off
 
     def fresh(self, value: Value, low: Dim, high: Dim | None) -> Dim:
         """A new loop variable for `value`, known to lie in [low, high]."""
@@ -148,7 +151,10 @@ class Emitter:
             if op.name == "arith.constant":
                 return self.builder.create(op.name, (), op.attributes, [op.result.type]).result
             result = with_tile_shape(types, element_type(op.result.type)) if op.name == "arith.cast" else arith_result_type(op.name[6:], types)
-            return self.builder.create(op.name, args, dict(op.attributes), [result]).result
+            made = self.builder.create(op.name, args, dict(op.attributes), [result])
+            if self.coarse and op.name in COARSE and element_type(result).name == "f32":
+                made.attributes["_approximate"] = True
+            return made.result
 
     def require(self, op: Operation, operands: Sequence[Value], active: Sequence[Pair]) -> Value:
         """The `tensor.require` `op` on tiles (condition, value): only the positions inside of the space count."""
@@ -167,7 +173,8 @@ class Emitter:
         block = Block([index, *(v.type for v in inits)])
         b = self.bounds()
         low = lower if isinstance(lower, int) else lower_bound(lower, b)
-        inner = Emitter(Builder(block, None, self.builder.location), self.shape, self.symbols, dict(self.variables), dict(self.ranges))
+        inner = Emitter(Builder(block, None, self.builder.location), self.shape, self.symbols, dict(self.variables), dict(self.ranges),
+                        self.coarse)
         whole = mod(upper - lower, step) == 0  # then the last iteration starts a whole step before the end
         position = inner.fresh(block.args[0], 0 if low is None else low, simplify(upper - (step if whole else 1), self.symbols))
         out = body(inner, position, list(block.args[1:]))

@@ -67,10 +67,10 @@ def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_
 
 
 def gemm_tiles_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_element: int, *, exact: bool = False,
-                   heavy: bool = False, stored: int = 2, products: int = 1) -> list[GpuTile]:
+                   heavy: bool = False, stored: int = 2, products: int = 1, row_major: bool = False) -> list[GpuTile]:
     """Tiles of a contraction, the best by the model first. `exact`: integers, as rank-1 updates, since matrix units do not have their types;
     `heavy`: the epilogue needs registers beside the accumulator; `stored`: bytes in memory of an element of the larger operand; `products`:
-    contractions of one left operand, side by side."""
+    contractions of one left operand, side by side; `row_major`: the larger operand is contiguous along N."""
     if exact:
         return [GpuTile(_fit(m, 32), _fit(n, 32), 1, 4, 1)]
     if bytes_per_element > 2:  # f32 and f64 run on the plain units: tiles are bounded by registers
@@ -78,6 +78,9 @@ def gemm_tiles_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per
         rows, columns = _fit(m, most if isinstance(m, int) and m >= 512 else 64), _fit(n, most)
         return [GpuTile(rows, columns, _fit(k, 32), 8 if rows * columns >= 128 * 128 else 4, 3)]
     if isinstance(m, int) and m <= FEW_ROWS:
+        if row_major:  # runs of at least 128 bytes along N
+            shapes = ((128, 64), (128, 32), (256, 32), (128, 128), (64, 128))
+            return [GpuTile(16, columns // stored, _fit(k, step), 4, 4) for columns, step in shapes]
         shapes = ((32, RUN), (64, RUN), (32, RUN // 2), (64, RUN // 2), (32, 2 * RUN))
         return [GpuTile(16, columns, _fit(k, run // stored), 4, 4) for columns, run in shapes]
     sizes = [x if isinstance(x, int) else UNKNOWN for x in (batch, m, n)]

@@ -136,8 +136,8 @@ class _Scope:
 
 
 class _Lowering:
-    def __init__(self, frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value]):
-        self.frame, self.tile, self.e, self.buffers = frame, tile, e, buffers
+    def __init__(self, frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], gpu: bool):
+        self.frame, self.tile, self.e, self.buffers, self.gpu = frame, tile, e, buffers, gpu
         self.made: dict[Value, Operation] = {r: op for op in frame.members for r in op.results}
         self.stores = {x.value: x.offset for x in frame.accesses if x.is_store}
         self.borrowed: dict[Value, Value] = {}   # an expensive value -> the output whose memory keeps it between stages
@@ -153,7 +153,8 @@ class _Lowering:
         """(frame dimension, programs, elements per program) of each grid axis, slowest first."""
         axes = []
         t = self.tile
-        for f in self.frame.outer:
+        # On GPUs programs of successive numbers run together: along contiguous memory they share its pages.
+        for f in sorted(self.frame.outer, key=lambda f: f == t.vector) if self.gpu else self.frame.outer:
             if f == t.vector:
                 per = t.shape[1] if self.staged else t.chunk
                 axes.append((f, ceildiv(self.frame.sizes[f], per), per))
@@ -560,12 +561,12 @@ def emit_extract(e: Emitter, buffer: Value, source: Value, indices: Sequence[Val
     return e.load(buffer, offset, pairs, low, 0, extra=safe, extra_shape=shape, check=check)
 
 
-def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], *, online: bool = False) -> list[Dim]:
-    """Writes the body of the kernel; returns the grid. `online`: a pass over memory costs more than computing a value twice."""
+def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], *, gpu: bool = False) -> list[Dim]:
+    """Writes the body of the kernel; returns the grid. On a GPU a pass over memory costs more than computing a value twice."""
     if len(frame.sizes) == 0 and frame.inner:
         raise IRError("a frame without dimensions cannot have inner ones")
-    lowering = _Lowering(frame, tile, e, buffers)
-    if online and not lowering.is_persistent():
+    lowering = _Lowering(frame, tile, e, buffers, gpu)
+    if gpu and not lowering.is_persistent():
         make_online(frame)
     return lowering.emit()
 

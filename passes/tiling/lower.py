@@ -17,7 +17,7 @@ from ..storage import storage_bytes
 from ..stream import analyse as analyse_stream
 from ..structured import constant_values, is_contraction, is_pointwise
 from .caching import mark_second_readings
-from .contraction import emit_contraction, roles_of
+from .contraction import emit_contraction, is_row_major, roles_of
 from .contraction_gpu import emit_gpu_contraction
 from .cpu_tiles import contraction_tile, is_depthwise, square_tile
 from .emit import Emitter
@@ -117,6 +117,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
     inplace: tuple = ()
     updates: tuple = ()
     warps = 0
+    kept = [element_type(v.type) for v in (*fused.operands, *fused.results)]
+    coarse = target.is_gpu and all(t.bits <= 16 for t in kept if t.is_float)
     hint: GpuTile | None = None
     first = members[0]
     if first.name == "tensor.scatter" and scatters_in_parallel(first, target):
@@ -150,7 +152,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         if target.is_gpu:
             hint = GpuTile(*fused["tile"]) if fused["tile"] else candidate_tiles(fused, target)[0]
             gemm = (hint.rows, hint.columns, hint.step)
-            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, Emitter(builder, gemm[:2], ranges), buffers, gemm,
+            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, Emitter(builder, gemm[:2], ranges, coarse=coarse), buffers, gemm,
                                         maps=target.capability == 90)
         else:
             gemm = contraction_tile(contraction, roles, target)
@@ -159,7 +161,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         frame = analyse(fused, ranges)
         widest = max((element_type(v.type).bits for op in members for v in [*op.operands, *op.results]), default=32)
         choice = choose_tile(frame, max(1, target.vector_bits // min(max(widest, 32), 64)) if not target.is_gpu else 32, gpu=target.is_gpu)
-        grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges), buffers, online=target.is_gpu)
+        grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges, coarse=coarse), buffers, gpu=target.is_gpu)
         warps = choice.warps
         if target.is_gpu:
             mark_second_readings(block)
@@ -197,7 +199,7 @@ def candidate_tiles(fused: Operation, target: Target) -> list[GpuTile]:
     batch, m, n, k = (_product(first, d) for d in (roles.batch, roles.m, roles.n, roles.k))
     return gemm_tiles_gpu(target, batch, m, n, k, product_bytes(first), exact=not element_type(first.result.type).is_float,
                           heavy=any(is_expensive(m) or len(m.operands) > 2 for m in epilogue), products=len(products),
-                          stored=packed_bytes(first, prologue))
+                          stored=packed_bytes(first, prologue), row_major=is_row_major(first, roles))
 
 
 def _worth_gemm(op: Operation, members: list[Operation], on_cpu: bool) -> bool:
