@@ -16,8 +16,8 @@ _POSITIONS = {"arith.add": lambda a, b: a + b, "arith.sub": lambda a, b: a - b, 
 
 
 def evaluate_body(e: Emitter, op: Operation, at: Mapping[str, Dim], operand: Callable[[int], Value], buffers: Mapping[Value, Value],
-                  active: Sequence[Pair]) -> list[Value]:
-    """What `op` yields at the position `at` (d0, d1, ... as expressions): tiles or scalars, one per result.
+                  active: Sequence[Pair], wanted: Sequence[Value] = ()) -> list[Value]:
+    """What `op` yields (or the scalars of its body that are `wanted`) at the position `at` (d0, d1, ... as expressions): tiles or scalars, one per result.
 
     operand(i): the tile of mapped operand i at that position. active: pairs that hold inside of the space; elsewhere gathers read element 0 and
     requirements do not count. A choice that the position decides (even or odd columns, say) is made here.
@@ -40,7 +40,7 @@ def evaluate_body(e: Emitter, op: Operation, at: Mapping[str, Dim], operand: Cal
             else:
                 decided = _decide(e, inner, known)
                 local[inner.result] = e.arith(inner, args) if decided is None else local[decided]
-    return [local[v] for v in op.body.terminator.operands]
+    return [local[v] for v in wanted or op.body.terminator.operands]
 
 
 def _decide(e: Emitter, inner: Operation, known: dict[Value, Dim]) -> Value | None:

@@ -15,7 +15,7 @@ from ...ir import Dim, DType, Operation, ScalarType, TensorType, TileType, Value
 from ...ir.dialects.tensor import fill_of
 from ...ir.expr import as_int, ceildiv, delinearize, free_symbols, product, simplify, split_linear, substitute
 from ...ir.types import index
-from ..exact import matrix_unit_type
+from ..exact import holds, matrix_unit_type
 from .bodies import evaluate_body
 from .contraction import Contraction, as_tile, offset_of, with_shape
 from .emit import Emitter, Pair, fill_masks
@@ -44,6 +44,7 @@ class _GpuContraction(Contraction):
         self.unit = matrix_unit_type(op)  # all factors become this, or what the body casts them to
         self.size = product(self.k_sizes)  # all of K is one loop: a window of 3 x 3 would leave most of a step of its own empty
         self.matrices = [self._matrix(i) if maps and min(tile[:2]) >= MAP_TILE else None for i in range(2)]
+        self.scale: tuple[Value, Value] | None = None  # scalars of the right operand's maker: a scale for all of a step, and what it scales
         self.parts = self._interleaved()
         if self.makers:
             self.tile = (*tile[:2], self._step(tile[2]))
@@ -65,12 +66,15 @@ class _GpuContraction(Contraction):
         parts, bk = max(p.parts for p in products), min(p.tile[2] for p in products)
         for p in products:
             p.tile = (bm, bn, bk)
+            p.scale = p._common_scale(parts)
 
         def step(ke: Emitter, k: Dim, sums: list[Value]) -> list[Value]:
             loads: dict[Any, Value] = {}
+            found = [acc if p.scale is None else p._zero(ke) for p, acc in zip(products, sums, strict=True)]
             for part in range(parts):
-                sums = [p._product(ke, batch, m, n, k, parts, part, acc, loads) for p, acc in zip(products, sums, strict=True)]
-            return sums
+                found = [p._product(ke, batch, m, n, k, parts, part, acc, loads) for p, acc in zip(products, found, strict=True)]
+            return [now if p.scale is None else p._scaled(ke, batch, n, k * parts, now, before, loads)
+                    for p, now, before in zip(products, found, sums, strict=True)]
 
         zeros = [self._zero(e) for _ in products]
         if any(p.makers for p in products):  # by number of the step: then a scale does not depend on the place within one
@@ -144,8 +148,8 @@ class _GpuContraction(Contraction):
         corner = (first[0], first[1]) if contiguous_k else (first[1], first[0])
         return e.load(self.buffers[v], offset_of(v, self.op["maps"][i], at, bounds), e.needed(mask), matrix=matrix, corner=corner)
 
-    def _made(self, e: Emitter, i: int, at: dict[str, Dim], mask: list[Pair], loads: dict[Any, Value]) -> Value:
-        """A tile of an operand that a member of the prologue computes: 0 outside of the operand."""
+    def _made(self, e: Emitter, i: int, at: dict[str, Dim], mask: list[Pair], loads: dict[Any, Value], scale: bool = False) -> Value:
+        """A tile of an operand that a member of the prologue computes (without its scale, if it has one; or only that): 0 outside of the operand."""
         v, bounds = self.op.operands[i], e.bounds()
         maker = self.makers[v]
         place = {f"d{j}": simplify(substitute(x, at), bounds) for j, x in enumerate(self.op["maps"][i])}
@@ -162,9 +166,70 @@ class _GpuContraction(Contraction):
                 loads[key] = e.load(self.buffers[source], offset, needed, low, 0 if fill is None else fill)
             return loads[key]
 
-        value = evaluate_body(e, maker, place, operand, self.buffers, mask)[maker.results.index(v)]  # type: ignore[arg-type]
+        wanted = maker.body.terminator.operands[maker.results.index(v)]  # type: ignore[arg-type]
+        if self.scale is not None and i == self.roles.right:
+            wanted = self.scale[0 if scale else 1]
+        value, = evaluate_body(e, maker, place, operand, self.buffers, mask, [wanted])
+        if scale:
+            return value
         inside = e.mask_value(mask)
         return value if inside is None else e.builder.arith("select", inside, value, 0)
+
+    def _scaled(self, e: Emitter, batch: list[Dim], n: Dim, k: Dim, now: Value, before: Value, loads: dict[Any, Value]) -> Value:
+        """before + scale * now, for the products `now` of one step."""
+        inner = with_shape(e, (self.tile[2], self.tile[1]))
+        at = self.positions(batch, 0, n, delinearize(k, self.k_sizes), inner)
+        scale = self._made(inner, self.roles.right, at, [(n, self.n)], loads, scale=True)
+        return e.builder.arith("add", before, e.builder.arith("mul", now, scale))
+
+    def _common_scale(self, parts: int) -> tuple[Value, Value] | None:
+        """(scale, numbers), if the right operand is their product and one scale per column holds for all of a step: multiplying the few sums of a
+        step is less work than multiplying every number. The numbers are exact in the type of the matrix units."""
+        v = self.op.operands[self.roles.right]
+        if v not in self.makers or self.tile[0] > self.tile[2] or self.unit is None:
+            return None
+        maker = self.makers[v]
+        y = maker.body.terminator.operands[maker.results.index(v)]  # type: ignore[arg-type]
+        while y.defining_op is not None and y.defining_op.name == "arith.cast" and element_type(y.defining_op.operands[0].type).is_float:
+            y = y.defining_op.operands[0]
+        product_ = y.defining_op
+        if product_ is None or product_.name != "arith.mul" or element_type(y.type).name != "f32":
+            return None
+        for scale, numbers in (product_.operands, product_.operands[::-1]):
+            plain = self._exact_source(numbers)
+            if plain is not None and self._is_common(v, scale, parts):
+                return scale, plain
+        return None
+
+    def _exact_source(self, x: Value) -> Value | None:
+        """What `x` was before casts that changed nothing, in a type that the matrix units' holds."""
+        assert self.unit is not None
+        while not holds(self.unit, element_type(x.type)):
+            made = x.defining_op
+            if made is None or made.name != "arith.cast" or not holds(element_type(x.type), element_type(made.operands[0].type)):
+                return None
+            x = made.operands[0]
+        return x
+
+    def _is_common(self, v: Value, scale: Value, parts: int) -> bool:
+        """The scalar `scale` of the maker of `v` is the same at all places of a step along K."""
+        stack, read = [scale], set()
+        while stack:
+            x = stack.pop()
+            if x.defining_op is None:
+                read.add(x.index)  # type: ignore[attr-defined]
+            elif x.defining_op.name.startswith("arith."):
+                stack += x.defining_op.operands
+            else:
+                return False
+        bk, maker = self.tile[2], self.makers[v]
+        bounds = {"x": (0, ceildiv(self.op["dims"][self.roles.k[-1]], bk * parts) - 1), "t": (0, bk - 1)}
+        mapped = [j for j, m in enumerate(maker["maps"]) if m is not None]
+        for part in range(parts):
+            offsets = dict(zip(mapped, self._offsets(v, (sym("x") * bk + sym("t")) * parts + part, bounds), strict=True))
+            if any(j not in offsets or "t" in free_symbols(offsets[j]) for j in read):
+                return False
+        return True
 
     def _interleaved(self) -> int:
         """How many successive steps of K all reads of the prologue find in the same elements."""
