@@ -35,7 +35,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             "layout", "pack", "inline", f"canonicalize{relax}", "cse", "dce",
             *(["library-operands", "alias-views"] if target.is_gpu else []),
             *(["stream"] if options.fuse else []),
-            *(["split-reductions"] if target.is_gpu and options.fuse else []),
+            *(["split-reductions", "split-dimensions"] if target.is_gpu and options.fuse else []),
             "fuse" if options.fuse else "fuse{max-members=1}",
             # What crosses from kernel to kernel is known now.
             *(["narrow-results"] if target.is_gpu else []),

@@ -21,6 +21,7 @@ from . import (
     plan_memory,
     schedule,
     sink_reshapes,
+    split_dimensions,
     split_reductions,
     spmd,
     stream,

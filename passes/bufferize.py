@@ -94,6 +94,7 @@ class _Bufferizer:
         self.results: list[dict[str, Any]] = []
         self.home: dict[Value, BlockArg] = {}
         self.bases: dict[tuple[Value, tuple[Dim, ...]], int] = {}  # output buffers that are returned, or views of which are
+        self.taken: dict[Value, Value] = {}  # a result -> the operand whose memory it takes over
         self.buffer: dict[Value, Value] = dict(zip(self.old.args, self.block.args, strict=True))
         self.first: list[tuple[Value, Value]] = []  # (target buffer, source buffer) before everything else
         self.saved: dict[Value, Value] = {}
@@ -115,6 +116,7 @@ class _Bufferizer:
         self._find_guards()
         self._place_results()
         self._place_assignments()
+        self._share_updates()
         for target, source in self.first:
             self._copy(target, source)
         for op in self.ops:
@@ -300,6 +302,28 @@ class _Bufferizer:
 
     # -- ops
 
+    def _updates(self, op: Operation) -> list[tuple[Value, Value]]:
+        """(operand, result) pairs of a launch whose result starts with the operand's elements."""
+        kernel = self.kernels.get(op["kernel"].name) if op.name == "tile.launch" else None
+        n = len(op.operands)
+        return [(op.operands[i], op.results[j - n]) for i, j in kernel["updates"]] if kernel is not None else []
+
+    def _share_updates(self) -> None:
+        """What a launch updates is made where the result goes, if nobody else wants it: then nothing is copied."""
+        returned = set(self._returned_values())
+        for op in reversed(self.ops):
+            for source, result in self._updates(op):
+                maker = source.defining_op
+                if maker is None or maker.name not in ("tile.launch", "tensor.library") or self._is_cached(maker):
+                    continue
+                if len(source.uses) != 1 or source in self.home or source in returned or _tensor(source).layout != _tensor(result).layout:
+                    continue
+                home = self.home.get(result)
+                if home is None:
+                    self.taken[result] = source
+                elif self.arg_attrs[home.index].get("kind") == "output":
+                    self.home[source] = home
+
     def _emit_constant(self, op: Operation) -> None:
         self.buffer[op.result] = self.b.op("host.constant", type=_buffer_type(_tensor(op.result)), value=op["value"])
 
@@ -308,6 +332,8 @@ class _Bufferizer:
         for r in op.results:
             if r in self.home:
                 self.buffer[r] = self.home[r]
+            elif r in self.taken:
+                self.buffer[r] = self.buffer[self.taken[r]]
             elif cached:
                 t = _tensor(r)
                 self.buffer[r] = self.b.op("host.persistent", type=_buffer_type(t), id=self.persistent, bytes=storage_bytes(t),
@@ -316,6 +342,9 @@ class _Bufferizer:
             else:
                 self.buffer[r] = self._allocate(_tensor(r))
             self.buffer[r].name = self.buffer[r].name or r.name
+        for source, target in self._updates(op):
+            if self.buffer[source] is not self.buffer[target]:
+                self._copy(self.buffer[target], self.buffer[source])
         attrs = {"kernel": op["kernel"], "outputs": len(op.results), **({"cached": True} if cached else {})}
         self.b.create("host.launch", [self.buffer[v] for v in (*op.operands, *op.results)], attrs)
 

@@ -41,12 +41,12 @@ class Inline(Pass):
             for op in list(func.body.reversed()):
                 if op.parent is None or not is_pointwise(op):
                     continue
-                merged += self._merge_into_readers(op)
+                merged += self._merge_into_readers(op, ctx.target.is_gpu)
                 if not any(r.uses for r in op.results):
                     op.erase()
         ctx.remark("done", f"{merged} producers merged into readers")
 
-    def _merge_into_readers(self, producer: Operation) -> int:
+    def _merge_into_readers(self, producer: Operation, gpu: bool) -> int:
         readers = list(dict.fromkeys(u for r in producer.results for u in r.users))
         if not readers or _absorbs_its_maker(producer):
             return 0
@@ -69,7 +69,8 @@ class Inline(Pass):
             note_rounding(producer)
         for reader in eligible:
             if _trivial(producer) or (single and _visits_once(producer, reader)) or (
-                    len(eligible) == len(readers) and _cheap(producer) and _visits(producer, reader) <= (self.repeats if single else 1)):
+                    len(eligible) == len(readers) and _cheap(producer) and _visits(producer, reader) <= (self.repeats if single else 1)) or (
+                    gpu and single and reader.name == "tensor.scatter" and _few_ops(producer)):
                 inline_into(reader, producer)
                 merged += 1
         return merged
@@ -120,6 +121,12 @@ def _trivial(producer: Operation) -> bool:
     if not producer.operands:
         return not any(o.name in EXPENSIVE for o in real)
     return not real and len(producer.operands) == 1 and producer["maps"][0] is not None
+
+
+def _few_ops(producer: Operation) -> bool:
+    """Arithmetic that hides behind a scatter's memory accesses on a GPU, where a kernel of its own would cost a launch."""
+    real = [o for o in body_ops(producer) if o.name not in TRIVIAL]
+    return len(real) <= 12 and not any(o.name in EXPENSIVE or o.name == "tensor.extract" for o in real)
 
 
 def _cheap(producer: Operation) -> bool:

@@ -20,14 +20,17 @@ from ..ir import Block, Builder, Dim, IRError, Operation, Region, Target, Tensor
 from ..ir.dialects.tensor import fill_of
 from ..ir.expr import Expr, evaluate, free_symbols, product
 from ..ir.passes import Pass, PassContext, register
-from .library_cost import Work, generated_seconds, library_seconds
+from .library_cost import Work, generated_seconds, library_seconds, unpack_seconds
 from .products import Product, read_product
 from .stream_growth import MAX_WIDTH
+from .siblings import sibling_of
 from .structured import EXPENSIVE, body_ops, identity_map, is_contraction, is_pointwise, reshape_like
 from .tiling.contraction import Roles, roles_of
 
 __all__ = ["WORKSPACE", "WORKSPACE_SLACK", "Library", "LibraryOperands", "library_shape"]
 
+TENSOR_MAPS = 90
+"""The compute capability on which generated products reach the library's speed, so that what they fuse is gained."""
 OLDEST = 80
 """The lowest compute capability for which the library is asked."""
 WORKSPACE = {80: 8 << 20, 90: 32 << 20}
@@ -85,13 +88,17 @@ class Library(Pass):
             return False
         chain = _Chain.of(op, found, self.epilogues)
         if not self.always:
+            if ctx.target.capability == TENSOR_MAPS and sibling_of(op) is not None and all(n % 128 == 0 for n in shape[1:]):
+                ctx.remark("note", f"{text} is generated: it is computed beside another product that its reader needs too", op.location)
+                return False
             if min(shape[1:3]) <= SKINNY:
                 ctx.remark("note", f"{text} is generated: with {min(shape[1:3])} rows or columns it is bound by memory", op.location)
                 return False
             kind = "tf32" if "tf32" in ctx.target.features and element_type(op.operands[0].type).name == "f32" else _input_type(op)
             heavy = _heavy_readers(chain.value)
             work = Work(kind, shape, element_type(chain.value.type).bytes, heavy is not None, heavy or 0.0, self.replayed)
-            theirs, ours = library_seconds(ctx.target, work), generated_seconds(ctx.target, work)
+            theirs = library_seconds(ctx.target, work) + _unpacking(op, ctx.target)
+            ours = generated_seconds(ctx.target, work)
             verdict = f"{_names(chain)}modelled {theirs * 1e6:.0f} us by cuBLASLt, {ours * 1e6:.0f} us generated"
             if theirs + MARGIN >= ours:
                 ctx.remark("note", f"{text} is generated: {verdict}", op.location)
@@ -133,6 +140,33 @@ def _readable(op: Operation, func: Operation) -> Product | str:
         if k == 0 or (isinstance(k, Expr) and any(ranges.get(s, (0,))[0] in (0, None) for s in free_symbols(k))):
             return "there may be nothing to sum"
     return found
+
+
+def _unpacking(op: Operation, target: Target) -> float:
+    """Seconds for operands that are computed from fewer bytes: the library wants them in memory, a generated kernel unpacks them while it loads."""
+    total = 0.0
+    for v in op.operands:
+        t = v.type
+        assert isinstance(t, TensorType)
+        read = _source_bytes(v)
+        if isinstance(t.numel, int) and read is not None and read < t.numel * t.dtype.bytes:
+            total += unpack_seconds(target, read, t.numel * t.dtype.bytes)
+    return total
+
+
+def _source_bytes(v: Value, depth: int = 12) -> int | None:
+    """Bytes that the pointwise ops before `v`, which serve it alone, read; None if there are none."""
+    maker = v.defining_op
+    if maker is None or not is_pointwise(maker) or depth == 0 or any(len(r.users) != 1 for r in maker.results):
+        return None
+    total = 0
+    for x in dict.fromkeys(maker.operands):
+        t = x.type
+        assert isinstance(t, TensorType)
+        if not isinstance(t.numel, int):
+            return None
+        total += _source_bytes(x, depth - 1) or t.numel * t.dtype.bytes
+    return total
 
 
 def _heavy_readers(v: Value) -> float | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..ir import Target
 
-__all__ = ["Work", "generated_seconds", "library_seconds"]
+__all__ = ["Work", "generated_seconds", "library_seconds", "unpack_seconds"]
 
 LAUNCH = 2e-6
 """Seconds that one more kernel costs the device: its start and end overlap with nothing."""
@@ -72,6 +72,11 @@ def generated_seconds(target: Target, work: Work) -> float:
     """By a generated kernel, its pointwise reader fused."""
     extra = work.heavy * work.elements * HEAVY / max(1, target.multiprocessors) if work.fused else 0.0
     return max(_product(target, work, GENERATED_SHARE[work.kind], TILE), 0 if work.replayed else HOST_GENERATED) + extra
+
+
+def unpack_seconds(target: Target, read: int, made: int) -> float:
+    """A kernel of its own that makes an operand for the library, of `made` bytes, from `read` bytes."""
+    return LAUNCH + (read + made) / (MEMORY_SHARE * _rates(target).bandwidth)
 
 
 def _product(target: Target, work: Work, share: float, tile: int) -> float:

@@ -9,20 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ...ir import DTYPES, Block, BufferType, Builder, IRError, Operation, Region, SymbolRef, TensorType, TileType, Value, element_type
+from ...ir import DTYPES, Block, BufferType, Builder, IRError, Operation, Region, SymbolRef, Target, TensorType, TileType, Value, element_type
 from ...ir.expr import Dim, free_symbols
 from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
 from ..storage import storage_bytes
 from ..stream import analyse as analyse_stream
 from ..structured import constant_values, is_contraction, is_pointwise
-from .contraction import emit_contraction, roles_of
+from .caching import mark_second_readings
+from .contraction import emit_contraction, is_row_major, roles_of
+from .contraction_gpu import emit_gpu_contraction
 from .cpu_tiles import contraction_tile, is_depthwise, square_tile
 from .emit import Emitter
 from .frame import Frame, analyse, is_expensive
-from .gpu_tiles import GpuTile, gemm_tile_gpu
+from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
 from .loops import choose_tile, emit_loops, traffic, work
-from .ordered import emit_scan, emit_scatter
+from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel
 from .stream import GpuStream, stream_tile
 from .stream_cpu import CpuStream
 
@@ -117,15 +119,23 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         buffers[v] = arg
     members = [op for op in fused.body if op.name != "tensor.yield"]
     for inner, outer in zip(outputs, fused.results, strict=True):
-        inner.type = outer.type  # a later pass may have given the result another layout
+        if inner.type.shape == outer.type.shape:  # type: ignore[attr-defined]  # else the same elements in the same order
+            inner.type = outer.type  # a later pass may have given the result another layout
     lanes = target.lanes(32) if not target.is_gpu else 256
     builder = Builder(block, None, members[0].location)
     flops: Dim = 0
     bytes_moved: Dim = sum((v.type.numel * element_type(v.type).bytes for v in [*fused.operands, *fused.results]), 0)  # type: ignore[attr-defined]
     inplace: tuple = ()
+    updates: tuple = ()
+    warps = 0
+    kept = [element_type(v.type) for v in (*fused.operands, *fused.results)]
+    coarse = target.is_gpu and all(t.bits <= 16 for t in kept if t.is_float)
     hint: GpuTile | None = None
     first = members[0]
-    if first.name == "tensor.scatter":
+    if first.name == "tensor.scatter" and scatters_in_parallel(first, target):
+        grid = emit_parallel_scatter(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result])
+        inplace = updates = ((next(i for i, v in enumerate(fused.body.args) if v is first.operands[0]), len(fused.operands)),)
+    elif first.name == "tensor.scatter":
         grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result], lanes)
     elif first.name == "tensor.scan":
         # As torch does: on CPUs the error of a running sum does not grow with its length.
@@ -146,22 +156,26 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
             contraction, members, not target.is_gpu):
         roles = roles_of(contraction)
         assert roles is not None
-        batch, m, n, k = (_product(contraction, d) for d in (roles.batch, roles.m, roles.n, roles.k))
+        flops = 2 * _product(contraction, range(len(contraction["dims"])))  # type: ignore[arg-type]
+        products = [m for m in members if is_contraction(m)]
+        prologue = [m for m in members if m not in products and any(u in products for r in m.results for u in r.users)]
+        epilogue = [m for m in members if m not in products and m not in prologue]
         if target.is_gpu:
-            widest_operand = max(element_type(v.type).bytes for v in contraction.operands)
-            hint = gemm_tile_gpu(target, batch, m, n, k, widest_operand, exact=not element_type(contraction.result.type).is_float,
-                                 heavy=any(is_expensive(m) or len(m.operands) > 2 for m in members if m is not contraction))
+            hint = GpuTile(*fused["tile"]) if fused["tile"] else candidate_tiles(fused, target)[0]
             gemm = (hint.rows, hint.columns, hint.step)
+            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, Emitter(builder, gemm[:2], ranges, coarse=coarse), buffers, gemm,
+                                        maps=target.capability == 90)
         else:
             gemm = contraction_tile(contraction, roles, target)
-        flops = 2 * _product(contraction, range(len(contraction["dims"])))  # type: ignore[arg-type]
-        e = Emitter(builder, gemm[:2], ranges)
-        grid = emit_contraction(contraction, [m for m in members if m is not contraction], outputs, target, e, buffers, gemm)
+            grid = emit_contraction(contraction, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges), buffers, gemm)
     else:
         frame = analyse(fused, ranges)
         widest = max((element_type(v.type).bits for op in members for v in [*op.operands, *op.results]), default=32)
         choice = choose_tile(frame, max(1, target.vector_bits // min(max(widest, 32), 64)) if not target.is_gpu else 32, gpu=target.is_gpu)
-        grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges), buffers, online=target.is_gpu)
+        grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges, coarse=coarse), buffers, gpu=target.is_gpu)
+        warps = choice.warps
+        if target.is_gpu:
+            mark_second_readings(block)
         flops, bytes_moved = work(frame), traffic(frame)
         inplace = _inplace_pairs(frame, fused)
     builder.create("tile.yield")
@@ -170,12 +184,33 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
     attrs = {"sym_name": fused["kernel"] or "kernel", "grid": tuple(grid), "symbols": tuple(symbols), "outputs": len(outputs)}
     if hint is not None:
         attrs |= {"num_warps": hint.warps, "num_stages": hint.stages}
+    elif warps:
+        attrs["num_warps"] = warps
     if inplace:
         attrs["inplace"] = inplace
+    if updates:
+        attrs["updates"] = updates
     if symbols:
         attrs["bounds"] = {s: ranges.get(s, (0, None)) for s in symbols}
     attrs |= {"flops": flops, "bytes": bytes_moved, "provenance": tuple(dict.fromkeys(str(m.location) for m in members if m.location.file))}
     return Operation.create("tile.kernel", (), attrs, (), [Region([block])], members[0].location)
+
+
+def candidate_tiles(fused: Operation, target: Target) -> list[GpuTile]:
+    """Of a group with a contraction, for a GPU: tiles, the best by the model first. None for other groups."""
+    members = [op for op in fused.body if op.name != "tensor.yield"]
+    products = [m for m in members if is_contraction(m)]
+    if not target.is_gpu or not products or not _worth_gemm(products[0], members, False) or fused["why"].startswith("streams"):
+        return []
+    first = products[0]
+    roles = roles_of(first)
+    assert roles is not None
+    prologue = [m for m in members if m not in products and any(u in products for r in m.results for u in r.users)]
+    epilogue = [m for m in members if m not in products and m not in prologue]
+    batch, m, n, k = (_product(first, d) for d in (roles.batch, roles.m, roles.n, roles.k))
+    return gemm_tiles_gpu(target, batch, m, n, k, product_bytes(first), exact=not element_type(first.result.type).is_float,
+                          heavy=any(is_expensive(m) or len(m.operands) > 2 for m in epilogue), products=len(products),
+                          stored=packed_bytes(first, prologue), row_major=is_row_major(first, roles))
 
 
 def _worth_gemm(op: Operation, members: list[Operation], on_cpu: bool) -> bool:

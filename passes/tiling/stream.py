@@ -21,6 +21,7 @@ from typing import Any
 from ...ir import Dim, DType, Operation, Target, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
 from ...ir.expr import (
+    as_int,
     ceildiv,
     delinearize,
     floordiv,
@@ -64,12 +65,25 @@ def stream_tile(s: Stream, target: Target) -> GpuTile:
         t = tile_of_several(target, width, 2 if narrow else widest, len(s.firsts), len(s.seconds))
         rows, steps = (n if not isinstance(size, int) else min(n, padded(size)) for n, size in ((t.rows, s.row_count), (t.columns, s.length)))
         return GpuTile(rows, steps, 0, t.warps, t.stages)
+    if narrow and _suits_warp_groups(s, target):
+        return GpuTile(128, 128, 0, 8, 2)
     kept = len(s.firsts) + len(s.seconds)  # tiles that stay in registers or shared memory
     heavy = any(is_expensive(op) for op in s.reductions + s.firsts) or len(s.full) > 2 or kept > 3
     rows = 128 if narrow and not heavy else 64
     steps = (64 if heavy else 128) if narrow and width <= 128 else 32
     rows, steps = (n if not isinstance(size, int) else min(n, padded(size)) for n, size in ((rows, s.row_count), (steps, s.length)))
     return GpuTile(rows, steps, 0, 8 if rows * width >= 128 * 128 else 4, 3 if narrow else 2)
+
+
+def _suits_warp_groups(s: Stream, target: Target) -> bool:
+    """Hopper's schedule of `backends/triton/warp_groups.py` fits, and there are programs enough for its large tiles."""
+    if target.capability != 90 or len(s.firsts) != 1 or len(s.seconds) != 1:
+        return False
+    sizes = [s.sizes[f] for f in s.batch]
+    if not all(isinstance(n, int) for n in (*sizes, s.row_count, s.length)) or as_int(s.row_count) % 128 or as_int(s.length) % 128:
+        return False
+    programs = as_int(product(sizes)) * (as_int(s.row_count) // 128)
+    return _width(s.firsts[0]) in (64, 128) and product(s.columns) in (64, 128) and 4 * programs >= 3 * max(1, target.multiprocessors)
 
 
 def _width(op: Operation) -> int:
@@ -348,7 +362,7 @@ class GpuStream(StreamLowering):
         for start, stop, masked in self.ranges(self.m, bt):
             def step(inner: Emitter, i: Dim, now: list[Value], masked: bool = masked) -> list[Value]:
                 return self._step(inner, i, dict(zip(running, now, strict=True)), masked)
-            carried = e.loop(start, stop, bt, carried, step)
+            carried = e.loop(start, stop, bt, carried, step, part="any" if masked or not s.alive.pairs else "some")
         self._finish(dict(zip(running, carried, strict=True)))
         return [*(s.sizes[f] for f in s.batch), blocks]
 
@@ -375,6 +389,8 @@ class GpuStream(StreamLowering):
 
     def _step(self, inner: Emitter, i: Dim, now: dict[Operation, Value], masked: bool) -> list[Value]:
         s, (bm, bt) = self.s, self.tile
+        if isinstance(s.length, int) and s.length % bt == 0:  # steps start at multiples of bt
+            inner.ranges[str(i)] = (inner.ranges[str(i)][0], s.length - bt)
         e = with_shape(inner, (bm, bt))
         b, t = e.builder, i + sym("t1")
         scope = Scope(e, self.frame_at(self.m, t), [self.row_mask, (t, s.length)], known={} if masked else dict(s.alive.known))
