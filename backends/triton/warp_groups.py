@@ -23,9 +23,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import gcd, prod
 
 from ...ir.core import Operation, Value
-from ...ir.expr import Dim, Expr, as_int, known_less, lower_bound, product, split_linear, substitute, upper_bound
+from ...ir.expr import Dim, Expr, Max, as_int, known_less, lower_bound, product, split_linear, substitute, upper_bound
 from ...ir.target import Target
 from ...ir.types import BufferType, TileType, element_type
 from .arith import arith_text, literal
@@ -45,6 +46,8 @@ MAX_REGISTERS = 168
 GROUP_REGISTERS, LOADER_REGISTERS = 240, 24
 SHARED = 192 << 10
 """Bytes of shared memory for q, k and v; the rest is for turning results."""
+TEAM = 8
+"""Batch elements whose programs run side by side."""
 SHARED_LAYOUT = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
 """Of tiles whose rows are 64 or 128 elements of 16 bits."""
 LIGHT = 14
@@ -147,10 +150,14 @@ class _Groups(Printer):
 
     def _some_step(self) -> bool:
         """Every program has a step to begin with."""
-        first, last = self.loops[0].op, self.loops[-1].op
-        bounds = {f"i{k}": self._span(v) for k, v in enumerate(first.operands[:first["indices"]])}
-        same = list(first.operands[:first["indices"]]) == list(last.operands[:last["indices"]]) or not first["indices"] or not last["indices"]
-        return same and known_less(first["lower"], last["upper"], {**{f"i{k}": self._span(v) for k, v in enumerate(last.operands[:last["indices"]])}, **bounds})
+        first, last = (loop.op for loop in (self.loops[0], self.loops[-1]))
+        seen: dict[str, Value] = {}
+        for op in (first, last):
+            for k, v in enumerate(op.operands[:op["indices"]]):
+                if seen.setdefault(f"i{k}", v) is not v:
+                    return False
+        bounds = {name: self._span(v) for name, v in seen.items()}
+        return all(known_less(low, last["upper"], bounds) for low in _least_of(first["lower"]))
 
     def _loop(self, op: Operation, top: set[Operation]) -> _Loop:
         body = list(op.body)
@@ -280,14 +287,13 @@ class _Groups(Printer):
 
     def _loader(self) -> None:
         size = element_type(self.q.op.result.type).bytes
-        self._programs("steps = 0", "turn = 0")
+        self._programs()
         for op in self._needed():
             self._one(op)
         self._write("mbarrier.wait(q_free, (turn & 1) ^ 1)")
         self._write(f"mbarrier.expect(q_full, {ROWS * self.width * size})")
         for half in (0, 1):
             self._write(f"tma_load(q_map, {self._place(self.q, half * HALF)}, q_full, q_tile.index({half}))")
-        self._write("turn += 1")
         for loop, low, high in self._ranges(peel=False):
             i = self._name(loop.op.body.args[0], "i")
             self._for(i, low, high, loop.op["step"])
@@ -300,11 +306,15 @@ class _Groups(Printer):
             self.indent -= 1
         self.indent -= 1
 
-    def _programs(self, *inits: str) -> None:
-        for line in inits:
-            self._write(line)
-        self._write(f"for program in range(gl.program_id(0), {self.programs}, gl.num_programs(0)):")
+    def _programs(self) -> None:
+        """The loop over this multiprocessor's programs: every other round runs backwards, so that each gets long and short ones alike."""
+        count = min(self.programs, self.target.multiprocessors or self.programs)
+        rounds, rest = divmod(self.programs, count)
+        late = "gl.program_id(0)" if rounds % 2 == 0 else f"{count - 1} - gl.program_id(0)"
+        self._write("steps = 0")
+        self._write(f"for turn in range(0, {rounds}{f' + ({late} < {rest}).to(gl.int32)' if rest else ''}):")
         self.indent += 1
+        self._write(f"program = turn*{count} + gl.where((turn & 1) == 0, gl.program_id(0), {count - 1} - gl.program_id(0))")
 
     def _for(self, name: str, low: str, high: str, step: int) -> None:
         self._write(f"for {name} in range({low}, {high}, {step}):")
@@ -335,7 +345,7 @@ class _Groups(Printer):
         loops = self.loops
         inside = list(self.kernel.body)
         begin = inside.index(loops[0].op)
-        self._programs("steps = 0", "turn = 0")
+        self._programs()
         for op in inside[:begin]:
             if op is not self.q.op:
                 self._one(op)
@@ -349,7 +359,6 @@ class _Groups(Printer):
         for init, name in zip(loops[0].op.operands[loops[0].op["indices"]:], state, strict=True):
             self._write(f"{name} = {self._use(init)}")
         self._write("mbarrier.wait(q_full, turn & 1)")
-        self._write("turn += 1")
         if self.peeled is None:
             for loop, low, high in self._ranges(peel=False):
                 self._for(self._name(loop.op.body.args[0], "i"), low, high, loop.op["step"])
@@ -537,11 +546,21 @@ class _Groups(Printer):
             self._define(op, arith_text(op, [read(v) for v in op.operands], self.index_type))
 
     def program_id(self, op: Operation) -> None:
-        grid, axis = self.kernel["grid"], op["axis"]
-        below, size = as_int(product(grid[axis + 1:])), grid[axis]
-        parts = "program" + (f" // {below}" if below != 1 else "") + (f" % {size}" if any(n != 1 for n in grid[:axis]) else "")
-        self._define(op, parts if size != 1 else "0")
+        """The last axis, the blocks of rows, varies slower than the batch within a team of TEAM batch elements: neighbours are of one length, and
+        what a team reads stays in the cache."""
+        grid, axis = [as_int(n) for n in self.kernel["grid"]], op["axis"]
+        *batch, blocks = grid
+        team = gcd(TEAM, prod(batch))
+        size = grid[axis]
         self.ranges[op.result] = (0, size - 1)
+        if size == 1:
+            self._define(op, "0")
+        elif axis == len(batch):
+            self._define(op, f"program // {team} % {blocks}")
+        else:
+            below = prod(batch[axis + 1:])
+            member = f"(program // {team * blocks} * {team} + program % {team})"
+            self._define(op, member + (f" // {below}" if below != 1 else "") + (f" % {size}" if any(n != 1 for n in batch[:axis]) else ""))
 
     def full(self, op: Operation) -> None:
         assert isinstance(op.result.type, TileType)
@@ -599,6 +618,13 @@ def _gluon(text: str) -> str:
 def _is_whole(op: Operation, steps: int) -> bool:
     """It computes something for every score."""
     return any(isinstance(r.type, TileType) and r.type.shape == (ROWS, steps) for r in op.results)
+
+
+def _least_of(e: Dim) -> tuple[Dim, ...]:
+    """The arguments of a maximum, which are below what it is below; else the expression."""
+    if isinstance(e, Expr) and not e.const and len(e.terms) == 1 and e.terms[0][1] == 1 and len(e.terms[0][0]) == 1 and isinstance(e.terms[0][0][0], Max):
+        return e.terms[0][0][0].args
+    return (e,)
 
 
 def _is_zero(v: Value) -> bool:
