@@ -5,7 +5,8 @@
     compiled.blobs        # cubins by name
     compiled.sources      # Triton text by kernel, for `aicc dump-ir`
 
-`printer.py` makes the text (with `expressions.py`, `arith.py`, `helpers.py`), `warp_groups.py` that of streams on Hopper, `compile.py` the cubins, `host.py` the list of launches and
+`printer.py` makes the text (with `expressions.py`, `arith.py`, `helpers.py`), `warp_groups.py` that of streams on Hopper,
+`compile.py` the cubins, `host.py` the list of launches and
 `native.py` the machine code that launches them; `simulate.py` runs kernels in Triton's interpreter.
 """
 

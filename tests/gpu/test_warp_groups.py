@@ -1,0 +1,146 @@
+"""Streams on Hopper in Gluon: which kernels take the form, what it computes (on a model of the machine), and that it compiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from aicc.backends.triton import warp_groups
+from aicc.backends.triton.warp_groups import print_warp_groups
+from aicc.ir import Operation
+from aicc.ir.interpreter import interpret
+from aicc.ir.interpreter.memory import Memory, extent
+from aicc.ir.interpreter.tile import HANDLERS
+from torch import Tensor
+
+from .cases import SM90, capture, error
+from .gluon_model import run_gluon
+
+FEW = dataclasses.replace(SM90, multiprocessors=3)
+"""Programs of several rounds, also for small inputs."""
+
+
+def positions(s: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.arange(s.shape[-2])[:, None], torch.arange(s.shape[-1])[None, :]
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+
+
+def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(-1) @ v
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    i, j = positions(s)
+    return s.masked_fill(j > i, -math.inf).softmax(-1) @ v
+
+
+def alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    s = scores(q, k)
+    i, j = positions(s)
+    return (s + slopes[:, None, None] * (j - i)).masked_fill(j > i, -math.inf).softmax(-1).to(v.dtype) @ v
+
+
+def soft_cap_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = 30 * torch.tanh(scores(q, k) / 30)
+    i, j = positions(s)
+    return s.masked_fill((j > i) | (i - j >= 200), -math.inf).softmax(-1) @ v
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return causal(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
+
+
+def turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return causal(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def documents(q: Tensor, k: Tensor, v: Tensor, doc: Tensor) -> Tensor:
+    s = scores(q, k)
+    i, j = positions(s)
+    return s.masked_fill((j > i) | (doc[:, None, :, None] != doc[:, None, None, :]), -math.inf).softmax(-1) @ v
+
+
+def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return (scores(q, k) + bias).softmax(-1) @ v
+
+
+def heads(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(7)
+    return tuple(torch.randn(shape, generator=g).to(dtype) for _ in range(3))
+
+
+def _grouped() -> tuple[Tensor, ...]:
+    q, k, v = heads(1, 4, 256, 64)
+    return q, k[:, :2].contiguous(), v[:, :2].contiguous()
+
+
+FORMS: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]] = {
+    "full": (full, lambda: heads(1, 3, 384, 128)),
+    "causal": (causal, lambda: heads(2, 2, 384, 128)),
+    "alibi": (alibi, lambda: (*heads(1, 2, 384, 128), torch.tensor([0.3, 0.01]))),
+    "soft_cap_window": (soft_cap_window, lambda: heads(1, 2, 640, 128)),
+    "grouped": (grouped, _grouped),
+    "turned": (turned, lambda: heads(1, 256, 4, 64)),
+    "half": (causal, lambda: heads(1, 3, 256, 64, dtype=torch.float16)),
+    "documents": (documents, lambda: (*heads(2, 2, 256, 128), torch.arange(256).div(100, rounding_mode="floor").expand(2, 256).contiguous())),
+    "biased": (biased, lambda: (*heads(1, 3, 256, 128), torch.randn(256, 256).bfloat16())),
+}
+
+
+def module_of(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], until: str = "tile", target: Any = FEW) -> tuple[Operation, list[Tensor]]:
+    found: list[Any] = []
+
+    def run(module: Operation, gm: torch.fx.GraphModule, args: list[Any]) -> Any:
+        found.append((module, args))
+        return gm.forward(*args)
+
+    capture(f, inputs, run, until=until, target=target)
+    return found[0]
+
+
+def stream_of(module: Operation) -> Operation:
+    return next(op for op in module.body if op.name == "tile.kernel" and "stream" in op["sym_name"])
+
+
+def run(f: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, str]:
+    """The result with the stream's kernel in Gluon, and its text."""
+    module, args = module_of(f, inputs)
+    texts: list[str] = []
+
+    def launch(ctx: Any, op: Operation, xs: list[Tensor]) -> list[Tensor]:
+        kernel = ctx.kernels[op["kernel"].name]
+        source = print_warp_groups(kernel, FEW, [True] * len(kernel.body.args))
+        if isinstance(source, str):
+            return plain(ctx, op, xs)
+        texts.append(source.text)
+        types = [v.type for v in (*op.operands, *op.results)]
+        layouts = [(ctx.shape(t), ctx.dims(t.layout)) for t in types]
+        memories = [Memory.holding(x, strides) for x, (_, strides) in zip(xs, layouts, strict=False)]
+        memories += [Memory.fresh(extent(*layouts[i]), ctx.dtype(types[i])) for i in range(len(xs), len(types))]
+        run_gluon(source, [m.flat for m in memories])
+        return [m.tensor(*layout) for m, layout in zip(memories[len(xs):], layouts[len(xs):], strict=True)]
+
+    plain = HANDLERS["tile.launch"]
+    out, = interpret(module, args, handlers={"tile.launch": launch})
+    assert len(texts) == 1, "no kernel took the form"
+    return out, texts[0]
+
+
+@pytest.mark.parametrize("light", [0, 99], ids=["in order", "ahead"])
+@pytest.mark.parametrize("name", FORMS)
+def test_what_it_computes(name: str, light: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warp_groups, "LIGHT", light)
+    f, make = FORMS[name]
+    inputs = make()
+    got, text = run(f, inputs)
+    true = f(*(x.double() if x.is_floating_point() else x for x in inputs))
+    assert error(got, true) < (6e-3 if inputs[0].dtype == torch.bfloat16 else 2e-3)
+    assert ("last = " in text) == (light > 0), "the order that was asked for"
