@@ -3,9 +3,10 @@
     source = print_warp_groups(kernel, target, divisible)     # a KernelSource, or a str that says why not
 
 The kernel is a stream (`stream_shape.py`): loops with the two products s = q @ k[i] and acc = p @ v[i] + acc * alpha. A warp of its own brings q,
-k[i] and v[i] to shared memory with the bulk copy engine (TMA, through tensor maps), a ring of stages ahead; two groups of four warps compute 64 rows each. They meet at barriers in shared memory alone: full[stage] says that a tile has come, free[stage]
-that both groups have read it. So the exponentials of one group run beside the products of the other. Programs are persistent: one for each
-multiprocessor, which takes every so many-th of the kernel's programs; the next one's tiles are under way while the last one is finished.
+k[i] and v[i] to shared memory with the bulk copy engine (TMA, through tensor maps), a ring of stages ahead; two groups of four warps compute 64
+rows each. They meet at barriers in shared memory alone: full[stage] says that a tile has come, free[stage] that both groups have read it. So the
+exponentials of one group run beside the products of the other. Programs are persistent: one for each multiprocessor, which takes every so
+many-th of the kernel's programs; the next one's tiles are under way while the last one is finished.
 
 With `ahead` a group also overlaps with itself: the product q @ k[i + 1] and the product p @ v[i] are started before the exponentials of step
 i + 1, as in FlashAttention-3 (Shah et al. 2024, section 3.2). That pays where the work between the products is light; else registers and

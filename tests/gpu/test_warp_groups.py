@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from aicc.backends.triton import warp_groups
+from aicc.backends.triton import compile_gpu, print_kernel, warp_groups
 from aicc.backends.triton.warp_groups import print_warp_groups
 from aicc.ir import Operation
 from aicc.ir.interpreter import interpret
@@ -17,7 +18,7 @@ from aicc.ir.interpreter.memory import Memory, extent
 from aicc.ir.interpreter.tile import HANDLERS
 from torch import Tensor
 
-from .cases import SM90, capture, error
+from .cases import SM80, SM90, capture, error
 from .gluon_model import run_gluon
 
 FEW = dataclasses.replace(SM90, multiprocessors=3)
@@ -144,3 +145,51 @@ def test_what_it_computes(name: str, light: int, monkeypatch: pytest.MonkeyPatch
     true = f(*(x.double() if x.is_floating_point() else x for x in inputs))
     assert error(got, true) < (6e-3 if inputs[0].dtype == torch.bfloat16 else 2e-3)
     assert ("last = " in text) == (light > 0), "the order that was asked for"
+
+
+@pytest.mark.parametrize(("why", "f", "inputs", "target"), [
+    ("masked", causal, heads(1, 4, 250, 64), FEW),
+    ("not Hopper", causal, heads(1, 4, 256, 64), dataclasses.replace(SM80, multiprocessors=3)),
+    ("other sizes", causal, heads(1, 4, 256, 32), FEW),
+])
+def test_other_streams_are_printed_plainly(why: str, f: Callable[..., Tensor], inputs: tuple[Tensor, ...], target: Any) -> None:
+    module, _ = module_of(f, inputs, target=target)
+    kernel = stream_of(module)
+    said = print_warp_groups(kernel, target, [True] * len(kernel.body.args))
+    assert isinstance(said, str) and (why in said or "128 rows" in said)
+    assert "tl.dot(" in print_kernel(kernel).text
+
+
+def test_an_operand_that_may_start_anywhere_is_not_copied_by_the_engine() -> None:
+    module, _ = module_of(causal, heads(1, 4, 256, 64))
+    assert print_warp_groups(stream_of(module), FEW, [True, False, True, True]) == "an operand may start anywhere"
+
+
+@pytest.mark.parametrize("target", [FEW, dataclasses.replace(SM80, multiprocessors=3)], ids=["sm_90", "sm_80"])
+def test_it_compiles(target: Any, tmp_path: Path) -> None:
+    module, _ = module_of(causal, heads(2, 2, 256, 128), until="host", target=target)
+    made = compile_gpu(module, target, cache_dir=tmp_path)
+    kernel, = (k for name, k in made.kernels.items() if "stream" in name)
+    assert kernel.cubin[:4] == b"\x7fELF" and kernel.global_scratch == 0
+    row = made.program["kernels"][kernel.name]
+    if target is not FEW:
+        assert not kernel.descriptors and row["threads"] in (128, 256)
+        return
+    assert row["threads"] == 12 * 32 and row["grid"] == [3] and kernel.spills <= 128 and kernel.registers == 168
+    assert [d["sizes"] for d in kernel.descriptors] == [[128, 1024]] * 3 and [d["box"] for d in kernel.descriptors] == [[64, 64], [64, 128], [64, 128]]
+    assert all(d["type"] == 9 and d["strides"] == [256] and d["swizzle"] == 3 for d in kernel.descriptors)
+    assert "cuTensorMapEncodeTiled" in made.host.imports
+
+
+def test_the_programs_are_all_taken_once_and_evenly() -> None:
+    """Every other round of a persistent program runs backwards: the longest and the shortest lot differ by little."""
+    module, _ = module_of(causal, heads(2, 4, 512, 64))
+    text = print_warp_groups(stream_of(module), FEW, [True] * 4)
+    assert not isinstance(text, str)
+    taken: list[list[int]] = []
+    for p in range(3):
+        rounds = 32 // 3 + (p < 32 % 3)
+        taken.append([turn * 3 + (p if turn % 2 == 0 else 2 - p) for turn in range(rounds)])
+    assert sorted(x for lot in taken for x in lot) == list(range(32))
+    assert "program = turn*3 + gl.where((turn & 1) == 0, gl.program_id(0), 2 - gl.program_id(0))" in text.text
+    assert "range(0, 10 + (gl.program_id(0) < 2).to(gl.int32))" in text.text
