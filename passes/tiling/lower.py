@@ -23,7 +23,7 @@ from .frame import Frame, analyse, is_expensive
 from .gpu_tiles import GpuTile, gemm_tile_gpu
 from .loops import choose_tile, emit_loops, traffic, work
 from .ordered import emit_scan, emit_scatter
-from .stream import GpuStream, stream_tile
+from .stream import GpuStream, stream_tile, suits_warp_groups
 from .stream_cpu import CpuStream
 
 
@@ -126,6 +126,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
         if target.is_gpu:
             hint = stream_tile(stream, target)
             tile = (hint.rows, hint.columns)
+            groups = ", for a loader and two groups of warps" if suits_warp_groups(stream, target) else ""
+            ctx.remark("note", f"a stream in tiles of {hint.rows} rows by {hint.columns} steps{groups}", members[0].location)
             grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile, relaxed).emit()
         else:
             tile = square_tile(target, stream.row_count, stream.length)

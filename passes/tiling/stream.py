@@ -52,14 +52,14 @@ LOG2_E = 1.4426950408889634
 _COARSE = {"arith.exp": "exp", "arith.tanh": "tanh", "arith.div": "div"}
 """Methods that compute an op in the cheap way that suits 16-bit inputs."""
 
-__all__ = ["GpuStream", "Scope", "StreamLowering", "stream_tile", "with_shape"]
+__all__ = ["GpuStream", "Scope", "StreamLowering", "stream_tile", "suits_warp_groups", "with_shape"]
 
 
 def stream_tile(s: Stream, target: Target) -> GpuTile:
     """Rows and steps (the columns) of one tile of the middle space."""
     width = max(padded(product(s.columns)), *(padded(_width(op)) for op in s.firsts))
     narrow = all(_narrow(s, op) is not None for op in (*s.firsts, *s.seconds))
-    if narrow and _suits_warp_groups(s, target):
+    if suits_warp_groups(s, target):
         return GpuTile(128, 128, 0, 8, 2)
     kept = len(s.firsts) + len(s.seconds)  # tiles that stay in registers or shared memory
     heavy = any(is_expensive(op) for op in s.reductions + s.firsts) or len(s.full) > 2 or kept > 3
@@ -69,9 +69,9 @@ def stream_tile(s: Stream, target: Target) -> GpuTile:
     return GpuTile(rows, steps, 0, 8 if rows * width >= 128 * 128 else 4, 3 if narrow else 2)
 
 
-def _suits_warp_groups(s: Stream, target: Target) -> bool:
+def suits_warp_groups(s: Stream, target: Target) -> bool:
     """Hopper's schedule of `backends/triton/warp_groups.py` fits, and there are programs enough for its large tiles."""
-    if target.capability != 90 or len(s.firsts) != 1 or len(s.seconds) != 1:
+    if target.capability != 90 or len(s.firsts) != 1 or len(s.seconds) != 1 or any(_narrow(s, op) is None for op in (*s.firsts, *s.seconds)):
         return False
     sizes = [s.sizes[f] for f in s.batch]
     if not all(isinstance(n, int) for n in (*sizes, s.row_count, s.length)) or as_int(s.row_count) % 128 or as_int(s.length) % 128:

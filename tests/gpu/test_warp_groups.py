@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from aicc.backends.triton import compile_gpu, print_kernel, warp_groups
+from aicc.backends.triton import compile_gpu, print_kernel, stream_shape, warp_groups
 from aicc.backends.triton.warp_groups import print_warp_groups
 from aicc.ir import Operation
 from aicc.ir.interpreter import interpret
@@ -193,3 +193,12 @@ def test_the_programs_are_all_taken_once_and_evenly() -> None:
     assert sorted(x for lot in taken for x in lot) == list(range(32))
     assert "program = turn*3 + gl.where((turn & 1) == 0, gl.program_id(0), 2 - gl.program_id(0))" in text.text
     assert "range(0, 10 + (gl.program_id(0) < 2).to(gl.int32))" in text.text
+
+
+def test_what_gluon_rejects_is_compiled_plainly_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_shape, "SHARED_LAYOUT", stream_shape.SHARED_LAYOUT.replace("128", "48"))
+    module, _ = module_of(full, heads(2, 2, 256, 64), until="host")
+    with pytest.warns(RuntimeWarning, match="plain, slower form"):
+        made = compile_gpu(module, FEW, cache_dir=tmp_path)
+    assert "tl.dot(" in made.sources["stream"] and not made.kernels["stream"].descriptors
+    assert made.program["kernels"]["stream"]["grid"] == [2, 2, 2]
