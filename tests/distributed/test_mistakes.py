@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from aicc.compiler.auto_shard import auto_shard
+from aicc.compiler.distributed.auto_shard import auto_shard
 from aicc.compiler.errors import UserError
 from aicc.passes.shard import Plan
 

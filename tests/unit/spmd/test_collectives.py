@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 from aicc.backends.nccl import collective_order, lower_collectives
-from aicc.compiler.auto_shard import auto_shard
-from aicc.compiler.sharded_validation import planted_faults, validate_plan
+from aicc.compiler.distributed.auto_shard import auto_shard
+from aicc.compiler.distributed.validation import planted_faults, validate_plan
 from aicc.ir.core import IRError, Operation
 from aicc.ir.parser import parse_module
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline

@@ -2,7 +2,7 @@
 
 `ShardedModule` is called like the model it was made from and gives the loss (the mean over the whole batch, on every rank);
 `loss.backward()` fills the parameters' gradients, which are DTensors too. Forward and backward are one compiled program each, collectives
-included (see `sharded_program.py`). State dictionaries have the model's names and hold DTensors, so that torch.distributed.checkpoint
+included (see `program.py`). State dictionaries have the model's names and hold DTensors, so that torch.distributed.checkpoint
 saves and loads them. Parameters of a model on meta are allocated at their local size and are undefined until they are loaded.
 """
 
@@ -18,11 +18,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from ..ir.interpreter.dist import piece
-from ..ir.sharding import Mesh, Placement
-from .errors import UserError
+from ...ir.interpreter.dist import piece
+from ...ir.sharding import Mesh, Placement
+from ..errors import UserError
 from .joint import Argument, flatten_inputs, model_tensors
-from .sharded_program import ShardedProgram
+from .program import ShardedProgram
 
 __all__ = ["ShardedModule", "agree", "local_piece", "portable", "shard_model", "take_back", "to_placements"]
 

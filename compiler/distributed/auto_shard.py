@@ -7,7 +7,7 @@
 
 `auto_shard` needs no process group and no weights: the model may be on meta. It searches (passes/shard) unless it is given a plan: a
 `Plan`, or the path of a plan file. `plan.validate(model, inputs)` runs the sharded program on virtual ranks and compares it with the
-whole one; see `sharded_validation.py`.
+whole one; see `validation.py`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils import _pytree as pytree
 
-from ..ir.sharding import Mesh, Placement
-from ..passes import shard as planner
-from ..passes.shard import Plan
-from ..passes.spmd.traffic import traffic
-from .distributed import ShardedModule, agree, portable, shard_model, take_back
-from .errors import UserError
+from ...ir.sharding import Mesh, Placement
+from ...passes import shard as planner
+from ...passes.shard import Plan
+from ...passes.spmd.traffic import traffic
+from ..errors import UserError
+from ..options import Options
 from .joint import Exported, Joint, export_model, flatten_inputs, make_joint
 from .layouts import DATA, STAGE, check_supported, layout_of, mesh_of
-from .options import Options
+from .module import ShardedModule, agree, portable, shard_model, take_back
+from .optimizer import OptimizerRule, ShardedOptimizer, rule_of
 from .pipeline import Pipeline, build_pipeline
-from .sharded_optimizer import OptimizerRule, ShardedOptimizer, rule_of
-from .sharded_program import Layout, ShardedProgram, build_program
+from .program import Layout, ShardedProgram, build_program
 
 __all__ = ["ShardedTraining", "ShardingPlan", "auto_shard"]
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..ir.sharding import Mesh, Placement, shard
-from ..passes.shard.plan import Plan
-from ..passes.spmd import Policy, tensor_seeds
-from .errors import UserError
+from ...ir.sharding import Mesh, Placement, shard
+from ...passes.shard.plan import Plan
+from ...passes.spmd import Policy, tensor_seeds
+from ..errors import UserError
 from .joint import Argument, Joint
-from .sharded_program import Layout
+from .program import Layout
 
 __all__ = ["DATA", "STAGE", "TENSOR", "check_supported", "layout_of", "mesh_of", "state_placement", "zero_placement"]
 

@@ -16,20 +16,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..backends.nccl import collective_order
-from ..frontend.decompositions import decomposition_table
-from ..frontend.importer import import_graph
-from ..ir.core import Operation
-from ..ir.passes import PassContext, parse_pipeline, run_pipeline
-from ..ir.sharding import Mesh, Placement
-from ..passes.shard.plan import Plan
-from ..passes.spmd import Policy, partition
-from ..runtime.executor import CompiledGraph
-from .distributed import ShardedModule, to_placements
-from .errors import UserError
+from ...backends.nccl import collective_order
+from ...frontend.decompositions import decomposition_table
+from ...frontend.importer import import_graph
+from ...ir.core import Operation
+from ...ir.passes import PassContext, parse_pipeline, run_pipeline
+from ...ir.sharding import Mesh, Placement
+from ...passes.shard.plan import Plan
+from ...passes.spmd import Policy, partition
+from ...runtime.executor import CompiledGraph
+from ..errors import UserError
+from ..options import Options
 from .layouts import DATA, TENSOR, state_placement
-from .options import Options
-from .sharded_program import COLLECTIVE_PASSES, compile_rank, local_size
+from .module import ShardedModule, to_placements
+from .program import COLLECTIVE_PASSES, compile_rank, local_size
 
 __all__ = ["OptimizerRule", "ShardedOptimizer", "rule_of", "update_module"]
 

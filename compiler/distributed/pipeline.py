@@ -17,16 +17,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor
 
-from ..ir.sharding import Mesh
-from ..passes.shard.plan import Plan
-from ..passes.shard.schedules import schedule_problem
-from ..runtime.dtypes import torch_dtype
-from .distributed import ShardedModule, shard_model
-from .errors import UserError
+from ...ir.sharding import Mesh
+from ...passes.shard.plan import Plan
+from ...passes.shard.schedules import schedule_problem
+from ...runtime.dtypes import torch_dtype
+from ..errors import UserError
+from ..options import Options
 from .joint import Exported, make_joint
 from .layouts import DATA, STAGE, TENSOR, layout_of
-from .options import Options
-from .sharded_program import build_program
+from .module import ShardedModule, shard_model
+from .program import build_program
 from .stages import StagePart, block_count, cut_stages, even_counts
 
 __all__ = ["Pipeline", "build_pipeline"]

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..backends.nccl import collective_order, lower_collectives
-from ..ir.core import Operation
-from ..ir.passes import PassContext, Remark, parse_pipeline, run_pipeline
-from ..ir.printer import print_op
-from ..ir.sharding import Mesh, Placement, local_shape
-from ..passes.spmd import Partitioned, Policy, Split, partition, split
-from ..runtime import collectives as _collectives  # registers aicc_dist.wait
-from ..runtime.executor import CompiledGraph
-from .driver import compile_graph
+from ...backends.nccl import collective_order, lower_collectives
+from ...ir.core import Operation
+from ...ir.passes import PassContext, Remark, parse_pipeline, run_pipeline
+from ...ir.printer import print_op
+from ...ir.sharding import Mesh, Placement, local_shape
+from ...passes.spmd import Partitioned, Policy, Split, partition, split
+from ...runtime import collectives as _collectives  # registers aicc_dist.wait
+from ...runtime.executor import CompiledGraph
+from ..driver import compile_graph
+from ..options import Options
 from .joint import Joint
-from .options import Options
 
 __all__ = ["COLLECTIVE_PASSES", "Layout", "ShardedProgram", "build_program", "local_size"]
 
