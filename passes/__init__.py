@@ -12,6 +12,7 @@ from . import (
     inline,
     layout,
     library,
+    overlap,
     pack,
     plan_memory,
     schedule,

@@ -10,13 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ir import Operation
+from ..ir import Operation, TensorType
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import product
 from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
 from .structured import EXPENSIVE, body_ops, identity_map, inline_into, inline_into_gather, is_contraction, is_pointwise
+from .tiling.contraction import roles_of
 
+LITTLE, SMALLER = 8, 64
+"""Ops that are done again rather than stored where all operands are so many times smaller than the result."""
 TRIVIAL = frozenset({"arith.cast", "arith.constant", "tensor.index", "tensor.sym"})
 
 
@@ -77,8 +80,9 @@ class Inline(Pass):
         if not reader.has_trait(Trait.Structured) or len(reader.body) + len(producer.body) > self.max_ops or (
                 len(reader.operands) + len(producer.operands) > self.max_operands):
             return False
-        if is_contraction(reader) and (len(producer.operands) != 1 or any(o.name != "arith.cast" for o in body_ops(producer))
-                                       or fill_of(producer, 0) is not None or producer["maps"][0] != identity_map(len(producer["dims"]))):
+        product_of_matrices = is_contraction(reader) and not (_reads_little(producer) and roles_of(reader) is None)
+        if product_of_matrices and (len(producer.operands) != 1 or any(o.name != "arith.cast" for o in body_ops(producer))
+                                    or fill_of(producer, 0) is not None or producer["maps"][0] != identity_map(len(producer["dims"]))):
             return False  # packed and padded operands are there on purpose
         lead = 1 if reader.name == "tensor.scatter" else 0
         if lead and reader.operands[0].defining_op is producer:
@@ -96,12 +100,24 @@ def _trivial(producer: Operation) -> bool:
 
 
 def _cheap(producer: Operation) -> bool:
-    """Recomputing costs no more than reading it back: at most two simple ops on at most one tensor of its own size."""
+    """Recomputing costs no more than reading it back: at most two simple ops on at most one tensor of its own size, or a few more on nothing
+    but small ones."""
+    if _reads_little(producer):
+        return True
     real = [o for o in body_ops(producer) if o.name not in TRIVIAL]
     if len(real) > 2 or any(o.name in EXPENSIVE or o.name == "tensor.extract" for o in real):
         return False
     full = [v for v in producer.operands if getattr(v.type, "numel", 0) == product(parallel_dims(producer))]
     return len(full) <= 1
+
+
+def _reads_little(producer: Operation) -> bool:
+    """A few simple ops on operands that are far smaller than the result: a comparison of positions, say."""
+    real, made = [o for o in body_ops(producer) if o.name not in TRIVIAL], product(parallel_dims(producer))
+    if len(real) > LITTLE or not producer.operands or any(o.name in EXPENSIVE or o.name == "tensor.extract" for o in real):
+        return False
+    return isinstance(made, int) and all(isinstance(v.type, TensorType) and isinstance(v.type.numel, int) and v.type.numel * SMALLER <= made
+                                         for v in producer.operands)
 
 
 def _visits(producer: Operation, reader: Operation) -> float:

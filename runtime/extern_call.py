@@ -138,6 +138,8 @@ def _laid_out(t: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...])
     return made.expand(shape) if repeated else made
 
 
+ALIGNMENT = 16
+"""Bytes of which addresses on a GPU are multiples: compiled kernels and the library rely on it."""
 _HANDED_ON = frozenset({"aicc_dist.wait.default"})
 """Operators that give an operand itself, which nobody reads or writes under its old name any more."""
 
@@ -189,6 +191,7 @@ class ExternCall:
                                f"the program was compiled for {spec.dtype} of shape {shape}")
         if value.is_conj() or value.is_neg():
             value = value.resolve_conj().resolve_neg()
-        if value.untyped_storage()._cdata in taken:
+        misaligned = value.is_cuda and value.data_ptr() % ALIGNMENT
+        if misaligned or value.untyped_storage()._cdata in taken:
             return torch.empty_strided(shape, strides, dtype=spec.dtype, device=value.device).copy_(value)
         return _laid_out(value, shape, strides)
