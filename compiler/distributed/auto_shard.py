@@ -61,7 +61,7 @@ class ShardingPlan:
 
     def joint(self) -> Joint:
         """Forward and backward in one graph."""
-        return make_joint(self.exported, device=self.device, plain_attention=self.plan.cp > 1)
+        return make_joint(self.exported, device=self.device)
 
     def layout(self, joint: Joint) -> Layout:
         """Where every argument, gradient and output of the joint graph lies."""

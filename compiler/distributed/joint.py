@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -21,7 +20,6 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from ... import passes  # noqa: F401  (registers the passes of `_CLEAN`)
@@ -180,11 +178,8 @@ def _arguments(program: Any, model: torch.nn.Module, tensors: Mapping[str, torch
     return arguments, constants
 
 
-def make_joint(exported: Exported, *, differentiable_inputs: Sequence[int] = (), device: str = "cpu", plain_attention: bool = False) -> Joint:
-    """Differentiates the graph with respect to its trained parameters and the inputs named (indices into the arguments).
-
-    plain_attention: attention as products and a softmax, which can be cut along the sequence, not as one op.
-    """
+def make_joint(exported: Exported, *, differentiable_inputs: Sequence[int] = (), device: str = "cpu") -> Joint:
+    """Differentiates the graph with respect to its trained parameters and the inputs named (indices into the arguments)."""
     trained = {i for i, a in enumerate(exported.arguments) if a.trained} | set(differentiable_inputs)
 
     def run(*flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -192,8 +187,7 @@ def make_joint(exported: Exported, *, differentiable_inputs: Sequence[int] = (),
             made = torch.fx.Interpreter(exported.graph).run(*flat)
             return tuple(x.clone() for x in made)  # no output is a view, or an argument
 
-    plain = sdpa_kernel(SDPBackend.MATH) if plain_attention else nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings(), plain:
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         primals = tuple(torch.empty(a.shape, dtype=a.dtype, device=device, requires_grad=i in trained)
                         for i, a in enumerate(exported.arguments))

@@ -2,7 +2,7 @@
 
 The mesh of a plan is (pp, dp, cp, tp), outermost first; without context parallelism it has no `cp`. Parameters lie on `tp` as the graph
 suggests (`passes/spmd/seeds.py`), inputs are cut along their first dimension over `dp` and along the second, the sequence, over `cp`
-(attention then gathers keys and values: each rank has its rows of the scores). The ZeRO stage says what else `dp` cuts: 1 the optimizer's
+(for attention, heads are exchanged for the sequence and back: DeepSpeed-Ulysses, Jacobs et al. 2023). The ZeRO stage says what else `dp` cuts: 1 the optimizer's
 state, 2 gradients too, 3 parameters too. Expert parallelism cuts stacked expert weights over `dp`: tokens then travel, not weights. ZeRO
 cuts the first dimension that comes out even and that `tp` leaves alone; a tensor without one is replicated.
 """
@@ -115,6 +115,6 @@ def layout_of(joint: Joint, plan: Plan, mesh: Mesh, *, batch: int | None,
         shape = v.type.shape  # type: ignore[attr-defined]
         cut = batch is not None and plan.dp > 1 and len(shape) > 0 and shape[0] == batch
         outputs.append({DATA: shard(0)} if cut else {})
-    context = [Policy(CONTEXT, "data")] if plan.cp > 1 else []
+    context = [Policy(CONTEXT, "data", sequence=True)] if plan.cp > 1 else []
     policies = (Policy(TENSOR, "tensor", sequence=plan.sp, rows=plan.dp == 1), Policy(DATA, "data", pinned=frozenset(pinned)), *context)
     return Layout(policies, tuple(placements), tuple(gradients), tuple(outputs), plan.recompute)
