@@ -2,9 +2,9 @@
 
 The mesh of a plan is (pp, dp, cp, tp), outermost first; without context parallelism it has no `cp`. Parameters lie on `tp` as the graph
 suggests (`passes/spmd/seeds.py`), inputs are cut along their first dimension over `dp` and along the second, the sequence, over `cp`
-(for attention, heads are exchanged for the sequence and back: DeepSpeed-Ulysses, Jacobs et al. 2023). The ZeRO stage says what else `dp` cuts: 1 the optimizer's
-state, 2 gradients too, 3 parameters too. Expert parallelism cuts stacked expert weights over `dp`: tokens then travel, not weights. ZeRO
-cuts the first dimension that comes out even and that `tp` leaves alone; a tensor without one is replicated.
+(for attention, heads are exchanged for the sequence and back: DeepSpeed-Ulysses, Jacobs et al. 2023). The ZeRO stage says what else `dp`
+cuts: 1 the optimizer's state, 2 gradients too, 3 parameters too. Expert parallelism cuts stacked expert weights over `dp`: tokens then
+travel, not weights. ZeRO cuts the first dimension that comes out even and that `tp` leaves alone; a tensor without one is replicated.
 """
 
 from __future__ import annotations

@@ -224,11 +224,12 @@ class _AxisPartitioner:
             return
         parts = {p.parts for v in op.operands for p in self.forms[v] if p.kind == "shard"}
         found = strategies(op, self.ranks, parts)
-        if op.name == "graph.reshape" and op.operands[0] in self.sequence and self.policy.role == "tensor":  # gathered before, once, not after each view
+        tokens = self.sequence if self.policy.role == "tensor" else ()
+        if op.name == "graph.reshape" and op.operands[0] in tokens:  # gathered before, once, not after each view
             found = [s for s in found if s.operands[0] in self.forms[op.operands[0]] and s.results[0].parts <= s.operands[0].parts]
         # Rows of tokens are for products, which want them whole: gathered as tokens once, not as rows and as columns of each product.
         flat = op.has_trait(Trait.ViewLike) and tensor_type(op.result).rank < 3 <= tensor_type(op.operands[0]).rank
-        if flat and op.operands[0] in self.sequence and self.policy.role == "tensor":
+        if flat and op.operands[0] in tokens:
             found = []
         # Parameters that may be gathered are, before anything else happens to them: once, and in the order of their memory.
         found = [s for s in found if not any(p.kind == "shard" and v in self.free for v, p in zip(op.operands, s.operands))]
