@@ -124,7 +124,7 @@ class _Builder:
         func, name = self.func, self.func["sym_name"]
         kinds = [a.get("kind", "input") for a in func["arg_attrs"]] or ["input"] * self.arguments
         for a in func.body.args:
-            self.places[a] = Place(a.index)
+            self.places[a] = Place(a.index, 0)
         given = {a.index for a, kind in zip(func.body.args, kinds, strict=True) if kind not in ("output", "extern", "late")}
         functions: dict[str, list[Step]] = {}
         steps: list[Step] = []
