@@ -32,6 +32,7 @@ from ..errors import UserError
 from ..options import Options
 from .joint import Exported, Joint, export_model, flatten_inputs, make_joint
 from .layouts import DATA, STAGE, check_supported, layout_of, mesh_of, read_plan
+from .memory import StepMemory, alive_micro_batches, step_memory
 from .module import ShardedModule, portable, shard_model, take_back
 from .optimizer import OptimizerRule, ShardedOptimizer, rule_of
 from .pipeline import Pipeline, build_pipeline
@@ -173,6 +174,12 @@ class ShardedTraining:
         if rows is None or x.dim() == 0 or self.micro_batches == 1 or x.shape[0] != rows * self.micro_batches:
             return x
         return x[k * rows:(k + 1) * rows]
+
+    def memory(self) -> StepMemory:
+        """Bytes that this rank needs at the most, as its programs say."""
+        if self.pipeline is None:
+            return step_memory(self.modules, self.optimizer, [1])
+        return step_memory(self.modules, self.optimizer, [alive_micro_batches(self.pipeline.steps, s) for s in self.pipeline.stages])
 
     def traffic(self) -> Counter[tuple[str, str]]:
         """Bytes that one `step` hands to collectives on this rank, by (kind, mesh axis), as the IR says. Activations that a pipeline sends

@@ -204,6 +204,11 @@ class ShardedOptimizer:
         for parameter, _, _ in self._rows:
             parameter.grad = None
 
+    def state_bytes(self) -> int:
+        """Bytes of this rank's state on its device."""
+        here = [] if self._offload and self._device.type == "cuda" else [s for _, states, _ in self._rows for s in states]
+        return sum(s.numel() * s.element_size() for s in here)
+
     def state_dict(self) -> dict[str, Any]:
         """DTensors by '<state>.<parameter>', and the number of steps. States in host memory come as copies: see `take_state`."""
         found: dict[str, Any] = {"steps": torch.tensor(self.steps)}

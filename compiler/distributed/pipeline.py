@@ -64,6 +64,8 @@ class Pipeline:
     last_rank: int
     group: dist.ProcessGroup
     tied: list[tuple[str, tuple[int, ...], torch.dtype, list[int]]]  # name, local shape, dtype, parts
+    steps: Schedule
+    stages: list[int]  # of this rank
 
     def run(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """Forward and backward of one global step; gives the mean loss on every rank. inputs: this data rank's rows of each input."""
@@ -135,7 +137,8 @@ def build_pipeline(model: torch.nn.Module, exported: Exported, plan: Plan, batch
                                     dw_builder=module.take_deferred if halves else None))
     ranks = dist.get_process_group_ranks(group)
     last = steps.rank_of[len(parts) - 1]
-    pipeline = Pipeline(modules, _schedule(steps, stages), micro_batches, last == here, ranks[last], group, _tied(parts, modules))
+    pipeline = Pipeline(modules, _schedule(steps, stages), micro_batches, last == here, ranks[last], group, _tied(parts, modules), steps,
+                        [p for p in range(len(parts)) if steps.rank_of[p] == here])
     return pipeline, order, mesh, groups, place
 
 

@@ -222,7 +222,8 @@ def ours(plan: aicc.Plan, a: argparse.Namespace) -> str:
         torch.nn.init.ones_(local) if local.dim() == 1 else torch.nn.init.normal_(local, std=0.02)
     sharding = aicc.auto_shard(model, (tokens,), targets=(target,), loss_fn=loss_of, mesh=2, plan=plan, optimizer=adamw, device="cuda")
     sharded = sharding.compile(model, init=init)
-    return measure(sharded.step, a, time.perf_counter() - began)
+    text = measure(sharded.step, a, time.perf_counter() - began)
+    return f"{text} programs say {sharded.memory().total / 2 ** 30:.2f} GiB"
 
 
 def eager_step(model: nn.Module, update: torch.optim.Optimizer, rows: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
