@@ -32,6 +32,7 @@ from ..frontend.flex import expand_flex
 from ..frontend.random import random_decompositions, share_seeds
 from ..frontend.recompute import permute_transposes, recompute_attention
 from .control_flow import compile_pieces
+from .distributed.planned import compile_planned
 from .driver import Observer, compile_fx
 from .options import Options
 
@@ -42,7 +43,8 @@ Graph = torch.fx.GraphModule
 
 def aicc(gm: Graph, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Callable:
     """The backend function that Dynamo calls with each captured graph."""
-    return backend(Options.from_user(mode, options))(gm, example_inputs)
+    chosen = Options.from_user(mode, options)
+    return compile_planned(gm, example_inputs, chosen) if chosen.plan else backend(chosen)(gm, example_inputs)
 
 
 def backend(options: Options, observe: Observer | None = None) -> Callable:

@@ -16,6 +16,7 @@ from . import (
     merge_launches,
     narrow_results,
     operand_order,
+    overlap,
     pack,
     plain_reductions,
     plan_memory,

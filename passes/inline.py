@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ir import Operation
+from ..ir import Operation, TensorType
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import free_symbols, product
 from ..ir.opdef import Trait
@@ -19,6 +19,8 @@ from .narrow_results import note_rounding, rounding
 from .structured import EXPENSIVE, body_ops, identity_map, inline_into, inline_into_gather, is_contraction, is_pointwise
 from .tiling.contraction import roles_of
 
+LITTLE, SMALLER = 8, 64
+"""Ops that are done again rather than stored where all operands are so many times smaller than the result."""
 TRIVIAL = frozenset({"arith.cast", "arith.constant", "tensor.index", "tensor.sym"})
 
 
@@ -130,12 +132,24 @@ def _few_ops(producer: Operation) -> bool:
 
 
 def _cheap(producer: Operation) -> bool:
-    """Recomputing costs no more than reading it back: at most two simple ops on at most one tensor of its own size."""
+    """Recomputing costs no more than reading it back: at most two simple ops on at most one tensor of its own size, or a few more on nothing
+    but small ones."""
+    if _reads_little(producer):
+        return True
     real = [o for o in body_ops(producer) if o.name not in TRIVIAL]
     if len(real) > 2 or any(o.name in EXPENSIVE or o.name == "tensor.extract" for o in real):
         return False
     full = [v for v in producer.operands if getattr(v.type, "numel", 0) == product(parallel_dims(producer))]
     return len(full) <= 1
+
+
+def _reads_little(producer: Operation) -> bool:
+    """A few simple ops on operands that are far smaller than the result: a comparison of positions, say."""
+    real, made = [o for o in body_ops(producer) if o.name not in TRIVIAL], product(parallel_dims(producer))
+    if len(real) > LITTLE or not producer.operands or any(o.name in EXPENSIVE or o.name == "tensor.extract" for o in real):
+        return False
+    return isinstance(made, int) and all(isinstance(v.type, TensorType) and isinstance(v.type.numel, int) and v.type.numel * SMALLER <= made
+                                         for v in producer.operands)
 
 
 def _visits(producer: Operation, reader: Operation) -> float:

@@ -16,14 +16,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..ir import Block, Builder, Dim, IRError, Operation, Region, Target, TensorType, Value, element_type
+from ..ir import Block, Builder, Dim, IRError, Operation, Region, Target, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of
-from ..ir.expr import Expr, evaluate, free_symbols, product
+from ..ir.expr import Expr, evaluate, free_symbols, product, substitute
 from ..ir.passes import Pass, PassContext, register
-from .library_cost import Work, generated_seconds, library_seconds, unpack_seconds
-from .products import Product, read_product
-from .stream_growth import MAX_WIDTH
+from .library_cost import Work, generated_seconds, library_seconds, turning_pays, unpack_seconds
+from .products import Product, is_linear, read_product, walk_of
 from .siblings import sibling_of
+from .stream_growth import MAX_WIDTH
 from .structured import EXPENSIVE, body_ops, identity_map, is_contraction, is_pointwise, reshape_like
 from .tiling.contraction import Roles, roles_of
 
@@ -78,6 +78,9 @@ class Library(Pass):
 
     def _consider(self, op: Operation, func: Operation, sizes: dict[str, int], streams: bool, ctx: PassContext) -> bool:
         found = _readable(op, func)
+        if isinstance(found, str) and not streams and _turn(op, sizes, ctx.target):
+            ctx.remark("done", f"an operand of a product is copied into its order: {found}", op.location)
+            found = _readable(op, func)
         if isinstance(found, str):
             ctx.remark("note", f"a product is generated: {found}", op.location)
             return False
@@ -108,6 +111,36 @@ class Library(Pass):
         chain.outline(f"{text}: {verdict}")
         ctx.remark("done", f"{text} by cuBLASLt: {verdict}", op.location)
         return True
+
+
+def _turn(op: Operation, sizes: dict[str, int], target: Target) -> bool:
+    """Copies the operands that are no matrix in memory and whose contiguous dimension is not summed over (heads that were moved, in the gradient
+    of a weight), where that costs less than a generated kernel loses on them. True if anything was copied."""
+    roles, types = roles_of(op), [element_type(v.type).name for v in op.operands]
+    if roles is None or types[0] != types[1] or types[0] not in RESULTS or any(fill_of(op, i) is not None for i in range(2)):
+        return False
+    work = 2.0 * product(evaluate(d, sizes) for d in op["dims"])
+    copied = 0
+    for i, own in ((roles.left, roles.m), (roles.right, roles.n)):
+        order, strides, v = (*roles.batch, *roles.k, *own), walk_of(op, i), op.operands[i]
+        assert isinstance(v.type, TensorType)
+        if strides is not None and all(is_linear(op["dims"], group, strides) for group in (roles.batch, roles.k, own)):
+            continue
+        innermost = {s for e, stride in zip(op["maps"][i], v.type.layout, strict=True) if stride == 1 for s in free_symbols(e)}
+        if not innermost or not innermost <= {f"d{d}" for d in own}:
+            continue
+        moved = 2.0 * v.type.dtype.bytes * product(evaluate(op["dims"][d], sizes) for d in order)
+        if not turning_pays(target, types[0], work, moved):
+            continue
+        renamed = {f"d{d}": sym(f"d{j}") for j, d in enumerate(order)}
+        copy = Builder.before_op(op).generic([v], [tuple(substitute(e, renamed) for e in op["maps"][i])], [op["dims"][d] for d in order],
+                                             lambda b, x: x, name=v.name)
+        op.set_operand(i, copy.result)
+        maps = list(op["maps"])
+        maps[i] = tuple(sym(f"d{d}") for d in order)
+        op.attributes["maps"] = tuple(maps)
+        copied += 1
+    return copied > 0
 
 
 def _input_type(op: Operation) -> str:

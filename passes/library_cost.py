@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..ir import Target
 
-__all__ = ["Work", "generated_seconds", "library_seconds", "unpack_seconds"]
+__all__ = ["Work", "generated_seconds", "library_seconds", "turning_pays", "unpack_seconds"]
 
 LAUNCH = 2e-6
 """Seconds that one more kernel costs the device: its start and end overlap with nothing."""
@@ -60,6 +60,17 @@ class Work:
     def elements(self) -> int:
         batch, m, n, _ = self.sizes
         return batch * m * n
+
+
+TURNED_SHARE = 0.17
+"""What a generated kernel reaches whose operand is contiguous along neither the summed dimensions nor one walk of the others (H100)."""
+
+
+def turning_pays(target: Target, kind: str, flops: float, moved: float) -> bool:
+    """Whether copying `moved` bytes (read and written) costs less than computing at `TURNED_SHARE` instead of by the library."""
+    rates = _rates(target)
+    peak = rates.flops[kind] * max(1, target.multiprocessors)
+    return flops / peak * (1 / TURNED_SHARE - 1 / LIBRARY_SHARE[kind]) > LAUNCH + moved / (MEMORY_SHARE * rates.bandwidth)
 
 
 def library_seconds(target: Target, work: Work) -> float:

@@ -150,6 +150,8 @@ def _measured(result: Any, axis: int, operands: Sequence[torch.Tensor]) -> int:
     return int(result) if axis == -1 else int(result.storage_offset() - operands[0].storage_offset())
 
 
+ALIGNMENT = 16
+"""Bytes of which addresses on a GPU are multiples: compiled kernels and the library rely on it."""
 _HANDED_ON = frozenset({"aicc_dist.wait.default"})
 """Operators that give an operand itself, which nobody reads or writes under its old name any more."""
 
@@ -205,6 +207,7 @@ class ExternCall:
                                f"the program was compiled for {spec.dtype} of shape {shape}")
         if value.is_conj() or value.is_neg():
             value = value.resolve_conj().resolve_neg()
-        if value.untyped_storage()._cdata in taken:
+        misaligned = value.is_cuda and value.data_ptr() % ALIGNMENT
+        if misaligned or value.untyped_storage()._cdata in taken:
             return torch.empty_strided(shape, strides, dtype=spec.dtype, device=value.device).copy_(value)
         return _laid_out(value, shape, strides)

@@ -14,17 +14,17 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..passes.shard.calibrate import CONSTANTS
-from ..passes.shard.cluster import Cluster, Mesh, load_cluster
-from ..passes.shard.gantt import LEGEND, gantt_text
-from ..passes.shard.model import ModelConfig
-from ..passes.shard.plan import Plan, plan_problems
-from ..passes.shard.plan_file import load_plan_file
-from ..passes.shard.published import PUBLISHED, Row, held_out_errors, validate
-from ..passes.shard.reliability import Elastic, Failures, RunReport, elastic_plan, run_with_failures, with_stragglers
-from ..passes.shard.step import StepReport, pipeline_run, predict_step
-from ..passes.shard.tables import ConfigError
-from .commands.output import console
+from ...passes.shard.calibrate import CONSTANTS
+from ...passes.shard.cluster import Cluster, Mesh, load_cluster
+from ...passes.shard.gantt import LEGEND, gantt_text
+from ...passes.shard.model import ModelConfig
+from ...passes.shard.plan import Plan, plan_problems
+from ...passes.shard.plan_file import load_plan_file
+from ...passes.shard.published import PUBLISHED, Row, held_out_errors, validate
+from ...passes.shard.reliability import Elastic, Failures, RunReport, elastic_plan, run_with_failures, with_stragglers
+from ...passes.shard.step import StepReport, pipeline_run, predict_step
+from ...passes.shard.tables import ConfigError
+from ..commands.output import console
 from .sharding import Request, problem_of
 
 __all__ = ["RunRequest", "run_plan", "scaling_curve", "show_validation"]

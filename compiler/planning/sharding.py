@@ -14,23 +14,23 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..passes.shard.cluster import Cluster, Mesh, load_cluster
-from ..passes.shard.collectives import axis_group
-from ..passes.shard.explain import by_hand, diff, why_not
-from ..passes.shard.explain_op import why_op
-from ..passes.shard.inference import InferenceProblem
-from ..passes.shard.inference import plan_inference as search_inference
-from ..passes.shard.intra_op import IntraProblem, IntraResult, solve
-from ..passes.shard.op_graph import OpGraph
-from ..passes.shard.page import plan_page
-from ..passes.shard.plan import Plan, plan_problems
-from ..passes.shard.plan_file import PlanFile, Target, load_plan_file
-from ..passes.shard.planner import Problem, SearchResult, pareto, search
-from ..passes.shard.space import Space, parse_pins
-from ..passes.shard.step import StepReport, predict_step
-from ..passes.shard.tables import ConfigError
-from ..passes.shard.traced import cut_words
-from .commands.output import console
+from ...passes.shard.cluster import Cluster, Mesh, load_cluster
+from ...passes.shard.collectives import axis_group
+from ...passes.shard.explain import by_hand, diff, why_not
+from ...passes.shard.explain_op import why_op
+from ...passes.shard.inference import InferenceProblem
+from ...passes.shard.inference import plan_inference as search_inference
+from ...passes.shard.intra_op import IntraProblem, IntraResult, solve
+from ...passes.shard.op_graph import OpGraph
+from ...passes.shard.page import plan_page
+from ...passes.shard.plan import Plan, plan_problems
+from ...passes.shard.plan_file import PlanFile, Target, load_plan_file
+from ...passes.shard.planner import Problem, SearchResult, pareto, search
+from ...passes.shard.space import Space, parse_pins
+from ...passes.shard.step import StepReport, predict_step
+from ...passes.shard.tables import ConfigError
+from ...passes.shard.traced import cut_words
+from ..commands.output import console
 from .plan_model import PlannedModel, load_for_planning
 
 __all__ = ["Request", "Wishes", "plan_inference", "plan_training", "problem_of", "show_diff"]

@@ -2,7 +2,7 @@
 
 `ShardedModule` is called like the model it was made from and gives the loss (the mean over the whole batch, on every rank);
 `loss.backward()` fills the parameters' gradients, which are DTensors too. Forward and backward are one compiled program each, collectives
-included (see `sharded_program.py`). State dictionaries have the model's names and hold DTensors, so that torch.distributed.checkpoint
+included (see `program.py`). State dictionaries have the model's names and hold DTensors, so that torch.distributed.checkpoint
 saves and loads them. Parameters of a model on meta are allocated at their local size and are undefined until they are loaded.
 """
 
@@ -18,13 +18,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from ..ir.interpreter.dist import piece
-from ..ir.sharding import Mesh, Placement
-from .errors import UserError
+from ...ir.interpreter.dist import piece
+from ...ir.sharding import Mesh, Placement
+from ..errors import UserError
 from .joint import Argument, flatten_inputs, model_tensors
-from .sharded_program import ShardedProgram
+from .layouts import DATA
+from .program import ShardedProgram, local_size
+from .ranks import local_piece
 
-__all__ = ["ShardedModule", "agree", "local_piece", "portable", "shard_model", "take_back", "to_placements"]
+__all__ = ["ShardedModule", "portable", "shard_model", "take_back", "to_placements"]
 
 
 def to_placements(placement: Mapping[str, Placement], mesh: Mesh) -> list[Any]:
@@ -39,16 +41,6 @@ def to_placements(placement: Mapping[str, Placement], mesh: Mesh) -> list[Any]:
         else:
             made.append(Shard(p.dim))
     return made
-
-
-def local_piece(x: torch.Tensor, placement: Mapping[str, Placement], mesh: Mesh, order: Sequence[str], rank: int) -> torch.Tensor:
-    """This rank's piece of a whole tensor."""
-    at = mesh.coordinates(rank)
-    for axis in order:
-        p = placement.get(axis)
-        if p is not None and p.kind == "shard":
-            x = piece(x, at[axis], mesh.size(axis), p.dim, p.parts)
-    return x
 
 
 def portable(x: Any) -> Any:
@@ -71,41 +63,35 @@ def take_back(x: Any, loaded: Any) -> None:
         x.to_local().copy_(local)
 
 
-def agree(what: str, mine: str, among: str = "") -> None:
-    """Raises UserError on every rank unless all ranks (that give the same `among`) say the same."""
-    said: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, (among, mine))
-    for group in dict.fromkeys(a for a, _ in said):
-        texts = list(dict.fromkeys(t for a, t in said if a == group))
-        if len(texts) > 1:
-            listed = "; ".join(f"ranks {', '.join(str(r) for r, s in enumerate(said) if s == (group, t))}: {t[:200]}" for t in texts)
-            raise UserError(f"the ranks disagree on {what}: {listed}")
-
-
 class _Step(torch.autograd.Function):
     """The program as one autograd node."""
 
     @staticmethod
-    def forward(ctx: Any, program: ShardedProgram, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, module: ShardedModule, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        program = module.program
         arguments = [x.to_local() if isinstance(x, DTensor) else x for x in given]
         outputs, saved = program.run_forward(arguments)
-        ctx.program, ctx.whole = program, [x if isinstance(x, DTensor) else None for x in given]
+        ctx.module, ctx.whole = module, [x if isinstance(x, DTensor) else None for x in given]
         ctx.save_for_backward(*(arguments[i] for i in program.cut.saved_arguments), *saved)
         ctx.mark_non_differentiable(*(x for i, x in enumerate(outputs) if i not in program.joint.tangents))
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        program: ShardedProgram = ctx.program
+        module: ShardedModule = ctx.module
+        program = module.program
         kept = ctx.saved_tensors
         n = len(program.cut.saved_arguments)
         given = [tangents[i].contiguous() for i in program.joint.tangents]
-        gradients = program.run_backward(kept[:n], kept[n:], given)
         found: dict[int, torch.Tensor] = {}
-        for i, gradient, placement in zip(program.joint.gradients, gradients, program.layout.gradients, strict=True):
-            whole = ctx.whole[i]
-            found[i] = gradient if whole is None else DTensor.from_local(
-                gradient, whole.device_mesh, to_placements(placement, program.mesh), run_check=False, shape=whole.shape, stride=whole.stride())
+        if program.halves is None:
+            gradients = program.run_backward(kept[:n], kept[n:], given)
+            for k, (i, gradient) in enumerate(zip(program.joint.gradients, gradients, strict=True)):
+                found[i] = gradient if ctx.whole[i] is None else module.gradient(k, ctx.whole[i], gradient)
+        else:
+            gradients, later = program.run_backward_inputs(kept[:n], kept[n:], given)
+            found.update(zip((program.joint.gradients[k] for k in program.which("input")), gradients, strict=True))
+            module.deferred.append(later)
         return (None, *(found.get(i) for i in range(len(program.joint.arguments))))
 
 
@@ -121,6 +107,8 @@ class ShardedModule(torch.nn.Module):
                                     for a in program.joint.arguments]
         self.inputs = [i for i, a in enumerate(program.joint.arguments) if a.kind == "input"]
         self._rank = dist.get_rank() if rank is None else rank
+        self.deferred: list[Callable[[], list[torch.Tensor]]] = []  # backward passes whose second half is still to run
+        self._placements = [to_placements(p, program.mesh) for p in program.layout.gradients]
 
     @property
     def skeleton(self) -> torch.nn.Module:
@@ -157,16 +145,38 @@ class ShardedModule(torch.nn.Module):
         given: list[Any] = list(self._tensors)
         for i, x in zip(self.inputs, tensors, strict=True):
             given[i] = self._input(i, x)
-        outputs = _Step.apply(self.program, *given)
+        outputs = _Step.apply(self, *given)
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def gradient(self, k: int, parameter: DTensor, local: torch.Tensor) -> DTensor:
+        """This rank's piece of the k-th gradient of the program as a DTensor."""
+        return DTensor.from_local(local, parameter.device_mesh, self._placements[k], run_check=False, shape=parameter.shape,
+                                  stride=parameter.stride())
+
+    def take_deferred(self) -> Callable[[], None]:
+        """The second half of the last backward pass: run, it adds to the parameters' gradients."""
+        later, program = self.deferred.pop(), self.program
+
+        def run() -> None:
+            for k, local in zip(program.which("param"), later(), strict=True):
+                parameter = self._tensors[program.joint.gradients[k]]
+                if parameter.grad is None:
+                    parameter.grad = self.gradient(k, parameter, local)
+                else:
+                    parameter.grad.to_local().add_(local)
+        return run
 
     def _input(self, i: int, x: torch.Tensor) -> torch.Tensor:
         argument, placement = self.program.joint.arguments[i], self.program.layout.arguments[i]
         program = self.program
         if isinstance(x, DTensor):
             x = x.to_local()
+        rows = {k: p for k, p in placement.items() if k == DATA}
         if tuple(x.shape) == argument.shape:
             x = local_piece(x, placement, program.mesh, program.layout.order, self._rank)
+        elif len(rows) < len(placement) and tuple(x.shape) == local_size(argument.shape, rows, program.mesh, program.layout.order):
+            rest = {k: p for k, p in placement.items() if k != DATA}  # this data rank's rows
+            x = local_piece(x, rest, program.mesh, program.layout.order, self._rank)
         func = next(op for op in program.cut.forward.body if op.name == "func")
         want = tuple(func.body.args[i].type.shape)  # type: ignore[attr-defined]
         if tuple(x.shape) != want or x.dtype != argument.dtype:

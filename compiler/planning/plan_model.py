@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from ..passes.shard.cluster import Cluster
-from ..passes.shard.model import ModelConfig, from_transformers
-from ..passes.shard.traced import traced_config
-from .errors import UserError
-from .model_file import LoadedModel, Script, defined_names, load, namespace
+from ...passes.shard.cluster import Cluster
+from ...passes.shard.model import ModelConfig, from_transformers
+from ...passes.shard.traced import traced_config
+from ..errors import UserError
+from ..model_file import LoadedModel, Script, defined_names, load, namespace
 from .op_capture import Captured, capture
 
 __all__ = ["PlannedModel", "load_for_planning"]

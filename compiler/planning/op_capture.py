@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..passes.shard.op_graph import Operand, OpGraph, OpNode, Tensor, graph_hash
-from ..passes.shard.traced import TracedKind
-from .errors import UserError
-from .model_file import LoadedModel
+from ...passes.shard.op_graph import Operand, OpGraph, OpNode, Tensor, graph_hash
+from ...passes.shard.traced import TracedKind
+from ..errors import UserError
+from ..model_file import LoadedModel
 from .op_rules import FUNCTIONS, Rule, rule_of
 
 __all__ = ["Captured", "capture"]

@@ -2,7 +2,8 @@
 
 An update rule is a function of one parameter written in PyTorch. It is traced once per different (shape, placements), partitioned with
 the placements that the ZeRO stage gives parameter, gradient and state, and compiled. ZeRO 1 and 2 update the piece of the parameter that
-the rank's state covers and gather the rest; with ZeRO 3 nothing is communicated. State tensors are DTensors.
+the rank's state covers and gather the rest; with ZeRO 3 nothing is communicated. State tensors are DTensors. Under a plan with `offload`
+they lie in pinned host memory and visit the device one parameter at a time.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..backends.nccl import collective_order
-from ..frontend.decompositions import decomposition_table
-from ..frontend.importer import import_graph
-from ..ir.core import Operation
-from ..ir.passes import PassContext, parse_pipeline, run_pipeline
-from ..ir.sharding import Mesh, Placement
-from ..passes.shard.plan import Plan
-from ..passes.spmd import Policy, partition
-from ..runtime.executor import CompiledGraph
-from .distributed import ShardedModule, to_placements
-from .errors import UserError
+from ...backends.nccl import collective_order
+from ...frontend.decompositions import decomposition_table
+from ...frontend.importer import import_graph
+from ...ir.core import Operation
+from ...ir.passes import PassContext, parse_pipeline, run_pipeline
+from ...ir.sharding import Mesh, Placement
+from ...passes.shard.plan import Plan
+from ...passes.spmd import Policy, partition
+from ...runtime.executor import CompiledGraph
+from ..errors import UserError
+from ..options import Options
 from .layouts import DATA, TENSOR, state_placement
-from .options import Options
-from .sharded_program import COLLECTIVE_PASSES, compile_rank, local_size
+from .module import ShardedModule, to_placements
+from .program import COLLECTIVE_PASSES, compile_rank, local_size
 
 __all__ = ["OptimizerRule", "ShardedOptimizer", "rule_of", "update_module"]
 
@@ -139,7 +140,9 @@ class ShardedOptimizer:
         self.rule, self.lr, self.steps = rule, rule.lr, 0
         self.order: list[str] = []
         self._modules: dict[Any, Operation] = {}
-        self._rows: list[tuple[torch.nn.Parameter, list[DTensor], Any]] = []
+        self._offload = plan.offload
+        self._rows: list[tuple[torch.nn.Parameter, list[Tensor], Any]] = []
+        self._whole: list[tuple[ShardedModule, list[Any]]] = []  # the mesh and the placements of a row's states
         self._names: list[str] = []
         for module in modules:
             self._add(module, plan)
@@ -164,10 +167,10 @@ class ShardedOptimizer:
                 self._modules[key] = self._module(a.shape, a.dtype, placement, gradient, state, program.mesh, module.device_mesh.device_type)
             local = local_size(a.shape, state, program.mesh, program.layout.order)
             device = parameter.to_local().device  # type: ignore[attr-defined]
-            states = [DTensor.from_local(torch.zeros(local, dtype=a.dtype, device=device), module.device_mesh,
-                                         to_placements(state, program.mesh), run_check=False, shape=torch.Size(a.shape),
-                                         stride=torch.empty(a.shape, device="meta").stride()) for _ in self.rule.states]
+            away = self._offload and device.type == "cuda"
+            states = [torch.zeros(local, dtype=a.dtype, device="cpu" if away else device, pin_memory=away) for _ in self.rule.states]
             self._rows.append((parameter, states, key))
+            self._whole.append((module, to_placements(state, program.mesh)))
             self._names.append(a.name)
 
     def _module(self, shape: Sequence[int], dtype: torch.dtype, parameter: Mapping[str, Placement], gradient: Mapping[str, Placement],
@@ -184,24 +187,45 @@ class ShardedOptimizer:
         """One update of every parameter that has a gradient."""
         self.steps += 1
         values = self.rule.numbers(self.steps, self.lr)
-        numbers = {d: [torch.tensor(v, dtype=_number_type(d), device=self._device) for v in values] for d in self._dtypes}
+        # Filled there: a copy from the host would wait until the device has done the backward pass.
+        numbers = {d: [torch.full((), v, dtype=_number_type(d), device=self._device) for v in values] for d in self._dtypes}
         for parameter, states, key in self._rows:
             grad = parameter.grad
             if grad is None:
                 continue
             assert isinstance(parameter, DTensor) and isinstance(grad, DTensor)
-            self._programs[key]([parameter.to_local(), grad.to_local().contiguous(), *(s.to_local() for s in states), *numbers[parameter.dtype]])
+            here = [s.to(self._device, non_blocking=True) for s in states] if self._offload else states
+            self._programs[key]([parameter.to_local(), grad.to_local().contiguous(), *here, *numbers[parameter.dtype]])
+            if self._offload:
+                for state, new in zip(states, here, strict=True):
+                    state.copy_(new, non_blocking=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for parameter, _, _ in self._rows:
             parameter.grad = None
 
+    def state_bytes(self) -> int:
+        """Bytes of this rank's state on its device."""
+        here = [] if self._offload and self._device.type == "cuda" else [s for _, states, _ in self._rows for s in states]
+        return sum(s.numel() * s.element_size() for s in here)
+
     def state_dict(self) -> dict[str, Any]:
-        """DTensors by '<state>.<parameter>', and the number of steps."""
+        """DTensors by '<state>.<parameter>', and the number of steps. States in host memory come as copies: see `take_state`."""
         found: dict[str, Any] = {"steps": torch.tensor(self.steps)}
-        for name, (_, states, _) in zip(self._names, self._rows, strict=True):
-            found.update({f"{kind}.{name}": s for kind, s in zip(self.rule.states, states, strict=True)})
+        if self._offload and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        for name, (parameter, states, _), (module, placements) in zip(self._names, self._rows, self._whole, strict=True):
+            for kind, state in zip(self.rule.states, states, strict=True):
+                found[f"{kind}.{name}"] = DTensor.from_local(state, module.device_mesh, placements, run_check=False, shape=parameter.shape,
+                                                             stride=torch.empty(parameter.shape, device="meta").stride())
         return found
+
+    def take_state(self, given: Mapping[str, Any]) -> None:
+        """Copies into place what `state_dict` gave, where those were copies."""
+        for name, (_, states, _) in zip(self._names, self._rows, strict=True):
+            for kind, state in zip(self.rule.states, states, strict=True):
+                if given[f"{kind}.{name}"].to_local().data_ptr() != state.data_ptr():
+                    state.copy_(given[f"{kind}.{name}"].to_local())
 
     def updates(self) -> Iterable[Operation]:
         """The update module of each parameter, with its dist ops."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.fx as fx
 
-from .errors import UserError
+from ..errors import UserError
 from .joint import Argument, Exported
 
 __all__ = ["StagePart", "block_count", "cut_stages", "even_counts"]

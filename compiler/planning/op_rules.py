@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..passes.shard.op_graph import Loop
+from ...passes.shard.op_graph import Loop
 
 __all__ = ["FUNCTIONS", "Rule", "rule_of"]
 

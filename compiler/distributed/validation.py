@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from ..ir.sharding import Mesh, Placement
-from ..passes.spmd import Partitioned, Policy, disassemble, partition
-from ..passes.spmd.faults import plant
-from ..passes.spmd.validate import Difference, Report, validate
+from ...ir.sharding import Mesh, Placement
+from ...passes.spmd import Partitioned, Policy, disassemble, partition
+from ...passes.spmd.faults import plant
+from ...passes.spmd.validate import Difference, Report, validate
 from .auto_shard import ShardingPlan
 from .joint import Joint, model_tensors
 from .layouts import DATA, TENSOR, state_placement
-from .sharded_optimizer import update_module
-from .sharded_program import Layout, partition_joint
+from .optimizer import update_module
+from .program import Layout, partition_joint
 
 __all__ = ["FaultReport", "PlanReport", "planted_faults", "validate_plan"]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from ..commands.output import console
+from ..errors import UserError
+from ..model_file import LoadedModel, load
 from .auto_shard import auto_shard
-from .commands.output import console
-from .errors import UserError
-from .model_file import LoadedModel, load
-from .sharded_validation import planted_faults, validate_plan
+from .validation import planted_faults, validate_plan
 
 __all__ = ["check_plan"]
 

@@ -22,12 +22,12 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from .. import passes  # noqa: F401  (registers the passes of `_CLEAN`)
-from ..frontend.decompositions import decomposition_table
-from ..frontend.importer import import_graph
-from ..ir.core import Operation
-from ..ir.passes import PassContext, parse_pipeline, run_pipeline
-from .errors import UserError
+from ... import passes  # noqa: F401  (registers the passes of `_CLEAN`)
+from ...frontend.decompositions import decomposition_table
+from ...frontend.importer import import_graph
+from ...ir.core import Operation
+from ...ir.passes import PassContext, parse_pipeline, run_pipeline
+from ..errors import UserError
 from .experts import dispatch_experts
 
 __all__ = ["Argument", "Exported", "Joint", "export_model", "flatten_inputs", "make_joint", "model_tensors"]

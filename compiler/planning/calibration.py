@@ -24,11 +24,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ..passes.shard.calibrate import GemmSample, LinkSample, fit_gemm, fit_link, fit_memory
-from ..passes.shard.cluster import Cluster, Device, Efficiency, Level, NodeGroup
-from ..passes.shard.collectives import ALGORITHMS
-from ..passes.shard.kernels import gemm_time, memory_time
-from .errors import UserError
+from ...passes.shard.calibrate import GemmSample, LinkSample, fit_gemm, fit_link, fit_memory
+from ...passes.shard.cluster import Cluster, Device, Efficiency, Level, NodeGroup
+from ...passes.shard.collectives import ALGORITHMS
+from ...passes.shard.kernels import gemm_time, memory_time
+from ..errors import UserError
 
 __all__ = ["Calibration", "CalibrationRequest", "calibrate"]
 

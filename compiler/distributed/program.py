@@ -3,30 +3,35 @@
     program = build_program(joint, layout, mesh, rank, groups, options)
     outputs, saved = program.run_forward(arguments)
     gradients = program.run_backward(arguments, saved, tangents)
+
+With `halves=True` the backward pass is two programs, for schedules that put the gradients of weights off:
+
+    gradients, later = program.run_backward_inputs(arguments, saved, tangents)       # of the inputs
+    gradients = later()                                                              # of the parameters
 """
 
 from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..backends.nccl import collective_order, lower_collectives
-from ..ir.core import Operation
-from ..ir.passes import PassContext, Remark, parse_pipeline, run_pipeline
-from ..ir.printer import print_op
-from ..ir.sharding import Mesh, Placement, local_shape
-from ..passes.spmd import Partitioned, Policy, Split, partition, split
-from ..runtime import collectives as _collectives  # registers aicc_dist.wait
-from ..runtime.executor import CompiledGraph
-from .driver import compile_graph
+from ...backends.nccl import collective_order, lower_collectives
+from ...ir.core import Operation
+from ...ir.passes import PassContext, Remark, parse_pipeline, run_pipeline
+from ...ir.printer import print_op
+from ...ir.sharding import Mesh, Placement, local_shape
+from ...passes.spmd import Partitioned, Policy, Split, partition, split
+from ...runtime import collectives as _collectives  # registers aicc_dist.wait
+from ...runtime.executor import CompiledGraph
+from ..driver import compile_graph
+from ..options import Options
 from .joint import Joint
-from .options import Options
 
 __all__ = ["COLLECTIVE_PASSES", "Layout", "ShardedProgram", "build_program", "local_size"]
 
@@ -38,13 +43,14 @@ assert _collectives is not None
 @dataclass(frozen=True)
 class Layout:
     """Placements of a joint module. arguments: per argument, axis -> placement; gradients: per gradient; outputs: per output (None:
-    as it comes); policies: the axes in the order in which they cut.
+    as it comes); policies: the axes in the order in which they cut; recompute: which forward values the backward pass makes again.
     """
 
     policies: tuple[Policy, ...]
     arguments: tuple[Mapping[str, Placement], ...]
     gradients: tuple[Mapping[str, Placement], ...]
     outputs: tuple[Mapping[str, Placement] | None, ...]
+    recompute: str = "none"
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -61,7 +67,9 @@ def local_size(shape: Sequence[int], placement: Mapping[str, Placement], mesh: M
 
 @dataclass
 class ShardedProgram:
-    """`partitioned` is the module with dist ops before they are lowered; `order` its collectives, forward then backward."""
+    """`partitioned` is the module with dist ops before they are lowered; `order` its collectives, forward then backward. `halves`: the backward
+    function cut once more, with the gradients of inputs first.
+    """
 
     joint: Joint
     layout: Layout
@@ -72,6 +80,18 @@ class ShardedProgram:
     remarks: list[Remark] = field(default_factory=list)
     forward: CompiledGraph | None = None
     backward: CompiledGraph | None = None
+    halves: Split | None = None
+    backward_inputs: CompiledGraph | None = None
+    backward_weights: CompiledGraph | None = None
+
+    @property
+    def parts(self) -> tuple[Operation, ...]:
+        """The modules that run, with their dist ops."""
+        return (self.cut.forward, *((self.cut.backward,) if self.halves is None else (self.halves.forward, self.halves.backward)))
+
+    def which(self, kind: str) -> list[int]:
+        """The positions among `joint.gradients` of those of inputs (kind 'input') or of parameters ('param')."""
+        return [k for k, i in enumerate(self.joint.gradients) if (self.joint.arguments[i].kind == "input") == (kind == "input")]
 
     @property
     def digest(self) -> str:
@@ -90,6 +110,16 @@ class ShardedProgram:
         assert self.backward is not None
         return self.backward([*(x.detach() for x in arguments), *saved, *tangents])
 
+    def run_backward_inputs(self, arguments: Sequence[torch.Tensor], saved: Sequence[torch.Tensor],
+                            tangents: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], list[torch.Tensor]]]:
+        """The gradients of the inputs (in the order of `which("input")`), and what gives those of the parameters later."""
+        assert self.halves is not None and self.backward_inputs is not None and self.backward_weights is not None
+        given = [*(x.detach() for x in arguments), *saved, *tangents]
+        made = self.backward_inputs(list(given))
+        count, weights = len(self.which("input")), self.backward_weights
+        kept = [*(given[i] for i in self.halves.saved_arguments), *made[count:]]
+        return made[:count], lambda: weights(kept)
+
 
 def partition_joint(joint: Joint, layout: Layout, mesh: Mesh) -> Partitioned:
     """The per-rank joint module, with dist ops."""
@@ -98,21 +128,39 @@ def partition_joint(joint: Joint, layout: Layout, mesh: Mesh) -> Partitioned:
 
 
 def build_program(joint: Joint, layout: Layout, mesh: Mesh, rank: int, groups: Mapping[str, str], options: Options, *,
-                  compiled: bool = True) -> ShardedProgram:
-    """Partitions, cuts into forward and backward, and compiles both for `rank`. groups: axis -> name of its process group.
+                  compiled: bool = True, halves: bool = False) -> ShardedProgram:
+    """Partitions, cuts into forward and backward (with `halves`, that into two), and compiles the parts for `rank`. groups: axis -> name of
+    its process group.
 
     IRError where the layout does not fit the module. With `compiled=False` nothing is compiled (for looking at what would run).
     """
     partitioned = partition_joint(joint, layout, mesh)
-    cut = split(partitioned.module, joint.outputs, len(joint.tangents))
+    cut = split(partitioned.module, joint.outputs, len(joint.tangents), recompute=layout.recompute)
+    program = ShardedProgram(joint, layout, mesh, partitioned, cut, [])
+    if halves:
+        program.halves = _halves(program)
+    names = ("forward", "backward") if program.halves is None else ("forward", "backward-inputs", "backward-weights")
     ctx = PassContext()
-    for module in (cut.forward, cut.backward):
+    for module, name in zip(program.parts, names, strict=True):
         run_pipeline(module, parse_pipeline(COLLECTIVE_PASSES), ctx)
-    order = [*(f"forward {line}" for line in collective_order(cut.forward)), *(f"backward {line}" for line in collective_order(cut.backward))]
-    program = ShardedProgram(joint, layout, mesh, partitioned, cut, order, ctx.remarks)
+        program.order += [f"{name} {line}" for line in collective_order(module)]
+    program.remarks = ctx.remarks
     if compiled:
-        program.forward, program.backward = compile_rank([(cut.forward, "forward"), (cut.backward, "backward")], mesh, rank, groups, options)
+        program.forward, *rest = compile_rank(list(zip(program.parts, names, strict=True)), mesh, rank, groups, options)
+        if program.halves is None:
+            (program.backward,) = rest
+        else:
+            program.backward_inputs, program.backward_weights = rest
     return program
+
+
+def _halves(program: ShardedProgram) -> Split:
+    """The backward function, its results reordered: gradients of inputs first."""
+    inputs, weights = program.which("input"), program.which("param")
+    module = program.cut.backward.clone()
+    terminator = next(op for op in module.body if op.name == "func").body.terminator
+    terminator.set_operands([terminator.operands[k] for k in (*inputs, *weights)])
+    return split(module, len(inputs), 0)
 
 
 def compile_rank(modules: Sequence[tuple[Operation, str]], mesh: Mesh, rank: int, groups: Mapping[str, str],

@@ -7,7 +7,7 @@
 
 `auto_shard` needs no process group and no weights: the model may be on meta. It searches (passes/shard) unless it is given a plan: a
 `Plan`, or the path of a plan file. `plan.validate(model, inputs)` runs the sharded program on virtual ranks and compares it with the
-whole one; see `sharded_validation.py`.
+whole one; see `validation.py`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils import _pytree as pytree
 
-from ..ir.sharding import Mesh, Placement
-from ..passes import shard as planner
-from ..passes.shard import Plan
-from ..passes.spmd.traffic import traffic
-from .distributed import ShardedModule, agree, portable, shard_model, take_back
-from .errors import UserError
+from ...ir.sharding import Mesh, Placement
+from ...passes import shard as planner
+from ...passes.shard import Plan
+from ...passes.spmd.traffic import traffic
+from ..errors import UserError
+from ..options import Options
 from .joint import Exported, Joint, export_model, flatten_inputs, make_joint
-from .layouts import DATA, STAGE, check_supported, layout_of, mesh_of
-from .options import Options
+from .layouts import DATA, STAGE, check_supported, layout_of, mesh_of, read_plan
+from .memory import StepMemory, alive_micro_batches, step_memory
+from .module import ShardedModule, portable, shard_model, take_back
+from .optimizer import OptimizerRule, ShardedOptimizer, rule_of
 from .pipeline import Pipeline, build_pipeline
-from .sharded_optimizer import OptimizerRule, ShardedOptimizer, rule_of
-from .sharded_program import Layout, ShardedProgram, build_program
+from .program import Layout, ShardedProgram, build_program
+from .ranks import agree, check_world
 
 __all__ = ["ShardedTraining", "ShardingPlan", "auto_shard"]
 
@@ -78,7 +80,7 @@ class ShardingPlan:
         `init(name, local tensor)` fills parameters and buffers of a model on meta. UserError, the same on every rank, when the plan
         does not fit the world or the model.
         """
-        _check_world(self.mesh, self.plan)
+        check_world(self.mesh, self.plan)
         if _structure(model) != self.structure:
             raise UserError("this plan was made for another model: the names or shapes of its parameters differ")
         agree("the plan and the model", f"{self.plan.label} {self.structure}")
@@ -173,13 +175,19 @@ class ShardedTraining:
             return x
         return x[k * rows:(k + 1) * rows]
 
+    def memory(self) -> StepMemory:
+        """Bytes that this rank needs at the most, as its programs say."""
+        if self.pipeline is None:
+            return step_memory(self.modules, self.optimizer, [1])
+        return step_memory(self.modules, self.optimizer, [alive_micro_batches(self.pipeline.steps, s) for s in self.pipeline.stages])
+
     def traffic(self) -> Counter[tuple[str, str]]:
         """Bytes that one `step` hands to collectives on this rank, by (kind, mesh axis), as the IR says. Activations that a pipeline sends
         are not collectives.
         """
         total: Counter[tuple[str, str]] = Counter()
         for module in self.modules:
-            for part in (module.program.cut.forward, module.program.cut.backward):
+            for part in module.program.parts:
                 total.update({k: n * self.micro_batches for k, n in traffic(part).items()})
         for module_of_update in self.optimizer.updates() if self.optimizer is not None else ():
             total.update(traffic(module_of_update))
@@ -193,10 +201,12 @@ class ShardedTraining:
 
     def load_state_dict(self, given: Mapping[str, Any]) -> None:
         """Takes over what was loaded into the result of `state_dict`, under this or another plan."""
-        for kind, state in self._state().items():
+        mine = self._state()
+        for kind, state in mine.items():
             for name, x in state.items():
                 take_back(x, given[kind][name])
         if self.optimizer is not None:
+            self.optimizer.take_state(mine["optimizer"])
             self.optimizer.steps = int(given["optimizer"]["steps"])
 
     def _state(self) -> dict[str, dict[str, Any]]:
@@ -223,7 +233,7 @@ def auto_shard(model: torch.nn.Module, inputs: Mapping[str, Any] | Sequence[Any]
     leaves, _, positions = flatten_inputs(args, kwargs)
     first = next((leaves[i] for i in positions if leaves[i].dim()), None)
     batch = None if first is None else int(first.shape[0])
-    chosen = _read(plan) if plan is not None else _search(model, wanted, hardware, first, batch)
+    chosen = read_plan(plan) if plan is not None else _search(model, wanted, hardware, first, batch)
     if chosen.devices != wanted.size:
         raise UserError(f"the plan {chosen.label} takes {chosen.devices} devices (dp * tp * cp * pp), the mesh {wanted} has {wanted.size}")
     check_supported(chosen)
@@ -240,15 +250,6 @@ def auto_shard(model: torch.nn.Module, inputs: Mapping[str, Any] | Sequence[Any]
                             expert_parallel=chosen.ep > 1)
     rule = None if optimizer is None else rule_of(optimizer)
     return ShardingPlan(chosen, mesh_of(chosen), exported, None if batch is None else rows, micro_batches, rule, _structure(model), where, placements)
-
-
-def _read(plan: Plan | str | Path) -> Plan:
-    if isinstance(plan, Plan):
-        return plan
-    try:
-        return planner.load_plan(plan)
-    except planner.ConfigError as e:
-        raise UserError(str(e)) from e
 
 
 def _search(model: torch.nn.Module, mesh: planner.Mesh, hardware: str, first: torch.Tensor | None, batch: int | None) -> Plan:
@@ -270,12 +271,3 @@ def _structure(model: torch.nn.Module) -> str:
     """Names, shapes and dtypes of the parameters, as a short hash."""
     text = "\n".join(f"{n} {tuple(p.shape)} {p.dtype}" for n, p in model.named_parameters())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _check_world(mesh: Mesh, plan: Plan) -> None:
-    if not dist.is_initialized():
-        raise UserError("no process group: call torch.distributed.init_process_group() and start the program with torchrun")
-    world = dist.get_world_size()
-    if world != mesh.ranks:
-        raise UserError(f"the plan {plan.label} takes {mesh.ranks} ranks (pp {plan.pp} * dp {plan.dp} * tp {plan.tp}), but {world} "
-                        f"{'is' if world == 1 else 'are'} running: start it with torchrun --nproc-per-node {mesh.ranks}")

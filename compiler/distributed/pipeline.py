@@ -1,7 +1,9 @@
 """Pipelines: every part of the model is a compiled, sharded module; torch.distributed.pipelining runs the schedule.
 
-Rank layout: the mesh is (pp, dp, tp); the ranks of one pp coordinate hold the same parts. Part p lies on stage p mod pp (interleaved
-schedules have several parts per rank). All parts are given the model's inputs (tokens and labels are small), activations go from part to
+Rank layout: the mesh is (pp, dp, cp, tp); the ranks of one pp coordinate hold the same parts. Which parts those are, and the order of their
+operations, is what `passes/shard/schedules.py` says and the simulator has simulated: torch's runtime runs that list, with sends and
+receives that it adds. Schedules that part the gradients of inputs and of weights (zero bubble) run the two halves of a part's compiled
+backward pass. All parts are given the model's inputs (tokens and labels are small), activations go from part to
 part. A parameter that several parts hold (tied embeddings) has its gradient summed over them after the schedule.
 """
 
@@ -15,24 +17,26 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
 from torch.distributed.tensor import DTensor
 
-from ..ir.sharding import Mesh
-from ..passes.shard.plan import Plan
-from ..passes.shard.schedules import schedule_problem
-from ..runtime.dtypes import torch_dtype
-from .distributed import ShardedModule, shard_model
-from .errors import UserError
+from ...ir.sharding import Mesh
+from ...passes.shard.plan import Plan
+from ...passes.shard.schedules import SCHEDULES, Schedule, build_schedule, schedule_problem
+from ...runtime.dtypes import torch_dtype
+from ..errors import UserError
+from ..options import Options
 from .joint import Exported, make_joint
-from .layouts import DATA, STAGE, TENSOR, layout_of
-from .options import Options
-from .sharded_program import build_program
+from .layouts import STAGE, layout_of, stage_mesh
+from .module import ShardedModule, shard_model
+from .program import build_program
 from .stages import StagePart, block_count, cut_stages, even_counts
 
 __all__ = ["Pipeline", "build_pipeline"]
 
-_SCHEDULES: dict[str, Callable[..., Any]] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
-"""Those that take a stage's backward pass as a whole; zero-bubble schedules would need its two halves apart."""
+_TORCHS: dict[str, Callable[..., Any]] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
+"""Those that torch has in the same order, under public names."""
+_KINDS = {"F": "F", "BW": "B", "B": "I", "W": "W"}
 
 
 class _StageModule(torch.nn.Module):
@@ -60,6 +64,8 @@ class Pipeline:
     last_rank: int
     group: dist.ProcessGroup
     tied: list[tuple[str, tuple[int, ...], torch.dtype, list[int]]]  # name, local shape, dtype, parts
+    steps: Schedule
+    stages: list[int]  # of this rank
 
     def run(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """Forward and backward of one global step; gives the mean loss on every rank. inputs: this data rank's rows of each input."""
@@ -95,42 +101,58 @@ def build_pipeline(model: torch.nn.Module, exported: Exported, plan: Plan, batch
 
     Gives the pipeline, its collectives in order, the mesh of one stage, its groups, and this rank's place in that mesh.
     """
-    build = _SCHEDULES.get(plan.schedule)
-    if build is None:
-        raise UserError(f"the schedule '{plan.schedule}' can be planned but not run; those that run: {', '.join(_SCHEDULES)}")
     problem = schedule_problem(plan.schedule, plan.pp, micro_batches, plan.interleave)
     if problem:
         raise UserError(problem)
+    if SCHEDULES[plan.schedule].copies > 1:
+        raise UserError(f"the schedule '{plan.schedule}' keeps two copies of the parameters and can be planned but not run; "
+                        "dualpipe-v runs the same order on one copy")
+    steps = build_schedule(plan.schedule, plan.pp, micro_batches, plan.interleave)
+    halves = SCHEDULES[plan.schedule].splits_backward
     parts = cut_stages(exported, plan.split or even_counts(block_count(exported), plan.parts))
     device = device_mesh.device_type
-    stage_mesh = Mesh(((DATA, plan.dp), (TENSOR, plan.tp)))
-    sub_mesh = device_mesh[DATA, TENSOR]
-    groups = {name: sub_mesh.get_group(name).group_name for name in (DATA, TENSOR)}
-    place = dist.get_rank() % stage_mesh.ranks
+    mesh = stage_mesh(plan)
+    sub_mesh = device_mesh[mesh.names]
+    groups = {name: sub_mesh.get_group(name).group_name for name in mesh.names}
+    place = dist.get_rank() % mesh.ranks
     here = device_mesh.get_local_rank(STAGE)
     group = device_mesh.get_group(STAGE)
     modules, stages, order = [], [], []
     torch_device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
     for p, part in enumerate(parts):
-        if p % plan.pp != here:
+        if steps.rank_of[p] != here:
             continue
         count = len(part.exported.arguments)
         joint = make_joint(part.exported, differentiable_inputs=range(count - part.received, count), device=device)
-        layout = layout_of(joint, plan, stage_mesh, batch=batch, overrides=overrides)
-        program = build_program(joint, layout, stage_mesh, place, groups, options)
-        skeleton = shard_model(model, joint.arguments, layout.arguments, stage_mesh, layout.order, sub_mesh, init, rank=place, only=True)
+        layout = layout_of(joint, plan, mesh, batch=batch, overrides=overrides)
+        program = build_program(joint, layout, mesh, place, groups, options, halves=halves)
+        skeleton = shard_model(model, joint.arguments, layout.arguments, mesh, layout.order, sub_mesh, init, rank=place, only=True)
         module = ShardedModule(skeleton, program, sub_mesh, place)
         modules.append(module)
         order += [f"part {p} {line}" for line in program.order]
         forward = next(op for op in program.cut.forward.body if op.name == "func")
         taken = _examples([a.type for a in forward.body.args][count - part.received:count], torch_device)
         given = _examples([v.type for v in forward.body.terminator.operands[:joint.outputs]], torch_device)
-        stages.append(PipelineStage(_StageModule(module, part), p, len(parts), torch_device, input_args=taken, output_args=given, group=group))
-    schedule = build(stages if plan.schedule == "interleaved" else stages[0], micro_batches, loss_fn=lambda out, mark: out)
+        stages.append(PipelineStage(_StageModule(module, part), p, len(parts), torch_device, input_args=taken, output_args=given, group=group,
+                                    dw_builder=module.take_deferred if halves else None))
     ranks = dist.get_process_group_ranks(group)
-    pipeline = Pipeline(modules, schedule, micro_batches, (len(parts) - 1) % plan.pp == here, ranks[(len(parts) - 1) % plan.pp], group,
-                        _tied(parts, modules))
-    return pipeline, order, stage_mesh, groups, place
+    last = steps.rank_of[len(parts) - 1]
+    pipeline = Pipeline(modules, _schedule(steps, stages), micro_batches, last == here, ranks[last], group, _tied(parts, modules), steps,
+                        [p for p in range(len(parts)) if steps.rank_of[p] == here])
+    return pipeline, order, mesh, groups, place
+
+
+def _schedule(steps: Schedule, stages: Sequence[Any]) -> Any:
+    """What runs the operations of `steps`, for the stages of this rank."""
+    def loss(output: Any, mark: Any) -> Any:
+        return output
+    made = _TORCHS.get(steps.name)
+    if made is not None:
+        return made(list(stages) if steps.name == "interleaved" else stages[0], steps.micro_batches, loss_fn=loss)
+    runtime = _PipelineScheduleRuntime(list(stages), steps.micro_batches, loss_fn=loss)
+    runtime._prepare_schedule_with_comms({r: [_Action.from_str(f"{op.stage}{_KINDS[op.kind]}{op.micro_batch}") for op in ops]
+                                          for r, ops in enumerate(steps.ops)})
+    return runtime
 
 
 def _examples(types: Sequence[Any], device: torch.device) -> tuple[torch.Tensor, ...]:
