@@ -28,6 +28,7 @@ from torch._guards import TracingContext
 from ..frontend.common_subexpressions import merge_common_subexpressions
 from ..frontend.decompositions import decomposition_table
 from ..frontend.flex import expand_flex
+from ..frontend.recurrent import expand_recurrent
 from ..frontend.random import random_decompositions, share_seeds
 from .control_flow import compile_pieces
 from .driver import Observer, compile_fx
@@ -72,6 +73,7 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
     def compile_captured(gm: Graph, inputs: Sequence[Any]) -> Callable:
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)
+        expand_recurrent(gm)
         # Dynamo does not trace into what it is given back: a wrapper that forbids it would cost each call a microsecond or two.
         return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=_partition, keep_inference_input_mutations=True, **compilers)
 

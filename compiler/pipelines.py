@@ -32,6 +32,8 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             "inline", "sink-reshapes", f"canonicalize{relax}", "dce",
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
             "layout", "pack", "inline", f"canonicalize{relax}", "cse", "dce",
+            # Packed weights of recurrent layers leave the loop: what is packed once must be seen to be the same in every trip.
+            "hoist-invariants",
             *(["library-operands"] if target.is_gpu else []),
             *(["stream"] if options.fuse else []),
             *(["split-reductions"] if target.is_gpu and options.fuse else []),

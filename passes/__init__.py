@@ -9,6 +9,7 @@ from . import (
     decompose,
     fold_constants,
     fuse,
+    hoist_invariants,
     inline,
     layout,
     library,
