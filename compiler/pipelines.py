@@ -23,9 +23,13 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
         "graph": f"canonicalize{relax},cse,fold-constants,dce",
         "tensor": ",".join([
             "decompose",
+            # Before flips become maps of other readers: a loop walks backwards for nothing.
+            "absorb-flips",
             *(["unpad-concatenations"] if target.is_gpu else []),
             # Views first: then every read of a tensor is a map, and two reads of the same elements look alike to cse.
             "absorb-views", f"canonicalize{relax}", "cse", "dce",
+            # While the sum and what it is added to are still two ops.
+            "lift-sums",
             # Products for a library leave before anything merges: what it does along the way is still told apart.
             *([library] if target.is_gpu else []),
             # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.

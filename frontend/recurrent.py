@@ -6,7 +6,7 @@ Dynamo hands over `torch.lstm`, `torch.gru`, `torch.rnn_tanh` and `torch.rnn_rel
 torch itself would unroll them over time, or call a library. Here each layer and direction becomes
 
     gates of the input = linear(x, w_ih, b)             [T, N, G * H], one product
-    scan(step, (h0, ...), (gates,), (w_hh, ...))        a step is one product [N, H] x [H, G * H] and what follows it
+    scan(step, (h0, ...), (gates,), (w_hh.t(), ...))    a step is one product [N, H] x [H, G * H] and what follows it
 
 before autograd sees it, so that the backward pass is a scan too. Packed sequences, autocast, 16-bit floats and other devices are left alone.
 """
@@ -29,7 +29,7 @@ _KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack")
 # -- one step; everything that depends on the input alone is in `x` already ------------------------------------------------------
 
 def _lstm(h: Any, c: Any, x: Any, w: Any) -> Any:
-    gates = x + torch.mm(h, w.t())
+    gates = x + torch.mm(h, w)
     parts = torch.chunk(gates, 4, -1)
     c = torch.sigmoid(parts[1]) * c + torch.sigmoid(parts[0]) * torch.tanh(parts[2])
     h = torch.sigmoid(parts[3]) * torch.tanh(c)
@@ -38,7 +38,7 @@ def _lstm(h: Any, c: Any, x: Any, w: Any) -> Any:
 
 def _lstm_projected(h: Any, c: Any, x: Any, w: Any, p: Any) -> Any:
     wide, c, _ = _lstm(h, c, x, w)
-    h = torch.mm(wide, p.t())
+    h = torch.mm(wide, p)
     return h, c, h.clone()
 
 
@@ -51,20 +51,20 @@ def _gru_joined(h: Any, x: Any, hidden: Any) -> Any:
 
 
 def _gru(h: Any, x: Any, w: Any) -> Any:
-    return _gru_joined(h, x, torch.mm(h, w.t()))
+    return _gru_joined(h, x, torch.mm(h, w))
 
 
 def _gru_biased(h: Any, x: Any, w: Any, b: Any) -> Any:
-    return _gru_joined(h, x, torch.addmm(b, h, w.t()))
+    return _gru_joined(h, x, torch.addmm(b, h, w))
 
 
 def _tanh(h: Any, x: Any, w: Any) -> Any:
-    h = torch.tanh(x + torch.mm(h, w.t()))
+    h = torch.tanh(x + torch.mm(h, w))
     return h, h.clone()
 
 
 def _relu(h: Any, x: Any, w: Any) -> Any:
-    h = torch.relu(x + torch.mm(h, w.t()))
+    h = torch.relu(x + torch.mm(h, w))
     return h, h.clone()
 
 
@@ -142,7 +142,7 @@ class _Layers:
     def layer(self, x: Any, start: list[fx.Node], weights: Sequence[Any], biased: bool, *, reverse: bool) -> tuple[fx.Node, list[fx.Node]]:
         """x [T, N, I]; the outputs [T, N, H] and the states after the last step."""
         w_ih, w_hh, *rest = weights
-        extra: list[Any] = [w_hh]
+        extra: list[Any] = [self.call(torch.t, w_hh)]  # turned outside: scan's gradient saves what a step makes once per step
         bias = None
         if biased:
             bias, hidden_bias, *rest = rest
@@ -150,7 +150,7 @@ class _Layers:
                 extra.append(hidden_bias)
             else:
                 bias = self.call(operator.add, bias, hidden_bias)
-        extra += rest  # the projection of an LSTM
+        extra += [self.call(torch.t, w) for w in rest]  # the projection of an LSTM
         if reverse:
             x = self.call(torch.flip, x, (0,))
         gates = self.call(F.linear, x, w_ih, bias)

@@ -1,6 +1,7 @@
 """The passes, one a file. Importing this package registers them all for textual pipelines."""
 
 from . import (
+    absorb_flips,
     absorb_views,
     bufferize,
     canonicalize,
@@ -13,6 +14,7 @@ from . import (
     inline,
     layout,
     library,
+    lift_sums,
     pack,
     plan_memory,
     schedule,

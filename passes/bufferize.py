@@ -319,7 +319,7 @@ class _Bufferizer:
         for r in op.results:
             self.buffer[r] = self.home[r] if r in self.home else self._allocate(_tensor(r))
             self.buffer[r].name = self.buffer[r].name or r.name
-        attrs = {k: op.attributes[k] for k in ("body", "carried", "sliced")}
+        attrs = {k: op[k] for k in ("body", "carried", "sliced", "reversed_operands", "reversed_results")}
         self.b.create("host.loop", [*given, *(self.buffer[r] for r in op.results)],
                       {**attrs, "trips": _tensor(op.operands[carried]).shape[0], "outputs": len(op.results)})
 

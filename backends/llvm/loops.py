@@ -92,7 +92,7 @@ class _Loop:
         b, site = self.b, self.site
         pointers = [site.pointer(v) for v in self.op.operands]  # before the loop: they are used in it and after
         ends = pointers[len(self.inputs):len(self.inputs) + self.carried]
-        trips = site.scalars.emit(self.op["trips"])
+        self.trips = site.scalars.emit(self.op["trips"])
         table_size = len(self.body.body.args) + 1
         table = stack_slot(b, ir.ArrayType(PTR, table_size))
         symbols = list(self.body["symbols"])
@@ -109,7 +109,7 @@ class _Loop:
         t = b.phi(I64)
         now = [b.phi(PTR) for _ in range(self.carried)]
         failed = b.load(site.context, typ=I32)
-        b.cbranch(b.and_(b.icmp_signed("<", t, trips), b.icmp_signed("==", failed, I32(0))), trip, after)
+        b.cbranch(b.and_(b.icmp_signed("<", t, self.trips), b.icmp_signed("==", failed, I32(0))), trip, after)
         b.position_at_end(trip)
         following = self._trip(t, now, pointers, pairs, table, sizes)
         t.add_incoming(I64(0), before)
@@ -146,11 +146,13 @@ class _Loop:
         """One call of the body; gives where the carried values are then."""
         b, n = self.b, self.carried
         given: dict[int, ir.Value] = dict(enumerate(now))
-        for i in range(n, n + self.sliced):
-            given[i] = self._slice(pointers[i], self.inputs[i], t)
+        back = b.sub(b.sub(self.trips, I64(1)), t)
+        for j in range(self.sliced):
+            given[n + j] = self._slice(pointers[n + j], self.inputs[n + j], back if j in self.op["reversed_operands"] else t)
         odd = b.icmp_signed("!=", b.and_(t, I64(1)), I64(0))
         own = [b.select(odd, second, first) for first, second in pairs]
-        slices = [self._slice(pointers[len(self.inputs) + n + j], v, t) for j, v in enumerate(self.stacked)]
+        slices = [self._slice(pointers[len(self.inputs) + n + j], v, back if j in self.op["reversed_results"] else t)
+                  for j, v in enumerate(self.stacked)]
         place: dict[int, ir.Value] = {}  # result -> where it is after the call
         copies: list[tuple[int, int]] = []  # results that are stacked, but written elsewhere, and which of the stacked they are
         for j, s in enumerate(slices):

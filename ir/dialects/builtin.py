@@ -54,4 +54,6 @@ LOOP = define("loop", "For t = 0, 1, ... along dimension 0 of the sliced operand
               "Results: the last carried values, then each y stacked along dimension 0. Without trips the carried values stay.",
               operands="carried_sliced_invariant*", results="carried_stacked*",
               attrs={"body": attr("@name of a private function"), "carried": attr("how many values go from trip to trip"),
-                     "sliced": attr("how many operands each trip gets a slice of")}, traits=[Trait.Pure], verify=_verify_loop)
+                     "sliced": attr("how many operands each trip gets a slice of"),
+                     "reversed_operands": optional((), "which of the sliced are read from the last slice to the first"),
+                     "reversed_results": optional((), "which of the stacked are written from the last slice to the first")}, traits=[Trait.Pure], verify=_verify_loop)

@@ -18,6 +18,7 @@ def _loop(ctx: Context, op: Operation, xs: list[Any]) -> list[Any]:
         raise IRError(f"there is no function {op['body']} in the module; functions: {', '.join(ctx.functions) or 'none'}")
     n, m = op["carried"], op["sliced"]
     carried, sliced, invariant = xs[:n], xs[n:n + m], xs[n + m:]
+    sliced = [x.flip(0) if j in op["reversed_operands"] else x for j, x in enumerate(sliced)]
     stacked: list[list[Any]] = [[] for _ in op.results[n:]]
     for t in range(sliced[0].shape[0]):
         given = [*carried, *(x[t] for x in sliced), *invariant]
@@ -27,6 +28,8 @@ def _loop(ctx: Context, op: Operation, xs: list[Any]) -> list[Any]:
         carried = made[:n]
         for found, y in zip(stacked, made[n:], strict=True):
             found.append(y)
+    for j in op["reversed_results"]:
+        stacked[j].reverse()
     empty = (torch.empty(ctx.shape(r.type), dtype=ctx.dtype(r.type)) for r in op.results[n:])
     return [*carried, *(torch.stack(found) if found else e for found, e in zip(stacked, empty, strict=True))]
 
