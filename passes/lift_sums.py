@@ -66,13 +66,15 @@ def _lift(loop: Operation, body: Operation, k: int) -> Operation | None:
     new = _without(loop, body, k, stacked, trips)
     b = Builder(new.parent, new.next, term.location)  # type: ignore[arg-type]
     total = _after(b, new, term, sources, trips)
-    identity = identity_map(len(parallel_dims(term)))
-    made = b.generic([start, total], [identity, identity], list(parallel_dims(term)), lambda bb, x, y: bb.arith("add", x, y))
+    read = next(m for v, m in zip(adder.operands, adder["maps"], strict=True) if v is term.result)
+    made = b.generic([start, total], [identity_map(len(adder["dims"])), read], adder["dims"], lambda bb, x, y: bb.arith("add", x, y))
     loop.results[k].replace_all_uses_with(made.result)
     loop.erase()
     adder.erase()
     term.erase()
     body.body.erase_arg(k)
+    if body["arg_attrs"]:
+        body.attributes["arg_attrs"] = tuple(a for i, a in enumerate(body["arg_attrs"]) if i != k)
     return new
 
 
@@ -85,7 +87,7 @@ def _term(body: Operation, k: int) -> Operation | None:
     ops = body_ops(adder)
     if carried not in adder.operands or len(ops) != 1 or ops[0].name != "arith.add" or set(ops[0].operands) != set(adder.body.args):
         return None
-    if any(m != identity_map(len(adder["dims"])) for m in adder["maps"]) or adder["fills"]:
+    if adder["fills"] or any(v is carried and m != identity_map(len(adder["dims"])) for v, m in zip(adder.operands, adder["maps"], strict=True)):
         return None
     v = next((v for v in adder.operands if v is not carried), None)
     term = v.defining_op if v is not None else None
