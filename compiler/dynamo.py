@@ -30,6 +30,7 @@ from ..frontend.decompositions import decomposition_table
 from ..frontend.flex import expand_flex
 from ..frontend.recurrent import expand_recurrent
 from ..frontend.random import random_decompositions, share_seeds
+from ..frontend.scan import unstack_invariants
 from .control_flow import compile_pieces
 from .driver import Observer, compile_fx
 from .options import Options
@@ -87,6 +88,7 @@ def _decompositions(fallback_random: bool) -> dict[Any, Callable[..., Any]]:
 
 def _partition(joint: Graph, inputs: Sequence[Any], **rest: Any) -> tuple[Graph, Graph]:
     share_seeds(joint)
+    unstack_invariants(joint)
     joint.graph.eliminate_dead_code()
     merge_common_subexpressions(joint.graph)
     with functorch_config.patch(cse=False):  # torch's own pass imports Inductor

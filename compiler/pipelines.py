@@ -23,8 +23,8 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
         "graph": f"canonicalize{relax},cse,fold-constants,dce",
         "tensor": ",".join([
             "decompose",
-            # Before flips become maps of other readers: a loop walks backwards for nothing.
-            "absorb-flips",
+            # Views in front of loops: a loop walks backwards for nothing, and is handed what never changes once.
+            "simplify-loops",
             *(["unpad-concatenations"] if target.is_gpu else []),
             # Views first: then every read of a tensor is a map, and two reads of the same elements look alike to cse.
             "absorb-views", f"canonicalize{relax}", "cse", "dce",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..ir.core import Block, Operation, Value
 from ..ir.types import TensorType
 from .errors import Unsupported
 
-__all__ = ["body_of", "import_body", "is_scan", "may_import"]
+__all__ = ["body_of", "import_body", "is_scan", "may_import", "unstack_invariants"]
 
 ImportBody = Callable[[fx.GraphModule, Block, str], Operation]
 """Imports a graph as a function at the end of a module's block."""
@@ -85,3 +86,47 @@ def _without_clones(body: fx.GraphModule) -> fx.GraphModule:
     output.args = (fx.node.map_arg(output.args[0], source),)
     copy.graph.eliminate_dead_code()
     return copy
+
+
+# -- what a scan stacks once per step though it never changes ---------------------------------------------------------------------
+
+_VIEWS = {torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default, torch.ops.aten.clone.default,
+          torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+
+
+def unstack_invariants(gm: fx.GraphModule) -> None:
+    """Results of scans that are the same in every step become one expanded value, before the graph is parted into forward and backward.
+
+    torch saves what the gradient of a step needs once per step; a transposed weight is such a value.
+    """
+    graph = gm.graph
+    for node in [n for n in graph.nodes if is_scan(n)]:
+        _, init, xs, more = node.args
+        outputs = next(n for n in body_of(gm, node).graph.nodes if n.op == "output").args[0]
+        inputs = [n for n in body_of(gm, node).graph.nodes if n.op == "placeholder"]
+        outside = dict(zip(inputs[len(init) + len(xs):], more, strict=True))  # type: ignore[arg-type]
+        for user in list(node.users):
+            j = user.args[1]
+            if user.target is not operator.getitem or j < len(init):  # type: ignore[arg-type,operator]
+                continue
+            chain, source = [], outputs[j]
+            while source.target in _VIEWS:
+                chain.append(source)
+                source = source.args[0]
+            value = outside.get(source)
+            if not isinstance(value, fx.Node):
+                continue
+            with graph.inserting_before(user):
+                for step in reversed(chain):
+                    if step.target is not torch.ops.aten.clone.default:
+                        value = _call(graph, step.target, value, *step.args[1:])
+                value = _call(graph, torch.ops.aten.unsqueeze.default, value, 0)
+                value = _call(graph, torch.ops.aten.expand.default, value, list(user.meta["val"].shape))
+            user.replace_all_uses_with(value)
+            graph.erase_node(user)
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    made = graph.call_function(target, args)
+    made.meta["val"] = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))
+    return made

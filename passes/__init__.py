@@ -1,7 +1,6 @@
 """The passes, one a file. Importing this package registers them all for textual pipelines."""
 
 from . import (
-    absorb_flips,
     absorb_views,
     bufferize,
     canonicalize,
@@ -18,6 +17,7 @@ from . import (
     pack,
     plan_memory,
     schedule,
+    simplify_loops,
     sink_reshapes,
     split_reductions,
     spmd,
