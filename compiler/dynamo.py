@@ -31,6 +31,8 @@ from ..frontend.decompositions import decomposition_table
 from ..frontend.flex import expand_flex
 from ..frontend.random import random_decompositions, share_seeds
 from ..frontend.recompute import permute_transposes, recompute_attention
+from ..frontend.recurrent import expand_recurrent
+from ..frontend.scan import unstack_invariants
 from .control_flow import compile_pieces
 from .distributed.planned import compile_planned
 from .driver import Observer, compile_fx
@@ -76,6 +78,7 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
     def compile_captured(gm: Graph, inputs: Sequence[Any]) -> Callable:
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)
+        expand_recurrent(gm)
         write_out_attention(gm, drops=not fallback_random)
         # Dynamo does not trace into what it is given back: a wrapper that forbids it would cost each call a microsecond or two.
         return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=partition, keep_inference_input_mutations=True, **compilers)
@@ -92,6 +95,7 @@ def partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, **re
     """The forward and backward graphs of a joint one, by torch's min-cut, after what aicc wants computed again is computed again."""
     share_seeds(joint)
     _drop_detaches(joint.graph)
+    unstack_invariants(joint)
     joint.graph.eliminate_dead_code()
     merge_common_subexpressions(joint.graph)
     recompute_attention(joint, num_fwd_outputs)  # after equal nodes are merged, for it makes copies

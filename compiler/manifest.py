@@ -195,7 +195,7 @@ class _Builder:
                 segment, busy = segment + 1, False
 
         for op in self.func.body:
-            if op.name in ("host.launch", "host.library", "host.copy") and not op.attributes.get("cached", False):
+            if op.name in ("host.launch", "host.loop", "host.library", "host.copy") and not op.attributes.get("cached", False):
                 outputs = 1 if op.name == "host.copy" else op["outputs"]
                 busy = True
                 touch(op)
@@ -249,7 +249,7 @@ class _Builder:
         return None if strides == t.layout else [expr_to_json(e) for e in strides]
 
 
-_READS = ("host.launch", "host.library", "host.copy", "host.extern")
+_READS = ("host.launch", "host.loop", "host.library", "host.copy", "host.extern")
 
 
 def _layout(t: Any) -> dict[str, Any]:

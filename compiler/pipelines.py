@@ -23,9 +23,13 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
         "graph": f"canonicalize{relax},cse,fold-constants,dce",
         "tensor": ",".join([
             "decompose",
+            # Views in front of loops: a loop walks backwards for nothing, and is handed what never changes once.
+            "simplify-loops",
             *(["unpad-concatenations"] if target.is_gpu else []),
             # Views first: then every read of a tensor is a map, and two reads of the same elements look alike to cse.
             "absorb-views", f"canonicalize{relax}", "cse", "dce",
+            # While the sum and what it is added to are still two ops.
+            "lift-sums",
             # Products for a library leave before anything merges: what it does along the way is still told apart.
             *(["operand-order", library] if target.is_gpu else []),
             # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.
@@ -33,6 +37,8 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             *(["turn-streams", "dce"] if options.fuse and not target.is_gpu else []),
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
             "layout", "pack", "inline", f"canonicalize{relax}", "cse", "dce",
+            # Packed weights of recurrent layers leave the loop: what is packed once must be seen to be the same in every trip.
+            "hoist-invariants",
             *(["library-operands", "alias-views"] if target.is_gpu else []),
             *(["stream"] if options.fuse else []),
             *(["split-reductions", "split-dimensions"] if target.is_gpu and options.fuse else []),

@@ -18,6 +18,7 @@ Conventions of the function that comes out:
   {kind = "tensor", hidden = true}: memory that several results are views of though the program does not return it.
 - Values keep their FX names. Every op has the location of its node.
 
+A `scan` of torch is a `loop` of a private function, which follows the function in the module; its arguments have no attributes.
 A node whose row declines becomes a `graph.extern`. UnsupportedError means that the graph as a whole cannot be imported.
 """
 
@@ -35,7 +36,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-from ..ir.attributes import Dense
+from ..ir.attributes import Dense, SymbolRef
 from ..ir.builder import Builder, make_func, make_module
 from ..ir.core import BlockArg, Operation, OpResult, Value
 from ..ir.expr import Expr, free_symbols
@@ -46,6 +47,7 @@ from .errors import Unsupported, UnsupportedError
 from .extern import lower_extern
 from .location import location_of
 from .ops import COMPLEX, TABLE
+from .scan import body_of, import_body, is_scan
 from .symbols import SymbolTable
 
 __all__ = ["externs", "import_graph"]
@@ -73,6 +75,7 @@ def import_graph(gm: fx.GraphModule, *, name: str = "main", arg_kinds: Sequence[
 class _Importer:
     def __init__(self, gm: fx.GraphModule, block: Any, name: str, arg_kinds: Sequence[str] | None, alias_results: bool):
         self.gm = gm
+        self.block = block
         self.symbols = SymbolTable()
         self.func, self.body = make_func(block, name, ())
         self.c = Context(Builder.at_end(self.body), self.symbols)
@@ -82,6 +85,11 @@ class _Importer:
         self.alias_results = alias_results
 
     def run(self, module: Operation) -> Operation:
+        self.fill()
+        return module
+
+    def fill(self) -> Operation:
+        """Imports the graph into the function, and gives it."""
         self._placeholders()
         for node in self.gm.graph.nodes:
             if node.op == "placeholder":
@@ -91,7 +99,7 @@ class _Importer:
             except Unsupported as e:
                 raise UnsupportedError(f"{node.format_node() or node.name}: {e}\n  at {location_of(node)}") from e
         self._symbols()
-        return module
+        return self.func
 
     # -- arguments
 
@@ -176,7 +184,9 @@ class _Importer:
         if node.op == "output":
             self._output(node)
         elif node.op == "get_attr":
-            self.env[node] = self._constant(node)
+            self.env[node] = None if all(is_scan(user) for user in node.users) else self._constant(node)
+        elif is_scan(node):
+            self.env[node] = self._scan(node)
         elif node.op != "call_function":
             raise Unsupported(f"'{node.op}' nodes")
         elif node.target is operator.getitem:
@@ -274,6 +284,32 @@ class _Importer:
             raise Unsupported(f"'{target}', which has effects and results")
         made = lower_extern(self.c, node, self.env, "called for its effect", call=(target, tuple(args)))
         return (self.env[token], *(made if isinstance(made, tuple) else (made,)))  # type: ignore[index]
+
+    def _scan(self, node: fx.Node) -> tuple[Any, ...]:
+        """scan(body, init, xs, additional inputs): a loop along dimension 0 of every one of xs."""
+        _, init, xs, more = node.args
+        carried, sliced, rest = ([self._argument(a) for a in given] for given in (init, xs, more))  # type: ignore[union-attr]
+        invariant = [v for v in rest if isinstance(v, Value)]  # sizes are known in the body by name
+        if not sliced or not all(isinstance(v, Value) for v in (*carried, *sliced)) or any(isinstance(v, SymScalar) for v in rest):
+            raise Unsupported("a scan over nothing, or of numbers")
+        location = self.c.b.location
+        name = f"{self.func['sym_name']}_step{sum(op.name == 'func' for op in self.block) - 1}"
+        body = import_body(body_of(self.gm, node), self.block, name, carried, lambda gm, block, name: _Importer(gm, block, name, None).fill())
+        unknown = set(body["symbols"]) - self.c.defined
+        if unknown:
+            raise Unsupported(f"a scan whose body needs the sizes {', '.join(sorted(unknown))}, which are not defined outside")
+        if [(a.type.shape, a.type.dtype) for a in body.body.args] != [  # type: ignore[attr-defined]
+                *((v.type.shape, v.type.dtype) for v in carried), *((v.type.shape[1:], v.type.dtype) for v in sliced),
+                *((v.type.shape, v.type.dtype) for v in invariant)]:
+            raise Unsupported("a scan whose body takes other types than it is given")
+        body.attributes["arg_attrs"] = ({"kind": "input"},) * (len(carried) + len(sliced)) + ({"kind": "param"},) * len(invariant)
+        self.c.b.location = location
+        trips, returned = sliced[0].type.shape[0], [v.type for v in body.body.terminator.operands]
+        types = [TensorType(t.shape, t.dtype) for t in returned[:len(carried)]]  # type: ignore[attr-defined]
+        types += [TensorType((trips, *t.shape), t.dtype) for t in returned[len(carried):]]  # type: ignore[attr-defined]
+        made = self.c.b.create("loop", [*carried, *sliced, *invariant],
+                               {"body": SymbolRef(name), "carried": len(carried), "sliced": len(sliced)}, types)
+        return tuple(made.results)
 
     def _checked(self, made: Any) -> Any:
         """What a row gave, with the shapes that torch derived; Unsupported when it is not what torch says the node gives."""

@@ -1,6 +1,6 @@
 """From values to memory: functions of `tile.launch` on tensors become host functions on buffers.
 
-Before: functions of `tile.launch`, `tensor.library`, `tensor.constant`, `tensor.extern`, `tensor.assign` and `return`, in their final
+Before: functions of `tile.launch`, `loop`, `tensor.library`, `tensor.constant`, `tensor.extern`, `tensor.assign` and `return`, in their final
 order.
 `result_attrs` has one entry per result of the program (or none, for plain tensors):
 - {kind = "tensor", strides} takes an operand of `return`, wants these strides (absent: row-major) and memory of its own, but for
@@ -45,7 +45,11 @@ from .storage import storage_bytes
 __all__ = ["Bufferize"]
 
 _STABLE_KINDS = ("param", "constant", "buffer")
+<<<<<<< HEAD
 _KNOWN = ("tile.launch", "tensor.constant", "tensor.extern", "tensor.assign", "tensor.library", "tensor.alias")
+=======
+_KNOWN = ("loop", "tile.launch", "tensor.constant", "tensor.extern", "tensor.assign", "tensor.library")
+>>>>>>> rest
 _EXTERN_ATTRS = ("target", "args", "kwargs", "result_kinds", "random", "reason", "operand_strides", "defines")
 
 
@@ -58,9 +62,10 @@ class Bufferize(Pass):
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         kernels = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
+        functions = {op["sym_name"]: op for op in module.body if op.name == "func"}
         for func in module.body:
             if func.name == "func":
-                _Bufferizer(func, kernels, ctx).run()
+                _Bufferizer(func, kernels, functions, ctx).run()
         module.attributes["level"] = "host"
 
 
@@ -82,8 +87,9 @@ def _buffer_type(t: TensorType) -> BufferType:
 class _Bufferizer:
     """One function. `home` is memory that a value is written to directly, `buffer` where each value is."""
 
-    def __init__(self, func: Operation, kernels: dict[str, Operation], ctx: PassContext):
+    def __init__(self, func: Operation, kernels: dict[str, Operation], functions: dict[str, Operation], ctx: PassContext):
         self.func = func
+        self.functions = functions
         self.kernels = kernels
         self.ctx = ctx
         self.old = func.body
@@ -156,7 +162,11 @@ class _Bufferizer:
                 continue
             if op.name not in _KNOWN:
                 raise IRError(f"bufferize does not know '{op.name}'; it expects {', '.join(_KNOWN)}")
+<<<<<<< HEAD
             if op.name in ("tile.launch", "tensor.constant", "tensor.library", "tensor.alias") and not needed.intersection(op.results):
+=======
+            if op.name in ("loop", "tile.launch", "tensor.constant", "tensor.library") and not needed.intersection(op.results):
+>>>>>>> rest
                 continue
             needed.update(op.operands)
             kept.append(op)
@@ -243,7 +253,7 @@ class _Bufferizer:
         if op is None:
             self.first.append((out, self.buffer[v]))
             return out
-        direct = op.name in ("tensor.extern", "tensor.library") or (op.name == "tile.launch" and not self._is_cached(op))
+        direct = op.name in ("loop", "tensor.extern", "tensor.library") or (op.name == "tile.launch" and not self._is_cached(op))
         if direct and v not in self.home and same_layout(t.shape, t.layout, strides):
             self.home[v] = out
             if op.name == "tensor.extern":
@@ -348,6 +358,28 @@ class _Bufferizer:
         attrs = {"kernel": op["kernel"], "outputs": len(op.results), **({"cached": True} if cached else {})}
         self.b.create("host.launch", [self.buffer[v] for v in (*op.operands, *op.results)], attrs)
 
+    def _emit_loop(self, op: Operation) -> None:
+        """Its operands as the body's arguments lie in memory; memory planning adds the scratch memory."""
+        carried, sliced = op["carried"], op["sliced"]
+        body = self.functions[op["body"].name].body.args
+        given = []
+        for i, v in enumerate(op.operands):
+            t, wanted = _tensor(v), body[i].type.layout  # type: ignore[attr-defined]
+            if carried <= i < carried + sliced:
+                wanted = contiguous_strides(t.shape)
+            if not same_layout(t.shape, t.layout, wanted):
+                copy = self._allocate(TensorType(t.shape, t.dtype, wanted))
+                self._copy(copy, self.buffer[v])
+                given.append(copy)
+            else:
+                given.append(self.buffer[v])
+        for r in op.results:
+            self.buffer[r] = self.home[r] if r in self.home else self._allocate(_tensor(r))
+            self.buffer[r].name = self.buffer[r].name or r.name
+        attrs = {k: op[k] for k in ("body", "carried", "sliced", "reversed_operands", "reversed_results")}
+        self.b.create("host.loop", [*given, *(self.buffer[r] for r in op.results)],
+                      {**attrs, "trips": _tensor(op.operands[carried]).shape[0], "outputs": len(op.results)})
+
     def _emit_library(self, op: Operation) -> None:
         """The call also gets temporary memory to work in: part of the plan like any other."""
         t = _tensor(op.result)
@@ -399,6 +431,11 @@ def _is_known_int(attrs: dict[str, Any]) -> bool:
     return attrs.get("kind") == "int" and attrs.get("expr") is not None
 
 
+<<<<<<< HEAD
 _EMITTERS = {"tensor.constant": _Bufferizer._emit_constant, "tile.launch": _Bufferizer._emit_launch,
              "tensor.extern": _Bufferizer._emit_extern, "tensor.library": _Bufferizer._emit_library, "tensor.assign": _Bufferizer._emit_assign,
              "tensor.alias": _Bufferizer._emit_alias}
+=======
+_EMITTERS = {"loop": _Bufferizer._emit_loop, "tensor.constant": _Bufferizer._emit_constant, "tile.launch": _Bufferizer._emit_launch,
+             "tensor.extern": _Bufferizer._emit_extern, "tensor.library": _Bufferizer._emit_library, "tensor.assign": _Bufferizer._emit_assign}
+>>>>>>> rest

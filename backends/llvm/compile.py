@@ -62,7 +62,7 @@ def compile_module(module: Operation, target: Target) -> CompiledObject:
     NotImplementedError names an op without a lowering; IRError reports malformed input.
     """
     emitter = ModuleEmitter(module, target)
-    programs = {op["sym_name"]: emitter.host(op) for op in module.body if op.name == "func"}
+    programs = {op["sym_name"]: emitter.host(op) for op in module.body if op.name == "func" and not op["private"]}
     add_half_conversions(emitter.llvm, target)
     parsed, text = parse(emitter.llvm, target)
     optimize(parsed, target)

@@ -147,6 +147,7 @@ class Context:
     kernels: Mapping[str, Operation] = field(default_factory=dict)
     check: bool = False
     assignments: list[tuple[Value, Tensor]] = field(default_factory=list)  # (argument, its new value)
+    functions: Mapping[str, Operation] = field(default_factory=dict)
 
     # -- attributes and types
 
