@@ -30,6 +30,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             *([library] if target.is_gpu else []),
             # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.
             "inline", "sink-reshapes", f"canonicalize{relax}", "dce",
+            *([] if target.is_gpu or not options.winograd else ["winograd"]),
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
             "layout", "pack", "inline", f"canonicalize{relax}", "cse", "dce",
             *(["library-operands"] if target.is_gpu else []),

@@ -21,4 +21,5 @@ from . import (
     stream,
     tiling,
     unpad_concatenations,
+    winograd,
 )
