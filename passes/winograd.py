@@ -74,6 +74,11 @@ def _dims_in(m: tuple[Dim, ...]) -> list[set[int]]:
     return [{int(s[1:]) for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()} for e in m]
 
 
+def _taps(m: tuple[Dim, ...]) -> list[int] | None:
+    """The dims that the parameter is read along; those of size 1 are left out."""
+    return plain_dims([e for e in m if e != 0])
+
+
 def _row_of(op: Operation, constant: set[Value]) -> _Row | None:
     """The last spatial dimension of a convolution, if the transform fits it."""
     dims, parallel = op["dims"], len(parallel_dims(op))
@@ -82,7 +87,7 @@ def _row_of(op: Operation, constant: set[Value]) -> _Row | None:
     if any(u["maps"][i - (u.name == "tensor.scatter")] is None for u, i in op.result.uses if u.has_trait(Trait.Structured)):
         return None  # a reader's body holds the tensor whole, with its layout
     for x, w in ((0, 1), (1, 0)):
-        taps = plain_dims(op["maps"][w])
+        taps = _taps(op["maps"][w])
         if op.operands[w] not in constant or op.operands[x] in constant or taps is None or fill_of(op, w) is not None:
             continue
         own = [d for d in taps if d < parallel]
@@ -112,13 +117,14 @@ def _rewrite(op: Operation, row: _Row) -> None:
     # The space of the products: j first, pairs instead of outputs, no taps.
     new = [PRODUCTS, *(pairs if d == row.out else s for d, s in enumerate(dims) if d != row.tap)]
     renamed = {f"d{d}": sym(f"d{1 + d - (d > row.tap)}") for d in range(len(dims)) if d != row.tap}
-    read_u = (sym("d0"), *(renamed[f"d{d}"] for d in plain_dims(op["maps"][row.w]) or () if d != row.tap))
+    taps = _taps(op["maps"][row.w]) or []
+    read_u = (sym("d0"), *(renamed[f"d{d}"] for d in taps if d != row.tap))
     operands, maps = [v, u], [(sym("d0"), *(substitute(e, renamed) for e in read_v)), read_u]
     made = b.generic(operands, [tuple(simplify(e, space_bounds(new)) for e in m) for m in maps], new, lambda i, a, c: i.arith("mul", a, c),
                      reductions=len(new) - 1 - parallel, combine=("sum",), name=op.result.name)
     joined = _joined(b, op, row, made.result)
     assert isinstance(joined.type, TensorType)
-    channel = next(d for d in plain_dims(op["maps"][row.w]) or () if d < parallel)
+    channel = next(d for d in taps if d < parallel)
     joined.type = in_order(joined.type, [d for d in range(parallel) if d != channel] + [channel])
     op.result.replace_all_uses_with(joined)
     op.erase()
@@ -165,10 +171,11 @@ def _transformed_input(b: Builder, op: Operation, row: _Row, pairs: int) -> tupl
 def _transformed_taps(b: Builder, op: Operation, row: _Row) -> Value:
     """u[j, ...] from the parameter, without the dimension of the taps."""
     w = op.operands[row.w]
-    order = plain_dims(op["maps"][row.w]) or []
-    kept = [d for d in order if d != row.tap]
+    read = op["maps"][row.w]
+    kept = [d for d in _taps(read) or () if d != row.tap]
     dims: list[Dim] = [PRODUCTS, *(op["dims"][d] for d in kept)]
-    maps = [tuple(tap if d == row.tap else sym(f"d{1 + kept.index(d)}") for d in order) for tap in range(TAPS)]
+    env: dict[str, Dim] = {f"d{d}": sym(f"d{1 + i}") for i, d in enumerate(kept)}
+    maps = [tuple(substitute(e, {**env, f"d{row.tap}": tap}) for e in read) for tap in range(TAPS)]
 
     def body(i: Builder, g0: Value, g1: Value, g2: Value) -> Value:
         j = i.op("tensor.index", type=i64, dim=0)

@@ -236,7 +236,9 @@ class _Contraction:
         def body(inner: Emitter, i: Dim, carried: list[Value]) -> list[Value]:
             return [self._k_loops(inner, carried[0], step, [*ks, i], None)]
 
-        return e.loop(lower, upper, 1, [acc], body, unroll=UNROLL if len(rest) == 1 else 1)[0]
+        steps = upper - lower
+        unroll = steps if isinstance(steps, int) and steps <= 2 * UNROLL else UNROLL  # a short window is written out: no loop around few steps
+        return e.loop(lower, upper, 1, [acc], body, unroll=unroll if len(rest) == 1 else 1)[0]
 
     def _blocking(self, target: Target) -> tuple[int, tuple[int, int] | None]:
         """(rows per program, (d, length)): K is cut into blocks of `length` steps along dimension d of K, all of the dimensions after it, and
@@ -357,8 +359,8 @@ class _Contraction:
     def _prefetch(self, e: Emitter, batch: list[Dim], panel: Dim, ks: list[Dim], d: int, within: tuple[Dim, Dim], row: Dim, rows: int) -> None:
         """Asks for the panel after this one, a share in each row tile of a block and each of its steps of K (over `within` along dimension d)."""
         inside = [within[1] - within[0], *self.k_sizes[d + 1:]]
-        if not self.op.attributes.get("_packed") or not isinstance(self.k_sizes[d], int) or rows <= 2 * self.tile[0]:
-            return  # a stream of few rows: the processor sees by itself what comes next
+        if not self.op.attributes.get("_packed") or not isinstance(self.k_sizes[d], int) or rows <= self.tile[0]:
+            return  # a stream: the processor sees by itself what comes next
         (mr, nr, _), right, bounds = self.tile, self.roles.right, e.bounds()
         v = self.op.operands[right]
         step: Dim = ks[d] - within[0]
