@@ -45,11 +45,7 @@ from .storage import storage_bytes
 __all__ = ["Bufferize"]
 
 _STABLE_KINDS = ("param", "constant", "buffer")
-<<<<<<< HEAD
-_KNOWN = ("tile.launch", "tensor.constant", "tensor.extern", "tensor.assign", "tensor.library", "tensor.alias")
-=======
-_KNOWN = ("loop", "tile.launch", "tensor.constant", "tensor.extern", "tensor.assign", "tensor.library")
->>>>>>> rest
+_KNOWN = ("loop", "tile.launch", "tensor.constant", "tensor.extern", "tensor.assign", "tensor.library", "tensor.alias")
 _EXTERN_ATTRS = ("target", "args", "kwargs", "result_kinds", "random", "reason", "operand_strides", "defines")
 
 
@@ -162,11 +158,7 @@ class _Bufferizer:
                 continue
             if op.name not in _KNOWN:
                 raise IRError(f"bufferize does not know '{op.name}'; it expects {', '.join(_KNOWN)}")
-<<<<<<< HEAD
-            if op.name in ("tile.launch", "tensor.constant", "tensor.library", "tensor.alias") and not needed.intersection(op.results):
-=======
-            if op.name in ("loop", "tile.launch", "tensor.constant", "tensor.library") and not needed.intersection(op.results):
->>>>>>> rest
+            if op.name in ("loop", "tile.launch", "tensor.constant", "tensor.library", "tensor.alias") and not needed.intersection(op.results):
                 continue
             needed.update(op.operands)
             kept.append(op)
@@ -431,11 +423,6 @@ def _is_known_int(attrs: dict[str, Any]) -> bool:
     return attrs.get("kind") == "int" and attrs.get("expr") is not None
 
 
-<<<<<<< HEAD
-_EMITTERS = {"tensor.constant": _Bufferizer._emit_constant, "tile.launch": _Bufferizer._emit_launch,
+_EMITTERS = {"loop": _Bufferizer._emit_loop, "tensor.constant": _Bufferizer._emit_constant, "tile.launch": _Bufferizer._emit_launch,
              "tensor.extern": _Bufferizer._emit_extern, "tensor.library": _Bufferizer._emit_library, "tensor.assign": _Bufferizer._emit_assign,
              "tensor.alias": _Bufferizer._emit_alias}
-=======
-_EMITTERS = {"loop": _Bufferizer._emit_loop, "tensor.constant": _Bufferizer._emit_constant, "tile.launch": _Bufferizer._emit_launch,
-             "tensor.extern": _Bufferizer._emit_extern, "tensor.library": _Bufferizer._emit_library, "tensor.assign": _Bufferizer._emit_assign}
->>>>>>> rest

@@ -66,6 +66,8 @@ def _why_slow_on_cpu(s: Stream, target: Target) -> str:
     points = s.row_count * s.length
     if isinstance(points, int) and points < SMALL:
         return "the middle space stays in the cache"
+    if not s.reductions and isinstance(points, int) and points * 4 <= target.l3 // 2:
+        return "the middle space stays in the outer cache, from which products of their own run at full speed"
     for op in s.firsts:
         i = stream_side(s, op)
         if not packed(op, i) and _stride(s, op, i, s.stream[-1]) != 1:
