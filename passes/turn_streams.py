@@ -23,6 +23,7 @@ from ..ir.passes import Pass, PassContext, register
 from .rescale import Declined
 from .stream_form import Stream
 from .stream_growth import candidates, grown
+from .stream_legality import escapes
 from .structured import rebuild
 
 __all__ = ["TurnStreams"]
@@ -59,7 +60,8 @@ def _streams(func: Operation) -> list[Stream]:
                 continue
             found.append(s)
             covered.update(s.seconds)
-    return found
+    members = {op for s in found for op in s.members}
+    return [s for s in found if not escapes(s, members)]  # else their middle space is stored, and they will not be streams
 
 
 def _order(s: Stream, op: Operation, last: Sequence[str]) -> list[int] | None:
