@@ -34,7 +34,7 @@ Tensor = torch.Tensor
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(result, log2 of the sum of exponentials, maximum over log 2) as `flex_attention` the operator has them; rows that are masked throughout are 0."""
+    """(result, log2 of the sum of exponentials, maximum over log 2) as `flex_attention` the operator has them; masked rows are 0."""
     groups = query.size(1) // key.size(1)
     key, value = (x.expand(query.size(0), *x.shape[1:]).repeat_interleave(groups, 1) for x in (key, value))
     _, scores = _math_attention_inner(query, key, value, *rest)

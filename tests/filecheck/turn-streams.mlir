@@ -2,9 +2,10 @@
 
 // The weights are summed along their rows: the scores are made transposed, so that rows are the second's own.
 // CHECK-LABEL: func @by_columns
-// CHECK: tensor.generic(%q, %k) {combine = ["sum"], _streams = true, dims = [48, 64, 24], maps = [[d1, d2], [d0, d2]]
-// CHECK: dims = [48, 64], maps = [[d0, d1]]
-// CHECK: maps = [[d0, d2], [d2, d1]]
+// CHECK: tensor.generic(%q, %k) {{.*}}dims = [48, 64, 24]
+// CHECK: tensor.generic({{.*}}dims = [48, 64]
+// CHECK: tensor.generic({{.*}}dims = [48, 24, 64]
+// CHECK: return
 // CHECK: turn-streams: done: 2 ops of streams turned
 module { func @by_columns { ^(%q: tensor<64x24xf32>, %k: tensor<48x24xf32>, %g: tensor<64x24xf32>):
   %s = tensor.generic(%q, %k) {dims = [64, 48, 24], reductions = 1, combine = ["sum"], maps = [[d0, d2], [d1, d2]]} : tensor<64x48xf32> {
@@ -18,6 +19,7 @@ module { func @by_columns { ^(%q: tensor<64x24xf32>, %k: tensor<48x24xf32>, %g: 
 
 // The other way round: nothing to do.
 // CHECK-LABEL: func @by_rows
+// CHECK: tensor.generic(%q, %k) {{.*}}dims = [64, 48, 24]
 // CHECK: turn-streams: done: 0 ops of streams turned
 module { func @by_rows { ^(%q: tensor<64x24xf32>, %k: tensor<48x24xf32>, %v: tensor<48x24xf32>):
   %s = tensor.generic(%q, %k) {dims = [64, 48, 24], reductions = 1, combine = ["sum"], maps = [[d0, d2], [d1, d2]]} : tensor<64x48xf32> {
