@@ -86,9 +86,9 @@ def _turn(s: Stream) -> int:
             _read(op, made)
     columns = [f"n{k}" for k in range(len(s.columns))]
     for op in s.seconds:
-        order = _order(s, op, columns)
-        if order is not None:
-            _turn_result(op, order)
+        back = _order(s, op, columns)
+        if back is not None:
+            _turn_result(op, back)
             count += 1
     return count
 
