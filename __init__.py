@@ -8,7 +8,7 @@ needs no import of this package. What is here is for those who look inside; name
 from typing import Any
 
 __version__ = "0.1.0"
-_PUBLIC = {"Mesh": "passes.shard", "Options": "compiler.options", "Plan": "passes.shard", "auto_shard": "compiler.auto_shard",
+_PUBLIC = {"Mesh": "passes.shard", "Options": "compiler.options", "Plan": "passes.shard", "auto_shard": "compiler.distributed.auto_shard",
             "compile_fx": "compiler.driver", "invalidate": "compiler.invalidation"}
 __all__ = ["Mesh", "Options", "Plan", "__version__", "auto_shard", "compile_fx", "invalidate"]
 

@@ -161,7 +161,41 @@ def _gemm() -> Iterator[Case]:
         lambda x, w, s: F.linear(x, w.to(x.dtype)) * s, (rand(16, 4096), weight(), rand(11008))), 11008 * 4096, 2 * 16 * 11008 * 4096)
 
 
-CASES = [*_memory(), *_attention(), *_gemm()]
+def int4_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """Pairs of 4-bit numbers to a byte, and a scale for each group of 128 of a row."""
+    low, high = (packed & 15).to(torch.int8) - 8, (packed >> 4).to(torch.int8) - 8
+    numbers = torch.stack([low, high], -1).reshape(packed.shape[0], scale.shape[1], -1)
+    return F.linear(x, (numbers.to(x.dtype) * scale[:, :, None]).reshape(packed.shape[0], -1))
+
+
+def _packed() -> Iterator[Case]:
+    for m in (1, 16):
+        done = 2 * m * 11008 * 4096
+        yield Case(f"int8-scaled-{m}x11008x4096", "packed", lambda m=m: (
+            lambda x, w, s: F.linear(x, w.to(x.dtype) * s),
+            (rand(m, 4096), rand(11008, 4096).mul(40).to(torch.int8), rand(11008, 1))), 11008 * 4096, done)
+        yield Case(f"fp8-linear-{m}x11008x4096", "packed", lambda m=m: (
+            lambda x, w, s: F.linear(x, w.to(x.dtype)) * s,
+            (rand(m, 4096), rand(11008, 4096).to(torch.float8_e4m3fn), rand(11008))), 11008 * 4096, done)
+        yield Case(f"int4-groups-{m}x11008x4096", "packed", lambda m=m: (
+            int4_linear,
+            (rand(m, 4096), torch.randint(0, 256, (11008, 2048), device="cuda", dtype=torch.uint8), rand(11008, 32))), 11008 * 2112, done)
+
+
+def _scatter() -> Iterator[Case]:
+    tokens, d, vocabulary = 16384, 1024, 32000
+    index = lambda: torch.randint(0, vocabulary, (tokens,), device="cuda")  # noqa: E731
+    yield Case("embedding-backward", "scatter", lambda: (
+        lambda g, i: torch.ops.aten.embedding_dense_backward(g, i, vocabulary, -1, False), (rand(tokens, d), index())), 2 * d * (tokens + vocabulary))
+    yield Case("index-add-f32", "scatter", lambda: (
+        lambda g, i: torch.zeros(vocabulary, d, device="cuda").index_add(0, i, g),
+        (rand(tokens, d, dtype=torch.float32), index())), 4 * d * (tokens + vocabulary))
+    yield Case("cache-update", "scatter", lambda: (
+        lambda c, i, k: c.index_copy(2, i, k),
+        (rand(16, 8, 1024, 128), torch.tensor([77], device="cuda"), rand(16, 8, 1, 128))), 4 * 16 * 8 * 1024 * 128)
+
+
+CASES = [*_memory(), *_attention(), *_gemm(), *_packed(), *_scatter()]
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import math
 import os
 import random
 import shutil
@@ -207,8 +208,8 @@ class Copies:
 
 def run_tests(package: Path, tests: tuple[str, ...], limit: float) -> str:
     """"" when all pass; else the first failing test, 'timeout', or the last line of a collection error."""
-    environment = {**os.environ, "PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
-                   "AICC_CACHE": "0"}
+    path = os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "AICC_CACHE": "0"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=no", *tests]
     process = subprocess.Popen(command, cwd=package, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                start_new_session=True)
@@ -246,9 +247,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit", type=float, default=400, help="seconds per mutant; one that takes longer counts as killed")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for all of it: later, no mutant is begun")
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th mutant of the sample, from the i-th on")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     arguments = parser.parse_args()
-    mutants = sample(arguments.paths, arguments.sample or 10**9, arguments.seed)
+    until = time.monotonic() + arguments.seconds
+    part, parts = map(int, arguments.part.split("/"))
+    mutants = sample(arguments.paths, arguments.sample or 10**9, arguments.seed)[part::parts]
     if arguments.list:
         print("\n".join(map(str, mutants)))
         return 0
@@ -263,14 +268,16 @@ def main() -> int:
         print(f"{len(mutants)} mutants (seed {arguments.seed}); the tests pass unchanged in {time.monotonic() - start:.0f} s", flush=True)
         with ThreadPoolExecutor(arguments.jobs) as pool:
             outcomes = []
-            for outcome in pool.map(lambda m: judge(m, copies, arguments.limit), mutants):
+            for outcome in pool.map(lambda m: judge(m, copies, arguments.limit) if time.monotonic() < until else None, mutants):
+                if outcome is None:
+                    continue
                 outcomes.append(outcome)
                 print(f"{'killed  ' if outcome.killed else 'SURVIVED'} {outcome.seconds:5.0f} s  {outcome.mutant}  {outcome.how}", flush=True)
     finally:
         copies.close()
     survivors = [o.mutant for o in outcomes if not o.killed]
     killed = len(outcomes) - len(survivors)
-    print(f"\nkill rate: {killed} of {len(outcomes)} ({100 * killed / max(1, len(outcomes)):.0f} %)")
+    print(f"\nkill rate: {killed} of {len(outcomes)} ({100 * killed / max(1, len(outcomes)):.0f} %), {len(mutants) - len(outcomes)} not tried")
     for m in survivors:
         print(f"survived: {m}")
     return 0

@@ -1,6 +1,7 @@
 """Operator coverage as a page: what `opinfo_sweep.py` measured, kept as a small summary, and docs/operators.md made from it.
 
-    python benchmarks/operator_docs.py --core core.json float32.json float32-b.json ...   # new measurements: summary and page
+    python benchmarks/operator_docs.py --core core.json DIR/*.json                # new measurements: summary and page
+    python benchmarks/operator_docs.py --torch 2.11.0 DIR/*.json                  # sweeps made elsewhere, with another torch: their counts alone
     python benchmarks/operator_docs.py                                                    # the page again, from the summary
 
 The summary (docs/operators.json) has the counts of each sweep, one row per operator that is left to ATen, and one per core operator that
@@ -29,12 +30,13 @@ __all__ = ["render", "summarise"]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="*", type=Path, help="what opinfo_sweep.py --json wrote")
+    parser.add_argument("--torch", default="", help="the version that the sweeps were made with, if it is not the one here")
     parser.add_argument("--core", type=Path, help="what opinfo_sweep.py --core --json wrote")
     options = parser.parse_args()
     summary = json.loads(SUMMARY.read_text()) if SUMMARY.exists() else {}
     if options.sweeps or options.core:
         core = json.loads(options.core.read_text()) if options.core else None
-        summary = summarise([json.loads(p.read_text()) for p in options.sweeps], core, summary)
+        summary = summarise([json.loads(p.read_text()) for p in options.sweeps], core, summary, options.torch)
         SUMMARY.write_text(_compact(summary))
     PAGE.write_text(render(summary))
     return 0
@@ -43,30 +45,33 @@ def main() -> int:
 # -- the summary ---------------------------------------------------------------------------------------------------------
 
 
-def summarise(sweeps: Sequence[list[dict[str, Any]]], core: list[dict[str, Any]] | None, before: dict[str, Any]) -> dict[str, Any]:
+def summarise(sweeps: Sequence[list[dict[str, Any]]], core: list[dict[str, Any]] | None, before: dict[str, Any],
+              elsewhere: str = "") -> dict[str, Any]:
     """The summary of these measurements. A sweep that is not among them keeps its counts from the summary `before`; the operators left to
-    ATen are those of the sweeps given."""
+    ATen are those of the sweeps given, unless they were made with another torch (`elsewhere`: its version)."""
     import torch
     from ops.reasons import class_of
-    rows = {(s["dtype"], s["direction"]): s for s in before.get("sweeps", ())}
+    here = torch.__version__.split("+")[0]
+    rows = {(s["dtype"], s["direction"], s.get("torch", here)): s for s in before.get("sweeps", ())}
     externs: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for e in before.get("externs", ()) if sweeps == [] else ():
+    for e in before.get("externs", ()) if sweeps == [] or elsewhere else ():
         externs[e["target"]][e["reason"]] |= set(e["ops"])
     for sweep in sweeps:
         counts = Counter(r["status"] for r in sweep)
         passed = [r for r in sweep if r["status"] == "pass"]
         dtype, direction = sweep[0]["dtype"], "backward" if sweep[0].get("backward") else "forward"
-        rows[dtype, direction] = {
-            "dtype": dtype, "direction": direction, "samples": max(r["samples"] for r in sweep), "operators": len(sweep),
+        version = elsewhere or here
+        rows[dtype, direction, version] = {
+            "dtype": dtype, "direction": direction, "torch": version, "samples": max(r["samples"] for r in sweep), "operators": len(sweep),
             "pass": len(passed), "nograph": counts["nograph"], "known": counts["known"], "eager": counts["eager"],
             "fail": sum(counts[f] for f in FAILURES), "native": sum(not r["externs"] for r in passed),
             "cases": sum(r["samples"] for r in sweep if r["status"] in ("pass", "nograph")),
             "failures": sorted(f"{r['op']}: {r['status']}" for r in sweep if r["status"] in FAILURES),
             "known_rows": sorted({f"{r['op']}: {r['detail']}" for r in sweep if r["status"] == "known"})}
-        for r in passed:
+        for r in passed if not elsewhere else ():
             for target, reason in zip(r["externs"], r["reasons"], strict=True):
                 externs[target]["" if reason.startswith("no lowering") else reason].add(r["op"])
-    made: dict[str, Any] = {"torch": torch.__version__.split("+")[0], "sweeps": [rows[k] for k in sorted(rows)]}
+    made: dict[str, Any] = {"torch": here, "sweeps": [rows[k] for k in sorted(rows)]}
     made["externs"] = [{"target": t, "class": class_of(t, reason), "reason": reason, "ops": sorted(ops)[:SAME_FOR], "count": len(ops)}
                        for t, found in sorted(externs.items()) for reason, ops in sorted(found.items())]
     made["core"] = before.get("core") if core is None else {
@@ -106,17 +111,18 @@ def render(summary: dict[str, Any]) -> str:
     from ops.reasons import CLASSES
     lines = ["# Operators", "",
              "Every operator of PyTorch's OpInfo database is compiled with `torch.compile(backend=\"aicc\")` and compared with eager under the",
-             f"tolerances that OpInfo itself has for it (torch {summary['torch']}, CPU). This page is made by `benchmarks/operator_docs.py` from",
-             "what `benchmarks/opinfo_sweep.py` measured.", "", "## Results", "",
+             f"tolerances that OpInfo itself has for it (torch {summary['torch']}, CPU, or the torch in the table).",
+             "This page is made by `benchmarks/operator_docs.py` from what `benchmarks/opinfo_sweep.py` measured.", "", "## Results", "",
              "*pass*: every sample agrees. *no graph*: agrees too, but torch handed nothing to the compiler. *known*: differs, for the reason",
              "below. *not in eager*: the operator has no such type or gradient on a CPU, or eager itself fails. *native*: of those that pass, the",
              "share whose graphs have no call to ATen left.", ""]
-    lines += _table(("element type", "direction", "samples each", "pass", "no graph", "known", "fail", "not in eager", "native"), [
-        (s["dtype"], s["direction"], s["samples"], s["pass"], s["nograph"], s["known"], s["fail"], s["eager"],
+    lines += _table(("element type", "direction", "torch", "samples each", "pass", "no graph", "known", "fail", "not in eager", "native"), [
+        (s["dtype"], s["direction"], s.get("torch", summary["torch"]), s["samples"], s["pass"], s["nograph"], s["known"], s["fail"], s["eager"],
          f"{s['native']} ({_share(s['native'], s['pass'])})") for s in summary["sweeps"]])
     known = sorted({row for s in summary["sweeps"] for row in s["known_rows"]})
     lines += ["", "Known differences (`tests/ops/known.py`):", "", *(f"- `{k.split(': ', 1)[0]}`: {k.split(': ', 1)[1]}" for k in known)]
-    failures = sorted({f"{f} ({s['dtype']} {s['direction']})" for s in summary["sweeps"] for f in s["failures"]})
+    failures = sorted({f"{f} ({s['dtype']} {s['direction']}, torch {s.get('torch', summary['torch'])})"
+                       for s in summary["sweeps"] for f in s["failures"]})
     if failures:
         lines += ["", "Failures:", "", *(f"- {f}" for f in failures)]
     core = summary.get("core")

@@ -1,127 +1,42 @@
-"""Largest error of every unary float32 function of `backends/llvm/vecmath.py`, in ulps, over all 2^32 inputs.
+"""Largest error of the unary float32 functions of `backends/llvm/vecmath.py`, in ulps, over all 2^32 inputs.
 
-    PYTHONPATH=<the folder above the checkout> python benchmarks/ulp.py [--stride N] [--features avx512f] [name ...]
+    python benchmarks/ulp.py [--stride N] [--features avx512f] [name ...]                     # one after the other, printed as they come
+    python benchmarks/ulp.py --all --jobs 16 --seconds 500 --json ulp.json [--part 0/2]       # every function, by 16 processes
 
-Each function is compiled for this host, run over every float32 bit pattern (or every N-th), and compared with torch's
-float64 function on the same inputs.  Printed per function: the largest error with its input and the time per element.
-The pieces (`compile_elementwise`, `ulp_error`, `REFERENCES`) serve `tests/unit/test_vecmath.py` as well.
+(PYTHONPATH is the folder above the checkout.) Each function is compiled for this host, run over every float32 bit pattern (or every N-th), and
+compared with torch's float64 function on the same inputs; the input of the largest error is evaluated once more with mpmath. With `--all`,
+eager's own float32 function is measured beside it on every `EAGER_EVERY`-th block of inputs. When the time is up, a function that is not
+through says on how many inputs it was measured. `ulp_docs.py` makes docs/numerics.md from the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
+import json
+import math
+import multiprocessing
+import platform
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-import llvmlite.binding as llvm
+import mpmath
 import torch
-from aicc.backends.llvm.vecmath import BINARY, MAX_ULP, UNARY
-from llvmlite import ir
+from aicc.backends.llvm.vecmath import MAX_ULP, UNARY
+from aicc.benchmarks.elementwise import REFERENCES, compile_elementwise, host_features
 
-Kernel = Callable[..., torch.Tensor]
+__all__ = ["Measured", "merged", "sweep", "ulp_error"]
 
-_ELEMENTS: dict[torch.dtype, ir.Type] = {torch.float32: ir.FloatType(), torch.float64: ir.DoubleType()}
-_ENGINES: list[llvm.ExecutionEngine] = []  # compiled code lives as long as its engine
-
-REFERENCES: dict[str, Callable[..., torch.Tensor]] = {
-    name: getattr(torch, name) for name in (*UNARY, *BINARY)
-}
-
-
-def target_machine(cpu: str = "") -> llvm.TargetMachine:
-    """Of the CPU named as LLVM does, by default this one with all its features."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    features = "" if cpu else llvm.get_host_cpu_features().flatten()
-    return llvm.Target.from_default_triple().create_target_machine(
-        cpu=cpu or llvm.get_host_cpu_name(), features=features, opt=3
-    )
-
-
-def host_features() -> frozenset[str]:
-    """The names of the instruction sets that this machine has."""
-    return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
-
-
-def compile_function(module: ir.Module, name: str, arguments: int, cpu: str = "") -> Callable[..., None]:
-    """The function `name` of `module`, taking `arguments` pointers and an i64, optimised at O2 and loaded."""
-    machine = target_machine(cpu)
-    parsed = llvm.parse_assembly(str(module))
-    parsed.verify()
-    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
-    builder.getModulePassManager().run(parsed, builder)
-    engine = llvm.create_mcjit_compiler(parsed, machine)
-    engine.finalize_object()
-    _ENGINES.append(engine)
-    prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments, ctypes.c_int64)
-    return prototype(engine.get_function_address(name))
-
-
-def emit_loop(
-    emit: Callable[..., ir.Value], sources: list[ir.Type], result: ir.Type, width: int | None
-) -> ir.Module:
-    """A module whose `kernel(inputs..., output, n)` applies `emit(builder, *values)` to `width` elements a step.
-
-    n must be a multiple of the width; width None works on scalars.  i1 results are stored as i8.
-    """
-    module = ir.Module()
-    arguments = [ir.PointerType()] * (len(sources) + 1)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [*arguments, ir.IntType(64)]), "kernel")
-    entry, body, done = (function.append_basic_block(name) for name in ("entry", "body", "done"))
-    i64 = ir.IntType(64)
-    ir.IRBuilder(entry).branch(body)
-    b = ir.IRBuilder(body)
-    index = b.phi(i64)
-    index.add_incoming(i64(0), entry)
-
-    def shaped(element: ir.Type) -> ir.Type:
-        return element if width is None else ir.VectorType(element, width)
-
-    values = []
-    for pointer, element in zip(function.args, sources):
-        address = b.gep(pointer, [index], source_etype=element)
-        values.append(b.load(address, typ=shaped(element), align=element_bytes(element)))
-    value = emit(b, *values)
-    if value.type == shaped(ir.IntType(1)):
-        value = b.zext(value, shaped(ir.IntType(8)))
-    b.store(value, b.gep(function.args[-2], [index], source_etype=result), align=element_bytes(result))
-    following = b.add(index, i64(width or 1))
-    index.add_incoming(following, b.block)
-    b.cbranch(b.icmp_signed("<", following, function.args[-1]), body, done)
-    ir.IRBuilder(done).ret_void()
-    return module
-
-
-def element_bytes(element: ir.Type) -> int:
-    return element.width // 8 if isinstance(element, ir.IntType) else {"half": 2, "float": 4, "double": 8}[str(element)]
-
-
-def compile_elementwise(
-    name: str,
-    dtype: torch.dtype = torch.float32,
-    width: int | None = 16,
-    features: frozenset[str] = frozenset(),
-    cpu: str = "",
-) -> Kernel:
-    """`name` of vecmath as a function of equally long 1-D contiguous tensors of `dtype`; length a multiple of `width`."""
-    emitter = UNARY.get(name) or BINARY[name]
-    arity = 1 if name in UNARY else 2
-    element = _ELEMENTS[dtype]
-    mask = name in ("isnan", "isinf")
-    module = emit_loop(
-        lambda b, *x: emitter(b, *x, features), [element] * arity, ir.IntType(8) if mask else element, width
-    )
-    function = compile_function(module, "kernel", arity + 1, cpu)
-
-    def run(*inputs: torch.Tensor) -> torch.Tensor:
-        if inputs[0].numel() % (width or 1):
-            raise ValueError(f"{inputs[0].numel()} elements are not a multiple of the width {width}")
-        output = torch.empty_like(inputs[0], dtype=torch.bool if mask else dtype)
-        function(*[x.data_ptr() for x in inputs], output.data_ptr(), output.numel())
-        return output
-
-    return run
+PIECES = 256  # of the 2^32 inputs of a function: what a process takes at a time
+CHUNK = 1 << 15  # inputs that are computed and compared together: they stay in the second-level cache
+EAGER_EVERY = 16
+MASKS = ("isnan", "isinf")
+NO_BOUND = ("lgamma", "digamma")  # computed in float64 by the C library and rounded: as good as its float64, near the roots too
 
 
 def _inverse_spacing() -> torch.Tensor:
@@ -151,39 +66,183 @@ def ulp_error(got: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return error
 
 
-def sweep(
-    name: str, stride: int = 1, features: frozenset[str] = frozenset(), chunk: int = 1 << 16
-) -> tuple[float, float, float]:
-    """(largest error in ulps, its input, seconds per element) of unary `name` over every `stride`-th bit pattern."""
-    kernel, reference = compile_elementwise(name, features=features), REFERENCES[name]
-    worst, worst_input, elapsed, count = 0.0, 0.0, 0.0, 0
-    steps = torch.arange(chunk, dtype=torch.int64) * stride
-    for start in range(-(1 << 31), 1 << 31, chunk * stride):
+def plain_errors(got: torch.Tensor, exact: torch.Tensor) -> tuple[float, torch.Tensor] | None:
+    """(largest error, errors in units of 2^23 ulps), as `ulp_error` in a quarter of its time; None unless all numbers are finite, no error is
+    large and no zero has the wrong sign."""
+    bits = exact.float().view(torch.int32)
+    if int((bits ^ got.view(torch.int32)).amin()) == -(1 << 31):
+        return None
+    spacing = bits.bitwise_and_(0x7F800000).view(torch.float32).clamp_(2.0**-126, 2.0**127)  # a float with no mantissa: 2^23 ulps
+    error = got.double().sub_(exact).abs_().div_(spacing)
+    top = float(error.amax())
+    return (top * 2.0**23, error) if top < 2.0**-16 else None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One function on `inputs` inputs. Counts are of inputs where float32 and the rounded float64 result disagree in kind."""
+
+    name: str
+    inputs: int = 0
+    worst: float = 0.0  # ulps
+    at: float = 0.0
+    nan: int = 0  # NaN on one side only
+    infinity: int = 0  # infinite on one side only
+    zero: int = 0  # zeros of different sign
+    eager: float = 0.0  # largest error of eager's float32 function, ulps, where it agrees in kind
+    eager_kind: int = 0  # inputs where eager's function disagrees in kind
+    eager_inputs: int = 0
+    seconds: float = 0.0  # of our kernel alone
+
+
+def merged(a: Measured, b: Measured) -> Measured:
+    """Both pieces of one function as one."""
+    top = a if a.worst >= b.worst else b
+    return Measured(a.name, a.inputs + b.inputs, top.worst, top.at, a.nan + b.nan, a.infinity + b.infinity, a.zero + b.zero,
+                    max(a.eager, b.eager), a.eager_kind + b.eager_kind, a.eager_inputs + b.eager_inputs, a.seconds + b.seconds)
+
+
+def sweep(name: str, stride: int = 1, features: frozenset[str] = frozenset(), first: int = -(1 << 31), end: int = 1 << 31,
+          eager_every: int = 0) -> Measured:
+    """Unary `name` over every `stride`-th bit pattern in [first, end), patterns taken as int32; CHUNK * stride divides the range."""
+    kernel, reference = _kernel(name, features), REFERENCES[name]
+    steps = torch.arange(CHUNK, dtype=torch.int64) * stride
+    m = Measured(name)
+    for i, start in enumerate(range(first, end, CHUNK * stride)):
         x = (steps + start).to(torch.int32).view(torch.float32)
         begin = time.perf_counter()
         got = kernel(x)
-        elapsed += time.perf_counter() - begin
-        count += chunk
-        error = ulp_error(got, reference(x.double()))
-        top = int(error.argmax())
-        if float(error[top]) > worst:
-            worst, worst_input = float(error[top]), float(x[top])
-    return worst, worst_input, elapsed / count
+        took = time.perf_counter() - begin
+        exact = reference(x.double())
+        m = merged(m, replace(_compared(name, x, got, exact, m.worst), seconds=took))
+        if eager_every and i % eager_every == 0:
+            theirs = _compared(name, x, reference(x), exact, math.inf)
+            m = replace(m, eager=max(m.eager, theirs.worst), eager_inputs=m.eager_inputs + CHUNK,
+                        eager_kind=m.eager_kind + theirs.nan + theirs.infinity + theirs.zero)
+    return m
 
 
-def main() -> None:
+@cache
+def _kernel(name: str, features: frozenset[str]) -> Callable[..., torch.Tensor]:
+    return compile_elementwise(name, features=features)
+
+
+def _compared(name: str, x: torch.Tensor, got: torch.Tensor, exact: torch.Tensor, above: float) -> Measured:
+    """A block of inputs. Where its largest error is not larger than `above`, its place is not looked for."""
+    if name in MASKS:
+        return Measured(name, CHUNK, nan=int((got != exact).sum()))
+    plain = plain_errors(got, exact)
+    if plain is not None:
+        worst, errors = plain
+        return Measured(name, CHUNK, worst, float(x[int(errors.argmax())]) if worst > above else 0.0)
+    error = ulp_error(got, exact)
+    rounded = exact.float()
+    nan = got.isnan() != rounded.isnan()
+    infinity = (got.isinf() != rounded.isinf()) & ~nan
+    zero = (got == 0) & (rounded == 0) & (got.signbit() != rounded.signbit())
+    error[nan | zero] = 0
+    top = int(error.argmax())
+    return Measured(name, CHUNK, float(error[top]), float(x[top]), int(nan.sum()), int(infinity.sum()), int(zero.sum()))
+
+
+def exact_error(name: str, at: float) -> float:
+    """Error at one input in ulps against mpmath with 60 digits; NaN where mpmath has no such function or the result is not finite."""
+    functions: dict[str, Callable[[Any], Any]] = {
+        "log2": lambda v: mpmath.log(v, 2), "exp2": lambda v: mpmath.power(2, v), "sigmoid": lambda v: 1 / (1 + mpmath.exp(-v)),
+        "rsqrt": lambda v: 1 / mpmath.sqrt(v), "lgamma": lambda v: mpmath.log(abs(mpmath.gamma(v))), "reciprocal": lambda v: 1 / v}
+    function = functions.get(name, getattr(mpmath, name, None))
+    if function is None or not math.isfinite(at):
+        return math.nan
+    got = float(compile_elementwise(name)(torch.full((16,), at))[0])
+    try:
+        with mpmath.workdps(60):
+            exact = function(mpmath.mpf(at))
+            if not isinstance(exact, mpmath.mpf) or not mpmath.isfinite(exact) or not math.isfinite(got):
+                return math.nan
+            field = (int(torch.tensor(float(exact)).float().view(torch.int32)) >> 23) & 255
+            return float(abs(mpmath.mpf(got) - exact) * mpmath.mpf(2) ** (150 - min(max(field, 1), 254)))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return math.nan
+
+
+# -- every function, by many processes --------------------------------------------------------------------------------------
+
+
+def _piece(name: str, piece: int, features: frozenset[str], until: float) -> Measured | None:
+    """A piece of the inputs of `name`; None when the time is up."""
+    torch.set_num_threads(1)
+    if time.time() > until:
+        return None
+    width = (1 << 32) // PIECES
+    first = -(1 << 31) + piece * width
+    return sweep(name, 1, features, first, first + width, EAGER_EVERY)
+
+
+def sweep_all(names: Iterable[str], jobs: int, seconds: float, features: frozenset[str]) -> list[dict[str, Any]]:
+    """Every function over all inputs, as far as the time goes; one row per function, as in the JSON."""
+    until = time.time() + seconds
+    found: dict[str, Measured] = {}
+    names = list(names)
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(_piece, name, piece, features, until): name for name in names for piece in range(PIECES)}
+        for done in as_completed(waiting):
+            name, part = waiting[done], done.result()
+            if part is not None:
+                found[name] = merged(found[name], part) if name in found else part
+                if found[name].inputs == 1 << 32:
+                    print(_line(asdict(found[name])), flush=True)
+    rows = [asdict(found.get(name, Measured(name))) for name in names]
+    for row in rows:
+        row["exact"] = exact_error(row["name"], row["at"]) if row["inputs"] else math.nan
+        row["bound"] = MAX_ULP.get(row["name"], 0.5)
+    return rows
+
+
+_HEAD = f"{'function':<12}{'max ulp':>9}  {'at':<24}{'bound':>6}{'ns/element':>12}{'kind':>6}{'eager ulp':>12}{'kind':>10}{'inputs':>8}"
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A line under `_HEAD`."""
+    bound = "-" if row["name"] in NO_BOUND else MAX_ULP.get(row["name"], 0.5)
+    return (f"{row['name']:<12}{row['worst']:>9.3f}  {row['at']:<24.9g}{bound:>6}{row['seconds'] / max(1, row['inputs']) * 1e9:>12.2f}"
+            f"{row['nan'] + row['infinity'] + row['zero']:>6}{row['eager']:>12.4g}{row['eager_kind']:>10}{row['inputs'] / 2**32:>8.1%}")
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="functions (default: all that have a bound)")
+    parser.add_argument("names", nargs="*", help="functions (default: all that have a bound; with --all every one)")
     parser.add_argument("--stride", type=int, default=1, help="take every N-th input, N a power of two")
     parser.add_argument("--features", default="", help="comma-separated names handed to the emitters")
+    parser.add_argument("--all", action="store_true", help="all inputs of all functions, in parallel")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after this long (with --all)")
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th function from the i-th on (with --all)")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     features = frozenset(filter(None, options.features.split(",")))
-    names = options.names or [name for name in UNARY if name in MAX_ULP]
-    print(f"{'function':<12}{'max ulp':>9}  {'at':<24}{'bound':>6}{'ns/element':>12}")
-    for name in names:
-        worst, at, seconds = sweep(name, options.stride, features)
-        print(f"{name:<12}{worst:>9.3f}  {at:<24.9g}{MAX_ULP.get(name, 0.5):>6}{seconds * 1e9:>12.2f}", flush=True)
+    print(_HEAD)
+    if options.all:
+        part, parts = map(int, options.part.split("/"))
+        names = options.names or sorted(UNARY, key=lambda name: name in NO_BOUND)  # slow ones last
+        rows = sweep_all(names[part::parts], options.jobs, options.seconds, features)
+        if options.json is not None:
+            machine = {"processor": _processor(), "features": sorted(host_features() & {"avx2", "fma", "avx512f"}), "torch": torch.__version__}
+            options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        print(f"\n{_HEAD}  largest error again, by mpmath")
+        for row in rows:
+            print(f"{_line(row)}  {row['exact']:.4f}")
+        return int(any(row["worst"] > row["bound"] and row["name"] not in NO_BOUND for row in rows))
+    for name in options.names or [name for name in UNARY if name in MAX_ULP]:
+        print(_line(asdict(sweep(name, options.stride, features))), flush=True)
+    return 0
+
+
+def _processor() -> str:
+    """The model's name, as Linux says it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

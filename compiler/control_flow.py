@@ -2,9 +2,9 @@
 
     run = compile_pieces(gm, compile_one, decompositions)
 
-Between two such operators everything is compiled as one graph; the operator itself runs in Python, through torch's own dense
-implementation, with its branches and bodies compiled like any other graph. So a loop costs a Python call per trip and kind of
-graph, and no operator is left to ATen because it stands beside a loop.
+A `scan` on the CPU whose body is compiled whole is part of the graph: its loop is native (`frontend/scan.py`). The others are run in
+Python, through torch's own dense implementation, with branches and bodies compiled like any other graph, as is all between two
+of them. So such a loop costs a Python call per trip and kind of graph, and no operator is left to ATen because it stands beside a loop.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..frontend.errors import UnsupportedError
+from ..frontend.importer import import_graph
+from ..frontend.scan import body_of, may_import
+
 __all__ = ["PieceCompiler", "compile_pieces", "has_control_flow"]
 
 Table = Mapping[Any, Callable[..., Any]]
@@ -28,6 +32,7 @@ PieceCompiler = Callable[[fx.GraphModule, str, "list[fx.Node | None]"], Callable
 """Compiles a graph called by a name; for each of its placeholders the one of the whole graph that it is, or None. Boxed."""
 
 _ORDERED = torch.ops.higher_order.with_effects
+_NATIVE = "aicc_native"
 _COMPILED_BODIES = {"cond", "while_loop", "while_loop_stack_output", "scan", "map_impl", "invoke_subgraph"}
 """Operators that only call the graphs they are given. The others may transform them (vmap), and get them as they are."""
 
@@ -37,7 +42,36 @@ def has_control_flow(gm: fx.GraphModule) -> bool:
 
 
 def _is_control(node: fx.Node) -> bool:
-    return node.op == "call_function" and isinstance(node.target, HigherOrderOperator) and node.target is not _ORDERED
+    """An operator that takes graphs, and is no native loop."""
+    return (node.op == "call_function" and isinstance(node.target, HigherOrderOperator) and node.target is not _ORDERED
+            and not node.meta.get(_NATIVE))
+
+
+def _mark_native(gm: fx.GraphModule, table: Table) -> None:
+    """Scans that the importer takes are marked; their bodies are taken apart as the graph around them was."""
+    for node in gm.graph.nodes:
+        if not may_import(gm, node):
+            continue
+        name = str(node.args[0].target)
+        body, decomposed = body_of(gm, node), _decomposed(body_of(gm, node), table)
+        setattr(gm, name, decomposed)
+        try:
+            import_graph(_alone(gm, node))
+            node.meta[_NATIVE] = True
+        except UnsupportedError:
+            setattr(gm, name, body)
+
+
+def _alone(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
+    """A graph of nothing but the node."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for a in node.all_input_nodes:
+        copies[a] = graph.get_attr(str(a.target)) if _is_graph(gm, a) else graph.placeholder(a.name)
+        copies[a].meta = dict(a.meta)
+    made = graph.node_copy(node, copies.__getitem__)
+    graph.output((graph.call_function(operator.getitem, (made, 0)),))
+    return fx.GraphModule(gm, graph)
 
 
 @dataclass
@@ -72,6 +106,7 @@ class _Pieces:
 def compile_pieces(gm: fx.GraphModule, compile_one: PieceCompiler, table: Table) -> Callable[..., Any]:
     """Compiles `gm` piece by piece; without control flow it is one piece. `table` has the decompositions, for graphs within."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    _mark_native(gm, table)
     if not has_control_flow(gm):
         return compile_one(gm, "", list(placeholders))
     output = next(n for n in gm.graph.nodes if n.op == "output")
@@ -125,7 +160,7 @@ def _is_item_of_control(node: fx.Node) -> bool:
 
 def _compiled_step(gm: fx.GraphModule, nodes: list[fx.Node], name: str, placeholders: list[fx.Node], compile_one: PieceCompiler) -> _Step:
     inside = set(nodes)
-    inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
+    inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside and not _is_graph(gm, a)))
     inputs += [p for p in placeholders if p not in inputs and isinstance(p.meta.get("val"), torch.SymInt)]  # sizes that shapes may name
     outputs = [n for n in nodes if any(user not in inside for user in n.users)]
     graph = fx.Graph()
@@ -133,6 +168,8 @@ def _compiled_step(gm: fx.GraphModule, nodes: list[fx.Node], name: str, placehol
     for node in inputs:
         copies[node] = graph.placeholder(node.name)
         copies[node].meta = dict(node.meta)
+    for node in dict.fromkeys(a for n in nodes for a in n.all_input_nodes if _is_graph(gm, a)):
+        copies[node] = graph.get_attr(str(node.target))
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[n] for n in outputs))

@@ -34,9 +34,10 @@ from ..runtime.artifact import Artifact
 from ..runtime.cache import ArtifactCache, cache_key
 from ..runtime.cuda_graph import CudaGraph
 from ..runtime.executor import CompiledGraph
+from .autotune import Tuner, tune_tiles
 from .env import read_environment
 from .errors import SettingError
-from .gpu import compile_cuda, cuda_device, cuda_target, triton_version
+from .gpu import compile_cuda, cuda_device, cuda_target, kernel_resources, triton_version
 from .manifest import build_manifest
 from .options import Options
 from .pipelines import STAGES, pipeline
@@ -79,6 +80,9 @@ def lower(module: Operation, target: Target, options: Options, compilation: Comp
         run_pipeline(module, parse_pipeline(pipeline(stage, target, options)), ctx, verify_each=options.verify,
                      after_each=None if observe is None else partial(observe, stage))
         compilation.seconds[stage] = time.perf_counter() - start
+        if stage == "tensor" and options.mode == "max-autotune" and target.is_gpu and torch.cuda.is_available():
+            tune_tiles(module, ctx, Tuner(options, read_environment().cache_dir if options.cache else None))
+            compilation.seconds["autotune"] = time.perf_counter() - start - compilation.seconds[stage]
         if observe is not None:
             observe(stage, None, module)
     compilation.remarks.extend(ctx.remarks)
@@ -120,6 +124,8 @@ def compile_graph(module: Operation, options: Options, *, name: str = "graph", o
         artifact = compile_cuda(module, target, cache_dir=env.cache_dir)
     compilation.seconds["llvm" if device is None else "triton"] = time.perf_counter() - start
     artifact.manifest["stats"] = statistics(module)
+    if device is not None:
+        artifact.manifest["stats"]["resources"] = kernel_resources(artifact.manifest, target.capability)
     compilation.stats.update(artifact.manifest["stats"])
     if store is not None:
         store.put(key, Artifact(json.loads(json.dumps(artifact.manifest)), artifact.blobs))
@@ -158,7 +164,7 @@ def compile_fx(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options:
         start = time.perf_counter()
         if not options.pack_parameters:
             arg_kinds = None  # nothing is known to stay the same between calls
-        module = import_graph(gm, name="main", arg_kinds=arg_kinds)
+        module = import_graph(gm, name="main", arg_kinds=arg_kinds, alias_results=True)
         if saved_from is not None:
             mark_saved(module, saved_from)
         spent = time.perf_counter() - start

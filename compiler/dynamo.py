@@ -25,22 +25,28 @@ from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext
 
+from ..frontend.attention import write_out_attention
 from ..frontend.common_subexpressions import merge_common_subexpressions
 from ..frontend.decompositions import decomposition_table
 from ..frontend.flex import expand_flex
 from ..frontend.random import random_decompositions, share_seeds
+from ..frontend.recompute import permute_transposes, recompute_attention
+from ..frontend.recurrent import expand_recurrent
+from ..frontend.scan import unstack_invariants
 from .control_flow import compile_pieces
+from .distributed.planned import compile_planned
 from .driver import Observer, compile_fx
 from .options import Options
 
-__all__ = ["aicc", "aot_backend", "arg_kinds", "backend", "first_saved"]
+__all__ = ["aicc", "aot_backend", "arg_kinds", "backend", "first_saved", "partition"]
 
 Graph = torch.fx.GraphModule
 
 
 def aicc(gm: Graph, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Callable:
     """The backend function that Dynamo calls with each captured graph."""
-    return backend(Options.from_user(mode, options))(gm, example_inputs)
+    chosen = Options.from_user(mode, options)
+    return compile_planned(gm, example_inputs, chosen) if chosen.plan else backend(chosen)(gm, example_inputs)
 
 
 def backend(options: Options, observe: Observer | None = None) -> Callable:
@@ -72,8 +78,10 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
     def compile_captured(gm: Graph, inputs: Sequence[Any]) -> Callable:
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)
+        expand_recurrent(gm)
+        write_out_attention(gm, drops=not fallback_random)
         # Dynamo does not trace into what it is given back: a wrapper that forbids it would cost each call a microsecond or two.
-        return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=_partition, keep_inference_input_mutations=True, **compilers)
+        return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=partition, keep_inference_input_mutations=True, **compilers)
 
     return compile_captured
 
@@ -83,13 +91,17 @@ def _decompositions(fallback_random: bool) -> dict[Any, Callable[..., Any]]:
     return decomposition_table() if fallback_random else {**decomposition_table(), **random_decompositions()}
 
 
-def _partition(joint: Graph, inputs: Sequence[Any], **rest: Any) -> tuple[Graph, Graph]:
+def partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, **rest: Any) -> tuple[Graph, Graph]:
+    """The forward and backward graphs of a joint one, by torch's min-cut, after what aicc wants computed again is computed again."""
     share_seeds(joint)
     _drop_detaches(joint.graph)
+    unstack_invariants(joint)
     joint.graph.eliminate_dead_code()
     merge_common_subexpressions(joint.graph)
-    with functorch_config.patch(cse=False):  # torch's own pass imports Inductor
-        return min_cut_rematerialization_partition(joint, inputs, **rest)
+    recompute_attention(joint, num_fwd_outputs)  # after equal nodes are merged, for it makes copies
+    permute_transposes(joint.graph)
+    with functorch_config.patch(cse=False, recompute_views=True):  # its own pass imports Inductor; a saved view would be a copy
+        return min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **rest)
 
 
 def _drop_detaches(graph: torch.fx.Graph) -> None:

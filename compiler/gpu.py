@@ -9,19 +9,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 
 from ..backends.triton import compile_gpu
+from ..backends.triton.occupancy import occupancy
 from ..ir import Operation, Target
 from ..ir.core import IRError
 from ..runtime.artifact import Artifact
 from .manifest import build_manifest
 
-__all__ = ["compile_cuda", "cuda_device", "cuda_target", "triton_version"]
+__all__ = ["compile_cuda", "cuda_device", "cuda_target", "kernel_resources", "triton_version"]
 
 ERRORS = {1: "an index is out of range"}
 
@@ -41,12 +44,14 @@ def cuda_device(module: Operation) -> str | None:
 
 
 def cuda_target(device: str) -> Target:
-    """What a device of this machine can do. The feature "tf32": float32 products may round their operands, as torch's settings say now."""
-    return _target(device, _tf32_allowed())
+    """What a device of this machine can do. Features, as torch's settings say now: "tf32", float32 products may round their operands;
+    "deterministic", results are the same in every run (colliding additions of a scatter are made in order then, by few programs)."""
+    chosen = (("tf32", _tf32_allowed()), ("deterministic", torch.are_deterministic_algorithms_enabled()))
+    return _target(device, tuple(name for name, on in chosen if on))
 
 
 @cache
-def _target(device: str, tf32: bool) -> Target:
+def _target(device: str, features: tuple[str, ...]) -> Target:
     p = torch.cuda.get_device_properties(device)
     capability = 10 * p.major + p.minor
     return Target(
@@ -55,7 +60,7 @@ def _target(device: str, tf32: bool) -> Target:
         capability=capability,
         multiprocessors=p.multi_processor_count,
         l2=p.L2_cache_size,
-        features=("tf32",) if tf32 and capability >= 80 else (),
+        features=tuple(f for f in features if f != "tf32" or capability >= 80),
     )
 
 
@@ -74,6 +79,17 @@ def compile_cuda(module: Operation, target: Target, *, cache_dir: Path | None = 
     manifest = build_manifest(module, errors=ERRORS, device="cuda")
     manifest["cuda"] = compiled.program
     return Artifact(manifest, compiled.blobs)
+
+
+def kernel_resources(manifest: Mapping[str, Any], capability: int) -> dict[str, dict[str, Any]]:
+    """Of each kernel: registers per thread, spilled and shared bytes, warps, programs per multiprocessor and what limits them."""
+    found = {}
+    for name, row in manifest["cuda"]["kernels"].items():
+        warps = row["threads"] // 32
+        held = occupancy(capability, warps, row["registers"], row["shared"])
+        found[name] = {"registers": row["registers"], "spills": row["spills"], "shared": row["shared"], "warps": warps,
+                       "programs": held.programs, "occupancy": round(held.share, 3), "limit": held.limit}
+    return found
 
 
 def triton_version() -> str:

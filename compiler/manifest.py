@@ -136,7 +136,7 @@ class _Builder:
         if kind == "view":
             n = len(self.inputs)
             of = {"input": attrs["arg"]} if attrs["arg"] < n else {"buffer": attrs["arg"] - n}
-            return {"kind": kind, **of, "offset": expr_to_json(attrs.get("offset", 0)),
+            return {"kind": kind, **of, **({"dtype": attrs["dtype"]} if "dtype" in attrs else {}), "offset": expr_to_json(attrs.get("offset", 0)),
                     "shape": [expr_to_json(e) for e in attrs["shape"]], "strides": [expr_to_json(e) for e in attrs["strides"]]}
         if kind == "none":
             return {"kind": kind}
@@ -195,10 +195,13 @@ class _Builder:
                 segment, busy = segment + 1, False
 
         for op in self.func.body:
-            if op.name in ("host.launch", "host.library", "host.copy") and not op.attributes.get("cached", False):
+            if op.name in ("host.launch", "host.loop", "host.library", "host.copy") and not op.attributes.get("cached", False):
                 outputs = 1 if op.name == "host.copy" else op["outputs"]
                 busy = True
                 touch(op)
+                early = [a for a in waiting if a in op.operands]
+                if early:
+                    raise IRError(f"'{op.name}' comes before the symbols that decide the size of a buffer of type {early[0].type}")
                 mutated |= {self.places[v].index for v in op.operands[len(op.operands) - outputs:]
                             if self.places[v].space == "input"}
             elif op.name == "host.extern":
@@ -236,7 +239,7 @@ class _Builder:
                 "result_kinds": list(op["result_kinds"]) or ["tensor"] * (len(op.operands) - n),
                 "results": [_layout(v.type) for v in op.operands[n:]],
                 "buffers": [self.places[v].index for v in op.operands[n:]],
-                "defines": [[name, *where] for name, where in op["defines"].items()]}
+                "defines": [[name, *where, *self.func["symbols"].get(name, (0, None))] for name, where in op["defines"].items()]}
 
     def _strides(self, v: Value, wanted: tuple[Dim, ...] | None) -> list[Any] | None:
         """The strides that an operand must be given (it has them in eager; none: row-major); None if it has them already."""
@@ -246,7 +249,7 @@ class _Builder:
         return None if strides == t.layout else [expr_to_json(e) for e in strides]
 
 
-_READS = ("host.launch", "host.library", "host.copy", "host.extern")
+_READS = ("host.launch", "host.loop", "host.library", "host.copy", "host.extern")
 
 
 def _layout(t: Any) -> dict[str, Any]:

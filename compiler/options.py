@@ -27,6 +27,7 @@ class Options:
     fuse                      group ops into kernels; False gives one kernel per op (for debugging)
     fallback_random           draw random numbers through ATen, which gives eager's for the same seed, instead of from counters
     pack_parameters           keep a packed copy of parameters that kernels read in another layout; False keeps the parameters only
+    plan                      a plan file: the ranks of the process group share the work (see docs/distributed.md); "" for none
     cudagraphs                replay a graph's launches from a CUDA graph (mode="reduce-overhead" means the same)
     """
 
@@ -40,6 +41,7 @@ class Options:
     fallback_random: bool = False
     pack_parameters: bool = True
     cudagraphs: bool = False
+    plan: str = ""
 
     @staticmethod
     def from_user(mode: str | None = None, options: Mapping[str, Any] | None = None, environment: Environment | None = None) -> Options:
@@ -56,6 +58,8 @@ class Options:
                 raise ValueError(f"unknown option '{key}'" + (f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(fields)}"))
             if name == "features" and value is not None:
                 value = tuple(value.split(",") if isinstance(value, str) else value)
+            elif name == "plan":
+                value = str(value)
             elif name != "features" and not isinstance(value, type(fields[name].default)):
                 raise ValueError(f"option '{key}' must be a {type(fields[name].default).__name__}, got {value!r}")
             given[name] = value

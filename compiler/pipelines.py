@@ -24,25 +24,32 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
         "graph": f"canonicalize{relax},cse,fold-constants,dce",
         "tensor": ",".join([
             "decompose",
+            # Views in front of loops: a loop walks backwards for nothing, and is handed what never changes once.
+            "simplify-loops",
             *(["unpad-concatenations"] if target.is_gpu else []),
             # Views first: then every read of a tensor is a map, and two reads of the same elements look alike to cse.
             "absorb-views", f"canonicalize{relax}", "cse", "dce",
+            # While the sum and what it is added to are still two ops.
+            "lift-sums",
             # Products for a library leave before anything merges: what it does along the way is still told apart.
             *(["operand-order", library] if target.is_gpu else []),
             # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.
             "inline", *(["plain-reductions"] if target.is_gpu else []), "sink-reshapes", f"canonicalize{relax}", "dce",
+            *(["turn-streams", "dce"] if options.fuse and not target.is_gpu else []),
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
             "layout", "pack", "inline", f"canonicalize{relax}", "cse", "dce",
+            # Packed weights of recurrent layers leave the loop: what is packed once must be seen to be the same in every trip.
+            "hoist-invariants",
             *(["library-operands", "alias-views"] if target.is_gpu else []),
             *(["stream"] if options.fuse else []),
-            *(["split-reductions"] if target.is_gpu and options.fuse else []),
+            *(["split-reductions", "split-dimensions"] if target.is_gpu and options.fuse else []),
             fuse if options.fuse else "fuse{max-members=1}",
             # What crosses from kernel to kernel is known now.
             *(["narrow-results"] if target.is_gpu else []),
         ]),
         # Kernels are simplified once more: bodies merged by fusion share index arithmetic.
         # On GPUs small ones that are independent of each other are launched together then.
-        "tile": "tile,cse,dce" + (",merge-launches" if target.is_gpu and options.fuse else ""),
+        "tile": f"tile{relax},cse,dce" + (",merge-launches" if target.is_gpu and options.fuse else ""),
         # A CUDA graph wants few kernels to use the memory of outputs, whose address is another one in each call.
-        "host": "schedule,bufferize,plan-memory" + ("{outputs=false}" if options.replays and target.is_gpu else ""),
+        "host": "schedule,overlap,bufferize,plan-memory" + ("{outputs=false}" if options.replays and target.is_gpu else ""),
     }[stage]

@@ -47,13 +47,14 @@ class Context:
         self.node: fx.Node = None  # type: ignore[assignment]  # set by the importer before any row runs
         self.val: Any = None
         self.numbers: dict[str, Value] = {}  # symbols that are no sizes -> the 0-d tensors that hold them
+        self.closed = False  # set at the results: from there on, nothing is computed
         self.defined: set[str] = set()  # symbols whose values are known at this point: arguments, then results of externs
 
     # -- types of the node
 
     def type_of(self, fake: torch.Tensor) -> TensorType:
         """The type of a fake tensor, without its strides."""
-        return TensorType(tuple(self.dim(s) for s in fake.shape), from_torch(fake.dtype))
+        return TensorType(self.dims(fake.shape), from_torch(fake.dtype))
 
     def fake(self, i: int | None = None) -> torch.Tensor:
         """The fake tensor that the node gives, or the i-th of several."""
@@ -84,7 +85,22 @@ class Context:
         return self.symbols.dim(size)
 
     def dims(self, sizes: Sequence[Any]) -> tuple[Dim, ...]:
-        return tuple(self.dim(s) for s in sizes)
+        """Sizes or strides of a tensor."""
+        return tuple(self._size(s) for s in sizes)
+
+    def _size(self, size: Any) -> Dim:
+        """As `dim`; a size that is computed from a float in the data (`int(x.sum().item())`) becomes a symbol, read when it is computed."""
+        try:
+            return self.dim(size)
+        except Unsupported:
+            if self.closed or not isinstance(size, torch.SymInt) or not any(s.name in self.numbers for s in size.node.expr.free_symbols):
+                raise
+        value = self.number(SymScalar(size))
+        name = self.symbols.define(size)
+        self.b.create("graph.extern", [value], {"target": "aten._local_scalar_dense.default", "args": ({"operand": 0},), "result_kinds": ("int",),
+                                                "reason": "a size read from data", "defines": {name: (0, -1)}}, [value.type])
+        self.defined.add(name)
+        return self.dim(size)
 
     def axis(self, dim: int, rank: int) -> int:
         """`dim` counted from the front; 0-d tensors have the dimensions -1 and 0, as in torch."""

@@ -18,17 +18,20 @@ the operand has in eager, or none for row-major; the executor hands over memory 
 that the operator's own results have. `result_kinds` has one entry per element that the operator returns (one for a single
 value): 'tensor' and 'int' (a 0-d i64) are SSA results, in order; 'none' is not (it is None, or nobody reads it). It is empty
 for an operator called for its effect. `defines` maps each unbacked symbol (u0, ...) to [result, dimension] where its value is
-read off: the index of the SSA result, and dimension -1 for the value of an 'int'.
+read off: the index of the SSA result, and dimension -1 for the value of an 'int', -2 for the place of a view in its operand: the
+elements of operand 0 before it.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..ir.attributes import Attribute
 from ..ir.core import Value
@@ -110,7 +113,8 @@ def lower_extern(c: Context, node: fx.Node, env: Mapping[fx.Node, Any], reason: 
         if i not in read:
             kinds.append("none")
         elif isinstance(r, torch.Tensor):
-            types.append(c.type_of(r).with_strides(c.dims(r.stride())))
+            t = c.type_of(r).with_strides(c.dims(r.stride()))
+            types.append(replace(t, dtype=DTYPES["i64"]) if i and str(target) in _COUNTING else t)
             kinds.append("tensor")
         elif r is None:
             kinds.append("none")
@@ -122,10 +126,14 @@ def lower_extern(c: Context, node: fx.Node, env: Mapping[fx.Node, Any], reason: 
     random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
     given = [r for r, k in zip(returned, kinds, strict=True) if k != "none"]
     values = make_extern(c, str(target), encoder.operands, args, kwargs, types, kinds, strides=tuple(encoder.strides),
-                         random=random, reason=reason, defines=_defined(c, given))
+                         random=random, reason=reason, defines=_defined(c, given, _viewed(node, target)))
     results = iter(values)
     made = tuple(None if k == "none" else next(results) for k in kinds)
     return made if several else made[0] if made else None
+
+
+_COUNTING = ("aten._unique2.default", "aten.unique_consecutive.default", "aten.unique_dim.default")
+"""Operators whose results but the first are int64, though torch 2.11's tracing gives the element type of the first."""
 
 
 def make_extern(c: Context, target: str, operands: list[Value], args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -146,8 +154,15 @@ def make_extern(c: Context, target: str, operands: list[Value], args: tuple[Any,
     return list(c.b.create("graph.extern", operands, attrs, types).results)
 
 
-def _defined(c: Context, returned: Sequence[Any]) -> dict[str, Any]:
-    """The unbacked symbols that first appear in these results. Unsupported if one is not a size or value of its own."""
+def _viewed(node: fx.Node, target: Any) -> bool:
+    """Whether the results are views of the first argument, which begins where its memory does: then offsets in it are theirs in the memory."""
+    first = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], fx.Node) else None
+    return isinstance(target, torch._ops.OpOverload) and target.is_view and isinstance(first, torch.Tensor) and (
+        statically_known_true(first.storage_offset() == 0))
+
+
+def _defined(c: Context, returned: Sequence[Any], views: bool) -> dict[str, Any]:
+    """The unbacked symbols that first appear in these results, which may be views. Unsupported if one is not a size or value of its own."""
     found: dict[str, Any] = {}
     wanted: set[str] = set()
     for i, r in enumerate(returned):
@@ -157,6 +172,10 @@ def _defined(c: Context, returned: Sequence[Any]) -> dict[str, Any]:
             wanted |= fresh
             if fresh and str(e) in fresh:
                 found.setdefault(str(e), (i, axis))
+        if views and isinstance(r, torch.Tensor) and isinstance(offset := r.storage_offset(), torch.SymInt):
+            fresh = {str(offset.node.expr)} - c.defined
+            if any(str(s) in fresh and str(s).startswith("u") for s in offset.node.expr.free_symbols):  # one symbol, and nothing else
+                found.setdefault(str(c.dim(offset)), (i, -2))
     if wanted - found.keys():
         raise Unsupported(f"the sizes {', '.join(sorted(wanted - found.keys()))} cannot be read off the results")
     c.defined |= found.keys()

@@ -13,10 +13,12 @@ Conventions of the function that comes out:
   {kind = "none"}; an "int" without `expr` is the number in a 0-d tensor. `return` has an operand for each tensor and each int (a
   0-d i64), none for a "none". A tensor result is in memory of its own, unless it has one of: `alias_of_arg` = k, it is that block
   argument itself, after the assignments; `view` = {arg, offset, shape, strides}, it is memory of that block argument, `offset`
-  elements on (its value is for the interpreter); `same` = j, it is result j itself; `base` = j and `offset`, it is a view of result j,
-  that many elements on.
+  elements on (its value is for the interpreter); `same` = j, it is result j itself; `base` = j and `offset`, it is a view of result j
+  (perhaps with another element type), that many of its own elements on. With `alias_results`, the last entries may be
+  {kind = "tensor", hidden = true}: memory that several results are views of though the program does not return it.
 - Values keep their FX names. Every op has the location of its node.
 
+A `scan` of torch is a `loop` of a private function, which follows the function in the module; its arguments have no attributes.
 A node whose row declines becomes a `graph.extern`. UnsupportedError means that the graph as a whole cannot be imported.
 """
 
@@ -26,12 +28,15 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-from ..ir.attributes import Dense
+from ..ir.attributes import Dense, SymbolRef
 from ..ir.builder import Builder, make_func, make_module
 from ..ir.core import BlockArg, Operation, OpResult, Value
 from ..ir.expr import Expr, free_symbols
@@ -42,41 +47,49 @@ from .errors import Unsupported, UnsupportedError
 from .extern import lower_extern
 from .location import location_of
 from .ops import COMPLEX, TABLE
+from .scan import body_of, import_body, is_scan
 from .symbols import SymbolTable
 
 __all__ = ["externs", "import_graph"]
 
 _TENSOR_OF = {torch.SymInt: torch.int64, torch.SymFloat: torch.float64, torch.SymBool: torch.bool}
 _SYMBOLIC = tuple(_TENSOR_OF)
-_NO_EFFECT = {"aten._assert_tensor_metadata.default", "aten.sym_constrain_range.default", "aten._assert_scalar.default",
-              "aten.sym_constrain_range_for_size.default"}
-"""Checks that hold whenever the guards of the graph hold."""
+_NO_EFFECT = {"aten._assert_tensor_metadata.default", "aten.sym_constrain_range.default", "aten.sym_constrain_range_for_size.default"}
+"""Checks that hold whenever the guards of the graph hold and sizes are in their ranges, which the executor sees to."""
 _OTHER_VALUES = {"aten._conj.default", "aten._neg_view.default"}
 """Views for torch, which notes on the tensor that its memory holds other values; here they are computed."""
 _READS_NUMBER = {"aten._local_scalar_dense.default", "aten.item.default"}
 
 
-def import_graph(gm: fx.GraphModule, *, name: str = "main", arg_kinds: Sequence[str] | None = None) -> Operation:
+def import_graph(gm: fx.GraphModule, *, name: str = "main", arg_kinds: Sequence[str] | None = None, alias_results: bool = False) -> Operation:
     """A module with one function `name` that computes what `gm` does.
 
-    `arg_kinds` gives 'param', 'buffer', 'input' or 'constant' for each placeholder of `gm` (default: all 'input').
+    `arg_kinds` gives 'param', 'buffer', 'input' or 'constant' for each placeholder of `gm` (default: all 'input'). `alias_results`: results
+    that are views of one intermediate value share its memory as they do in eager, also when the value itself is not returned.
     Nodes need `meta["val"]` (fake tensors). Raises UnsupportedError, naming the node, if the graph cannot be imported.
     """
     module, block = make_module("graph")
-    return _Importer(gm, block, name, arg_kinds).run(module)
+    return _Importer(gm, block, name, arg_kinds, alias_results).run(module)
 
 
 class _Importer:
-    def __init__(self, gm: fx.GraphModule, block: Any, name: str, arg_kinds: Sequence[str] | None):
+    def __init__(self, gm: fx.GraphModule, block: Any, name: str, arg_kinds: Sequence[str] | None, alias_results: bool):
         self.gm = gm
+        self.block = block
         self.symbols = SymbolTable()
         self.func, self.body = make_func(block, name, ())
         self.c = Context(Builder.at_end(self.body), self.symbols)
         self.env: dict[fx.Node, Any] = {}
         self.assigned: dict[Any, BlockArg] = {}  # copy_ node -> the argument that it writes
         self.arg_kinds = arg_kinds
+        self.alias_results = alias_results
 
     def run(self, module: Operation) -> Operation:
+        self.fill()
+        return module
+
+    def fill(self) -> Operation:
+        """Imports the graph into the function, and gives it."""
         self._placeholders()
         for node in self.gm.graph.nodes:
             if node.op == "placeholder":
@@ -86,7 +99,7 @@ class _Importer:
             except Unsupported as e:
                 raise UnsupportedError(f"{node.format_node() or node.name}: {e}\n  at {location_of(node)}") from e
         self._symbols()
-        return module
+        return self.func
 
     # -- arguments
 
@@ -171,12 +184,14 @@ class _Importer:
         if node.op == "output":
             self._output(node)
         elif node.op == "get_attr":
-            self.env[node] = self._constant(node)
+            self.env[node] = None if all(is_scan(user) for user in node.users) else self._constant(node)
+        elif is_scan(node):
+            self.env[node] = self._scan(node)
         elif node.op != "call_function":
             raise Unsupported(f"'{node.op}' nodes")
         elif node.target is operator.getitem:
             self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
-        elif str(node.target) in _NO_EFFECT:
+        elif str(node.target) in _NO_EFFECT or (str(node.target) == "aten._assert_scalar.default" and self._is_assured(node.args[0])):
             self.env[node] = None
         elif node.target is torch.ops.higher_order.with_effects:
             self.env[node] = self._ordered(node)
@@ -189,6 +204,21 @@ class _Importer:
         value = self.env.get(node)
         if isinstance(value, OpResult):
             value.name = value.name or node.name
+
+    def _is_assured(self, condition: Any) -> bool:
+        """Whether a condition that the program asserts follows from guards and the ranges of symbols (or is none that can be computed)."""
+        val = condition.meta.get("val") if isinstance(condition, fx.Node) else None
+        if not isinstance(val, torch.SymBool):
+            return True
+        ranges, expr = self.symbols.bounds, val.node.expr
+        read = [s for s in expr.free_symbols if s.name.startswith(("u", "zuf"))]
+        if not read:
+            return True
+        if any(s.name not in ranges for s in expr.free_symbols):
+            return False
+        known = {s: ValueRanges(ranges[s.name][0], int_oo if ranges[s.name][1] is None else ranges[s.name][1]) for s in expr.free_symbols}
+        found = bound_sympy(expr, known)
+        return bool(found.is_singleton() and found.lower == sympy.true)
 
     def _number(self, val: Any) -> Any:
         """A Python number, a size, or (for what is no polynomial of sizes) a symbolic scalar."""
@@ -255,6 +285,32 @@ class _Importer:
         made = lower_extern(self.c, node, self.env, "called for its effect", call=(target, tuple(args)))
         return (self.env[token], *(made if isinstance(made, tuple) else (made,)))  # type: ignore[index]
 
+    def _scan(self, node: fx.Node) -> tuple[Any, ...]:
+        """scan(body, init, xs, additional inputs): a loop along dimension 0 of every one of xs."""
+        _, init, xs, more = node.args
+        carried, sliced, rest = ([self._argument(a) for a in given] for given in (init, xs, more))  # type: ignore[union-attr]
+        invariant = [v for v in rest if isinstance(v, Value)]  # sizes are known in the body by name
+        if not sliced or not all(isinstance(v, Value) for v in (*carried, *sliced)) or any(isinstance(v, SymScalar) for v in rest):
+            raise Unsupported("a scan over nothing, or of numbers")
+        location = self.c.b.location
+        name = f"{self.func['sym_name']}_step{sum(op.name == 'func' for op in self.block) - 1}"
+        body = import_body(body_of(self.gm, node), self.block, name, carried, lambda gm, block, name: _Importer(gm, block, name, None).fill())
+        unknown = set(body["symbols"]) - self.c.defined
+        if unknown:
+            raise Unsupported(f"a scan whose body needs the sizes {', '.join(sorted(unknown))}, which are not defined outside")
+        if [(a.type.shape, a.type.dtype) for a in body.body.args] != [  # type: ignore[attr-defined]
+                *((v.type.shape, v.type.dtype) for v in carried), *((v.type.shape[1:], v.type.dtype) for v in sliced),
+                *((v.type.shape, v.type.dtype) for v in invariant)]:
+            raise Unsupported("a scan whose body takes other types than it is given")
+        body.attributes["arg_attrs"] = ({"kind": "input"},) * (len(carried) + len(sliced)) + ({"kind": "param"},) * len(invariant)
+        self.c.b.location = location
+        trips, returned = sliced[0].type.shape[0], [v.type for v in body.body.terminator.operands]
+        types = [TensorType(t.shape, t.dtype) for t in returned[:len(carried)]]  # type: ignore[attr-defined]
+        types += [TensorType((trips, *t.shape), t.dtype) for t in returned[len(carried):]]  # type: ignore[attr-defined]
+        made = self.c.b.create("loop", [*carried, *sliced, *invariant],
+                               {"body": SymbolRef(name), "carried": len(carried), "sliced": len(sliced)}, types)
+        return tuple(made.results)
+
     def _checked(self, made: Any) -> Any:
         """What a row gave, with the shapes that torch derived; Unsupported when it is not what torch says the node gives."""
         val = self.c.val
@@ -271,6 +327,9 @@ class _Importer:
         if have.dtype != want.dtype or have.rank != want.rank or any(
                 isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(have.shape, want.shape, strict=True)):
             raise Unsupported(f"the lowering gives {have} where torch gives {want}")
+        fresh = {s for e in want.shape for s in free_symbols(e)} - self.c.defined
+        if fresh:
+            raise Unsupported(f"the size {', '.join(sorted(fresh))} is read off the operator's result")
         return made if have.shape == want.shape else self.c.reshape(made, want.shape)
 
     def _erase_after(self, last: Operation | None) -> None:
@@ -309,8 +368,9 @@ class _Importer:
     # -- results
 
     def _output(self, node: fx.Node) -> None:
-        given = node.args[0]
-        returned = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+        given, self.c.closed = node.args[0], True
+        asked = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+        returned = (*asked, *(_hidden_bases(asked) if self.alias_results else ()))
         values: list[Value] = []
         attrs: list[dict[str, Any]] = []
         for r in returned:
@@ -324,6 +384,8 @@ class _Importer:
                 values.append(value)
                 memory = self._result_memory(len(attrs), returned, value) or self._view_of_argument(r, value)
                 attrs.append({"kind": "tensor", **self._result_strides(r, value), **memory})
+                if len(attrs) > len(asked):
+                    attrs[-1]["hidden"] = True
             elif isinstance(value, (int, Expr)) and not isinstance(value, bool):
                 values.append(self.c.scalar(value, from_torch(torch.int64)))
                 attrs.append({"kind": "int", "expr": value})
@@ -378,10 +440,14 @@ class _Importer:
                 return {}
             return {"alias_of_arg": value.index}
         base = next((b for b in returned if isinstance(b, fx.Node) and _storage_root(b) is root and _covers(b, root)), None)
-        if base is None or base is r or base.meta["val"].dtype != r.meta["val"].dtype:
+        if base is None or base is r:
+            return {}
+        val, whole = r.meta["val"], base.meta["val"]
+        start = whole.storage_offset() * whole.element_size()
+        if val.dtype != whole.dtype and not statically_known_true(start % val.element_size() == 0):
             return {}
         try:
-            offset = self.c.dim(r.meta["val"].storage_offset() - base.meta["val"].storage_offset())
+            offset = self.c.dim(val.storage_offset() - start // val.element_size())
         except Unsupported:
             return {}
         return {"base": returned.index(base), "offset": offset}
@@ -400,6 +466,17 @@ def _storage_root(node: fx.Node) -> fx.Node:
             return node
         node = made.args[0]  # type: ignore[assignment]
     return node
+
+
+def _hidden_bases(returned: Sequence[Any]) -> list[fx.Node]:
+    """The values that are not returned, and that two or more results are views of, none of which has all the memory."""
+    views: dict[fx.Node, set[fx.Node]] = {}
+    for r in returned:
+        if isinstance(r, fx.Node) and isinstance(r.meta.get("val"), torch.Tensor):
+            views.setdefault(_storage_root(r), set()).add(r)
+    return [root for root, found in views.items()
+            if len(found) > 1 and root.op == "call_function" and not any(_covers(r, root) for r in found)
+            and isinstance(root.meta.get("val"), torch.Tensor)]
 
 
 def _covers(node: fx.Node, root: fx.Node) -> bool:

@@ -39,6 +39,9 @@ __all__ = ["SymbolTable", "to_dim"]
 MAX_DENOMINATOR = 1 << 20
 """Float factors with a larger power of two below the line are taken for rounded values, not for fractions."""
 
+_OWN = 1_000_000
+"""Where our own symbols are numbered from: torch counts up from 0."""
+
 Ratio = tuple[Dim, Dim]
 """Numerator and denominator; the denominator is positive."""
 
@@ -208,6 +211,7 @@ class SymbolTable:
     def __init__(self) -> None:
         self._known: dict[Any, Dim] = {}
         self._ranges: dict[str, tuple[Dim, Dim | None]] = {}
+        self._own: dict[Any, Any] = {}  # sympy expressions of floats in the data -> what they are in symbols of our own
 
     @property
     def bounds(self) -> Bounds:
@@ -227,7 +231,7 @@ class SymbolTable:
         expr = size.node.expr
         found = self._known.get(expr)
         if found is None:
-            found = to_dim(expr)
+            found = to_dim(expr.xreplace(self._own) if self._own else expr)
             for name in free_symbols(found) - self._ranges.keys():
                 low, high = _range_of(name, size)
                 if low < 0:  # size expressions take their symbols for non-negative
@@ -235,6 +239,21 @@ class SymbolTable:
                 self._ranges[name] = low, high
             found = self._known[expr] = simplify(found, self._ranges)
         return found
+
+    def define(self, size: torch.SymInt) -> str:
+        """A symbol of our own for the size of a tensor that is no expression of sizes; its name. Sizes made of the same number are then
+        expressions of it: with `int(f) + 1` for a symbol u, `int(f)` is u - 1."""
+        name = f"u{_OWN + len(self._own)}"
+        expr = size.node.expr.xreplace(self._own)
+        own = sympy.Symbol(name, integer=True, nonnegative=True)
+        numbers = [a for a in expr.atoms(sympy.Function) if type(a).__name__ in _TO_INT and _of_floats(a)]
+        outer = [a for a in numbers if not any(a is not b and b.has(a) for b in numbers)]
+        if len(outer) == 1 and expr.coeff(outer[0]) == 1 and not _of_floats(expr - outer[0]):
+            self._own[outer[0]] = own - (expr - outer[0])
+        else:
+            self._own[expr] = own
+        self._ranges[name] = 0, None
+        return name
 
     def nonnegative(self, e: Dim) -> bool:
         """True if `e` >= 0 is certain for the ranges of the symbols."""
@@ -244,6 +263,13 @@ class SymbolTable:
     def ranges(self) -> dict[str, tuple[int, int | None]]:
         """The `symbols` attribute of the function, in order of name."""
         return {name: self._ranges[name] for name in sorted(self._ranges)}  # type: ignore[misc]
+
+
+_TO_INT = ("TruncToInt", "FloorToInt", "CeilToInt", "RoundToInt", "floor", "ceiling")
+
+
+def _of_floats(e: Any) -> bool:
+    return any(s.name.startswith(("zf", "zuf")) for s in e.free_symbols)
 
 
 def _range_of(name: str, size: torch.SymInt) -> tuple[int, int | None]:

@@ -103,7 +103,7 @@ Monomial = tuple[Atom, ...]
 class Expr:
     """A canonical integer polynomial: `sum(coefficient * monomial) + const`. Immutable and hashable."""
 
-    __slots__ = ("_hash", "_text", "const", "terms")
+    __slots__ = ("_hash", "_symbols", "_text", "const", "terms")
     terms: tuple[tuple[Monomial, int], ...]
     const: int
 
@@ -112,6 +112,7 @@ class Expr:
         self.const = const
         self._hash = hash((terms, const))
         self._text: str | None = None
+        self._symbols: frozenset[str] | None = None
 
     def __hash__(self) -> int:
         return self._hash
@@ -464,19 +465,14 @@ def substitute(e: Dim, env: Mapping[str, Dim]) -> Dim:
     return fold(e, lambda name: env[name] if name in env else sym(name), lambda n: n, _DIM_OPS)
 
 
-def free_symbols(e: Dim) -> set[str]:
+def free_symbols(e: Dim) -> frozenset[str]:
     """Names of all symbols in `e`."""
     if isinstance(e, int):
-        return set()
-    found: set[str] = set()
-    for m, _ in e.terms:
-        for a in m:
-            if isinstance(a, Sym):
-                found.add(a.key)
-            else:
-                for x in a.args:
-                    found |= free_symbols(x)
-    return found
+        return frozenset()
+    if e._symbols is None:
+        atoms = [a for m, _ in e.terms for a in m]
+        e._symbols = frozenset().union(*([a.key] if isinstance(a, Sym) else frozenset().union(*map(free_symbols, a.args)) for a in atoms))
+    return e._symbols
 
 
 # -- reasoning with ranges --------------------------------------------------------------------------------------------

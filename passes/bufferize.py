@@ -1,11 +1,11 @@
 """From values to memory: functions of `tile.launch` on tensors become host functions on buffers.
 
-Before: functions of `tile.launch`, `tensor.library`, `tensor.constant`, `tensor.extern`, `tensor.assign` and `return`, in their final
+Before: functions of `tile.launch`, `loop`, `tensor.library`, `tensor.constant`, `tensor.extern`, `tensor.assign` and `return`, in their final
 order.
 `result_attrs` has one entry per result of the program (or none, for plain tensors):
 - {kind = "tensor", strides} takes an operand of `return`, wants these strides (absent: row-major) and memory of its own, but for
   `alias_of_arg`, `same`, `base` and `offset` (see `frontend/importer.py`; without `result_attrs`, returned arguments and values
-  returned twice are shared);
+  returned twice are shared); one that is `hidden` is memory for others' `base` and no result of the program;
 - {kind = "int", expr} takes one too (which is ignored when `expr` is given);
 - {kind = "none"} and {kind = "view", arg, shape, strides, offset} (a view of an argument, in elements) take none.
 
@@ -14,7 +14,8 @@ After: block arguments are the inputs, the outputs, then one buffer per other ex
 without a copy; {kind = "output", extern = true} when that result is returned). `result_attrs` says what the program returns:
 
     {kind = "buffer", arg = k}     the output buffer k              {kind = "input", arg = k}   argument k itself
-    {kind = "same", result = j}    the same tensor as result j      {kind = "view", ...}        as above, of an input or an output
+    {kind = "same", result = j}    the same tensor as result j      {kind = "view", ...}        as above, of an input or an output, and with
+                                                                                                `dtype` if that is another one
     {kind = "item", arg = k}       the value of a 0-d buffer        {kind = "int", expr}, {kind = "none"}
 
 - A returned value is written where it is returned, unless its layout differs, or it is constant, cached or returned in two
@@ -37,14 +38,14 @@ from ..ir.builder import Builder
 from ..ir.core import Block, BlockArg, IRError, Operation, Value
 from ..ir.expr import Dim
 from ..ir.passes import Pass, PassContext, register
-from ..ir.types import DTYPES, BufferType, TensorType, contiguous_strides
+from ..ir.types import DTYPES, BufferType, DType, TensorType, contiguous_strides
 from .library import WORKSPACE_SLACK, library_shape
 from .storage import storage_bytes
 
 __all__ = ["Bufferize"]
 
 _STABLE_KINDS = ("param", "constant", "buffer")
-_KNOWN = ("tile.launch", "tensor.constant", "tensor.extern", "tensor.assign", "tensor.library", "tensor.alias")
+_KNOWN = ("loop", "tile.launch", "tensor.constant", "tensor.extern", "tensor.assign", "tensor.library", "tensor.alias")
 _EXTERN_ATTRS = ("target", "args", "kwargs", "result_kinds", "random", "reason", "operand_strides", "defines")
 
 
@@ -57,9 +58,10 @@ class Bufferize(Pass):
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         kernels = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
+        functions = {op["sym_name"]: op for op in module.body if op.name == "func"}
         for func in module.body:
             if func.name == "func":
-                _Bufferizer(func, kernels, ctx).run()
+                _Bufferizer(func, kernels, functions, ctx).run()
         module.attributes["level"] = "host"
 
 
@@ -81,8 +83,9 @@ def _buffer_type(t: TensorType) -> BufferType:
 class _Bufferizer:
     """One function. `home` is memory that a value is written to directly, `buffer` where each value is."""
 
-    def __init__(self, func: Operation, kernels: dict[str, Operation], ctx: PassContext):
+    def __init__(self, func: Operation, kernels: dict[str, Operation], functions: dict[str, Operation], ctx: PassContext):
         self.func = func
+        self.functions = functions
         self.kernels = kernels
         self.ctx = ctx
         self.old = func.body
@@ -93,6 +96,7 @@ class _Bufferizer:
         self.results: list[dict[str, Any]] = []
         self.home: dict[Value, BlockArg] = {}
         self.bases: dict[tuple[Value, tuple[Dim, ...]], int] = {}  # output buffers that are returned, or views of which are
+        self.taken: dict[Value, Value] = {}  # a result -> the operand whose memory it takes over
         self.buffer: dict[Value, Value] = dict(zip(self.old.args, self.block.args, strict=True))
         self.first: list[tuple[Value, Value]] = []  # (target buffer, source buffer) before everything else
         self.saved: dict[Value, Value] = {}
@@ -114,6 +118,7 @@ class _Bufferizer:
         self._find_guards()
         self._place_results()
         self._place_assignments()
+        self._share_updates()
         for target, source in self.first:
             self._copy(target, source)
         for op in self.ops:
@@ -153,7 +158,7 @@ class _Bufferizer:
                 continue
             if op.name not in _KNOWN:
                 raise IRError(f"bufferize does not know '{op.name}'; it expects {', '.join(_KNOWN)}")
-            if op.name in ("tile.launch", "tensor.constant", "tensor.library", "tensor.alias") and not needed.intersection(op.results):
+            if op.name in ("loop", "tile.launch", "tensor.constant", "tensor.library", "tensor.alias") and not needed.intersection(op.results):
                 continue
             needed.update(op.operands)
             kept.append(op)
@@ -184,7 +189,7 @@ class _Bufferizer:
     def _place_results(self) -> None:
         placed: dict[tuple[Value, tuple[Dim, ...]], int] = {}
         plain = not self.func["result_attrs"]
-        views: list[int] = []
+        views: list[tuple[int, DType]] = []
         for i, (attrs, v) in enumerate(self._entries()):
             kind = attrs.get("kind", "tensor")
             if v is None or _is_known_int(attrs):
@@ -201,7 +206,7 @@ class _Bufferizer:
             elif "same" in attrs or (plain and (v, wanted) in placed):
                 self.results.append({"kind": "same", "result": attrs.get("same", placed.get((v, wanted)))})
             elif "base" in attrs:
-                views.append(i)
+                views.append((i, t.dtype))
                 self.results.append({"kind": "view", "arg": attrs["base"], "shape": t.shape, "strides": wanted, "offset": attrs.get("offset", 0)})
             elif v.defining_op is not None and v.defining_op.name == "tensor.alias" and t.layout == wanted:
                 source = v.defining_op.operands[0]
@@ -217,11 +222,20 @@ class _Bufferizer:
                 if (v, wanted) not in self.bases:
                     self.bases[v, wanted] = self._output(v, wanted).index
                 self.results.append({"kind": "buffer", "arg": self.bases[v, wanted]})
-        for i in views:  # the base may come later among the results
+        for i, dtype in views:  # the base may come later among the results
             base = self.results[self.results[i]["arg"]]
-            if base["kind"] != "buffer":
+            if base["kind"] not in ("buffer", "input"):
                 raise IRError(f"result {i} is a view of result {self.results[i]['arg']}, which has no memory of its own")
+            made = self.block.args[base["arg"]].type
+            if isinstance(made, BufferType) and dtype != made.dtype:
+                self.results[i]["dtype"] = dtype.name
             self.results[i]["arg"] = base["arg"]
+        while self.results and self._is_hidden(len(self.results) - 1):
+            self.results.pop()
+
+    def _is_hidden(self, i: int) -> bool:
+        attrs = self.func["result_attrs"]
+        return i < len(attrs) and bool(attrs[i].get("hidden"))
 
     def _output(self, v: Value, strides: tuple[Dim, ...]) -> BlockArg:
         """A new output buffer that will hold `v`."""
@@ -231,7 +245,7 @@ class _Bufferizer:
         if op is None:
             self.first.append((out, self.buffer[v]))
             return out
-        direct = op.name in ("tensor.extern", "tensor.library") or (op.name == "tile.launch" and not self._is_cached(op))
+        direct = op.name in ("loop", "tensor.extern", "tensor.library") or (op.name == "tile.launch" and not self._is_cached(op))
         if direct and v not in self.home and same_layout(t.shape, t.layout, strides):
             self.home[v] = out
             if op.name == "tensor.extern":
@@ -290,6 +304,28 @@ class _Bufferizer:
 
     # -- ops
 
+    def _updates(self, op: Operation) -> list[tuple[Value, Value]]:
+        """(operand, result) pairs of a launch whose result starts with the operand's elements."""
+        kernel = self.kernels.get(op["kernel"].name) if op.name == "tile.launch" else None
+        n = len(op.operands)
+        return [(op.operands[i], op.results[j - n]) for i, j in kernel["updates"]] if kernel is not None else []
+
+    def _share_updates(self) -> None:
+        """What a launch updates is made where the result goes, if nobody else wants it: then nothing is copied."""
+        returned = set(self._returned_values())
+        for op in reversed(self.ops):
+            for source, result in self._updates(op):
+                maker = source.defining_op
+                if maker is None or maker.name not in ("tile.launch", "tensor.library") or self._is_cached(maker):
+                    continue
+                if len(source.uses) != 1 or source in self.home or source in returned or _tensor(source).layout != _tensor(result).layout:
+                    continue
+                home = self.home.get(result)
+                if home is None:
+                    self.taken[result] = source
+                elif self.arg_attrs[home.index].get("kind") == "output":
+                    self.home[source] = home
+
     def _emit_constant(self, op: Operation) -> None:
         self.buffer[op.result] = self.b.op("host.constant", type=_buffer_type(_tensor(op.result)), value=op["value"])
 
@@ -298,6 +334,8 @@ class _Bufferizer:
         for r in op.results:
             if r in self.home:
                 self.buffer[r] = self.home[r]
+            elif r in self.taken:
+                self.buffer[r] = self.buffer[self.taken[r]]
             elif cached:
                 t = _tensor(r)
                 self.buffer[r] = self.b.op("host.persistent", type=_buffer_type(t), id=self.persistent, bytes=storage_bytes(t),
@@ -306,8 +344,33 @@ class _Bufferizer:
             else:
                 self.buffer[r] = self._allocate(_tensor(r))
             self.buffer[r].name = self.buffer[r].name or r.name
+        for source, target in self._updates(op):
+            if self.buffer[source] is not self.buffer[target]:
+                self._copy(self.buffer[target], self.buffer[source])
         attrs = {"kernel": op["kernel"], "outputs": len(op.results), **({"cached": True} if cached else {})}
         self.b.create("host.launch", [self.buffer[v] for v in (*op.operands, *op.results)], attrs)
+
+    def _emit_loop(self, op: Operation) -> None:
+        """Its operands as the body's arguments lie in memory; memory planning adds the scratch memory."""
+        carried, sliced = op["carried"], op["sliced"]
+        body = self.functions[op["body"].name].body.args
+        given = []
+        for i, v in enumerate(op.operands):
+            t, wanted = _tensor(v), body[i].type.layout  # type: ignore[attr-defined]
+            if carried <= i < carried + sliced:
+                wanted = contiguous_strides(t.shape)
+            if not same_layout(t.shape, t.layout, wanted):
+                copy = self._allocate(TensorType(t.shape, t.dtype, wanted))
+                self._copy(copy, self.buffer[v])
+                given.append(copy)
+            else:
+                given.append(self.buffer[v])
+        for r in op.results:
+            self.buffer[r] = self.home[r] if r in self.home else self._allocate(_tensor(r))
+            self.buffer[r].name = self.buffer[r].name or r.name
+        attrs = {k: op[k] for k in ("body", "carried", "sliced", "reversed_operands", "reversed_results")}
+        self.b.create("host.loop", [*given, *(self.buffer[r] for r in op.results)],
+                      {**attrs, "trips": _tensor(op.operands[carried]).shape[0], "outputs": len(op.results)})
 
     def _emit_library(self, op: Operation) -> None:
         """The call also gets temporary memory to work in: part of the plan like any other."""
@@ -360,6 +423,6 @@ def _is_known_int(attrs: dict[str, Any]) -> bool:
     return attrs.get("kind") == "int" and attrs.get("expr") is not None
 
 
-_EMITTERS = {"tensor.constant": _Bufferizer._emit_constant, "tile.launch": _Bufferizer._emit_launch,
+_EMITTERS = {"loop": _Bufferizer._emit_loop, "tensor.constant": _Bufferizer._emit_constant, "tile.launch": _Bufferizer._emit_launch,
              "tensor.extern": _Bufferizer._emit_extern, "tensor.library": _Bufferizer._emit_library, "tensor.assign": _Bufferizer._emit_assign,
              "tensor.alias": _Bufferizer._emit_alias}

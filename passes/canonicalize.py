@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..ir import Builder, Dim, DType, Operation, TensorType, Trait, Value, element_type, sym
+from ..ir import DTYPES, Builder, Dim, DType, Operation, TensorType, Trait, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import substitute
 from ..ir.interpreter.context import TORCH_DTYPES
@@ -171,6 +171,30 @@ def _lossless(narrow: DType, wide: DType) -> bool:
     return narrow.kind == wide.kind and wide.bits > narrow.bits
 
 
+def _splat(v: Value) -> Any:
+    """`constant_value`, through expansion."""
+    while v.defining_op is not None and v.defining_op.name in ("graph.expand", "graph.reshape"):
+        v = v.defining_op.operands[0]
+    return constant_value(v)
+
+
+def _scatter_of_numbers(op: Operation, rewriter: Rewriter) -> None:
+    """One number per row written into a tensor that holds one number (the gradient of a loss over classes): a comparison of positions, which
+    fuses with its readers. An index out of range sets nothing."""
+    x, index, src = op.operands
+    t, d = x.type, op["dim"]
+    assert isinstance(t, TensorType) and isinstance(index.type, TensorType)
+    single = index.type.shape == tuple(1 if i == d else s for i, s in enumerate(t.shape))
+    if op["reduce"] != "set" or not single or not t.dtype.is_float or _splat(x) is None or _splat(src) is None:
+        return
+    b, row, number = rewriter.builder(op), tuple(t.shape[d] if i == d else 1 for i in range(t.rank)), TensorType((), t.dtype)
+    places = b.op("graph.iota", type=TensorType((t.shape[d],), index.type.dtype))
+    places = b.op("graph.reshape", places, type=TensorType(row, index.type.dtype)) if t.rank > 1 else places
+    here = b.op("graph.eq", places, index, type=TensorType(t.shape, DTYPES["i1"]))
+    values = [b.op("graph.full", type=number, value=_splat(v)) for v in (src, x)]
+    rewriter.replace(op, [b.op("graph.select", here, *values, type=t)])
+
+
 def _identity_view(op: Operation, rewriter: Rewriter) -> None:
     if op.operands[0].type == op.result.type and _moves_nothing(op):
         rewriter.replace(op, [op.operands[0]])
@@ -305,6 +329,7 @@ _PATTERNS: dict[str, list[Pattern]] = {
     **_both("max", _idempotent_pair), **_both("min", _idempotent_pair), **_both("and", _idempotent_pair), **_both("or", _idempotent_pair),
     **_both("select", _select), **_both("cast", _cast),
     **{f"graph.{n}": [_identity_view] for n in ("expand", "slice", "flip")},
+    "graph.scatter": [_scatter_of_numbers],
     "graph.reshape": [_view_of_view, _identity_view], "graph.permute": [_view_of_view, _identity_view],
     "tensor.generic": [_empty_space, _unit_reduction, _generic], "tensor.scan": [_empty_space], "tensor.scatter": [_empty_space],
     "*": [_empty_result],

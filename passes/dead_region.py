@@ -17,7 +17,7 @@ from ..ir import Dim, Operation, Value, element_type, sym
 from ..ir.expr import simplify, substitute
 
 if TYPE_CHECKING:
-    from .stream import Stream
+    from .stream_form import Stream
 
 __all__ = ["Alive", "dead_where"]
 

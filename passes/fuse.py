@@ -4,7 +4,8 @@ Every group has a *frame*: a list of loop dimensions that all members share, spl
 ones (reduced by some member, or absent from a member that computes once per outer point). A member has either all
 frame dimensions or exactly the outer ones; each value passed between members is read at the point at which it was made. So a group becomes one
 loop nest that keeps its intermediates in registers: softmax, norms and their backward are one group each.
-A contraction starts a group of its own, and takes elementwise readers as its epilogue.
+A contraction starts a group of its own, and takes elementwise readers as its epilogue. On GPUs it also takes in what unpacks its operands
+(`prologue.py`): weights of few bits then cross the memory bus as they are stored.
 
 A reader joins a group only if no path leaves the group and comes back (that would be a cycle of kernels), and if joining does not
 give up parallelism (a big elementwise op does not join a reduction to a handful of elements).
@@ -21,8 +22,12 @@ from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import product
 from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
-from .split_reductions import COLUMNS, reduces_rows
+from .prologue import unpacks
+from .siblings import are_siblings
+from .split_dimensions import reshaping_view
+from .split_reductions import reduces_rows
 from .structured import body_ops, is_contraction, is_pointwise, plain_dims
+from .tiling.gpu_tiles import COLUMNS
 from .topology import topological_sort
 
 
@@ -35,12 +40,21 @@ class Group:
     places: dict[Operation, tuple[int, ...]] = field(default_factory=dict)
     contraction: Operation | None = None
     values: set[Value] = field(default_factory=set)
+    prologue: list[Operation] = field(default_factory=list)
+
+    @property
+    def everything(self) -> list[Operation]:
+        return [*self.prologue, *self.members]
 
     def add(self, op: Operation, place: tuple[int, ...], frame: list[Dim]) -> None:
         self.frame = frame
         self.members.append(op)
         self.places[op] = place
         self.values.update(op.results)
+
+
+def _is_reshape(op: Operation) -> bool:
+    return op.name == "tensor.generic" and len(op.operands) == 1 and reshaping_view(op.operands[0]) is op
 
 
 def _is_loop(g: Group) -> bool:
@@ -98,6 +112,8 @@ class Fuse(Pass):
         of: dict[Operation, Group] = {}
         position = {op: i for i, op in enumerate(func.body)}
         for op in func.body:
+            if _is_reshape(op):
+                continue  # of the result of a group, which gets that shape
             if op.name != "tensor.generic":
                 if op.has_trait(Trait.Structured):
                     g = Group([])
@@ -117,8 +133,46 @@ class Fuse(Pass):
                 joined = frame_of(op)
                 groups.append(joined)
             of[op] = joined
+            if op is joined.contraction:
+                self._take_prologue(joined, of, groups, ctx)
             self._merge_producer_groups(op, joined, of, groups, position)
+            if ctx.target.is_gpu:
+                self._merge_siblings(op, joined, of, groups)
         return groups
+
+    def _take_prologue(self, g: Group, of: dict[Operation, Group], groups: list[Group], ctx: PassContext) -> None:
+        """Ops that unpack an operand of the group's contraction for it alone, and that are a group by themselves."""
+        assert g.contraction is not None
+        for v in g.contraction.operands:
+            maker = v.defining_op
+            if maker is None or maker not in of or of[maker].everything != [maker] or not unpacks(maker, g.contraction, ctx.target):
+                continue
+            groups.remove(of[maker])
+            of[maker] = g
+            g.prologue.append(maker)
+            g.values.update(maker.results)
+
+    def _merge_siblings(self, op: Operation, g: Group, of: dict[Operation, Group], groups: list[Group]) -> None:
+        """`op`, an epilogue of the group's contraction, also reads the result of another product of the same left operand (gate and up of a gated
+        unit): both are computed side by side, and the left operand is read once."""
+        if g.contraction is None or op is g.contraction:
+            return
+        for i, v in enumerate(op.operands):
+            other = of.get(v.defining_op) if v.defining_op is not None else None
+            if other is None or other is g or other.contraction is None or other.members != [other.contraction] or v.users != [op]:
+                continue
+            m = op["maps"][i]
+            dims = plain_dims(m) if m is not None and fill_of(op, i) is None else None
+            whole = dims is not None and [g.places[op][d] for d in dims] == list(range(len(g.frame)))
+            if not whole or len([c for c in g.members if is_contraction(c)]) > 1 or not are_siblings(g.contraction, other.contraction):
+                continue
+            g.members.insert(0, other.contraction)
+            g.places[other.contraction] = tuple(range(len(g.frame)))
+            g.values |= other.values
+            g.prologue += other.prologue
+            for member in other.everything:
+                of[member] = g
+            groups.remove(other)
 
     def _candidates(self, op: Operation, of: dict[Operation, Group], position: dict[Operation, int]) -> list[Group]:
         """Groups of the producers, the one that saves most memory traffic first and the latest among equals; then groups near by that read
@@ -303,7 +357,7 @@ def _reads_agree(members: list[Operation], places: dict[Operation, tuple[int, ..
 
 def _makes_cycle(g: Group, op: Operation, of: dict[Operation, Group], position: dict[Operation, int]) -> bool:
     """True if `op` depends on `g` through an op outside of it."""
-    first = min(position[m] for m in g.members)
+    first = min(position[m] for m in g.everything)
     stack = [v.defining_op for v in op.operands if v.defining_op is not None and v not in g.values]
     seen: set[Operation] = set()
     while stack:
@@ -314,7 +368,7 @@ def _makes_cycle(g: Group, op: Operation, of: dict[Operation, Group], position: 
         group = of.get(p)
         if group is g:
             return True
-        around = group.members if group is not None else [p]
+        around = group.everything if group is not None else [p]
         if group is not None and max(position[m] for m in around) < first:
             continue
         seen.update(around)
@@ -330,22 +384,26 @@ def _makes_cycle(g: Group, op: Operation, of: dict[Operation, Group], position: 
 
 def _outline(g: Group, names: dict[str, int]) -> None:
     """Moves the members into a `tensor.fused` placed at the last of them."""
-    inside = set(g.members)
-    inputs = list(dict.fromkeys(v for op in g.members for v in op.operands if v.defining_op not in inside))
-    outputs = [r for op in g.members for r in op.results if any(u not in inside for u in r.users)]
+    inside = set(g.everything)
+    inputs = list(dict.fromkeys(v for op in g.everything for v in op.operands if v.defining_op not in inside))
+    outputs = [r for op in g.everything for r in op.results if any(u not in inside for u in r.users)]
     last = g.members[-1]
     block = Block([v.type for v in inputs], [v.name for v in inputs])
     region = Region([block])
     assert isinstance(last.parent, Block)
-    types = [TensorType(r.type.shape, r.type.dtype, r.type.strides) for r in outputs]  # type: ignore[attr-defined]
+    shown = [view.result if (view := reshaping_view(r)) is not None else r for r in outputs]
+    types = [TensorType(r.type.shape, r.type.dtype, r.type.strides) for r in shown]  # type: ignore[attr-defined]
     with_loc = Builder(last.parent, last, g.members[0].location)
     fused = with_loc.create("tensor.fused", inputs, {"kernel": _kernel_name(g, names)}, types, [region])
-    for old, new in zip(outputs, fused.results, strict=True):
-        new.name = old.name
-        old.replace_uses_if(new, lambda user: user not in inside and user is not fused)
+    for old, seen, new in zip(outputs, shown, fused.results, strict=True):
+        new.name = seen.name
+        seen.replace_uses_if(new, lambda user: user not in inside and user is not fused)
+        if seen is not old:
+            assert seen.defining_op is not None
+            seen.defining_op.erase()
     for v, arg in zip(inputs, block.args, strict=True):
         v.replace_uses_if(arg, lambda user: user in inside)
-    for op in g.members:
+    for op in g.everything:
         block.append(op.detach())
     Builder(block, None, last.location).create("tensor.yield", outputs)
 
@@ -354,14 +412,14 @@ def _kernel_name(g: Group, names: dict[str, int]) -> str:
     """A readable name from what the kernel does, numbered when it repeats."""
     parts: list[str] = []
     for op in g.members:
-        if op is g.contraction:
+        if is_contraction(op):
             parts.append("matmul")
         elif op.name != "tensor.generic":
             parts.append(op.name.removeprefix("tensor."))
         elif op["reductions"]:
             parts.extend(op["combine"])
         parts.extend(o.name.removeprefix("arith.") for o in body_ops(op) if o.name not in (
-            "arith.constant", "arith.cast", "arith.select", "tensor.index", "tensor.sym") and op is not g.contraction)
+            "arith.constant", "arith.cast", "arith.select", "tensor.index", "tensor.sym") and not is_contraction(op))
     name = "_".join(list(dict.fromkeys(p for p in parts if p != "none"))[:6]) or "copy"
     n = names[name] = names.get(name, 0) + 1
     return name if n == 1 else f"{name}_{n}"

@@ -10,14 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ir import Operation
+from ..ir import Operation, TensorType
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import free_symbols, product
 from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
 from .narrow_results import note_rounding, rounding
 from .structured import EXPENSIVE, body_ops, identity_map, inline_into, inline_into_gather, is_contraction, is_pointwise
+from .tiling.contraction import roles_of
 
+LITTLE, SMALLER = 8, 64
+"""Ops that are done again rather than stored where all operands are so many times smaller than the result."""
 TRIVIAL = frozenset({"arith.cast", "arith.constant", "tensor.index", "tensor.sym"})
 
 
@@ -40,12 +43,12 @@ class Inline(Pass):
             for op in list(func.body.reversed()):
                 if op.parent is None or not is_pointwise(op):
                     continue
-                merged += self._merge_into_readers(op)
+                merged += self._merge_into_readers(op, ctx.target.is_gpu)
                 if not any(r.uses for r in op.results):
                     op.erase()
         ctx.remark("done", f"{merged} producers merged into readers")
 
-    def _merge_into_readers(self, producer: Operation) -> int:
+    def _merge_into_readers(self, producer: Operation, gpu: bool) -> int:
         readers = list(dict.fromkeys(u for r in producer.results for u in r.users))
         if not readers or _absorbs_its_maker(producer):
             return 0
@@ -68,7 +71,8 @@ class Inline(Pass):
             note_rounding(producer)
         for reader in eligible:
             if _trivial(producer) or (single and _visits_once(producer, reader)) or (
-                    len(eligible) == len(readers) and _cheap(producer) and _visits(producer, reader) <= (self.repeats if single else 1)):
+                    len(eligible) == len(readers) and _cheap(producer) and _visits(producer, reader) <= (self.repeats if single else 1)) or (
+                    gpu and single and reader.name == "tensor.scatter" and _few_ops(producer)):
                 inline_into(reader, producer)
                 merged += 1
         return merged
@@ -88,8 +92,9 @@ class Inline(Pass):
         if not reader.has_trait(Trait.Structured) or len(reader.body) + len(producer.body) > self.max_ops or (
                 len(reader.operands) + len(producer.operands) > self.max_operands):
             return False
-        if is_contraction(reader) and (len(producer.operands) != 1 or any(o.name != "arith.cast" for o in body_ops(producer))
-                                       or fill_of(producer, 0) is not None or producer["maps"][0] != identity_map(len(producer["dims"]))):
+        if is_contraction(reader) and roles_of(reader) is not None and (
+                len(producer.operands) != 1 or any(o.name != "arith.cast" for o in body_ops(producer))
+                or fill_of(producer, 0) is not None or producer["maps"][0] != identity_map(len(producer["dims"]))):
             return False  # packed and padded operands are there on purpose
         if is_contraction(reader) and rounding(producer) is not None and not _is_batched(reader):
             return False  # matrix units multiply 16-bit numbers much faster than those that they were rounded from
@@ -120,13 +125,31 @@ def _trivial(producer: Operation) -> bool:
     return not real and len(producer.operands) == 1 and producer["maps"][0] is not None
 
 
+def _few_ops(producer: Operation) -> bool:
+    """Arithmetic that hides behind a scatter's memory accesses on a GPU, where a kernel of its own would cost a launch."""
+    real = [o for o in body_ops(producer) if o.name not in TRIVIAL]
+    return len(real) <= 12 and not any(o.name in EXPENSIVE or o.name == "tensor.extract" for o in real)
+
+
 def _cheap(producer: Operation) -> bool:
-    """Recomputing costs no more than reading it back: at most two simple ops on at most one tensor of its own size."""
+    """Recomputing costs no more than reading it back: at most two simple ops on at most one tensor of its own size, or a few more on nothing
+    but small ones."""
+    if _reads_little(producer):
+        return True
     real = [o for o in body_ops(producer) if o.name not in TRIVIAL]
     if len(real) > 2 or any(o.name in EXPENSIVE or o.name == "tensor.extract" for o in real):
         return False
     full = [v for v in producer.operands if getattr(v.type, "numel", 0) == product(parallel_dims(producer))]
     return len(full) <= 1
+
+
+def _reads_little(producer: Operation) -> bool:
+    """A few simple ops on operands that are far smaller than the result: a comparison of positions, say."""
+    real, made = [o for o in body_ops(producer) if o.name not in TRIVIAL], product(parallel_dims(producer))
+    if len(real) > LITTLE or not producer.operands or any(o.name in EXPENSIVE or o.name == "tensor.extract" for o in real):
+        return False
+    return isinstance(made, int) and all(isinstance(v.type, TensorType) and isinstance(v.type.numel, int) and v.type.numel * SMALLER <= made
+                                         for v in producer.operands)
 
 
 def _visits(producer: Operation, reader: Operation) -> float:

@@ -16,17 +16,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..ir import Block, Builder, Dim, IRError, Operation, Region, Target, TensorType, Value, element_type
+from ..ir import Block, Builder, Dim, IRError, Operation, Region, Target, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of
-from ..ir.expr import Expr, evaluate, free_symbols
+from ..ir.expr import Expr, evaluate, free_symbols, product, substitute
 from ..ir.passes import Pass, PassContext, register
-from .library_cost import Work, generated_seconds, library_seconds
-from .products import Product, read_product
+from .library_cost import Work, generated_seconds, library_seconds, turning_pays, unpack_seconds
+from .products import Product, is_linear, read_product, walk_of
+from .siblings import sibling_of
+from .stream_growth import MAX_WIDTH
 from .structured import EXPENSIVE, body_ops, identity_map, is_contraction, is_pointwise, reshape_like
-from .tiling.contraction import roles_of
+from .tiling.contraction import Roles, roles_of
 
 __all__ = ["WORKSPACE", "WORKSPACE_SLACK", "Library", "LibraryOperands", "library_shape"]
 
+TENSOR_MAPS = 90
+"""The compute capability on which generated products reach the library's speed, so that what they fuse is gained."""
 OLDEST = 80
 """The lowest compute capability for which the library is asked."""
 WORKSPACE = {80: 8 << 20, 90: 32 << 20}
@@ -74,6 +78,9 @@ class Library(Pass):
 
     def _consider(self, op: Operation, func: Operation, sizes: dict[str, int], streams: bool, ctx: PassContext) -> bool:
         found = _readable(op, func)
+        if isinstance(found, str) and not streams and _turn(op, sizes, ctx.target):
+            ctx.remark("done", f"an operand of a product is copied into its order: {found}", op.location)
+            found = _readable(op, func)
         if isinstance(found, str):
             ctx.remark("note", f"a product is generated: {found}", op.location)
             return False
@@ -84,13 +91,17 @@ class Library(Pass):
             return False
         chain = _Chain.of(op, found, self.epilogues)
         if not self.always:
+            if ctx.target.capability == TENSOR_MAPS and sibling_of(op) is not None and all(n % 128 == 0 for n in shape[1:]):
+                ctx.remark("note", f"{text} is generated: it is computed beside another product that its reader needs too", op.location)
+                return False
             if min(shape[1:3]) <= SKINNY:
                 ctx.remark("note", f"{text} is generated: with {min(shape[1:3])} rows or columns it is bound by memory", op.location)
                 return False
             kind = "tf32" if "tf32" in ctx.target.features and element_type(op.operands[0].type).name == "f32" else _input_type(op)
             heavy = _heavy_readers(chain.value)
             work = Work(kind, shape, element_type(chain.value.type).bytes, heavy is not None, heavy or 0.0, self.replayed)
-            theirs, ours = library_seconds(ctx.target, work), generated_seconds(ctx.target, work)
+            theirs = library_seconds(ctx.target, work) + _unpacking(op, ctx.target)
+            ours = generated_seconds(ctx.target, work)
             verdict = f"{_names(chain)}modelled {theirs * 1e6:.0f} us by cuBLASLt, {ours * 1e6:.0f} us generated"
             if theirs + MARGIN >= ours:
                 ctx.remark("note", f"{text} is generated: {verdict}", op.location)
@@ -100,6 +111,36 @@ class Library(Pass):
         chain.outline(f"{text}: {verdict}")
         ctx.remark("done", f"{text} by cuBLASLt: {verdict}", op.location)
         return True
+
+
+def _turn(op: Operation, sizes: dict[str, int], target: Target) -> bool:
+    """Copies the operands that are no matrix in memory and whose contiguous dimension is not summed over (heads that were moved, in the gradient
+    of a weight), where that costs less than a generated kernel loses on them. True if anything was copied."""
+    roles, types = roles_of(op), [element_type(v.type).name for v in op.operands]
+    if roles is None or types[0] != types[1] or types[0] not in RESULTS or any(fill_of(op, i) is not None for i in range(2)):
+        return False
+    work = 2.0 * product(evaluate(d, sizes) for d in op["dims"])
+    copied = 0
+    for i, own in ((roles.left, roles.m), (roles.right, roles.n)):
+        order, strides, v = (*roles.batch, *roles.k, *own), walk_of(op, i), op.operands[i]
+        assert isinstance(v.type, TensorType)
+        if strides is not None and all(is_linear(op["dims"], group, strides) for group in (roles.batch, roles.k, own)):
+            continue
+        innermost = {s for e, stride in zip(op["maps"][i], v.type.layout, strict=True) if stride == 1 for s in free_symbols(e)}
+        if not innermost or not innermost <= {f"d{d}" for d in own}:
+            continue
+        moved = 2.0 * v.type.dtype.bytes * product(evaluate(op["dims"][d], sizes) for d in order)
+        if not turning_pays(target, types[0], work, moved):
+            continue
+        renamed = {f"d{d}": sym(f"d{j}") for j, d in enumerate(order)}
+        copy = Builder.before_op(op).generic([v], [tuple(substitute(e, renamed) for e in op["maps"][i])], [op["dims"][d] for d in order],
+                                             lambda b, x: x, name=v.name)
+        op.set_operand(i, copy.result)
+        maps = list(op["maps"])
+        maps[i] = tuple(sym(f"d{d}") for d in order)
+        op.attributes["maps"] = tuple(maps)
+        copied += 1
+    return copied > 0
 
 
 def _input_type(op: Operation) -> str:
@@ -134,6 +175,33 @@ def _readable(op: Operation, func: Operation) -> Product | str:
     return found
 
 
+def _unpacking(op: Operation, target: Target) -> float:
+    """Seconds for operands that are computed from fewer bytes: the library wants them in memory, a generated kernel unpacks them while it loads."""
+    total = 0.0
+    for v in op.operands:
+        t = v.type
+        assert isinstance(t, TensorType)
+        read = _source_bytes(v)
+        if isinstance(t.numel, int) and read is not None and read < t.numel * t.dtype.bytes:
+            total += unpack_seconds(target, read, t.numel * t.dtype.bytes)
+    return total
+
+
+def _source_bytes(v: Value, depth: int = 12) -> int | None:
+    """Bytes that the pointwise ops before `v`, which serve it alone, read; None if there are none."""
+    maker = v.defining_op
+    if maker is None or not is_pointwise(maker) or depth == 0 or any(len(r.users) != 1 for r in maker.results):
+        return None
+    total = 0
+    for x in dict.fromkeys(maker.operands):
+        t = x.type
+        assert isinstance(t, TensorType)
+        if not isinstance(t.numel, int):
+            return None
+        total += _source_bytes(x, depth - 1) or t.numel * t.dtype.bytes
+    return total
+
+
 def _heavy_readers(v: Value) -> float | None:
     """How much the pointwise ops compute that would be fused with the product: None if there are none, and it must be written anyway."""
     total: float | None = None
@@ -154,8 +222,9 @@ def _elements(v: Value) -> Dim:
 # -- attention --------------------------------------------------------------------------------------------------------
 
 def _attention(func: Operation) -> set[Operation]:
-    """Batched products of activations between which there are only pointwise ops and at least one reduction."""
-    batched = {op for op in func.body if is_contraction(op) and (roles := roles_of(op)) is not None and roles.batch}
+    """Batched products of activations between which there are only pointwise ops and reductions: of these at least one, or else sizes as narrow
+    as those of a head (the backward pass, where the reductions are known)."""
+    batched = {op: roles for op in func.body if is_contraction(op) and (roles := roles_of(op)) is not None and roles.batch}
     found: set[Operation] = set()
     for op in batched:
         seen: set[tuple[Operation, bool]] = set()
@@ -166,11 +235,21 @@ def _attention(func: Operation) -> set[Operation]:
                 continue
             seen.add((user, reduced))
             if is_contraction(user):
-                if user in batched and reduced:
+                if user in batched and (reduced or _narrow_between(op, batched[op], user, batched[user])):
                     found |= {op, user}
                 continue
             stack += [(u, reduced or user["reductions"] > 0) for r in user.results for u in r.users]
     return found
+
+
+def _narrow_between(first: Operation, made: Roles, second: Operation, read: Roles) -> bool:
+    """The space between the products is larger than what they read and make, along dimensions that one program can hold."""
+    width = product(first["dims"][d] for d in made.k)
+    own = [n for side in (read.m, read.n) if isinstance(n := product(second["dims"][d] for d in side), int)]
+    if not isinstance(width, int) or not own or max(width, min(own)) > MAX_WIDTH:
+        return False
+    length = product(second["dims"][d] for d in read.k)
+    return not isinstance(length, int) or length >= max(width, min(own))
 
 
 # -- what the library does along the way ------------------------------------------------------------------------------

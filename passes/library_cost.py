@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..ir import Target
 
-__all__ = ["Work", "generated_seconds", "library_seconds"]
+__all__ = ["Work", "generated_seconds", "library_seconds", "turning_pays", "unpack_seconds"]
 
 LAUNCH = 2e-6
 """Seconds that one more kernel costs the device: its start and end overlap with nothing."""
@@ -62,6 +62,17 @@ class Work:
         return batch * m * n
 
 
+TURNED_SHARE = 0.17
+"""What a generated kernel reaches whose operand is contiguous along neither the summed dimensions nor one walk of the others (H100)."""
+
+
+def turning_pays(target: Target, kind: str, flops: float, moved: float) -> bool:
+    """Whether copying `moved` bytes (read and written) costs less than computing at `TURNED_SHARE` instead of by the library."""
+    rates = _rates(target)
+    peak = rates.flops[kind] * max(1, target.multiprocessors)
+    return flops / peak * (1 / TURNED_SHARE - 1 / LIBRARY_SHARE[kind]) > LAUNCH + moved / (MEMORY_SHARE * rates.bandwidth)
+
+
 def library_seconds(target: Target, work: Work) -> float:
     """By cuBLASLt; a pointwise reader then reads the result from memory."""
     extra = LAUNCH + 2 * work.elements * work.result_bytes / (MEMORY_SHARE * _rates(target).bandwidth) if work.fused else 0.0
@@ -72,6 +83,11 @@ def generated_seconds(target: Target, work: Work) -> float:
     """By a generated kernel, its pointwise reader fused."""
     extra = work.heavy * work.elements * HEAVY / max(1, target.multiprocessors) if work.fused else 0.0
     return max(_product(target, work, GENERATED_SHARE[work.kind], TILE), 0 if work.replayed else HOST_GENERATED) + extra
+
+
+def unpack_seconds(target: Target, read: int, made: int) -> float:
+    """A kernel of its own that makes an operand for the library, of `made` bytes, from `read` bytes."""
+    return LAUNCH + (read + made) / (MEMORY_SHARE * _rates(target).bandwidth)
 
 
 def _product(target: Target, work: Work, share: float, tile: int) -> float:

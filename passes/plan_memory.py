@@ -1,6 +1,6 @@
 """Gives every temporary buffer a place in one arena.
 
-Before: host functions with `host.alloc`. After: `host.slot` with byte offsets (multiples of 64) into an arena of
+Before: host functions with `host.alloc`, loops without scratch memory. After: `host.slot` with byte offsets (multiples of 64) into an arena of
 `stats.arena_bytes`; buffers whose size depends on a symbol that an extern defines (unknown when the arena is made) become
 arguments of kind "late", which the executor allocates as soon as the symbol is known.
 
@@ -30,6 +30,7 @@ from ..ir.builder import Builder
 from ..ir.core import Operation
 from ..ir.expr import Bounds, Dim, Expr, free_symbols, known_less, known_nonnegative, maximum, product
 from ..ir.passes import Pass, PassContext, register
+from ..ir.types import DTYPES, BufferType
 from .check_plan import check_plan
 from .fit import Block, fit
 from .liveness import Group, find_groups
@@ -57,12 +58,13 @@ class PlanMemory(Pass):
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         kernels = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
-        for func in module.body:
-            if func.name == "func":
-                _make_late(func)
-                self._plan(func, kernels, ctx)
-                if self.check:
-                    check_plan(func, kernels)
+        functions = {op["sym_name"]: op for op in module.body if op.name == "func"}
+        for func in _callees_first(functions):
+            _make_late(func)
+            _add_scratch(func, functions)
+            self._plan(func, kernels, ctx)
+            if self.check:
+                check_plan(func, kernels)
 
     def _plan(self, func: Operation, kernels: Mapping[str, Operation], ctx: PassContext) -> None:
         for op in func.body.ops:
@@ -94,6 +96,36 @@ class PlanMemory(Pass):
                                     "reused_in_place": in_place, "placed_in_outputs": scratch}
         ctx.remark("done", f"'{func['sym_name']}': arena of {arena} bytes, lower bound {bound}, {unplanned} without planning, "
                            f"{in_place} buffers reused in place, {scratch} placed in outputs")
+
+
+def _callees_first(functions: Mapping[str, Operation]) -> list[Operation]:
+    """Functions after the bodies of their loops: a loop gives its body an arena."""
+    done: dict[str, Operation] = {}
+
+    def visit(func: Operation) -> None:
+        for op in func.body:
+            if op.name == "host.loop":
+                visit(functions[op["body"].name])
+        done.setdefault(func["sym_name"], func)
+
+    for func in functions.values():
+        visit(func)
+    return list(done.values())
+
+
+def _add_scratch(func: Operation, functions: Mapping[str, Operation]) -> None:
+    """The last operand of each loop: two places for each carried value, then the arena of its body."""
+    for op in func.body.ops:
+        if op.name != "host.loop":
+            continue
+        ends = op.operands[len(op.operands) - op["outputs"]:][:op["carried"]]
+        needed: Dim = functions[op["body"].name]["stats"].get("arena_bytes", 0)
+        for v in ends:
+            needed = needed + 2 * align(v.type.numel * v.type.dtype.bytes)  # type: ignore[attr-defined]
+        scratch = Builder.before_op(op).op("host.alloc", type=BufferType((needed,), DTYPES["u8"]), bytes=needed)
+        scratch.name = "scratch"
+        op.set_operands([*op.operands, scratch])
+        op.attributes["outputs"] = op["outputs"] + 1
 
 
 def _make_late(func: Operation) -> None:

@@ -20,7 +20,7 @@ from ..ir.types import contiguous_strides
 from .structured import space_bounds
 from .tiling.contraction import roles_of
 
-__all__ = ["Product", "read_product", "walk"]
+__all__ = ["Product", "is_linear", "read_product", "walk", "walk_of"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,19 @@ def read_product(op: Operation, types: Sequence[TensorType] | None = None) -> Pr
         if not (_is_matrix(columns, row, column) or _is_matrix(rows, column, row)):
             return f"its {name} operand is contiguous neither along its rows nor along its columns"
     return found
+
+
+def walk_of(op: Operation, i: int) -> dict[int, Dim] | None:
+    """The stride of each dimension in operand i; None if it is not linear."""
+    t = op.operands[i].type
+    assert isinstance(t, TensorType)
+    found = walk(op, i, t)
+    return None if found is None else found[0]
+
+
+def is_linear(dims: Sequence[Dim], group: Sequence[int], strides: dict[int, Dim]) -> bool:
+    """Whether the dimensions are one walk through memory."""
+    return _collapse(dims, group, (strides,)) is not None
 
 
 def walk(op: Operation, i: int, t: TensorType) -> tuple[dict[int, Dim], Dim] | None:

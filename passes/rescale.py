@@ -2,18 +2,19 @@
 
   exp(x - m)    with m a running maximum: when m grows to m', what was summed so far is multiplied by exp(m - m')   ("shift")
   x * w, x / w  with w any value of the row: linear, so it can be applied once, to the finished sum                  ("scale")
+  (x - mean)^2  with the mean of the same x: the sum of squares is corrected by how far the running mean moves       (`about_mean`)
 
 These are the homomorphisms that let two dependent reductions become one pass; streams and online softmax are made of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ..ir import Operation, Value, element_type
 
-__all__ = ["FREE", "Declined", "Dependence", "Factor"]
+__all__ = ["FREE", "Declined", "Dependence", "Factor", "about_mean"]
 
 
 class Declined(Exception):
@@ -117,3 +118,54 @@ def _linear(f: Factor) -> Factor:
 
 def _is_zero(v: Value) -> bool:
     return v.defining_op is not None and v.defining_op.name == "arith.constant" and v.defining_op["value"] == 0
+
+
+# -- sums of squares about the mean ---------------------------------------------------------------------------------------------
+
+def about_mean(op: Operation, made: Mapping[Value, Operation], same_point: Callable[[Operation, int, Operation, int], bool]) -> Operation | None:
+    """The member that sums x, if `op` sums (x - mean)^2 with the mean of just these x: then one pass over x gives both,
+
+        s' = s + x,  m2' = m2 + (x - s / n) * (x - s' / (n + 1))
+
+    and parts merge by m2 = sum(m2_i) + sum(n_i * (s_i / n_i - mean)^2)  (Chan, Golub, LeVeque 1979: updating formulae for variances).
+    `made` gives the member that makes a value; same_point(a, i, b, j): operand i of a and operand j of b are read at one point.
+    """
+    square = op.body.terminator.operands[0].defining_op
+    if op["combine"] != ("sum",) or square is None or square.name != "arith.mul" or square.operands[0] is not square.operands[1]:
+        return None
+    difference = square.operands[0].defining_op
+    if difference is None or difference.name != "arith.sub" or difference.operands[1].defining_op is not None:
+        return None
+    row = made.get(op.operands[difference.operands[1].index])  # type: ignore[attr-defined]
+    if row is None or row["reductions"] or len(row.operands) != 1 or len(row.results) != 1:
+        return None
+    total = made.get(row.operands[0])
+    if total is None or not total["reductions"] or total["combine"] != ("sum",):
+        return None
+    count = 1
+    for d in total["dims"][len(total["dims"]) - total["reductions"]:]:
+        if not isinstance(d, int):
+            return None
+        count *= d
+    if not _divides_by(row, count) or not _same_scalar(op, difference.operands[0], total, total.body.terminator.operands[0], same_point):
+        return None
+    return total
+
+
+def _divides_by(row: Operation, count: int) -> bool:
+    """The op gives its operand over `count`."""
+    step = row.body.terminator.operands[0].defining_op
+    if step is None or step.name not in ("arith.div", "arith.mul") or step.operands[0] is not row.body.args[0]:
+        return False
+    constant = step.operands[1].defining_op
+    wanted = count if step.name == "arith.div" else 1 / count
+    return constant is not None and constant.name == "arith.constant" and abs(constant["value"] - wanted) <= 1e-7 * wanted
+
+
+def _same_scalar(a: Operation, x: Value, b: Operation, y: Value, same_point: Callable[[Operation, int, Operation, int], bool]) -> bool:
+    """The scalars x of a's body and y of b's body are the same function of the same elements."""
+    p, q = x.defining_op, y.defining_op
+    if p is None or q is None:
+        return p is q and same_point(a, x.index, b, y.index)  # type: ignore[attr-defined]
+    return (p.name == q.name and p.name.startswith("arith.") and p.attributes == q.attributes and x.type == y.type
+            and all(_same_scalar(a, u, b, v, same_point) for u, v in zip(p.operands, q.operands, strict=True)))

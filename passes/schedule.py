@@ -4,6 +4,8 @@ Before and after: functions of `tile.launch`, `tensor.library`, `tensor.constant
 semantics. After: the same ops in an order that respects data flow, keeps externs with effects (random, or without results) in
 their order, and whose peak of temporary bytes is never above that of the given order.
 
+Programs with collectives keep the given order: there, distance between a start and its end is worth more (see `overlap.py`).
+
 Candidates: the given order; greedy list scheduling (of the ready ops the one with the smallest allocated minus freed bytes,
 ties by given order, no look-ahead); and a depth-first order from the results, which visits the operand
 subtree with the larger surplus first (Sethi and Ullman 1970, generalised to graphs by Liu 1987). The best is kept.
@@ -23,6 +25,7 @@ from typing import ClassVar
 from ..ir.core import Operation, Value
 from ..ir.passes import Pass, PassContext, register
 from ..ir.types import TensorType
+from .overlap import is_start
 from .storage import align, representative_symbols, size_at, storage_bytes
 
 __all__ = ["Schedule", "peak_bytes"]
@@ -44,6 +47,9 @@ class Schedule(Pass):
     def _schedule(self, func: Operation, costs: _Costs, ctx: PassContext) -> None:
         given = func.body.ops[:-1]
         graph = _Dependences(given)
+        if any(is_start(op) for op in given):
+            ctx.remark("declined", f"the order of '{func['sym_name']}' is left to `overlap`: it has collectives")
+            return
         orders = {"given": given, "greedy": _greedy(graph, costs), "depth-first": _depth_first(graph, costs)}
         peaks = {name: costs.peak(order) for name, order in orders.items()}
         best = min(orders, key=lambda name: peaks[name])  # min keeps the first of equals: the given order

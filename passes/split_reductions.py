@@ -17,11 +17,9 @@ from ..ir.expr import as_int, ceildiv, product, simplify, split_linear, substitu
 from ..ir.passes import Pass, PassContext, register
 from .narrow_results import ROUNDS
 from .structured import is_contraction, rebuild, space_bounds
-from .tiling.contraction import roles_of
-from .tiling.gpu_tiles import gemm_tile_gpu
+from .tiling.contraction import is_row_major, roles_of
+from .tiling.gpu_tiles import COLUMNS, gemm_tile_gpu, product_bytes
 
-COLUMNS = 64
-"""Columns that a program sums at once."""
 SPLITTABLE = frozenset({"sum", "prod", "max", "min", "any", "all"})
 
 
@@ -68,8 +66,8 @@ def _programs(op: Operation, target: Target) -> int:
     roles = roles_of(op) if is_contraction(op) else None
     if roles is not None:
         batch, m, n, k = (product(op["dims"][d] for d in r) for r in (roles.batch, roles.m, roles.n, roles.k))
-        widest = max(element_type(v.type).bytes for v in op.operands)
-        tile = gemm_tile_gpu(target, batch, m, n, k, widest, exact=not element_type(op.result.type).is_float)
+        tile = gemm_tile_gpu(target, batch, m, n, k, product_bytes(op), exact=not element_type(op.result.type).is_float,
+                             row_major=is_row_major(op, roles))
         return max(1, as_int(batch * ceildiv(m, tile.rows) * ceildiv(n, tile.columns)))
     return max(1, count if reduces_rows(op) else count // COLUMNS)
 

@@ -9,7 +9,7 @@ from ..ir.dialects.tensor import parallel_dims
 from ..ir.expr import as_int, ceildiv, free_symbols, product, simplify, split_linear, substitute
 
 if TYPE_CHECKING:
-    from .stream import Stream
+    from .stream_form import Stream
 
 SMALL = 1 << 16
 """Points of the middle space, per batch element, below which storing them costs a CPU little."""
@@ -104,6 +104,6 @@ def _why_slow_on_gpu(s: Stream, target: Target) -> str:
     tiles = programs * as_int(ceildiv(space[-1], 64))
     rounds = -(-programs // max(1, target.multiprocessors))
     streamed = LAUNCH_US + rounds * flops / programs / rate
-    kernels = 3 if s.reductions else 2
+    kernels = len(s.firsts) + len(s.seconds) + bool(s.reductions)
     apart = kernels * LAUNCH_US + flops / rate / min(tiles, max(1, target.multiprocessors)) + 2 * (kernels - 1) * narrowest * points / BYTES_PER_US
     return "" if streamed <= apart else f"{programs} programs would take {streamed:.0f} us, kernels of their own {apart:.0f} us"

@@ -5,7 +5,8 @@
 
 `program` is JSON data (made by `backends/triton`):
 
-    kernels     name -> {blob, symbol, threads, shared, parameters, buffers, symbols, grid, checks, digest}
+    kernels     name -> {blob, symbol, threads, shared, parameters, buffers, symbols, grid, checks, digest,
+                descriptors}
     functions   name -> [["launch", kernel, [place, ...], line] | ["copy", source place, target place, bytes, line]
                          | ["product", {role: place}, shape, line], ...]
     constants   base64

@@ -7,8 +7,8 @@ What a call means does not change: inputs are read where they are (no copies), o
 whose parameters hold an address that is another one than last time get new parameters in the instantiated graph
 (`cuGraphExecKernelNodeSetParams`): parameters are our own, so their places are known. A changed graph costs the driver more to launch, and
 torch's allocator hands out the same few addresses in turn: so up to VARIANTS instantiated graphs stay, and only the one used longest ago is
-changed. A matrix product by cuBLASLt hides the addresses it uses: one graph is captured for each combination of the addresses that products
-and copies use, and up to LIMIT are kept.
+changed. A matrix product by cuBLASLt hides the addresses it uses, and so does a tensor map: one graph is captured for each combination of the
+addresses that products, copies and kernels with tensor maps use, and up to LIMIT are kept.
 
 The first call for new sizes runs as usual (libraries load their kernels lazily, which a capture forbids), the second one captures.
 Temporary memory is one block per device and stream, as large as the largest graph needs, for all graphs: those on one stream run one
@@ -121,7 +121,8 @@ class Replay:
         self._warm: set[Any] = set()
         self._lock = threading.Lock()
         self._error = ctypes.c_int32.from_address(self.on.error.data_ptr())
-        rigid = sorted({slot for step in function.steps if step[0] != "launch" for slot in _slots(step)})
+        self._mapped = {name for name, row in function.library.program["kernels"].items() if row.get("descriptors")}
+        rigid = sorted({slot for step in function.steps if step[0] != "launch" or step[1] in self._mapped for slot in _slots(step)})
         self._rigid: Callable[[list[int]], Any] = itemgetter(*rigid) if rigid else lambda table: None
 
     def __call__(self, pointers: list[int], sizes: Any) -> int:
@@ -229,7 +230,7 @@ class Replay:
         library, found = self.function.library, iter(self.on.kernel_nodes(graph))
         nodes = []
         for step in self.function.steps:
-            if step[0] != "launch":
+            if step[0] != "launch" or step[1] in self._mapped:
                 continue
             row = library.program["kernels"][step[1]]
             extent = 1
@@ -270,6 +271,6 @@ class Replay:
 
 
 def _slots(step: Sequence[Any]) -> list[int]:
-    """The table slots that a copy or a product uses."""
-    places = step[1].values() if step[0] == "product" else step[1:3]
+    """The table slots that a copy, a product or a kernel uses."""
+    places = step[1].values() if step[0] == "product" else step[2] if step[0] == "launch" else step[1:3]
     return [slot for kind, slot, _ in places if kind == "table"]

@@ -17,7 +17,8 @@ The manifest (JSON, made by `compiler/manifest.py`; sizes as in `sizes.py`):
     symbol_sources           [[symbol, input, dimension, "size" or "stride"], ...]
     buffers                  after the inputs: {kind: "output" | "extern" | "late", dtype, shape, strides}
     results                  {kind: "buffer", buffer} | {kind: "input", input} | {kind: "same", result} | {kind: "int", expr}
-                             | {kind: "none"} | {kind: "item", buffer} | {kind: "view", input or buffer, shape, strides, offset}
+                             | {kind: "none"} | {kind: "item", buffer} | {kind: "view", input or buffer, shape, strides, offset,
+                             and dtype if it is not the base's}
     persistent               {bytes, guards, pack, transient, symbolic}; `pack` names a function or is null
     arena                    bytes
     steps                    ["call", function] | ["extern", {...}] | ["allocate", [buffers]] | ["drop", [buffers]]
@@ -419,10 +420,19 @@ def _result_view(row: dict[str, Any], graph: CompiledGraph) -> Callable[..., Any
     spec = TensorSpec({"dtype": rows[at]["dtype"], **row}, graph._positions)
     offset = compile_size(row["offset"], graph._positions)
 
+    if spec.dtype != torch_dtype(rows[at]["dtype"]):
+        return lambda *given: _in_memory_of(given[place][at], spec, given[2], evaluate_size(offset, given[2]))
+
     def view(*given: Any) -> torch.Tensor:
         base, symbols = given[place][at], given[2]
         return base.as_strided(spec.shape(symbols), spec.strides(symbols), base.storage_offset() + evaluate_size(offset, symbols))
     return view
+
+
+def _in_memory_of(base: torch.Tensor, spec: TensorSpec, symbols: Sequence[int], offset: int) -> torch.Tensor:
+    """A tensor of another element type in the memory of `base`, `offset` of its own elements on."""
+    offset += base.storage_offset() * base.element_size() // spec.dtype.itemsize
+    return torch.empty(0, dtype=spec.dtype, device=base.device).set_(base.untyped_storage(), offset, spec.shape(symbols), spec.strides(symbols))
 
 
 def _from(place: int, key: str, rows: str) -> Callable[[dict[str, Any], CompiledGraph], Callable[..., Any]]:

@@ -138,6 +138,20 @@ def _laid_out(t: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...])
     return made.expand(shape) if repeated else made
 
 
+def _definition(positions: Mapping[str, int], name: str, result: int, axis: int, low: int = 0, high: int | None = None) -> tuple[Any, ...]:
+    """Where a symbol's value comes from, and the range that the program takes for granted."""
+    return positions[name], int(result), int(axis), int(low), None if high is None else int(high)
+
+
+def _measured(result: Any, axis: int, operands: Sequence[torch.Tensor]) -> int:
+    """A size of the result; -1: the number that it is; -2: how many elements of the first operand's memory come before it, a view of that."""
+    if axis >= 0:
+        return int(result.shape[axis])
+    return int(result) if axis == -1 else int(result.storage_offset() - operands[0].storage_offset())
+
+
+ALIGNMENT = 16
+"""Bytes of which addresses on a GPU are multiples: compiled kernels and the library rely on it."""
 _HANDED_ON = frozenset({"aicc_dist.wait.default"})
 """Operators that give an operand itself, which nobody reads or writes under its old name any more."""
 
@@ -153,7 +167,7 @@ class ExternCall:
         self._operand_strides = [None if s is None else compile_sizes(s, positions) for s in manifest["operand_strides"]]
         self._kinds: list[str] = list(manifest["result_kinds"])
         self._results = [TensorSpec(r, positions) for r in manifest["results"]]
-        self._defines = [(positions[name], int(result), int(axis)) for name, result, axis in manifest["defines"]]
+        self._defines = [_definition(positions, *row) for row in manifest["defines"]]
         if len(self._results) != sum(kind != "none" for kind in self._kinds):
             raise ArtifactError(f"'{self.target}' has {len(self._results)} results described by {self._kinds}")
 
@@ -173,10 +187,14 @@ class ExternCall:
         if len(values) != len(self._kinds):
             raise RuntimeError(f"'{self.target}' returned {len(values)} values; "
                                f"the program was compiled for {len(self._kinds)}")
-        for position, result, axis in self._defines:
-            define(position, int(values[result]) if axis < 0 else values[result].shape[axis])
-        taken = {t.untyped_storage()._cdata for t in operands} if self.target not in _HANDED_ON else set()
         found = [v for v, kind in zip(values, self._kinds, strict=True) if kind != "none"]
+        for position, result, axis, low, high in self._defines:
+            value = _measured(found[result], axis, given)
+            if value < low or (high is not None and value > high):
+                raise RuntimeError(f"'{self.target}' gives the size {value}, where the program needs one "
+                                   + (f"of at least {low}" if high is None else f"from {low} to {high}"))
+            define(position, value)
+        taken = {t.untyped_storage()._cdata for t in operands} if self.target not in _HANDED_ON else set()
         device = operands[0].device if operands else torch.device("cpu")
         return [self._result(v, spec, taken, symbols, device) for v, spec in zip(found, self._results, strict=True)]
 
@@ -189,6 +207,7 @@ class ExternCall:
                                f"the program was compiled for {spec.dtype} of shape {shape}")
         if value.is_conj() or value.is_neg():
             value = value.resolve_conj().resolve_neg()
-        if value.untyped_storage()._cdata in taken:
+        misaligned = value.is_cuda and value.data_ptr() % ALIGNMENT
+        if misaligned or value.untyped_storage()._cdata in taken:
             return torch.empty_strided(shape, strides, dtype=spec.dtype, device=value.device).copy_(value)
         return _laid_out(value, shape, strides)

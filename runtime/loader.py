@@ -16,6 +16,7 @@ import ctypes
 import functools
 import itertools
 import platform
+import re
 import struct
 import sys
 import threading
@@ -149,9 +150,12 @@ def load_object(code: bytes, names: Iterable[str], extra_symbols: Mapping[str, i
     """
     if len(code) < 64 or code[:4] not in _OBJECT_MAGICS:
         raise ArtifactError(f"{len(code)} bytes of object code do not start like an object file")
+    wanted = list(names)
+    for name in wanted:
+        if not isinstance(name, str) or not _FUNCTION_NAME.fullmatch(name):
+            raise ArtifactError(f"{name!r:.100} is no name of a function")  # LLVM would end the process
     initialize()
     _allow_matrix_unit()
-    wanted = list(names)
     builder = llvm.JITLibraryBuilder().add_object_img(code)
     for name, address in {**runtime_symbols(), **(extra_symbols or {})}.items():
         builder.import_symbol(name, address)
@@ -169,6 +173,7 @@ def load_object(code: bytes, names: Iterable[str], extra_symbols: Mapping[str, i
     return NativeLibrary(jit, tracker)
 
 
+_FUNCTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.$]{0,999}")
 _OBJECT_MAGICS = (b"\x7fELF", b"\xcf\xfa\xed\xfe")
 _ELF_SYMBOL = struct.Struct("<IBBHQQ")  # name, info, other, section, value, size
 _IMPLICIT = {"_GLOBAL_OFFSET_TABLE_"}   # the linker's own

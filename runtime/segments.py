@@ -108,7 +108,8 @@ class Segments:
 
     def _extern(self, row: Mapping[str, Any]) -> Step:
         invoke = ExternCall(row, self._positions)
-        operands = [self._operand(o) for o in row["operands"]]
+        alone = row["target"].endswith(_COPY_MEMORY)
+        operands = [self._operand(o, alone) for o in row["operands"]]
         targets = [(self._slot(i), i) for i in row["buffers"]]
         if len(targets) != len(row["results"]):
             raise ArtifactError(f"'{invoke.target}' has {len(row['results'])} results for {len(targets)} buffers")
@@ -131,7 +132,8 @@ class Segments:
 
     # -- operands
 
-    def _operand(self, row: Mapping[str, Any]) -> Place:
+    def _operand(self, row: Mapping[str, Any], alone: bool = False) -> Place:
+        """Where an operand is; `alone`: as a tensor whose memory holds nothing else."""
         space = row["space"]
         if space not in _SPACES:
             raise ArtifactError(f"unknown space {space!r} of an operand")
@@ -148,8 +150,12 @@ class Segments:
                 return memory
             if memory.dtype == spec.dtype:
                 return memory.as_strided(shape, strides, memory.storage_offset() + at)
-            start = memory.storage_offset() * memory.element_size() // spec.dtype.itemsize + at
-            return torch.empty(0, dtype=spec.dtype, device=self._device).set_(memory.untyped_storage(), start, shape, strides)
+            start = memory.storage_offset() * memory.element_size() // scale + at
+            storage = memory.untyped_storage()
+            if alone and 0 not in shape:
+                extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+                storage, start = storage[start * scale:(start + extent) * scale], 0
+            return torch.empty(0, dtype=spec.dtype, device=self._device).set_(storage, start, shape, strides)
         return place
 
     def _input(self, row: Mapping[str, Any]) -> Place:
@@ -176,6 +182,9 @@ class Segments:
         memory = memory.to(self._device)
         return lambda call: memory
 
+
+_COPY_MEMORY = ("aten.copy.default", "_scatter.default")
+"""Operators that copy all the memory that their operand lies in, in elements of its type."""
 
 _SPACES = {"input": Segments._input, "buffer": Segments._buffer, "persistent": Segments._persistent, "arena": Segments._arena,
            "constant": Segments._constant}

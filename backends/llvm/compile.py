@@ -6,10 +6,13 @@ IR says.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 from llvmlite import binding, ir
+from llvmlite.binding import ffi, newpassmanagers
 
 from ...ir.core import IRError, Operation
 from ...ir.target import Target
@@ -17,7 +20,7 @@ from .half import add_half_conversions
 from .host import HostProgram, ModuleEmitter
 from .target import target_machine
 
-__all__ = ["CompiledObject", "compile_module", "optimize", "parse"]
+__all__ = ["CompiledObject", "compile_module", "emit_object", "optimize", "parse"]
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,12 @@ class CompiledObject:
     @cached_property
     def asm(self) -> str:
         """The object code as assembly (compiles again)."""
-        return target_machine(self.target).emit_assembly(self._optimized())
+        parsed = self._optimized()
+        with _addresses_as_written():
+            return target_machine(self.target).emit_assembly(parsed)
 
     def _optimized(self) -> binding.ModuleRef:
-        parsed = binding.parse_assembly(self.llvm_ir)
+        parsed = _parsed(self.llvm_ir)
         optimize(parsed, self.target)
         return parsed
 
@@ -57,11 +62,11 @@ def compile_module(module: Operation, target: Target) -> CompiledObject:
     NotImplementedError names an op without a lowering; IRError reports malformed input.
     """
     emitter = ModuleEmitter(module, target)
-    programs = {op["sym_name"]: emitter.host(op) for op in module.body if op.name == "func"}
+    programs = {op["sym_name"]: emitter.host(op) for op in module.body if op.name == "func" and not op["private"]}
     add_half_conversions(emitter.llvm, target)
     parsed, text = parse(emitter.llvm, target)
     optimize(parsed, target)
-    code = target_machine(target).emit_object(parsed)
+    code = emit_object(parsed, target)
     return CompiledObject(code, text, tuple(emitter.exported), programs, dict(emitter.errors.messages), target)
 
 
@@ -72,11 +77,33 @@ def parse(module: ir.Module, target: Target) -> tuple[binding.ModuleRef, str]:
     module.data_layout = str(machine.target_data)
     text = str(module)
     try:
-        parsed = binding.parse_assembly(text)
+        parsed = _parsed(text)
         parsed.verify()
     except RuntimeError as e:
         raise IRError(f"LLVM rejects the generated code of '{module.name}': {str(e)[:2000]}") from e
     return parsed, text
+
+
+def emit_object(parsed: binding.ModuleRef, target: Target) -> bytes:
+    """Machine code of an optimised module."""
+    with _addresses_as_written():
+        return target_machine(target).emit_object(parsed)
+
+
+@contextmanager
+def _addresses_as_written() -> Iterator[None]:
+    """Without loop strength reduction, which takes half of the time of code generation here and gains nothing: kernels step their own
+    pointers. It is a switch of the whole process, so it is put back at once for others that use LLVM through llvmlite."""
+    binding.set_option("aicc", "-disable-lsr=true")
+    try:
+        yield
+    finally:
+        binding.set_option("aicc", "-disable-lsr=false")
+
+
+def _parsed(text: str) -> binding.ModuleRef:
+    """A module in a context of its own: types, constants and attributes live as long as their context, and LLVM's global one for ever."""
+    return binding.parse_assembly(text, binding.create_context())
 
 
 def optimize(parsed: binding.ModuleRef, target: Target, level: int = 2) -> None:
@@ -87,4 +114,13 @@ def optimize(parsed: binding.ModuleRef, target: Target, level: int = 2) -> None:
     options.loop_interleaving = False
     options.loop_unrolling = False
     builder = binding.create_pass_builder(target_machine(target), options)
-    builder.getModulePassManager().run(parsed, builder)
+    passes = builder.getModulePassManager()
+    passes.run(parsed, builder)
+    _dispose(passes)
+
+
+def _dispose(passes: binding.ModulePassManager) -> None:
+    """Frees a pipeline, 140 KB. llvmlite 0.50's own `close` does nothing: the class that would is behind ObjectRef in the order of bases."""
+    if type(passes)._dispose is ffi.ObjectRef._dispose:
+        newpassmanagers.NewPassManager._dispose(passes)
+    passes.close()

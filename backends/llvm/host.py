@@ -6,7 +6,7 @@
 persistent buffers by id, then the base of the arena. `symbols` holds the i64 values of the function's size symbols, in the
 order of its `symbols` attribute. The result is 0, or an error word of the compiled object.
 
-ATen calls split the program: each maximal run of launches and copies between them is one segment, NAME_0, NAME_1, ...
+A loop's body is an internal function of the same kind (`loops.py`). ATen calls split the program: each maximal run of launches and copies between them is one segment, NAME_0, NAME_1, ...
 `cached` launches are taken out into NAME_pack_ID, one function per persistent buffer, for the executor to call
 when a guard of it changes.
 """
@@ -24,6 +24,7 @@ from ...ir.target import Target
 from ...ir.types import BufferType, element_type
 from .copies import copy_kernel
 from .kernel import emit_kernel
+from .loops import LoopSite, emit_loop
 from .parallel import emit_launcher
 from .scalars import ScalarEmitter, at_block
 from .scratch import ErrorTable
@@ -56,6 +57,8 @@ class ModuleEmitter:
     def __init__(self, module: Operation, target: Target, name: str = "aicc"):
         self.target = target
         self.source = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
+        self.functions = {op["sym_name"]: op for op in module.body if op.name == "func"}
+        self.steps: dict[str, ir.Function] = {}
         self.llvm = ir.Module(name)
         self.errors = ErrorTable()
         self.launchers: dict[str, tuple[Operation, ir.Function]] = {}
@@ -110,12 +113,29 @@ class ModuleEmitter:
                 externs += 1
             elif op.name == "host.launch" and op["cached"]:
                 packs.setdefault(_packed_id(op), []).append(op)
-            elif op.name in ("host.launch", "host.copy"):
+            elif op.name in _NATIVE:
                 run.append(op)
             elif op.name not in _BUFFERS and op.name != "return":
                 raise NotImplementedError(f"'{op.name}' has no lowering to LLVM at the host level")
         flush()
         return HostProgram(name, tuple(steps), {i: self._function(func, f"{name}_pack_{i}", ops) for i, ops in packs.items()})
+
+    def step(self, name: str) -> tuple[Operation, ir.Function]:
+        """The private function `name`, which a loop calls, and its native code. IRError if it is not all native."""
+        func = self.functions.get(name)
+        if func is None:
+            raise IRError(f"'host.loop' of unknown function '@{name}'; the module has {', '.join(self.functions)}")
+        if name not in self.steps:
+            ops = [op for op in func.body if op.name not in _BUFFERS and op.name != "return"]
+            odd = next((op for op in ops if op.name not in _NATIVE or op.attributes.get("cached")), None)
+            if odd is not None:
+                raise IRError(f"'{odd.name}' cannot be in the body of a loop ('@{name}')")
+            f = ir.Function(self.llvm, ir.FunctionType(I32, [PTR, PTR]), name)
+            f.linkage = "internal"
+            f.attributes.add("nounwind")
+            _Segment(self, func, f).emit(ops)
+            self.steps[name] = f
+        return func, self.steps[name]
 
     def _function(self, func: Operation, name: str, ops: Sequence[Operation]) -> str:
         f = ir.Function(self.llvm, ir.FunctionType(I32, [PTR, PTR]), name)
@@ -187,7 +207,10 @@ class _Segment:
         self.sizes = {s: b.load(b.gep(symbols, [I64(i)], source_etype=I64), typ=I64) for i, s in enumerate(names)}
         with self.scalars.scope(self.sizes, "segment"):
             for op in ops:
-                self._launch(op, context)
+                if op.name == "host.loop":
+                    emit_loop(LoopSite(self.owner, b, self.scalars, self.sizes, self.pointer, context), op)
+                else:
+                    self._launch(op, context)
             b.ret(b.load(context, typ=I32))
 
     def _launch(self, op: Operation, context: ir.Value) -> None:
@@ -245,4 +268,5 @@ def _unknown_symbol(symbol: str) -> ir.Value:
     raise IRError(f"the size symbol '{symbol}' is not among the function's")
 
 
+_NATIVE = ("host.launch", "host.copy", "host.loop")
 _BUFFERS = ("host.slot", "host.persistent", "host.constant", "host.view", "host.alloc")

@@ -2,8 +2,9 @@
 
     lower_collectives(module, mesh, rank, {"dp": "3", "tp": "5"})      # axis -> name of the rank's process group
 
-Messages are rank-major and contiguous: the reshapes and permutations around them are graph ops, so that they fuse with what computes the
-operand and reads the result. Every collective is one call of `_c10d_functional` (NCCL on GPUs, gloo on CPUs), which starts it, and one of
+Messages are rank-major and contiguous: what is cut along the first dimension is so already, and travels as it is; around others there
+are reshapes and permutations, graph ops that fuse with what computes the operand and reads the result.
+Every collective is one call of `_c10d_functional` (NCCL on GPUs, gloo on CPUs), which starts it, and one of
 `aicc_dist.wait`, which ends it and has the operand among its arguments, so that its memory is not used again before.
 
 Order. Every rank runs the same list of collectives: there is no control flow, ranks differ in constants alone, and the externs are
@@ -132,6 +133,8 @@ class _Lowering:
         op = self.op
         if op.name == "dist.all_gather":
             piece, d, parts, n = list(_shape(op.operands[0])), op["dim"], op["parts"], op["ranks"]
+            if d == 0 and parts == 1:
+                return x
             cut = self._reshape(x, [n, *piece[:d], parts, piece[d] // parts, *piece[d + 1:]])
             x = self._permute(cut, [*range(1, d + 2), 0, *range(d + 2, len(piece) + 2)])
         elif op.name == "dist.all_to_all":
@@ -146,13 +149,15 @@ class _Lowering:
 
     def _all_gather(self) -> tuple[Value, str, tuple[Any, ...], list[int]]:
         (x,) = self.op.operands
-        flat = self._reshape(x, [_count(x)])
-        return flat, "all_gather_into_tensor", (self.op["ranks"],), [_count(x) * self.op["ranks"]]
+        n, shape = self.op["ranks"], list(_shape(x))
+        return x, "all_gather_into_tensor", (n,), [n * shape[0], *shape[1:]]
 
     def _reduce_scatter(self) -> tuple[Value, str, tuple[Any, ...], list[int]]:
         op = self.op
         (x,) = op.operands
         shape, d, n, parts = list(_shape(x)), op["dim"], op["ranks"], op["parts"]
+        if d == 0 and parts == 1:
+            return x, "reduce_scatter_tensor", (op["kind"], n), [shape[0] // n, *shape[1:]]
         cut = self._reshape(x, [*shape[:d], parts, n, shape[d] // (n * parts), *shape[d + 1:]])
         moved = self._permute(cut, [d + 1, *(i for i in range(len(shape) + 2) if i != d + 1)])
         return self._reshape(moved, [_count(x)]), "reduce_scatter_tensor", (op["kind"], n), [_count(x) // n]

@@ -5,27 +5,30 @@
     compiled.blobs        # cubins by name
     compiled.sources      # Triton text by kernel, for `aicc dump-ir`
 
-`printer.py` makes the text (with `expressions.py`, `arith.py`, `helpers.py`), `compile.py` the cubins, `host.py` the list of launches and
-`native.py` the machine code that launches them; `simulate.py` runs kernels in Triton's interpreter.
+`printer.py` makes the text (with `expressions.py`, `arith.py`, `helpers.py`), `warp_groups.py` that of streams on Hopper (with
+`stream_shape.py`, `descriptors.py`), `compile.py` the cubins, `host.py` the list of launches and `native.py` the machine code that launches
+them; `simulate.py` runs kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...ir.core import Operation
+from ...ir.core import IRError, Operation
 from ...ir.expr_json import expr_to_json
 from ...ir.target import Target
 from .compile import CompiledKernel, compile_kernel, triton_cache
 from .host import Copy, Launch, Program, Step, build_program
 from .native import NativeHost, emit_native
 from .printer import KernelSource, print_kernel
+from .warp_groups import print_warp_groups
 
 __all__ = [
     "CompiledGpu",
@@ -39,6 +42,10 @@ __all__ = [
     "program_json",
     "triton_cache",
 ]
+
+
+TENSOR_MAPS = 90
+"""The compute capability whose kernels read matrices by tensor maps."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,18 @@ def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = N
         CompiledGraph(manifest, library=CudaLibrary(compiled.program, compiled.blobs, device), device=device)
     """
     program = build_program(module)
-    sources = {name: print_kernel(kernel) for name, kernel in program.kernels.items()}
+    sources = {name: _source(kernel, target, program.divisible(name)) for name, kernel in program.kernels.items()}
 
     def one(name: str) -> CompiledKernel:
-        return compile_kernel(sources[name], target, divisible=program.divisible(name), cache_dir=cache_dir)
+        divisible = program.divisible(name)
+        try:
+            return compile_kernel(sources[name], target, divisible=divisible, cache_dir=cache_dir)
+        except IRError as error:
+            if not sources[name].registers:
+                raise
+            warnings.warn(f"kernel '{name}' is compiled in its plain, slower form: {str(error)[:300]}", RuntimeWarning, stacklevel=2)
+            sources[name] = print_kernel(program.kernels[name])
+            return compile_kernel(sources[name], target, divisible=divisible, cache_dir=cache_dir)
 
     with triton_cache(cache_dir), ThreadPoolExecutor(threads) as pool:
         compiled = dict(zip(sources, pool.map(one, sources), strict=True))
@@ -77,6 +92,12 @@ def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = N
     made["host"] = {"blob": "host", "imports": list(native.imports)}
     texts = {n: s.text for n, s in sources.items()}
     return CompiledGpu(made, {**blobs, "host": native.object_code}, compiled, texts, native)
+
+
+def _source(kernel: Operation, target: Target, divisible: Sequence[bool]) -> KernelSource:
+    """The kernel in the form that suits the target best."""
+    made = print_warp_groups(kernel, target, divisible)
+    return print_kernel(kernel, divisible if target.capability == TENSOR_MAPS else ()) if isinstance(made, str) else made
 
 
 def program_json(
@@ -90,7 +111,7 @@ def program_json(
             "buffers": source.buffers,
             "symbols": list(source.symbols),
             "checks": source.checks,
-            "grid": [expr_to_json(g) for g in kernel["grid"]],
+            "grid": [source.programs] if source.programs else [expr_to_json(g) for g in kernel["grid"]],
         }
         if name in compiled:
             k = compiled[name]
@@ -99,7 +120,11 @@ def program_json(
                 "symbol": k.symbol,
                 "threads": 32 * k.num_warps,
                 "shared": k.shared,
+                "registers": k.registers,
+                "spills": k.spills,
                 "parameters": k.parameters,
+                "descriptors": list(k.descriptors),
+                "programs": source.programs,
                 "digest": hashlib.sha256(k.cubin).hexdigest()[:16],
             }
         kernels[name] = row

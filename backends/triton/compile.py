@@ -26,9 +26,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDAOptions
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from ...ir.core import IRError
 from ...ir.target import Target
+from .descriptors import descriptor_row
 from .elf import resource_usage
 from .printer import KernelSource
 
@@ -43,9 +45,9 @@ specifications)."""
 class CompiledKernel:
     """A kernel as the driver loads it.
 
-    `symbol` is its name in the cubin; `parameters` how many it takes: those of the signature, then scratch pointers of
-    Triton's own (null when
-    `global_scratch` is 0). `shared` is dynamic shared memory in bytes, `registers` per thread, `spills` bytes of stack per
+    `symbol` is its name in the cubin; `parameters` how many it takes: those of the signature (a descriptor is five), then scratch
+    pointers of Triton's own (null when `global_scratch` is 0). `num_warps` counts those of all partitions. `descriptors` are as in
+    `descriptors.descriptor_row`. `shared` is dynamic shared memory in bytes, `registers` per thread, `spills` bytes of stack per
     thread.
     """
 
@@ -62,6 +64,7 @@ class CompiledKernel:
     spills: int
     global_scratch: int
     checks: int
+    descriptors: tuple[dict[str, Any], ...] = ()
 
 
 def compile_kernel(
@@ -88,10 +91,11 @@ def compile_kernel(
     most = num_stages or source.num_stages or 3
     limit = SHARED_LIMITS.get(target.capability, 99) * 1024
     gpu = GPUTarget("cuda", target.capability, 32)
-    for stages in range(most if source.dot else 1, 0, -1):
-        options = _options(num_warps=warps, num_stages=stages, enable_fp_fusion=True, enable_reflect_ftz=False)
+    kind = GluonASTSource if source.registers else ASTSource
+    for stages in range(most, most - 1, -1) if source.registers else range(most if source.dot else 1, 0, -1):
+        options = _options(num_warps=warps, num_stages=stages, enable_fp_fusion=True, enable_reflect_ftz=False, maxnreg=source.registers or None)
         try:
-            made = triton.compile(ASTSource(function, source.signature, {}, attrs), target=gpu, options=options)
+            made = triton.compile(kind(function, source.signature, {}, attrs), target=gpu, options=options)
         except Exception as e:
             raise IRError(f"Triton rejects kernel '{source.name}': {type(e).__name__}: {str(e)[:2000]}\n{source.text}") from e
         if made.metadata.shared <= limit:
@@ -109,13 +113,14 @@ def compile_kernel(
         source.text,
         tuple(source.signature[a] for a in arguments),
         _count_parameters(made.asm["ptx"], metadata.name),
-        warps,
+        metadata.num_warps,  # with the warps of other partitions
         stages,
         metadata.shared,
         registers,
         spills,
         getattr(metadata, "global_scratch_size", 0) or 0,
         source.checks,
+        tuple(descriptor_row(d, m) for d, m in zip(source.descriptors, metadata.tensordesc_meta if source.descriptors else (), strict=True)),
     )
 
 

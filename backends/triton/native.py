@@ -15,6 +15,8 @@ global `STATE`, an array of 64-bit words:
 
     [address of the word for failed checks, context, kernels in the program's order..., constants...]
 
+A tensor map (`descriptors.py`) is encoded at the start of the call, on the function's stack, for the address that its buffer has then.
+
 `plans` has one word per matrix product of the function: the address of a record with the fields `PLAN` (see `runtime/cublaslt.py`), or 0
 where the product has no elements.
 
@@ -29,16 +31,16 @@ The context of the library is made current for the call; the thread gets its own
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llvmlite import binding, ir
 
 from ...ir.core import IRError
 from ...ir.expr import Dim, product, sym
-from ..llvm.compile import optimize, parse
+from ..llvm.compile import emit_object, optimize, parse
 from ..llvm.scalars import ScalarEmitter
-from ..llvm.target import make_target, target_machine
+from ..llvm.target import make_target
 from ..llvm.values import I1, I32, I64, PTR, stack_slot
 from .host import Copy, Launch, Place, Program, Step
 
@@ -62,11 +64,31 @@ _IMPORTS = {
     "cuCtxSetCurrent": [PTR],
     "cuLaunchKernel": [PTR, *[I32] * 7, PTR, PTR, PTR],
     "cuMemcpyDtoDAsync_v2": [I64, I64, I64, PTR],
+    "cuTensorMapEncodeTiled": [PTR, I32, I32, PTR, PTR, PTR, PTR, PTR, I32, I32, I32, I32],
     "cublasLtMatmul": [*[PTR] * 14, I64, PTR],
     "cublasLtMatmulDescSetAttribute": [PTR, I32, PTR, I64],
 }
-Cell = Place | Dim
-"""A 64-bit word of the frame: an address, or a number."""
+
+
+@dataclass(frozen=True)
+class Map:
+    """A tensor map of the matrix at `place`: CUtensorMap, 128 bytes. `step` is the first launch that reads it."""
+
+    place: Place
+    type: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    swizzle: int
+    step: int = field(compare=False, default=0)
+
+
+Cell = Place | Dim | Map
+"""A 64-bit word of the frame (16 words for a map): an address, or a number."""
+MAP_WORDS = 16
+MAP_ALIGNMENT = 8
+"""In words: CUtensorMap wants 64 bytes."""
+PROMOTION = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 ERRORS = Place(-1, 0, constant=True)
 """Stands for the address of the word for failed checks."""
 LAUNCH, COPY, PRODUCT = range(3)
@@ -99,7 +121,7 @@ def emit_native(program: Program, kernels: Mapping[str, Mapping[str, Any]]) -> N
         emitter.function(name)
     parsed, text = parse(module, target)
     optimize(parsed, target)
-    code = target_machine(target).emit_object(parsed)
+    code = emit_object(parsed, target)
     return NativeHost(code, text, tuple(program.functions), tuple(sorted(emitter.imported)))
 
 
@@ -143,6 +165,7 @@ class _Function:
         self.b = ir.IRBuilder(f.append_basic_block("entry"))
         self.scalars = ScalarEmitter(self.b, _unknown_symbol)
         self.cells: dict[Cell, int] = {}
+        self.words = 0  # of the frame
         self.parameters: list[int] = []  # cells of the parameters of all launches
         self.rows: list[int] = []
         self.products = 0
@@ -155,7 +178,23 @@ class _Function:
     # -- the table of steps
 
     def _cell(self, c: Cell) -> int:
-        return self.cells.setdefault(Place(c.slot, c.offset, c.constant) if isinstance(c, Place) else c, len(self.cells))
+        key = Place(c.slot, c.offset, c.constant) if isinstance(c, Place) else c
+        if key not in self.cells:
+            if isinstance(key, Map):
+                self.words += -self.words % MAP_ALIGNMENT
+            self.cells[key] = self.words
+            self.words += MAP_WORDS if isinstance(key, Map) else 1
+        return self.cells[key]
+
+    def _described(self, step: Launch, row: Mapping[str, Any]) -> list[Cell]:
+        """The parameters that describe tensor maps: each with its sizes and strides."""
+        made: list[Cell] = []
+        for d in row.get("descriptors", ()):
+            place = step.buffers[d["buffer"]]
+            self._cell(place)
+            made += [Map(Place(place.slot, place.offset, place.constant), d["type"], tuple(d["sizes"]), tuple(d["strides"]), tuple(d["box"]),
+                         d["swizzle"], self.steps.index(step)), *d["numbers"]]
+        return made
 
     def _row(self, step: Step) -> list[int]:
         if isinstance(step, Copy):
@@ -168,12 +207,12 @@ class _Function:
         return [PRODUCT, *operands, bias, self._cell(step.workspace), self.products - 1]
 
     def _launch_row(self, step: Launch) -> list[int]:
-        """Parameters are the buffers, the size symbols, the word for failed checks, and null pointers for Triton's scratch memory."""
+        """Parameters are the buffers, the size symbols, the word for failed checks, tensor maps, and null pointers for Triton's scratch memory."""
         row = self.owner.kernels[step.kernel]
-        extent = product(self.owner.program.kernels[step.kernel]["grid"])
+        extent = row.get("programs") or product(self.owner.program.kernels[step.kernel]["grid"])
         if isinstance(extent, int) and extent > MAX_GRID:
             raise IRError(f"kernel '{step.kernel}' would need {extent} programs; the largest grid has {MAX_GRID}")
-        cells: list[Cell] = [*step.buffers, *(sym(s) for s in row["symbols"]), *([ERRORS] if row["checks"] else [])]
+        cells: list[Cell] = [*step.buffers, *(sym(s) for s in row["symbols"]), *([ERRORS] if row["checks"] else []), *self._described(step, row)]
         cells += [0] * (row["parameters"] - len(cells))
         if len(cells) != row["parameters"]:
             raise IRError(f"kernel '{step.kernel}' takes {row['parameters']} parameters, not {len(cells)}")
@@ -187,7 +226,7 @@ class _Function:
         b, f, owner = self.b, self.f, self.owner
         launches = [s for s in self.steps if isinstance(s, Launch)]
         rows = [owner.kernels[s.kernel] for s in launches]
-        self.frame = stack_slot(b, ir.ArrayType(I64, max(1, len(self.cells))), 16)
+        self.frame = stack_slot(b, ir.ArrayType(I64, max(1, self.words)), 8 * MAP_ALIGNMENT)
         self.params = stack_slot(b, ir.ArrayType(PTR, max([1, *(r["parameters"] for r in rows)])), 16)
         self.scratch = stack_slot(b, ir.ArrayType(I64, DESCRIPTOR_BYTES // 8 + 1), 16)
         self.done, self.restore = ir.Block(f, "done"), ir.Block(f, "restore")
@@ -339,8 +378,21 @@ class _Function:
             if isinstance(c, Place) and not isinstance(c.offset, int):
                 base = self._state(constants + c.slot, I64) if c.constant else self._load(self.f.args[0], c.slot, I64)
                 b.store(b.add(base, self.scalars.emit(c.offset)), self._at(self.frame, i, I64))
-            elif not isinstance(c, Place):
+            elif not isinstance(c, Place | Map):
                 b.store(self.scalars.emit(c), self._at(self.frame, i, I64))
+        for c, i in self.cells.items():
+            if isinstance(c, Map):
+                self._encode(c, i)
+
+    def _encode(self, c: Map, cell: int) -> None:
+        """Writes a tensor map to the frame."""
+        name = f"{self.f.name}.map{cell}"
+        sizes, strides = (self.owner.table(f"{name}.{what}", I64, n) for what, n in (("sizes", c.sizes), ("strides", c.strides)))
+        box, ones = (self.owner.table(f"{name}.{what}", I32, n) for what, n in (("box", c.box), ("ones", [1] * len(c.box))))
+        start = [self._at(t, 0, I32) for t in (sizes, strides, box, ones)]
+        matrix = [I32(c.type), I32(len(c.sizes)), self._pointer(I32(self.cells[c.place])), *start]
+        self._call("cuTensorMapEncodeTiled", [self._at(self.frame, cell, I64), *matrix, I32(0), I32(c.swizzle), I32(PROMOTION), I32(0)],
+                   I32(c.step))
 
     def _value(self, cell: ir.Value) -> ir.Value:
         """What a cell holds, an i64."""

@@ -23,12 +23,13 @@ from ...ir.core import IRError, Operation, Value
 from ...ir.expr import Dim, as_int, free_symbols, lower_bound, product, upper_bound
 from ...ir.types import BufferType, DType, TileType, element_type
 from .arith import arith_text, literal
+from .descriptors import TensorMap
 from .dtypes import pointer, tl_type
 from .expressions import IndexText, Range
 from .helpers import HELPERS, used_helpers
 from .narrow import Narrow
 
-__all__ = ["KernelSource", "print_kernel"]
+__all__ = ["KernelSource", "Printer", "identifier", "loaded_buffers", "print_kernel", "provenance", "stored_buffers"]
 
 SMALL = 1 << 30
 """Sizes below this leave room for a tile's overhang in 32 bits."""
@@ -38,7 +39,8 @@ ERROR = "err"
 @dataclass(frozen=True)
 class KernelSource:
     """A kernel as Triton text. `tile` is the number of elements of its largest tile, `dot` whether it multiplies matrices;
-    `num_warps` and `num_stages` are 0 where the compiler may choose."""
+    `num_warps` and `num_stages` are 0 where the compiler may choose. `descriptors` are the last parameters.
+    `registers`, if not 0, says that it is Gluon, and bounds those of a thread; then `programs` of them are launched, whatever the grid."""
 
     name: str
     text: str
@@ -50,15 +52,21 @@ class KernelSource:
     dot: bool
     num_warps: int = 0
     num_stages: int = 0
+    descriptors: tuple[TensorMap, ...] = ()
+    registers: int = 0
+    programs: int = 0
 
 
-def print_kernel(kernel: Operation) -> KernelSource:
-    """The Triton source of a `tile.kernel`. IRError names an op that Triton cannot express."""
-    return _Printer(kernel).run()
+def print_kernel(kernel: Operation, aligned: Sequence[bool] = ()) -> KernelSource:
+    """The Triton source of a `tile.kernel`. `aligned`: where the target reads matrices by tensor maps, which buffers always start at a multiple of
+    16 bytes. IRError names an op that Triton cannot express."""
+    return Printer(kernel, aligned=tuple(aligned)).run()
 
 
 @dataclass
-class _Printer:
+class Printer:
+    """The plain form of a kernel; `warp_groups.py` has another one for streams."""
+
     kernel: Operation
     lines: list[str] = field(default_factory=list)
     names: dict[Value, str] = field(default_factory=dict)
@@ -71,17 +79,22 @@ class _Printer:
     checks: int = 0
     indent: int = 1
     first: int = 0  # number of the program that is the first of the part being printed
+    aligned: tuple[bool, ...] = ()
+    maps: dict[tuple[object, ...], TensorMap] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        kernel = self.kernel
+        self.taken |= set(kernel["symbols"])
+        self.sizes: dict[str, Range] = {s: tuple(r) for s, r in kernel["bounds"].items()}  # type: ignore[misc]
+        self.wide = bool(kernel["symbols"]) or not _is_small(kernel)
+        self.index_type = "tl.int64" if self.wide else "tl.int32"
+        self.grid: Sequence[Dim] = kernel["grid"]
+        self.both = stored_buffers(kernel.body) & loaded_buffers(kernel.body)
 
     def run(self) -> KernelSource:
         kernel = self.kernel
         symbols: tuple[str, ...] = tuple(kernel["symbols"])
-        self.taken |= set(symbols)
-        self.sizes: dict[str, Range] = {s: tuple(r) for s, r in kernel["bounds"].items()}  # type: ignore[misc]
-        self.wide = bool(symbols) or not _is_small(kernel)
-        self.index_type = "tl.int64" if self.wide else "tl.int32"
-        self.grid: Sequence[Dim] = kernel["grid"]
-        self.both = _stored(kernel.body) & _loaded(kernel.body)
-        name = _identifier(kernel["sym_name"])
+        name = identifier(kernel["sym_name"])
         self.taken.add(name)
         signature: dict[str, str] = {}
         for arg in kernel.body.args:
@@ -90,8 +103,9 @@ class _Printer:
         self._block(kernel)
         if self.checks:
             signature[ERROR] = "*i32"
+        signature |= {m.name: m.triton_type for m in self.maps.values()}
         body = "\n".join([*self._prologue(symbols), *self.lines]) or "    pass"
-        header = [f"# {line}" for line in _provenance(kernel)]
+        header = [f"# {line}" for line in provenance(kernel)]
         helpers = used_helpers(body)
         function = f"@triton.jit\ndef {name}({', '.join(signature)}):\n{body}\n"
         libdevice = "from triton.language.extra import libdevice\n" if "libdevice." in body + "".join(helpers) else ""
@@ -114,13 +128,14 @@ class _Printer:
             any(op.name == "tile.dot" for op in kernel.walk()),
             kernel["num_warps"],
             kernel["num_stages"],
+            tuple(self.maps.values()),
         )
 
     # -- names
 
     def _name(self, v: Value, prefix: str = "v") -> str:
         if v not in self.names:
-            stem = _identifier(v.name) if v.name else ""
+            stem = identifier(v.name) if v.name else ""
             name, n = stem, 1
             if not stem:
                 n = len(self.names)
@@ -225,7 +240,7 @@ class _Printer:
         n = op["indices"]
         text = self._text(op.operands[:n], ())
         inits, (iv, *carried) = op.operands[n:], op.body.args
-        touched_store, touched_load = _stored(op.body), _loaded(op.body)
+        touched_store, touched_load = stored_buffers(op.body), loaded_buffers(op.body)
         if (touched_load & self.written) or (touched_store & self.read & self.both):
             self._barrier()
         state: list[str] = []
@@ -317,9 +332,27 @@ class _Printer:
             self._barrier()
         if buffer in self.both:
             self.read.add(buffer)
+        if op["matrix"] and self.aligned and self.aligned[buffer.index] and buffer not in self.both:  # type: ignore[attr-defined]
+            self._define(op, self._block_of_matrix(op, text))
+            return
         place = self._spread(text(op["offset"]), shape, self._reach(op["offset"], operands, text))
         masked = f", mask={mask}, other={literal(op['other'])}" if mask else ""
-        self._define(op, f"tl.load({self._name(buffer)} + {_term(place)}{masked})")
+        kept = f', eviction_policy="evict_{op["evict"]}"' if op["evict"] else ""
+        self._define(op, f"tl.load({self._name(buffer)} + {_term(place)}{masked}{kept})")
+
+    def _block_of_matrix(self, op: Operation, text: IndexText) -> str:
+        """A load by a tensor map."""
+        buffer, (rows, columns, stride, flipped), shape = op.operands[0], op["matrix"], op["shape"]
+        block = (shape[1], shape[0]) if flipped else (shape[0], shape[1])
+        key = (buffer, rows, columns, stride, block)
+        if key not in self.maps:
+            name = f"{self._name(buffer)}_map"
+            while name in self.taken:
+                name += "_"
+            self.taken.add(name)
+            self.maps[key] = TensorMap(name, buffer.index, element_type(buffer.type).name, rows, columns, stride, block)  # type: ignore[attr-defined]
+        at = ", ".join(f"({text(x)}).to(tl.int32)" if self.wide and free_symbols(x) else text(x) for x in op["corner"])
+        return f"{self.maps[key].name}.load([{at}]){'.T' if flipped else ''}"
 
     def require(self, op: Operation) -> None:
         """The value: eager does not look either on a GPU."""
@@ -435,20 +468,20 @@ _SCANS = {
 _REDUCTIONS["any"], _REDUCTIONS["all"] = _REDUCTIONS["max"], _REDUCTIONS["min"]
 
 _HANDLERS = {
-    "tile.program_id": _Printer.program_id,
-    "tile.part": _Printer.part,
-    "tile.for": _Printer.for_loop,
-    "tile.load": _Printer.load,
-    "tile.store": _Printer.store,
-    "tile.index": _Printer.index,
-    "tile.mask": _Printer.mask,
-    "tile.full": _Printer.full,
-    "tile.reshape": _Printer.reshape,
-    "tile.transpose": _Printer.transpose,
-    "tile.reduce": _Printer.reduce,
-    "tile.scan": _Printer.scan,
-    "tile.dot": _Printer.dot,
-    "tile.require": _Printer.require,
+    "tile.program_id": Printer.program_id,
+    "tile.part": Printer.part,
+    "tile.for": Printer.for_loop,
+    "tile.load": Printer.load,
+    "tile.store": Printer.store,
+    "tile.index": Printer.index,
+    "tile.mask": Printer.mask,
+    "tile.full": Printer.full,
+    "tile.reshape": Printer.reshape,
+    "tile.transpose": Printer.transpose,
+    "tile.reduce": Printer.reduce,
+    "tile.scan": Printer.scan,
+    "tile.dot": Printer.dot,
+    "tile.require": Printer.require,
 }
 
 
@@ -460,16 +493,16 @@ def _term(text: str) -> str:
     return f"({text})" if re.search(r" [-+] |^-", text) else text
 
 
-def _identifier(name: str) -> str:
+def identifier(name: str) -> str:
     text = re.sub(r"\W", "_", name)
     return f"_{text}" if not text or text[0].isdigit() else text
 
 
-def _stored(block) -> set[Value]:  # type: ignore[no-untyped-def]
+def stored_buffers(block) -> set[Value]:  # type: ignore[no-untyped-def]
     return {o.operands[0] for op in block for o in op.walk() if o.name == "tile.store"}
 
 
-def _loaded(block) -> set[Value]:  # type: ignore[no-untyped-def]
+def loaded_buffers(block) -> set[Value]:  # type: ignore[no-untyped-def]
     return {o.operands[0] for op in block for o in op.walk() if o.name == "tile.load" and o.result.uses}
 
 
@@ -486,7 +519,7 @@ def _is_small(kernel: Operation) -> bool:
     return isinstance(programs, int) and programs < SMALL and all(not isinstance(b, int) or b < SMALL for b in bounds)
 
 
-def _provenance(kernel: Operation) -> list[str]:
+def provenance(kernel: Operation) -> list[str]:
     lines = [f"aicc kernel '{kernel['sym_name']}', grid [{', '.join(map(str, kernel['grid']))}]"]
     lines += [f"  argument {a.index}: {a.type}" for a in kernel.body.args]
     lines += [f"  computes {p}" for p in kernel["provenance"]]

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...ir.core import IRError, Operation
 from ...ir.expr import evaluate
@@ -74,20 +75,31 @@ def run_kernel(
     """One launch on flat CPU tensors. IndexError where a checked index fails."""
     function = load_function(source, folder)
     function.fn.__globals__["libdevice"] = Libdevice()
+    maps = [TensorDescriptor(buffers[m.buffer], [m.rows, m.columns], [m.stride, 1], list(m.block)) for m in source.descriptors]
+    function.fn.__globals__["tanh_approx"] = Libdevice().tanh  # an instruction that the interpreter has not
     error = torch.zeros(1, dtype=torch.int32)
     if programs:
         with np.errstate(all="ignore"), _mended():
-            function[(programs,)](*buffers, *symbols, *([error] if source.checks else []))
+            function[(programs,)](*buffers, *symbols, *([error] if source.checks else []), *maps)
     if int(error):
         raise IndexError(f"in kernel '{source.name}': an index given by the user is out of range")
 
 
 @contextmanager
 def _mended() -> Iterator[None]:
-    """Two faults of Triton's interpreter set right: it forgets that a comparison of scalars is boolean when it is
-    broadcast, and
-    multiplies matrices of bfloat16, which it keeps as bit patterns, as if they were integers."""
+    """Three faults of Triton's interpreter set right: it forgets that a comparison of scalars is boolean when it is broadcast, and it keeps
+    bfloat16 as bit patterns, but multiplies matrices of them and converts integers to them as if they were integers."""
     original, dot = interpreter_builder.create_splat, interpreter_builder.create_dot
+    signed, unsigned = interpreter_builder.create_si_to_fp, interpreter_builder.create_ui_to_fp
+
+    def by_float32(convert: Any) -> Any:
+        def converted(src: Any, dst_type: Any) -> Any:
+            if dst_type.scalar != tl.bfloat16:
+                return convert(src, dst_type)
+            wide = tl.block_type(tl.float32, dst_type.shape) if dst_type.is_block() else tl.float32
+            return interpreter_builder.cast_impl(convert(src, wide), dst_type)
+
+        return converted
 
     def splat(ret_ty: Any, arg: Any) -> Any:
         if ret_ty.scalar == tl.int1:
@@ -100,10 +112,12 @@ def _mended() -> Iterator[None]:
         return dot(a, b, *rest)
 
     interpreter_builder.create_splat, interpreter_builder.create_dot = splat, widened_dot
+    interpreter_builder.create_si_to_fp, interpreter_builder.create_ui_to_fp = by_float32(signed), by_float32(unsigned)
     try:
         yield
     finally:
         del interpreter_builder.create_splat, interpreter_builder.create_dot
+        del interpreter_builder.create_si_to_fp, interpreter_builder.create_ui_to_fp
 
 
 class SimulatedLibrary:
@@ -111,7 +125,7 @@ class SimulatedLibrary:
 
     def __init__(self, module: Operation, cache_dir: Path | None = None):
         self.program = build_program(module)
-        self.sources = {name: print_kernel(k) for name, k in self.program.kernels.items()}
+        self.sources = {name: print_kernel(k, self.program.divisible(name)) for name, k in self.program.kernels.items()}
         self.constants = [ctypes.create_string_buffer(c, max(1, len(c))) for c in self.program.constants]
         self.folder = cache_dir or default_cache()
         self.symbols: list[str] = []

@@ -88,7 +88,7 @@ def run_fx(gm: torch.fx.GraphModule, arguments: Sequence[Any], precision: torch.
 
 def function_of(module: Operation) -> Operation:
     """The module's only function. IRError if it has none, or several."""
-    funcs = [op for op in module.body if op.name == "func"]
+    funcs = [op for op in module.body if op.name == "func" and not op["private"]]
     if len(funcs) != 1:
         raise IRError(f"bisect needs a module with one function, this one has {len(funcs)}")
     return funcs[0]

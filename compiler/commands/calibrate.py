@@ -1,4 +1,4 @@
-"""`aicc calibrate`: measures this machine and writes a cluster file for the planner. What it does is in `compiler/calibration.py`."""
+"""`aicc calibrate`: measures this machine and writes a cluster file for the planner. What it does is in `compiler/planning/calibration.py`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from .planning import Debug, reports_planning_errors
+from ...passes.shard.calibrate import cluster_toml
+from ..planning.calibration import CalibrationRequest
+from ..planning.calibration import calibrate as measure
+from .common import Debug, reports_errors
+from .output import console
 
 __all__ = ["calibrate"]
 
 
-@reports_planning_errors
+@reports_errors
 def calibrate(
     output: Annotated[Path, typer.Option("--output", "-o", help="The cluster file to write.")] = Path("cluster.toml"),
     ranks: Annotated[int, typer.Option(help="Processes of a node. Default: one per GPU, or per CPU core.", show_default=False)] = 0,
@@ -23,13 +28,6 @@ def calibrate(
     debug: Debug = False,
 ) -> None:
     """Measure GEMMs, memory and collectives on this machine, and write a cluster file: aicc shard MODEL --hardware cluster.toml."""
-    from rich.table import Table
-
-    from ...passes.shard.calibrate import cluster_toml
-    from ..calibration import CalibrationRequest
-    from ..calibration import calibrate as measure
-    from .output import console
-
     found = measure(CalibrationRequest(ranks, device, threads, seconds, name))
     output.write_text(cluster_toml(found.cluster), encoding="utf-8")
     title = f"{found.cluster.groups[0].device.name}, {found.cluster.node_size} ranks"

@@ -16,6 +16,7 @@ from rich.markup import escape
 from ...frontend.errors import UnsupportedError
 from ...ir.core import IRError
 from ...ir.parser import ParseError
+from ...passes.shard import ConfigError, Infeasible
 from ..errors import UserError
 
 __all__ = ["Debug", "Dynamic", "ModelSpec", "Train", "console", "reports_errors"]
@@ -58,7 +59,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     cause = error
     while type(cause).__name__ == "BackendCompilerFailed" and isinstance(getattr(cause, "inner_exception", None), Exception):
         cause = cause.inner_exception  # type: ignore[attr-defined]
-    if isinstance(cause, (UserError, ParseError)):
+    if isinstance(cause, (UserError, ParseError, ConfigError, Infeasible)):
         return str(cause), 2
     if isinstance(cause, OSError):
         return f"{cause.filename or 'a file'}: {cause.strerror or cause}", 2

@@ -107,7 +107,8 @@ def _graph(record: GraphRecord, every_remark: bool) -> dict[str, Any]:
         "name": record.title,
         "graph_ops": _count(record.stages["graph"]),
         "structured_ops": _count(record.stages["tensor"]),
-        "kernels": [{"name": n, "launches": launches[n], "ops": _count(k), "origin": _origins(k)} for n, k in groups.items()],
+        "kernels": [{"name": n, "launches": launches[n], "ops": _count(k), "origin": _origins(k), **c.stats.get("resources", {}).get(n, {})}
+                    for n, k in groups.items()],
         "externs": [{**e, "location": short_place(e["location"])} for e in c.stats.get("externs", [])],
         "times": c.graph.profile.table(40) if isinstance(c.graph, CudaGraph) and c.graph.profile is not None else [],
         "remarks": [{"pass": r.pass_name, "kind": r.kind, "message": r.message, "location": short_place(str(r.location)) if r.location.file else ""}
@@ -144,16 +145,27 @@ def _show(report: dict[str, Any], everything: bool) -> None:
         out.print(f"\n[bold]{g['name']}[/]")
         out.print(f"  {sum(g['graph_ops'].values())} graph ops: {_names(g['graph_ops'])}")
         out.print(f"  {sum(g['structured_ops'].values())} ops after fusion: {_names(g['structured_ops'])}")
-        table = Table("kernel", "launches", "ops", "from", title=f"{len(g['kernels'])} kernels", title_justify="left")
+        on_gpu = any("registers" in k for k in g["kernels"])
+        resources = ("registers", "spilled", "shared", "per multiprocessor") if on_gpu else ()
+        table = Table("kernel", "launches", "ops", *resources, "from", title=f"{len(g['kernels'])} kernels", title_justify="left")
         for k in g["kernels"]:
             places = k["origin"]
             more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-            table.add_row(k["name"], str(k["launches"]), str(sum(k["ops"].values())), escape("\n".join(places[:3]) + more))
+            held = _resources(k) if on_gpu else ()
+            table.add_row(k["name"], str(k["launches"]), str(sum(k["ops"].values())), *held, escape("\n".join(places[:3]) + more))
         out.print(table)
         for line in g["times"]:
             out.print(escape(line))
         _show_rows(out, "calls that stay with ATen", ("call", "reason", "from"), [(e["target"], e["reason"], e["location"]) for e in g["externs"]])
         _show_rows(out, "remarks", ("pass", "kind", "what", "where"), [tuple(r.values()) for r in g["remarks"]])
+
+
+def _resources(kernel: dict[str, Any]) -> tuple[str, ...]:
+    """Of a kernel on a GPU: registers per thread, bytes spilled per thread, bytes of shared memory, programs at once and why not more."""
+    if "registers" not in kernel:
+        return ("", "", "", "")
+    held = f"{kernel['programs']} x {kernel['warps']} warps, {kernel['occupancy']:.0%} ({kernel['limit']})"
+    return (str(kernel["registers"]), str(kernel["spills"]), str(kernel["shared"]), held)
 
 
 def _show_rows(out: Any, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

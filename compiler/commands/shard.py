@@ -1,4 +1,4 @@
-"""`aicc shard`: the best placement of a model on a mesh, explained. What it does is in `compiler/sharding.py`."""
+"""`aicc shard`: the best placement of a model on a mesh, explained. What it does is in `compiler/planning/sharding.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
+from ..distributed.plan_check import check_plan
 from ..errors import UserError
-from .planning import Budget, Debug, Dtype, Hardware, MeshShape, Seq, reports_planning_errors
+from ..planning import sharding
+from .common import Debug, reports_errors
+from .planning import Budget, Dtype, Hardware, MeshShape, Seq
 
 __all__ = ["shard"]
 
@@ -16,7 +19,7 @@ Names = Annotated[list[str] | None, typer.Option("--why", metavar="OP", help="Ex
 Pins = Annotated[list[str] | None, typer.Option("--why-not", metavar="PINS", help="What the best plan with tp=4 would cost, and why.")]
 
 
-@reports_planning_errors
+@reports_errors
 def shard(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="model.py, package.module:attribute, or a config.json", show_default=False)] = "",
     mesh: MeshShape = "",
@@ -46,15 +49,11 @@ def shard(
     """Decide how MODEL runs on a mesh: data, tensor, sequence, context, pipeline and expert parallelism, ZeRO, micro-batches,
     recomputation and schedule together, under a memory bound per device. Needs no device and no weights.
     """
-    from .. import sharding  # the planner, and torch with it: not before a command needs it
-
     if diff:
         return sharding.show_diff(*diff)
     if not model:
         raise UserError("which model? Give a Python file, package.module:attribute, or a checkpoint's config.json")
     if validate:
-        from ..plan_check import check_plan
-
         raise typer.Exit(0 if check_plan(model, mesh, plan) else 1)
     request = sharding.Request(
         model=model, mesh=mesh, hardware=hardware, global_batch=global_batch, seq=seq, dtype=dtype, memory_limit=memory_limit,

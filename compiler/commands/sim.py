@@ -1,5 +1,5 @@
 """`aicc sim validate` and `aicc sim run`: the simulator against published runs, and on a plan. What they do is in
-`compiler/simulation.py`.
+`compiler/planning/simulation.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from .planning import Debug, MeshShape, reports_planning_errors
+from ..planning import simulation
+from .common import Debug, reports_errors
+from .planning import MeshShape
 
 __all__ = ["sim"]
 
@@ -18,20 +20,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @sim.command("validate")
-@reports_planning_errors
+@reports_errors
 def validate(
     runs: Annotated[Path | None, typer.Argument(help="A file of published runs. Default: the shipped one.", show_default=False)] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Predict published training runs: every figure against the prediction, signed error, fitted or held out, and the constants."""
-    from .. import simulation
-
     simulation.show_validation(runs, as_json)
 
 
 @sim.command("run")
-@reports_planning_errors
+@reports_errors
 def run(
     plan: Annotated[Path, typer.Argument(help="A plan file of `aicc shard -o`.", show_default=False)],
     mesh: MeshShape = "",
@@ -51,7 +51,5 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Simulate a plan: step time and where it goes, a Gantt chart, a scaling curve, stragglers, failures, fewer nodes."""
-    from .. import simulation
-
     simulation.run_plan(simulation.RunRequest(plan, mesh, hardware, global_batch, gantt, scale, jitter, straggler, mtbf, checkpoint, restart,
                                               interval, days, lose, as_json))

@@ -11,6 +11,7 @@ import torch
 from ...ir.core import Value
 from ...ir.expr import Dim, product
 from ...ir.types import TensorType
+from ..attention import suits_library
 from ..context import F32, I1, Context, typeof
 from ..errors import Unsupported
 from .table import Lower
@@ -27,16 +28,21 @@ def _scaled(c: Context, x: Value, factor: Any) -> Value:
     return x if factor == 1 else c.ew("mul", x, factor)
 
 
+def _scaled_sum(c: Context, made: Value, bias: Value, beta: Any, alpha: Any) -> Value:
+    """beta * bias + alpha * made; factors of 16-bit floats are no 16-bit floats, and the sum is rounded once, as in eager."""
+    work = F32 if c.dtype.name in ("bf16", "f16") and (alpha, beta) != (1, 1) else c.dtype
+    made = _scaled(c, c.cast(made, work), alpha)
+    return c.cast(made if beta == 0 else c.ew("add", made, _scaled(c, c.cast(bias, work), beta)), c.dtype)
+
+
 def add_product(c: Context, bias: Value, a: Value, b: Value, *, beta: Any = 1, alpha: Any = 1) -> Value:
     """addmm and baddbmm: beta * bias + alpha * (a @ b); a bias that is multiplied by 0 is not read."""
-    made = _scaled(c, matmul(c, a, b), alpha)
-    return made if beta == 0 else c.ew("add", made, _scaled(c, c.cast(bias, c.dtype), beta))
+    return _scaled_sum(c, matmul(c, a, b), bias, beta, alpha)
 
 
 def add_batch_product(c: Context, bias: Value, a: Value, b: Value, *, beta: Any = 1, alpha: Any = 1) -> Value:
     """addbmm: the products are summed over the batch."""
-    made = _scaled(c, c.reduce("sum", c.matmul(a, b), (0,)), alpha)
-    return made if beta == 0 else c.ew("add", made, _scaled(c, bias, beta))
+    return _scaled_sum(c, c.reduce("sum", c.matmul(a, b), (0,)), bias, beta, alpha)
 
 
 def _column(c: Context, v: Value) -> Value:
@@ -48,8 +54,7 @@ def mv(c: Context, a: Value, v: Value) -> Value:
 
 
 def addmv(c: Context, bias: Value, a: Value, v: Value, *, beta: Any = 1, alpha: Any = 1) -> Value:
-    made = _scaled(c, mv(c, a, v), alpha)
-    return made if beta == 0 else c.ew("add", made, _scaled(c, bias, beta))
+    return _scaled_sum(c, mv(c, a, v), bias, beta, alpha)
 
 
 def dot(c: Context, a: Value, b: Value) -> Value:
@@ -120,15 +125,10 @@ def _rest(size: Dim, out: Dim, kernel: Dim, stride: int, padding: int, dilation:
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
-LIBRARY_POINTS = 1 << 20
-"""Scores per head from which, on GPUs and in 16 bits, cuDNN's and FlashAttention's kernels beat the streaming one by more than a call costs."""
-
-
 def _leave_to_library(c: Context, queries: Dim, keys: Dim) -> None:
     """Declines plain attention that the library's own kernel does quicker (measured on an H100: 1.3 to 1.6 times at 4096 by 4096)."""
     result = c.val[0] if isinstance(c.val, (tuple, list)) else c.val
-    points = queries * keys
-    if result.is_cuda and result.dtype in (torch.bfloat16, torch.float16) and isinstance(points, int) and points >= LIBRARY_POINTS:
+    if suits_library(result.is_cuda, result.dtype, queries * keys):
         raise Unsupported("the library's attention kernel is quicker")
 
 

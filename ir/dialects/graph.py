@@ -177,5 +177,5 @@ define("graph.extern", "an ATen operator called as it is", operands="tensors*", 
               "result_kinds": optional((), "per result of the operator: 'tensor', 'none' or 'int'"),
               "random": optional(False, "draws from the global generator: keeps its order"),
               "operand_strides": optional((), "per operand: its strides in eager, or none for row-major; empty: all row-major"),
-              "defines": optional({}, "unbacked symbol -> [result, dimension], dimension -1 for the value of an int")},
+              "defines": optional({}, "unbacked symbol -> [result, dimension], dimension -1 for the value of an int, -2 for an offset")},
        traits=[Trait.ReadsMemory])

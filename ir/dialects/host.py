@@ -20,6 +20,11 @@ define("host.launch", "runs a kernel on buffers (inputs, then outputs)", operand
        attrs={"kernel": attr("@name"), "outputs": attr("how many trailing buffers are written"),
               "cached": optional(False, "runs only when a guard of its persistent output changed")},
        traits=[Trait.ReadsMemory, Trait.WritesMemory])
+define("host.loop", "runs function @body once per trip, on row-major buffers (see `loop`): carried, sliced, invariant; then what is written: the "
+       "carried values' end, stacked results, scratch of two places per carried value and the body's arena", operands="buffers*", results=(),
+       attrs={"body": attr("@name"), "carried": attr(), "sliced": attr(), "reversed_operands": optional(()), "reversed_results": optional(()),
+               "trips": attr("Dim"), "outputs": attr("how many trailing buffers are written")},
+       traits=[Trait.ReadsMemory, Trait.WritesMemory])
 define("host.copy", "copies `source` to `target` (same shape and element type, any strides)", operands="source target", results=(),
        traits=[Trait.ReadsMemory, Trait.WritesMemory])
 define("host.library", "a call of a vendor's library on buffers; `roles` names them (a, b, bias, c are read; d and workspace are written)",

@@ -126,8 +126,10 @@ define("tensor.scan", "running combination of the body's value along the last di
 define("tensor.scatter", "a copy of `init` into which, for each point of the space in row-major order, the body's (value, index...) is combined",
        operands="init inputs*", attrs={**_SPACE, "combine": optional("set", "set, add, mul, max or min")}, regions=1,
        traits=[Trait.Pure, Trait.Structured], verify=_verify_scatter)
-define("tensor.fused", "ops that become one kernel; the region takes the operands and yields the results", operands="inputs*",
-       results="results*", attrs={"kernel": optional("", "name of the kernel"), "why": optional("", "why they belong together")},
+define("tensor.fused", "ops that become one kernel; the region takes the operands and yields the results, each perhaps "
+       "in another shape with its elements in the same order", operands="inputs*",
+       results="results*", attrs={"kernel": optional("", "name of the kernel"), "why": optional("", "why they belong together"),
+                               "tile": optional((), "GPUs: rows, columns, step, warps and stages that were measured to be best")},
        regions=1, traits=[Trait.Pure, Trait.IsolatedFromAbove])
 define("tensor.library", "ops that one call of a vendor's library computes: their meaning is the region, which takes the operands and yields "
        "the result", operands="inputs*",

@@ -134,6 +134,7 @@ define("tile.kernel", "a kernel: a grid of programs that all run the body", resu
        attrs={"sym_name": attr(), "grid": attr("number of programs per axis"), "symbols": optional((), "size symbols used, in argument order"),
               "outputs": optional(1, "how many trailing arguments are written"),
               "inplace": optional((), "pairs [input, output] (argument numbers) that may share memory"),
+              "updates": optional((), "pairs [input, output]: the output starts with the elements of the input"),
               "bounds": optional({}, "symbol -> [smallest, largest or none]"),
               "num_warps": optional(0, "GPUs: warps per program; 0: the backend's choice"),
               "num_stages": optional(0, "GPUs: iterations of a loop whose loads are in flight; 0: the backend's choice"),
@@ -147,12 +148,17 @@ define("tile.part", "a kernel of its own, that programs first, first + 1, ... of
        attrs={"first": attr(), "grid": attr("number of programs per axis, constant")}, regions=1, traits=[], verify=_verify_part)
 define("tile.for", "for (iv = lower; iv < upper; iv += step) with carried values; lower and upper see the first `indices` operands as i0, ...",
        operands="indices_and_inits*", results="results*",
-       attrs={"lower": attr(), "upper": attr(), "step": optional(1), "indices": optional(0), "unroll": optional(1)},
+       attrs={"lower": attr(), "upper": attr(), "step": optional(1), "indices": optional(0), "unroll": optional(1),
+              "part": optional("", "loops with it follow each other along a stream; 'any': the body is right for any step, 'some': for its own")},
        regions=1, verify=_verify_for)
 define("tile.yield", "ends a kernel or a loop body", operands="values*", results=(), traits=[Trait.Terminator])
 define("tile.load", "a tile (a scalar when shape is []) read from a buffer", operands="buffer indices*",
        attrs={**_ACCESS, "shape": attr(), "other": optional(0, "value outside the mask"),
-              "check": optional(False, "the masks of this load are user indices: report IndexError where they fail")},
+              "check": optional(False, "the masks of this load are user indices: report IndexError where they fail"),
+              "matrix": optional((), "[rows, columns, stride, flipped]: the tile (its transpose, if flipped) is a block of such a matrix at the "
+                                     "start of the buffer, 0 outside of it, which a tensor map can read"),
+              "corner": optional((), "row and column of the block's first element"),
+              "evict": optional("", "a hint to GPUs: leave the cache 'last' (it is read again) or 'first'")},
        traits=[Trait.ReadsMemory], verify=_verify_load)
 define("tile.store", "writes a tile or scalar", operands="buffer value indices*",
        attrs={**_ACCESS, "atomic": optional("", "combine with what is there, atomically")}, results=(), traits=[Trait.WritesMemory],

@@ -24,19 +24,19 @@ import torch
 from ..core import IRError, Operation
 from ..expr import Expr, free_symbols
 from ..types import TensorType
-from . import arith, graph, tensor, tile
+from . import arith, function, graph, tensor, tile
 from .context import TORCH_DTYPES, Context, Handler, Numerics, bind_shape, failure
 
 __all__ = ["interpret", "interpret_op"]
 
-HANDLERS = {**arith.HANDLERS, **graph.HANDLERS, **tensor.HANDLERS, **tile.HANDLERS}
+HANDLERS = {**arith.HANDLERS, **graph.HANDLERS, **tensor.HANDLERS, **tile.HANDLERS, **function.HANDLERS}
 
 
 def _find_func(module: Operation, name: str | None) -> Operation:
     """The function called `name`, or the only one. `module` may be a function itself."""
     if module.name == "func":
         return module
-    funcs = [op for op in module.body if op.name == "func" and (name is None or op["sym_name"] == name)]
+    funcs = [op for op in module.body if op.name == "func" and (not op["private"] if name is None else op["sym_name"] == name)]
     if len(funcs) == 1:
         return funcs[0]
     known = ", ".join(f"@{op['sym_name']}" for op in module.body if op.name == "func")
@@ -86,7 +86,8 @@ def interpret(module: Operation, inputs: Sequence[Any], *, symbols: Mapping[str,
     """
     function = _find_func(module, func)
     kernels = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"} if module.name == "module" else {}
-    ctx = Context({**HANDLERS, **(handlers or {})}, Numerics(precision, exact), dict(symbols or {}), kernels, check)
+    functions = {op["sym_name"]: op for op in module.body if op.name == "func"} if module.name == "module" else {}
+    ctx = Context({**HANDLERS, **(handlers or {})}, Numerics(precision, exact), dict(symbols or {}), kernels, check, functions=functions)
     passed = {row["position"]: row["expr"] for row in function["symbol_args"]}
     if passed and len(inputs) == len(passed) + len(function.body.args):
         for position, expr in passed.items():

@@ -124,7 +124,7 @@ def bind_shape(shape: Sequence[Dim], actual: Sequence[int], symbols: MutableMapp
         unknown = free_symbols(size) - symbols.keys()
         if len(unknown) != 1:
             continue
-        name = unknown.pop()
+        name, = unknown
         parts = split_linear(substitute(size, dict(symbols)), name)
         if parts is None:
             continue
@@ -147,6 +147,7 @@ class Context:
     kernels: Mapping[str, Operation] = field(default_factory=dict)
     check: bool = False
     assignments: list[tuple[Value, Tensor]] = field(default_factory=list)  # (argument, its new value)
+    functions: Mapping[str, Operation] = field(default_factory=dict)
 
     # -- attributes and types
 

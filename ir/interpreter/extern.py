@@ -8,7 +8,7 @@ all else (numbers, strings, none, tuples) is itself. `frontend/extern.py` makes 
 `operand_strides` has the strides (in elements) that each operand has in eager, or none for row-major.
 `result_kinds` has one entry per value that the operator returns: a 'tensor' and an 'int' (as a 0-d i64) are results of
 the op, 'none' is not. `defines` maps each new size symbol to [result, dimension] where it is read off; dimension -1 is the
-value of an 'int'.
+value of an 'int', -2 the elements of operand 0 before the result, a view of it.
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ def extern(ctx: Context, op: Operation, operands: list[Any]) -> list[Any]:
     kinds = op["result_kinds"] or tuple("tensor" if isinstance(v, torch.Tensor) else "none" for v in values)
     results = [v if kind == "tensor" else torch.tensor(v) for v, kind in zip(values, kinds) if kind != "none"]
     for symbol, (i, d) in op.attributes.get("defines", {}).items():
-        ctx.symbols[symbol] = int(results[i]) if d == -1 else results[i].shape[d]
+        if d == -2:
+            ctx.symbols[symbol] = results[i].storage_offset() - operands[0].storage_offset()
+        else:
+            ctx.symbols[symbol] = int(results[i]) if d == -1 else results[i].shape[d]
     if ctx.numerics.precision is not None and len(results) == len(op.results):
         results = [ctx.to_type(v, r.type) if isinstance(r.type, TensorType) else v for v, r in zip(results, op.results)]
     return results

@@ -350,7 +350,8 @@ def _scatter(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
 # -- the rest ---------------------------------------------------------------------------------------------------------
 
 def _fused(ctx: Context, op: Operation, xs: list[Any]) -> list[Any]:
-    return ctx.run_block(op.body, dict(zip(op.body.args, xs, strict=True)))
+    made = ctx.run_block(op.body, dict(zip(op.body.args, xs, strict=True)))
+    return [x if tuple(x.shape) == (shape := tuple(ctx.shape(r.type))) else x.reshape(shape) for x, r in zip(made, op.results, strict=True)]  # type: ignore[arg-type]
 
 
 def _constant(ctx: Context, op: Operation, xs: list[Any]) -> list[Any]:

@@ -2,10 +2,11 @@
 
     dist-simplify           equal collectives are merged; what is gathered and cut again is not gathered; an all-reduce of which
                             only pieces are read is a reduce-scatter
-    dist-bucket{bytes=N}    reductions and gathers whose results are only returned (gradients, updated parameters) are joined into
-                            messages of up to N bytes
-    dist-overlap{ahead=K}   collectives start as soon as their operand exists and are waited for where their result is read;
-                            gathers start at most K collectives early, because what they make must be kept
+    dist-bucket{bytes=N small=M}  reductions and gathers whose results are only returned (gradients, updated parameters) go right behind
+                            what computes their operand; those of up to M bytes are joined into messages of up to N bytes (joining copies:
+                            large ones are messages of their own)
+    dist-overlap{ahead=N}   collectives start as soon as their operand exists and are waited for where their result is read;
+                            gathers start so early that at most N bytes are gathered and not yet read, for they must be kept
 """
 
 from __future__ import annotations
@@ -133,12 +134,18 @@ class BucketCollectives(Pass):
 
     name: ClassVar[str] = "dist-bucket"
     bytes: int = 1 << 25
+    small: int = 1 << 20
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         for func in _functions(module):
             groups: dict[tuple, list[list[Operation]]] = {}
-            for op in func.body:
-                if op.name not in _JOIN or op["stage"] or any(not u.has_trait(Trait.Terminator) for u in op.result.users):
+            last = [op for op in func.body if op.name in _JOIN and not op["stage"] and all(u.has_trait(Trait.Terminator) for u in op.result.users)]
+            for op in last:
+                source = op.operands[0].defining_op
+                if source is not None:
+                    func.body.insert_after(source, op.detach())
+            for op in [op for op in func.body if op in set(last)]:
+                if _bytes(op.operands[0]) > self.small:
                     continue
                 key = (op.name, op["axis"], op.attributes.get("kind", "sum"), tensor_type(op.result).dtype)
                 buckets = groups.setdefault(key, [[]])
@@ -221,19 +228,32 @@ class OverlapCollectives(Pass):
     """See the module docstring."""
 
     name: ClassVar[str] = "dist-overlap"
-    ahead: int = 2
+    ahead: int = 1 << 26
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         for func in _functions(module):
             started = [op for op in func.body if op.name in _STARTED and not op["stage"]]
-            ops = func.body.ops
-            index = {op: i for i, op in enumerate(ops)}
+            index = {op: i for i, op in enumerate(func.body.ops)}
+            first_read = {op: min((index[u] for u in op.result.users), default=len(index)) for op in started}
             for op in started:
                 _separate(op)
-            for k, op in enumerate(started):
-                floor = index[started[k - self.ahead]] if op.name == "dist.all_gather" and k >= self.ahead else 0
-                _hoist(op, max(floor, 0), index)
+            gathers: list[Operation] = []
+            for op in started:
+                floor = 0
+                if op.name == "dist.all_gather":
+                    gathers.append(op)
+                    floor = self._floor(gathers, first_read)
+                _hoist(op, floor, index)
             ctx.remark("done", f"{len(started)} collectives started early in '{func['sym_name']}'")
+
+    def _floor(self, gathers: Sequence[Operation], first_read: dict[Operation, int]) -> int:
+        """Where the last of `gathers` may start: where the last one is read that does not fit beside it."""
+        total = _bytes(gathers[-1].result)
+        for earlier in reversed(gathers[:-1]):
+            if total > self.ahead:
+                return first_read[earlier]
+            total += _bytes(earlier.result)
+        return first_read[gathers[0]] if total > self.ahead and len(gathers) > 1 else 0
 
 
 _STARTED = ("dist.all_reduce", "dist.all_gather", "dist.reduce_scatter", "dist.all_to_all")
@@ -260,12 +280,15 @@ def _separate(op: Operation) -> None:
 
 
 def _hoist(op: Operation, floor: int, index: dict[Operation, int]) -> None:
-    """Moves a start up to right behind its operand, not above the op that was at `floor`, and behind earlier starts."""
+    """Moves a start up to right behind its operand, not above the op that was at `floor`, and behind earlier starts. A gather of something
+    that is there anyway (a parameter) passes reductions that start before it."""
     source = op.operands[0].defining_op
     target = op
     while True:
         before = target.prev
-        if before is None or before is source or before.name in _STARTED or index.get(before, floor) < floor:
+        if before is None or before is source or index.get(before, floor) < floor:
+            break
+        if before.name in _STARTED and not (op.name == "dist.all_gather" and source is None and before.name != "dist.all_gather"):
             break
         target = before
     if target is not op:

@@ -40,13 +40,15 @@ Sharding = Mapping[str, Placement]
 @dataclass(frozen=True)
 class Policy:
     """How an axis is used. role: 'data' or 'tensor'. pinned: arguments whose pieces are never gathered if it can be helped
-    (on a tensor axis: all sharded ones). sequence: partial sums may be left cut along the sequence (dimension 1 of 3 or more).
+    (on a tensor axis: all sharded ones). sequence: partial sums may be left cut along the sequence (dimension 1 of 3 or more). rows: along
+    dimension 0 instead, the batch, where that comes out even: pieces are then contiguous. No other axis may cut it.
     """
 
     axis: str
     role: str = "data"
     pinned: frozenset[int] = frozenset()
     sequence: bool = False
+    rows: bool = False
 
 
 @dataclass
@@ -222,8 +224,13 @@ class _AxisPartitioner:
             return
         parts = {p.parts for v in op.operands for p in self.forms[v] if p.kind == "shard"}
         found = strategies(op, self.ranks, parts)
-        if op.name == "graph.reshape" and op.operands[0] in self.sequence:  # gathered before, once, not after each view
+        tokens = self.sequence if self.policy.role == "tensor" else ()
+        if op.name == "graph.reshape" and op.operands[0] in tokens:  # gathered before, once, not after each view
             found = [s for s in found if s.operands[0] in self.forms[op.operands[0]] and s.results[0].parts <= s.operands[0].parts]
+        # Rows of tokens are for products, which want them whole: gathered as tokens once, not as rows and as columns of each product.
+        flat = op.has_trait(Trait.ViewLike) and tensor_type(op.result).rank < 3 <= tensor_type(op.operands[0]).rank
+        if flat and op.operands[0] in tokens:
+            found = []
         # Parameters that may be gathered are, before anything else happens to them: once, and in the order of their memory.
         found = [s for s in found if not any(p.kind == "shard" and v in self.free for v, p in zip(op.operands, s.operands))]
         candidates = [*found, _replicated(op)]
@@ -290,8 +297,10 @@ class _AxisPartitioner:
         t = tensor_type(v)
         if self.policy.role == "data" and self.policy.pinned:  # experts are cut: their terms go back to where the tokens are
             return to == Placement("shard", 0) and t.rank >= 2 and isinstance(t.shape[0], int) and t.shape[0] % self.ranks == 0
-        return (self.policy.sequence and t.rank >= 3 and to == Placement("shard", 1) and isinstance(t.shape[1], int)
-                and t.shape[1] % self.ranks == 0)
+        if not self.policy.sequence or t.rank < 3:
+            return False
+        even = [d for d in ((0, 1) if self.policy.rows else (1,)) if isinstance(t.shape[d], int) and t.shape[d] % self.ranks == 0]
+        return bool(even) and to == Placement("shard", even[0])
 
     # -- building
 

@@ -423,11 +423,11 @@ def _scatter(q: Query) -> list[Strategy]:
 
 
 def _extern(q: Query) -> list[Strategy]:
-    """Operators that ATen runs row by row (those of `_ALONG`, whose dimension is the argument at that position), and gradients of
-    attention, which are independent for every sequence and head.
+    """Operators that ATen runs row by row (those of `_ALONG`, whose dimension is the argument at that position), and attention and its
+    gradients, which are independent for every sequence and head.
     """
     op = q.op
-    if op["target"] in _ATTENTION_GRADIENTS:
+    if op["target"] in _ATTENTION:
         def heads(v: Value) -> Dims:
             names: list[str | None] = ["b", "h", None, None]
             return [f if size != 1 and len(shape_of(v)) >= 3 else None for f, size in zip(names, shape_of(v))]
@@ -441,7 +441,8 @@ def _extern(q: Query) -> list[Strategy]:
                     [[f"one{i}" if i == d else f"d{i}" for i in range(rank)] for _ in op.results])
 
 
-_ATTENTION_GRADIENTS = {f"aten._scaled_dot_product_{kind}_attention_backward.default" for kind in ("flash", "efficient", "cudnn")}
+_ATTENTION = {f"aten._scaled_dot_product_{kind}.default" for name in ("flash_attention", "efficient_attention", "cudnn_attention",
+                                                                      "flash_attention_for_cpu") for kind in (name, f"{name}_backward")}
 _ALONG = {"aten.topk.default": 2, "aten.sort.default": 1, "aten.sort.stable": 2}
 
 

@@ -9,6 +9,7 @@ The right operand should be contiguous along N; `passes/pack.py` sees to that on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -17,11 +18,11 @@ from ...ir import BufferType, Dim, Operation, Target, TensorType, TileType, Valu
 from ...ir.dialects.tensor import fill_of, parallel_dims
 from ...ir.expr import ceildiv, delinearize, evaluate, free_symbols, minimum, product, simplify, split_linear, substitute
 from ...ir.types import index
-from ..structured import body_ops, space_bounds
+from ..structured import space_bounds
+from .bodies import evaluate_body
 from .emit import Emitter, Pair, fill_masks
-from .loops import emit_extract
 
-__all__ = ["MATRIX", "Roles", "emit_contraction", "offset_of", "roles_of"]
+__all__ = ["MATRIX", "Contraction", "Roles", "as_tile", "emit_contraction", "is_row_major", "offset_of", "roles_of", "with_shape"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ def _walk(op: Operation, i: int, d: int) -> int:
     return 0 if split is None else int(evaluate(split[0], dict.fromkeys(free_symbols(split[0]), 64)))
 
 
+def is_row_major(op: Operation, roles: Roles) -> bool:
+    """The right operand is contiguous along N, and not along K."""
+    return bool(roles.n) and any(_walk(op, roles.right, d) == 1 for d in roles.n) and not any(_walk(op, roles.right, d) == 1 for d in roles.k)
+
+
 def _stride_key(stride: Dim) -> int:
     return stride if isinstance(stride, int) else 1 << 40
 
@@ -93,11 +99,12 @@ def _rows_in_block(m: Dim, mr: int) -> int:
 def emit_contraction(op: Operation, epilogue: list[Operation], outputs: list[Value], target: Target, e: Emitter,
                      buffers: dict[Value, Value], tile: tuple[int, int, int]) -> list[Dim]:
     """Writes the body of the kernel; returns the grid."""
-    lowering = _Contraction(op, epilogue, outputs, e, buffers, tile)
-    return lowering.gpu() if target.is_gpu else lowering.cpu(target)
+    return Contraction(op, epilogue, outputs, e, buffers, tile).cpu(target)
 
 
-class _Contraction:
+class Contraction:
+    """What both targets share: where operands are read, and how the result is finished and stored."""
+
     def __init__(self, op: Operation, epilogue: list[Operation], outputs: list[Value], e: Emitter, buffers: dict[Value, Value],
                  tile: tuple[int, int, int]):
         found = roles_of(op)
@@ -145,14 +152,16 @@ class _Contraction:
 
     # -- epilogue -----------------------------------------------------------------------------------------------------
 
-    def finish(self, e: Emitter, acc: Value, batch: list[Dim], m: Dim, n: Dim, mask: list[Pair]) -> None:
-        """Applies the elementwise members to the accumulator and stores the outputs."""
+    def finish(self, e: Emitter, acc: Value, batch: list[Dim], m: Dim, n: Dim, mask: list[Pair],
+               siblings: Mapping[Operation, Value] | None = None) -> None:
+        """Applies the elementwise members to the accumulator (and those of contractions of the same space) and stores the outputs."""
         bounds = e.bounds()
         base = self.positions(batch, m, n, [0] * len(self.k_sizes), e)
         frame = [base[f"d{d}"] for d in range(len(parallel_dims(self.op)))]
-        values: dict[Value, Value] = {self.op.result: acc}
+        sums = {self.op: acc, **(siblings or {})}
+        values: dict[Value, Value] = {op.result: v for op, v in sums.items()}
         loads: dict[Any, Value] = {}
-        place = {self.op: list(range(len(frame)))}
+        place = {op: list(range(len(frame))) for op in sums}
         for op in self.epilogue:
             dims: list[Any] = [None] * len(op["dims"])
             for v, mp in zip(op.operands, op["maps"], strict=True):
@@ -180,35 +189,19 @@ class _Contraction:
 
     def _member(self, e: Emitter, op: Operation, at: dict[str, Dim], values: dict[Value, Value], loads: dict[Any, Value], mask: list[Pair],
                 bounds: Any) -> None:
-        local: dict[Value, Value] = {}
-        for i, (v, mp, arg) in enumerate(zip(op.operands, op["maps"], op.body.args, strict=True)):
-            if mp is None:
-                continue
+        def operand(i: int) -> Value:
+            v, mp, fill = op.operands[i], op["maps"][i], fill_of(op, i)
             if v in values:
-                local[arg] = values[v]
-                continue
-            fill = fill_of(op, i)
+                return values[v]
             pairs, low = fill_masks(mp, v.type.shape, at, bounds) if fill is not None else ([], [])  # type: ignore[attr-defined]
             offset = offset_of(v, mp, at, bounds)
             key = (v, offset, repr(fill))
             if key not in loads:
                 active = [p for p in mask if free_symbols(p[0]) & {"t0", "t1"} & free_symbols(offset)]
                 loads[key] = e.load(self.buffers[v], offset, [*pairs, *e.needed(active)], low, 0 if fill is None else fill)
-            local[arg] = loads[key]
-        for inner in body_ops(op):
-            if inner.name == "tensor.index":
-                local[inner.result] = e.index_value(simplify(at[f"d{inner['dim']}"], bounds))
-            elif inner.name == "tensor.sym":
-                local[inner.result] = e.index_value(inner["expr"])
-            elif inner.name == "tensor.extract":
-                source = op.operands[inner.operands[0].index]  # type: ignore[attr-defined]
-                local[inner.result] = emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"], mask)
-            elif inner.name == "tensor.require":
-                local[inner.result] = e.require(inner, [local[v] for v in inner.operands], mask)
-            else:
-                local[inner.result] = e.arith(inner, [local[v] for v in inner.operands])
-        for r, y in zip(op.results, op.body.terminator.operands, strict=True):
-            value = local[y]
+            return loads[key]
+
+        for r, value in zip(op.results, evaluate_body(e, op, at, operand, self.buffers, mask), strict=True):
             shape = self.acc_type.shape
             if not isinstance(value.type, TileType) or value.type.shape != shape:
                 value = e.broadcast(value, shape)  # type: ignore[arg-type]
@@ -385,66 +378,21 @@ class _Contraction:
         left = self.read(e, self.roles.left, at, [])
         packed = bool(self.op.attributes.get("_packed"))  # zero-padded to whole panels: reading past N is in bounds
         right = self.read(e, self.roles.right, at, [] if packed else [(n, self.n)])
-        left, right = _as_tile(e, left, (self.tile[0], 1)), _as_tile(e, right, (1, self.tile[1]))
+        left, right = as_tile(e, left, (self.tile[0], 1)), as_tile(e, right, (1, self.tile[1]))
         return e.builder.op("tile.dot", left, right, acc, type=self.acc_type)
 
     def _deep_products(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim, ks: list[Dim], acc: Value) -> Value:
         """Several elements along K in one product; the packed right operand has each two of a column side by side."""
         mr, nr, _ = self.tile
-        left_e, right_e = _with_shape(e, (mr, self.depth)), _with_shape(e, (self.depth, nr))
+        left_e, right_e = with_shape(e, (mr, self.depth)), with_shape(e, (self.depth, nr))
         left = self.read(left_e, self.roles.left, self.positions(batch, m, 0, self._elements(ks, sym("t1")), left_e), [], cast=False)
         right = self.read(right_e, self.roles.right, self.positions(batch, 0, n, self._elements(ks, sym("t0")), right_e), [], cast=False)
-        left, right = _as_tile(e, left, (mr, self.depth)), _as_tile(e, right, (self.depth, nr))
+        left, right = as_tile(e, left, (mr, self.depth)), as_tile(e, right, (self.depth, nr))
         return e.builder.op("tile.dot", left, right, acc, type=self.acc_type)
 
     def _elements(self, ks: list[Dim], within: Dim = 0) -> list[Dim]:
         """Positions along K of steps of K."""
         return [*ks[:-1], ks[-1] * self.depth + within] if self.depth > 1 else ks
-
-    def _narrow_products(self) -> bool:
-        """Both operands are of one 16-bit float type and accumulated in f32: their products are exact there, so no cast is needed first."""
-        types = {element_type(v.type).name for v in self.op.operands[:2]}
-        return len(types) == 1 and types <= {"bf16", "f16"} and self.acc_type.dtype.name == "f32"
-
-    def gpu(self) -> list[Dim]:
-        e, (bm, bn, bk) = self.e, self.tile
-        batch = self._batch(e, 0)
-        nb = len(batch)
-        blocks_m, blocks_n = ceildiv(self.m, bm), ceildiv(self.n, bn)
-        group = _row_group(blocks_m, blocks_n)
-        grid = [blocks_m, blocks_n] if group == 1 else [blocks_m * blocks_n]
-        ids = [e.fresh(e.builder.op("tile.program_id", type=index, axis=nb + k), 0, g - 1) for k, g in enumerate(grid)]
-        if group > 1:
-            column = group * blocks_n
-            ids = [e.named(ids[0] // column * group + ids[0] % group, blocks_m - 1), e.named(ids[0] % column // group, blocks_n - 1)]
-        p_m, p_n = ids
-        m, n = p_m * bm + sym("t0"), p_n * bn + sym("t1")
-        bounds_m, bounds_n = (m, self.m), (n, self.n)
-
-        size = product(self.k_sizes)  # all of K is one loop: a window of 3 x 3 would leave most of a step of its own empty
-        narrow = self._narrow_products()
-
-        def step(ke: Emitter, k: Dim, carried: list[Value]) -> list[Value]:
-            k_row, k_col = k + sym("t1"), k + sym("t0")
-            left_e = _with_shape(ke, (bm, bk))
-            left = self.read(left_e, self.roles.left, self.positions(batch, m, 0, delinearize(k_row, self.k_sizes), left_e),
-                             [bounds_m, (k_row, size)], cast=not narrow)
-            right_e = _with_shape(ke, (bk, bn))
-            right = self.read(right_e, self.roles.right, self.positions(batch, 0, n, delinearize(k_col, self.k_sizes), right_e),
-                              [(k_col, size), bounds_n], cast=not narrow)
-            left, right = _as_tile(ke, left, (bm, bk)), _as_tile(ke, right, (bk, bn))
-            return [ke.builder.op("tile.dot", left, right, carried[0], type=self.acc_type)]
-
-        acc, = e.loop(0, size, bk, [self._zero(e)], step)
-        self.finish(e, acc, batch, m, n, [bounds_m, bounds_n])
-        return [*(self.op["dims"][d] for d in self.roles.batch), *grid]
-
-
-def _row_group(blocks_m: Dim, blocks_n: Dim) -> int:
-    """Programs that run together cover a block of this many tile rows, so that they share what they read in the L2 cache."""
-    if not isinstance(blocks_m, int) or not isinstance(blocks_n, int) or blocks_n < 4:
-        return 1
-    return next(g for g in (8, 4, 2, 1) if blocks_m % g == 0)
 
 
 def offset_of(v: Value, m: tuple[Dim, ...], at: dict[str, Dim], bounds: Any) -> Dim:
@@ -455,11 +403,11 @@ def offset_of(v: Value, m: tuple[Dim, ...], at: dict[str, Dim], bounds: Any) -> 
     return simplify(total, bounds)
 
 
-def _as_tile(e: Emitter, value: Value, shape: tuple[int, int]) -> Value:
+def as_tile(e: Emitter, value: Value, shape: tuple[int, int]) -> Value:
     if isinstance(value.type, TileType) and value.type.shape == shape:
         return value
     return e.broadcast(value, shape)
 
 
-def _with_shape(e: Emitter, shape: tuple[int, int]) -> Emitter:
-    return Emitter(e.builder, shape, e.symbols, e.variables, e.ranges)
+def with_shape(e: Emitter, shape: tuple[int, int]) -> Emitter:
+    return Emitter(e.builder, shape, e.symbols, e.variables, e.ranges, e.coarse)

@@ -57,11 +57,15 @@ def contraction_tile(op: Operation, roles: Roles, target: Target) -> tuple[int, 
     if op.attributes.get("_packed") == "matrices":
         m = product(op["dims"][d] for d in roles.m)
         return (MATRIX[0] if m % MATRIX[0] == 0 else MATRIX[0] // 2), MATRIX[1], 1
+    if op.attributes.get("_streams"):
+        return *square_tile(target, product(op["dims"][d] for d in roles.m), WIDE), 1
     dtype = element_type(op.result.type)
     sizes = (product(op["dims"][d] for d in dims) for dims in (roles.m, roles.n, roles.k))
     return gemm_tile(target, *sizes, bits=dtype.bits)
 
 
+WIDE = 1 << 20
+"""Columns enough for whole panels: a stream's are all of one width."""
 WINDOW = 128
 """Most elements of a window that is summed directly."""
 

@@ -19,6 +19,8 @@ from ..structured import identity_of
 __all__ = ["COMBINE_OPS", "Emitter", "Pair", "identity_of", "tile_or_scalar"]
 
 Pair = tuple[Dim, Dim]
+COARSE = frozenset({"arith.exp", "arith.exp2", "arith.sigmoid"})
+"""Functions for which GPUs have a fast form that is wrong nowhere by more than 16-bit rounding."""
 COMBINE_OPS = {"sum": "add", "prod": "mul", "max": "max", "min": "min", "any": "or", "all": "and"}
 
 
@@ -35,6 +37,7 @@ class Emitter:
     symbols: Bounds
     variables: dict[str, Value] = field(default_factory=dict)
     ranges: dict[str, tuple[Dim, Dim | None]] = field(default_factory=dict)
+    coarse: bool = False  # everything in memory is of 16 bits or less: functions may be a few float32 ulp off
 
     def fresh(self, value: Value, low: Dim, high: Dim | None) -> Dim:
         """A new loop variable for `value`, known to lie in [low, high]."""
@@ -75,9 +78,10 @@ class Emitter:
     # -- memory -------------------------------------------------------------------------------------------------------
 
     def load(self, buffer: Value, offset: Dim, mask: Sequence[Pair] = (), low: Sequence[Dim] = (), other: Any = 0,
-             extra: Sequence[Value] = (), extra_shape: tuple[int, ...] = (), check: bool = False) -> Value:
-        """Reads at `offset`; `extra` are index tiles seen as i0, i1, ... in the expressions."""
-        exprs = [offset, *(e for p in mask for e in p), *low]
+             extra: Sequence[Value] = (), extra_shape: tuple[int, ...] = (), check: bool = False,
+             matrix: tuple[int, ...] = (), corner: tuple[Dim, ...] = ()) -> Value:
+        """Reads at `offset`; `extra` are index tiles seen as i0, i1, ... in the expressions. `matrix` and `corner`: as in `tile.load`."""
+        exprs = [offset, *(e for p in mask for e in p), *low, *corner]
         operands, names = self._operands(exprs, extra)
         shape = self.tile_shape([offset, *(p[0] for p in mask), *low])
         if extra_shape:
@@ -92,6 +96,8 @@ class Emitter:
             attrs["other"] = _scalar(other, dtype)
         if check:
             attrs["check"] = True
+        if matrix:
+            attrs |= {"matrix": matrix, "corner": tuple(substitute(x, names) for x in corner)}
         return self.builder.create("tile.load", [buffer, *operands], attrs, [tile_or_scalar(shape, dtype)]).result
 
     def store(self, buffer: Value, value: Value, offset: Dim, mask: Sequence[Pair] = (), atomic: str = "", extra: Sequence[Value] = ()) -> None:
@@ -145,7 +151,10 @@ class Emitter:
             if op.name == "arith.constant":
                 return self.builder.create(op.name, (), op.attributes, [op.result.type]).result
             result = with_tile_shape(types, element_type(op.result.type)) if op.name == "arith.cast" else arith_result_type(op.name[6:], types)
-            return self.builder.create(op.name, args, dict(op.attributes), [result]).result
+            made = self.builder.create(op.name, args, dict(op.attributes), [result])
+            if self.coarse and op.name in COARSE and element_type(result).name == "f32":
+                made.attributes["_approximate"] = True
+            return made.result
 
     def require(self, op: Operation, operands: Sequence[Value], active: Sequence[Pair]) -> Value:
         """The `tensor.require` `op` on tiles (condition, value): only the positions inside of the space count."""
@@ -157,13 +166,15 @@ class Emitter:
 
     # -- loops --------------------------------------------------------------------------------------------------------
 
-    def loop(self, lower: Dim, upper: Dim, step: int, inits: Sequence[Value], body: Any, unroll: int = 1) -> list[Value]:
+    def loop(self, lower: Dim, upper: Dim, step: int, inits: Sequence[Value], body: Any, unroll: int = 1,
+             part: str = "") -> list[Value]:
         """`tile.for`; `body(emitter, position, carried)` builds one iteration and returns the carried values."""
         operands, names = self._operands([lower, upper])
         block = Block([index, *(v.type for v in inits)])
         b = self.bounds()
         low = lower if isinstance(lower, int) else lower_bound(lower, b)
-        inner = Emitter(Builder(block, None, self.builder.location), self.shape, self.symbols, dict(self.variables), dict(self.ranges))
+        inner = Emitter(Builder(block, None, self.builder.location), self.shape, self.symbols, dict(self.variables), dict(self.ranges),
+                        self.coarse)
         whole = mod(upper - lower, step) == 0  # then the last iteration starts a whole step before the end
         position = inner.fresh(block.args[0], 0 if low is None else low, simplify(upper - (step if whole else 1), self.symbols))
         out = body(inner, position, list(block.args[1:]))
@@ -171,6 +182,8 @@ class Emitter:
         attrs: dict[str, Any] = {"lower": substitute(lower, names), "upper": substitute(upper, names), "step": step, "indices": len(operands)}
         if unroll > 1:
             attrs["unroll"] = unroll
+        if part:
+            attrs["part"] = part
         made = self.builder.create("tile.for", [*operands, *inits], attrs, [v.type for v in inits], [Region([block])])
         return list(made.results)
 

@@ -8,7 +8,7 @@ from typing import Any
 from ...ir import Dim, Operation, TensorType, Value, sym
 from ...ir.dialects.tensor import fill_of, parallel_dims
 from ...ir.expr import Bounds, product, simplify, split_linear, substitute
-from ..rescale import Declined, Dependence
+from ..rescale import Declined, Dependence, about_mean
 from ..structured import EXPENSIVE, body_ops, uses_dims
 
 __all__ = ["Access", "Frame", "analyse"]
@@ -39,6 +39,7 @@ class Frame:
     accesses: list[Access] = field(default_factory=list)
     stage: dict[Operation, int] = field(default_factory=dict)
     online: dict[Operation, Operation] = field(default_factory=dict)  # a sum -> the maximum of its own stage that shifts it
+    moments: dict[Operation, Operation] = field(default_factory=dict)  # a sum of squares about the mean -> the sum of its own stage
 
     @property
     def outer(self) -> list[str]:
@@ -258,8 +259,9 @@ def _assign_stages(frame: Frame) -> None:
     made = {r: op for op in frame.members for r in op.results}
     for op in frame.members:
         level = 0
-        if op in frame.online:
-            frame.stage[op] = frame.stage[frame.online[op]]
+        partner = frame.online.get(op) or frame.moments.get(op)
+        if partner is not None:
+            frame.stage[op] = frame.stage[partner]
             continue
         for v in op.operands:
             if v in made:
@@ -269,8 +271,8 @@ def _assign_stages(frame: Frame) -> None:
 
 
 def make_online(frame: Frame) -> None:
-    """Sums of exp(x - max(x)) move to the stage of the maximum: one pass over the row less. What is summed is computed again where it is needed
-    later."""
+    """Sums of exp(x - max(x)) move to the stage of the maximum, sums of (x - mean(x))^2 to that of the mean: one pass over the row less. What is
+    summed is computed again where it is needed later."""
     made: dict[Value, Operation] = {r: op for op in frame.members for r in op.results}
 
     def kind_of(v: Value) -> str:
@@ -289,8 +291,25 @@ def make_online(frame: Frame) -> None:
                 continue
             if plain and maximum is not None and frame.stage[op] == frame.stage[maximum] + 1:
                 frame.online[op] = maximum
-    if frame.online:
+    for op in frame.members:
+        total = about_mean(op, made, lambda a, i, b, j: _same_read(frame, a, i, b, j)) if op["reductions"] else None
+        if total is not None and frame.stage[op] == frame.stage[total] + 1:
+            frame.moments[op] = total
+    if frame.online or frame.moments:
         _assign_stages(frame)
+
+
+def _same_read(frame: Frame, a: Operation, i: int, b: Operation, j: int) -> bool:
+    """Operand i of member a and operand j of member b are one element at every point of the frame."""
+    (v, m), (w, n) = (a.operands[i], a["maps"][i]), (b.operands[j], b["maps"][j])
+    if v is not w or m is None or n is None or repr(fill_of(a, i)) != repr(fill_of(b, j)):
+        return False
+
+    def place(op: Operation, x: Any) -> list[Dim]:
+        env = {f"d{k}": e for k, e in enumerate(frame.position[op])}
+        return [simplify(substitute(e, env), frame.bounds({})) for e in x]
+
+    return place(a, m) == place(b, n)
 
 
 def is_expensive(op: Operation) -> bool:

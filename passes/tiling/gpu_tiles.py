@@ -6,13 +6,16 @@ which the multiprocessors get through all tiles. Small problems get small tiles,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product as pairs
+from typing import Any
 
-from ...ir import Dim, Target
+from ...ir import Dim, Operation, Target, element_type
 from ...ir.expr import as_int, ceildiv
+from ..exact import matrix_unit_type
 
-__all__ = ["GpuTile", "gemm_tile_gpu", "padded"]
+__all__ = ["COLUMNS", "GpuTile", "gemm_tile_gpu", "gemm_tiles_gpu", "packed_bytes", "padded", "product_bytes"]
 
 
 @dataclass(frozen=True)
@@ -26,18 +29,18 @@ class GpuTile:
     stages: int
 
 
+COLUMNS = 256
+"""Columns that a program sums at once: runs of 512 bytes of 16-bit floats."""
+FEW_ROWS, RUN = 16, 256
+"""A product with so few rows is bound by memory: programs read RUN bytes of each of 32 columns at a time."""
 UNKNOWN = 2048
 """What a size that is not known at compile time counts as."""
 RATE = {16: 0.13, 32: 0.25, 64: 0.5, 128: 0.85, 256: 1.0}
 """Relative rate of tensor cores by the side of a square tile (others: the geometric mean of the sides' rates)."""
 
 
-FEW_ROWS, DEEP = 16, 512
-"""A product with at most so many rows, summed over at least so many elements, reads its right operand once: memory sets its pace."""
-
-
-def _thin_tile(target: Target, batch: int, n: int, k: int) -> GpuTile:
-    """Columns so that every multiprocessor has as much to read as the others, wide steps to have many bytes under way."""
+def _thin_columns(target: Target, batch: int, n: int) -> int:
+    """Columns of a tile so that every multiprocessor has as much to read as the others."""
     processors = max(1, target.multiprocessors)
 
     def share(columns: int) -> int:
@@ -45,8 +48,7 @@ def _thin_tile(target: Target, batch: int, n: int, k: int) -> GpuTile:
         return as_int(ceildiv(batch * as_int(ceildiv(n, columns)), processors)) * columns
 
     least = min(share(c) for c in (16, 32, 64))
-    columns = max(c for c in (16, 32, 64) if share(c) <= 1.05 * least)
-    return GpuTile(16, columns, _fit(k, 256 if columns < 64 else 128), 4, 4)
+    return max(c for c in (16, 32, 64) if share(c) <= 1.05 * least)
 
 
 def padded(n: Dim, least: int = 16) -> int:
@@ -54,35 +56,55 @@ def padded(n: Dim, least: int = 16) -> int:
     return max(least, 1 << max(0, as_int(n) - 1).bit_length())
 
 
+def product_bytes(op: Operation) -> int:
+    """Bytes of a factor of a contraction as it is multiplied: 2 where matrix units do it in 16 bits."""
+    unit = matrix_unit_type(op)
+    return unit.bytes if unit is not None else max(element_type(v.type).bytes for v in op.operands)
+
+
+def packed_bytes(op: Operation, makers: Sequence[Operation] = ()) -> int:
+    """Bytes in memory of an element of the larger operand of a contraction; `makers` compute operands from what is in memory."""
+    sources = [v for op_ in (op, *makers) for v in op_.operands if not any(v in m.results for m in makers)]
+    largest = max(sources, key=lambda v: as_int(v.type.numel) if isinstance(v.type.numel, int) else 0)  # type: ignore[attr-defined]
+    return element_type(largest.type).bytes
+
+
 def _fit(size: Dim, most: int) -> int:
     return min(most, padded(size)) if isinstance(size, int) else most
 
 
-def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_element: int, *, exact: bool = False,
-                  heavy: bool = False) -> GpuTile:
-    """The tile of a contraction; `exact`: integers, as rank-1 updates, since matrix units do not have their types; `heavy`: the epilogue needs
-    registers beside the accumulator."""
+def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_element: int, **about: Any) -> GpuTile:
+    """The tile of a contraction that the model finds best; see `gemm_tiles_gpu`."""
+    return gemm_tiles_gpu(target, batch, m, n, k, bytes_per_element, **about)[0]
+
+
+def gemm_tiles_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_element: int, *, exact: bool = False,
+                   heavy: bool = False, stored: int = 2, products: int = 1, row_major: bool = False) -> list[GpuTile]:
+    """Tiles of a contraction, the best by the model first. `exact`: integers, as rank-1 updates, since matrix units do not have their types;
+    `heavy`: the epilogue needs registers beside the accumulator; `stored`: bytes in memory of an element of the larger operand; `products`:
+    contractions of one left operand, side by side; `row_major`: the larger operand is contiguous along N."""
     if exact:
-        return GpuTile(_fit(m, 32), _fit(n, 32), 1, 4, 1)
+        return [GpuTile(_fit(m, 32), _fit(n, 32), 1, 4, 1)]
     if bytes_per_element > 2:  # f32 and f64 run on the plain units: tiles are bounded by registers
         most = 64 if bytes_per_element > 4 else 128
         rows, columns = _fit(m, most if isinstance(m, int) and m >= 512 else 64), _fit(n, most)
-        return GpuTile(rows, columns, _fit(k, 32), 8 if rows * columns >= 128 * 128 else 4, 3)
+        return [GpuTile(rows, columns, _fit(k, 32), 8 if rows * columns >= 128 * 128 else 4, 3)]
     sizes = [x if isinstance(x, int) else UNKNOWN for x in (batch, m, n)]
-    if sizes[1] <= FEW_ROWS and isinstance(k, int) and k >= DEEP:
-        return _thin_tile(target, sizes[0], sizes[2], k)
-    best: tuple[float, GpuTile] | None = None
+    if isinstance(m, int) and m <= FEW_ROWS:
+        if row_major:  # runs of at least 128 bytes along N
+            shapes = ((128, 64), (128, 32), (256, 32), (128, 128), (64, 128))
+            return [GpuTile(16, columns // stored, _fit(k, step), 4, 4) for columns, step in shapes]
+        best = _thin_columns(target, sizes[0], sizes[2])
+        shapes = ((best, RUN), (32, RUN), (64, RUN), (32, RUN // 2), (64, RUN // 2), (32, 2 * RUN))
+        return [GpuTile(16, columns, _fit(k, run // stored), 4, 4) for columns, run in dict.fromkeys(shapes)]
+    found: list[tuple[float, int, GpuTile]] = []
     for rows, columns in pairs((16, 32, 64, 128), (32, 64, 128, 256)):
-        if rows > padded(sizes[1]) or columns > max(32, padded(sizes[2])) or rows * columns > 128 * (128 if heavy else 256):
+        if rows > padded(sizes[1]) or columns > max(32, padded(sizes[2])) or rows * columns > 128 * (128 if heavy or products > 1 else 256):
             continue
         tiles = sizes[0] * as_int(ceildiv(sizes[1], rows)) * as_int(ceildiv(sizes[2], columns))
         rounds = as_int(ceildiv(tiles, max(1, target.multiprocessors)))
         cost = rounds * rows * columns / (RATE[rows] * RATE[columns]) ** 0.5
-        tile = GpuTile(rows, columns, 0, 8 if rows * columns >= 128 * 128 else 4, 0)
-        if best is None or cost < best[0]:
-            best = cost, tile
-    assert best is not None
-    chosen = best[1]
-    step = _fit(k, 128 if chosen.rows + chosen.columns <= 128 else 64)
-    stages = 3 if chosen.rows * chosen.columns >= 128 * 256 else 4
-    return GpuTile(chosen.rows, chosen.columns, step, chosen.warps, stages)
+        step = _fit(k, 128 if rows + columns <= 128 else 64)
+        stages = 3 if rows * columns * products >= 128 * 256 else 4
+        found.append((cost, len(found), GpuTile(rows, columns, step, 8 if rows * columns >= 128 * 128 else 4, stages)))
+    return [tile for _, _, tile in sorted(found)]

@@ -23,6 +23,8 @@ from ...ir.types import DTYPES, index
 from ..structured import body_ops
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
 from .frame import Frame, is_expensive, make_online
+from .gpu_tiles import COLUMNS
+from .moments import add_second_moment, initial_count, spread_of_means
 
 __all__ = ["TileChoice", "choose_tile", "emit_loops"]
 
@@ -37,6 +39,7 @@ class TileChoice:
     row: str | None
     shape: tuple[int, int]
     chunk: int              # elements of the vector dimension per program, when it is an outer one
+    warps: int = 0          # of a program on a GPU; 0: as many as the tile's size suggests
 
 
 def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
@@ -77,23 +80,33 @@ def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
     """Power-of-two tiles of 1024 to 4096 elements; whole rows when they are short enough."""
     extent = size if isinstance(size, int) else 1 << 16
     others = [f for f in frame.sizes if f != vector and (f in frame.inner) != (vector in frame.inner)] if frame.inner else []
+    warps = 0
     if vector in frame.inner:
         width = min(1 << max(0, (extent - 1).bit_length()), 8192 if extent <= 8192 else 4096)
         rows = max(1, min(16, 1024 // width))
     elif frame.inner:
-        width = min(1 << max(0, (extent - 1).bit_length()), 64)
+        width = min(1 << max(0, (extent - 1).bit_length()), _columns(frame))
         rows = 32
+        warps = 8 if width == COLUMNS and sum(bool(op["reductions"]) for op in frame.members) == 1 else 0
     else:
         width = min(1 << max(0, (extent - 1).bit_length()), 1024)
         rows = max(1, 1024 // width)
         others = [f for f in frame.sizes if f != vector]
         across = _transposed(frame, vector)
         if across is not None:  # both ways of walking memory see runs of 64 elements
-            return TileChoice(vector, across, (64, 64), 64)
+            return TileChoice(vector, across, (64, 64), 64, 8)
     row = max(others, key=lambda f: (frame.sizes[f] if isinstance(frame.sizes[f], int) else 1 << 16, f), default=None)  # type: ignore[arg-type,return-value]
     if row is not None and isinstance(frame.sizes[row], int):
         rows = min(rows, 1 << max(0, (int(frame.sizes[row]) - 1).bit_length()))  # type: ignore[arg-type]
-    return TileChoice(vector, row if rows > 1 else None, (rows if row is not None else 1, width), width)
+    return TileChoice(vector, row if rows > 1 else None, (rows if row is not None else 1, width), width, warps)
+
+
+def _columns(frame: Frame) -> int:
+    """How many columns a program sums: few where there is little to do, so that more programs share it."""
+    points = product(frame.sizes.values())
+    if not isinstance(points, int):
+        return 64
+    return COLUMNS if points >= 1 << 22 else 64 if points >= 1 << 18 else 32
 
 
 def _transposed(frame: Frame, vector: str) -> str | None:
@@ -119,11 +132,12 @@ class _Scope:
     values: dict[Value, Value] = field(default_factory=dict)
     loads: dict[Any, Value] = field(default_factory=dict)
     alpha: dict[Operation, Value] = field(default_factory=dict)  # of a running maximum: what earlier terms are multiplied by
+    sums: dict[Operation, tuple[Value, Value, Value]] = field(default_factory=dict)  # of a sum: before and after, and what was added
 
 
 class _Lowering:
-    def __init__(self, frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value]):
-        self.frame, self.tile, self.e, self.buffers = frame, tile, e, buffers
+    def __init__(self, frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], gpu: bool):
+        self.frame, self.tile, self.e, self.buffers, self.gpu = frame, tile, e, buffers, gpu
         self.made: dict[Value, Operation] = {r: op for op in frame.members for r in op.results}
         self.stores = {x.value: x.offset for x in frame.accesses if x.is_store}
         self.borrowed: dict[Value, Value] = {}   # an expensive value -> the output whose memory keeps it between stages
@@ -139,7 +153,8 @@ class _Lowering:
         """(frame dimension, programs, elements per program) of each grid axis, slowest first."""
         axes = []
         t = self.tile
-        for f in self.frame.outer:
+        # On GPUs programs of successive numbers run together: along contiguous memory they share its pages.
+        for f in sorted(self.frame.outer, key=lambda f: f == t.vector) if self.gpu else self.frame.outer:
             if f == t.vector:
                 per = t.shape[1] if self.staged else t.chunk
                 axes.append((f, ceildiv(self.frame.sizes[f], per), per))
@@ -254,7 +269,7 @@ class _Lowering:
         out: list[Value] = []
         slot = 0
         for op, k in keys:
-            n = 2 if op["combine"][k] in ("argmax", "argmin") else 1
+            n = self._slots(op, k)
             out.extend(self._combine(scope, op, k, list(carried[slot:slot + n])))
             slot += n
         for made, value, home in pending:
@@ -262,6 +277,10 @@ class _Lowering:
             if made in self.borrowed:
                 self.kept.add(made)
         return out
+
+    def _slots(self, op: Operation, k: int) -> int:
+        """Accumulators of a reduction: an extreme has its position too, a second moment the number of elements."""
+        return 2 if op["combine"][k] in ("argmax", "argmin") or op in self.frame.moments else 1
 
     def _value(self, scope: _Scope, v: Value) -> Value:
         """The tile of an internal value at the scope's point, computed at most once per scope."""
@@ -285,7 +304,7 @@ class _Lowering:
 
     def _active(self, scope: _Scope, offset: Dim) -> list[Pair]:
         """Lane masks for the tile dimensions that `offset` moves along."""
-        return [pair for pair in scope.active.values() if set(map(str, ("t0", "t1"))) & _free(pair[0]) & _free(offset)]
+        return [pair for pair in scope.active.values() if {"t0", "t1"} & free_symbols(pair[0]) & free_symbols(offset)]
 
     def _body(self, scope: _Scope, op: Operation) -> list[Value]:
         """Evaluates a member's body at the scope's point."""
@@ -327,15 +346,16 @@ class _Lowering:
         if key in scope.loads:
             return scope.loads[key]
         pairs, low = fill_masks(m, v.type.shape, positions, bounds) if fill is not None else ([], [])
+        moving = free_symbols(offset).union(*(free_symbols(x) for x, _ in pairs))
         mask = [*pairs, *e.needed(self._active(scope, offset) if fill is None else [
-            p for p in scope.active.values() if _free(p[0]) & {"t0", "t1"} & set().union(_free(offset), *(_free(x) for x, _ in pairs))])]
+            p for p in scope.active.values() if free_symbols(p[0]) & {"t0", "t1"} & moving])]
         value = e.load(self.buffers[v], offset, mask, low, 0 if fill is None else fill)
         scope.loads[key] = value
         return value
 
     def _store(self, scope: _Scope, home: Value, value: Value) -> None:
         offset = self._at(scope, self.stores[home])
-        mask = [p for p in scope.active.values() if _free(p[0]) & {"t0", "t1"} & _free(offset)]
+        mask = [p for p in scope.active.values() if free_symbols(p[0]) & {"t0", "t1"} & free_symbols(offset)]
         scope.e.store(self.buffers[home], value, offset, scope.e.needed(mask))
 
     # -- reductions ---------------------------------------------------------------------------------------------------
@@ -345,6 +365,8 @@ class _Lowering:
         dtype = element_type(op.body.terminator.operands[k].type)
         if op in self.frame.online or op in self.frame.online.values():
             return [e.broadcast(e.builder.constant(identity_of(kind, dtype), dtype), self._row_shape())]
+        if op in self.frame.moments:
+            return [e.broadcast(e.builder.constant(0, dtype), self.tile.shape), initial_count(e, dtype, self._ragged(), self.tile.shape)]
         if kind in ("argmax", "argmin"):
             return [e.broadcast(e.builder.constant(identity_of(kind[3:], dtype), dtype), self.tile.shape),
                     e.broadcast(e.builder.constant((1 << 63) - 1, I64), self.tile.shape)]
@@ -365,12 +387,21 @@ class _Lowering:
         mask = e.mask_value([p for f, p in scope.active.items() if f in self.frame.inner])
         if kind in ("argmax", "argmin"):
             return self._combine_arg(scope, op, value, acc, mask, kind)
+        if op in self.frame.moments:
+            before, after, x = scope.sums[self.frame.moments[op]]
+            return add_second_moment(e, x, before, after, acc, mask)
         if mask is not None:
             value = b.arith("select", mask, value, identity_of(kind, dtype))
         if op in self.frame.online or op in self.frame.online.values():
             return [self._combine_online(scope, op, value, acc[0])]
         made = b.arith(COMBINE_OPS[kind], acc[0], value)
-        return [made if made.type == acc[0].type else e.broadcast(made, self.tile.shape)]
+        made = made if made.type == acc[0].type else e.broadcast(made, self.tile.shape)
+        scope.sums[op] = acc[0], made, value
+        return [made]
+
+    def _ragged(self) -> bool:
+        """The last tile of an inner dimension is not full."""
+        return any(self._extent(f) > 1 and not (isinstance(s := self.frame.sizes[f], int) and s % self._extent(f) == 0) for f in self.frame.inner)
 
     def _row_shape(self) -> tuple[int, int]:
         """The tile reduced along the inner dimensions."""
@@ -420,6 +451,7 @@ class _Lowering:
         e, b = self.e, self.e.builder
         axes = self._inner_axes()
         slot = 0
+        sums: dict[Operation, Value] = {}
         for op, k in keys:
             kind = op["combine"][k]
             r = op.results[k]
@@ -428,7 +460,12 @@ class _Lowering:
                 slot += 2
             else:
                 value = carried[slot]
-                slot += 1
+                if op in self.frame.moments:
+                    total = self.frame.moments[op]
+                    value = spread_of_means(e, value, sums[total], carried[slot + 1], self.outer_values[total.result],
+                                            product(self.frame.sizes[f] for f in self.frame.inner))
+                sums[op] = carried[slot]
+                slot += self._slots(op, k)
                 for axis in axes:
                     value = self._reduce(value, axis, kind)
                 if op in self.frame.online:  # where the maximum is -inf there was nothing but exp(-inf + inf)
@@ -496,16 +533,11 @@ class _Lowering:
         return max((self.frame.stage[op] for op in self.frame.members if v in op.operands), default=-1)
 
 
-def _free(e: Dim) -> set[str]:
-    from ...ir.expr import free_symbols
-    return free_symbols(e)
-
-
 def emit_extract(e: Emitter, buffer: Value, source: Value, indices: Sequence[Value], check: bool, active: Sequence[Pair]) -> Value:
     """A gather: `source[indices]`, with lanes outside `active` reading element 0."""
     t = source.type
     assert isinstance(t, TensorType)
-    mask = e.mask_value([p for p in active if _free(p[0]) & {"t0", "t1"}])
+    mask = e.mask_value([p for p in active if free_symbols(p[0]) & {"t0", "t1"}])
     b = e.builder
     safe = []
     for v in indices:
@@ -525,12 +557,12 @@ def emit_extract(e: Emitter, buffer: Value, source: Value, indices: Sequence[Val
     return e.load(buffer, offset, pairs, low, 0, extra=safe, extra_shape=shape, check=check)
 
 
-def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], *, online: bool = False) -> list[Dim]:
-    """Writes the body of the kernel; returns the grid. `online`: a pass over memory costs more than computing a value twice."""
+def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], *, gpu: bool = False) -> list[Dim]:
+    """Writes the body of the kernel; returns the grid. On a GPU a pass over memory costs more than computing a value twice."""
     if len(frame.sizes) == 0 and frame.inner:
         raise IRError("a frame without dimensions cannot have inner ones")
-    lowering = _Lowering(frame, tile, e, buffers)
-    if online and not lowering.is_persistent():
+    lowering = _Lowering(frame, tile, e, buffers, gpu)
+    if gpu and not lowering.is_persistent():
         make_online(frame)
     return lowering.emit()
 

@@ -7,32 +7,35 @@ Kernels with the same body are shared: twelve transformer layers launch the same
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ...ir import DTYPES, Block, BufferType, Builder, IRError, Operation, Region, SymbolRef, TensorType, TileType, Value, element_type
+from ...ir import DTYPES, Block, BufferType, Builder, IRError, Operation, Region, SymbolRef, Target, TensorType, TileType, Value, element_type
 from ...ir.expr import Dim, free_symbols
 from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
 from ..storage import storage_bytes
 from ..stream import analyse as analyse_stream
 from ..structured import constant_values, is_contraction, is_pointwise
-from .contraction import emit_contraction, roles_of
+from .caching import mark_second_readings
+from .contraction import emit_contraction, is_row_major, roles_of
+from .contraction_gpu import emit_gpu_contraction
 from .cpu_tiles import contraction_tile, is_depthwise, square_tile
 from .emit import Emitter
 from .frame import Frame, analyse, is_expensive
-from .gpu_tiles import GpuTile, gemm_tile_gpu
+from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
 from .loops import choose_tile, emit_loops, traffic, work
-from .ordered import emit_scan, emit_scatter
-from .stream import GpuStream, stream_tile
+from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel
+from .stream import GpuStream, stream_tile, suits_warp_groups
 from .stream_cpu import CpuStream
 
 
 @register
 @dataclass(frozen=True)
 class Tile(Pass):
-    """See the module docstring."""
+    """See the module docstring. `relax_casts`: within a stream, a value rounded to 16 bits and widened again keeps its precision."""
 
     name: ClassVar[str] = "tile"
+    relax_casts: bool = True
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         names = KernelNames()
@@ -41,7 +44,7 @@ class Tile(Pass):
             constant = constant_values(func)
             for op in list(func.body):
                 if op.name == "tensor.fused":
-                    kernel = lower(op, func["symbols"], ctx)
+                    kernel = lower(op, func["symbols"], ctx, self.relax_casts)
                     name = names.intern(kernel, func)
                     attrs: dict = {"kernel": SymbolRef(name)}
                     # GPUs: changed parameters could not be noticed without waiting for the device, and nothing is packed there.
@@ -104,7 +107,7 @@ def _anonymous_text(kernel: Operation) -> str:
     return text
 
 
-def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
+def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool = True) -> Operation:
     """A detached `tile.kernel` that computes the group: arguments are the group's operands, then its results."""
     target = ctx.target
     ranges: dict[str, tuple[Dim, Dim | None]] = {s: (r[0], r[1]) for s, r in symbol_ranges.items()}
@@ -117,15 +120,23 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         buffers[v] = arg
     members = [op for op in fused.body if op.name != "tensor.yield"]
     for inner, outer in zip(outputs, fused.results, strict=True):
-        inner.type = outer.type  # a later pass may have given the result another layout
+        if inner.type.shape == outer.type.shape:  # type: ignore[attr-defined]  # else the same elements in the same order
+            inner.type = outer.type  # a later pass may have given the result another layout
     lanes = target.lanes(32) if not target.is_gpu else 256
     builder = Builder(block, None, members[0].location)
     flops: Dim = 0
     bytes_moved: Dim = sum((v.type.numel * element_type(v.type).bytes for v in [*fused.operands, *fused.results]), 0)  # type: ignore[attr-defined]
     inplace: tuple = ()
+    updates: tuple = ()
+    warps = 0
+    kept = [element_type(v.type) for v in (*fused.operands, *fused.results)]
+    coarse = target.is_gpu and all(t.bits <= 16 for t in kept if t.is_float)
     hint: GpuTile | None = None
     first = members[0]
-    if first.name == "tensor.scatter":
+    if first.name == "tensor.scatter" and scatters_in_parallel(first, target):
+        grid = emit_parallel_scatter(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result])
+        inplace = updates = ((next(i for i, v in enumerate(fused.body.args) if v is first.operands[0]), len(fused.operands)),)
+    elif first.name == "tensor.scatter":
         grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result], lanes)
     elif first.name == "tensor.scan":
         # As torch does: on CPUs the error of a running sum does not grow with its length.
@@ -136,32 +147,38 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         if target.is_gpu:
             hint = stream_tile(stream, target)
             tile = (hint.rows, hint.columns)
-            grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile).emit()
+            groups = ", for a loader and two groups of warps" if suits_warp_groups(stream, target) else ""
+            ctx.remark("note", f"a stream in tiles of {hint.rows} rows by {hint.columns} steps{groups}", members[0].location)
+            grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile, relaxed).emit()
         else:
             tile = square_tile(target, stream.row_count, stream.length)
-            grid = CpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile).emit(target)
+            grid = CpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile, relaxed).emit(target)
     elif fused["why"].startswith("streams"):
         raise IRError(f"the members of '{fused['kernel']}' no longer form a stream")
     elif (contraction := next((m for m in members if is_contraction(m)), None)) is not None and _worth_gemm(
             contraction, members, not target.is_gpu):
         roles = roles_of(contraction)
         assert roles is not None
-        batch, m, n, k = (_product(contraction, d) for d in (roles.batch, roles.m, roles.n, roles.k))
+        flops = 2 * _product(contraction, range(len(contraction["dims"])))  # type: ignore[arg-type]
+        products = [m for m in members if is_contraction(m)]
+        prologue = [m for m in members if m not in products and any(u in products for r in m.results for u in r.users)]
+        epilogue = [m for m in members if m not in products and m not in prologue]
         if target.is_gpu:
-            widest_operand = max(element_type(v.type).bytes for v in contraction.operands)
-            hint = gemm_tile_gpu(target, batch, m, n, k, widest_operand, exact=not element_type(contraction.result.type).is_float,
-                                 heavy=any(is_expensive(m) or len(m.operands) > 2 for m in members if m is not contraction))
+            hint = GpuTile(*fused["tile"]) if fused["tile"] else candidate_tiles(fused, target)[0]
             gemm = (hint.rows, hint.columns, hint.step)
+            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, Emitter(builder, gemm[:2], ranges, coarse=coarse), buffers, gemm,
+                                        maps=target.capability == 90)
         else:
             gemm = contraction_tile(contraction, roles, target)
-        flops = 2 * _product(contraction, range(len(contraction["dims"])))  # type: ignore[arg-type]
-        e = Emitter(builder, gemm[:2], ranges)
-        grid = emit_contraction(contraction, [m for m in members if m is not contraction], outputs, target, e, buffers, gemm)
+            grid = emit_contraction(contraction, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges), buffers, gemm)
     else:
         frame = analyse(fused, ranges)
         widest = max((element_type(v.type).bits for op in members for v in [*op.operands, *op.results]), default=32)
         choice = choose_tile(frame, max(1, target.vector_bits // min(max(widest, 32), 64)) if not target.is_gpu else 32, gpu=target.is_gpu)
-        grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges), buffers, online=target.is_gpu)
+        grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges, coarse=coarse), buffers, gpu=target.is_gpu)
+        warps = choice.warps
+        if target.is_gpu:
+            mark_second_readings(block)
         flops, bytes_moved = work(frame), traffic(frame)
         inplace = _inplace_pairs(frame, fused)
     builder.create("tile.yield")
@@ -170,12 +187,33 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
     attrs = {"sym_name": fused["kernel"] or "kernel", "grid": tuple(grid), "symbols": tuple(symbols), "outputs": len(outputs)}
     if hint is not None:
         attrs |= {"num_warps": hint.warps, "num_stages": hint.stages}
+    elif warps:
+        attrs["num_warps"] = warps
     if inplace:
         attrs["inplace"] = inplace
+    if updates:
+        attrs["updates"] = updates
     if symbols:
         attrs["bounds"] = {s: ranges.get(s, (0, None)) for s in symbols}
     attrs |= {"flops": flops, "bytes": bytes_moved, "provenance": tuple(dict.fromkeys(str(m.location) for m in members if m.location.file))}
     return Operation.create("tile.kernel", (), attrs, (), [Region([block])], members[0].location)
+
+
+def candidate_tiles(fused: Operation, target: Target) -> list[GpuTile]:
+    """Of a group with a contraction, for a GPU: tiles, the best by the model first. None for other groups."""
+    members = [op for op in fused.body if op.name != "tensor.yield"]
+    products = [m for m in members if is_contraction(m)]
+    if not target.is_gpu or not products or not _worth_gemm(products[0], members, False) or fused["why"].startswith("streams"):
+        return []
+    first = products[0]
+    roles = roles_of(first)
+    assert roles is not None
+    prologue = [m for m in members if m not in products and any(u in products for r in m.results for u in r.users)]
+    epilogue = [m for m in members if m not in products and m not in prologue]
+    batch, m, n, k = (_product(first, d) for d in (roles.batch, roles.m, roles.n, roles.k))
+    return gemm_tiles_gpu(target, batch, m, n, k, product_bytes(first), exact=not element_type(first.result.type).is_float,
+                          heavy=any(is_expensive(m) or len(m.operands) > 2 for m in epilogue), products=len(products),
+                          stored=packed_bytes(first, prologue), row_major=is_row_major(first, roles))
 
 
 def _worth_gemm(op: Operation, members: list[Operation], on_cpu: bool) -> bool:
@@ -213,9 +251,9 @@ def _symbols(op: Operation) -> set[str]:
     return {s for s in found if not (s[0] in "it" and s[1:].isdigit())}
 
 
-def _attribute_symbols(value) -> set[str]:  # type: ignore[no-untyped-def]
+def _attribute_symbols(value: Any) -> frozenset[str]:
     if isinstance(value, tuple):
-        return set().union(*map(_attribute_symbols, value)) if value else set()
+        return frozenset().union(*map(_attribute_symbols, value))
     return free_symbols(value)
 
 

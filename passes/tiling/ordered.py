@@ -3,6 +3,8 @@
 Scatter: the result is first a copy of `init`; then points are visited in row-major order. Result dimensions that the body indexes by a plain
 iteration position of their own (the feature dimension of an embedding gradient, say) carry no collisions: they are split over programs and
 vectors, each program copying and updating its own slice. The other points run in order inside the program.
+On GPUs, where eager promises no order either, all points run in parallel instead, and combine atomically with a result that holds a copy of `init`
+when the kernel starts (`updates`).
 Scan: one program per row, the running value carried through a loop along the last dimension; on GPUs, a tile at a time.
 """
 
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...ir import Dim, DType, Operation, TensorType, TileType, Value, element_type, sym
+from ...ir import Dim, DType, Operation, Target, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
 from ...ir.expr import ceildiv, free_symbols, simplify, substitute
 from ...ir.types import index
@@ -19,7 +21,12 @@ from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
 from .gpu_tiles import padded
 from .loops import emit_extract
 
-__all__ = ["emit_scan", "emit_scatter"]
+__all__ = ["emit_parallel_scatter", "emit_scan", "emit_scatter", "scatters_in_parallel"]
+
+_ATOMIC = {"add": ("f32", "f64", "i32", "i64"), "max": ("i32", "i64"), "min": ("i32", "i64")}
+"""What GPUs combine atomically."""
+_TILE = 1024
+"""Points per program of a parallel scatter."""
 
 
 def _body(e: Emitter, op: Operation, buffers: dict[Value, Value], at: dict[str, Dim], active: list[Pair], lead: int = 0) -> list[Value]:
@@ -110,9 +117,43 @@ def emit_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Va
     return grid
 
 
+def scatters_in_parallel(op: Operation, target: Target) -> bool:
+    """The points may run in any order on this target, and its result may start as a plain copy of `init`."""
+    init, result = op.operands[0].type, op.result.type
+    assert isinstance(result, TensorType) and isinstance(init, TensorType)
+    if not target.is_gpu or "deterministic" in target.features or init.layout != result.layout or result.strides is not None:
+        return False
+    return op["combine"] == "set" or result.dtype.name in _ATOMIC.get(op["combine"], ())
+
+
+def emit_parallel_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value) -> list[Dim]:
+    """Writes the kernel into `e`; returns the grid. The buffer `out` of the result holds `init`."""
+    dims, own = op["dims"], _own_dims(op)
+    result = op.result.type
+    assert isinstance(result, TensorType)
+    vector = next((d for j, d in own.items() if result.layout[j] == 1), len(dims) - 1)
+    columns = min(_TILE, padded(dims[vector], 1)) if dims and isinstance(dims[vector], int) else 256
+    others = [d for d in range(len(dims)) if d != vector]
+    row = max(others, key=lambda d: dims[d] if isinstance(dims[d], int) else _TILE, default=None)
+    rows = 1 if row is None else min(_TILE // columns, padded(dims[row], 1) if isinstance(dims[row], int) else _TILE)
+    e = Emitter(e.builder, (rows, columns), e.symbols, e.variables, e.ranges)
+    at: dict[str, Dim] = {}
+    active: list[Pair] = []
+    grid: list[Dim] = []
+    for d, size in enumerate(dims):
+        per, within = (columns, sym("t1")) if d == vector else (rows, sym("t0")) if d == row else (1, None)
+        grid.append(ceildiv(size, per))
+        p = e.fresh(e.builder.op("tile.program_id", type=index, axis=d), 0, grid[-1] - 1)
+        at[f"d{d}"] = p if within is None else p * per + within
+        if within is not None:
+            active.append((at[f"d{d}"], size))
+    _update(op, e, buffers, out, at, own, {j: at[f"d{d}"] for j, d in own.items()}, active, atomic=True)
+    return grid
+
+
 def _update(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, at: dict[str, Dim], own: dict[int, int],
-            fixed: dict[int, Dim], active: list[Pair]) -> None:
-    """out[index] = combine(out[index], value) at one point; a bad index is reported and skipped."""
+            fixed: dict[int, Dim], active: list[Pair], *, atomic: bool = False) -> None:
+    """out[index] = combine(out[index], value) at one point, perhaps atomically; a bad index is reported and skipped."""
     value, *indices = _body(e, op, buffers, at, active, lead=1)
     result = op.result.type
     assert isinstance(result, TensorType)
@@ -133,20 +174,29 @@ def _update(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, 
     extra_shape = tuple(max(x) for x in zip(*shapes, strict=True)) if shapes else ()
     if pairs:  # reports a bad index; the value is not used. From init: other programs may be writing this element of the result
         e.load(buffers[init], first, pairs, low, 0, extra=extra, extra_shape=extra_shape, check=True)
-    old = e.load(out, simplify(offset, e.bounds()), mask, low, 0, extra=extra, extra_shape=extra_shape)
     kind = op["combine"]
-    if kind != "set":
+    # In parallel every lane is a point, also where all go to one place with one value.
+    shape: tuple[int, ...] = e.shape if atomic else _shape(e, [offset, *(p[0] for p in mask)], extra_shape)
+    if not atomic and kind != "set":
+        old = e.load(out, simplify(offset, e.bounds()), mask, low, 0, extra=extra, extra_shape=extra_shape)
         value = e.builder.arith({"add": "add", "mul": "mul", "max": "max", "min": "min"}[kind] if element_type(value.type).kind != "bool" else
                                 {"add": "or", "mul": "and", "max": "or", "min": "and"}[kind], old, value)
     operands, names = e._operands([offset, *(x for p in mask for x in p)], extra)
-    shape = old.type.shape if isinstance(old.type, TileType) else ()
     if shape and (not isinstance(value.type, TileType) or value.type.shape != shape):
         value = e.broadcast(value, shape)  # type: ignore[arg-type]
     attrs: dict[str, Any] = {"offset": substitute(simplify(offset, e.bounds()), names),
                              "mask": tuple((substitute(a, names), substitute(b, names)) for a, b in mask)}
     if low:
         attrs["mask_low"] = tuple(low)
+    if atomic and kind != "set":
+        attrs["atomic"] = kind
     e.builder.create("tile.store", [out, value, *operands], attrs)
+
+
+def _shape(e: Emitter, exprs: list[Dim], extra_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of what is stored: the tile that the expressions span, with the index tiles."""
+    shape = e.tile_shape(exprs)
+    return tuple(max(a, b) for a, b in zip(shape or (1, 1), extra_shape, strict=True)) if extra_shape else shape
 
 
 def _dot(index_of: list[Dim], layout: tuple[Dim, ...], e: Emitter) -> Dim:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from aicc.compiler.auto_shard import auto_shard
+from aicc.compiler.distributed.auto_shard import auto_shard
 from aicc.compiler.errors import UserError
 from aicc.passes.shard import Plan
 
@@ -53,8 +53,8 @@ def test_plans_that_do_not_fit() -> None:
         auto_shard(model, (x,), mesh=4, plan=Plan(dp=2), loss_fn=loss)
     with pytest.raises(UserError, match="a batch of 4 is no multiple of dp 3"):
         auto_shard(model, (x,), mesh=3, plan=Plan(dp=3), loss_fn=loss)
-    with pytest.raises(UserError, match="context parallelism"):
-        auto_shard(model, (x,), mesh=2, plan=Plan(cp=2), loss_fn=loss)
+    with pytest.raises(UserError, match="expert groups run over the data ranks"):
+        auto_shard(model, (x,), mesh=2, plan=Plan(tp=2, ep=2), loss_fn=loss)
     with pytest.raises(UserError, match="gives no scalar loss"):
         auto_shard(model, (x,), mesh=2, plan=Plan(dp=2))
     with pytest.raises(UserError, match="Adagrad"):

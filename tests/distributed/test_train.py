@@ -15,7 +15,7 @@ WORKER = Path(__file__).parent / "worker.py"
 
 def train(tmp_path: Path, model: str, plan: dict[str, Any], steps: int, layers: int = 2) -> list[dict[str, Any]]:
     """Runs the plan; the results of all ranks, compared with one process."""
-    ranks = plan.get("dp", 1) * plan.get("tp", 1) * plan.get("pp", 1)
+    ranks = plan.get("dp", 1) * plan.get("tp", 1) * plan.get("pp", 1) * plan.get("cp", 1)
     out = tmp_path / "result"
     done = torchrun(ranks, WORKER, model, json.dumps(plan), str(steps), str(layers), str(out))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -44,7 +44,9 @@ TWO = {
     "dp": {"dp": 2, "micro_batch": 4}, "accumulated": {"dp": 2, "micro_batch": 1},
     "tp": {"tp": 2, "micro_batch": 8}, "tp+sp": {"tp": 2, "sp": True, "micro_batch": 8},
     "zero1": {"dp": 2, "zero": 1, "micro_batch": 4}, "zero2": {"dp": 2, "zero": 2, "micro_batch": 4}, "zero3": {"dp": 2, "zero": 3, "micro_batch": 4},
-    "pp": {"pp": 2, "micro_batch": 2, "schedule": "1f1b"},
+    "pp": {"pp": 2, "micro_batch": 2, "schedule": "1f1b"}, "zb-h1": {"pp": 2, "micro_batch": 2, "schedule": "zb-h1"},
+    "cp": {"cp": 2, "micro_batch": 1}, "tp+sp recompute": {"tp": 2, "sp": True, "micro_batch": 8, "recompute": "full"},
+    "zero2 recompute offload": {"dp": 2, "zero": 2, "micro_batch": 4, "recompute": "selective", "offload": True},
 }
 FOUR = {
     "tp4": {"tp": 4, "micro_batch": 8}, "dp2 tp2+sp zero3": {"dp": 2, "tp": 2, "sp": True, "zero": 3, "micro_batch": 4},
@@ -53,7 +55,9 @@ FOUR = {
 }
 EXPERTS = {"ep2": {"dp": 2, "ep": 2, "micro_batch": 4}, "dp2 tp2 ep2 zero2": {"dp": 2, "tp": 2, "ep": 2, "zero": 2, "micro_batch": 4},
            "ep4 zero1": {"dp": 4, "ep": 4, "zero": 1, "micro_batch": 2}}
-INTERLEAVED = {"pp": 2, "micro_batch": 2, "schedule": "interleaved", "interleave": 2}
+TWICE = {"interleaved": {"pp": 2, "micro_batch": 2, "schedule": "interleaved", "interleave": 2}, "zb-v": {"pp": 2, "micro_batch": 2, "schedule": "zb-v"},
+         "dualpipe-v": {"pp": 2, "micro_batch": 2, "schedule": "dualpipe-v"}}
+"""Two parts of the model per rank."""
 
 
 @pytest.mark.slow
@@ -71,9 +75,10 @@ def test_four_ranks(tmp_path: Path, model: str, plan: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["gpt2", "llama"])
-def test_interleaved(tmp_path: Path, model: str) -> None:
-    train(tmp_path, model, INTERLEAVED, 50, layers=4)
+@pytest.mark.parametrize("plan", TWICE, ids=str)
+@pytest.mark.parametrize("model", ["gpt2", "llama", "mixtral"])
+def test_two_parts_per_rank(tmp_path: Path, model: str, plan: str) -> None:
+    train(tmp_path, model, TWICE[plan], 50, layers=4)
 
 
 @pytest.mark.slow

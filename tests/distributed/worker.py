@@ -68,7 +68,7 @@ def main() -> None:
         update.step()
         expected.append(loss.item())
     parameters = dict(whole.named_parameters())
-    worst = max((float((p.full_tensor() - parameters[n]).abs().max()) for m in sharded.modules for n, p in m.named_parameters()), default=0.0)
+    worst = max((float((p.detach().full_tensor() - parameters[n].detach()).abs().max()) for m in sharded.modules for n, p in m.named_parameters()), default=0.0)
     said: Counter[str] = Counter()
     for (kind, _), size in sharded.traffic().items():
         said[kind] += size

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from aicc import passes  # noqa: F401  (registers them)
+from aicc.compiler.dynamo import partition
 from aicc.compiler.options import Options
 from aicc.compiler.pipelines import STAGES, pipeline
 from aicc.frontend import random as _philox  # noqa: F401  (registers the operators)
@@ -23,11 +24,11 @@ from aicc.frontend.formulas import flash_attention_backward
 from aicc.frontend.importer import import_graph
 from aicc.ir import Operation, Target
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
-from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 SM90 = Target(kind="cuda", name="sm_90", capability=90, multiprocessors=132, l2=50 << 20)
+SM100 = Target(kind="cuda", name="sm_100", capability=100, multiprocessors=148, l2=126 << 20)
 SM80 = Target(kind="cuda", name="sm_80", capability=80, multiprocessors=108, l2=40 << 20)
 
 
@@ -137,6 +138,24 @@ def _saved_attention(g: torch.Generator, dtype: torch.dtype = torch.float32) -> 
     return grad, q, k, v, (s.softmax(-1) @ v.float()).to(dtype), s.logsumexp(-1)
 
 
+def _packed_weight(kind: torch.dtype, scales: Callable[[int, int], tuple[int, ...]], rows: int = 5, n: int = 70, k: int = 192) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+    """A few rows of bfloat16, a weight (two numbers to a byte of uint8), its scales."""
+
+    def make(g: torch.Generator) -> tuple[Tensor, ...]:
+        bits = torch.randint(-128, 128, (n, k // 2 if kind == torch.uint8 else k), generator=g)
+        weight = (bits / 50).to(kind) if kind.is_floating_point else bits.to(kind)
+        return torch.randn(rows, k, generator=g).bfloat16(), weight, (torch.rand(scales(n, k), generator=g) + 0.5).bfloat16()
+
+    return make
+
+
+def _int4_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """Pairs of 4-bit numbers to a byte, and a scale for each group of a row."""
+    low, high = (packed & 15).to(torch.int8) - 8, (packed >> 4).to(torch.int8) - 8
+    numbers = torch.stack([low, high], -1).reshape(packed.shape[0], scale.shape[1], -1)
+    return F.linear(x, (numbers.to(x.dtype) * scale[:, :, None]).reshape(packed.shape[0], -1))
+
+
 def _attention_gradients(*saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return flash_attention_backward(*saved, 0.0, True)
 
@@ -161,6 +180,9 @@ CASES: dict[str, Case] = {
     "softmax_long": Case(_plain(lambda a: a.softmax(-1)), _normal((3, 9001))),
     "softmax_symbolic": Case(_plain(lambda a: a.softmax(-1)), _normal((5, 777)), dynamic=True),
     "layer_norm": Case(_plain(lambda a, w, b: F.layer_norm(a, (300,), w, b)), _normal((33, 300), (300,), (300,))),
+    "group_norm": Case(
+        _plain(lambda a, w, b: F.silu(F.group_norm(a, 16, w, b))), _normal((16, 32, 20, 33), (32,), (32,)), tolerance=2e-5
+    ),
     "column_sum": Case(_plain(lambda a: a.sum(0)), _normal((1000, 77))),
     "total": Case(_plain(lambda a: a.sum()), _normal((100, 77)), tolerance=1e-4),
     "extremes": Case(_plain(lambda a: (a.argmax(1), a.amin(1), a.argmin(0))), _normal((9, 77)), tolerance=0),
@@ -181,6 +203,22 @@ CASES: dict[str, Case] = {
         lambda g: (torch.randint(-9, 9, (33, 40), generator=g), torch.randint(-9, 9, (40, 21), generator=g)),
         tolerance=0,
     ),
+    "int8_weight": Case(_plain(lambda x, w, s: F.linear(x, w.to(x.dtype)) * s), _packed_weight(torch.int8, lambda n, k: (n,)), tolerance=1.6e-2),
+    "int8_scaled": Case(
+        _plain(lambda x, w, s: F.linear(x, w.to(x.dtype) * s)), _packed_weight(torch.int8, lambda n, k: (n, 1)), tolerance=1.6e-2
+    ),
+    "int4_groups": Case(_plain(_int4_linear), _packed_weight(torch.uint8, lambda n, k: (n, k // 64)), tolerance=1.6e-2),
+    "fp8_weight": Case(
+        _plain(lambda x, w, s: F.gelu(F.linear(x, w.to(x.dtype) * s))),
+        _packed_weight(torch.float8_e4m3fn, lambda n, k: (n, 1), 3, 45, 130),
+        tolerance=1.6e-2,
+    ),
+    "gated_unit": Case(
+        _plain(lambda x, g, u: F.silu(F.linear(x, g)) * F.linear(x, u)),
+        _normal((1000, 72), (1208, 72), (1208, 72), dtype=torch.bfloat16),
+        tolerance=1.6e-2,
+    ),
+    "gemm_maps": Case(_plain(lambda a, b: (a.t() @ b).relu()), _normal((72, 1000), (72, 1208), dtype=torch.bfloat16), tolerance=8e-3),
     "matvec": Case(_plain(lambda a, b: a @ b), _normal((300, 200), (200,))),
     "bmm": Case(_plain(lambda a, b: a @ b), _normal((3, 33, 45), (3, 45, 21))),
     "attention": Case(_plain(_attention), _normal((2, 3, 40, 32), (2, 3, 40, 32), (2, 3, 40, 32))),
@@ -294,6 +332,10 @@ CASES: dict[str, Case] = {
         lambda g: (torch.randn(50, 20, generator=g).requires_grad_(), torch.randint(0, 50, (3, 7), generator=g)),
         backward=True,
     ),
+    "attention_training": Case(_plain(_causal), _normal((1, 2, 70, 32), (1, 2, 70, 32), (1, 2, 70, 32), grad=True), backward=True),
+    "attention_training_window": Case(_plain(_window), _normal((2, 1, 100, 32), (2, 1, 100, 32), (2, 1, 100, 32), grad=True), backward=True),
+    "attention_training_bf16": Case(_plain(_causal), lambda g: tuple(torch.randn(1, 2, 130, 32, generator=g).bfloat16().requires_grad_() for _ in range(3)),
+                                    backward=True, tolerance=3e-2),
     "conv_backward": Case(
         _module(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2)), train=True),
         _normal((2, 3, 12, 13), grad=True),
@@ -329,7 +371,7 @@ def capture(
         bw_compiler=compiler,
         inference_compiler=compiler,
         decompositions=decomposition_table(),
-        partition_fn=min_cut_rematerialization_partition,
+        partition_fn=partition,
         keep_inference_input_mutations=True,
     )
     torch._dynamo.reset()

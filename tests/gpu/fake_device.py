@@ -23,6 +23,7 @@ _LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int32, _P, *[_U32] * 7, _P, _P, _P)
 _COPY = ctypes.CFUNCTYPE(ctypes.c_int32, _U64, _U64, _U64, _P)
 _PRODUCT = ctypes.CFUNCTYPE(ctypes.c_int32, *[_P] * 14, _U64, _P)
 _ATTRIBUTE = ctypes.CFUNCTYPE(ctypes.c_int32, _P, ctypes.c_int32, _P, _U64)
+_ENCODE = ctypes.CFUNCTYPE(ctypes.c_int32, _P, _U32, _U32, _P, _P, _P, _P, _P, _U32, _U32, _U32, _U32)
 _CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int32, _P)
 CAPTURE_STREAM = 999
 
@@ -44,6 +45,8 @@ class FakeDevice:
         self.loaded: list[bytes] = []
         self.destroyed: list[int] = []
         self.user_captures = False
+        self.maps: list[tuple[Any, ...]] = []
+        self.encode_result = 0
         self._parameters = parameters
         self._handles = 0
         self._bias: list[int] = []
@@ -52,6 +55,7 @@ class FakeDevice:
             "cuMemcpyDtoDAsync_v2": _COPY(self._copy),
             "cublasLtMatmul": _PRODUCT(self._product),
             "cublasLtMatmulDescSetAttribute": _ATTRIBUTE(self._attribute),
+            "cuTensorMapEncodeTiled": _ENCODE(self._encode),
             "cuCtxGetCurrent": _CONTEXT(self._get_context),
             "cuCtxSetCurrent": _CONTEXT(self._set_context),
         }
@@ -74,6 +78,14 @@ class FakeDevice:
 
     def _copy(self, target: int, source: int, size: int, stream: int) -> int:
         return self._record(stream, ("copy", target, source, size, stream))
+
+    def _encode(self, out: int, kind: int, rank: int, address: int, sizes: int, strides: int, box: int, ones: int, *rest: int) -> int:
+        """The map's first words are the address, and the number of maps made before."""
+        assert out % 64 == 0, "a tensor map must start at a multiple of 64 bytes"
+        (ctypes.c_uint64 * 16).from_address(out)[:] = [address, len(self.maps), *[0] * 14]
+        words = [list((t * n).from_address(at)) for t, n, at in ((_U64, rank, sizes), (_U64, rank - 1, strides), (_U32, rank, box), (_U32, rank, ones))]
+        self.maps.append((kind, address, *words, *rest))
+        return self.encode_result
 
     def _attribute(self, descriptor: int, which: int, value: int, size: int) -> int:
         assert size == 8

@@ -1,6 +1,7 @@
 """Everything that needs a real GPU, in one run: numerics per kernel family, models, training, errors, timings.
 
     python tests/gpu/gpu_check.py [section ...]        # kernels models training behaviour gemm; no network needed
+    python tests/gpu/gpu_check.py kernels --part 3/8   # every eighth kernel family, from the third: eight processes share the compiling
 
 Sections go on after failures. A table is printed last and written to $OUT (or the current folder) as gpu_check.txt and
 gpu_check.json.
@@ -10,6 +11,7 @@ Truth is float64. Inputs are fresh random numbers; memory that results may land 
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
@@ -41,8 +43,12 @@ from aicc.compiler.dynamo import aicc as aicc_backend  # noqa: E402
 from gpu.cases import CASES, Case, error, tensors  # noqa: E402
 
 START = time.time()
-LIMIT = 330
+LIMIT: dict[str, float] = {"seconds": 330}
 """Seconds after which no further row is begun."""
+PART: list[int] = [1, 1]
+"""Which of how many parts of the kernel families to run."""
+CHOSEN: list[str] = []
+"""The kernel families to run; empty: all."""
 ROWS: list[dict[str, Any]] = []
 STATS: list[Any] = []
 WATCH = driver.watching(compiled=STATS.append)
@@ -50,7 +56,7 @@ WATCH.__enter__()
 
 
 def late() -> bool:
-    return time.time() - START > LIMIT
+    return time.time() - START > LIMIT["seconds"]
 
 
 def row(section: str, name: str, ok: bool, **values: Any) -> None:
@@ -116,10 +122,11 @@ NOT_IN_EAGER = {"gemm_i64"}
 
 
 def kernels() -> None:
-    for name, case in CASES.items():
-        if name in NOT_IN_EAGER:
+    for name, case in list(CASES.items())[PART[0] - 1 :: PART[1]]:
+        if name in NOT_IN_EAGER or (CHOSEN and name not in CHOSEN):
             continue
         if late():
+            print(f"out of time before {name}", flush=True)
             return
         try:
             _kernel(name, case)
@@ -393,10 +400,18 @@ SECTIONS = {"kernels": kernels, "models": models, "training": training, "behavio
 def main() -> int:
     import triton
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", default=list(SECTIONS))
+    parser.add_argument("--seconds", type=float, default=LIMIT["seconds"], help="no further row is begun after this")
+    parser.add_argument("--part", default="1/1", help="of the kernel families, as 3/8")
+    parser.add_argument("--case", action="append", default=[], help="only this kernel family")
+    options = parser.parse_args()
+    CHOSEN.extend(options.case)
+    LIMIT["seconds"], PART[:] = options.seconds, [int(n) for n in options.part.split("/")]
     versions = f"torch {torch.__version__}, triton {triton.__version__}, python {sys.version.split()[0]}"
     print(f"{torch.cuda.get_device_name()}, {versions}", flush=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    for name in sys.argv[1:] or SECTIONS:
+    for name in options.sections:
         try:
             SECTIONS[name]()
         except Exception:

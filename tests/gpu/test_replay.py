@@ -186,3 +186,45 @@ def test_operators_and_foreign_arguments_decline_graphs_with_a_warning() -> None
     manifest, blobs = build(lambda a: torch.linalg.inv(a) * 2, torch.eye(4))
     with pytest.warns(RuntimeWarning, match="operators that are not compiled"):
         CudaGraph(manifest, blobs, on=device_for(manifest), cudagraphs=True)
+
+
+@pytest.mark.parametrize("cudagraphs", [False, True])
+def test_out_of_memory_starts_nothing_and_the_next_call_works(monkeypatch: pytest.MonkeyPatch, cudagraphs: bool) -> None:
+    left: list[int] = []  # allocations until memory is out; none: there is enough
+
+    def allocator(device: torch.device) -> Any:
+        def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            if left:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise torch.OutOfMemoryError("out of memory")
+            return torch.empty_strided(shape, strides, dtype=dtype)
+
+        return empty
+
+    def changes_its_argument(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        out = torch.tanh(a @ b) @ b
+        a.add_(1)
+        return out
+
+    monkeypatch.setattr("aicc.runtime.cuda_graph._allocator", allocator)
+    manifest, blobs = build(changes_its_argument, torch.randn(32, 272), torch.randn(272, 272))
+    device = device_for(manifest)
+    graph = CudaGraph(manifest, blobs, on=device, cudagraphs=cudagraphs)
+    a, b = torch.randn(32, 272), torch.randn(272, 272)
+    before = a.clone()
+    failed = 0
+    for enough in range(8):
+        left[:] = [enough]
+        try:
+            graph(a, b)
+        except torch.OutOfMemoryError:
+            failed += 1
+            assert not device.calls and torch.equal(a, before)
+        else:
+            break
+    left.clear()
+    assert failed >= 1 and device.calls
+    device.calls.clear()
+    (out,) = graph(a, b)
+    assert out.shape == (32, 272) and device.calls

@@ -66,6 +66,30 @@ def test_a_launch_has_addresses_sizes_the_error_word_and_null_scratch() -> None:
     assert parameters == [3000 + 5 * 64, library.constants[0].data_ptr() + 8, 130, device.error.data_ptr(), 0, 0]
 
 
+MAP = {"buffer": 1, "type": 9, "sizes": [128, 4096], "strides": [512], "box": [64, 128], "swizzle": 3, "numbers": [4096, 128, 256, 1]}
+
+
+def test_a_tensor_map_is_encoded_for_the_address_of_this_call() -> None:
+    device = FakeDevice(lambda handle: 10)
+    steps: list[Step] = [Launch("k", (Place(0, 0), Place(1, 64)), "f.py:1")] * 2
+    library = load(steps, device, grid=(1,), row={"symbols": [], "checks": 0, "descriptors": [MAP], "parameters": 10})
+    for base in (0x4000, 0x8000):
+        assert run(library, [0x1000, base], [1, 1]) == 0
+    assert device.maps == [(9, base + 64, [128, 4096], [512], [64, 128], [1, 1], 0, 3, 2, 0) for base in (0x4000, 0x8000)], "once per call"
+    for call, base in zip(device.calls, (0x4000, 0x4000, 0x8000, 0x8000), strict=True):
+        assert call[6][:7] == [0x1000, base + 64, base + 64, 4096, 128, 256, 1] and call[6][7:] == [0, 0, 0]
+
+
+def test_a_tensor_map_that_the_driver_refuses_names_the_kernel() -> None:
+    device = FakeDevice(lambda handle: 10)
+    device.encode_result = 1
+    library = load([Launch("k", (Place(0, 0), Place(1, 0)), "f.py:7")], device, grid=(1,),
+                   row={"symbols": [], "checks": 0, "descriptors": [MAP], "parameters": 10})
+    with pytest.raises(CudaError, match="kernel 'k'.*f.py:7.*result 1"):
+        run(library, [0x1000, 0x4000], [1, 1])
+    assert not device.calls
+
+
 def test_launches_and_copies_run_in_order_and_empty_ones_not_at_all() -> None:
     device = FakeDevice()
     a, b = Place(0, 16), Place(1, 0)

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 
 class Attention(nn.Module):
@@ -167,7 +168,39 @@ def measure(step: Callable[[torch.Tensor, torch.Tensor], Any], a: argparse.Names
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     row = {"tokens_per_s": round(a.batch * a.length / middle.item()), "ms": round(1000 * middle.item(), 1), "peak_GiB": round(peak.item(), 2),
            "build_s": round(built, 1)}
+    if a.profile:
+        profiled(step, batches[0], a.profile)
     return json.dumps(row)
+
+
+def profiled(step: Callable[[torch.Tensor, torch.Tensor], Any], batch: Any, top: int) -> None:
+    """Where one step's time goes on the first rank: computing, communicating, neither; and the longest kernels."""
+    dist.barrier()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        step(*batch)
+        torch.cuda.synchronize()
+    events = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    rows: dict[str, list[float]] = {}
+    for e in events:
+        row = rows.setdefault(e.name, [0, 0.0])
+        row[0] += 1
+        row[1] += e.device_time_total / 1e3
+    nccl = covered([e for e in events if "nccl" in e.name])
+    compute, both = covered([e for e in events if "nccl" not in e.name]), covered(events)
+    span = (max(e.time_range.end for e in events) - min(e.time_range.start for e in events)) / 1e3
+    say(f"    span {span:.1f} ms: computing {compute:.1f}, communicating {nccl:.1f}, of that beside computation {compute + nccl - both:.1f}, "
+        f"neither {span - both:.1f}")
+    for name, (count, ms) in sorted(rows.items(), key=lambda r: -r[1][1])[:top]:
+        say(f"    {ms:8.3f} ms {int(count):4d} x {name[:90]}")
+
+
+def covered(events: list[Any]) -> float:
+    """Milliseconds during which at least one of the kernels ran."""
+    total, end = 0.0, float("-inf")
+    for e in sorted(events, key=lambda e: e.time_range.start):
+        total += max(0.0, e.time_range.end - max(end, e.time_range.start))
+        end = max(end, e.time_range.end)
+    return total / 1e3
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -189,7 +222,8 @@ def ours(plan: aicc.Plan, a: argparse.Namespace) -> str:
         torch.nn.init.ones_(local) if local.dim() == 1 else torch.nn.init.normal_(local, std=0.02)
     sharding = aicc.auto_shard(model, (tokens,), targets=(target,), loss_fn=loss_of, mesh=2, plan=plan, optimizer=adamw, device="cuda")
     sharded = sharding.compile(model, init=init)
-    return measure(sharded.step, a, time.perf_counter() - began)
+    text = measure(sharded.step, a, time.perf_counter() - began)
+    return f"{text} programs say {sharded.memory().total / 2 ** 30:.2f} GiB"
 
 
 def eager_step(model: nn.Module, update: torch.optim.Optimizer, rows: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
@@ -240,6 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["correct", "speed"])
     parser.add_argument("--plans", default="tp2,tp2+sp,zero3,pp2")
+    parser.add_argument("--profile", type=int, default=0, help="print where a step's time goes, with so many kernels")
     parser.add_argument("--peers", default="fsdp2,dtensor-tp")
     for name, value in {"layers": 16, "width": 2048, "vocabulary": 32000, "batch": 8, "length": 1024, "steps": 10}.items():
         parser.add_argument(f"--{name}", type=int, default=value)

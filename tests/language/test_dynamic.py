@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from aicc.compiler.driver import Compilation, watching
 from torch import Tensor, nn
 
-from .harness import EAGER, Row, check, close
+from .harness import Row, check, close
 
 
 @pytest.fixture
@@ -138,10 +138,12 @@ ROWS: dict[str, Row] = {
     "item, a float": Row(lambda x: x / x.abs().max().item() + 1, lambda: (torch.randn(20),), around=_SCALARS),
     "item, an int": Row(lambda x: x * x.sum().item(), lambda: (torch.arange(5),), around=_SCALARS),
     "a size read from data": Row(_sized_by_data, lambda: (torch.rand(9),), around=_SCALARS, aten=("_local_scalar_dense",)),
-    "a size read from data as a float": Row(_sized_by_a_float, lambda: (torch.rand(9),), around=_SCALARS, how=EAGER,
-                                            options={"options": {"strict": False}}, warns="could not compile this inference graph",
-                                            note="falls back to ATen with a warning; `.long()` before `.item()` compiles"),
+    "a size read from data as a float": Row(_sized_by_a_float, lambda: (torch.rand(9),), around=_SCALARS, aten=("_local_scalar_dense",)),
     "a slice up to a number read from data": Row(_sliced_by_data, lambda: (torch.rand(9),), around=_SCALARS, aten=("_local_scalar_dense",)),
+    "a part that begins at a number read from data": Row(lambda x, i: torch.narrow(x, 1, i, 2), lambda: (torch.rand(3, 5), torch.tensor(2)),
+                                                         around=_SCALARS, aten=("slice.Tensor",)),
+    "tensor_split at places read from data": Row(lambda x, i: torch.tensor_split(x * 2, i), lambda: (torch.rand(6, 2), torch.tensor([1, 2, 4])),
+                                                 around=_SCALARS, aten=("slice.Tensor",)),
     "tolist": Row(lambda x, i: torch.cat(x.split(i.tolist())) * 2, lambda: (torch.randn(6, 3), torch.tensor([2, 3, 1])), around=_SCALARS,
                   aten=("_local_scalar_dense",)),
     "item without capture": Row(lambda x: x / x.abs().max().item() + 1, lambda: (torch.randn(20),), breaks=True,
@@ -164,4 +166,59 @@ def test_data_dependent_sizes_compile_once(graphs: list[Compilation]) -> None:
             x = torch.zeros(20)
             x[:k] = 1
             torch.testing.assert_close(f(x), (x.nonzero().float() * 2).sum(0))
+    assert len(graphs) == 1
+
+
+def test_sizes_computed_from_floats_in_the_data(graphs: list[Compilation]) -> None:
+    """One graph for every size, none included; a negative one fails as in eager."""
+    def program(x: Tensor) -> tuple[Tensor, Tensor]:
+        n = int(x.sum().item() * 2)
+        return torch.ones(n, 3).cumsum(0) + x[0], torch.zeros(3, n + 2) + n
+
+    compiled = torch.compile(program, backend="aicc")
+    with _SCALARS():
+        for total in (3.0, 0.0, 0.6, 20.0):
+            x = torch.tensor([total, 0.0])
+            close(compiled(x), program(x), 1e-6)
+        for call in (program, compiled):
+            with pytest.raises(RuntimeError):
+                call(torch.tensor([-3.0, 0.0]))
+    assert len(graphs) == 1
+
+
+def _checked(check: Callable[[Any, Any], bool]) -> Callable[[Tensor], Tensor]:
+    def program(x: Tensor) -> Tensor:
+        n, m = x[0].item(), x[1].item()
+        torch._check(check(n, m))
+        return x * n + m
+    return program
+
+
+def _rows(x: Tensor) -> Tensor:
+    n = x.sum().item()
+    torch._check(n < 10)
+    return torch.ones(n, 3)
+
+
+def _tail(x: Tensor) -> Tensor:
+    n = x[0].item()
+    torch._check(n >= 0)
+    torch._check(n <= 4)
+    return torch.arange(4.0)[n:] * 2
+
+
+@pytest.mark.parametrize(("program", "good", "bad"), [
+    (_checked(lambda n, m: n < m), ([1, 2],), ([2, 1],)), (_checked(lambda n, m: n != 3), ([1, 2],), ([3, 1],)),
+    (_checked(lambda n, m: n + m >= 0), ([1, 2], [-1, 1]), ([-3, 1],)), (_checked(lambda n, m: n < 2.5), ([1.5, 2.0],), ([3.0, 1.0],)),
+    (_rows, ([1, 2], [0, 0]), ([-3, 1], [9, 9])), (_tail, ([1, 0], [4, 0], [0, 0]), ([5, 0], [-1, 0]))])
+def test_what_the_program_asserts_about_data(program: Callable[[Tensor], Tensor], good: Any, bad: Any, graphs: list[Compilation]) -> None:
+    """torch._check of numbers in the data, and sizes that cannot be: an error as in eager. A negative size once ended the process."""
+    compiled = torch.compile(program, backend="aicc")
+    with _SCALARS():
+        for given in good:
+            close(compiled(torch.tensor(given)), program(torch.tensor(given)), 1e-6)
+        for given in bad:
+            for call in (program, compiled):
+                with pytest.raises(RuntimeError):
+                    call(torch.tensor(given))
     assert len(graphs) == 1

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from .harness import Row, check
+from .harness import EAGER, Row, check
 
 _ELEMENTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
              torch.bool)
@@ -52,6 +52,9 @@ ROWS: dict[str, Row] = {
     "complex: made of parts": Row(lambda x, y: torch.complex(x, y) * 2, lambda: (torch.randn(3), torch.randn(3)), aten=("complex", "mul.Tensor")),
     "complex: FFT": Row(lambda x: torch.fft.rfft(x).abs() + 1, lambda: (torch.randn(3, 16),), aten=("_fft_r2c", "abs")),
     "complex: training": Row(lambda z: (z * z.conj()).real.sum() * 2, _complex, train=True, aten=("_conj", "add.Tensor", "mul.Tensor", "view_as_complex", "view_as_real")),
+    "complex: complex32": Row(lambda x: (torch.view_as_complex(x * 2), x + 1), lambda: (torch.randn(3, 2, dtype=torch.float16),), how=EAGER,
+                              options={"options": {"strict": False}}, warns="could not compile this inference graph",
+                              note="falls back to ATen with a warning: aicc has no such element type"),
     "a subclass that wraps two tensors": Row(lambda t, x: (t * 2 + x).sin(), _two),
     "a subclass that wraps two tensors, training": Row(lambda t, x: (t * x).sin(), _two, train=True),
     "a subclass with methods": Row(lambda x: x.twice() + 1, lambda: (torch.randn(3).as_subclass(_Named),)),

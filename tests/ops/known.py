@@ -30,7 +30,6 @@ class Known:
 
 
 _UNINITIALISED = "the values of uninitialised memory"
-_OFFSET = "a returned view whose offset in its base is a symbol of torch's that no operator's result defines"
 
 _HALF_COMPLEX = "aicc has no element type for complex32"
 _SINGULAR = "the singular values that are cut off are eager's rounding errors: torch's tracing computes others"
@@ -38,12 +37,13 @@ _SINGULAR = "the singular values that are cut off are eager's rounding errors: t
 KNOWN: dict[tuple[str, str], Known] = {
     ("chalf", "declined"): Known(_HALF_COMPLEX),
     **{(op, "declined"): Known(_HALF_COMPLEX, ("float16",)) for op in ("complex", "view_as_complex")},
-    ("narrow", "declined"): Known(_OFFSET),
-    ("tensor_split", "declined"): Known(_OFFSET),
     ("combinations", "torch"): Known("Dynamo fails to trace it with sizes that depend on data captured in one graph"),
+    ("tensor_split", "torch"): Known("torch fails to trace a number of sections that is read from data and captured in one graph"),
     **{(op, "torch"): Known(_SINGULAR, ("complex64",)) for op in ("pinverse", "linalg.pinv", "linalg.pinv.singular")},
     ("nn.functional.conv_transpose3d", "numerics"): Known(
-        "a complex convolution is three real ones whose sums cancel: the last place of the largest term shows", ("complex64",)),
+        "sums of products that cancel (complex: three real convolutions): the last place of the largest term shows", ("complex64", "float32")),
+    **{(op, "torch"): Known("the gradient of torch's decomposition rounds in other places than its kernel", ("float16", "bfloat16"))
+       for op in ("cumprod", "masked.cumprod")},
     **{(op, "undefined"): Known(_UNINITIALISED) for op in ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty",
                                                      "new_empty_strided")},
 }

@@ -48,6 +48,14 @@ def test_backward(op: str) -> None:
     _agrees(op, "float32", samples=1, backward=True)
 
 
+@pytest.mark.parametrize(("op", "dtype", "backward"), [
+    ("baddbmm", "bfloat16", False), ("addmm", "float16", False), ("addmv", "bfloat16", False), ("fft.rfft", "float32", True),
+    ("fft.ihfft", "float64", True), ("unique", "float32", False), ("narrow", "float32", True)])
+def test_several_samples(op: str, dtype: str, backward: bool) -> None:
+    """What the later samples of the database found."""
+    _agrees(op, dtype, samples=4, backward=backward)
+
+
 def _agrees(op: str, dtype: str, *, samples: int, backward: bool) -> None:
     outcome = check(find(_resolved(op)), DTYPES[dtype], samples=samples, backward=backward)
     assert outcome.status == "pass", f"{outcome.status}: {outcome.detail}"

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from aicc.backends.llvm.convert import REPRESENTATIONS, emit_cast, from_memory, to_memory
-from aicc.benchmarks.ulp import compile_function, emit_loop
+from aicc.benchmarks.elementwise import compile_function, emit_loop
 from llvmlite import ir
 
 DTYPES = {

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from aicc.backends.llvm.vecmath import BINARY, MAX_ULP, UNARY
-from aicc.benchmarks.ulp import REFERENCES, compile_elementwise, host_features, ulp_error
+from aicc.benchmarks import ulp
+from aicc.benchmarks.elementwise import REFERENCES, compile_elementwise, host_features
+from aicc.benchmarks.ulp import plain_errors, ulp_error
 from llvmlite import ir
 
 SAMPLES = 1 << 20
@@ -267,3 +269,34 @@ def test_operand_types_are_checked() -> None:
         UNARY["exp"](builder, ir.Constant(ir.IntType(32), 1))
     with pytest.raises(TypeError, match="one type"):
         BINARY["pow"](builder, ir.Constant(ir.FloatType(), 1), ir.Constant(ir.DoubleType(), 1))
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+def test_the_quick_measure_is_the_careful_one(inputs: torch.Tensor) -> None:
+    """`plain_errors` gives `ulp_error`'s numbers, or leaves the block to it: a NaN, an infinity, a zero of the other sign, a large error."""
+    x = inputs[torch.isfinite(inputs) & (inputs.abs() < 80)]
+    got, exact = torch.exp(x), torch.exp(x.double())
+    plain = plain_errors(got, exact)
+    assert plain is not None
+    torch.testing.assert_close(plain[1] * 2.0**23, ulp_error(got, exact), rtol=0, atol=0)
+    assert plain[0] == float(ulp_error(got, exact).max())
+    one = torch.ones(4, dtype=torch.float64)
+    for bad, exact in ((math.nan, one), (math.inf, one), (-0.0, one * 0), (1.01, one), (1.0, one * math.nan), (3e38, one * math.inf)):
+        assert plain_errors(torch.full((4,), bad), exact) is None
+
+
+def test_a_sweep_counts_what_differs_in_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiled(x: torch.Tensor) -> torch.Tensor:
+        y = torch.exp(x)
+        y[:3], y[5], y[7] = math.nan, math.inf, y[7] * (1 + 2.0**-18)
+        return y
+    first = int(torch.tensor(1.0).view(torch.int32))
+    whole = ulp.sweep("exp", first=first, end=first + 2 * ulp.CHUNK, eager_every=1)
+    assert (whole.inputs, whole.nan, whole.infinity, whole.zero, whole.eager_kind) == (2 * ulp.CHUNK, 0, 0, 0, 0)
+    assert 0.5 < whole.worst < MAX_ULP["exp"] and 0.5 < whole.eager < 2 and 1 <= whole.at < 1.1
+    assert abs(ulp.exact_error("exp", whole.at) - whole.worst) < 1e-6
+    monkeypatch.setattr(ulp, "_kernel", lambda *_: spoiled)
+    bad = ulp.sweep("exp", first=first, end=first + ulp.CHUNK)
+    assert (bad.nan, bad.infinity, bad.zero) == (3, 1, 0) and bad.worst > 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -97,3 +98,43 @@ CONSTANTS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_constants(name: str) -> None:
     check_levels(capture(*CONSTANTS[name]), CUDA)
+
+
+FEW = dataclasses.replace(CUDA, multiprocessors=4)
+MOMENTS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
+    "ragged": (lambda x: torch.var_mean(x + 50, 1), _normal((3, 9000))),
+    "whole_tiles": (lambda x: (x + 50).var(1, correction=0), _normal((3, 12288))),
+    "bf16": (lambda x: x.float().var(1), _normal((3, 9000), dtype=torch.bfloat16)),
+    "layer_norm": (lambda x: F.layer_norm(x, (9000,)), _normal((3, 9000))),
+    "channels": (lambda x: torch.var_mean(x, (0, 2)), _normal((40, 7, 300))),
+    "nan": (lambda x: x.var(1), _odd()),
+    "another_mean": (lambda x: (x - (x * 2).mean(1, keepdim=True)).square().sum(1), _normal((3, 9000))),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_moments(name: str) -> None:
+    check_levels(capture(*MOMENTS[name]), FEW)
+
+
+@pytest.mark.parametrize(("name", "loops"), [("ragged", 1), ("layer_norm", 2), ("another_mean", 2)])
+def test_mean_and_squares_are_one_pass(name: str, loops: int) -> None:
+    module = lowered(capture(*MOMENTS[name]), FEW)
+    assert sum(op.name == "tile.for" for op in module.walk()) == loops
+
+
+def _group_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.silu(F.group_norm(x, 8, w, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_norm_is_one_kernel(dtype: torch.dtype) -> None:
+    program = capture(_group_norm, _normal((8, 16, 20, 33), (16,), (16,), dtype=dtype))
+    check_levels(program, FEW)
+    assert [op.name for op in lowered(program, FEW).body] == ["tile.kernel", "func"]
+
+
+def test_few_groups_are_normalised_by_all_multiprocessors() -> None:
+    program = capture(_group_norm, _normal((1, 16, 20, 33), (16,), (16,)))
+    check_levels(program, CUDA)
+    assert [op.name for op in lowered(program, CUDA).body].count("tile.kernel") == 2

@@ -458,6 +458,25 @@ def test_integers_that_an_operator_returns(build: Callable[..., CompiledGraph]) 
     assert graph(torch.tensor(13))[0].shape == (13,)
 
 
+def test_a_size_of_a_later_result(build: Callable[..., CompiledGraph]) -> None:
+    """`defines` counts the results that are used: here the counts, the third of three."""
+    i64 = {"dtype": "i64", "shape": ["u0"], "strides": [1]}
+    graph = build(manifest([f32(8)], [{**i64, "kind": "extern"}], [
+        extern("aten._unique2.default", [{"operand": 0}, True, False, True], [place("input")], [i64], [0],
+               result_kinds=["none", "none", "tensor"], defines=[["u0", 0, 0]])],
+        symbols=["u0"], results=[{"kind": "buffer", "buffer": 0}, {"kind": "int", "expr": "u0"}]))
+    counts, n = graph(torch.tensor([1.0, 2, 1, 1, 5, 2, 1, 1]))
+    assert counts.tolist() == [5, 2, 1] and n == 3
+
+
+def test_the_place_of_a_view(build: Callable[..., CompiledGraph]) -> None:
+    graph = build(manifest([f32(8)], [f32(3)], [
+        extern("aten.slice.Tensor", [{"operand": 0}, 0, 4, 7], [place("input")], [f32(3)], [0], defines=[["u0", 0, -2]])],
+        symbols=["u0"], results=[{"kind": "buffer", "buffer": 0}, {"kind": "int", "expr": "u0"}]))
+    part, at = graph(torch.arange(10.0)[2:])
+    assert part.tolist() == [6, 7, 8] and at == 4
+
+
 def test_an_operator_that_returns_something_else(build: Callable[..., CompiledGraph]) -> None:
     graph = build(manifest([f32(8)], [f32(9)], [extern("aten.exp.default", [{"operand": 0}], [place("input")], [f32(9)], [0])]))
     with pytest.raises(RuntimeError, match=r"aten.exp.default.*shape \(8,\).*compiled for.*\(9,\)"):

@@ -5,6 +5,7 @@ import gc
 import mmap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,3 +103,10 @@ def test_errors(compile_ir: Callable[..., bytes]) -> None:
     for junk in (b"", b"\x7fELF", b"\x7fELF" + bytes(200), b"MZ" * 100, compile_ir(source())[:300]):
         with pytest.raises(ArtifactError):
             load_object(junk, ["main_0"])
+
+
+@pytest.mark.parametrize("name", ["", "\0", "main\0_0", "é", "../../etc", "9", "a" * 10_000, 7])
+def test_names_that_llvm_aborts_on(name: Any, compile_ir: Callable[..., bytes]) -> None:
+    """An empty name ended the process: an assertion of LLVM's. The fuzzer of damaged manifests found it."""
+    with pytest.raises(ArtifactError, match="no name of a function"):
+        load_object(compile_ir(source()), [name])

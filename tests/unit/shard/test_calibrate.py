@@ -1,9 +1,9 @@
 """`aicc calibrate` measures this machine and writes a cluster file that the planner takes."""
 
 import pytest
-from aicc.compiler.calibration import CalibrationRequest, calibrate
 from aicc.compiler.cli import app
 from aicc.compiler.errors import UserError
+from aicc.compiler.planning.calibration import CalibrationRequest, calibrate
 from aicc.passes.shard.cluster import load_cluster
 from typer.testing import CliRunner
 

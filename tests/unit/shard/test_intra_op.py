@@ -6,7 +6,7 @@ from math import inf
 import pytest
 import torch
 from aicc.compiler.model_file import LoadedModel
-from aicc.compiler.op_capture import capture
+from aicc.compiler.planning.op_capture import capture
 from aicc.passes.shard.cluster import load_cluster
 from aicc.passes.shard.collectives import axis_group
 from aicc.passes.shard.intra_op import IntraProblem, conversion, enumerate_all, solve

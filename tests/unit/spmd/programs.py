@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from aicc.compiler.joint import Joint, export_model, make_joint
+from aicc.compiler.distributed.joint import Joint, export_model, make_joint
 
 Tensor = torch.Tensor
 

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 from aicc.backends.nccl import collective_order, lower_collectives
-from aicc.compiler.auto_shard import auto_shard
-from aicc.compiler.sharded_validation import planted_faults, validate_plan
+from aicc.compiler.distributed.auto_shard import auto_shard
+from aicc.compiler.distributed.validation import planted_faults, validate_plan
 from aicc.ir.core import IRError, Operation
 from aicc.ir.parser import parse_module
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
@@ -143,3 +143,25 @@ def test_validation_and_planted_faults() -> None:
         assert set(faults.planted) == {"dropped all-reduce", "wrong reduce operator", "gathered in the wrong order", "swapped gradients",
                                        "micro-batch off by one"}
         assert sum(faults.planted.values()) > 20
+
+
+def test_gathers_start_as_far_ahead_as_memory_allows() -> None:
+    """Each gathers 128 bytes: with room for two, the third starts where the first has been read."""
+    lines = "\n".join(f"   %g{i} = dist.all_gather(%w{i}) {{{AXIS}, dim = 0}} : tensor<8x4xf32>\n"
+                      f"   %h{i + 1} = graph.add(%h{i}, %g{i}) : tensor<8x4xf32>" for i in range(3))
+    m = module(f"{lines}\n   return(%h3)", "%h0: tensor<8x4xf32>, %w0: tensor<4x4xf32>, %w1: tensor<4x4xf32>, %w2: tensor<4x4xf32>")
+    optimise(m, "dist-overlap{ahead=256}", (8, 4), (4, 4), (4, 4), (4, 4))
+    func = next(op for op in m.body if op.name == "func")
+    names = [op.name.partition(".")[2] or op.name for op in func.body]
+    assert names == ["all_gather", "all_gather", "wait", "all_gather", "add", "wait", "add", "wait", "add", "return"]
+
+
+def test_large_gradients_travel_alone_and_at_once() -> None:
+    m = module(f"""   %a = graph.neg(%x) : tensor<8x8xf32>
+   %b = graph.exp(%a) : tensor<8x8xf32>
+   %p = dist.reduce_scatter(%a) {{{AXIS}, dim = 0}} : tensor<4x8xf32>
+   %q = dist.reduce_scatter(%b) {{{AXIS}, dim = 0}} : tensor<4x8xf32>
+   return(%q, %p)""", "%x: tensor<8x8xf32>")
+    optimise(m, "dist-bucket{small=100}", (8, 8))
+    func = next(op for op in m.body if op.name == "func")
+    assert [op.name.partition(".")[2] or op.name for op in func.body] == ["neg", "reduce_scatter", "exp", "reduce_scatter", "return"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from aicc.compiler.joint import Joint
+from aicc.compiler.distributed.joint import Joint
 from aicc.ir import equivalent
 from aicc.ir.core import IRError
 from aicc.ir.parser import parse_module

@@ -1,0 +1,109 @@
+"""Which forward values the backward pass makes again instead of keeping them.
+
+    remade = recomputable(module, outputs, "selective")      # a test on forward ops
+
+    none        what costs nothing: views, constants, wider copies of kept values, all-gathers (a gathered parameter of ZeRO-3 is not kept
+                between the passes, nor is a gathered activation of sequence parallelism), and what element-wise ops alone make of kept values
+    selective   also element-wise ops, reductions and products of two activations: norms, activation functions, plain attention. Kept are the
+                results of products with parameters, of operators that are called (streaming attention is one) and of reducing collectives
+    full        everything inside a repeated block, its collectives too: of a block, what it reads is kept (Chen et al. 2016, "Training Deep
+                Nets with Sublinear Memory Cost", with one segment per block). Outside of blocks as `none`
+
+Random ops are never made again. Blocks are told by the module path of an op's location: members of the module list that most ops come from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+
+from ...ir.core import BlockArg, Operation, Value
+from ...ir.opdef import Trait
+from .build import tensor_type
+
+__all__ = ["MODES", "blocks_of", "derivation", "recomputable"]
+
+MODES = ("none", "selective", "full")
+_NUMBERED = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+_KEPT = ("graph.extern", "graph.attention", "graph.conv", "graph.conv_transpose", "graph.embedding", "graph.gather", "graph.index", "graph.scatter",
+         "graph.random_bits")
+LONGEST = 24
+"""Element-wise ops in a row that are run again: they fuse, and the kept values that they start from are read anyway."""
+_SOURCES = ("graph.iota", "graph.sym", "dist.coordinate", "dist.shard")
+_REDUCING = ("dist.all_reduce", "dist.reduce_scatter", "dist.all_to_all")
+
+
+def recomputable(ops: Sequence[Operation], mode: str) -> Callable[[Operation], bool]:
+    """The test for the forward ops given. ValueError for an unknown mode."""
+    if mode not in MODES:
+        raise ValueError(f"recompute '{mode}' is unknown; allowed: {', '.join(MODES)}")
+    if mode == "none":
+        return _free
+    if mode == "selective":
+        return lambda op: _free(op) or not _kept(op)
+    block, inside = blocks_of(ops), set(ops)
+    crossing = {op for op in block if any(u in inside and block.get(u) != block[op] for r in op.results for u in r.users)}
+    return lambda op: _free(op) or (op in block and op not in crossing and not _random(op))
+
+
+def derivation(v: Value, kept: Collection[Value]) -> list[Operation] | None:
+    """The views, constants and element-wise ops that make `v` from kept values and arguments; None if it takes more than that."""
+    found: dict[Operation, None] = {}
+    wanted = [v]
+    while wanted:
+        x = wanted.pop()
+        op = x.defining_op
+        if op is None or x in kept or op in found:
+            continue
+        free = op.has_trait(Trait.ViewLike) or op.has_trait(Trait.ConstantLike) or op.name in _SOURCES
+        if len(found) == LONGEST or not (free or op.has_trait(Trait.Elementwise)):
+            return None
+        found[op] = None
+        wanted.extend(op.operands)
+    return list(found)
+
+
+def blocks_of(ops: Sequence[Operation]) -> dict[Operation, int]:
+    """The repeated block that an op is part of, for ops inside blocks."""
+    found: dict[Operation, tuple[str, int]] = {}
+    for op in ops:
+        match = _NUMBERED.search(op.location.module)
+        if match is not None:
+            found[op] = (op.location.module[:match.start()], int(match.group(1)))
+    if not found:
+        return {}
+    prefix, _ = Counter(p for p, _ in found.values()).most_common(1)[0]
+    return {op: number for op, (p, number) in found.items() if p == prefix}
+
+
+def _free(op: Operation) -> bool:
+    """Makes its result without arithmetic on the forward pass's values."""
+    if op.has_trait(Trait.ViewLike) or op.has_trait(Trait.ConstantLike):
+        return True
+    if op.name == "graph.cast":
+        return tensor_type(op.result).dtype.bytes >= tensor_type(op.operands[0]).dtype.bytes
+    return op.name in (*_SOURCES, "dist.all_gather")
+
+
+def _random(op: Operation) -> bool:
+    return op.name == "graph.extern" and bool(op["random"])
+
+
+def _kept(op: Operation) -> bool:
+    """What selective recomputation keeps."""
+    if op.name in _REDUCING:
+        return True
+    if op.name == "graph.matmul":
+        return any(_is_parameter(v) for v in op.operands)
+    return op.name in _KEPT
+
+
+def _is_parameter(v: Value) -> bool:
+    """An argument, perhaps gathered, viewed or converted."""
+    while v.defining_op is not None:
+        op = v.defining_op
+        if not (op.has_trait(Trait.ViewLike) or op.name in ("graph.cast", "dist.all_gather", "dist.shard", "dist.wait")):
+            return False
+        v = op.operands[0]
+    return isinstance(v, BlockArg)

@@ -1,0 +1,83 @@
+"""Tiles that are measured: which candidates there are, that the fastest is used, and that it is remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from aicc.backends.triton import compile_gpu
+from aicc.compiler.autotune import Tuner, candidate_module, tune_tiles
+from aicc.compiler.options import Options
+from aicc.compiler.pipelines import pipeline
+from aicc.frontend.importer import import_graph
+from aicc.ir import Operation
+from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
+from aicc.ir.verifier import verify
+from aicc.passes.tiling.gpu_tiles import GpuTile
+from aicc.passes.tiling.lower import candidate_tiles
+from torch import fx
+
+from .cases import SM90
+
+OPTIONS = Options()
+
+
+def _module() -> Operation:
+    """relu(a @ b) and the same again: two equal groups."""
+    def f(a: Any, b: Any) -> Any:
+        return (torch.relu(torch.ops.aten.mm.default(a, b)),)
+
+    gm = fx.experimental.proxy_tensor.make_fx(f)(torch.empty(300, 64, dtype=torch.bfloat16), torch.empty(64, 520, dtype=torch.bfloat16))
+    module = import_graph(gm)
+    for stage in ("graph", "tensor"):
+        run_pipeline(module, parse_pipeline(pipeline(stage, SM90, OPTIONS)), PassContext(SM90))
+    return module
+
+
+def _group(module: Operation) -> Operation:
+    return next(op for op in module.walk() if op.name == "tensor.fused")
+
+
+def _second_is_best(asked: list[int]) -> Any:
+    def measure(fused: Operation, tiles: Sequence[GpuTile], ctx: PassContext, options: Options) -> list[float]:
+        asked.append(len(tiles))
+        return [1.0 if i != 1 else 0.5 for i in range(len(tiles))]
+
+    return measure
+
+
+def test_the_fastest_tile_is_used_and_remembered(tmp_path: Path) -> None:
+    asked: list[int] = []
+    for _ in range(2):  # two processes, as it were
+        module = _module()
+        tiles = candidate_tiles(_group(module), SM90)
+        tune_tiles(module, PassContext(SM90), Tuner(OPTIONS, tmp_path, _second_is_best(asked)))
+        group = _group(module)
+        assert group["tile"] == (tiles[1].rows, tiles[1].columns, tiles[1].step, tiles[1].warps, tiles[1].stages)
+        run_pipeline(module, parse_pipeline(pipeline("tile", SM90, OPTIONS)), PassContext(SM90))
+        dot = next(op for op in module.walk() if op.name == "tile.dot")
+        assert dot.result.type.shape == (tiles[1].rows, tiles[1].columns)  # type: ignore[attr-defined]
+    assert len(asked) == 1 and asked[0] >= 2
+
+
+def test_a_damaged_memory_is_measured_again(tmp_path: Path) -> None:
+    asked: list[int] = []
+    tune_tiles(_module(), PassContext(SM90), Tuner(OPTIONS, tmp_path, _second_is_best(asked)))
+    (file,) = (tmp_path / "tiles").glob("*.json")
+    file.write_text("[128, 0]")
+    tune_tiles(_module(), PassContext(SM90), Tuner(OPTIONS, tmp_path, _second_is_best(asked)))
+    assert len(asked) == 2
+
+
+def test_candidates_compile(tmp_path: Path) -> None:
+    module = _module()
+    group = _group(module)
+    ctx = PassContext(SM90)
+    tiles = candidate_tiles(group, SM90)[:2]
+    made = candidate_module(group, tiles, ctx)
+    verify(made)
+    assert not group["tile"]
+    run_pipeline(made, parse_pipeline(pipeline("host", SM90, OPTIONS)), ctx)
+    assert len(compile_gpu(made, SM90, cache_dir=tmp_path).kernels) == 2

@@ -1,0 +1,233 @@
+"""Attention in training: gradients against float64, what streams, and memory that grows with the length and not with its square."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from aicc.compiler.dynamo import backend
+from aicc.compiler.options import Options
+from aicc.ir import Operation
+from support.stages import AVX2, CUDA
+from support.training import kernels_of, streams_of, training_graphs
+from torch import Tensor, nn
+
+NEVER = float("-inf")
+FORWARD = ["1 + 1 [max, sum]"]
+BACKWARD = ["2 + 1 []", "2 + 2 []"]
+
+
+def _positions(s: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.arange(s.shape[-2], device=s.device)[:, None], torch.arange(s.shape[-1], device=s.device)[None]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT / 8).softmax(-1) @ v
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT / 8
+    i, j = _positions(s)
+    return torch.where(j <= i, s, NEVER).softmax(-1) @ v
+
+
+def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = 30 * torch.tanh(q @ k.mT / 240)
+    i, j = _positions(s)
+    return torch.where((j <= i) & (i - j < 100), s, NEVER).softmax(-1) @ v
+
+
+def alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT / 8
+    i, j = _positions(s)
+    slopes = torch.exp2(-torch.arange(1, q.shape[1] + 1, device=q.device)).to(q.dtype)[:, None, None]
+    return (s + slopes * (j - i)).masked_fill(j > i, NEVER).softmax(-1) @ v
+
+
+def documents(q: Tensor, k: Tensor, v: Tensor, d: Tensor) -> Tensor:
+    return torch.where(d[:, None] == d[None], q @ k.mT / 8, NEVER).softmax(-1) @ v
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return causal(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
+
+
+def sdpa(**options: Any) -> Callable[..., Tensor]:
+    return lambda q, k, v, *mask: F.scaled_dot_product_attention(q, k, v, *mask, **options)
+
+
+def _qkv(s: int = 300, heads: int = 2, keys: int | None = None, *, batch: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    g = torch.Generator().manual_seed(s)
+    return [torch.randn(batch, h, s, 64, generator=g).to(dtype) for h in (heads, keys or heads, keys or heads)]
+
+
+def _bool_mask(s: int) -> Tensor:
+    """Half of the scores, and nothing for the first rows."""
+    mask = torch.rand(s, s, generator=torch.Generator().manual_seed(1)) > 0.5
+    mask[:9] = False
+    return mask
+
+
+CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+    "plain": (plain, _qkv()),
+    "causal": (causal, _qkv(batch=2)),
+    "window": (window, _qkv()),
+    "alibi": (alibi, _qkv()),
+    "documents": (documents, [*_qkv(), torch.arange(300) // 70]),
+    "grouped": (grouped, _qkv(heads=4, keys=2)),
+    "sdpa": (sdpa(is_causal=True), _qkv()),
+    "sdpa_grouped": (sdpa(is_causal=True, enable_gqa=True), _qkv(heads=4, keys=2)),
+    "sdpa_bool_mask": (sdpa(), [*_qkv(), _bool_mask(300)]),
+    "sdpa_float_mask": (sdpa(scale=0.3), [*_qkv(), torch.where(_bool_mask(300), 0.5, NEVER)]),
+}
+FAST = {"causal", "sdpa_bool_mask"}
+
+
+def _gradients(f: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, seed: int = 0) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point() and x.dim() == 4) for x in inputs]
+    torch.manual_seed(seed)
+    out = f(*leaves)
+    out.backward(grad.to(out.dtype))
+    return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def check_gradients(f: Callable[..., Tensor], inputs: list[Tensor], compiled: Callable[..., Tensor], tolerance: float) -> None:
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(7))
+    got = _gradients(compiled, inputs, grad)
+    want = _gradients(f, [_exact(x) for x in inputs], grad.to(inputs[0].dtype).double())
+    assert len(got) == len(want) == 4
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+def test_gradients(name: str) -> None:
+    f, inputs = CASES[name]
+    torch._dynamo.reset()
+    check_gradients(f, inputs, torch.compile(f, backend="aicc"), 4e-6)
+
+
+@pytest.mark.slow
+def test_gradients_in_bfloat16() -> None:
+    torch._dynamo.reset()
+    check_gradients(causal, _qkv(dtype=torch.bfloat16), torch.compile(causal, backend="aicc"), 2e-2)
+
+
+@pytest.mark.slow
+def test_dynamic_lengths_share_a_kernel() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(window, backend="aicc")
+    for s in (300, 417):
+        inputs = _qkv(s)
+        for x in inputs:
+            torch._dynamo.mark_dynamic(x, 2)
+
+        def marked(*xs: Tensor) -> Tensor:
+            for x in xs:
+                torch._dynamo.mark_dynamic(x, 2)
+            return compiled(*xs)
+
+        check_gradients(window, inputs, marked, 4e-6)
+
+
+def test_dropout_draws_the_same_numbers_backward() -> None:
+    """With the identity for v the result is the dropped weights: they give the mask, and with it the exact gradients."""
+    s = 256
+    f = sdpa(dropout_p=0.25, is_causal=True)
+    q, k, _ = _qkv(s)
+    v = torch.randn(1, 2, s, s, generator=torch.Generator().manual_seed(3))
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend="aicc")
+    seen = _gradients(compiled, [q, k, torch.eye(s).expand(1, 2, s, s).contiguous()], torch.ones(1, 2, s, s), seed=5)[0]
+    kept = (seen != 0).double()
+    alive = torch.ones(s, s, dtype=torch.bool).tril()
+    assert 0.7 < kept[..., alive].mean() < 0.8
+
+    def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (torch.where(alive, q @ k.mT / 8, NEVER).softmax(-1) * kept / 0.75) @ v
+
+    grad = torch.randn(1, 2, s, s, generator=torch.Generator().manual_seed(4))
+    got, want = _gradients(compiled, [q, k, v], grad, seed=5), _gradients(exact, [q.double(), k.double(), v.double()], grad.double())
+    for a, b in zip(got, want, strict=True):
+        assert (a.double() - b).abs().max() <= 4e-6 * b.abs().max()
+
+
+def test_fallback_random_draws_eagers_numbers() -> None:
+    q, k, v = _qkv(64)
+    f = sdpa(dropout_p=0.5)
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend=backend(Options(fallback_random=True, strict=True)))
+    for a, b in zip(*(_gradients(g, [q, k, v], torch.ones(1, 2, 64, 64)) for g in (compiled, f)), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+# -- what is made of it ------------------------------------------------------------------------------------------------------------
+
+def _largest(module: Operation) -> int:
+    """Elements of the largest buffer of a host program, arguments and results included."""
+    types = [v.type for op in module.walk() for v in (*op.results, *(a for r in op.regions for block in r.blocks for a in block.args))]
+    return max(math.prod(t.shape) for t in types if hasattr(t, "shape") and hasattr(t, "dtype") and "Buffer" in type(t).__name__)
+
+
+@pytest.mark.parametrize("target", [AVX2, CUDA], ids=["avx2", "cuda"])
+@pytest.mark.parametrize("name", ["causal", pytest.param("alibi", marks=pytest.mark.slow), "window", "dropout"])
+def test_neither_scores_nor_weights_are_stored(name: str, target: Any) -> None:
+    """The forward pass is one stream, the backward two and a sum over rows; memory doubles with the length."""
+    f = sdpa(dropout_p=0.1, is_causal=True) if name == "dropout" else CASES[name][0]
+    arenas = []
+    for s in (512, 1024):
+        inputs = [torch.randn(1, 16, s, 64).to(torch.bfloat16 if target is CUDA else torch.float32).requires_grad_() for _ in range(3)]
+        graphs = training_graphs(f, inputs, target)
+        assert max(map(_largest, graphs.values())) <= 16 * s * 64
+        arenas.append(sum(next(op for op in m.body if op.name == "func")["stats"].get("arena_bytes", 0) for m in graphs.values()))
+    assert arenas[1] <= 2.1 * arenas[0] + 4096
+
+
+def test_kernels_are_counted() -> None:
+    inputs = [torch.randn(1, 16, 1024, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    graphs = training_graphs(causal, inputs, CUDA, "tensor")
+    assert streams_of(graphs["forward"]) == FORWARD and len(kernels_of(graphs["forward"])) == 1
+    assert streams_of(graphs["backward"]) == BACKWARD and len(kernels_of(graphs["backward"])) == 3
+
+
+@pytest.mark.parametrize("target", [AVX2, CUDA], ids=["avx2", "cuda"])
+def test_what_is_returned_is_saved(target: Any) -> None:
+    """Where the weights are a result, or a bias is trained, nothing is gained by computing them twice."""
+    def with_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = (q @ k.mT).softmax(-1)
+        return (p @ v).sum() + p.square().sum()
+
+    def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return ((q @ k.mT) + bias).softmax(-1) @ v
+
+    inputs = [torch.randn(1, 2, 256, 64, requires_grad=True) for _ in range(3)]
+    graphs = training_graphs(with_weights, inputs, target, "tensor")
+    assert not streams_of(graphs["forward"]) and not streams_of(graphs["backward"])
+    graphs = training_graphs(with_bias, [*inputs, torch.randn(2, 256, 256, requires_grad=True)], target, "tensor")
+    assert not streams_of(graphs["backward"])
+
+
+@pytest.mark.slow
+def test_multi_head_attention_module() -> None:
+    torch.manual_seed(0)
+    m = nn.MultiheadAttention(128, 2, batch_first=True)
+    x = torch.randn(1, 300, 128, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: m(x, x, x, need_weights=False)[0], backend="aicc")
+    compiled(x).square().sum().backward()
+    got = [x.grad, *(p.grad for p in m.parameters())]
+    x.grad, exact = None, nn.MultiheadAttention(128, 2, batch_first=True).double()
+    exact.load_state_dict(m.state_dict())
+    y = x.detach().double().requires_grad_()
+    exact(y, y, y, need_weights=False)[0].square().sum().backward()
+    for a, b in zip(got, [y.grad, *(p.grad for p in exact.parameters())], strict=True):
+        assert (a.double() - b).abs().max() <= 1e-5 * b.abs().max()
