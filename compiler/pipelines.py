@@ -17,6 +17,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
     """The passes of one stage, as text."""
     relax = "" if not options.emulate_precision_casts else "{relax-casts=false}"
     choices = ["epilogues=false"] * options.emulate_precision_casts + ["replayed=true"] * options.replays
+    fuse = f"fuse{{multiprocessors={max(1, target.multiprocessors)}}}" if target.is_gpu else "fuse"
     library = "library" + (f"{{{' '.join(choices)}}}" if choices else "")
     return {
         # Still named ops: what is cheap to see here is folded before it is spelled out.
@@ -43,7 +44,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             *(["library-operands", "alias-views"] if target.is_gpu else []),
             *(["stream"] if options.fuse else []),
             *(["split-reductions", "split-dimensions"] if target.is_gpu and options.fuse else []),
-            "fuse" if options.fuse else "fuse{max-members=1}",
+            fuse if options.fuse else "fuse{max-members=1}",
             # What crosses from kernel to kernel is known now.
             *(["narrow-results"] if target.is_gpu else []),
         ]),

@@ -25,7 +25,9 @@ from ..ir.passes import Pass, PassContext, register
 from .prologue import unpacks
 from .siblings import are_siblings
 from .split_dimensions import reshaping_view
+from .split_reductions import reduces_rows
 from .structured import body_ops, is_contraction, is_pointwise, plain_dims
+from .tiling.gpu_tiles import COLUMNS
 from .topology import topological_sort
 
 
@@ -87,13 +89,14 @@ def split_frame(frame: list[Dim], members: list[Operation], places: dict[Operati
 @register
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """See the module docstring."""
+    """See the module docstring. `multiprocessors`: of the GPU that the kernels are for."""
 
     name: ClassVar[str] = "fuse"
     max_members: int = 48
     max_values: int = 28
     parallel_enough: int = 32
     small: int = 1 << 14
+    multiprocessors: int = 0
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         names: dict[str, int] = {}
@@ -276,7 +279,12 @@ class Fuse(Pass):
         outer, total = product(d for i, d in enumerate(frame) if i not in inner), product(frame)
         if isinstance(total, int) and total <= self.small:
             return True
-        return not isinstance(outer, int) or outer >= self.parallel_enough
+        if not isinstance(outer, int):
+            return True
+        if self.multiprocessors:  # of a GPU: a program takes a row, or some columns
+            rows = any(not all(isinstance(n, int) for n in m["dims"]) or reduces_rows(m) for m in members if m["reductions"])
+            return outer // (1 if rows else COLUMNS) >= self.multiprocessors // 2
+        return outer >= self.parallel_enough
 
 
 def _saved(g: Group, op: Operation) -> float:

@@ -54,7 +54,7 @@ class SplitReductions(Pass):
         first = len(parallel_dims(op))
         d = max(range(first, len(op["dims"])), key=lambda i: op["dims"][i])
         length = product(op["dims"][first:])
-        least = self.least_row if not is_contraction(op) and _reduces_rows(op) else self.least
+        least = self.least_row if not is_contraction(op) and reduces_rows(op) else self.least
         limit = min(wanted, self.most, int(length) // least, _affordable(op))  # type: ignore[arg-type]
         return next((p for p in range(limit, 1, -1) if op["dims"][d] % p == 0), 1), d
 
@@ -69,7 +69,7 @@ def _programs(op: Operation, target: Target) -> int:
         tile = gemm_tile_gpu(target, batch, m, n, k, product_bytes(op), exact=not element_type(op.result.type).is_float,
                              row_major=is_row_major(op, roles))
         return max(1, as_int(batch * ceildiv(m, tile.rows) * ceildiv(n, tile.columns)))
-    return max(1, count if _reduces_rows(op) else count // COLUMNS)
+    return max(1, count if reduces_rows(op) else count // COLUMNS)
 
 
 def _affordable(op: Operation) -> int:
@@ -79,7 +79,7 @@ def _affordable(op: Operation) -> int:
     return read // max(1, 2 * made)
 
 
-def _reduces_rows(op: Operation) -> bool:
+def reduces_rows(op: Operation) -> bool:
     """The largest operand is contiguous along a summed dimension: a program takes a row each; else it takes COLUMNS columns."""
     sizes = [(v.type.numel, i) for i, v in enumerate(op.operands)  # type: ignore[attr-defined]
              if op["maps"][i] is not None and isinstance(v.type, TensorType) and isinstance(v.type.numel, int)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
@@ -13,6 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...ir.core import Operation
+from ...runtime.cuda_graph import CudaGraph
+from ...runtime.cuda_profile import Profile
 from ..capture import GraphRecord, Recorder, call_eager, call_model, prepare
 from ..dynamo import backend
 from ..errors import UserError
@@ -24,6 +27,8 @@ from .places import short_place
 
 __all__ = ["explain"]
 
+TIMED = 6
+"""Calls that --time measures; the first does not count."""
 _BOOKKEEPING = ("module", "func", "return", "tile.kernel", "tile.return", "yield", "tensor.yield")
 
 
@@ -34,6 +39,7 @@ def explain(
     dynamic: Dynamic = None,
     every_remark: Annotated[bool, typer.Option("--all", help="Remarks on what was done as well as on what was declined; every guard.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    time: Annotated[bool, typer.Option("--time", help="On a GPU: the time of every kernel, library call, copy and ATen call.")] = False,
     debug: Debug = False,
 ) -> None:
     """Explain what MODEL compiles to, and why: ops, fused groups, kernels, ATen calls with the Python line, what was declined; graph breaks
@@ -55,6 +61,8 @@ def explain(
                 before = len(recorder.graphs)
                 call_model(compiled, dataclasses.replace(found, args=args, kwargs=kwargs), train)
                 calls.append({"call": what, "arguments": _shapes(args, kwargs), "compiled": [g.title for g in recorder.graphs[before:]]})
+            if time:
+                _measure(recorder, lambda: call_model(compiled, found, train))
     if not recorder.graphs:
         raise UserError(f"'{model}' ran, but nothing in it was compiled")
     report = {"model": model, "capture": _capture(log, calls),
@@ -63,6 +71,17 @@ def explain(
         typer.echo(json.dumps(report, indent=2))
     else:
         _show(report, every_remark)
+
+
+def _measure(recorder: Recorder, call: Callable[[], Any]) -> None:
+    """Has every graph on a GPU take its steps' times in TIMED calls. UserError if there is none."""
+    graphs = [c.graph for g in recorder.graphs if (c := g.compilation) is not None and isinstance(c.graph, CudaGraph)]
+    if not graphs:
+        raise UserError("--time measures what runs on a GPU, and nothing of this model does")
+    for graph in graphs:
+        graph.profile = Profile()
+    for _ in range(TIMED):
+        call()
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -91,6 +110,7 @@ def _graph(record: GraphRecord, every_remark: bool) -> dict[str, Any]:
         "kernels": [{"name": n, "launches": launches[n], "ops": _count(k), "origin": _origins(k), **c.stats.get("resources", {}).get(n, {})}
                     for n, k in groups.items()],
         "externs": [{**e, "location": short_place(e["location"])} for e in c.stats.get("externs", [])],
+        "times": c.graph.profile.table(40) if isinstance(c.graph, CudaGraph) and c.graph.profile is not None else [],
         "remarks": [{"pass": r.pass_name, "kind": r.kind, "message": r.message, "location": short_place(str(r.location)) if r.location.file else ""}
                     for r in c.remarks if every_remark or r.kind == "declined"],
     }
@@ -134,6 +154,8 @@ def _show(report: dict[str, Any], everything: bool) -> None:
             held = _resources(k) if on_gpu else ()
             table.add_row(k["name"], str(k["launches"]), str(sum(k["ops"].values())), *held, escape("\n".join(places[:3]) + more))
         out.print(table)
+        for line in g["times"]:
+            out.print(escape(line))
         _show_rows(out, "calls that stay with ATen", ("call", "reason", "from"), [(e["target"], e["reason"], e["location"]) for e in g["externs"]])
         _show_rows(out, "remarks", ("pass", "kind", "what", "where"), [tuple(r.values()) for r in g["remarks"]])
 

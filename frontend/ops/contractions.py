@@ -94,6 +94,9 @@ def convolution(c: Context, x: Value, w: Value, bias: Value | None, stride: Any,
 def convolution_backward(c: Context, grad: Value, x: Value, w: Value, bias_sizes: Any, stride: Any, padding: Any, dilation: Any,
                          transposed: bool, output_padding: Any, groups: int, mask: Sequence[bool]) -> tuple[Value | None, ...]:
     """The gradients of input, weight and bias, where `mask` wants them. A transposed convolution swaps input and output."""
+    if any(isinstance(v, torch.Tensor) and v.is_cuda and v.is_floating_point() for v in c.val):
+        # Sums over all positions of a batch: cuDNN has kernels for every size of them, and they take long to compile.
+        raise Unsupported("cuDNN's kernels are quicker")
     n = typeof(x).rank - 2
     window: dict[str, Any] = {"stride": _spread(stride, n), "padding": _spread(padding, n), "dilation": _spread(dilation, n)}
     if groups != 1:

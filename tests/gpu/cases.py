@@ -319,6 +319,13 @@ CASES: dict[str, Case] = {
     "transpose_add": Case(_plain(lambda a, b: a.t() + b), _normal((200, 130), (130, 200)), tolerance=0),
     "split_k": Case(_plain(lambda a, b, c: F.gelu(a @ b + c)), _normal((16, 2048), (2048, 40), (40,))),
     "column_sum_long": Case(_plain(lambda a: a.sum(0) * 2), _normal((16384, 16))),
+    "siblings": Case(  # one launch for the products, one for what reads them
+        _plain(lambda x, q, k, v: ((x @ q).softmax(-1), (x @ k).relu(), (x @ v).cumsum(-1))),
+        _normal((2, 96), (96, 130), (96, 64), (96, 33)),
+    ),
+    "norm_backward": Case(
+        _plain(lambda x, w, b, v: F.layer_norm(x, (96,), w, b) @ v), _normal((40, 96), (96,), (96,), (96, 32), grad=True), backward=True, tolerance=2e-5
+    ),
     "mlp_backward": Case(_module(_mlp, train=True), _normal((50, 64)), backward=True, tolerance=2e-5),
     "embedding_backward": Case(
         _plain(lambda w, i: F.embedding(i, w).tanh()),

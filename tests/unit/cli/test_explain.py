@@ -91,3 +91,7 @@ def get_inputs():
 
 def test_more_inputs_must_be_a_list(aicc: Aicc, write: Write) -> None:
     refused(aicc("explain", write("import torch\nmodel = torch.nn.ReLU()\ninputs = torch.ones(2)\nmore_inputs = 3\n")), "more_inputs", "list")
+
+
+def test_times_are_those_of_a_gpu(aicc: Aicc, write: Write) -> None:
+    refused(aicc("explain", write("import torch\nmodel = torch.nn.ReLU()\ninputs = torch.ones(2)\n"), "--time"), "--time", "GPU")
