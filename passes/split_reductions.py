@@ -41,7 +41,8 @@ class SplitReductions(Pass):
                 if not set(op["combine"]) <= SPLITTABLE or 0 in op["dims"]:
                     continue
                 programs, room = _programs(op, ctx.target), ctx.target.multiprocessors
-                parts, d = self._parts(op, -(-2 * room // programs)) if 2 * programs <= room else (1, 0)
+                wanted = 4 if not is_contraction(op) and _reduces_rows(op) else 2  # programs per multiprocessor, as measured
+                parts, d = self._parts(op, -(-wanted * room // programs)) if 2 * programs <= room else (1, 0)
                 if parts > 1:
                     _split(op, d, parts)
                     ctx.remark("done", f"a reduction of {op['dims'][d]} elements in {parts} parts", op.location)
