@@ -38,7 +38,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             "fuse" if options.fuse else "fuse{max-members=1}",
         ]),
         # Kernels are simplified once more: bodies merged by fusion share index arithmetic.
-        "tile": "tile,cse,dce",
+        "tile": f"tile{relax},cse,dce",
         # A CUDA graph wants few kernels to use the memory of outputs, whose address is another one in each call.
         "host": "schedule,bufferize,plan-memory" + ("{outputs=false}" if options.replays and target.is_gpu else ""),
     }[stage]

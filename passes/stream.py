@@ -298,13 +298,16 @@ class _Growth:
             for d, e in zip(dims, self.s.position[v.defining_op], strict=True):  # type: ignore[index]
                 if place.setdefault(d, e) != e:
                     return False
-        if len(place) != len(op["dims"]) or len({str(e) for e in place.values()}) != len(place):
+        if len({str(e) for e in place.values()}) != len(place):
+            return False
+        place |= {d: 0 for d, n in enumerate(op["dims"]) if d not in place and n == 1}  # a dimension that a view put in
+        if len(place) != len(op["dims"]):
             return False
         at = tuple(place[d] for d in range(len(place)))
-        if any(op["dims"][j] != self.size_of(e) for j, e in enumerate(at)):
+        if any(e != 0 and op["dims"][j] != self.size_of(e) for j, e in enumerate(at)):
             return False  # it reads a part
         wanted = {*self.s.batch, *self.s.rows}
-        names = {str(e) for e in at}
+        names = {str(e) for e in at if e != 0}
         tail = any(n not in wanted for n in names)
         if names != wanted | ({f"n{k}" for k in range(len(self.s.columns))} if tail else set()):
             return False

@@ -5,21 +5,23 @@
     compiled.blobs        # cubins by name
     compiled.sources      # Triton text by kernel, for `aicc dump-ir`
 
-`printer.py` makes the text (with `expressions.py`, `arith.py`, `helpers.py`), `warp_groups.py` that of streams on Hopper, `compile.py` the cubins, `host.py` the list of launches and
-`native.py` the machine code that launches them; `simulate.py` runs kernels in Triton's interpreter.
+`printer.py` makes the text (with `expressions.py`, `arith.py`, `helpers.py`), `warp_groups.py` that of streams on Hopper (with
+`stream_shape.py`, `descriptors.py`), `compile.py` the cubins, `host.py` the list of launches and `native.py` the machine code that launches
+them; `simulate.py` runs kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...ir.core import Operation
+from ...ir.core import IRError, Operation
 from ...ir.expr_json import expr_to_json
 from ...ir.target import Target
 from .compile import CompiledKernel, compile_kernel, triton_cache
@@ -72,7 +74,15 @@ def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = N
     sources = {name: _source(kernel, target, program.divisible(name)) for name, kernel in program.kernels.items()}
 
     def one(name: str) -> CompiledKernel:
-        return compile_kernel(sources[name], target, divisible=program.divisible(name), cache_dir=cache_dir)
+        divisible = program.divisible(name)
+        try:
+            return compile_kernel(sources[name], target, divisible=divisible, cache_dir=cache_dir)
+        except IRError as error:
+            if not sources[name].registers:
+                raise
+            warnings.warn(f"kernel '{name}' is compiled in its plain, slower form: {str(error)[:300]}", RuntimeWarning, stacklevel=2)
+            sources[name] = print_kernel(program.kernels[name])
+            return compile_kernel(sources[name], target, divisible=divisible, cache_dir=cache_dir)
 
     with triton_cache(cache_dir), ThreadPoolExecutor(threads) as pool:
         compiled = dict(zip(sources, pool.map(one, sources), strict=True))

@@ -389,8 +389,9 @@ class _Function:
         sizes, strides = (self.owner.table(f"{name}.{what}", I64, n) for what, n in (("sizes", c.sizes), ("strides", c.strides)))
         box, ones = (self.owner.table(f"{name}.{what}", I32, n) for what, n in (("box", c.box), ("ones", [1] * len(c.box))))
         start = [self._at(t, 0, I32) for t in (sizes, strides, box, ones)]
-        self._call("cuTensorMapEncodeTiled", [self._at(self.frame, cell, I64), I32(c.type), I32(len(c.sizes)), self._pointer(I32(self.cells[c.place])),
-                                              *start, I32(0), I32(c.swizzle), I32(PROMOTION), I32(0)], I32(c.step))
+        matrix = [I32(c.type), I32(len(c.sizes)), self._pointer(I32(self.cells[c.place])), *start]
+        self._call("cuTensorMapEncodeTiled", [self._at(self.frame, cell, I64), *matrix, I32(0), I32(c.swizzle), I32(PROMOTION), I32(0)],
+                   I32(c.step))
 
     def _value(self, cell: ir.Value) -> ir.Value:
         """What a cell holds, an i64."""

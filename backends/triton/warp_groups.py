@@ -2,14 +2,11 @@
 
     source = print_warp_groups(kernel, target, divisible)     # a KernelSource, or a str that says why not
 
-The kernel is one that `passes/tiling/stream.py` makes: loops over a stream (`part` is set), each with two products,
-
-    s = q @ k[i]        ...        acc = p @ v[i] + acc * alpha
-
-A warp of its own brings q, k[i] and v[i] to shared memory with the bulk copy engine (TMA, through tensor maps), a ring of stages ahead; two
-groups of four warps compute 64 rows each. They meet at barriers in shared memory alone: full[stage] says that a tile has come, free[stage]
-that both groups have read it. So the exponentials of one group run beside the products of the other. Programs are persistent: one for each
-multiprocessor, which takes every so many-th of the kernel's programs; the next one's tiles are under way while the last one is finished.
+The kernel is a stream (`stream_shape.py`): loops with the two products s = q @ k[i] and acc = p @ v[i] + acc * alpha. A warp of its own brings q,
+k[i] and v[i] to shared memory with the bulk copy engine (TMA, through tensor maps), a ring of stages ahead; two groups of four warps compute 64
+rows each. They meet at barriers in shared memory alone: full[stage] says that a tile has come, free[stage] that both groups have read it. So the
+exponentials of one group run beside the products of the other. Programs are persistent: one for each multiprocessor, which takes every so
+many-th of the kernel's programs; the next one's tiles (there is room for two q) are under way while the last one is finished.
 
 With `ahead` a group also overlaps with itself: the product q @ k[i + 1] and the product p @ v[i] are started before the exponentials of step
 i + 1, as in FlashAttention-3 (Shah et al. 2024, section 3.2). That pays where the work between the products is light; else registers and
@@ -22,31 +19,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from ...ir.core import Operation, Value
-from ...ir.expr import Dim, Expr, as_int, known_less, lower_bound, product, split_linear, substitute, upper_bound
+from ...ir.expr import as_int, lower_bound, product, upper_bound
 from ...ir.target import Target
-from ...ir.types import BufferType, TileType, element_type
+from ...ir.types import TileType, element_type
 from .arith import arith_text, literal
-from .descriptors import ALIGNMENT, TensorMap
 from .dtypes import pointer
 from .expressions import IndexText
 from .helpers import used_helpers
-from .printer import KernelSource, Printer, identifier, loaded_buffers, provenance, stored_buffers
+from .printer import KernelSource, Printer, identifier, provenance
+from .stream_shape import HALF, ROWS, Declined, Loop, Read, StreamShape, read_stream, require
 
 __all__ = ["print_warp_groups"]
 
-ROWS = 128
-"""Rows of a program: two groups of 64."""
-HALF = ROWS // 2
 MAX_REGISTERS = 168
 """Per thread when the kernel starts: 65536 for 12 warps. The groups take the loader's."""
 GROUP_REGISTERS, LOADER_REGISTERS = 240, 24
 SHARED = 192 << 10
 """Bytes of shared memory for q, k and v; the rest is for turning results."""
-SHARED_LAYOUT = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
-"""Of tiles whose rows are 64 or 128 elements of 16 bits."""
 LIGHT = 14
 """Pointwise ops on whole tiles between the products up to which a group runs ahead of itself."""
 _NAMES = ("gl", "gluon", "mbarrier", "tma_load", "program", "steps", "turn", "stage", "last", "who", "layout", "stored", "operand", "zero", "weights",
@@ -62,47 +53,14 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  
 """
 
 
-class _Declined(Exception):
-    """The kernel is no stream that this schedule fits."""
-
-
 def print_warp_groups(kernel: Operation, target: Target, divisible: Sequence[bool]) -> KernelSource | str:
     """`divisible`: of each buffer, whether its address is a multiple of 16 in every launch."""
     if target.capability != 90:
         return "not Hopper"
     try:
         return _Groups(kernel, target, divisible).run()
-    except _Declined as why:
+    except Declined as why:
         return str(why)
-
-
-def _require(condition: object, why: str) -> None:
-    if not condition:
-        raise _Declined(why)
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A tile that the copy engine brings: where it is in its tensor map, over the operands of the load. `turned`: it is read transposed."""
-
-    op: Operation
-    map: TensorMap
-    row: Dim
-    column: Dim
-    turned: bool
-
-
-@dataclass(frozen=True)
-class _Loop:
-    op: Operation
-    first: Operation
-    second: Operation
-    k: _Read
-    v: _Read
-    late: tuple[Operation, ...]  # they change the accumulator
-    between: tuple[Operation, ...]
-    hoisted: tuple[Operation, ...]  # what does not move with the loop
-    carried: int  # which carried value is the accumulator
 
 
 class _Groups(Printer):
@@ -113,128 +71,22 @@ class _Groups(Printer):
         self.target, self.divisible = target, divisible
         self.store_layout = False
 
-    # -- what the kernel looks like ---------------------------------------------------------------------------------------
-
-    def _analyse(self) -> None:
-        kernel = self.kernel
-        _require(not kernel["symbols"] and not self.wide, "sizes are not constant, or too large")
-        loops = [op for op in kernel.body if op.name == "tile.for"]
-        _require(loops and all(op["part"] for op in loops), "no loop over a stream")
-        _require(not (stored_buffers(kernel.body) & loaded_buffers(kernel.body)), "a buffer is read and written")
-        top = set(kernel.body)
-        self.loops = [self._loop(op, top) for op in loops]
-        made = self.loops[0].first.operands[0].defining_op
-        _require(all(loop.first.operands[0].defining_op is made for loop in self.loops), "loops multiply different rows")
-        _require(made is not None and made.name == "tile.load" and made in top and all(u.name == "tile.dot" for u in made.result.users),
-                 "the rows' operand is not read once")
-        assert made is not None
-        self.q = self._read(made, "q_map", rows=HALF)
-        _require(not self.q.turned and made["shape"][0] == ROWS, "other than 128 rows")
-        self.steps, self.width = self.loops[0].first.result.type.shape[1], made["shape"][1]
-        self.columns = self.loops[0].second.result.type.shape[1]
-        _require(all((a.k.map, a.v.map) == (b.k.map, b.v.map) for a, b in zip(self.loops, self.loops[1:], strict=False)), "loops read different matrices")
-        _require(self.width in (64, 128) and self.columns in (64, 128) and self.steps in (64, 128), "tiles of other sizes")
-        for a, b in zip(self.loops, self.loops[1:], strict=False):
-            _require(list(b.op.operands[b.op["indices"]:]) == list(a.op.results) and a.carried == b.carried, "loops that do not follow each other")
-        size = self.q.map.block[1] * 2
-        stage = self.steps * (self.width + self.columns) * 2
-        self.stages = min(4, (SHARED - ROWS * size) // stage)
-        _require(self.stages >= 2, "no room for two stages")
-        self.programs = as_int(product(kernel["grid"]))
-        anywhere = [loop for loop in self.loops if loop.op["part"] == "any"]
+    def _plan(self, shape: StreamShape) -> None:
+        self.loops, self.q, self.steps, self.width, self.columns = shape.loops, shape.q, shape.steps, shape.width, shape.columns
+        size = element_type(self.q.op.result.type).bytes
+        self.stages = min(4, (SHARED - 2 * ROWS * self.width * size) // (self.steps * (self.width + self.columns) * size))
+        require(self.stages >= 2, "no room for two stages")
+        self.programs = as_int(product(self.kernel["grid"]))
         light = min(sum(1 for op in loop.between if _is_whole(op, self.steps)) for loop in self.loops) <= LIGHT
-        self.peeled = anywhere[0] if anywhere and light and self._some_step() else None
-
-    def _some_step(self) -> bool:
-        """Every program has a step to begin with."""
-        first, last = self.loops[0].op, self.loops[-1].op
-        bounds = {f"i{k}": self._span(v) for k, v in enumerate(first.operands[:first["indices"]])}
-        same = list(first.operands[:first["indices"]]) == list(last.operands[:last["indices"]]) or not first["indices"] or not last["indices"]
-        return same and known_less(first["lower"], last["upper"], {**{f"i{k}": self._span(v) for k, v in enumerate(last.operands[:last["indices"]])}, **bounds})
-
-    def _loop(self, op: Operation, top: set[Operation]) -> _Loop:
-        body = list(op.body)
-        dots = [o for o in body if o.name == "tile.dot"]
-        _require(len(dots) == 2 and op["step"] in (64, 128), "other than two products a step")
-        first, second = dots
-        yields = list(op.body.terminator.operands)  # type: ignore[union-attr]
-        _require(second.result in yields and list(second.result.uses) and len(second.result.uses) == 1, "the second product is not what a loop carries")
-        carried = yields.index(second.result)
-        acc = op.body.args[1 + carried]
-        late: list[Operation] = []
-        for o in body:
-            if o is not second and (acc in o.operands or any(v.defining_op in late for v in o.operands if v.defining_op is not None)):
-                late.append(o)
-        allowed = {*late, second}
-        _require(all(u in allowed for v in (acc, *(r for o in late for r in o.results)) for u in v.users), "the accumulator is read within a step")
-        _require(second.operands[0].defining_op in body and second.operands[2].defining_op in [*late, None], "the second product has another form")
-        start = first.operands[2].defining_op
-        _require(start is not None and start.name == "tile.full" and _is_zero(start.operands[0]), "the first product does not start at zero")
-        k, v = (self._operand(d, name, body) for d, name in ((first, "k_map"), (second, "v_map")))
-        _require(k.turned and not v.turned, "operands lie the other way round")
-        hoisted: list[Operation] = []
-        for o in body:
-            if o.name != "tile.dot" and o not in (k.op, v.op, start) and self._stays(o, top, hoisted):
-                hoisted.append(o)
-        gone = {first, second, k.op, v.op, *late, *hoisted, *([start] if start in body else []), op.body.terminator}
-        return _Loop(op, first, second, k, v, tuple(late), tuple(o for o in body if o not in gone), tuple(hoisted), carried)
-
-    def _stays(self, o: Operation, top: set[Operation], hoisted: list[Operation]) -> bool:
-        """It may be computed before the loop, and its result is small."""
-        if o.name not in ("tile.load", "tile.index", "tile.mask", "tile.full") and not o.name.startswith("arith."):
-            return False
-        small = all(not isinstance(r.type, TileType) or 1 in r.type.shape for r in o.results)
-        return small and all(v.defining_op is not None and (v.defining_op in top or v.defining_op in hoisted) or self._is_argument(v) for v in o.operands)
-
-    def _is_argument(self, v: Value) -> bool:
-        return v in self.kernel.body.args
-
-    def _operand(self, dot: Operation, name: str, body: list[Operation]) -> _Read:
-        made = dot.operands[1].defining_op
-        _require(made is not None and made.name == "tile.load" and made in body and len(made.result.uses) == 1, "an operand is not read where it is used")
-        assert made is not None
-        return self._read(made, name)
-
-    def _read(self, op: Operation, name: str, rows: int = 0) -> _Read:
-        """The tile as a block of a matrix in memory."""
-        buffer, dtype = op.operands[0], element_type(op.result.type)
-        t = buffer.type
-        assert isinstance(t, BufferType)
-        number = buffer.index  # type: ignore[attr-defined]
-        _require(self._is_argument(buffer) and self.divisible[number], "an operand may start anywhere")
-        _require(not op["mask"] and not op["mask_low"] and dtype.name in ("bf16", "f16"), "an operand is masked, or not of 16 bits")
-        by_row, by_column = (split_linear(op["offset"], f"t{k}") for k in (0, 1))
-        _require(by_row is not None and by_column is not None, "an operand is not a matrix")
-        assert by_row is not None and by_column is not None
-        turned = by_row[0] == 1 and by_column[0] != 1
-        stride = by_column[0] if turned else by_row[0]
-        _require((by_row[0] if turned else by_column[0]) == 1 and isinstance(stride, int) and stride > 0, "an operand is not contiguous along its columns")
-        assert isinstance(stride, int)
-        shape = op["shape"][::-1] if turned else op["shape"]
-        _require(stride * dtype.bytes % ALIGNMENT == 0 and stride >= shape[1], "rows of an operand do not start at multiples of 16 bytes")
-        rest = substitute(op["offset"], {"t0": 0, "t1": 0})
-        row, column = _divided(rest, stride)
-        bounds = {f"i{k}": self._span(v) for k, v in enumerate(op.operands[1:])}
-        low = lower_bound(column, bounds)
-        _require(isinstance(low, int) and low >= 0 and known_less(column + shape[1] - 1, stride, bounds), "a tile crosses a row's end")
-        extent = 1 + sum(((n - 1) * s for n, s in zip(t.shape, t.layout, strict=True)), 0)  # type: ignore[misc, operator]
-        made = TensorMap(name, number, dtype.name, -(-as_int(extent) // stride), stride, stride, (rows or shape[0], shape[1]),
-                         SHARED_LAYOUT)
-        return _Read(op, made, row, column, turned)
-
-    def _span(self, v: Value) -> tuple[Dim | None, Dim | None]:
-        """What is known of an index before anything is printed."""
-        made = v.defining_op
-        if made is not None and made.name == "tile.program_id":
-            return 0, self.kernel["grid"][made["axis"]] - 1
-        return 0, None
+        self.peeled = shape.peeled if light else None
 
     # -- printing ---------------------------------------------------------------------------------------------------------
 
     def run(self) -> KernelSource:
         kernel = self.kernel
+        require(not self.wide, "too large for 32 bits")
         self.taken |= set(_NAMES)
-        self._analyse()
+        self._plan(read_stream(kernel, self.divisible))
         name = identifier(kernel["sym_name"])
         self.taken |= {name, f"{name}_loader", f"{name}_group"}
         pointers = {self._name(a, "p"): pointer(element_type(a.type)) for a in kernel.body.args}
@@ -280,14 +132,13 @@ class _Groups(Printer):
 
     def _loader(self) -> None:
         size = element_type(self.q.op.result.type).bytes
-        self._programs("steps = 0", "turn = 0")
+        self._programs()
         for op in self._needed():
             self._one(op)
-        self._write("mbarrier.wait(q_free, (turn & 1) ^ 1)")
-        self._write(f"mbarrier.expect(q_full, {ROWS * self.width * size})")
+        self._write("mbarrier.wait(q_free.index(turn & 1), ((turn >> 1) & 1) ^ 1)")
+        self._write(f"mbarrier.expect(q_full.index(turn & 1), {ROWS * self.width * size})")
         for half in (0, 1):
-            self._write(f"tma_load(q_map, {self._place(self.q, half * HALF)}, q_full, q_tile.index({half}))")
-        self._write("turn += 1")
+            self._write(f"tma_load(q_map, {self._place(self.q, half * HALF)}, q_full.index(turn & 1), q_tile.index((turn & 1)*2 + {half}))")
         for loop, low, high in self._ranges(peel=False):
             i = self._name(loop.op.body.args[0], "i")
             self._for(i, low, high, loop.op["step"])
@@ -300,21 +151,25 @@ class _Groups(Printer):
             self.indent -= 1
         self.indent -= 1
 
-    def _programs(self, *inits: str) -> None:
-        for line in inits:
-            self._write(line)
-        self._write(f"for program in range(gl.program_id(0), {self.programs}, gl.num_programs(0)):")
+    def _programs(self) -> None:
+        """The loop over this multiprocessor's programs: every other round runs backwards, so that each gets long and short ones alike."""
+        count = min(self.programs, self.target.multiprocessors or self.programs)
+        rounds, rest = divmod(self.programs, count)
+        late = "gl.program_id(0)" if rounds % 2 == 0 else f"{count - 1} - gl.program_id(0)"
+        self._write("steps = 0")
+        self._write(f"for turn in range(0, {rounds}{f' + ({late} < {rest}).to(gl.int32)' if rest else ''}):")
         self.indent += 1
+        self._write(f"program = turn*{count} + gl.where((turn & 1) == 0, gl.program_id(0), {count - 1} - gl.program_id(0))")
 
     def _for(self, name: str, low: str, high: str, step: int) -> None:
         self._write(f"for {name} in range({low}, {high}, {step}):")
         self.indent += 1
 
-    def _place(self, read: _Read, more: int = 0) -> str:
+    def _place(self, read: Read, more: int = 0) -> str:
         text = self._text(read.op.operands[1:], ())
         return f"[{_gluon(text(read.row + more))}, {_gluon(text(read.column))}]"
 
-    def _ranges(self, *, peel: bool) -> Iterable[tuple[_Loop, str, str]]:
+    def _ranges(self, *, peel: bool) -> Iterable[tuple[Loop, str, str]]:
         """Loops with their bounds; without the step that is peeled off the front."""
         start = self.loops[0].op
         for k, loop in enumerate(self.loops):
@@ -335,7 +190,7 @@ class _Groups(Printer):
         loops = self.loops
         inside = list(self.kernel.body)
         begin = inside.index(loops[0].op)
-        self._programs("steps = 0", "turn = 0")
+        self._programs()
         for op in inside[:begin]:
             if op is not self.q.op:
                 self._one(op)
@@ -348,14 +203,13 @@ class _Groups(Printer):
                 self.names[arg] = self.names[result] = name
         for init, name in zip(loops[0].op.operands[loops[0].op["indices"]:], state, strict=True):
             self._write(f"{name} = {self._use(init)}")
-        self._write("mbarrier.wait(q_full, turn & 1)")
-        self._write("turn += 1")
+        self._write("mbarrier.wait(q_full.index(turn & 1), (turn >> 1) & 1)")
         if self.peeled is None:
             for loop, low, high in self._ranges(peel=False):
                 self._for(self._name(loop.op.body.args[0], "i"), low, high, loop.op["step"])
                 self._step(loop, state)
                 self.indent -= 1
-            self._write("mbarrier.arrive(q_free, count=1)")
+            self._write("mbarrier.arrive(q_free.index(turn & 1), count=1)")
         else:
             self._ahead(self.peeled, state)
         for op in inside[begin:]:
@@ -363,9 +217,10 @@ class _Groups(Printer):
                 self._one(op)
         self.indent -= 1
 
-    def _scores(self, loop: _Loop, stage: str) -> str:
+    def _scores(self, loop: Loop, stage: str) -> str:
         name = self._name(loop.first.result)
-        self._write(f"{name} = warpgroup_mma(q_tile.index(who), k_tile.index({stage}).permute((1, 0)), zero, use_acc=False, is_async=True)")
+        tiles = f"q_tile.index((turn & 1)*2 + who), k_tile.index({stage}).permute((1, 0))"
+        self._write(f"{name} = warpgroup_mma({tiles}, zero, use_acc=False, is_async=True)")
         return name
 
     def _weighted(self, acc: str, weights: str, stage: str) -> None:
@@ -377,7 +232,7 @@ class _Groups(Printer):
     def _free(self, which: str, stage: str) -> None:
         self._write(f"mbarrier.arrive({which}_free.index({stage}), count=1)")
 
-    def _step(self, loop: _Loop, state: list[str]) -> None:
+    def _step(self, loop: Loop, state: list[str]) -> None:
         """One step in the plain order."""
         self._write(f"stage = steps % {self.stages}")
         self._wait("k", "stage", "steps")
@@ -396,14 +251,14 @@ class _Groups(Printer):
         self._update(loop, state, acc)
         self._write("steps += 1")
 
-    def _update(self, loop: _Loop, state: list[str], acc: str) -> None:
+    def _update(self, loop: Loop, state: list[str], acc: str) -> None:
         """The carried values of the next step."""
         yields = [acc if k == loop.carried else self._use(v) for k, v in enumerate(loop.op.body.terminator.operands)]  # type: ignore[union-attr]
         changes = [(a, b) for a, b in zip(state, yields, strict=True) if a != b]
         if changes:
             self._write(f"{', '.join(a for a, _ in changes)} = {', '.join(b for _, b in changes)}")
 
-    def _ahead(self, peeled: _Loop, state: list[str]) -> None:
+    def _ahead(self, peeled: Loop, state: list[str]) -> None:
         """The scores of a step are under way together with the weighted sum of the step before."""
         acc = state[peeled.carried]
         start = self.loops[0].op
@@ -432,7 +287,7 @@ class _Groups(Printer):
             self._free("k", "stage")
             self._between(loop, state, "last")
             self.indent -= 1
-        self._write("mbarrier.arrive(q_free, count=1)")
+        self._write("mbarrier.arrive(q_free.index(turn & 1), count=1)")
         self._write(f"last = steps % {self.stages}")
         self._wait("v", "last", "steps")
         self._weighted(acc, "weights", "last")
@@ -440,7 +295,7 @@ class _Groups(Printer):
         self._free("v", "last")
         self._write("steps += 1")
 
-    def _between(self, loop: _Loop, state: list[str], last: str = "") -> None:
+    def _between(self, loop: Loop, state: list[str], last: str = "") -> None:
         """From scores to weights; the accumulator of the step before (its tile was in stage `last`) is waited for, and scaled."""
         acc = state[loop.carried]
         for op in loop.between:
@@ -458,14 +313,14 @@ class _Groups(Printer):
     def _entry(self, name: str, given: str) -> str:
         q, k, v = self.q.map, self.loops[0].k.map, self.loops[0].v.map
         lines = [f"@gluon.jit\ndef {name}({given}q_map, k_map, v_map):"]
-        for ring, count, made in (("q", 2, q), ("k", self.stages, k), ("v", self.stages, v)):
-            lines.append(f"    {ring}_tile = gl.allocate_shared_memory({ring}_map.dtype, [{count}, {made.block[0]}, {made.block[1]}], {ring}_map.layout)")
-        for ring, shape in (("q", "[1]"), ("k", f"[{self.stages}, 1]"), ("v", f"[{self.stages}, 1]")):
+        for ring, count, made in (("q", 4, q), ("k", self.stages, k), ("v", self.stages, v)):
+            shape = f"[{count}, {made.block[0]}, {made.block[1]}]"
+            lines.append(f"    {ring}_tile = gl.allocate_shared_memory({ring}_map.dtype, {shape}, {ring}_map.layout)")
+        for ring, shape in (("q", "[2, 1]"), ("k", f"[{self.stages}, 1]"), ("v", f"[{self.stages}, 1]")):
             for what in ("full", "free"):
                 lines.append(f"    {ring}_{what} = gl.allocate_shared_memory(gl.int64, {shape}, mbarrier.MBarrierLayout())")
-        lines += ["    mbarrier.init(q_full, count=1)", "    mbarrier.init(q_free, count=2)"]
-        for ring in "kv":
-            for stage in range(self.stages):
+        for ring, stages in (("q", 2), ("k", self.stages), ("v", self.stages)):
+            for stage in range(stages):
                 lines += [f"    mbarrier.init({ring}_{what}.index({stage}), count={count})" for what, count in (("full", 1), ("free", 2))]
         groups = [f"({name}_group, ({given}{_RINGS}, gl.constexpr({who})))" for who in (0, 1)]
         lines += ["    fence_async_shared()", "    gl.warp_specialize([", *(f"        {g}," for g in groups),
@@ -481,7 +336,7 @@ class _Groups(Printer):
         elif op.name.startswith("arith."):
             self._arith(op)
         else:
-            raise _Declined(f"'{op.name}' has no form in Gluon")
+            raise Declined(f"'{op.name}' has no form in Gluon")
 
     def _needed(self) -> list[Operation]:
         """The ops before the loops that positions of tiles depend on, in order."""
@@ -495,7 +350,7 @@ class _Groups(Printer):
             if op not in found:
                 found.add(op)
                 stack += [v.defining_op for v in op.operands if v.defining_op is not None]
-        _require(all(op.parent is self.kernel.body and (op.name in ("tile.program_id", "tile.index") or op.name.startswith("arith.")) for op in found),
+        require(all(op.parent is self.kernel.body and (op.name in ("tile.program_id", "tile.index") or op.name.startswith("arith.")) for op in found),
                  "positions depend on what is computed")
         return [op for op in self.kernel.body if op in found]
 
@@ -509,7 +364,7 @@ class _Groups(Printer):
         return text
 
     def _arange(self, axis: int, size: int, rank: int) -> str:
-        _require(rank == 2, "tiles of other ranks")
+        require(rank == 2, "tiles of other ranks")
         key = (axis, size, rank, "stored" if self.store_layout else "layout")
         if key not in self.positions:
             name = f"{'row' if axis == 0 else 'col'}{size}{'_stored' if self.store_layout else ''}"
@@ -539,9 +394,9 @@ class _Groups(Printer):
     def program_id(self, op: Operation) -> None:
         grid, axis = self.kernel["grid"], op["axis"]
         below, size = as_int(product(grid[axis + 1:])), grid[axis]
-        parts = "program" + (f" // {below}" if below != 1 else "") + (f" % {size}" if any(n != 1 for n in grid[:axis]) else "")
-        self._define(op, parts if size != 1 else "0")
         self.ranges[op.result] = (0, size - 1)
+        text = "program" + (f" // {below}" if below != 1 else "") + (f" % {size}" if any(n != 1 for n in grid[:axis]) else "")
+        self._define(op, text if size != 1 else "0")
 
     def full(self, op: Operation) -> None:
         assert isinstance(op.result.type, TileType)
@@ -557,7 +412,7 @@ class _Groups(Printer):
         self._define(op, text)
 
     def load(self, op: Operation) -> None:
-        _require(not op["check"], "an index is checked")
+        require(not op["check"], "an index is checked")
         text = self._text(op.operands[1:], op["shape"])
         mask, _ = self._mask(op["mask"], op["mask_low"], op.operands[1:], text)
         masked = f", mask={mask}, other={literal(op['other'])}" if mask else ""
@@ -566,7 +421,7 @@ class _Groups(Printer):
     def store(self, op: Operation) -> None:
         """Through shared memory, to a layout in which a thread writes 16 bytes."""
         value = op.operands[1]
-        _require(not op["atomic"] and isinstance(value.type, TileType), "an atomic store, or one of a number")
+        require(not op["atomic"] and isinstance(value.type, TileType), "an atomic store, or one of a number")
         assert isinstance(value.type, TileType)
         wide = value.type.shape[1] == self.columns
         self.store_layout = wide
@@ -599,18 +454,3 @@ def _gluon(text: str) -> str:
 def _is_whole(op: Operation, steps: int) -> bool:
     """It computes something for every score."""
     return any(isinstance(r.type, TileType) and r.type.shape == (ROWS, steps) for r in op.results)
-
-
-def _is_zero(v: Value) -> bool:
-    made = v.defining_op
-    return made is not None and made.name == "arith.constant" and made["value"] == 0
-
-
-def _divided(e: Dim, by: int) -> tuple[Dim, Dim]:
-    """(row, column) with row * by + column == e: terms that are multiples of `by` count as rows."""
-    if isinstance(e, int):
-        return divmod(e, by)
-    rows = tuple((m, c // by) for m, c in e.terms if c % by == 0)
-    columns = tuple((m, c) for m, c in e.terms if c % by)
-    row, column = divmod(e.const, by)
-    return Expr(rows, row) if rows else row, Expr(columns, column) if columns else column

@@ -139,7 +139,7 @@ define("tile.program_id", "this program's coordinate on grid axis `axis`", attrs
 define("tile.for", "for (iv = lower; iv < upper; iv += step) with carried values; lower and upper see the first `indices` operands as i0, ...",
        operands="indices_and_inits*", results="results*",
        attrs={"lower": attr(), "upper": attr(), "step": optional(1), "indices": optional(0), "unroll": optional(1),
-              "part": optional("", "of a walk along a stream: loops with it follow each other; 'any': the body is right for any step, 'some': for its own")},
+              "part": optional("", "loops with it follow each other along a stream; 'any': the body is right for any step, 'some': for its own")},
        regions=1, verify=_verify_for)
 define("tile.yield", "ends a kernel or a loop body", operands="values*", results=(), traits=[Trait.Terminator])
 define("tile.load", "a tile (a scalar when shape is []) read from a buffer", operands="buffer indices*",

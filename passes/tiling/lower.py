@@ -25,16 +25,17 @@ from .frame import Frame, analyse, is_expensive
 from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
 from .loops import choose_tile, emit_loops, traffic, work
 from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel
-from .stream import GpuStream, stream_tile
+from .stream import GpuStream, stream_tile, suits_warp_groups
 from .stream_cpu import CpuStream
 
 
 @register
 @dataclass(frozen=True)
 class Tile(Pass):
-    """See the module docstring."""
+    """See the module docstring. `relax_casts`: within a stream, a value rounded to 16 bits and widened again keeps its precision."""
 
     name: ClassVar[str] = "tile"
+    relax_casts: bool = True
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         kernels: dict[str, str] = {}
@@ -44,7 +45,7 @@ class Tile(Pass):
             constant = constant_values(func)
             for op in list(func.body):
                 if op.name == "tensor.fused":
-                    kernel = lower(op, func["symbols"], ctx)
+                    kernel = lower(op, func["symbols"], ctx, self.relax_casts)
                     name = _intern(kernel, func, kernels, taken)
                     attrs: dict = {"kernel": SymbolRef(name)}
                     # GPUs: changed parameters could not be noticed without waiting for the device, and nothing is packed there.
@@ -95,7 +96,7 @@ def _anonymous_text(kernel: Operation) -> str:
     return text
 
 
-def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
+def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool = True) -> Operation:
     """A detached `tile.kernel` that computes the group: arguments are the group's operands, then its results."""
     target = ctx.target
     ranges: dict[str, tuple[Dim, Dim | None]] = {s: (r[0], r[1]) for s, r in symbol_ranges.items()}
@@ -135,10 +136,12 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext) -> Operation:
         if target.is_gpu:
             hint = stream_tile(stream, target)
             tile = (hint.rows, hint.columns)
-            grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile).emit()
+            groups = ", for a loader and two groups of warps" if suits_warp_groups(stream, target) else ""
+            ctx.remark("note", f"a stream in tiles of {hint.rows} rows by {hint.columns} steps{groups}", members[0].location)
+            grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile, relaxed).emit()
         else:
             tile = square_tile(target, stream.row_count, stream.length)
-            grid = CpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile).emit(target)
+            grid = CpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile, relaxed).emit(target)
     elif fused["why"].startswith("streams"):
         raise IRError(f"the members of '{fused['kernel']}' no longer form a stream")
     elif (contraction := next((m for m in members if is_contraction(m)), None)) is not None and _worth_gemm(

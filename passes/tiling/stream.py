@@ -37,6 +37,7 @@ from ...ir.expr import (
     upper_bound,
 )
 from ...ir.types import DTYPES, index
+from ..score_bound import bound_of
 from ..stream import Stream
 from ..stream_access import reduced_order, stream_side
 from ..structured import body_ops, identity_of
@@ -51,14 +52,14 @@ LOG2_E = 1.4426950408889634
 _COARSE = {"arith.exp": "exp", "arith.tanh": "tanh", "arith.div": "div"}
 """Methods that compute an op in the cheap way that suits 16-bit inputs."""
 
-__all__ = ["GpuStream", "Scope", "StreamLowering", "stream_tile", "with_shape"]
+__all__ = ["GpuStream", "Scope", "StreamLowering", "stream_tile", "suits_warp_groups", "with_shape"]
 
 
 def stream_tile(s: Stream, target: Target) -> GpuTile:
     """Rows and steps (the columns) of one tile of the middle space."""
     width = max(padded(product(s.columns)), *(padded(_width(op)) for op in s.firsts))
     narrow = all(_narrow(s, op) is not None for op in (*s.firsts, *s.seconds))
-    if narrow and _suits_warp_groups(s, target):
+    if suits_warp_groups(s, target):
         return GpuTile(128, 128, 0, 8, 2)
     kept = len(s.firsts) + len(s.seconds)  # tiles that stay in registers or shared memory
     heavy = any(is_expensive(op) for op in s.reductions + s.firsts) or len(s.full) > 2 or kept > 3
@@ -68,9 +69,9 @@ def stream_tile(s: Stream, target: Target) -> GpuTile:
     return GpuTile(rows, steps, 0, 8 if rows * width >= 128 * 128 else 4, 3 if narrow else 2)
 
 
-def _suits_warp_groups(s: Stream, target: Target) -> bool:
+def suits_warp_groups(s: Stream, target: Target) -> bool:
     """Hopper's schedule of `backends/triton/warp_groups.py` fits, and there are programs enough for its large tiles."""
-    if target.capability != 90 or len(s.firsts) != 1 or len(s.seconds) != 1:
+    if target.capability != 90 or len(s.firsts) != 1 or len(s.seconds) != 1 or any(_narrow(s, op) is None for op in (*s.firsts, *s.seconds)):
         return False
     sizes = [s.sizes[f] for f in s.batch]
     if not all(isinstance(n, int) for n in (*sizes, s.row_count, s.length)) or as_int(s.row_count) % 128 or as_int(s.length) % 128:
@@ -100,9 +101,13 @@ class Scope:
 class StreamLowering:
     """Evaluation of members at a point, for either target."""
 
-    def __init__(self, s: Stream, outputs: Sequence[Value], e: Emitter, buffers: dict[Value, Value], tile: tuple[int, int]):
+    def __init__(self, s: Stream, outputs: Sequence[Value], e: Emitter, buffers: dict[Value, Value], tile: tuple[int, int],
+                 relaxed: bool = True):
+        """`relaxed`: a value rounded to 16 bits and widened again keeps its precision."""
+        self.relaxed = relaxed
         self.s, self.outputs, self.e, self.buffers, self.tile = s, outputs, e, buffers, tile
         self.batch_at: dict[str, Dim] = {}
+        self.fixed: dict[Value, float] = {}  # maxima for which a bound stands
         # Inputs of 16 bits know the scores no better than exp2 knows its result: the cheap form will do.
         self.coarse = all(_narrow(s, op) is not None for op in s.firsts)
 
@@ -181,6 +186,8 @@ class StreamLowering:
             return local[inner.operands[0]]
         if inner.name == "arith.mul" and local[inner.operands[0]] in scope.units:
             return local[inner.operands[1]]
+        if inner.name == "arith.cast" and self.relaxed and _undoes_rounding(inner, local[inner.operands[0]]):
+            return local[inner.operands[0]].defining_op.operands[0]  # type: ignore[union-attr]
         if self.coarse and inner.name in _COARSE:
             return getattr(self, _COARSE[inner.name])(e, *(local[v] for v in inner.operands))
         return e.arith(inner, [local[v] for v in inner.operands])
@@ -236,20 +243,15 @@ class StreamLowering:
         return b.op("arith.exp2", power, type=power.type, _approximate=True)
 
     def tanh(self, e: Emitter, x: Value) -> Value:
-        """1 - 2 / (1 + exp(2x)): within 1e-7 of tanh, absolutely."""
-        b = e.builder
-        if element_type(x.type).name != "f32":
-            return b.arith("tanh", x)
-        s, c = _without_factor(x)
-        power = b.arith("mul", s, 2 * LOG2_E * c)
-        below = b.arith("add", b.op("arith.exp2", power, type=power.type, _approximate=True), 1.0)
-        return b.arith("sub", 1.0, b.op("arith.div", b.constant(2.0, F32), below, type=below.type, _approximate=True))
+        """By the hardware: within 2^-11 of tanh, relatively, which is what inputs of 16 bits leave of it."""
+        return e.builder.op("arith.tanh", x, type=x.type, **({"_approximate": True} if element_type(x.type).name == "f32" else {}))
 
     def div(self, e: Emitter, x: Value, y: Value) -> Value:
         """By a constant: a multiplication, 1 ulp away."""
         by = y.defining_op
         if by is not None and by.name == "arith.constant" and by["value"] and element_type(x.type).name == "f32":
-            return e.builder.arith("mul", x, 1.0 / by["value"])
+            scaled, factor = _without_factor(x)
+            return e.builder.arith("mul", scaled, factor / by["value"])
         return e.builder.arith("div", x, y)
 
     def safe(self, e: Emitter, m: Value) -> Value:
@@ -259,10 +261,13 @@ class StreamLowering:
     def scaled(self, scope: Scope, op: Operation, value: Value) -> Value:
         """A finished sum times the row values that were left out of its terms."""
         b, m = scope.e.builder, self.s.shifts[op]
-        if m is not None and op not in self.s.guarded:  # nothing but exp(-inf + inf)
+        if m is not None and m not in self.fixed and op not in self.s.guarded:  # nothing but exp(-inf + inf)
             value = b.arith("select", b.arith("eq", self.value(scope, m), float("-inf")), float("nan"), value)
         for w, kind, guarded in self.s.scales[op]:
-            made = b.arith(kind, value, b.cast(self.value(scope, w), element_type(value.type)))
+            by = b.cast(self.value(scope, w), element_type(value.type))
+            if kind == "div" and self.coarse and m is not None:  # one division a row
+                kind, by = "mul", b.arith("div", 1.0, by)
+            made = b.arith(kind, value, by)
             value = b.arith("select", b.arith("eq", value, 0), value, made) if guarded else made
         return value
 
@@ -316,6 +321,13 @@ def _offset(v: Value, m: tuple[Dim, ...], at: dict[str, Dim], bounds: Any) -> Di
     return simplify(total, bounds)
 
 
+def _undoes_rounding(cast: Operation, value: Value) -> bool:
+    """The cast widens to f32 what was rounded from f32."""
+    made = value.defining_op
+    return made is not None and made.name == "arith.cast" and element_type(cast.result.type).name == "f32" and (
+        element_type(made.operands[0].type).name == "f32" and element_type(value.type).name in ("bf16", "f16"))
+
+
 def _without_factor(x: Value) -> tuple[Value, float]:
     """x = (value, constant) with value * constant == x, up to a rounding."""
     made = x.defining_op
@@ -349,7 +361,9 @@ class GpuStream(StreamLowering):
         self.row_mask = (self.m, s.row_count)
         self.columns = padded(product(s.columns))
         self.kept = {op: self._left(op) for op in s.firsts}
-        running = [*s.reductions, *s.seconds]
+        bounds = {op: bound_of(s, op) for op in s.reductions if self.coarse and op.result in s.shifts.values()}
+        self.fixed = {op.result: bound for op, bound in bounds.items() if bound is not None}
+        running = [op for op in (*s.reductions, *s.seconds) if op.results[0] not in self.fixed]
         carried = [self.neutral(e, op, (bm, self.columns if op in s.seconds else 1)) for op in running]
         for start, stop, masked in self.ranges(self.m, bt):
             def step(inner: Emitter, i: Dim, now: list[Value], masked: bool = masked) -> list[Value]:
@@ -386,13 +400,16 @@ class GpuStream(StreamLowering):
         b, t = e.builder, i + sym("t1")
         scope = Scope(e, self.frame_at(self.m, t), [self.row_mask, (t, s.length)], known={} if masked else dict(s.alive.known))
         self.without_scales(scope)
+        self._fix(scope)
         for op in s.firsts:
             with b.at(op.location):
                 scope.values[op.result] = self._first(e, op, i)
         lanes = e.mask_value([(t, s.length)]) if masked else None
         alpha: dict[Value, Value] = {}
         out: dict[Operation, Value] = {}
-        for op in s.reductions:
+        for op in now:
+            if op in s.seconds:
+                continue
             kind, shift = op["combine"][0], s.shifts[op]
             with b.at(op.location):
                 x, = self.body(scope, op, [sym(f) for f in s.stream])
@@ -405,7 +422,7 @@ class GpuStream(StreamLowering):
                 part = b.op("tile.reduce", inner_x if factor != 1.0 else x, type=TileType((bm, 1), element_type(x.type)), axis=1, kind=kind)
                 if factor != 1.0:  # rounding is monotonic: the maximum of products is the product of the maximum
                     part = b.arith("mul", part, factor)
-                before = now[op] if shift is None else b.arith("mul", now[op], alpha[shift])
+                before = now[op] if shift not in alpha else b.arith("mul", now[op], alpha[shift])
                 out[op] = b.arith(COMBINE_OPS[kind], before, part)
                 if op.result in s.shifts.values():
                     scope.values[op.result] = self.safe(e, out[op])
@@ -413,7 +430,12 @@ class GpuStream(StreamLowering):
         for op in s.seconds:
             with b.at(op.location):
                 out[op] = self._second(scope, op, i, now[op], alpha, lanes)
-        return [out[op] for op in (*s.reductions, *s.seconds)]
+        return [out[op] for op in now]
+
+    def _fix(self, scope: Scope) -> None:
+        """Maxima that a bound stands for."""
+        for m, bound in self.fixed.items():
+            scope.values[m] = scope.e.builder.constant(bound, element_type(m.type))
 
     def _second(self, scope: Scope, op: Operation, i: Dim, acc: Value, alpha: dict[Value, Value], lanes: Value | None) -> Value:
         s, e, b, bt = self.s, scope.e, scope.e.builder, self.tile[1]
@@ -430,7 +452,7 @@ class GpuStream(StreamLowering):
         reduced = [at[f] for f in reduced_order(s, op, which)]
         other = self.read(other_e, op, 1 - which, at, reduced, [(t, s.length), (n, product(s.columns))], cast=_narrow(s, op) is None)
         shift = s.shifts[op]
-        if shift is not None:
+        if shift in alpha:
             acc = b.arith("mul", acc, b.cast(alpha[shift], element_type(acc.type)))
         return b.op("tile.dot", weight, _as_tile(other_e, other, other_e.shape), acc, type=acc.type)
 
@@ -439,7 +461,10 @@ class GpuStream(StreamLowering):
         e = with_shape(self.e, (bm, self.columns))
         n = sym("t1")
         scope = Scope(e, self.frame_at(self.m, 0) | self.column_at(n), [self.row_mask, (n, product(s.columns))])
+        self._fix(scope)
         for op in s.reductions:
+            if op.result in self.fixed:
+                continue
             scope.values[op.result] = carried[op]
             scope.values[op.result] = self.scaled(scope, op, carried[op])
         for op in s.seconds:

@@ -1,0 +1,214 @@
+"""What the Gluon text of `backends/triton/warp_groups.py` means, on CPU tensors: each partition is a thread.
+
+    run_gluon(source, buffers)            # a KernelSource, flat tensors
+
+The model is hostile where the hardware may be. A tile that the copy engine is asked for is overwritten at once; an asynchronous product reads its
+operands as late as it is allowed to, when a group waits for it. So a barrier that is missing, or waits for the wrong phase, gives wrong
+numbers; one that is never passed is an error after a while. Layouts are not modelled: the compiler checks them.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from aicc.backends.triton.printer import KernelSource
+from torch import Tensor
+
+__all__ = ["run_gluon"]
+
+PATIENCE = 20.0
+"""Seconds after which a barrier counts as never passed."""
+BYTES = {torch.bfloat16: 2, torch.float16: 2}
+
+
+class Barrier:
+    """An mbarrier: a phase ends when all have arrived and all bytes have come."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.count = self.pending = self.bytes = self.phase = 0
+
+    def init(self, count: int) -> None:
+        self.count = self.pending = count
+
+    def update(self, arrivals: int, bytes_: int) -> None:
+        with self.changed:
+            self.pending -= arrivals
+            self.bytes += bytes_
+            assert self.pending >= 0, "more arrivals than the barrier was made for"
+            if self.pending == 0 and self.bytes == 0:
+                self.pending, self.phase = self.count, self.phase + 1
+                self.changed.notify_all()
+
+    def wait(self, parity: int) -> None:
+        with self.changed:
+            if not self.changed.wait_for(lambda: (self.phase & 1) != int(parity), PATIENCE):
+                raise RuntimeError("a barrier is never passed")
+
+
+class Rows:
+    """An array of tiles, or of barriers."""
+
+    def __init__(self, items: list[Any]):
+        self.items = items
+
+    def index(self, i: Any) -> Any:
+        return self.items[int(i)]
+
+
+class Tile:
+    """A tile in shared memory, perhaps seen transposed."""
+
+    def __init__(self, memory: Tensor, turned: bool = False):
+        self.memory, self.turned = memory, turned
+
+    def permute(self, order: tuple[int, int]) -> Tile:
+        assert order == (1, 0)
+        return Tile(self.memory, not self.turned)
+
+    def read(self) -> Tensor:
+        return (self.memory.T if self.turned else self.memory).double()
+
+
+class Matrix:
+    """What a tensor map describes."""
+
+    def __init__(self, memory: Tensor, made: Any):
+        flat = torch.zeros(made.rows * made.stride, dtype=memory.dtype)
+        flat[:memory.numel()] = memory[:flat.numel()]
+        self.values, self.block = flat.view(made.rows, made.stride)[:, :made.columns], made.block
+        self.dtype, self.layout = memory.dtype, made.layout
+
+    def tile(self, row: int, column: int) -> Tensor:
+        out = torch.zeros(self.block, dtype=self.dtype)
+        assert row >= 0 and column >= 0
+        part = self.values[row:row + self.block[0], column:column + self.block[1]]
+        out[:part.shape[0], :part.shape[1]] = part
+        return out
+
+
+class Pending:
+    """A product that has been started; `finish` reads the operands."""
+
+    def __init__(self, finish: Callable[[], Tensor]):
+        self.finish, self.value = finish, None
+
+    def done(self) -> Tensor:
+        if self.value is None:
+            self.value = self.finish()
+        return self.value
+
+
+class Pointer:
+    def __init__(self, memory: Tensor, at: Any = 0):
+        self.memory, self.at = memory, at
+
+    def __add__(self, more: Any) -> Pointer:
+        return Pointer(self.memory, self.at + more)
+
+
+class Partition(threading.local):
+    """What a thread has started and not waited for."""
+
+    def __init__(self) -> None:
+        self.started: list[Pending] = []
+
+
+def run_gluon(source: KernelSource, buffers: Sequence[Tensor]) -> None:
+    """Runs the persistent programs one after the other; outputs are written to `buffers`."""
+    maps = [Matrix(buffers[m.buffer], m) for m in source.descriptors]
+    for program in range(source.programs):
+        scope = _language(program, source.programs)
+        text = source.text[source.text.index("@gluon.jit"):]
+        exec(compile(text, source.name, "exec"), scope)
+        scope[source.name](*[Pointer(b) for b in buffers], *maps)
+
+
+def _language(program: int, programs: int) -> dict[str, Any]:
+    """The names that a kernel's text uses."""
+    own = Partition()
+    failures: list[BaseException] = []
+
+    def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
+        at = torch.as_tensor(pointer.at)
+        if mask is None:
+            return pointer.memory[at.long()]
+        at, mask = torch.broadcast_tensors(at, mask)
+        return torch.where(mask, pointer.memory[torch.where(mask, at, 0).long()], other)
+
+    def store(pointer: Pointer, value: Tensor, mask: Any = None) -> None:
+        at, value, mask = torch.broadcast_tensors(torch.as_tensor(pointer.at), value, torch.as_tensor(True if mask is None else mask))
+        pointer.memory[at[mask].long()] = value[mask]
+
+    def allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Any:
+        if layout == "barrier":
+            made = [Barrier() for _ in range(shape[0])]
+            return Rows(made) if len(shape) == 2 else made[0]
+        return Rows([Tile(torch.full(tuple(shape[1:]), math.nan, dtype=dtype)) for _ in range(shape[0])])
+
+    def tma_load(matrix: Matrix, place: Sequence[Any], barrier: Barrier, tile: Tile) -> None:
+        tile.memory.copy_(matrix.tile(*map(int, place)))
+        barrier.update(0, -tile.memory.numel() * BYTES[matrix.dtype])
+
+    def mma(a: Any, b: Tile, acc: Any, use_acc: bool = True, is_async: bool = False) -> Pending:
+        assert is_async and not isinstance(acc, Pending), "the accumulator has not been waited for"
+        made = Pending(lambda: ((acc.double() if use_acc else 0) + (a.read() if isinstance(a, Tile) else a.double()) @ b.read()).float())
+        own.started.append(made)
+        return made
+
+    def mma_wait(outstanding: int, deps: Sequence[Pending]) -> Tensor:
+        while len(own.started) > outstanding:
+            own.started.pop(0).done()
+        (dep,) = deps
+        assert dep not in own.started, "the value is not ready yet"
+        return dep.done()
+
+    def specialise(parts: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: Sequence[int], registers: Sequence[int]) -> None:
+        def body(f: Callable[..., None], args: tuple[Any, ...]) -> None:
+            try:
+                f(*args)
+                assert not own.started, "a product is not waited for"
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=body, args=part, daemon=True) for part in parts]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        if failures:
+            raise failures[0]
+
+    def number(x: Any) -> Tensor:
+        return torch.as_tensor(x)
+
+    def assembly(text: str, constraints: str, args: Sequence[Tensor], **_: Any) -> Tensor:
+        assert text.startswith("tanh.approx.f32")
+        return torch.tanh(args[0])
+
+    gl = SimpleNamespace(
+        program_id=lambda axis: torch.tensor(program, dtype=torch.int32), num_programs=lambda axis: programs, constexpr=lambda x: x,
+        NVMMADistributedLayout=lambda *a: None, DotOperandLayout=lambda *a: None, BlockedLayout=lambda *a: None, SliceLayout=lambda *a: None,
+        arange=lambda a, b, layout: torch.arange(a, b, dtype=torch.int32), zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+        full=lambda shape, value, dtype, layout: torch.full(shape, float(value)).to(dtype), cast=lambda x, dtype: number(x).to(dtype),
+        where=lambda c, a, b: torch.where(number(c), number(a), number(b)), exp2=torch.exp2, abs=torch.abs, floor=torch.floor, ceil=torch.ceil, div_rn=torch.div, sqrt_rn=torch.sqrt,
+        maximum=lambda a, b, propagate_nan=None: torch.maximum(number(a), number(b)),
+        minimum=lambda a, b, propagate_nan=None: torch.minimum(number(a), number(b)),
+        sum=lambda x, axis, keep_dims: x.sum(axis, keepdim=keep_dims), reduce=lambda x, axis, f, keep_dims: REDUCE[f.__name__](x, axis),
+        convert_layout=lambda x, layout: x, load=load, store=store, allocate_shared_memory=allocate, warp_specialize=specialise,
+        inline_asm_elementwise=assembly, int32=torch.int32, int64=torch.int64, float32=torch.float32)
+    tl = SimpleNamespace(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16, int32=torch.int32, int64=torch.int64, int1=torch.bool,
+                         PropagateNan=SimpleNamespace(ALL=None))
+    mbarrier = SimpleNamespace(MBarrierLayout=lambda: "barrier", init=lambda b, count: b.init(count), wait=lambda b, phase: b.wait(phase),
+                               expect=lambda b, n: b.update(1, n), arrive=lambda b, count: b.update(count, 0))
+    return {"gluon": SimpleNamespace(jit=lambda f: f), "gl": gl, "tl": tl, "mbarrier": mbarrier, "tma_load": tma_load, "warpgroup_mma": mma,
+            "warpgroup_mma_wait": mma_wait, "fence_async_shared": lambda: None}
+
+
+REDUCE: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "max_nan32": lambda x, axis: x.amax(axis, keepdim=True), "min_nan32": lambda x, axis: x.amin(axis, keepdim=True)}

@@ -1,0 +1,204 @@
+"""Streams on Hopper in Gluon: which kernels take the form, what it computes (on a model of the machine), and that it compiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aicc.backends.triton import compile_gpu, print_kernel, stream_shape, warp_groups
+from aicc.backends.triton.warp_groups import print_warp_groups
+from aicc.ir import Operation
+from aicc.ir.interpreter import interpret
+from aicc.ir.interpreter.memory import Memory, extent
+from aicc.ir.interpreter.tile import HANDLERS
+from torch import Tensor
+
+from .cases import SM80, SM90, capture, error
+from .gluon_model import run_gluon
+
+FEW = dataclasses.replace(SM90, multiprocessors=3)
+"""Programs of several rounds, also for small inputs."""
+
+
+def positions(s: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.arange(s.shape[-2])[:, None], torch.arange(s.shape[-1])[None, :]
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+
+
+def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(-1) @ v
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    i, j = positions(s)
+    return s.masked_fill(j > i, -math.inf).softmax(-1) @ v
+
+
+def alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    s = scores(q, k)
+    i, j = positions(s)
+    return (s + slopes[:, None, None] * (j - i)).masked_fill(j > i, -math.inf).softmax(-1).to(v.dtype) @ v
+
+
+def soft_cap_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = 30 * torch.tanh(scores(q, k) / 30)
+    i, j = positions(s)
+    return s.masked_fill((j > i) | (i - j >= 200), -math.inf).softmax(-1) @ v
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return causal(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
+
+
+def turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return causal(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def documents(q: Tensor, k: Tensor, v: Tensor, doc: Tensor) -> Tensor:
+    s = scores(q, k)
+    i, j = positions(s)
+    return s.masked_fill((j > i) | (doc[:, None, :, None] != doc[:, None, None, :]), -math.inf).softmax(-1) @ v
+
+
+def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return (scores(q, k) + bias).softmax(-1) @ v
+
+
+def heads(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(7)
+    return tuple(torch.randn(shape, generator=g).to(dtype) for _ in range(3))
+
+
+def _grouped() -> tuple[Tensor, ...]:
+    q, k, v = heads(1, 4, 256, 64)
+    return q, k[:, :2].contiguous(), v[:, :2].contiguous()
+
+
+FORMS: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]] = {
+    "full": (full, lambda: heads(1, 3, 384, 128)),
+    "causal": (causal, lambda: heads(2, 2, 384, 128)),
+    "alibi": (alibi, lambda: (*heads(1, 2, 384, 128), torch.tensor([0.3, 0.01]))),
+    "soft_cap_window": (soft_cap_window, lambda: heads(1, 2, 640, 128)),
+    "grouped": (grouped, _grouped),
+    "turned": (turned, lambda: heads(1, 256, 4, 64)),
+    "half": (causal, lambda: heads(1, 3, 256, 64, dtype=torch.float16)),
+    "documents": (documents, lambda: (*heads(2, 2, 256, 128), torch.arange(256).div(100, rounding_mode="floor").expand(2, 256).contiguous())),
+    "biased": (biased, lambda: (*heads(1, 3, 256, 128), torch.randn(256, 256).bfloat16())),
+}
+
+
+def module_of(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], until: str = "tile", target: Any = FEW) -> tuple[Operation, list[Tensor]]:
+    found: list[Any] = []
+
+    def run(module: Operation, gm: torch.fx.GraphModule, args: list[Any]) -> Any:
+        found.append((module, args))
+        return gm.forward(*args)
+
+    capture(f, inputs, run, until=until, target=target)
+    return found[0]
+
+
+def stream_of(module: Operation) -> Operation:
+    return next(op for op in module.body if op.name == "tile.kernel" and "stream" in op["sym_name"])
+
+
+def run(f: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, str]:
+    """The result with the stream's kernel in Gluon, and its text."""
+    module, args = module_of(f, inputs)
+    texts: list[str] = []
+
+    def launch(ctx: Any, op: Operation, xs: list[Tensor]) -> list[Tensor]:
+        kernel = ctx.kernels[op["kernel"].name]
+        source = print_warp_groups(kernel, FEW, [True] * len(kernel.body.args))
+        if isinstance(source, str):
+            return plain(ctx, op, xs)
+        texts.append(source.text)
+        types = [v.type for v in (*op.operands, *op.results)]
+        layouts = [(ctx.shape(t), ctx.dims(t.layout)) for t in types]
+        memories = [Memory.holding(x, strides) for x, (_, strides) in zip(xs, layouts, strict=False)]
+        memories += [Memory.fresh(extent(*layouts[i]), ctx.dtype(types[i])) for i in range(len(xs), len(types))]
+        run_gluon(source, [m.flat for m in memories])
+        return [m.tensor(*layout) for m, layout in zip(memories[len(xs):], layouts[len(xs):], strict=True)]
+
+    plain = HANDLERS["tile.launch"]
+    out, = interpret(module, args, handlers={"tile.launch": launch})
+    assert len(texts) == 1, "no kernel took the form"
+    return out, texts[0]
+
+
+@pytest.mark.parametrize("light", [0, 99], ids=["in order", "ahead"])
+@pytest.mark.parametrize("name", FORMS)
+def test_what_it_computes(name: str, light: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warp_groups, "LIGHT", light)
+    f, make = FORMS[name]
+    inputs = make()
+    got, text = run(f, inputs)
+    true = f(*(x.double() if x.is_floating_point() else x for x in inputs))
+    assert error(got, true) < (6e-3 if inputs[0].dtype == torch.bfloat16 else 2e-3)
+    assert ("last = " in text) == (light > 0), "the order that was asked for"
+
+
+@pytest.mark.parametrize(("why", "f", "inputs", "target"), [
+    ("masked", causal, heads(1, 4, 250, 64), FEW),
+    ("not Hopper", causal, heads(1, 4, 256, 64), dataclasses.replace(SM80, multiprocessors=3)),
+    ("other sizes", causal, heads(1, 4, 256, 32), FEW),
+])
+def test_other_streams_are_printed_plainly(why: str, f: Callable[..., Tensor], inputs: tuple[Tensor, ...], target: Any) -> None:
+    module, _ = module_of(f, inputs, target=target)
+    kernel = stream_of(module)
+    said = print_warp_groups(kernel, target, [True] * len(kernel.body.args))
+    assert isinstance(said, str) and (why in said or "128 rows" in said)
+    assert "tl.dot(" in print_kernel(kernel).text
+
+
+def test_an_operand_that_may_start_anywhere_is_not_copied_by_the_engine() -> None:
+    module, _ = module_of(causal, heads(1, 4, 256, 64))
+    assert print_warp_groups(stream_of(module), FEW, [True, False, True, True]) == "an operand may start anywhere"
+
+
+@pytest.mark.parametrize("target", [FEW, dataclasses.replace(SM80, multiprocessors=3)], ids=["sm_90", "sm_80"])
+def test_it_compiles(target: Any, tmp_path: Path) -> None:
+    module, _ = module_of(causal, heads(2, 2, 256, 128), until="host", target=target)
+    made = compile_gpu(module, target, cache_dir=tmp_path)
+    kernel, = (k for name, k in made.kernels.items() if "stream" in name)
+    assert kernel.cubin[:4] == b"\x7fELF" and kernel.global_scratch == 0
+    row = made.program["kernels"][kernel.name]
+    if target is not FEW:
+        assert not kernel.descriptors and row["threads"] in (128, 256)
+        return
+    assert row["threads"] == 12 * 32 and row["grid"] == [3] and kernel.spills <= 128 and kernel.registers == 168
+    assert [d["sizes"] for d in kernel.descriptors] == [[128, 1024]] * 3 and [d["box"] for d in kernel.descriptors] == [[64, 64], [64, 128], [64, 128]]
+    assert all(d["type"] == 9 and d["strides"] == [256] and d["swizzle"] == 3 for d in kernel.descriptors)
+    assert "cuTensorMapEncodeTiled" in made.host.imports
+
+
+def test_the_programs_are_all_taken_once_and_evenly() -> None:
+    """Every other round of a persistent program runs backwards: the longest and the shortest lot differ by little."""
+    module, _ = module_of(causal, heads(2, 4, 512, 64))
+    text = print_warp_groups(stream_of(module), FEW, [True] * 4)
+    assert not isinstance(text, str)
+    taken: list[list[int]] = []
+    for p in range(3):
+        rounds = 32 // 3 + (p < 32 % 3)
+        taken.append([turn * 3 + (p if turn % 2 == 0 else 2 - p) for turn in range(rounds)])
+    assert sorted(x for lot in taken for x in lot) == list(range(32))
+    assert "program = turn*3 + gl.where((turn & 1) == 0, gl.program_id(0), 2 - gl.program_id(0))" in text.text
+    assert "range(0, 10 + (gl.program_id(0) < 2).to(gl.int32))" in text.text
+
+
+def test_what_gluon_rejects_is_compiled_plainly_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_shape, "SHARED_LAYOUT", stream_shape.SHARED_LAYOUT.replace("128", "48"))
+    module, _ = module_of(full, heads(2, 2, 256, 64), until="host")
+    with pytest.warns(RuntimeWarning, match="plain, slower form"):
+        made = compile_gpu(module, FEW, cache_dir=tmp_path)
+    assert "tl.dot(" in made.sources["stream"] and not made.kernels["stream"].descriptors
+    assert made.program["kernels"]["stream"]["grid"] == [2, 2, 2]
