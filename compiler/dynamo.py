@@ -28,8 +28,8 @@ from torch._guards import TracingContext
 from ..frontend.common_subexpressions import merge_common_subexpressions
 from ..frontend.decompositions import decomposition_table
 from ..frontend.flex import expand_flex
-from ..frontend.recurrent import expand_recurrent
 from ..frontend.random import random_decompositions, share_seeds
+from ..frontend.recurrent import expand_recurrent
 from ..frontend.scan import unstack_invariants
 from .control_flow import compile_pieces
 from .driver import Observer, compile_fx
