@@ -1,12 +1,18 @@
 """What a call of a compiled function costs beside its work: native code, the executor, Dynamo's guards.
 
-    python -m aicc.benchmarks.call_overhead [--inputs 1 8 64]
+    python -m aicc.benchmarks.call_overhead [--inputs 1 8 64] [--layers 1 12 48]
 
 The function adds one to a tensor of one element and has further small inputs that it sums. Microseconds of CPU time, the fastest of several runs:
   native      the compiled host function through ctypes, with a table that is ready
   graph       `CompiledGraph.__call__`: collects pointers, allocates results, calls
   compiled    `torch.compile`'s function: guards, wrappers, and all of the above
   eager       the same in eager
+
+Then a model of `--layers` blocks (Linear 8 to 8, LayerNorm; four parameters each) on a batch of one, by what Dynamo checks before each call:
+  graph       the call without Dynamo: what is left when nothing is checked
+  all         the default
+  no modules  without the guards on modules and parameters (`torch.compiler.skip_guard_on_all_nn_modules_unsafe`)
+  none        without any (`torch.compiler.skip_all_guards_unsafe`)
 """
 
 from __future__ import annotations
@@ -14,11 +20,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from . import contenders  # noqa: F401  # first: it names the caches before torch reads them
 
 import torch  # isort: skip
+from torch import nn  # isort: skip
 from aicc.compiler.driver import Compilation, watching
 
 CALLS, RUNS = 2000, 9
@@ -61,14 +69,62 @@ def measure(count: int) -> list[float]:
     return [microseconds(f) for f in (lambda: native(address, symbols), lambda: graph(*xs), lambda: compiled(*xs), lambda: total(*xs))]
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.norm(self.linear(x))
+
+
+GUARDS: dict[str, Callable[[Any], list[bool]] | None] = {
+    "all": None, "no modules": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "none": torch.compiler.skip_all_guards_unsafe,
+}
+
+
+@torch.no_grad()
+def measure_guards(layers: int) -> list[float]:
+    """Microseconds of the graph alone, and of the compiled model under each choice of guards."""
+    model, x = nn.Sequential(*(Block() for _ in range(layers))).eval(), torch.ones(1, 8)
+    times: list[float] = []
+    for keep in GUARDS.values():
+        torch._dynamo.reset()
+        seen: list[Compilation] = []
+        with watching(compiled=seen.append):
+            compiled = torch.compile(model, backend="aicc", options={} if keep is None else {"guard_filter_fn": keep})
+            result = compiled(x)
+        torch.testing.assert_close(result, model(x))
+        if not times:
+            graph = seen[0].graph
+            assert graph is not None
+            arguments = arguments_of(graph, model, x)
+            times.append(microseconds(partial(graph, *arguments)))
+        times.append(microseconds(partial(compiled, x)))
+    return times
+
+
+def arguments_of(graph: Any, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The graph's arguments by position: the input where one has its shape, and the parameters in their order."""
+    found = []
+    parameters = list(model.parameters())
+    for row in sorted(graph.manifest["inputs"], key=lambda row: row["position"]):
+        found.append(x if row["shape"] == [1, 8] else parameters.pop(0))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 12, 48])
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'inputs':>6} {'native':>8} {'graph':>8} {'compiled':>8} {'eager':>8}")
     for count in options.inputs:
         print(f"{count:>6} " + " ".join(f"{t:>8.2f}" for t in measure(count)), flush=True)
+    print(f"\n{'layers':>6} {'graph':>10} " + " ".join(f"{name:>10}" for name in GUARDS))
+    for count in options.layers:
+        print(f"{count:>6} " + " ".join(f"{t:>10.2f}" for t in measure_guards(count)), flush=True)
 
 
 if __name__ == "__main__":

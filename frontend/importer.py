@@ -298,9 +298,10 @@ class _Importer:
         unknown = set(body["symbols"]) - self.c.defined
         if unknown:
             raise Unsupported(f"a scan whose body needs the sizes {', '.join(sorted(unknown))}, which are not defined outside")
-        if [(a.type.shape, a.type.dtype) for a in body.body.args] != [  # type: ignore[attr-defined]
-                *((v.type.shape, v.type.dtype) for v in carried), *((v.type.shape[1:], v.type.dtype) for v in sliced),
-                *((v.type.shape, v.type.dtype) for v in invariant)]:
+        whole, rows = [v.type for v in (*carried, *invariant)], [v.type for v in sliced]
+        given = [(t.shape, t.dtype) for t in whole]
+        given[len(carried):len(carried)] = [(t.shape[1:], t.dtype) for t in rows]
+        if given != [(a.type.shape, a.type.dtype) for a in body.body.args]:  # type: ignore[attr-defined]
             raise Unsupported("a scan whose body takes other types than it is given")
         body.attributes["arg_attrs"] = ({"kind": "input"},) * (len(carried) + len(sliced)) + ({"kind": "param"},) * len(invariant)
         self.c.b.location = location

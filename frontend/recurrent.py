@@ -127,7 +127,7 @@ class _Layers:
             for way in range(ways):
                 k = layer * ways + way
                 start = [self.call(torch.select, s, 0, k) for s in states]
-                weights = parameters[k * per:(k + 1) * per]  # type: ignore[index]
+                weights: Any = parameters[k * per:(k + 1) * per]  # type: ignore[index]
                 y, end = self.layer(x, start, weights, bool(biased), reverse=way == 1)
                 outputs.append(y)
                 for found, e in zip(last, end, strict=True):
@@ -137,7 +137,7 @@ class _Layers:
                 x = self.call(torch.dropout, x, dropout, True)
         if batch_first:
             x = self.call(torch.transpose, x, 0, 1)
-        return (x, *(self.call(torch.stack, found) for found in last))  # type: ignore[return-value]
+        return (x, *(self.call(torch.stack, found) for found in last))  # type: ignore[return-value,arg-type]
 
     def layer(self, x: Any, start: list[fx.Node], weights: Sequence[Any], biased: bool, *, reverse: bool) -> tuple[fx.Node, list[fx.Node]]:
         """x [T, N, I]; the outputs [T, N, H] and the states after the last step."""

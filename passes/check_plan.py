@@ -115,7 +115,8 @@ def _extern(op: Operation) -> tuple[range, range]:
     return range(op["inputs"]), range(op["inputs"], len(op.operands))
 
 
-_SPLIT = {"host.launch": _launch, "host.loop": _launch, "host.library": _launch, "host.extern": _extern, "host.copy": lambda op: (range(1), range(1, 2))}
+_SPLIT = {"host.launch": _launch, "host.loop": _launch, "host.library": _launch, "host.extern": _extern,
+          "host.copy": lambda op: (range(1), range(1, 2))}
 
 
 def _check_access(op: Operation, kernels: Mapping[str, Operation], inputs: list[tuple[int, _Slot]],

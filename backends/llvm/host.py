@@ -6,9 +6,9 @@
 persistent buffers by id, then the base of the arena. `symbols` holds the i64 values of the function's size symbols, in the
 order of its `symbols` attribute. The result is 0, or an error word of the compiled object.
 
-A loop's body is an internal function of the same kind (`loops.py`). ATen calls split the program: each maximal run of launches and copies between them is one segment, NAME_0, NAME_1, ...
+ATen calls split the program: each maximal run of launches and copies between them is one segment, NAME_0, NAME_1, ...
 `cached` launches are taken out into NAME_pack_ID, one function per persistent buffer, for the executor to call
-when a guard of it changes.
+when a guard of it changes. The body of a loop is an internal function of the same kind (`loops.py`).
 """
 
 from __future__ import annotations

@@ -124,7 +124,8 @@ class _Loop:
 
     def _scratch(self, base: ir.Value) -> tuple[list[tuple[ir.Value, ir.Value]], ir.Value]:
         """Two places for each carried value, and the arena of the body."""
-        pairs, at = [], 0
+        pairs: list[tuple[ir.Value, ir.Value]] = []
+        at: Dim = 0
         for t in self.types:
             size = ceildiv(t.numel * t.dtype.bytes, ALIGNMENT) * ALIGNMENT
             pairs.append((self.site.address(base, at), self.site.address(base, at + size)))

@@ -56,4 +56,5 @@ LOOP = define("loop", "For t = 0, 1, ... along dimension 0 of the sliced operand
               attrs={"body": attr("@name of a private function"), "carried": attr("how many values go from trip to trip"),
                      "sliced": attr("how many operands each trip gets a slice of"),
                      "reversed_operands": optional((), "which of the sliced are read from the last slice to the first"),
-                     "reversed_results": optional((), "which of the stacked are written from the last slice to the first")}, traits=[Trait.Pure], verify=_verify_loop)
+                     "reversed_results": optional((), "which of the stacked are written from the last slice to the first")},
+              traits=[Trait.Pure], verify=_verify_loop)

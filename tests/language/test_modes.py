@@ -116,3 +116,21 @@ def test_grad_mode_is_part_of_what_is_compiled() -> None:
         warnings.simplefilter("error", RuntimeWarning)
         with torch.inference_mode():
             torch.testing.assert_close(f(x), (x * w).sum())
+
+
+def test_guards_may_be_left_out() -> None:
+    """docs/calls.md: torch's filter reaches Dynamo, and packed weights are still noticed to change."""
+    layer, x = nn.Linear(32, 32), torch.randn(4, 32)
+    seen: list[int] = []
+
+    def drop_all(entries: Any) -> list[bool]:
+        seen.append(len(entries))
+        return [False] * len(entries)
+
+    f = torch.compile(layer, backend="aicc", options={"guard_filter_fn": drop_all})
+    with torch.no_grad():
+        torch.testing.assert_close(f(x), layer(x))
+        layer.weight.mul_(2)
+        torch.testing.assert_close(f(x), layer(x))
+    assert seen
+    assert seen[0] > 0
