@@ -82,8 +82,8 @@ ROWS, COLUMNS = 240, 256
 """Most rows of the left operand that a program works through, and about how many columns where that does not leave threads idle."""
 K_BLOCK = 1024
 """Most steps of K between two visits to a tile's sums in memory: more gain nothing, as one visit then costs under one percent."""
-PART = 512
-"""Steps of K that are summed by themselves, where all of K is done at once: the error of a long sum grows with its length."""
+PART = 256
+"""Steps of K that are summed by themselves: the error of a long sum grows with its length, that of sums of sums hardly."""
 PROGRAMS = 8
 """Programs that a launch should have at least, to share out among threads."""
 
@@ -296,25 +296,28 @@ class Contraction:
             else:
                 inner.loop(first_panel, minimum(panels, first_panel + together), 1, [], panel_loop)
 
-        def multiply(inner: Emitter, i: Dim, panel: Dim, ks: list[Dim], within: tuple[Dim, Dim], acc: Value) -> Value:
+        def multiply(inner: Emitter, i: Dim, panel: Dim, ks: list[Dim], within: tuple[Dim, Dim], acc: Value, steps: Dim) -> Value:
+            """acc + products over the range `within` of K, of `steps` steps or fewer."""
             safe_m, n = at(inner, i, panel)[1:3]
 
             def step(ke: Emitter, at_k: list[Dim], a: Value) -> Value:
-                self._prefetch(ke, batch, panel, at_k, len(ks), within, i - start, rows)
+                self._prefetch(ke, batch, panel, at_k, len(ks), within[0], steps, i - start, rows)
                 return self._rank1(ke, batch, safe_m, n, at_k, a)
             return self._k_loops(inner, acc, step, ks, within)
 
-        def whole(inner: Emitter, i: Dim, panel: Dim) -> None:
-            m, _, n, _ = at(inner, i, panel)
-            size, part_steps = self.k_sizes[0], PART // self.depth
+        def in_parts(inner: Emitter, i: Dim, panel: Dim, ks: list[Dim], within: tuple[Dim, Dim], most: Dim) -> Value:
+            """The products over a range of K, of at most `most` steps, summed in parts where the range is long and the only one left."""
+            steps = PART // self.depth
+            if len(ks) + 1 < len(self.k_sizes) or not isinstance(most, int) or most <= 3 * steps // 2:
+                return multiply(inner, i, panel, ks, within, self._zero(inner), most)
 
             def part(x: Emitter, k: Dim, carried: list[Value]) -> list[Value]:
-                return [x.builder.arith("add", carried[0], multiply(x, i, panel, [], (k, minimum(size, k + part_steps)), self._zero(x)))]
+                return [x.builder.arith("add", carried[0], multiply(x, i, panel, ks, (k, minimum(within[1], k + steps)), self._zero(x), steps))]
+            return inner.loop(*within, steps, [self._zero(inner)], part)[0]
 
-            if len(self.k_sizes) == 1 and isinstance(size, int) and size > 3 * part_steps // 2:
-                acc = inner.loop(0, size, part_steps, [self._zero(inner)], part)[0]
-            else:
-                acc = multiply(inner, i, panel, [], (0, size), self._zero(inner))
+        def whole(inner: Emitter, i: Dim, panel: Dim) -> None:
+            m, _, n, _ = at(inner, i, panel)
+            acc = in_parts(inner, i, panel, [], (0, self.k_sizes[0]), self.k_sizes[0])
             self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)])
 
         def k_nest(inner: Emitter, ks: list[Dim]) -> None:
@@ -331,7 +334,7 @@ class Contraction:
             def block(x: Emitter, k: Dim, _: list[Value]) -> list[Value]:
                 def one(y: Emitter, i: Dim, panel: Dim) -> None:
                     place = simplify(at(y, i, panel)[3], y.bounds())
-                    part = multiply(y, i, panel, ks, (k, minimum(size, k + length)), self._zero(y))
+                    part = in_parts(y, i, panel, ks, (k, minimum(size, k + length)), length)
                     before = y.load(sums, place, [(0, sum(ks, k))])  # zeros in the first block
                     y.store(sums, y.builder.arith("add", before, part), place)
                 tiles(x, one)
@@ -349,23 +352,24 @@ class Contraction:
             tiles(e, last_step)
         return [*(self.op["dims"][d] for d in self.roles.batch), columns, blocks]
 
-    def _prefetch(self, e: Emitter, batch: list[Dim], panel: Dim, ks: list[Dim], d: int, within: tuple[Dim, Dim], row: Dim, rows: int) -> None:
-        """Asks for the panel after this one, a share in each row tile of a block and each of its steps of K (over `within` along dimension d)."""
-        inside = [within[1] - within[0], *self.k_sizes[d + 1:]]
+    def _prefetch(self, e: Emitter, batch: list[Dim], panel: Dim, ks: list[Dim], d: int, first: Dim, length: Dim, row: Dim,
+                  rows: int) -> None:
+        """Asks for the panel after this one, a share in each row tile of a block and each of its steps of K (`length` from `first` on along
+        dimension d, all of those after it)."""
+        inside = [length, *self.k_sizes[d + 1:]]
         if not self.op.attributes.get("_packed") or not isinstance(self.k_sizes[d], int) or rows <= self.tile[0]:
             return  # a stream: the processor sees by itself what comes next
         (mr, nr, _), right, bounds = self.tile, self.roles.right, e.bounds()
         v = self.op.operands[right]
-        step: Dim = ks[d] - within[0]
+        step: Dim = ks[d] - first
         for k, size in zip(ks[d + 1:], inside[1:], strict=True):
             step = step * size + k
-        length = inside[0] if isinstance(inside[0], int) else self.k_sizes[d]
         line = 64 // element_type(v.type).bytes
         width = nr * self.depth
         per_step = -(-width // -(-rows // mr))  # elements to ask for per step of K
-        start = [*ks[:d], within[0], *[0] * (len(ks) - d - 1)]
+        start = [*ks[:d], first, *[0] * (len(ks) - d - 1)]
         base = offset_of(v, self.op["maps"][right], self.positions(batch, 0, (panel + 1) * nr, self._elements(start), e), bounds)
-        ahead = simplify(base + row * (per_step * product([length, *inside[1:]]) // mr) + step * per_step, bounds)
+        ahead = simplify(base + row * (per_step * product(inside) // mr) + step * per_step, bounds)
         for n in range(min(8, -(-per_step * UNROLL // line))):
             e.prefetch(self.buffers[v], ahead + n * line)
 

@@ -97,7 +97,8 @@ def _register_tile(registers: int, lanes: int, m: int | None, n: int | None) -> 
     for rows in range(1, (14 if registers >= 32 else 6) + 1):
         for vectors in range(1, 9):
             wide = vectors > 4 and (m is None or m > rows)
-            if rows * vectors + vectors + (rows if four else 1) >= registers or wide or (n is not None and vectors > 1 and (vectors - 1) * lanes >= n):
+            full = rows * vectors + vectors + (rows if four else 1) >= registers
+            if full or wide or (n is not None and vectors > 1 and (vectors - 1) * lanes >= n):
                 continue
             cycles = max(rows * vectors / MULTIPLY_ADDS, LATENCY) + LOAD_CYCLES * (rows + vectors)
             down = 1 / rows if m is None else -(-m // rows)
