@@ -1,6 +1,7 @@
 """The compilers that the suites compare, and a cold cache for each.
 
     call = PEERS["onnxruntime"](function, args, threads)      # optional: `pip install aicc[peers]`
+    names = choose("all")
 
 Import this before torch: the caches are named by environment variables that are read early.
 """
@@ -24,7 +25,7 @@ os.environ["AICC_STRICT"] = "1"
 
 import torch  # noqa: E402
 
-__all__ = ["PEERS", "missing", "warm_up"]
+__all__ = ["PEERS", "choose", "missing", "warm_up"]
 
 
 def warm_up(backends: list[str]) -> None:
@@ -75,17 +76,33 @@ def _openvino(function: Callable[..., Any], args: Sequence[torch.Tensor], thread
     return lambda: [torch.from_numpy(y) for y in request.infer(feed, share_inputs=True, share_outputs=True).values()]
 
 
-def _inductor_max(function: Callable[..., Any], args: Sequence[torch.Tensor], threads: int) -> Callable[[], Any]:
-    compiled = torch.compile(function, backend="inductor", options={"freezing": True, "max_autotune": True})
-    return lambda: compiled(*args)
+def _compiled(backend: str, options: dict[str, Any] | None = None) -> Callable[..., Callable[[], Any]]:
+    def make(function: Callable[..., Any], args: Sequence[torch.Tensor], threads: int) -> Callable[[], Any]:
+        compiled = torch.compile(function, backend=backend, options=options)
+        return lambda: compiled(*args)
+    return make
 
 
 PEERS: dict[str, Callable[[Callable[..., Any], Sequence[torch.Tensor], int], Callable[[], Any]]] = {
-    "inductor-max": _inductor_max, "onnxruntime": _onnxruntime, "openvino": _openvino}
+    "aicc": _compiled("aicc"), "inductor": _compiled("inductor"),
+    "inductor-max": _compiled("inductor", {"freezing": True, "max_autotune": True}), "onnxruntime": _onnxruntime, "openvino": _openvino}
 """(function, arguments, threads) -> a call. The sessions are made and the model exported before the first call."""
+_PACKAGES = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino", "onnx", "onnxscript")}
 
 
 def missing(peers: Sequence[str]) -> list[str]:
     """The packages that these peers need and that are not installed."""
-    needed = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino", "onnx", "onnxscript")}
-    return sorted({m for p in peers for m in needed.get(p, ()) if importlib.util.find_spec(m) is None})
+    return sorted({m for p in peers for m in _PACKAGES.get(p, ()) if importlib.util.find_spec(m) is None})
+
+
+def choose(text: str) -> list[str] | str:
+    """The peers named by 'all' (that are installed), 'none' or a list with commas; or what is wrong with the text."""
+    others = [p for p in PEERS if p != "aicc"]
+    if text == "all":
+        return [p for p in others if not missing([p])]
+    names = [] if text == "none" else text.split(",")
+    if unknown := [p for p in names if p not in others]:
+        return f"no peer {', '.join(unknown)}; there are {', '.join(others)}"
+    if packages := missing(names):
+        return f"{', '.join(packages)} missing: pip install aicc[peers]"
+    return names

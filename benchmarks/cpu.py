@@ -1,19 +1,25 @@
-"""The CPU suite: models and single kernels at fixed shapes, eager beside Inductor and aicc in one process.
+"""The CPU suite: models and single kernels at fixed shapes; aicc beside its peers, in one process.
 
-    python -m aicc.benchmarks.cpu [--cases softmax,mlp] [--threads 1] [--no-inductor] [--peers onnxruntime,openvino] [--json FILE]
+    python -m aicc.benchmarks.cpu [--cases softmax,mlp] [--threads 1 2] [--peers inductor,onnxruntime] [--json FILE] [--plot FILE]
 
-A row per case: milliseconds per call, speed over eager, and the largest difference from eager over eager's largest value
-(a row whose difference exceeds `TOLERANCE` is marked WRONG and the exit code is 1). float32, batch 1 unless the name says more.
+A table per number of threads, a row per case: milliseconds per call (the best block's median, see `timing.py`), how much slower the worst block
+of aicc was (spread), the best peer's time over aicc's, the distance of aicc's result from float64 as a multiple of eager's, and seconds until
+the first result. A row whose result is further from eager's than `TOLERANCE` (of the largest value), or further from float64 than
+`ACCURACY` times eager, is marked WRONG and the exit code is 1. float32, batch 1 unless the name says more.
+Peers beside eager are those installed of: inductor, inductor-max (freezing and max-autotune), onnxruntime, openvino (`pip install aicc[peers]`).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib
+import importlib.util
 import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,14 +30,16 @@ from . import contenders  # first: it names the caches before torch reads them
 import torch  # isort: skip
 import torch.nn.functional as F
 from aicc.compiler.driver import Compilation, watching
-from aicc.tests.models.zoo import MODELS
+from aicc.tests.models.networks import MobileNetV2, ResNet18
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from . import networks
-from .timing import best_block_medians, environment, first_call, geometric_mean
+from .timing import environment, first_call, geometric_mean, measure_blocks
 
 TOLERANCE = 1e-4
+ACCURACY, ROUNDING = 2.0, 1e-6
+"""Most distance from float64: this multiple of eager's, or this part of the largest value, the rounding of eight float32 operations."""
 Built = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
@@ -70,6 +78,15 @@ def _plain_attention() -> Built:
     return networks.plain_attention, (*(_rand(8, 1024, 64) for _ in range(3)), torch.ones(1024, 1024).tril().bool())
 
 
+def _images(model: nn.Module) -> Built:
+    """With statistics as after training: the variance 1 of a new model rounds alike in every layer, and so do not its errors in life."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1)  # type: ignore[union-attr, operator]
+            m.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr, operator]
+    return model, (_rand(1, 3, 224, 224),)
+
+
 def _sdpa() -> Built:
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), tuple(_rand(1, 8, 1024, 64) for _ in range(3))
 
@@ -80,8 +97,8 @@ CASES = {c.name: c for c in (
     Case("bert-b1-s128", lambda: (networks.BertEncoder(768, 4, 12), (_rand(1, 128, 768),))),
     Case("bert-b4-s128", lambda: (networks.BertEncoder(768, 4, 12), (_rand(4, 128, 768),))),
     Case("vit-s-b1", lambda: (networks.ViT(384, 6, 6, 16, 224), (_rand(1, 3, 224, 224),))),
-    Case("resnet18-b1", MODELS["resnet18_full"].build),
-    Case("mobilenetv2-b1", MODELS["mobilenet_v2_full"].build),
+    Case("resnet18-b1", lambda: _images(ResNet18())),
+    Case("mobilenetv2-b1", lambda: _images(MobileNetV2())),
     Case("mlp-b256", _mlp),
     Case("tiny-mlp-b8", lambda: (networks.tiny_mlp(64), (_rand(8, 64),))),
     Case("gemm-1024", lambda: (torch.mm, (_rand(1024, 1024), _rand(1024, 1024)))),
@@ -94,100 +111,160 @@ CASES = {c.name: c for c in (
     Case("lstm-32x64x256", lambda: (nn.LSTM(256, 256), (_rand(64, 32, 256),))),
     Case("reduce-dim0-8192x1024", lambda: (lambda x: x.sum(0), (_rand(8192, 1024),))),
 )}
-COLUMNS = (("case", "<28"), ("eager ms", ">9"), ("aicc ms", ">9"), ("inductor ms", ">11"), ("aicc x", ">7"), ("inductor x", ">10"),
-           ("error", ">8"), ("externs", ">7"), ("kernels", ">7"), ("aicc s", ">7"), ("inductor s", ">10"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", help="names, or parts of them, separated by commas")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-inductor", action="store_true")
-    parser.add_argument("--peers", default="", help=f"others to measure, separated by commas: {', '.join(contenders.PEERS)}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", help="names, or parts of them, separated by commas; measured in this order")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--peers", default="all", help=f"'all' that are installed, 'none', or some of {','.join(contenders.PEERS)}")
     parser.add_argument("--seconds", type=float, default=1.5, help="how long each contender is measured per case")
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="begin no further case after this many seconds")
     parser.add_argument("--cpu-time", action="store_true", help="count this thread's CPU time, not wall time: for one thread on a busy machine")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a chart of speed over eager (`pip install aicc[plot]`)")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    clock = time.thread_time if options.cpu_time else time.perf_counter
-    parts = options.cases.split(",") if options.cases else [""]
-    names = [n for n in CASES if any(p in n for p in parts)]
+    names = _cases(options.cases)
     if not names:
         parser.error(f"no case matches; there are {', '.join(CASES)}")
+    peers = contenders.choose(options.peers)
+    if isinstance(peers, str):
+        parser.error(peers)
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("matplotlib is missing: pip install aicc[plot]")
+    if options.cpu_time and ("openvino" in peers or options.threads != [1]):
+        parser.error("--cpu-time counts the calling thread alone: one thread, and no OpenVINO, which computes in threads of its own")
+    clock = time.thread_time if options.cpu_time else time.perf_counter
+    contenders.warm_up(["aicc", *(p for p in peers if p == "inductor")])
+    about, rows, start = environment(), [], time.perf_counter()
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        print(f"{about['cpu']}, torch {about['torch']}, {threads} of {about['cores']} cores, load {environment()['load']}, float32\n")
+        print(_line({"case": "case"}, peers), flush=True)
+        here = []
+        for name in names:
+            if time.perf_counter() - start > options.budget:
+                print(f"{name:<28} not measured: out of time")
+                continue
+            try:
+                row = measure(CASES[name], peers, options.seconds, clock)
+            except Exception as e:  # one case that fails must not cost the table
+                traceback.print_exc(file=sys.stderr)
+                row = {"case": name, "failure": f"{type(e).__name__}: {e}".splitlines()[0]}
+            here.append({**row, "threads": threads})
+            print(_line(row, peers), flush=True)
+            if options.json:
+                options.json.write_text(json.dumps({"environment": about, "rows": rows + here}, indent=2) + "\n")
+        _summary([r for r in here if "failure" not in r], peers)
+        rows += here
+    print(f"load at the end {environment()['load']}")
+    if options.plot:
+        plot(rows, ["aicc", *peers], options.plot)
+    sys.exit(any(_is_wrong(r) for r in rows))
 
-    backends = ["aicc"] if options.no_inductor else ["aicc", "inductor"]
-    peers = [p for p in options.peers.split(",") if p]
-    if unknown := [p for p in peers if p not in contenders.PEERS]:
-        parser.error(f"no peer {', '.join(unknown)}; there are {', '.join(contenders.PEERS)}")
-    if packages := contenders.missing(peers):
-        parser.error(f"{', '.join(packages)} missing: pip install aicc[peers]")
-    if options.cpu_time and "openvino" in peers:
-        parser.error("OpenVINO computes in threads of its own: --cpu-time would not see them")
-    contenders.warm_up(backends)
-    about = environment()
-    print(f"{about['cpu']}, torch {about['torch']}, {about['threads']} of {about['cores']} cores, load {about['load']}, float32\n")
-    print(" ".join(format(title, width) for title, width in COLUMNS), *(f"{p + ' ms':>15}" for p in peers), flush=True)
-    rows = []
-    for name in names:
-        try:
-            row = measure(CASES[name], backends, options.seconds, clock, peers)
-        except Exception as e:  # one case that fails must not cost the table
-            traceback.print_exc(file=sys.stderr)
-            row = {"case": name, "failure": f"{type(e).__name__}: {e}".splitlines()[0]}
-        rows.append(row)
-        print(_line(row), *(f"{row.get(f'{p}_ms', float('nan')):>15.3f}" for p in peers), flush=True)
-    good = [r for r in rows if "failure" not in r]
-    for contender in [*backends, *peers]:
-        print(f"geometric mean over eager, {contender}: {geometric_mean([r['eager_ms'] / r[f'{contender}_ms'] for r in good]):.2f}x")
-    theirs = ["eager", *backends[1:], *peers]
-    print(f"geometric mean of the best of {', '.join(theirs)} over aicc: "
-          f"{geometric_mean([min(r[f'{p}_ms'] for p in theirs) / r['aicc_ms'] for r in good]):.2f}x")
-    about["load at the end"] = environment()["load"]
-    print(f"load at the end {about['load at the end']}")
-    if options.json:
-        options.json.write_text(json.dumps({"environment": about, "rows": rows}, indent=2) + "\n")
-    sys.exit(any("failure" in r or not r["aicc_error"] <= TOLERANCE for r in rows))
+
+def _cases(text: str | None) -> list[str]:
+    """Cases whose names contain the parts, in the order of the parts."""
+    return list(dict.fromkeys(n for part in (text or "").split(",") for n in CASES if part in n))
 
 
 @torch.no_grad()
-def measure(case: Case, backends: list[str], seconds: float, clock: Callable[[], float], peers: list[str]) -> dict[str, Any]:
-    """One row."""
+def measure(case: Case, peers: Sequence[str], seconds: float, clock: Callable[[], float]) -> dict[str, Any]:
+    """One row. A peer that cannot run the case is noted and left out."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     function, args = case.build()
     if isinstance(function, nn.Module):
         function.eval()
     expected = tree_leaves(function(*args))
+    truth = _in_float64(function, args)
+    row: dict[str, Any] = {"case": case.name, "eager_error64": _distance(expected, truth)}
     calls: dict[str, Callable[[], Any]] = {"eager": lambda: function(*args)}
-    row: dict[str, Any] = {"case": case.name}
     compilations: list[Compilation] = []
-    for name in backends:
-        compiled = torch.compile(function, backend=name)
-        calls[name] = lambda compiled=compiled: compiled(*args)
-        with watching(compiled=compilations.append):
-            row[f"{name}_compile_s"], result = first_call(calls[name])
-        row[f"{name}_error"] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(tree_leaves(result), expected, strict=True))
-    for name in peers:
+    for name in ["aicc", *peers]:
         start = time.perf_counter()
-        calls[name] = contenders.PEERS[name](function, args, torch.get_num_threads())
-        result = tree_leaves(calls[name]())
+        try:
+            with watching(compiled=compilations.append):
+                call = contenders.PEERS[name](function, args, torch.get_num_threads())
+                result = tree_leaves(first_call(call)[1])
+        except Exception as e:
+            if name == "aicc":
+                raise
+            row[f"{name}_failure"] = f"{type(e).__name__}: {e}".splitlines()[0]
+            continue
+        calls[name] = call
         row[f"{name}_compile_s"] = time.perf_counter() - start
-        row[f"{name}_error"] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(result, expected, strict=True))
-    times = best_block_medians(list(calls.values()), seconds, clock)
-    row.update({f"{name}_ms": t * 1e3 for name, t in zip(calls, times, strict=True)})
+        row[f"{name}_error"], row[f"{name}_error64"] = _distance(result, expected), _distance(result, truth)
+    times = measure_blocks(list(calls.values()), seconds, clock)
+    for name, t in zip(calls, times, strict=True):
+        row[f"{name}_ms"], row[f"{name}_spread"] = t.seconds * 1e3, t.spread
     return {**row, "graphs": len(compilations), "externs": sum(len(c.stats["externs"]) for c in compilations),
             "kernels": sum(c.stats["kernels"] for c in compilations)}
 
 
-def _line(row: dict[str, Any]) -> str:
+def _in_float64(function: Callable[..., Any], args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """What the function gives in double precision."""
+    if isinstance(function, nn.Module):
+        function = copy.deepcopy(function).double()
+    return tree_leaves(function(*(a.double() if a.is_floating_point() else a for a in args)))
+
+
+def _distance(found: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
+    """The largest difference over the largest value."""
+    return max(((a.double() - b.double()).abs().max() / b.double().abs().max()).item() for a, b in zip(found, truth, strict=True))
+
+
+def _best_peer(row: dict[str, Any], peers: Sequence[str]) -> float:
+    return min(row[f"{p}_ms"] for p in ["eager", *peers] if f"{p}_ms" in row)
+
+
+def _is_wrong(row: dict[str, Any]) -> bool:
+    return "failure" in row or not row["aicc_error"] <= TOLERANCE or row["aicc_error64"] > max(ACCURACY * row["eager_error64"], ROUNDING)
+
+
+def _line(row: dict[str, Any], peers: Sequence[str]) -> str:
+    """A row of the table, or its heading."""
     if "failure" in row:
         return f"{row['case']:<28} FAILED: {row['failure'][:150]}"
-    eager, aicc, inductor = row["eager_ms"], row["aicc_ms"], row.get("inductor_ms")
-    cells = [row["case"], f"{eager:.3f}", f"{aicc:.3f}", f"{inductor:.3f}" if inductor else "", f"{eager / aicc:.2f}",
-             f"{eager / inductor:.2f}" if inductor else "", f"{row['aicc_error']:.1e}", str(row["externs"]), str(row["kernels"]),
-             f"{row['aicc_compile_s']:.1f}", f"{row['inductor_compile_s']:.1f}" if inductor else ""]
-    wrong = "" if row["aicc_error"] <= TOLERANCE else "  WRONG"
-    return " ".join(format(cell, width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)) + wrong
+    heading = "eager_ms" not in row
+    cells = [f"{row['case']:<28}"]
+    for name in ["eager", *peers, "aicc"]:
+        cells.append(f"{name:>12}" if heading else f"{row.get(f'{name}_ms', float('nan')):>12.3f}")
+    if heading:
+        return " ".join([*cells, "spread  peer/aicc  err/eager's  externs kernels  compile s:", ", ".join(["aicc", *peers])])
+    cells += [f"{100 * row['aicc_spread']:>4.0f} %", f"{_best_peer(row, peers) / row['aicc_ms']:>10.2f}",
+              f"{row['aicc_error64'] / max(row['eager_error64'], 1e-12):>11.2f}", f"{row['externs']:>9} {row['kernels']:>7}  "]
+    cells.append(", ".join(f"{row[f'{p}_compile_s']:.1f}" if f"{p}_compile_s" in row else "failed" for p in ["aicc", *peers]))
+    return " ".join(cells) + ("  WRONG" if _is_wrong(row) else "")
+
+
+def _summary(rows: list[dict[str, Any]], peers: Sequence[str]) -> None:
+    for name in ["aicc", *peers]:
+        common = [r["eager_ms"] / r[f"{name}_ms"] for r in rows if f"{name}_ms" in r]
+        print(f"geometric mean over eager, {name}: {geometric_mean(common):.2f}x of {len(common)} cases")
+    ratios = [_best_peer(r, peers) / r["aicc_ms"] for r in rows]
+    if rows:
+        worst = min(zip(ratios, (r["case"] for r in rows), strict=True))
+        print(f"best peer of each case over aicc: geometric mean {geometric_mean(ratios):.2f}x, least {worst[0]:.2f}x ({worst[1]})\n")
+
+
+def plot(rows: list[dict[str, Any]], names: Sequence[str], path: Path) -> None:
+    """Speed over eager: a group of bars per case, a chart per number of threads."""
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    good = [r for r in rows if "failure" not in r]
+    counts = sorted({r["threads"] for r in good})
+    figure, axes = pyplot.subplots(len(counts), 1, figsize=(14, 5 * len(counts)), squeeze=False, layout="constrained")
+    for threads, (axis,) in zip(counts, axes, strict=True):
+        here = [r for r in good if r["threads"] == threads]
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            heights = [r["eager_ms"] / r[f"{name}_ms"] if f"{name}_ms" in r else 0 for r in here]
+            axis.bar([x + i * width for x in range(len(here))], heights, width, label=name)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks([x + 0.4 for x in range(len(here))], [r["case"] for r in here], rotation=30, ha="right")
+        axis.set_ylabel(f"speed over eager, {threads} thread{'s' if threads > 1 else ''}")
+        axis.legend()
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,22 @@ def _scatter() -> Iterator[Case]:
         (rand(16, 8, 1024, 128), torch.tensor([77], device="cuda"), rand(16, 8, 1, 128))), 4 * 16 * 8 * 1024 * 128)
 
 
-CASES = [*_memory(), *_attention(), *_gemm(), *_packed(), *_scatter()]
+def adamw_step() -> tuple[Function, tuple[Tensor, ...]]:
+    """One step over 96 float32 parameters of four shapes, as in a transformer: 100 million numbers."""
+    shapes = [(1024, 4096), (1024, 1024), (1024,), (4096,)] * 24
+    parameters = [torch.nn.Parameter(rand(*s, dtype=torch.float32)) for s in shapes]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=True, capturable=True)
+    return optimizer.step, ()
+
+
+def _optimizer() -> Iterator[Case]:
+    numbers = 24 * (1024 * 4096 + 1024 * 1024 + 1024 + 4096)
+    yield Case("adamw-step", "optimizer", adamw_step, 28 * numbers)  # reads parameter, gradient and both moments; writes all but the gradient
+
+
+CASES = [*_memory(), *_attention(), *_gemm(), *_packed(), *_scatter(), *_optimizer()]
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------------------

@@ -261,9 +261,10 @@ def main() -> int:
     try:
         tests = tuple(dict.fromkeys(t for m in mutants for t in tests_for(m.path)))
         start = time.monotonic()
-        failure = run_tests(copies.free[0], tests, 10 * arguments.limit)
-        if failure:
-            print(f"the tests fail without any mutant: {failure}", file=sys.stderr)
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            failures = list(filter(None, pool.map(lambda t: run_tests(copies.free[0], (t,), 10 * arguments.limit), tests)))
+        if failures:
+            print(f"the tests fail without any mutant: {failures[0]}", file=sys.stderr)
             return 2
         print(f"{len(mutants)} mutants (seed {arguments.seed}); the tests pass unchanged in {time.monotonic() - start:.0f} s", flush=True)
         with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -131,7 +131,8 @@ def main() -> None:
             seconds, measured, said = json.loads(found[4:])
             planned = report.peak_memory - report.memory[0].reserved
             print(f"| {model} | {name} | {1e3 * report.seconds:.1f} | {1e3 * seconds:.1f} | {report.seconds / seconds - 1:+.0%} | "
-                  f"{planned / 1e6:.0f} | {said / 1e6:.0f} | {measured / 1e6:.0f} | {planned / measured - 1:+.0%} | {said / measured - 1:+.0%} |", flush=True)
+                  f"{planned / 1e6:.0f} | {said / 1e6:.0f} | {measured / 1e6:.0f} | {planned / measured - 1:+.0%} | "
+                  f"{said / measured - 1:+.0%} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch._decomp import core_aten_decompositions, get_decompositions
 
+from .foreach import foreach_table
 from .formulas import FORMULAS
 
 __all__ = ["decomposition_table"]
@@ -62,7 +63,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
     more = get_decompositions(_MORE)
     table.update(more)
     kept = {overload for packet in _WHOLE for overload in _overloads(packet)}
-    return {**{op: how for op, how in table.items() if op not in kept}, **FORMULAS}
+    return {**{op: how for op, how in table.items() if op not in kept}, **foreach_table(), **FORMULAS}
 
 
 def _overloads(named: Any) -> list[Any]:

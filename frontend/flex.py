@@ -3,12 +3,14 @@
     expand_flex(gm, decompositions)      # in place; True if there was one
 
 AOTAutograd hands over `flex_attention(q, k, v, score_mod, block_mask, ...)` as one node with the score modification as a graph within
-the graph. torch's dense form of it (the one that eager runs) is traced here and takes the node's place, so that what follows is
-fused like any other attention written by hand. Blocks that the mask leaves out are computed and masked, not skipped.
+the graph. A dense form of it is traced here and takes the node's place, so that what follows streams like any other attention
+written by hand, forward and backward: torch's own for the backward pass, for the forward one of ours, whose row values (the maximum, the
+sum, whether a row is masked throughout) are found in one pass over the scores.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,13 +18,36 @@ import torch
 import torch.fx as fx
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._guards import detect_fake_mode
-from torch._higher_order_ops.flex_attention import flex_attention, flex_attention_backward, sdpa_dense, sdpa_dense_backward
+from torch._higher_order_ops.flex_attention import (
+    _math_attention_inner,
+    _permute_strides,
+    flex_attention,
+    flex_attention_backward,
+    sdpa_dense_backward,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-__all__ = ["expand_flex"]
+__all__ = ["dense", "expand_flex"]
 
-_DENSE: dict[Any, Callable[..., Any]] = {flex_attention: sdpa_dense, flex_attention_backward: sdpa_dense_backward}
+Tensor = torch.Tensor
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(result, log2 of the sum of exponentials, maximum over log 2) as `flex_attention` the operator has them; masked rows are 0."""
+    groups = query.size(1) // key.size(1)
+    key, value = (x.expand(query.size(0), *x.shape[1:]).repeat_interleave(groups, 1) for x in (key, value))
+    _, scores = _math_attention_inner(query, key, value, *rest)
+    top = scores.amax(-1)
+    weights = torch.exp(scores - top.unsqueeze(-1))
+    total = weights.sum(-1)
+    dead = top == -math.inf
+    out = torch.where(dead.unsqueeze(-1), 0.0, (weights.to(value.dtype) @ value).to(scores.dtype) / total.unsqueeze(-1)).to(query.dtype)
+    lse = torch.where(dead, -math.inf, top + torch.log(total))
+    return _permute_strides(out, query.stride()), lse / math.log(2), top / math.log(2)
+
+
+_DENSE: dict[Any, Callable[..., Any]] = {flex_attention: dense, flex_attention_backward: sdpa_dense_backward}
 
 
 def expand_flex(gm: fx.GraphModule, decompositions: Mapping[Any, Callable[..., Any]]) -> bool:
@@ -42,7 +67,7 @@ def _expand(gm: fx.GraphModule, node: fx.Node, decompositions: Mapping[Any, Call
     fixed = [getattr(gm, str(a.target)) if isinstance(a, fx.Node) and _is_graph(gm, a) else a for a in leaves]
     places = [i for i, a in enumerate(leaves) if isinstance(a, fx.Node) and not _is_graph(gm, a)]
 
-    def dense(*values: Any) -> Any:
+    def call(*values: Any) -> Any:
         full = list(fixed)
         for i, v in zip(places, values, strict=True):
             full[i] = v
@@ -54,7 +79,7 @@ def _expand(gm: fx.GraphModule, node: fx.Node, decompositions: Mapping[Any, Call
     mode = detect_fake_mode(values)
     assert mode is not None
     with mode:
-        traced = make_fx(torch.func.functionalize(dense), decomposition_table=dict(decompositions))(*values)
+        traced = make_fx(torch.func.functionalize(call), decomposition_table=dict(decompositions))(*values)
     traced.graph.eliminate_dead_code()
     with gm.graph.inserting_before(node):
         inlined = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))

@@ -294,7 +294,7 @@ class _Importer:
             raise Unsupported("a scan over nothing, or of numbers")
         location = self.c.b.location
         name = f"{self.func['sym_name']}_step{sum(op.name == 'func' for op in self.block) - 1}"
-        body = import_body(body_of(self.gm, node), self.block, name, carried, lambda gm, block, name: _Importer(gm, block, name, None).fill())
+        body = import_body(body_of(self.gm, node), self.block, name, carried, lambda gm, block, name: _Importer(gm, block, name, None, False).fill())
         unknown = set(body["symbols"]) - self.c.defined
         if unknown:
             raise Unsupported(f"a scan whose body needs the sizes {', '.join(sorted(unknown))}, which are not defined outside")

@@ -215,10 +215,10 @@ class _Middle:
             lse = self._call(aten.add.Tensor, (m, self._call(aten.log.default, (total,))))
         return {"wide": wide, "m": m, "e": e, "total": total, "p": p, "lse": lse, **{f"_{i}": n for i, n in enumerate(_between(wide, lse))}}
 
-    def _wide(self, x: fx.Node) -> fx.Node:
+    def _wide(self, x: Any) -> fx.Node:
         """Softmax computes in float32 at least."""
         narrow = x.meta["val"].dtype in (torch.bfloat16, torch.float16)
-        return self._call(torch.ops.prims.convert_element_type.default, (x, torch.float32)) if narrow else x
+        return self._call(torch.ops.prims.convert_element_type.default, (x, torch.float32)) if narrow else x  # type: ignore[no-any-return]
 
     def _copy(self, n: fx.Node, inner: set[fx.Node], lse: fx.Node) -> fx.Node:
         """The backward pass's own copy of a node of the middle space."""
@@ -304,20 +304,21 @@ def _factors(node: Any) -> list[tuple[Any, list[Sequence[Any]]]]:
     if node.target is aten.where.self and _is_zero(node.args[2]):
         return [(node.args[0], []), *_factors(node.args[1])]
     if node.target in _RESHAPES and _last(node.args[0]) == _last(node):
-        return [(f, [*path, node.args[1]]) for f, path in _factors(node.args[0])]
+        sizes: Any = node.args[1]
+        return [(f, [*path, sizes]) for f, path in _factors(node.args[0])]
     return [(node, [])]
 
 
-def _is_zero(n: fx.Node) -> bool:
-    return n.target in (aten.scalar_tensor.default, aten.full.default) and n.args[0 if n.target is aten.scalar_tensor.default else 1] == 0
+def _is_zero(n: Any) -> bool:
+    return bool(n.target in (aten.scalar_tensor.default, aten.full.default) and n.args[0 if n.target is aten.scalar_tensor.default else 1] == 0)
 
 
-def _numel(n: fx.Node) -> str:
+def _numel(n: Any) -> str:
     """As text: comparing symbolic sizes themselves would guard on the answer."""
     return str(n.meta["val"].numel())
 
 
-def _last(n: fx.Node) -> str:
+def _last(n: Any) -> str:
     shape = n.meta["val"].shape
     return str(shape[-1]) if shape else ""
 

@@ -32,4 +32,5 @@ from . import (
     tiling,
     turn_streams,
     unpad_concatenations,
+    winograd,
 )

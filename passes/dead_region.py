@@ -120,8 +120,12 @@ class _Reader:
     def _implied(self, op: Operation, c: Value, truth: bool) -> tuple[frozenset[Pair], bool]:
         """What holds if `c` is `truth`, and whether that is all that it says."""
         inner = c.defining_op
-        if inner is None:
-            return frozenset(), False
+        if inner is None:  # another member makes it
+            v = op.operands[c.index]  # type: ignore[attr-defined]
+            made = v.defining_op
+            if made is None or made not in self.s.full:
+                return frozenset(), False
+            return self._implied(made, made.body.terminator.operands[made.results.index(v)], truth)  # type: ignore[union-attr, arg-type]
         name = inner.name.removeprefix("arith.")
         if name == "bitnot":
             return self._implied(op, inner.operands[0], not truth)

@@ -175,15 +175,15 @@ class Fuse(Pass):
             groups.remove(other)
 
     def _candidates(self, op: Operation, of: dict[Operation, Group], position: dict[Operation, int]) -> list[Group]:
-        """Groups of the producers, the one that saves most memory traffic first and the latest among equals; then groups near by that read
-        the same tensor."""
+        """Groups of the producers, that of a contraction first (an epilogue saves a pass over its result), then the one that saves most memory
+        traffic and the latest among equals; then groups near by that read the same tensor."""
         producers = {v.defining_op: None for v in op.operands if v.defining_op in of}
         found = {id(of[p]): of[p] for p in sorted(producers, key=lambda p: (-_saved(of[p], op), -position[p]))}
         for v in op.operands:
             for user in v.users:
                 if user in of and user is not op and position[op] - position[user] < 64 and not of[user].contraction:
                     found.setdefault(id(of[user]), of[user])
-        return [g for g in found.values() if _is_loop(g)]
+        return sorted((g for g in found.values() if _is_loop(g)), key=lambda g: g.contraction is None)
 
     def _merge_producer_groups(self, op: Operation, into: Group, of: dict[Operation, Group], groups: list[Group],
                                position: dict[Operation, int]) -> None:

@@ -16,11 +16,11 @@ def digits_of(linear: Dim, sizes: Mapping[str, Dim]) -> list[str] | None:
     rest = substitute(linear, {s: 0 for s in free_symbols(linear) if s in sizes and sizes[s] == 1})
     left = free_symbols(rest) & sizes.keys()
     coefficients = {}
-    for name in left:
-        split = split_linear(rest, name)
+    for variable in left:
+        split = split_linear(rest, variable)
         if split is None:
             return None
-        coefficients[name], rest = split
+        coefficients[variable], rest = split
     if rest != 0:
         return None
     found: list[str] = []

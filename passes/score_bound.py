@@ -47,7 +47,9 @@ def _magnitude(s: Stream, op: Operation, x: Value) -> tuple[float, bool] | None:
     if inner is None:
         v = op.operands[x.index]  # type: ignore[attr-defined]
         made = v.defining_op
-        return _magnitude(s, made, made.body.terminator.operands[made.results.index(v)]) if made is not None and made in s.full else None
+        if made is None or made not in s.full:
+            return None
+        return _magnitude(s, made, made.body.terminator.operands[made.results.index(v)])  # type: ignore[union-attr, arg-type]
     name = inner.name.removeprefix("arith.")
     if name == "constant":
         value = float(inner["value"])

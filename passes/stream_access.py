@@ -66,6 +66,8 @@ def _why_slow_on_cpu(s: Stream, target: Target) -> str:
     points = s.row_count * s.length
     if isinstance(points, int) and points < SMALL:
         return "the middle space stays in the cache"
+    if not s.reductions and isinstance(points, int) and points * 4 <= target.l3 // 2:
+        return "the middle space stays in the outer cache, from which products of their own run at full speed"
     for op in s.firsts:
         i = stream_side(s, op)
         if not packed(op, i) and _stride(s, op, i, s.stream[-1]) != 1:
@@ -74,8 +76,11 @@ def _why_slow_on_cpu(s: Stream, target: Target) -> str:
         other = next(i for i, v in enumerate(op.operands) if v is not s.streamed(op))
         if not packed(op, other) and _stride(s, op, other, f"n{len(s.columns) - 1}") != 1:
             return "an operand is not contiguous along the columns"
-    if any(element_type(v.type).name != "f32" for op in (*s.firsts, *s.seconds) for v in op.operands):
-        return "not float32"
+    types = {element_type(v.type).name for op in (*s.firsts, *s.seconds) for v in (*op.operands, *op.results)}
+    if not types <= {"f32", "bf16", "f16"} or any(element_type(op.result.type).name != "f32" for op in (*s.firsts, *s.seconds)):
+        return "not summed in float32"
+    if "bf16" in types and {"avx512bf16", "amx-bf16"} & set(target.features):
+        return "products of bf16 have instructions of their own"
     return ""
 
 

@@ -23,6 +23,7 @@ from ..ir.passes import Pass, PassContext, register
 from .rescale import Declined
 from .stream_form import Stream
 from .stream_growth import candidates, grown
+from .stream_legality import escapes
 from .structured import rebuild
 
 __all__ = ["TurnStreams"]
@@ -59,7 +60,8 @@ def _streams(func: Operation) -> list[Stream]:
                 continue
             found.append(s)
             covered.update(s.seconds)
-    return found
+    members = {op for s in found for op in s.members}
+    return [s for s in found if not escapes(s, members)]  # else their middle space is stored, and they will not be streams
 
 
 def _order(s: Stream, op: Operation, last: Sequence[str]) -> list[int] | None:
@@ -84,9 +86,9 @@ def _turn(s: Stream) -> int:
             _read(op, made)
     columns = [f"n{k}" for k in range(len(s.columns))]
     for op in s.seconds:
-        order = _order(s, op, columns)
-        if order is not None:
-            _turn_result(op, order)
+        back = _order(s, op, columns)
+        if back is not None:
+            _turn_result(op, back)
             count += 1
     return count
 

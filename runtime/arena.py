@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+from .huge_pages import prefer_huge_pages
+
 __all__ = ["ArenaPool", "shared_pool"]
 
 
@@ -32,11 +34,17 @@ class ArenaPool:
         try:
             arena = self._idle.pop()  # atomic: the list is only touched by pop and append outside the lock
         except IndexError:
-            return torch.empty(size, dtype=torch.uint8, device=self.device)
+            return self._allocate(size)
         if arena.nbytes >= size:
             return arena
         del arena  # give the small one back before asking for the large one
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
+        return self._allocate(size)
+
+    def _allocate(self, size: int) -> torch.Tensor:
+        arena = torch.empty(size, dtype=torch.uint8, device=self.device)
+        if self.device.type == "cpu":
+            prefer_huge_pages(arena.data_ptr(), size)
+        return arena
 
     def release(self, arena: torch.Tensor) -> None:
         """The arena may serve other calls from now on."""

@@ -13,6 +13,8 @@ from functools import cache
 
 import torch
 
+from .huge_pages import prefer_huge_pages
+
 __all__ = ["LARGE", "OutputPool", "shared_outputs"]
 
 LARGE = 1 << 17
@@ -56,6 +58,7 @@ class OutputPool:
                 self.reused += 1
                 return storage
         storage = torch.UntypedStorage(size)
+        prefer_huge_pages(storage.data_ptr(), size)
         if self._bytes + size > self.keep_bytes:
             self.trim()
         if self._bytes + size <= self.keep_bytes:

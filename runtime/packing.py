@@ -33,6 +33,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .fingerprint import Samples
+from .huge_pages import prefer_huge_pages
 from .loader import NativeFunction
 from .sizes import Size, evaluate_size
 
@@ -169,13 +170,19 @@ class PackedMemory:
             previous = old.memory[i] if old is not None and unused else None
             # held by `old.memory`, `previous` and the argument: an even older state that a call still holds would be a fourth
             reusable = previous is not None and previous.nbytes == size and sys.getrefcount(previous) == 3
-            memory.append(previous if reusable else torch.empty(size, dtype=torch.uint8, device=self._device))
+            memory.append(previous if reusable else self._allocate(size))
         if stale and all(self.buffers[i].transient for i in stale):
             stale = []  # nobody needs them
         self._pack(stale, memory, pointers, symbol_address)
         lasting = [None if b.transient else m for b, m in zip(self.buffers, memory, strict=True)]
         self._current = packed = Packed(where, versions, symbols, keys, lasting, refs, samples)
         return packed
+
+    def _allocate(self, size: int) -> torch.Tensor:
+        memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+        if self._device.type == "cpu":
+            prefer_huge_pages(memory.data_ptr(), size)
+        return memory
 
     def _pack(self, stale: Sequence[int], memory: Sequence[torch.Tensor | None], pointers: Sequence[int],
               symbol_address: int) -> None:

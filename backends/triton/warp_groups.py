@@ -6,7 +6,7 @@ The kernel is a stream (`stream_shape.py`): loops with the two products s = q @ 
 k[i] and v[i] to shared memory with the bulk copy engine (TMA, through tensor maps), a ring of stages ahead; two groups of four warps compute 64
 rows each. They meet at barriers in shared memory alone: full[stage] says that a tile has come, free[stage] that both groups have read it. So the
 exponentials of one group run beside the products of the other. Programs are persistent: one for each multiprocessor, which takes every so
-many-th of the kernel's programs; the next one's tiles are under way while the last one is finished.
+many-th of the kernel's programs; the next one's tiles (there is room for two q) are under way while the last one is finished.
 
 With `ahead` a group also overlaps with itself: the product q @ k[i + 1] and the product p @ v[i] are started before the exponentials of step
 i + 1, as in FlashAttention-3 (Shah et al. 2024, section 3.2). That pays where the work between the products is light; else registers and
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from math import gcd, prod
 
 from ...ir.core import Operation, Value
 from ...ir.expr import as_int, lower_bound, product, upper_bound
@@ -39,8 +38,6 @@ MAX_REGISTERS = 168
 GROUP_REGISTERS, LOADER_REGISTERS = 240, 24
 SHARED = 192 << 10
 """Bytes of shared memory for q, k and v; the rest is for turning results."""
-TEAM = 8
-"""Batch elements whose programs run side by side."""
 LIGHT = 14
 """Pointwise ops on whole tiles between the products up to which a group runs ahead of itself."""
 _NAMES = ("gl", "gluon", "mbarrier", "tma_load", "program", "steps", "turn", "stage", "last", "who", "layout", "stored", "operand", "zero", "weights",
@@ -77,7 +74,7 @@ class _Groups(Printer):
     def _plan(self, shape: StreamShape) -> None:
         self.loops, self.q, self.steps, self.width, self.columns = shape.loops, shape.q, shape.steps, shape.width, shape.columns
         size = element_type(self.q.op.result.type).bytes
-        self.stages = min(4, (SHARED - ROWS * self.width * size) // (self.steps * (self.width + self.columns) * size))
+        self.stages = min(4, (SHARED - 2 * ROWS * self.width * size) // (self.steps * (self.width + self.columns) * size))
         require(self.stages >= 2, "no room for two stages")
         self.programs = as_int(product(self.kernel["grid"]))
         light = min(sum(1 for op in loop.between if _is_whole(op, self.steps)) for loop in self.loops) <= LIGHT
@@ -138,10 +135,10 @@ class _Groups(Printer):
         self._programs()
         for op in self._needed():
             self._one(op)
-        self._write("mbarrier.wait(q_free, (turn & 1) ^ 1)")
-        self._write(f"mbarrier.expect(q_full, {ROWS * self.width * size})")
+        self._write("mbarrier.wait(q_free.index(turn & 1), ((turn >> 1) & 1) ^ 1)")
+        self._write(f"mbarrier.expect(q_full.index(turn & 1), {ROWS * self.width * size})")
         for half in (0, 1):
-            self._write(f"tma_load(q_map, {self._place(self.q, half * HALF)}, q_full, q_tile.index({half}))")
+            self._write(f"tma_load(q_map, {self._place(self.q, half * HALF)}, q_full.index(turn & 1), q_tile.index((turn & 1)*2 + {half}))")
         for loop, low, high in self._ranges(peel=False):
             i = self._name(loop.op.body.args[0], "i")
             self._for(i, low, high, loop.op["step"])
@@ -206,13 +203,13 @@ class _Groups(Printer):
                 self.names[arg] = self.names[result] = name
         for init, name in zip(loops[0].op.operands[loops[0].op["indices"]:], state, strict=True):
             self._write(f"{name} = {self._use(init)}")
-        self._write("mbarrier.wait(q_full, turn & 1)")
+        self._write("mbarrier.wait(q_full.index(turn & 1), (turn >> 1) & 1)")
         if self.peeled is None:
             for loop, low, high in self._ranges(peel=False):
                 self._for(self._name(loop.op.body.args[0], "i"), low, high, loop.op["step"])
                 self._step(loop, state)
                 self.indent -= 1
-            self._write("mbarrier.arrive(q_free, count=1)")
+            self._write("mbarrier.arrive(q_free.index(turn & 1), count=1)")
         else:
             self._ahead(self.peeled, state)
         for op in inside[begin:]:
@@ -222,7 +219,7 @@ class _Groups(Printer):
 
     def _scores(self, loop: Loop, stage: str) -> str:
         name = self._name(loop.first.result)
-        tiles = f"q_tile.index(who), k_tile.index({stage}).permute((1, 0))"
+        tiles = f"q_tile.index((turn & 1)*2 + who), k_tile.index({stage}).permute((1, 0))"
         self._write(f"{name} = warpgroup_mma({tiles}, zero, use_acc=False, is_async=True)")
         return name
 
@@ -290,7 +287,7 @@ class _Groups(Printer):
             self._free("k", "stage")
             self._between(loop, state, "last")
             self.indent -= 1
-        self._write("mbarrier.arrive(q_free, count=1)")
+        self._write("mbarrier.arrive(q_free.index(turn & 1), count=1)")
         self._write(f"last = steps % {self.stages}")
         self._wait("v", "last", "steps")
         self._weighted(acc, "weights", "last")
@@ -316,15 +313,14 @@ class _Groups(Printer):
     def _entry(self, name: str, given: str) -> str:
         q, k, v = self.q.map, self.loops[0].k.map, self.loops[0].v.map
         lines = [f"@gluon.jit\ndef {name}({given}q_map, k_map, v_map):"]
-        for ring, count, made in (("q", 2, q), ("k", self.stages, k), ("v", self.stages, v)):
+        for ring, count, made in (("q", 4, q), ("k", self.stages, k), ("v", self.stages, v)):
             shape = f"[{count}, {made.block[0]}, {made.block[1]}]"
             lines.append(f"    {ring}_tile = gl.allocate_shared_memory({ring}_map.dtype, {shape}, {ring}_map.layout)")
-        for ring, shape in (("q", "[1]"), ("k", f"[{self.stages}, 1]"), ("v", f"[{self.stages}, 1]")):
+        for ring, shape in (("q", "[2, 1]"), ("k", f"[{self.stages}, 1]"), ("v", f"[{self.stages}, 1]")):
             for what in ("full", "free"):
                 lines.append(f"    {ring}_{what} = gl.allocate_shared_memory(gl.int64, {shape}, mbarrier.MBarrierLayout())")
-        lines += ["    mbarrier.init(q_full, count=1)", "    mbarrier.init(q_free, count=2)"]
-        for ring in "kv":
-            for stage in range(self.stages):
+        for ring, stages in (("q", 2), ("k", self.stages), ("v", self.stages)):
+            for stage in range(stages):
                 lines += [f"    mbarrier.init({ring}_{what}.index({stage}), count={count})" for what, count in (("full", 1), ("free", 2))]
         groups = [f"({name}_group, ({given}{_RINGS}, gl.constexpr({who})))" for who in (0, 1)]
         lines += ["    fence_async_shared()", "    gl.warp_specialize([", *(f"        {g}," for g in groups),
@@ -396,21 +392,11 @@ class _Groups(Printer):
             self._define(op, arith_text(op, [read(v) for v in op.operands], self.index_type))
 
     def program_id(self, op: Operation) -> None:
-        """The last axis, the blocks of rows, varies slower than the batch within a team of TEAM batch elements: neighbours are of one length, and
-        what a team reads stays in the cache."""
-        grid, axis = [as_int(n) for n in self.kernel["grid"]], op["axis"]
-        *batch, blocks = grid
-        team = gcd(TEAM, prod(batch))
-        size = grid[axis]
+        grid, axis = self.kernel["grid"], op["axis"]
+        below, size = as_int(product(grid[axis + 1:])), grid[axis]
         self.ranges[op.result] = (0, size - 1)
-        if size == 1:
-            self._define(op, "0")
-        elif axis == len(batch):
-            self._define(op, f"program // {team} % {blocks}")
-        else:
-            below = prod(batch[axis + 1:])
-            member = f"(program // {team * blocks} * {team} + program % {team})"
-            self._define(op, member + (f" // {below}" if below != 1 else "") + (f" % {size}" if any(n != 1 for n in batch[:axis]) else ""))
+        text = "program" + (f" // {below}" if below != 1 else "") + (f" % {size}" if any(n != 1 for n in grid[:axis]) else "")
+        self._define(op, text if size != 1 else "0")
 
     def full(self, op: Operation) -> None:
         assert isinstance(op.result.type, TileType)

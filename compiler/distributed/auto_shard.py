@@ -153,11 +153,15 @@ class ShardedTraining:
         for p in self.module.parameters():
             p.grad = None
         total = None
-        for k in range(self.micro_batches):
-            mine = [self._micro(x, k) for x in rows]
-            loss = self.module.run_flat(mine)
-            (loss / self.micro_batches).backward()
-            total = loss.detach() if total is None else total + loss.detach()
+        self.module.folds = True
+        try:
+            for k in range(self.micro_batches):
+                mine = [self._micro(x, k) for x in rows]
+                loss = self.module.run_flat(mine)
+                (loss / self.micro_batches).backward()
+                total = loss.detach() if total is None else total + loss.detach()
+        finally:
+            self.module.folds = False
         assert total is not None
         return total / self.micro_batches
 

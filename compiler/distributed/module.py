@@ -86,8 +86,11 @@ class _Step(torch.autograd.Function):
         found: dict[int, torch.Tensor] = {}
         if program.halves is None:
             gradients = program.run_backward(kept[:n], kept[n:], given)
+            if module.folds:
+                gradients = module.fold(gradients)
             for k, (i, gradient) in enumerate(zip(program.joint.gradients, gradients, strict=True)):
-                found[i] = gradient if ctx.whole[i] is None else module.gradient(k, ctx.whole[i], gradient)
+                if gradient is not None:
+                    found[i] = gradient if ctx.whole[i] is None else module.gradient(k, ctx.whole[i], gradient)
         else:
             gradients, later = program.run_backward_inputs(kept[:n], kept[n:], given)
             found.update(zip((program.joint.gradients[k] for k in program.which("input")), gradients, strict=True))
@@ -107,6 +110,7 @@ class ShardedModule(torch.nn.Module):
                                     for a in program.joint.arguments]
         self.inputs = [i for i, a in enumerate(program.joint.arguments) if a.kind == "input"]
         self._rank = dist.get_rank() if rank is None else rank
+        self.folds = False  # whether backward passes add to the parameters' gradients themselves, past autograd
         self.deferred: list[Callable[[], list[torch.Tensor]]] = []  # backward passes whose second half is still to run
         self._placements = [to_placements(p, program.mesh) for p in program.layout.gradients]
 
@@ -158,13 +162,28 @@ class ShardedModule(torch.nn.Module):
         later, program = self.deferred.pop(), self.program
 
         def run() -> None:
-            for k, local in zip(program.which("param"), later(), strict=True):
-                parameter = self._tensors[program.joint.gradients[k]]
-                if parameter.grad is None:
-                    parameter.grad = self.gradient(k, parameter, local)
-                else:
-                    parameter.grad.to_local().add_(local)
+            self._add(dict(zip(program.which("param"), later(), strict=True)))
         return run
+
+    def fold(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Adds the gradients of parameters to theirs; what is left is for autograd."""
+        own = {k: gradients[k] for k in self.program.which("param")}
+        self._add(own)
+        return [None if k in own else g for k, g in enumerate(gradients)]
+
+    def _add(self, gradients: Mapping[int, torch.Tensor]) -> None:
+        """Adds to `.grad`: all in one call, and local tensors, for each DTensor operation costs the host as much as ten of them."""
+        sums: list[torch.Tensor] = []
+        terms: list[torch.Tensor] = []
+        for k, local in gradients.items():
+            parameter = self._tensors[self.program.joint.gradients[k]]
+            if parameter.grad is None:
+                parameter.grad = self.gradient(k, parameter, local)
+            else:
+                sums.append(parameter.grad.to_local())
+                terms.append(local)
+        if sums:
+            torch._foreach_add_(sums, terms)
 
     def _input(self, i: int, x: torch.Tensor) -> torch.Tensor:
         argument, placement = self.program.joint.arguments[i], self.program.layout.arguments[i]

@@ -70,6 +70,7 @@ class Pipeline:
     def run(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """Forward and backward of one global step; gives the mean loss on every rank. inputs: this data rank's rows of each input."""
         for module in self.modules:
+            module.folds = True
             for p in module.parameters():
                 p.grad = None
         losses: list[torch.Tensor] = []

@@ -17,7 +17,7 @@ _POSITIONS = {"arith.add": lambda a, b: a + b, "arith.sub": lambda a, b: a - b, 
 
 def evaluate_body(e: Emitter, op: Operation, at: Mapping[str, Dim], operand: Callable[[int], Value], buffers: Mapping[Value, Value],
                   active: Sequence[Pair], wanted: Sequence[Value] = ()) -> list[Value]:
-    """What `op` yields (or the scalars of its body that are `wanted`) at the position `at` (d0, d1, ... as expressions): tiles or scalars, one per result.
+    """What `op` yields (or the scalars of its body that are `wanted`) at the position `at` (d0, d1, ... as expressions): tiles or scalars.
 
     operand(i): the tile of mapped operand i at that position. active: pairs that hold inside of the space; elsewhere gathers read element 0 and
     requirements do not count. A choice that the position decides (even or odd columns, say) is made here.

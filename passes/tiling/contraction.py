@@ -79,18 +79,18 @@ MATRIX = (32, 32, 32)
 UNROLL = 4
 """Copies of the innermost loop."""
 ROWS, COLUMNS = 240, 256
-"""Most rows of the left operand that a program works through, and, where K is cut, about how many columns."""
+"""Most rows of the left operand that a program works through, and about how many columns where that does not leave threads idle."""
+K_BLOCK = 1024
+"""Most steps of K between two visits to a tile's sums in memory: more gain nothing, as one visit then costs under one percent."""
 PART = 512
 """Steps of K that are summed by themselves, where all of K is done at once: the error of a long sum grows with its length."""
-STREAM = 2048
-"""Bytes ahead that an operand is asked for which is read once."""
 PROGRAMS = 8
 """Programs that a launch should have at least, to share out among threads."""
 
 
-def _rows_in_block(m: Dim, mr: int) -> int:
-    """Rows per program: a multiple of `mr`, equal blocks where m is known."""
-    most = max(mr, ROWS // mr * mr)
+def _rows_in_block(m: Dim, mr: int, most: int) -> int:
+    """Rows per program: a multiple of `mr` that is at most `most`, equal blocks where m is known."""
+    most = max(mr, most // mr * mr)
     if not isinstance(m, int) or m <= 0:
         return most
     return min(most, -(-m // (-(-m // most) * mr)) * mr)
@@ -229,48 +229,51 @@ class Contraction:
         def body(inner: Emitter, i: Dim, carried: list[Value]) -> list[Value]:
             return [self._k_loops(inner, carried[0], step, [*ks, i], None)]
 
-        return e.loop(lower, upper, 1, [acc], body, unroll=UNROLL if len(rest) == 1 else 1)[0]
+        steps = upper - lower
+        unroll = steps if isinstance(steps, int) and steps <= 2 * UNROLL else UNROLL  # a short window is written out: no loop around few steps
+        return e.loop(lower, upper, 1, [acc], body, unroll=unroll if len(rest) == 1 else 1)[0]
 
-    def _is_skinny(self, target: Target) -> bool:
-        """A block of rows of the left operand stays in the caches for all of K: the right operand is streamed through once."""
-        k = product(self.k_sizes)
-        v = self.op.operands[self.roles.left]
-        return isinstance(k, int) and _rows_in_block(self.m, self.tile[0]) * k * element_type(v.type).bytes <= target.l2 // 4
+    def _blocking(self, target: Target) -> tuple[int, tuple[int, int] | None]:
+        """(rows per program, (d, length)): K is cut into blocks of `length` steps along dimension d of K, all of the dimensions after it, and
+        one step of those before.
 
-    def _k_blocks(self, target: Target) -> tuple[int, int] | None:
-        """(d, length): K is cut into blocks of `length` steps along dimension d of K, all of the dimensions after it, and one step of those before.
-
-        A block of rows of the left operand and the columns of a program stay in half of the second-level cache while they are used.
-        None where K is short or unknown: then every tile runs over all of it, with its sums in registers.
+        A block of rows of the left operand lies in three quarters of the second-level cache while the right operand passes by, panel after
+        panel. No cut (None) where K is short or unknown: then every tile runs over all of it, with its sums in registers; nor where so few
+        rows fit the cache whole that the right operand is a stream.
         """
+        mr, step_bytes = self.tile[0], self.depth * element_type(self.op.operands[self.roles.left].type).bytes
+        budget = target.l2 * 3 // 4 // step_bytes
         if not all(isinstance(s, int) for s in self.k_sizes):
-            return None
+            return _rows_in_block(self.m, mr, ROWS), None
         sizes: list[int] = [int(s) for s in self.k_sizes]  # type: ignore[arg-type]
-        step_bytes = self.depth * max(element_type(v.type).bytes for v in self.op.operands)
-        most = max(128 // self.depth, target.l2 // 2 // ((ROWS + COLUMNS) * step_bytes) // UNROLL * UNROLL)
-        if prod(sizes) <= most * 3 // 2 or self._is_skinny(target):
-            return None
+        most, total = max(128, K_BLOCK // self.depth), prod(sizes)
+        few = _rows_in_block(self.m, mr, ROWS)
+        if total <= most * 3 // 2 or (few <= 2 * mr and few * total <= budget):
+            return _rows_in_block(self.m, mr, min(ROWS, budget // max(1, total))), None
         d = next(d for d in range(len(sizes)) if prod(sizes[d + 1:]) <= most)
-        blocks = -(-sizes[d] // max(1, most // prod(sizes[d + 1:])))
+        inner = prod(sizes[d + 1:])
+        blocks = -(-sizes[d] // max(1, most // inner))
         length = -(-sizes[d] // blocks)
-        return d, length if d < len(sizes) - 1 else -(-length // UNROLL) * UNROLL
+        length = length if d < len(sizes) - 1 else -(-length // UNROLL) * UNROLL
+        sums = COLUMNS * self.acc_type.dtype.bytes // step_bytes  # of a row, counted in steps of K
+        return _rows_in_block(self.m, mr, min(ROWS, budget // (length * inner + sums))), (d, length)
 
     def cpu(self, target: Target) -> list[Dim]:
         e, (mr, nr, _) = self.e, self.tile
         batch = self._batch(e, 0)
         nb = len(batch)
-        cut = self._k_blocks(target)
-        rows = _rows_in_block(self.m, mr)
+        rows, cut = self._blocking(target)
         blocks, panels = ceildiv(self.m, rows), ceildiv(self.n, nr)
-        together = 1
-        if cut is not None:
-            together = max(1, COLUMNS // nr)
-            programs = blocks * panels * product(self.op["dims"][d] for d in self.roles.batch)
-            if isinstance(programs, int):
-                together = max(1, min(together, programs // PROGRAMS))
+        together = max(1, COLUMNS // nr)
+        programs = blocks * panels * product(self.op["dims"][d] for d in self.roles.batch)
+        if isinstance(programs, int):
+            together = max(1, min(together, programs // PROGRAMS))
+        if isinstance(panels, int):
+            together = -(-panels // -(-panels // together))
         columns = ceildiv(panels, together)
-        p_block = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb), 0, blocks - 1)
-        p_column = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb + 1), 0, columns - 1)
+        # Rows change fastest: the panels of a program stay in the outer caches for the next one, and come from memory once.
+        p_column = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb), 0, columns - 1)
+        p_block = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb + 1), 0, blocks - 1)
         start = p_block * rows
         upper = minimum(self.m, start + rows)
         if isinstance(self.m, int) and self.m <= rows:
@@ -344,13 +347,13 @@ class Contraction:
         else:
             k_nest(e, [])
             tiles(e, last_step)
-        return [*(self.op["dims"][d] for d in self.roles.batch), blocks, columns]
+        return [*(self.op["dims"][d] for d in self.roles.batch), columns, blocks]
 
     def _prefetch(self, e: Emitter, batch: list[Dim], panel: Dim, ks: list[Dim], d: int, within: tuple[Dim, Dim], row: Dim, rows: int) -> None:
         """Asks for the panel after this one, a share in each row tile of a block and each of its steps of K (over `within` along dimension d)."""
         inside = [within[1] - within[0], *self.k_sizes[d + 1:]]
-        if not self.op.attributes.get("_packed") or not isinstance(self.k_sizes[d], int):
-            return
+        if not self.op.attributes.get("_packed") or not isinstance(self.k_sizes[d], int) or rows <= self.tile[0]:
+            return  # a stream: the processor sees by itself what comes next
         (mr, nr, _), right, bounds = self.tile, self.roles.right, e.bounds()
         v = self.op.operands[right]
         step: Dim = ks[d] - within[0]
@@ -360,11 +363,6 @@ class Contraction:
         line = 64 // element_type(v.type).bytes
         width = nr * self.depth
         per_step = -(-width // -(-rows // mr))  # elements to ask for per step of K
-        if rows <= 2 * mr:  # a stream: what comes next, not a panel that is still far away
-            here = offset_of(v, self.op["maps"][right], self.positions(batch, 0, panel * nr, self._elements(ks), e), bounds)
-            for n in range(-(-width * UNROLL // line)):
-                e.prefetch(self.buffers[v], here + STREAM // element_type(v.type).bytes + n * line)
-            return
         start = [*ks[:d], within[0], *[0] * (len(ks) - d - 1)]
         base = offset_of(v, self.op["maps"][right], self.positions(batch, 0, (panel + 1) * nr, self._elements(start), e), bounds)
         ahead = simplify(base + row * (per_step * product([length, *inside[1:]]) // mr) + step * per_step, bounds)

@@ -79,8 +79,8 @@ def gemm_tile(target: Target, m: Dim, n: Dim, k: Dim, *, bits: int = 32) -> tupl
     return rows, vectors * lanes, 1
 
 
-MULTIPLY_ADDS, LATENCY = 2, 4
-"""Vector multiply-adds that start per cycle, and cycles until one is done, on the cores of today."""
+MULTIPLY_ADDS, LATENCY = 2, 5
+"""Vector multiply-adds that start per cycle, and cycles until the next one of the same sum starts (4, and one that scheduling loses)."""
 LOAD_CYCLES = 0.15
 """What a load in the inner loop costs beside the multiply-adds: 10 for 24 of them (a tile of 6 x 4 vectors) some 5 % less than 14 (12 x 2)."""
 
@@ -93,10 +93,11 @@ def _register_tile(registers: int, lanes: int, m: int | None, n: int | None) -> 
     product waits for memory or, with few accumulators, for its own multiply-adds.
     """
     best = (float("inf"), 0, (1, 1))
+    four = lanes == 4 and registers >= 32  # Arm's multiply-add takes an element of a register: LLVM loads a row's four steps of K at once
     for rows in range(1, (14 if registers >= 32 else 6) + 1):
         for vectors in range(1, 9):
             wide = vectors > 4 and (m is None or m > rows)
-            if rows * vectors + vectors + 1 >= registers or wide or (n is not None and vectors > 1 and (vectors - 1) * lanes >= n):
+            if rows * vectors + vectors + (rows if four else 1) >= registers or wide or (n is not None and vectors > 1 and (vectors - 1) * lanes >= n):
                 continue
             cycles = max(rows * vectors / MULTIPLY_ADDS, LATENCY) + LOAD_CYCLES * (rows + vectors)
             down = 1 / rows if m is None else -(-m // rows)

@@ -95,8 +95,8 @@ def gemm_tiles_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per
             shapes = ((128, 64), (128, 32), (256, 32), (128, 128), (64, 128))
             return [GpuTile(16, columns // stored, _fit(k, step), 4, 4) for columns, step in shapes]
         best = _thin_columns(target, sizes[0], sizes[2])
-        shapes = ((best, RUN), (32, RUN), (64, RUN), (32, RUN // 2), (64, RUN // 2), (32, 2 * RUN))
-        return [GpuTile(16, columns, _fit(k, run // stored), 4, 4) for columns, run in dict.fromkeys(shapes)]
+        runs = dict.fromkeys([(best, RUN), (32, RUN), (64, RUN), (32, RUN // 2), (64, RUN // 2), (32, 2 * RUN)])
+        return [GpuTile(16, columns, _fit(k, run // stored), 4, 4) for columns, run in runs]
     found: list[tuple[float, int, GpuTile]] = []
     for rows, columns in pairs((16, 32, 64, 128), (32, 64, 128, 256)):
         if rows > padded(sizes[1]) or columns > max(32, padded(sizes[2])) or rows * columns > 128 * (128 if heavy or products > 1 else 256):

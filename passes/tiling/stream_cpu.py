@@ -227,7 +227,7 @@ class CpuStream(StreamLowering):
             def update(deeper: Emitter, t: Dim, carried: list[Value]) -> list[Value]:
                 column = n + sym("t1")
                 at = self.frame_at(0, base + t) | self.column_at(column)
-                weight = deeper.load(self.weights[op], self._place(r, self.steps, t))
+                weight = self._casts(deeper, op, which, deeper.load(self.weights[op], self._place(r, self.steps, t)))
                 other = self.read(deeper, op, 1 - which, at, [at[f] for f in order], [(column, self.columns)] if ragged else [], cast=True)
                 return [self._rank1(deeper, weight, other, carried[0])]
 

@@ -122,3 +122,32 @@ module { func @empty { ^(%x: tensor<0x4xf32>):
   }
   return(%e, %s, %m)
 } }
+// -----
+
+// One number per row into a tensor of one number is a comparison of positions; other scatters stay.
+// CHECK-LABEL: func @numbers
+// CHECK-NEXT: ^(
+// CHECK-NOT: graph.scatter
+// CHECK: %[[P:.*]] = graph.reshape(%{{.*}}) : tensor<1x8xi64>
+// CHECK: %[[E:.*]] = graph.eq(%[[P]], %i) : tensor<4x8xi1>
+// CHECK: graph.select(%[[E]], %{{.*}}, %{{.*}}) : tensor<4x8xf32>
+// CHECK: return
+module { func @numbers { ^(%i: tensor<4x1xi64>):
+  %z = graph.full() {value = 0.0} : tensor<4x8xf32>
+  %m = graph.full() {value = -1.0} : tensor<4x1xf32>
+  %s = graph.scatter(%z, %i, %m) {dim = 1} : tensor<4x8xf32>
+  return(%s)
+} }
+// -----
+
+// CHECK-LABEL: func @not_numbers
+// CHECK: graph.scatter(%x, %i, %m)
+// CHECK: graph.scatter(%z, %j, %n)
+module { func @not_numbers { ^(%x: tensor<4x8xf32>, %i: tensor<4x1xi64>, %j: tensor<4x2xi64>):
+  %z = graph.full() {value = 0.0} : tensor<4x8xf32>
+  %m = graph.full() {value = -1.0} : tensor<4x1xf32>
+  %n = graph.full() {value = -1.0} : tensor<4x2xf32>
+  %s = graph.scatter(%x, %i, %m) {dim = 1} : tensor<4x8xf32>
+  %t = graph.scatter(%z, %j, %n) {dim = 1} : tensor<4x8xf32>
+  return(%s, %t)
+} }

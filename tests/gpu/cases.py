@@ -233,6 +233,7 @@ CASES: dict[str, Case] = {
     "embedding": Case(_plain(lambda w, i: F.embedding(i, w)), _table(50, 20, 3, 7), tolerance=0),
     "cumsum": Case(_plain(lambda a: a.cumsum(1)), _normal((5, 40))),
     "scatter_add": Case(_plain(lambda a, i, s: a.scatter_add(0, i, s)), _scatter),
+    "scatter_prod": Case(_plain(lambda a, i, s: a.scatter_reduce(0, i, s, "prod")), _scatter),
     "index_put": Case(_plain(lambda a, i, s: a.index_put((i,), s)), _put, tolerance=0),
     "integers": Case(
         _plain(

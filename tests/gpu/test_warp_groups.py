@@ -202,3 +202,10 @@ def test_what_gluon_rejects_is_compiled_plainly_with_a_warning(tmp_path: Path, m
         made = compile_gpu(module, FEW, cache_dir=tmp_path)
     assert "tl.dot(" in made.sources["stream"] and not made.kernels["stream"].descriptors
     assert made.program["kernels"]["stream"]["grid"] == [2, 2, 2]
+
+
+def test_masked_tiles_are_skipped_where_the_mask_is_a_member_of_its_own() -> None:
+    """Two heads read one mask of documents: still nothing beyond the diagonal is computed."""
+    module, _ = module_of(documents, FORMS["documents"][1]())
+    loops = [op for op in stream_of(module).body if op.name == "tile.for"]
+    assert [str(loop["upper"]) for loop in loops] == ["-i0*128 + 128", "-i0*128 + 256"]

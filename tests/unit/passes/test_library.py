@@ -245,3 +245,24 @@ def test_an_operand_in_another_layout_is_copied() -> None:
             torch.testing.assert_close(interpret(module, inputs)[0], f(*inputs), rtol=1e-4, atol=1e-4)
     assert any("1 operands copied" in r.message for r in ctx.remarks)
     assert calls(module)[0]["shape"]["a"] == (0, 128, 1)
+
+
+def test_moved_heads_are_copied_for_the_gradient_of_a_weight() -> None:
+    """[b, h, s, d] summed over b and s is no matrix in memory and contiguous along what is not summed: copied; along d it is read as it is."""
+    def weight_gradient(x: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        return heads.transpose(1, 2).reshape(4096, 1024).t() @ x
+
+    def input_gradient(w: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        return heads.transpose(1, 2).reshape(4096, 1024) @ w
+    x, heads, w = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((4096, 1024), (4, 16, 1024, 64), (1024, 1024)))
+    module, remarks = lowered(weight_gradient, x, heads, always=False)
+    assert len(calls(module)) == 1
+    assert any("copied into its order" in r.message for r in remarks)
+    module, _ = lowered(input_gradient, w, heads, always=False)
+    assert not calls(module)
+    small = [torch.randn(s).to(torch.bfloat16) for s in ((64, 32), (2, 4, 32, 8))]
+
+    def same(x: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        return heads.transpose(1, 2).reshape(64, 32).t() @ x
+    module, _ = lowered(same, *small, upto="tensor", always=False)
+    torch.testing.assert_close(interpret(module, small)[0], same(*small))

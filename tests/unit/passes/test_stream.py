@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from aicc.compiler.pipelines import pipeline
+from aicc.frontend.flex import dense
 from aicc.frontend.formulas import flash_attention_backward
 from aicc.ir import Operation
 from aicc.ir.expr import evaluate
@@ -18,6 +19,7 @@ from aicc.ir.interpreter import interpret
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
 from support.stages import CUDA, OPTIONS, capture, check_levels, compare, copied, lowered
 from torch import Tensor
+from torch._higher_order_ops.flex_attention import sdpa_dense_backward
 
 NEVER = float("-inf")
 
@@ -283,6 +285,25 @@ def backward(causal: bool, mask: str = "") -> Callable[..., Any]:
     return f
 
 
+def flex(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return dense(q, k, v, lambda s, *_: 20 * torch.tanh(s / 20), _causal_blocks(), 0.2, {}, (), ())
+
+
+def flex_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Any:
+    def change(s: Tensor, *_: Tensor) -> Tensor:
+        return 20 * torch.tanh(s / 20)
+
+    def pull(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, g: Tensor) -> list[Any]:
+        return [g * (1 - torch.tanh(s / 20)**2), None, None, None, None]
+
+    return sdpa_dense_backward(q, k, v, out, lse / math.log(2), grad, None, change, pull, _causal_blocks(), 0.2, {}, (), ())[:3]
+
+
+def _causal_blocks() -> tuple[Any, ...]:
+    """A block mask of which only the mask itself is read."""
+    return (None,) * 11 + (lambda b, h, i, j: j <= i,)
+
+
 def _saved(dtype: torch.dtype = torch.float32, rows: int = 70, length: int | None = None, mask: Tensor | None = None) -> list[Tensor]:
     q, k, v = _qkv(rows, length, dtype=dtype, batch=(1, 2))
     grad, = _normal((1, 2, rows, 24), dtype=dtype)
@@ -398,6 +419,8 @@ CASES: dict[str, Case] = {
     "backward": Case(backward(False), _saved(), BACKWARD, None),
     "backward_causal": Case(backward(True), _saved(rows=140), BACKWARD, None),
     "backward_causal_bf16": Case(backward(True), _saved(BF16, 140), BACKWARD, None),
+    "flex": Case(flex, _qkv(200, batch=(1, 2))),
+    "flex_backward": Case(flex_backward, _saved(rows=140), BACKWARD, None),
     "backward_cross": Case(backward(False), _saved(rows=67, length=90), BACKWARD, None),
     "backward_bool_mask": Case(backward(False, "bool"), _saved(mask=_half_full(70, 70, dead=5)), BACKWARD, None),
     "backward_float_mask": Case(backward(False, "float"), _saved(mask=_normal((70, 70))[0]), BACKWARD, None),

@@ -1,0 +1,76 @@
+"""Two threads: results that do not depend on how the work was divided, and a core with a busy neighbour that does not hold up the other.
+
+In a process of their own: torch's number of threads is that of the process, and here it is 1.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+
+def run(script: str, timeout: float = 300) -> str:
+    """The output of a script in a process that may use two threads."""
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    """A product with cut K, a sum over the outer dimension and a softmax: bit for bit the same with 1, 2 and 3 threads, call after call."""
+    run("""
+        import torch
+        x, w = torch.randn(160, 2100), torch.randn(2100, 200)
+        def f(x, w):
+            y = x @ w
+            return y, x.sum(0), x.softmax(-1), y.relu().mean(1)
+        g = torch.compile(f, backend="aicc")
+        seen = []
+        for threads in (1, 2, 3, 2, 2, 1):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                seen.append([t.clone() for t in g(x, w)])
+        assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other))
+    """)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_busy_neighbour() -> None:
+    """With a process that keeps one of two cores busy, a launch on two threads takes at most 1.5 times what a fair half share of that core allows.
+
+    Alone two threads take T. With half of one core gone, 1.5 cores are left: 4/3 T. So at most 2 T; static halves would take 2 T and more.
+    """
+    out = run("""
+        import os, statistics, subprocess, sys, time, torch
+        cores = sorted(os.sched_getaffinity(0))[:2]
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(2)
+        layer, x = torch.nn.Linear(1024, 1024, bias=False), torch.randn(512, 1024)
+        f = torch.compile(layer, backend="aicc")
+        def measure():
+            times = []
+            for _ in range(60):
+                start = time.perf_counter()
+                f(x)
+                times.append(time.perf_counter() - start)
+            return statistics.median(times)
+        with torch.no_grad():
+            f(x)
+            alone = measure()
+            busy = subprocess.Popen([sys.executable, "-c", f"import os; os.sched_setaffinity(0, [{cores[1]}])\\nwhile True: pass"])
+            try:
+                time.sleep(1)
+                beside = measure()
+            finally:
+                busy.kill()
+                busy.wait()
+            alone = min(alone, measure())
+        print(beside / alone)
+    """)
+    assert float(out) <= 2.0, f"{float(out):.2f} times as long as alone"
