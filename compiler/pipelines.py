@@ -17,7 +17,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
     """The passes of one stage, as text."""
     relax = "" if not options.emulate_precision_casts else "{relax-casts=false}"
     choices = ["epilogues=false"] * options.emulate_precision_casts + ["replayed=true"] * options.replays
-    fuse = f"fuse{{multiprocessors={max(1, target.multiprocessors)}}}" if target.is_gpu else "fuse"
+    fuse = "fuse{by-columns=true}" if target.is_gpu else "fuse"
     library = "library" + (f"{{{' '.join(choices)}}}" if choices else "")
     return {
         # Still named ops: what is cheap to see here is folded before it is spelled out.

@@ -88,7 +88,7 @@ def _check(func: Operation, kernels: Mapping[str, Operation], symbols: Mapping[s
                 raise IRError(f"{slot} is misaligned or outside the arena of {arena} bytes; sizes {dict(symbols)}")
         elif op.name == "host.view":
             source = op.operands[0]
-            if source in outputs:
+            if source in outputs and not memory.has(slots[source]):  # temporary memory in an output that has yet to be made
                 low = size_at(op["offset"], symbols) * source.type.dtype.bytes  # type: ignore[attr-defined]
                 slot = _Slot(op.result, slots[source].space, low,
                              low + size_at(storage_bytes(op.result.type), symbols))  # type: ignore[arg-type]

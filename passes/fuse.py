@@ -89,14 +89,14 @@ def split_frame(frame: list[Dim], members: list[Operation], places: dict[Operati
 @register
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """See the module docstring. `multiprocessors`: of the GPU that the kernels are for."""
+    """See the module docstring. `by_columns`: a program takes many columns, where columns are summed (GPUs)."""
 
     name: ClassVar[str] = "fuse"
     max_members: int = 48
     max_values: int = 28
     parallel_enough: int = 32
     small: int = 1 << 14
-    multiprocessors: int = 0
+    by_columns: bool = False
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         names: dict[str, int] = {}
@@ -281,9 +281,8 @@ class Fuse(Pass):
             return True
         if not isinstance(outer, int):
             return True
-        if self.multiprocessors:  # of a GPU: a program takes a row, or some columns
-            rows = any(not all(isinstance(n, int) for n in m["dims"]) or reduces_rows(m) for m in members if m["reductions"])
-            return outer // (1 if rows else COLUMNS) >= self.multiprocessors // 2
+        if self.by_columns and all(isinstance(n, int) for n in frame) and not any(reduces_rows(m) for m in members if m["reductions"]):
+            outer //= COLUMNS
         return outer >= self.parallel_enough
 
 
