@@ -14,7 +14,7 @@ def digits_of(linear: Dim, sizes: Mapping[str, Dim]) -> list[str] | None:
     """The variables of which `linear` is the row-major number, outermost first: i*6 + j of sizes {i: 5, j: 6} gives [i, j]. Those of size 1 do not
     count. None if it is no such number."""
     rest = substitute(linear, {s: 0 for s in free_symbols(linear) if s in sizes and sizes[s] == 1})
-    left = free_symbols(rest) & sizes.keys()
+    left = set(free_symbols(rest) & sizes.keys())
     coefficients = {}
     for variable in left:
         split = split_linear(rest, variable)

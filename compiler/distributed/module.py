@@ -85,10 +85,9 @@ class _Step(torch.autograd.Function):
         given = [tangents[i].contiguous() for i in program.joint.tangents]
         found: dict[int, torch.Tensor] = {}
         if program.halves is None:
-            gradients = program.run_backward(kept[:n], kept[n:], given)
-            if module.folds:
-                gradients = module.fold(gradients)
-            for k, (i, gradient) in enumerate(zip(program.joint.gradients, gradients, strict=True)):
+            made = program.run_backward(kept[:n], kept[n:], given)
+            left: Sequence[torch.Tensor | None] = module.fold(made) if module.folds else made
+            for k, (i, gradient) in enumerate(zip(program.joint.gradients, left, strict=True)):
                 if gradient is not None:
                     found[i] = gradient if ctx.whole[i] is None else module.gradient(k, ctx.whole[i], gradient)
         else:
