@@ -20,7 +20,7 @@ _SAME = (
     "log2", "neg", "reciprocal", "round", "rsqrt", "sigmoid", "sign", "sin", "sinh", "sqrt", "tan", "tanh", "trunc", "add", "sub", "mul", "div",
     "addcmul", "addcdiv", "lerp", "pow", "clamp_min", "clamp_max", "maximum", "minimum", "norm", "zero",
 )
-_OTHER = {
+_OTHER: dict[str, Callable[..., Any]] = {
     "norm": lambda x, order=2, dtype=None: aten.linalg_vector_norm(x, order, dtype=dtype),
     "zero": lambda x: aten.zeros_like(x),
     "addcmul": lambda x, a, b, value=1: aten.addcmul(x, a, b, value=value),

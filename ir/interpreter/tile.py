@@ -228,7 +228,8 @@ _OPS: dict[str, Callable[[Programs, Operation, list[Any]], list[Any]]] = {
     **dict.fromkeys(arith.HANDLERS, _arith),
     "tile.load": _load, "tile.store": _store, "tile.alloca": _alloca, "tile.program_id": _program_id, "tile.index": _index,
     "tile.mask": _mask, "tile.full": _full, "tile.reduce": _reduce, "tile.scan": _scan, "tile.reshape": _reshape,
-    "tile.transpose": _transpose, "tile.every": _every, "tile.dot": _dot, "tile.require": _require, "tile.for": _for, "tile.prefetch": lambda p, op, xs: [],
+    "tile.transpose": _transpose, "tile.every": _every, "tile.dot": _dot,
+    "tile.require": _require, "tile.for": _for, "tile.prefetch": lambda p, op, xs: [],
 }
 
 
