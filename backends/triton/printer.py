@@ -404,6 +404,16 @@ class Printer:
     def reshape(self, op: Operation) -> None:
         self._define(op, f"tl.reshape({self._use(op.operands[0])}, [{_dims(op.result)}])")
 
+    def every(self, op: Operation) -> None:
+        """Halves of halves: tl.split parts what alternates along the last axis."""
+        rows, columns = op.operands[0].type.shape  # type: ignore[attr-defined]
+        text, first, of = self._use(op.operands[0]), op["first"], op["of"]
+        while of > 1:
+            columns //= 2
+            text = f"tl.split(tl.reshape({text}, [{rows}, {columns}, 2]))[{first % 2}]"
+            first, of = first // 2, of // 2
+        self._define(op, text)
+
     def transpose(self, op: Operation) -> None:
         self._define(op, f"tl.trans({self._use(op.operands[0])})")
 
@@ -478,6 +488,7 @@ _HANDLERS = {
     "tile.full": Printer.full,
     "tile.reshape": Printer.reshape,
     "tile.transpose": Printer.transpose,
+    "tile.every": Printer.every,
     "tile.reduce": Printer.reduce,
     "tile.scan": Printer.scan,
     "tile.dot": Printer.dot,

@@ -113,6 +113,14 @@ def _verify_dot(op: Operation) -> None:
         raise IRError(f"'tile.dot' of {a} and {b} onto {acc} cannot give {op.result.type}")
 
 
+def _verify_every(op: Operation) -> None:
+    t = op.operands[0].type
+    if not isinstance(t, TileType) or t.rank != 2 or t.shape[1] % op["of"] or not 0 <= op["first"] < op["of"]:
+        raise IRError(f"'tile.every' takes every {op['of']}-th column from {op['first']} on of a tile of rank 2, got {t}")
+    if op.result.type != TileType((t.shape[0], t.shape[1] // op["of"]), t.dtype):
+        raise IRError(f"'tile.every' of {t} cannot give {op.result.type}")
+
+
 def _verify_reduce(op: Operation) -> None:
     t = op.operands[0].type
     if not isinstance(t, TileType) or not 0 <= op["axis"] < t.rank or op["kind"] not in REDUCE_KINDS:
@@ -177,6 +185,8 @@ define("tile.reduce", "combines along `axis`, which keeps size 1", operands="x",
 define("tile.scan", "running combination along `axis`, each element included (GPUs)", operands="x", attrs={"axis": attr(), "kind": attr()},
        traits=[Trait.Pure], verify=_verify_scan)
 define("tile.reshape", "the same elements in row-major order", operands="x", traits=[Trait.Pure])
+define("tile.every", "of rank 2: every `of`-th column from column `first` on", operands="x", attrs={"first": attr(), "of": attr()},
+       traits=[Trait.Pure], verify=_verify_every)
 define("tile.transpose", "rank 2, swapped", operands="x", traits=[Trait.Pure])
 define("tile.dot", "acc + a @ b, accumulated in acc's type", operands="a b acc", attrs={"precision": optional("ieee", "ieee or tf32")},
        traits=[Trait.Pure], verify=_verify_dot)

@@ -198,6 +198,10 @@ def _transpose(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     return [xs[0].transpose(1, 2)]
 
 
+def _every(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
+    return [xs[0][:, :, op["first"] :: op["of"]]]
+
+
 def _dot(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     a, b, acc = xs
     if not acc.is_floating_point():
@@ -233,7 +237,7 @@ _OPS: dict[str, Callable[[Programs, Operation, list[Any]], list[Any]]] = {
     **dict.fromkeys(arith.HANDLERS, _arith),
     "tile.part": _part, "tile.load": _load, "tile.store": _store, "tile.alloca": _alloca, "tile.program_id": _program_id, "tile.index": _index,
     "tile.mask": _mask, "tile.full": _full, "tile.reduce": _reduce, "tile.scan": _scan, "tile.reshape": _reshape, "tile.transpose": _transpose,
-    "tile.dot": _dot, "tile.require": _require, "tile.for": _for, "tile.prefetch": lambda p, op, xs: [],
+    "tile.every": _every, "tile.dot": _dot, "tile.require": _require, "tile.for": _for, "tile.prefetch": lambda p, op, xs: [],
 }
 
 

@@ -89,10 +89,20 @@ class _GpuContraction(Contraction):
                  loads: dict[Any, Value]) -> Value:
         """acc + left @ right, of every `parts`-th step of K from `part` on, `bk` of them from k * parts on."""
         bm, bn, bk = self.tile
-        k_row, k_col, steps = k + sym("t1"), k + sym("t0"), ceildiv(self.size, parts)
-        left = self._factor(with_shape(e, (bm, bk)), self.roles.left, batch, m, 0, k_row * parts + part, [(m, self.m), (k_row, steps)], loads)
+        k_col, steps = k + sym("t0"), ceildiv(self.size, parts)
+        left = self._left(e, batch, m, k, parts, part, loads)
         right = self._factor(with_shape(e, (bk, bn)), self.roles.right, batch, 0, n, k_col * parts + part, [(k_col, steps), (n, self.n)], loads)
         return e.builder.op("tile.dot", as_tile(e, left, (bm, bk)), as_tile(e, right, (bk, bn)), acc, type=self.acc_type)
+
+    def _left(self, e: Emitter, batch: list[Dim], m: Dim, k: Dim, parts: int, part: int, loads: dict[Any, Value]) -> Value:
+        """The left factor at every `parts`-th step of K: its tile is read whole, as it lies in memory, and then taken apart."""
+        bm, _, bk = self.tile
+        at = k * parts + sym("t1")
+        whole = self._factor(with_shape(e, (bm, bk * parts)), self.roles.left, batch, m, 0, at, [(m, self.m), (at, self.size)], loads)
+        if parts == 1:
+            return whole
+        whole = as_tile(e, whole, (bm, bk * parts))
+        return e.builder.op("tile.every", whole, type=TileType((bm, bk), element_type(whole.type)), first=part, of=parts)
 
     def _factor(self, e: Emitter, i: int, batch: list[Dim], m: Dim, n: Dim, k: Dim, mask: list[Pair],
                 loads: dict[Any, Value]) -> Value:

@@ -57,7 +57,7 @@ def test_the_library_pays_for_unpacking(rows: int, library: int) -> None:
         return F.linear(x, w.to(x.dtype) * s)
 
     empty = torch.empty(rows, 4096, dtype=torch.bfloat16), torch.empty(11008, 4096, dtype=torch.int8), torch.empty(11008, 1, dtype=torch.bfloat16)
-    gm = make_fx(f)(*empty)
+    gm = make_fx(f, tracing_mode="fake")(*empty)
     module = import_graph(gm)
     for stage in ("graph", "tensor"):
         run_pipeline(module, parse_pipeline(pipeline(stage, CUDA, OPTIONS)), PassContext(CUDA))
