@@ -179,7 +179,7 @@ def _largest(module: Operation) -> int:
 
 
 @pytest.mark.parametrize("target", [AVX2, CUDA], ids=["avx2", "cuda"])
-@pytest.mark.parametrize("name", ["causal", pytest.param("alibi", marks=pytest.mark.slow), "window", "dropout"])
+@pytest.mark.parametrize("name", ["causal", pytest.param("alibi", marks=pytest.mark.slow), pytest.param("window", marks=pytest.mark.slow), "dropout"])
 def test_neither_scores_nor_weights_are_stored(name: str, target: Any) -> None:
     """The forward pass is one stream, the backward two and a sum over rows; memory doubles with the length."""
     f = sdpa(dropout_p=0.1, is_causal=True) if name == "dropout" else CASES[name][0]
