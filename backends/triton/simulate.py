@@ -74,9 +74,10 @@ def run_kernel(
 ) -> None:
     """One launch on flat CPU tensors. IndexError where a checked index fails."""
     function = load_function(source, folder)
-    function.fn.__globals__["libdevice"] = Libdevice()
+    scope = function.fn.__globals__
+    scope["libdevice"] = Libdevice()
+    scope["tanh_approx"], scope["exp2_approx"] = Libdevice().tanh, Libdevice().exp2  # instructions that the interpreter has not
     maps = [TensorDescriptor(buffers[m.buffer], [m.rows, m.columns], [m.stride, 1], list(m.block)) for m in source.descriptors]
-    function.fn.__globals__["tanh_approx"] = Libdevice().tanh  # an instruction that the interpreter has not
     error = torch.zeros(1, dtype=torch.int32)
     if programs:
         with np.errstate(all="ignore"), _mended():

@@ -9,8 +9,8 @@ exponentials of one group run beside the products of the other. Programs are per
 many-th of the kernel's programs; the next one's tiles (there is room for two q) are under way while the last one is finished.
 
 With `ahead` a group also overlaps with itself: the product q @ k[i + 1] and the product p @ v[i] are started before the exponentials of step
-i + 1, as in FlashAttention-3 (Shah et al. 2024, section 3.2). That pays where the work between the products is light; else registers and
-issue slots are short, and the plain order is faster.
+i + 1, as in FlashAttention-3 (Shah et al. 2024, section 3.2). That pays where every step is like the others (no masked tiles): the first step
+and the last product are then code of their own, beside each loop.
 
 What the kernel means is its tile IR, which the interpreter and plain Triton print and check: this is one more schedule of it.
 """
@@ -38,8 +38,8 @@ MAX_REGISTERS = 168
 GROUP_REGISTERS, LOADER_REGISTERS = 240, 24
 SHARED = 192 << 10
 """Bytes of shared memory for q, k and v; the rest is for turning results."""
-LIGHT = 14
-"""Pointwise ops on whole tiles between the products up to which a group runs ahead of itself."""
+AHEAD_LOOPS = 1
+"""Loops of a stream up to which a group runs ahead of itself."""
 _NAMES = ("gl", "gluon", "mbarrier", "tma_load", "program", "steps", "turn", "stage", "last", "who", "layout", "stored", "operand", "zero", "weights",
           "q_map", "k_map", "v_map", "q_tile", "k_tile", "v_tile", "q_full", "q_free", "k_full", "k_free", "v_full", "v_free")
 _RINGS = "q_tile, k_tile, v_tile, q_full, q_free, k_full, k_free, v_full, v_free"
@@ -77,8 +77,8 @@ class _Groups(Printer):
         self.stages = min(4, (SHARED - 2 * ROWS * self.width * size) // (self.steps * (self.width + self.columns) * size))
         require(self.stages >= 2, "no room for two stages")
         self.programs = as_int(product(self.kernel["grid"]))
-        light = min(sum(1 for op in loop.between if _is_whole(op, self.steps)) for loop in self.loops) <= LIGHT
-        self.peeled = shape.peeled if light else None
+        # Measured: with loops for masked steps too, the code of both groups outgrows the instruction cache, and the plain order is faster.
+        self.peeled = shape.peeled if len(self.loops) <= AHEAD_LOOPS else None
 
     # -- printing ---------------------------------------------------------------------------------------------------------
 
@@ -449,8 +449,3 @@ def _gluon(text: str) -> str:
     """Triton's functions by their names in Gluon."""
     text = re.sub(r"\btl\.(where|exp2|abs|maximum|minimum|floor|ceil|cast|sum|max|min|reduce|inline_asm_elementwise)\(", r"gl.\1(", text)
     return re.sub(r"\blibdevice\.(div_rn|sqrt_rn)\(", r"gl.\1(", text)
-
-
-def _is_whole(op: Operation, steps: int) -> bool:
-    """It computes something for every score."""
-    return any(isinstance(r.type, TileType) and r.type.shape == (ROWS, steps) for r in op.results)
