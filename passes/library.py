@@ -13,13 +13,13 @@ Pass `library-operands`, after layouts are settled: operands that have got a lay
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..ir import Block, Builder, Dim, IRError, Operation, Region, Target, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of
 from ..ir.expr import Expr, evaluate, free_symbols, substitute
-from ..ir.expr import product as product_of
 from ..ir.passes import Pass, PassContext, register
 from .library_cost import Work, generated_seconds, library_seconds, turning_pays
 from .products import Product, is_linear, read_product, walk_of
@@ -110,7 +110,7 @@ def _turn(op: Operation, sizes: dict[str, int], target: Target) -> bool:
     roles, types = roles_of(op), [element_type(v.type).name for v in op.operands]
     if roles is None or types[0] != types[1] or types[0] not in RESULTS or any(fill_of(op, i) is not None for i in range(2)):
         return False
-    work = 2.0 * product_of(evaluate(d, sizes) for d in op["dims"])
+    work = 2.0 * math.prod(int(evaluate(d, sizes)) for d in op["dims"])
     copied = 0
     for i, own in ((roles.left, roles.m), (roles.right, roles.n)):
         order, strides, v = (*roles.batch, *roles.k, *own), walk_of(op, i), op.operands[i]
@@ -120,7 +120,7 @@ def _turn(op: Operation, sizes: dict[str, int], target: Target) -> bool:
         innermost = {s for e, stride in zip(op["maps"][i], v.type.layout, strict=True) if stride == 1 for s in free_symbols(e)}
         if not innermost or not innermost <= {f"d{d}" for d in own}:
             continue
-        moved = 2.0 * v.type.dtype.bytes * product_of(evaluate(op["dims"][d], sizes) for d in order)
+        moved = 2.0 * v.type.dtype.bytes * math.prod(int(evaluate(op["dims"][d], sizes)) for d in order)
         if not turning_pays(target, types[0], work, moved):
             continue
         renamed = {f"d{d}": sym(f"d{j}") for j, d in enumerate(order)}
