@@ -428,10 +428,7 @@ def _extern(q: Query) -> list[Strategy]:
     """
     op = q.op
     if op["target"] in _ATTENTION:
-        def heads(v: Value) -> Dims:
-            names: list[str | None] = ["b", "h", None, None]
-            return [f if size != 1 and len(shape_of(v)) >= 3 else None for f, size in zip(names, shape_of(v))]
-        return _factors(q, [heads(v) for v in op.operands], [heads(r) for r in op.results])
+        return [s for d in (0, 1) for p in q.parts if (s := _per_head(q, d, p)) is not None]
     position = _ALONG.get(op["target"])
     if position is None or len(op.operands) != 1:
         return []
@@ -444,6 +441,19 @@ def _extern(q: Query) -> list[Strategy]:
 _ATTENTION = {f"aten._scaled_dot_product_{kind}.default" for name in ("flash_attention", "efficient_attention", "cudnn_attention",
                                                                       "flash_attention_for_cpu") for kind in (name, f"{name}_backward")}
 _ALONG = {"aten.topk.default": 2, "aten.sort.default": 1, "aten.sort.stable": 2}
+
+
+def _per_head(q: Query, d: int, parts: int) -> Strategy | None:
+    """Attention cut along dimension `d` of all tensors that have it (0, sequences; 1, heads); states of random numbers stay as they are."""
+    def at(v: Value) -> Placement | None:
+        shape = shape_of(v)
+        if len(shape) < 3 or shape[d] == 1:
+            return REPLICATE
+        return shard(d, parts) if q.fits(shape[d], parts) else None
+    operands, results = [at(v) for v in q.op.operands], [at(r) for r in q.op.results]
+    if None in operands or None in results or all(p == REPLICATE for p in operands):
+        return None
+    return Strategy(tuple(operands), tuple(results))  # type: ignore[arg-type]
 
 
 def _collective(q: Query) -> list[Strategy]:

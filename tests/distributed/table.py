@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +29,10 @@ def row(model: str, plan: dict[str, Any], layers: int, steps: int, folder: Path)
     ranks = plan.get("dp", 1) * plan.get("tp", 1) * plan.get("pp", 1) * plan.get("cp", 1)
     out = folder / "result"
     began = time.perf_counter()
-    done = torchrun(ranks, WORKER, model, json.dumps(plan), str(steps), str(layers), str(out))
+    try:
+        done = torchrun(ranks, WORKER, model, json.dumps(plan), str(steps), str(layers), str(out))
+    except subprocess.TimeoutExpired as e:
+        return False, f"failed: not done after {e.timeout:.0f} s"
     if done.returncode != 0:
         return False, f"failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:120]}"
     results = [json.loads(Path(f"{out}.{r}.json").read_text()) for r in range(ranks)]

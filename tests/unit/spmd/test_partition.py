@@ -15,6 +15,7 @@ from aicc.ir.parser import parse_module
 from aicc.ir.printer import print_with_resources
 from aicc.ir.sharding import Mesh, Placement, partial, placement_from_attribute, shard
 from aicc.passes.spmd import Partitioned, Policy, partition, tensor_seeds
+from aicc.passes.spmd.rules import strategies
 from aicc.passes.spmd.validate import validate
 
 from .programs import function_joint, tiny_joint
@@ -165,3 +166,18 @@ def test_placements_as_attributes(placement: Placement) -> None:
     assert placement_from_attribute(placement.attribute) == placement
     with pytest.raises(IRError, match="is no placement"):
         placement_from_attribute({"shard": "x"})
+
+
+def test_called_attention_is_cut_by_sequences_and_by_heads() -> None:
+    """The states of random numbers among its results are on every rank; a mask for all heads too."""
+    module = parse_module("""module { func @main { ^(%q: tensor<2x4x8x8xbf16>, %k: tensor<2x4x8x8xbf16>, %v: tensor<2x4x8x8xbf16>, %m: tensor<2x1x8x8xbf16>):
+  %o, %l, %s = graph.extern(%q, %k, %v, %m) {target = "aten._scaled_dot_product_cudnn_attention.default", args = [{operand = 0}, {operand = 1},
+    {operand = 2}, {operand = 3}, true], result_kinds = ["tensor", "tensor", "tensor"], random = true}
+    : tensor<2x4x8x8xbf16>, tensor<2x4x8x1xf32>, tensor<i64>
+  return(%o, %l, %s) } }""")
+    op = next(op for op in module.walk() if op.name == "graph.extern")
+    found = strategies(op, 2)
+    whole = Placement("replicate")
+    assert [(s.operands, s.results) for s in found] == [((shard(0),) * 4, (shard(0), shard(0), whole)),
+                                                        ((shard(1), shard(1), shard(1), whole), (shard(1), shard(1), whole))]
+    assert strategies(op, 3) == []
