@@ -42,7 +42,7 @@ class SplitReductions(Pass):
                 if not set(op["combine"]) <= SPLITTABLE or 0 in op["dims"]:
                     continue
                 programs, room = _programs(op, ctx.target), ctx.target.multiprocessors
-                wanted = 4 if not is_contraction(op) and _reduces_rows(op) else 2  # programs per multiprocessor, as measured
+                wanted = 4 if not is_contraction(op) and reduces_rows(op) else 2  # programs per multiprocessor, as measured
                 # Half of the multiprocessors are enough to read what a product needs, and its neighbours may be launched with it.
                 idle = 3 if is_contraction(op) else 2
                 parts, d = self._parts(op, -(-wanted * room // programs)) if idle * programs <= room else (1, 0)
