@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from aicc.backends.llvm.vecmath import UNARY
 from aicc.benchmarks.ulp import MASKS, NO_BOUND
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -53,7 +54,7 @@ def render(data: dict[str, Any]) -> str:
         "# Numerics", "",
         "Float32 functions are polynomial code of our own (`backends/llvm/vecmath.py`), the same on every processor and in every lane.",
         "This table is made by `benchmarks/ulp_docs.py` from what `benchmarks/ulp.py --all` measured "
-        + ("on **all 2^32 inputs** of every function" if not partly else "on the inputs given in the last column (all: 2^32)")
+        + ("on **all 2^32 inputs** of every function below" if not partly else "on the inputs given in the last column (all: 2^32)")
         + f" ({machine['processor']},",
         f"torch {machine['torch']}): the largest error in units of the last place of the correctly rounded result, against the float64 function;",
         "the input where it is; the same error once more against mpmath with 60 digits; the bound that the tests hold us to (`MAX_ULP`); on how",
@@ -68,6 +69,9 @@ def render(data: dict[str, Any]) -> str:
                  r["nan"] + r["infinity"] + r["zero"], "-" if mask else _number(r["eager"]), r["eager_kind"]]
         cells += [f"{r['inputs'] / WHOLE:.1%}"] * bool(partly)
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    missing = sorted(set(UNARY) - {r["name"] for r in rows})
+    if missing:
+        lines += ["", f"Not measured on all inputs yet (the tests sample them): {', '.join(f'`{name}`' for name in missing)}."]
     return "\n".join([*lines, "", *PROSE]) + "\n"
 
 

@@ -30,7 +30,7 @@ Binary = Callable[..., ir.Value]
 # Bound on the error in units of the last place of the correctly rounded float32 result: a margin of about 0.1 above the
 # worst that `benchmarks/ulp.py` finds.  Functions that are not named are exact or correctly rounded (0.5).
 MAX_ULP: dict[str, float] = {
-    "exp": 1.0, "exp2": 1.0, "expm1": 1.6, "log": 1.1, "log2": 1.2, "log10": 1.1, "log1p": 1.6, "sigmoid": 2.0,
+    "exp": 1.0, "exp2": 1.0, "expm1": 1.6, "log": 1.1, "log2": 1.35, "log10": 1.1, "log1p": 1.6, "sigmoid": 2.0,
     "sinh": 3.0, "cosh": 3.0, "tanh": 2.8, "asinh": 2.1, "acosh": 2.3, "atanh": 2.4, "sin": 1.7, "cos": 1.7, "tan": 3.0,
     "asin": 2.5, "acos": 1.3, "atan": 2.2, "atan2": 2.2, "erf": 1.2, "erfc": 0.7, "erfinv": 2.8, "rsqrt": 1.5,
     "pow": 0.6,
