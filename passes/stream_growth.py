@@ -43,7 +43,7 @@ class _Growth:
         own = [d for d in names if d >= parallel or d not in in_v]  # rows and stream: read as they are, once
         if fill_of(seed, which) is not None or not set(range(parallel, len(seed["dims"]))) <= in_e or not set(own) <= _plain(e_map):
             raise Declined("the product does not read every point of the middle space once")
-        columns = [d for d in range(parallel) if d not in names]
+        columns = [d for d in range(parallel) if d not in names and (seed["dims"][d] != 1 or d in in_v)]
         rows = [d for d in own if d < parallel]
         if not rows or not columns or not set(columns) <= in_v:
             raise Declined("no rows or no columns")
@@ -53,7 +53,7 @@ class _Growth:
         self.s = Stream({names[d]: seed["dims"][d] for d in names}, tuple(names[d] for d in names if d not in own),
                         tuple(names[d] for d in rows), tuple(names[d] for d in own if d >= parallel), tuple(seed["dims"][d] for d in columns))
         place = {**{d: sym(names[d]) for d in names}, **{d: sym(f"n{k}") for k, d in enumerate(columns)}}
-        self.s.position[seed] = tuple(place[d] for d in range(parallel))
+        self.s.position[seed] = tuple(place.get(d, 0) for d in range(parallel))
         self.s.seconds.append(seed)
         self.bounds = {**{f: (0, n - 1) for f, n in self.s.sizes.items()}, **{f"n{k}": (0, n - 1) for k, n in enumerate(self.s.columns)}}
         env = {f"d{d}": e for d, e in place.items()}
