@@ -190,6 +190,7 @@ class _Bufferizer:
         placed: dict[tuple[Value, tuple[Dim, ...]], int] = {}
         plain = not self.func["result_attrs"]
         views: list[tuple[int, DType]] = []
+        viewed: dict[tuple[Value, tuple[Dim, ...]], int] = {}  # output buffers of which only views are returned so far
         for i, (attrs, v) in enumerate(self._entries()):
             kind = attrs.get("kind", "tensor")
             if v is None or _is_known_int(attrs):
@@ -212,16 +213,19 @@ class _Bufferizer:
                 source = v.defining_op.operands[0]
                 key = (source, tuple(_tensor(source).layout))
                 if key not in self.bases:
-                    self.bases[key] = self._output(source, key[1]).index
+                    self.bases[key] = viewed[key] = self._output(source, key[1]).index
                 self.results.append({"kind": "view", "arg": self.bases[key], "shape": t.shape, "strides": wanted,
                                      "offset": v.defining_op["offset"]})
             elif plain and isinstance(v, BlockArg) and v not in self.assigned and t.layout == wanted:
                 self.results.append({"kind": "input", "arg": v.index})
             else:
                 placed[v, wanted] = i
-                if (v, wanted) not in self.bases:
-                    self.bases[v, wanted] = self._output(v, wanted).index
-                self.results.append({"kind": "buffer", "arg": self.bases[v, wanted]})
+                # Two results of one value share no memory, but views of it may have come first.
+                arg = viewed.pop((v, wanted), None)
+                if arg is None:
+                    arg = self._output(v, wanted).index
+                    self.bases.setdefault((v, wanted), arg)
+                self.results.append({"kind": "buffer", "arg": arg})
         for i, dtype in views:  # the base may come later among the results
             base = self.results[self.results[i]["arg"]]
             if base["kind"] not in ("buffer", "input"):
