@@ -76,10 +76,11 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
     table = _decompositions(fallback_random)
 
     def compile_captured(gm: Graph, inputs: Sequence[Any]) -> Callable:
+        if isinstance(gm, Graph):  # not torch's wrapper that takes nested inputs apart: what it wraps was here before
+            expand_recurrent(gm)
+            write_out_attention(gm, drops=not fallback_random)
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)
-        expand_recurrent(gm)
-        write_out_attention(gm, drops=not fallback_random)
         # Dynamo does not trace into what it is given back: a wrapper that forbids it would cost each call a microsecond or two.
         return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=partition, keep_inference_input_mutations=True, **compilers)
 
