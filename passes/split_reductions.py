@@ -43,9 +43,7 @@ class SplitReductions(Pass):
                     continue
                 programs, room = _programs(op, ctx.target), ctx.target.multiprocessors
                 wanted = 4 if not is_contraction(op) and reduces_rows(op) else 2  # programs per multiprocessor, as measured
-                # Half of the multiprocessors are enough to read what a product needs, and its neighbours may be launched with it.
-                idle = 3 if is_contraction(op) else 2
-                parts, d = self._parts(op, -(-wanted * room // programs)) if idle * programs <= room else (1, 0)
+                parts, d = self._parts(op, -(-wanted * room // programs)) if 2 * programs <= room else (1, 0)
                 if parts > 1:
                     _split(op, d, parts)
                     ctx.remark("done", f"a reduction of {op['dims'][d]} elements in {parts} parts", op.location)
