@@ -268,6 +268,8 @@ def limits() -> tuple[float, float]:
 def _error(got: Any, true: Any) -> float:
     worst = 0.0
     for g, t in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(true), strict=True):
+        if t is None:  # an optimizer's step
+            continue
         g, t = g.float(), t.float()
         worst = max(worst, float((g - t).abs().max() / t.abs().max().clamp(min=1e-20)))
     return worst
