@@ -237,6 +237,8 @@ class OverlapCollectives(Pass):
             first_read = {op: min((index[u] for u in op.result.users), default=len(index)) for op in started}
             for op in started:
                 _separate(op)
+                for wait in op.result.users:  # it belongs to the reader: what may start only behind that does not start before the wait
+                    index[wait] = first_read[op] - 1
             gathers: list[Operation] = []
             for op in started:
                 floor = 0
