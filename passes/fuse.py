@@ -281,7 +281,9 @@ class Fuse(Pass):
             return True
         if not isinstance(outer, int):
             return True
-        if self.by_columns and all(isinstance(n, int) for n in frame) and not any(reduces_rows(m) for m in members if m["reductions"]):
+        # What few programs get through in the time of some launches stays one kernel.
+        long = isinstance(total, int) and total > 16 * self.small
+        if self.by_columns and long and all(isinstance(n, int) for n in frame) and not any(reduces_rows(m) for m in members if m["reductions"]):
             outer //= COLUMNS
         return outer >= self.parallel_enough
 

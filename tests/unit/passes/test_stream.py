@@ -400,7 +400,8 @@ CASES: dict[str, Case] = {
     "shared": Case(shared, [*_qkv(), *_normal((2, 70, 40), (70, 70))], ONE * 2, 2),
     "gated": Case(gated, [*_qkv(), *_normal((2, 70, 40))], ONE * 2, None),
     "circle": Case(circle, _qkv(), ("1 + 1 [sum]",), None),
-    "large_terms_f16": Case(large_terms, _qkv(dtype=F16), ("1 + 1 [sum]",)),
+    # Rounded weights are an operand of 16 bits for the matrix unit (`inline`), and the division before the rounding cannot be taken back.
+    "large_terms_f16": Case(large_terms, _qkv(dtype=F16), (), None),
     "large_terms_batched_f16": Case(large_terms, _qkv(dtype=F16, batch=(1, 2)), (), None),
     "narrow_positions": Case(narrow_positions, _qkv(140)),
     "parts_of_columns": Case(parts_of_columns, [*_qkv(), *_normal((2, 40, 24))], (*SUMS, *ONE), None),
