@@ -24,7 +24,7 @@ def test_values_and_gradients_of_one_process(tmp_path: Path, plan: Plan) -> None
     path = tmp_path / "plan.toml"
     path.write_text(plan.to_toml())
     done = torchrun(2, SCRIPT, str(path))
-    found = [float(x) for x in re.findall(r"RANK \d: worst: (\S+)", done.stdout)]
+    found = [float(x) for x in re.findall(r"RANK \d: worst: ([\d.e+-]+)", done.stdout)]
     assert len(found) == 2, done.stdout + done.stderr[-3000:]
     assert max(found) < 1e-5
 
