@@ -69,7 +69,8 @@ class Tuner:
         on_gpu = ctx.target.is_gpu
         if not _is_static(fused) or (not on_gpu and _bytes(fused) < SMALL):
             return
-        tiles: list[Tile] = list(dict.fromkeys(candidate_tiles(fused, ctx.target) if on_gpu else candidate_tiles_cpu(fused, ctx.target)))[:MOST]
+        known: Sequence[Tile] = candidate_tiles(fused, ctx.target) if on_gpu else candidate_tiles_cpu(fused, ctx.target)
+        tiles: list[Any] = list(dict.fromkeys(known))[:MOST]
         if len(tiles) < 2:
             return
         key = self._key(fused, ctx)

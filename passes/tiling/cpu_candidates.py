@@ -56,7 +56,8 @@ def stream_candidates(tile: tuple[int, int], fixed: bool, *, few: bool = True) -
     heights = [r for r in (rows - 2, rows - 1) if r > 1]
     if few:
         return _unique(first, [replace(first, block_rows=8 * rows), replace(first, block_steps=8 * columns),
-                               CpuTile(rows, columns, 8 * rows, 8 * columns), replace(first, block_rows=2 * rows), replace(first, block_steps=2 * columns)])
+                               CpuTile(rows, columns, 8 * rows, 8 * columns), replace(first, block_rows=2 * rows),
+                               replace(first, block_steps=2 * columns)])
     widths = [columns] if fixed else [columns, columns // 2]
     return _unique(first, (CpuTile(r, c, times * r, along * c) for r, c, times, along in product(
         [rows, *heights], widths, (0, 1, 2, 8, 16), (0, 1, 2, 8, 16))))

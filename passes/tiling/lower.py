@@ -14,8 +14,8 @@ from ...ir.expr import Dim, free_symbols
 from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
 from ..storage import storage_bytes
-from ..stream_access import packed as is_packed
 from ..stream import analyse as analyse_stream
+from ..stream_access import packed as is_packed
 from ..structured import constant_values, is_contraction, is_pointwise
 from .caching import mark_second_readings
 from .contraction import emit_contraction, is_row_major, roles_of
