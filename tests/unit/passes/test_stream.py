@@ -14,10 +14,10 @@ from aicc.compiler.pipelines import pipeline
 from aicc.frontend.flex import dense
 from aicc.frontend.formulas import flash_attention_backward
 from aicc.ir import Operation
-from aicc.ir.expr import evaluate
+from aicc.ir.expr import evaluate, free_symbols
 from aicc.ir.interpreter import interpret
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
-from support.stages import CUDA, EXACT_CASTS, OPTIONS, capture, check_levels, compare, copied, lowered
+from support.stages import AVX2, CUDA, EXACT_CASTS, OPTIONS, capture, check_levels, compare, copied, lowered
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import sdpa_dense_backward
 
@@ -483,6 +483,19 @@ def test_masked_tiles_are_skipped() -> None:
     assert _steps(anticausal, 200) == [1, 3, 5, 7]
     # A row sees 37 columns, a block of 64 rows therefore 100: 4 or 5 tiles of 32 at most.
     assert max(_steps(window, 512)) <= 5 and len(_steps(window, 512)) == 8
+
+
+def test_masked_tiles_are_skipped_on_cpus() -> None:
+    """The loop over the stream ends where the block of rows does; without a mask it ends where the stream does."""
+    bounds = []
+    for function in (plain, causal, window):
+        module = lowered(capture(function, _qkv(300, batch=(1,), width=32)), AVX2, "tile")
+        kernels = [k for k in module.body if k.name == "tile.kernel" and k["sym_name"] == "stream"]
+        loops = [op for k in kernels for op in k.walk() if op.name == "tile.for"]
+        assert loops
+        bounds.append({s for op in loops for end in ("lower", "upper") for s in free_symbols(op[end])})
+    everything, ended, banded = bounds
+    assert ended - everything and banded - everything
 
 
 def test_exact_casts_leave_weights_rounded_and_stored() -> None:
