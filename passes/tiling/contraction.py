@@ -86,6 +86,8 @@ PART = 256
 """Steps of K that are summed by themselves: the error of a long sum grows with its length, that of sums of sums hardly."""
 PROGRAMS = 8
 """Programs that a launch should have at least, to share out among threads."""
+Limits = tuple[int, int, int]
+"""Rows, steps of K and columns of a program on a CPU, as they were measured to be best; 0 for the model's."""
 
 
 def _rows_in_block(m: Dim, mr: int, most: int) -> int:
@@ -97,22 +99,22 @@ def _rows_in_block(m: Dim, mr: int, most: int) -> int:
 
 
 def emit_contraction(op: Operation, epilogue: list[Operation], outputs: list[Value], target: Target, e: Emitter,
-                     buffers: dict[Value, Value], tile: tuple[int, int, int]) -> list[Dim]:
+                     buffers: dict[Value, Value], tile: tuple[int, int, int], limits: Limits = (0, 0, 0)) -> list[Dim]:
     """Writes the body of the kernel; returns the grid."""
-    return Contraction(op, epilogue, outputs, e, buffers, tile).cpu(target)
+    return Contraction(op, epilogue, outputs, e, buffers, tile, limits).cpu(target)
 
 
 class Contraction:
     """What both targets share: where operands are read, and how the result is finished and stored."""
 
     def __init__(self, op: Operation, epilogue: list[Operation], outputs: list[Value], e: Emitter, buffers: dict[Value, Value],
-                 tile: tuple[int, int, int]):
+                 tile: tuple[int, int, int], limits: Limits = (0, 0, 0)):
         found = roles_of(op)
         assert found is not None
         right = found.right
         found = replace(found, k=tuple(sorted(found.k, key=lambda d: -_walk(op, right, d))))
         self.op, self.epilogue, self.outputs, self.e, self.buffers, self.roles = op, epilogue, outputs, e, buffers, found
-        self.tile = tile
+        self.tile, self.limits = tile, limits
         dims = op["dims"]
         self.m_sizes, self.n_sizes = [dims[d] for d in found.m], [dims[d] for d in found.n]
         self.k_sizes = [dims[d] for d in found.k]
@@ -246,17 +248,17 @@ class Contraction:
         if not all(isinstance(s, int) for s in self.k_sizes):
             return _rows_in_block(self.m, mr, ROWS), None
         sizes: list[int] = [int(s) for s in self.k_sizes]  # type: ignore[arg-type]
-        most, total = max(128, K_BLOCK // self.depth), prod(sizes)
+        most, total = max(128, (self.limits[1] or K_BLOCK) // self.depth), prod(sizes)
         few = _rows_in_block(self.m, mr, ROWS)
-        if total <= most * 3 // 2 or (few <= 2 * mr and few * total <= budget):
-            return _rows_in_block(self.m, mr, min(ROWS, budget // max(1, total))), None
+        if total <= most * 3 // 2 or (not self.limits[1] and few <= 2 * mr and few * total <= budget):
+            return _rows_in_block(self.m, mr, self.limits[0] or min(ROWS, budget // max(1, total))), None
         d = next(d for d in range(len(sizes)) if prod(sizes[d + 1:]) <= most)
         inner = prod(sizes[d + 1:])
         blocks = -(-sizes[d] // max(1, most // inner))
         length = -(-sizes[d] // blocks)
         length = length if d < len(sizes) - 1 else -(-length // UNROLL) * UNROLL
-        sums = COLUMNS * self.acc_type.dtype.bytes // step_bytes  # of a row, counted in steps of K
-        return _rows_in_block(self.m, mr, min(ROWS, budget // (length * inner + sums))), (d, length)
+        sums = (self.limits[2] or COLUMNS) * self.acc_type.dtype.bytes // step_bytes  # of a row, counted in steps of K
+        return _rows_in_block(self.m, mr, self.limits[0] or min(ROWS, budget // (length * inner + sums))), (d, length)
 
     def cpu(self, target: Target) -> list[Dim]:
         e, (mr, nr, _) = self.e, self.tile
@@ -264,9 +266,9 @@ class Contraction:
         nb = len(batch)
         rows, cut = self._blocking(target)
         blocks, panels = ceildiv(self.m, rows), ceildiv(self.n, nr)
-        together = max(1, COLUMNS // nr)
+        together = max(1, (self.limits[2] or COLUMNS) // nr)
         programs = blocks * panels * product(self.op["dims"][d] for d in self.roles.batch)
-        if isinstance(programs, int):
+        if isinstance(programs, int) and not self.limits[2]:
             together = max(1, min(together, programs // PROGRAMS))
         if isinstance(panels, int):
             together = -(-panels // -(-panels // together))
