@@ -2,8 +2,9 @@
 
     w = f16(exp(s) / sum)        out = w @ v
 
-A stream takes the division out of the sum, and exp(s) alone may be too large for 16 bits. Without the rounding nothing is lost: the product, which
-sums in float32 anyway, reads the weights as they were computed. (bfloat16 has float32's range: there the rounding stays, and the matrix unit with it.)
+A stream takes the division out of the sum, and exp(s) alone may be too large for 16 bits. Without the rounding nothing is lost: the product,
+which sums in float32 anyway, reads the weights as they were computed. (bfloat16 has float32's range: there the rounding stays, and the matrix
+unit with it.)
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ def keep_wide(weights: Value, rounding: Operation) -> bool:
     made = weights.defining_op
     if made is None or not is_pointwise(made) or len(made.results) != 1 or made.body.terminator.operands[0] is not rounding.result:
         return False
-    if len(rounding.result.uses) != 1 or element_type(rounding.operands[0].type).name != "f32" or not all(_only_widens(u, i) for u, i in weights.uses):
+    if len(rounding.result.uses) != 1 or element_type(rounding.operands[0].type).name != "f32":
+        return False
+    if not all(_only_widens(u, i) for u, i in weights.uses):
         return False
     made.body.terminator.set_operand(0, rounding.operands[0])
     _retype(weights, element_type(rounding.operands[0].type))
