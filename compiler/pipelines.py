@@ -42,7 +42,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             # Packed weights of recurrent layers leave the loop: what is packed once must be seen to be the same in every trip.
             "hoist-invariants",
             *(["library-operands", "alias-views"] if target.is_gpu else []),
-            *(["stream"] if options.fuse else []),
+            *([f"stream{relax}"] if options.fuse else []),
             *(["split-reductions", "split-dimensions"] if target.is_gpu and options.fuse else []),
             fuse if options.fuse else "fuse{max-members=1}",
             # What crosses from kernel to kernel is known now.
