@@ -59,7 +59,7 @@ class StepLibrary:
 
         return run
 
-    def _run(self, steps: Sequence[Step], table: Callable[[int], int], env: Mapping[str, int]) -> None:
+    def _run(self, steps: Sequence[Step | Loop], table: Callable[[int], int], env: Mapping[str, int]) -> None:
         def address(p: Place) -> int:
             base = ctypes.addressof(self.constants[p.slot]) if p.constant else table(p.slot)
             return base + int(evaluate(p.offset, env))

@@ -102,9 +102,9 @@ def extract(module: Operation, holder: Operation, chosen: Sequence[Operation], k
         b.create("return", [mapping[v] for v in returned])
     else:
         b.create("return", _as_group(b, holder, ops, outside, returned, mapping))
-    for body in module.body:
-        if body.name == "func" and body in needed:
-            top.append(body.clone())
+    for private in module.body:
+        if private.name == "func" and private in needed:
+            top.append(private.clone())
     return made, [*(known.values[v] for v in outside), *(known.symbols[s] for s in symbols)]
 
 
