@@ -38,7 +38,9 @@ _DETAILS = "tests/unit/passes/test_lowering_details.py"
 _LLVM = ("tests/unit/llvm/test_pointwise.py", "tests/unit/llvm/test_reductions.py", "tests/unit/llvm/test_against_interpreter.py")
 TESTS: dict[str, tuple[str, ...]] = {
     "passes/decompose/": (_DETAILS, "tests/unit/passes/test_decompose.py", "tests/filecheck", _PROGRAMS),
-    "passes/tiling/": (_DETAILS, "tests/unit/passes/test_tiling.py", "tests/filecheck", _PROGRAMS),
+    "passes/tiling/": (_DETAILS, "tests/unit/passes/test_tiling.py", "tests/filecheck", _PROGRAMS, "tests/unit/passes/test_gpu_loops.py",
+                       "tests/unit/passes/test_model_kernels.py", "tests/unit/passes/test_stream.py", "tests/gpu/test_printer.py",
+                       "tests/gpu/test_warp_groups.py"),
     "passes/fuse.py": ("tests/quality/test_fusion.py", "tests/filecheck", _PROGRAMS, "tests/unit/passes/test_tiling.py"),
     "passes/inline.py": ("tests/filecheck", "tests/quality/test_fusion.py", _PROGRAMS),
     "passes/layout.py": ("tests/filecheck", "tests/unit/passes/test_tiling.py", _PROGRAMS, "tests/unit/runtime/test_compiled_programs.py"),
@@ -246,6 +248,13 @@ class Baseline:
     running: dict[int, list[str]]
     failed: list[str]
 
+    @staticmethod
+    def of(found: dict[str, Any], mutants: list[Mutant]) -> Baseline:
+        """As it was written down. ValueError if that was for other mutants."""
+        if found["mutants"] != list(map(str, mutants)):
+            raise ValueError("the baseline was made for other mutants; delete its file")
+        return Baseline(found["seconds"], {int(n): tests for n, tests in found["running"].items()}, found["failed"])
+
     def chosen(self, number: int, mutant: Mutant, budget: float) -> list[str]:
         """The tests that ought to notice a mutant, quickest first."""
         files = tests_for(mutant.path)
@@ -336,19 +345,26 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=400, help="seconds per mutant; one that takes longer counts as killed")
     parser.add_argument("--budget", type=float, default=100, help="seconds of tests per mutant, as they take unchanged")
     parser.add_argument("--seconds", type=float, default=math.inf, help="for all of it: later, no mutant is begun")
+    parser.add_argument("--baseline", type=Path, help="which tests run which lines: read from this file if it is there, else written to it")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th mutant of the sample, from the i-th on")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     arguments = parser.parse_args()
     until = time.monotonic() + arguments.seconds
     part, parts = map(int, arguments.part.split("/"))
-    mutants = sample(arguments.paths, arguments.sample or 10**9, arguments.seed)[part::parts]
+    mutants = sample(arguments.paths, arguments.sample or 10**9, arguments.seed)
     if arguments.list:
-        print("\n".join(map(str, mutants)))
+        print("\n".join(map(str, mutants[part::parts])))
         return 0
+    mine = range(len(mutants))[part::parts]
     copies = Copies(arguments.jobs)
     try:
         start = time.monotonic()
-        base = baseline(mutants, copies.free[0], arguments.jobs, 10 * arguments.limit)
+        if arguments.baseline is not None and arguments.baseline.exists():
+            base = Baseline.of(json.loads(arguments.baseline.read_text()), mutants)
+        else:
+            base = baseline(mutants, copies.free[0], arguments.jobs, 10 * arguments.limit)
+        if arguments.baseline is not None:
+            arguments.baseline.write_text(json.dumps({**vars(base), "mutants": list(map(str, mutants))}))
         for failure in base.failed:
             print(f"fails without any mutant, and judges none: {failure}", file=sys.stderr)
         if not base.seconds:
@@ -364,12 +380,12 @@ def main() -> int:
             print(f"{'killed  ' if outcome.killed else 'SURVIVED'} {outcome.seconds:5.0f} s  {m}  {outcome.how}", flush=True)
             return outcome
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            outcomes = [o for o in pool.map(one, range(len(mutants))) if o is not None]
+            outcomes = [o for o in pool.map(one, mine) if o is not None]
     finally:
         copies.close()
     survivors = [o.mutant for o in outcomes if not o.killed]
     killed = len(outcomes) - len(survivors)
-    print(f"\nkill rate: {killed} of {len(outcomes)} ({100 * killed / max(1, len(outcomes)):.0f} %), {len(mutants) - len(outcomes)} not tried")
+    print(f"\nkill rate: {killed} of {len(outcomes)} ({100 * killed / max(1, len(outcomes)):.0f} %), {len(mine) - len(outcomes)} not tried")
     for m in survivors:
         print(f"survived: {m}")
     return 0

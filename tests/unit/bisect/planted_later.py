@@ -199,6 +199,6 @@ PLANTED_LATER: dict[str, Planted] = {
     "program (loops)": Planted("program", "", two_weights, (r(4, 16), r(5, 4, 16), r(16, 16), r(16, 16)), _always_the_first_slice, 8),
     "unpad-concatenations": Planted("unpad-concatenations", "torch.cat([a, b], -1)", rotated, (r(5, 8), r(5, 8)), _period_one_off, target="cuda:90"),
     "split-reductions": Planted("split-reductions", "(x * x).sum()", long_sum, (r(512, 512),), _parts_overlap, target="cuda:90"),
-    "split-dimensions": Planted("split-dimensions", "F.group_norm", group_norm, (r(32, 16, 4, 4),), _groups_mixed_up, target="cuda:90"),
+    "split-dimensions": Planted("split-dimensions", "", group_norm, (r(32, 16, 4, 4),), _groups_mixed_up, target="cuda:90"),
     "merge-launches": Planted("merge-launches", "", two_softmaxes, (r(32, 32), r(32, 32)), _results_of_parts_swapped, 4, target="cuda:90"),
 }
