@@ -22,7 +22,7 @@ from ..structured import space_bounds
 from .bodies import evaluate_body
 from .emit import Emitter, Pair, fill_masks
 
-__all__ = ["MATRIX", "Contraction", "Roles", "as_tile", "emit_contraction", "is_row_major", "offset_of", "roles_of", "with_shape"]
+__all__ = ["GROUPS", "MATRIX", "Contraction", "Roles", "as_tile", "emit_contraction", "is_row_major", "offset_of", "roles_of", "with_shape"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ def _stride_key(stride: Dim) -> int:
 
 MATRIX = (32, 32, 32)
 """Rows (or half as many), columns and depth of the products that are made on a matrix unit."""
+GROUPS = {"pairs": 2, "matrices": 2, "words": 2, "bytes": 4, "signed bytes": 4}
+"""Forms of a packed right operand: how many elements of a column lie side by side."""
+DEPTHS = {**GROUPS, "matrices": MATRIX[2]}
+"""Elements along K that one `tile.dot` takes."""
 UNROLL = 4
 """Copies of the innermost loop."""
 ROWS, COLUMNS = 240, 256
@@ -120,7 +124,7 @@ class Contraction:
         self.k_sizes = [dims[d] for d in found.k]
         self.m, self.n = product(self.m_sizes), product(self.n_sizes)
         self.acc_type = TileType((tile[0], tile[1]), element_type(op.result.type))
-        self.depth = {"pairs": 2, "matrices": MATRIX[2]}.get(op.attributes.get("_packed"), 1)  # type: ignore[arg-type]
+        self.depth = DEPTHS.get(op.attributes.get("_packed"), 1)  # type: ignore[arg-type]
         if self.depth > 1:  # elements of the last K dimension in one step
             self.k_sizes[-1] = self.k_sizes[-1] // self.depth
 
@@ -233,6 +237,8 @@ class Contraction:
 
         steps = upper - lower
         unroll = steps if isinstance(steps, int) and steps <= 2 * UNROLL else UNROLL  # a short window is written out: no loop around few steps
+        if self.op.attributes.get("_packed") == "words":
+            unroll = 1  # LLVM sums the products of several steps first, and runs out of registers
         return e.loop(lower, upper, 1, [acc], body, unroll=unroll if len(rest) == 1 else 1)[0]
 
     def _blocking(self, target: Target) -> tuple[int, tuple[int, int] | None]:
@@ -310,7 +316,8 @@ class Contraction:
         def in_parts(inner: Emitter, i: Dim, panel: Dim, ks: list[Dim], within: tuple[Dim, Dim], most: Dim) -> Value:
             """The products over a range of K, of at most `most` steps, summed in parts where the range is long and the only one left."""
             steps = PART // self.depth
-            if len(ks) + 1 < len(self.k_sizes) or not isinstance(most, int) or most <= 3 * steps // 2:
+            exact = not self.acc_type.dtype.is_float
+            if exact or len(ks) + 1 < len(self.k_sizes) or not isinstance(most, int) or most <= 3 * steps // 2:
                 return multiply(inner, i, panel, ks, within, self._zero(inner), most)
 
             def part(x: Emitter, k: Dim, carried: list[Value]) -> list[Value]:
@@ -386,7 +393,7 @@ class Contraction:
         return e.builder.op("tile.dot", left, right, acc, type=self.acc_type)
 
     def _deep_products(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim, ks: list[Dim], acc: Value) -> Value:
-        """Several elements along K in one product; the packed right operand has each two of a column side by side."""
+        """Several elements along K in one product; the packed right operand has those of a column (or each two) side by side."""
         mr, nr, _ = self.tile
         left_e, right_e = with_shape(e, (mr, self.depth)), with_shape(e, (self.depth, nr))
         left = self.read(left_e, self.roles.left, self.positions(batch, m, 0, self._elements(ks, sym("t1")), left_e), [], cast=False)
