@@ -31,7 +31,6 @@ from .schedules import SCHEDULES
 from .simulator import PipelineCosts, alive_counts, peak_activations, pipeline_time
 from .space import Space, schedule_choices, skeletons
 from .step import (
-    OPTIMIZER_TRAFFIC,
     PartCosts,
     StepReport,
     assemble,
@@ -204,7 +203,7 @@ def _skeleton_bound(problem: Problem, plan: Plan, state: _State) -> float:
     rounded = -(-config.layers * copies // plan.pp) * middle / copies
     params = config.params() / plan.pp / plan.tp / plan.ep
     shards = params / (plan.dp * plan.cp)
-    return m * max(work / plan.pp, rounded) + (0.0 if plan.offload else memory_time(device, OPTIMIZER_TRAFFIC * shards))
+    return m * max(work / plan.pp, rounded) + (0.0 if plan.offload else memory_time(device, problem.software.optimizer_traffic * shards))
 
 
 def _static_bytes(problem: Problem, plan: Plan, state: _State) -> float:

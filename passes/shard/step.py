@@ -28,11 +28,6 @@ from .workload import model_flops
 
 __all__ = ["MemoryReport", "StepReport", "data_parallel_seconds", "pipeline_costs", "pipeline_inputs", "pipeline_run", "predict_step", "stage_memory"]
 
-OPTIMIZER_STATE = 12  # bytes per parameter: fp32 master copy and two moments
-# Bytes per parameter through memory in the optimizer step: read gradient, unscale and norm (10), read and write master
-# and two
-# moments (24), write the 16-bit parameter (2), clear the gradient (2).
-OPTIMIZER_TRAFFIC = 38
 OFFLOAD_TRAFFIC = 6  # bytes per parameter over the host link: gradients down, parameters up
 
 
@@ -197,8 +192,7 @@ def stage_memory(config: ModelConfig, plan: Plan, layout: PartLayout, rank: int,
         # Two blocks' parameters (gathered ahead) and one block's gradients are whole at a time.
         biggest = max(sum(_local_params(config, kind, plan.tp, plan.ep)) for kind, _ in config.runs)
         bucket = biggest * (software.gradient_bytes + (2 * unit if plan.zero == 3 else 0))
-    master = OPTIMIZER_STATE if unit < 4 else 8
-    optimizer = 0.0 if plan.offload else sharded(master, 1)
+    optimizer = 0.0 if plan.offload else sharded(software.optimizer_bytes if unit < 4 else min(8, software.optimizer_bytes), 1)
     return MemoryReport(sharded(unit, 3), sharded(software.gradient_bytes, 2), optimizer, activations, working + bucket,
                         device.reserved_bytes)
 
@@ -223,7 +217,7 @@ def data_parallel_seconds(config: ModelConfig, plan: Plan, layout: PartLayout, r
             gather += collective_time("all_gather", unit * count, group)
     if plan.offload:
         return reduce, OFFLOAD_TRAFFIC * shards / place.device.host_bandwidth, gather
-    return reduce, memory_time(place.device, OPTIMIZER_TRAFFIC * shards), gather
+    return reduce, memory_time(place.device, software.optimizer_traffic * shards), gather
 
 
 def predict_step(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch: int, software: Software | str = "aicc",
