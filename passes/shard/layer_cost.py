@@ -95,8 +95,11 @@ class Placement:
     @staticmethod
     def of(plan: Plan, cluster: Cluster, software: Software, device: Device | None = None) -> Placement:
         stage = plan.tp * plan.cp * plan.dp
+        device = device or cluster.device
+        if device.overlap_loss > software.overlap_loss:
+            software = replace(software, overlap_loss=device.overlap_loss)
         return Placement(
-            device=device or cluster.device, shard=plan.shard, tensor=axis_group(cluster, 1, plan.tp),
+            device=device, shard=plan.shard, tensor=axis_group(cluster, 1, plan.tp),
             context=axis_group(cluster, plan.tp, plan.cp), expert=axis_group(cluster, 1, plan.ep),
             data=axis_group(cluster, plan.tp, plan.cp * plan.dp), expert_data=axis_group(cluster, plan.ep, stage // plan.ep),
             pipeline=axis_group(cluster, stage, plan.pp), software=software)
