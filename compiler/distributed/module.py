@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .layouts import DATA
 from .program import ShardedProgram, local_size
 from .ranks import local_piece
 
-__all__ = ["ShardedModule", "portable", "shard_model", "take_back", "to_placements"]
+__all__ = ["ShardedModule", "as_dtensor", "portable", "shard_model", "take_back", "to_placements"]
 
 
 def to_placements(placement: Mapping[str, Placement], mesh: Mesh) -> list[Any]:
@@ -40,6 +41,16 @@ def to_placements(placement: Mapping[str, Placement], mesh: Mesh) -> list[Any]:
             made.append(_StridedShard(p.dim, split_factor=p.parts))
         else:
             made.append(Shard(p.dim))
+    return made
+
+
+def as_dtensor(local: torch.Tensor, device_mesh: DeviceMesh, placements: Sequence[Any], shape: Sequence[int], stride: Sequence[int]) -> DTensor:
+    """The DTensor of which this rank has `local`. A tensor that is cut part by part is said to be just that: from torch 2.11 on a _StridedShard is
+    otherwise taken for an order of mesh axes, and refused where it is none.
+    """
+    made = DTensor.from_local(local, device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
+    if getattr(made._spec, "use_strided_shard_as_shard_order", False):
+        made._spec = replace(made._spec, use_strided_shard_as_shard_order=False, shard_order=None)
     return made
 
 
@@ -112,6 +123,7 @@ class ShardedModule(torch.nn.Module):
         self.folds = False  # whether backward passes add to the parameters' gradients themselves, past autograd
         self.deferred: list[Callable[[], list[torch.Tensor]]] = []  # backward passes whose second half is still to run
         self._placements = [to_placements(p, program.mesh) for p in program.layout.gradients]
+        self._specs: dict[int, Any] = {}
 
     @property
     def skeleton(self) -> torch.nn.Module:
@@ -153,8 +165,12 @@ class ShardedModule(torch.nn.Module):
 
     def gradient(self, k: int, parameter: DTensor, local: torch.Tensor) -> DTensor:
         """This rank's piece of the k-th gradient of the program as a DTensor."""
-        return DTensor.from_local(local, parameter.device_mesh, self._placements[k], run_check=False, shape=parameter.shape,
-                                  stride=parameter.stride())
+        spec = self._specs.get(k)
+        if spec is None:  # made once: a DTensor from its parts costs the host a tenth of what from_local does
+            made = as_dtensor(local, parameter.device_mesh, self._placements[k], parameter.shape, parameter.stride())
+            self._specs[k] = made._spec
+            return made
+        return DTensor(local, spec, requires_grad=False)  # type: ignore[call-arg]
 
     def take_deferred(self) -> Callable[[], None]:
         """The second half of the last backward pass: run, it adds to the parameters' gradients."""
@@ -229,8 +245,7 @@ def shard_model(model: torch.nn.Module, arguments: Sequence[Argument], placement
         elif init is not None:
             init(name, local)
         if isinstance(tensor, torch.nn.Parameter):
-            made = DTensor.from_local(local, device_mesh, to_placements(placement, mesh), run_check=False, shape=whole.shape,
-                                      stride=torch.empty(whole.shape, device="meta").stride())
+            made = as_dtensor(local, device_mesh, to_placements(placement, mesh), whole.shape, torch.empty(whole.shape, device="meta").stride())
             memo[id(tensor)] = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
         else:
             memo[id(tensor)] = local
