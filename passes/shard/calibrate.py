@@ -205,7 +205,7 @@ def cluster_toml(cluster: Cluster) -> str:
     for level in cluster.levels:
         lines += ["", "[[levels]]", *(f"{f} = {_value(v)}" for f, v in vars(level).items() if f != "curves")]
         if level.curves:
-            lines += ["", "[levels.curves]  # seconds by bytes", *(f"{kind} = {_value(curve)}" for kind, curve in level.curves)]
+            lines += ["", "[levels.curves]", *(f"{kind} = {_value(curve)}" for kind, curve in level.curves)]
     return "\n".join(lines) + "\n"
 
 

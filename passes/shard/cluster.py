@@ -351,13 +351,10 @@ def _parse_curve(table: TableReader, key: str) -> Curve:
         return ()
     table.seen.add(key)
     value = table.table[key]
-    wrong = table.error(key, "must be a list of two or more [bytes, seconds] pairs, both positive, bytes ascending")
-    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(p, list) and len(p) == 2 for p in value):
-        raise wrong
-    if not all(isinstance(x, int | float) and not isinstance(x, bool) and x > 0 for pair in value for x in pair):
-        raise wrong
-    if any(b[0] <= a[0] for a, b in pairwise(value)):
-        raise wrong
+    pairs = isinstance(value, list) and len(value) > 1 and all(isinstance(p, list) and len(p) == 2 for p in value)
+    numbers = pairs and all(isinstance(x, int | float) and not isinstance(x, bool) and x > 0 for pair in value for x in pair)
+    if not numbers or any(b[0] <= a[0] for a, b in pairwise(value)):
+        raise table.error(key, "must be a list of two or more [bytes, seconds] pairs, both positive, bytes ascending")
     return tuple((float(a), float(b)) for a, b in value)
 
 
