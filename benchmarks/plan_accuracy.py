@@ -129,9 +129,13 @@ def worker(model: str, name: str, size: str, device: str, steps: int, turn: str)
 
 
 def wait_for_turn(file: Any) -> None:
-    """Returns when no other row measures; the lock goes with the file. The ranks wait on the host: a GPU that waits is busy."""
+    """Returns when FILE.gate is not there and no other row measures; the lock goes with the file. The ranks wait on the host: a GPU that waits in a
+    collective is busy.
+    """
     store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() == 0:
+        while Path(f"{file.name}.gate").exists():
+            time.sleep(0.1)
         fcntl.flock(file, fcntl.LOCK_EX)
         store.set("our turn", "")
     else:
@@ -190,6 +194,7 @@ def main() -> None:
     parser.add_argument("--size", default="", choices=["", *SIZES])
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--jobs", type=int, default=1, help="rows that are built side by side")
+    parser.add_argument("--turn", default="", help="a file that is locked while measuring; nothing is measured while FILE.gate exists")
     parser.add_argument("--worker", nargs=3, metavar=("MODEL", "PLAN", "TURN"))
     a = parser.parse_args()
     size = a.size or ("large" if a.device == "cuda" else "small")
@@ -197,8 +202,9 @@ def main() -> None:
         return worker(a.worker[0], a.worker[1], size, a.device, a.steps, a.worker[2])
     print("| model | plan | predicted ms | measured ms | error | planner MB | programs MB | measured MB | planner | programs | predicted, ms |")
     print("|---" * 11 + "|", flush=True)
-    with tempfile.NamedTemporaryFile() as turn, ThreadPoolExecutor(a.jobs) as pool:
-        for made in [pool.submit(row, model, name, a, size, turn.name) for name in a.plans.split(",") for model in a.models.split(",")]:
+    with tempfile.NamedTemporaryFile() as own, ThreadPoolExecutor(a.jobs) as pool:
+        turn = a.turn or own.name
+        for made in [pool.submit(row, model, name, a, size, turn) for name in a.plans.split(",") for model in a.models.split(",")]:
             print(made.result(), flush=True)
 
 

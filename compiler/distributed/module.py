@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from .layouts import DATA
 from .program import ShardedProgram, local_size
 from .ranks import local_piece
 
-__all__ = ["ShardedModule", "as_dtensor", "portable", "shard_model", "take_back", "to_placements"]
+__all__ = ["ShardedModule", "gathered", "portable", "shard_model", "take_back", "to_placements"]
 
 
 def to_placements(placement: Mapping[str, Placement], mesh: Mesh) -> list[Any]:
@@ -44,22 +43,31 @@ def to_placements(placement: Mapping[str, Placement], mesh: Mesh) -> list[Any]:
     return made
 
 
-def as_dtensor(local: torch.Tensor, device_mesh: DeviceMesh, placements: Sequence[Any], shape: Sequence[int], stride: Sequence[int]) -> DTensor:
-    """The DTensor of which this rank has `local`. A tensor that is cut part by part is said to be just that: from torch 2.11 on a _StridedShard is
-    otherwise taken for an order of mesh axes, and refused where it is none.
+def gathered(x: DTensor, axes: Sequence[int] | None = None) -> torch.Tensor:
+    """This rank's piece of `x` once the mesh axes `axes` (default: all, which gives the whole tensor) cut it no more. All ranks must call it.
+
+    torch's `full_tensor` is the same, but refuses tensors that are cut part by part before 2.13.
     """
-    made = DTensor.from_local(local, device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
-    if getattr(made._spec, "use_strided_shard_as_shard_order", False):
-        made._spec = replace(made._spec, use_strided_shard_as_shard_order=False, shard_order=None)
-    return made
+    local = x.to_local().detach()
+    for axis in range(x.device_mesh.ndim) if axes is None else axes:
+        placement, ranks = x.placements[axis], int(x.device_mesh.size(axis))
+        if ranks == 1 or not placement.is_shard() and not isinstance(placement, _StridedShard):
+            continue
+        pieces = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(ranks)]
+        dist.all_gather(pieces, local.contiguous(), group=x.device_mesh.get_group(axis))
+        dim, parts = placement.dim, int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+        chunks = [p.chunk(parts, dim) for p in pieces]
+        local = torch.cat([chunks[r][k] for k in range(parts) for r in range(ranks)], dim)
+    return local
 
 
 def portable(x: Any) -> Any:
     """A DTensor that torch.distributed.checkpoint can write: one that is cut part by part is gathered along those axes, others are as they are."""
     if not isinstance(x, DTensor) or not any(isinstance(p, _StridedShard) for p in x.placements):
         return x
-    detached: Any = x.detach()
-    return detached.redistribute(placements=[Replicate() if isinstance(p, _StridedShard) else p for p in x.placements])
+    strided = [i for i, p in enumerate(x.placements) if isinstance(p, _StridedShard)]
+    left = [Replicate() if i in strided else p for i, p in enumerate(x.placements)]
+    return DTensor.from_local(gathered(x, strided), x.device_mesh, left, run_check=False, shape=x.shape, stride=x.stride())
 
 
 def take_back(x: Any, loaded: Any) -> None:
@@ -167,7 +175,8 @@ class ShardedModule(torch.nn.Module):
         """This rank's piece of the k-th gradient of the program as a DTensor."""
         spec = self._specs.get(k)
         if spec is None:  # made once: a DTensor from its parts costs the host a tenth of what from_local does
-            made = as_dtensor(local, parameter.device_mesh, self._placements[k], parameter.shape, parameter.stride())
+            made = DTensor.from_local(local, parameter.device_mesh, self._placements[k], run_check=False, shape=parameter.shape,
+                                      stride=parameter.stride())
             self._specs[k] = made._spec
             return made
         return DTensor(local, spec, requires_grad=False)  # type: ignore[call-arg]
@@ -245,7 +254,8 @@ def shard_model(model: torch.nn.Module, arguments: Sequence[Argument], placement
         elif init is not None:
             init(name, local)
         if isinstance(tensor, torch.nn.Parameter):
-            made = as_dtensor(local, device_mesh, to_placements(placement, mesh), whole.shape, torch.empty(whole.shape, device="meta").stride())
+            made = DTensor.from_local(local, device_mesh, to_placements(placement, mesh), run_check=False, shape=whole.shape,
+                                      stride=torch.empty(whole.shape, device="meta").stride())
             memo[id(tensor)] = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
         else:
             memo[id(tensor)] = local

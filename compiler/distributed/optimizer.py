@@ -29,7 +29,7 @@ from ...runtime.executor import CompiledGraph
 from ..errors import UserError
 from ..options import Options
 from .layouts import DATA, TENSOR, state_placement
-from .module import ShardedModule, as_dtensor, to_placements
+from .module import ShardedModule, to_placements
 from .program import COLLECTIVE_PASSES, compile_rank, local_size
 
 __all__ = ["OptimizerRule", "ShardedOptimizer", "rule_of", "update_module"]
@@ -216,8 +216,8 @@ class ShardedOptimizer:
             torch.cuda.synchronize(self._device)
         for name, (parameter, states, _), (module, placements) in zip(self._names, self._rows, self._whole, strict=True):
             for kind, state in zip(self.rule.states, states, strict=True):
-                found[f"{kind}.{name}"] = as_dtensor(state, module.device_mesh, placements, parameter.shape,
-                                                     torch.empty(parameter.shape, device="meta").stride())
+                found[f"{kind}.{name}"] = DTensor.from_local(state, module.device_mesh, placements, run_check=False, shape=parameter.shape,
+                                                             stride=torch.empty(parameter.shape, device="meta").stride())
         return found
 
     def take_state(self, given: Mapping[str, Any]) -> None:

@@ -26,7 +26,8 @@ from .simulator import PipelineCosts, PipelineRun, PipelineTime, pipeline_time, 
 from .tables import ConfigError
 from .workload import model_flops
 
-__all__ = ["MemoryReport", "StepReport", "data_parallel_seconds", "pipeline_costs", "pipeline_inputs", "pipeline_run", "predict_step", "stage_memory"]
+__all__ = ["MemoryReport", "StepReport", "data_parallel_seconds", "pipeline_costs", "pipeline_inputs", "pipeline_run", "predict_step", "stage_memory",
+           "tail_seconds"]
 
 OFFLOAD_TRAFFIC = 6  # bytes per parameter over the host link: gradients down, parameters up
 
@@ -277,7 +278,7 @@ def assemble(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch: in
         memory.append(stage_memory(config, plan, layout, rank, timing.peak_bytes[rank], working, device, software))
         key = (id(device), *map(id, held[rank]), *map(id, held[-1 - rank]))
         if key not in known:
-            known[key] = _tail(config, plan, layout, rank, places[id(device)], micro_batches, held[rank])
+            known[key] = tail_seconds(config, plan, layout, rank, places[id(device)], micro_batches, held[rank])
         tail = max(tail, known[key], key=sum)
     reduce, optimizer, gather = tail
 
@@ -299,7 +300,7 @@ def assemble(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch: in
         hfu=mean("hfu_flops") * plan.pp * stage / seconds / peak)
 
 
-def _tail(config: ModelConfig, plan: Plan, layout: PartLayout, rank: int, place: Placement, micro_batches: int,
+def tail_seconds(config: ModelConfig, plan: Plan, layout: PartLayout, rank: int, place: Placement, micro_batches: int,
           held: list[BlockCost]) -> tuple[float, float, float]:
     """(gradient reduction, optimizer, parameter gather) seconds that a rank adds after its pipeline, overlap counted."""
     software, buckets = place.software, len(layout.ranks)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -40,8 +41,9 @@ def row(model: str, plan: dict[str, Any], layers: int, steps: int) -> tuple[bool
         except subprocess.TimeoutExpired as e:
             return False, f"failed: not done after {e.timeout:.0f} s"
         if done.returncode != 0:
-            lines = [x for x in done.stderr.splitlines() if "Error" in x and "ChildFailed" not in x] or done.stderr.strip().splitlines() or ["no message"]
-            return False, f"failed: {lines[-1][:160]}"
+            lines = [x for x in done.stderr.splitlines() if re.match(r"(\[rank\d+\]: )?\w*(Error|Exception): ", x)]
+            raised = [x for x in lines if "closed by peer" not in x and "ChildFailed" not in x] or lines or ["no message"]
+            return False, f"failed: {' / '.join(dict.fromkeys(x[:200] for x in raised[:2]))}"
         results = [json.loads(Path(f"{out}.{r}.json").read_text()) for r in range(ranks)]
     loss = max(abs(a - b) / abs(b) for r in results for a, b in zip(r["losses"], r["expected"], strict=True))
     worst = max(r["worst"] for r in results)

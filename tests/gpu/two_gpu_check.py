@@ -25,12 +25,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import aicc
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from aicc.compiler.distributed.module import gathered
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -154,7 +156,7 @@ def correct(plan: aicc.Plan, device: str) -> str:
         update.step()
         worst = max(worst, abs(got - want.item()))
     parameters = dict(whole.named_parameters())
-    mine = max((float((p.full_tensor() - parameters[n]).abs().max()), n) for m in sharded.modules for n, p in m.named_parameters())
+    mine = max((float((gathered(p) - parameters[n]).abs().max()), n) for m in sharded.modules for n, p in m.named_parameters())
     said: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(said, (worst, *mine))
     worst, (apart, name) = max(w for w, _, _ in said), max((a, n) for _, a, n in said)
@@ -197,12 +199,16 @@ def measure(step: Callable[[torch.Tensor, torch.Tensor], Any], a: argparse.Names
 
 
 def take_turn(file: Any) -> None:
-    """Waits until no other run measures. The other rank waits on the host: a barrier of NCCL would keep its GPU busy."""
+    """Waits while FILE.gate exists (until everything is built: collectives that wait for a rank that compiles keep a GPU busy) and until no other run
+    measures. The other rank waits on the host: a barrier of NCCL would keep its GPU busy, too.
+    """
     if file is None:
         return
     store = dist.distributed_c10d._get_default_store()
     turn = f"turn {store.add(f'turns of rank {dist.get_rank()}', 1)}"
     if dist.get_rank() == 0:
+        while Path(f"{file.name}.gate").exists():
+            time.sleep(0.1)
         fcntl.flock(file, fcntl.LOCK_EX)
         store.set(turn, "")
     else:
