@@ -170,7 +170,6 @@ def row(model: str, name: str, a: argparse.Namespace, size: str, turn: str) -> s
     _, _, _, length, batch = SIZES[size]
     plan = plan_of(name, batch)
     sizes = from_transformers(config_of(model, size), seq=length, dtype="bf16" if a.device == "cuda" else "fp32")
-    report = predict_step(sizes, plan, load_cluster(a.cluster, mesh=aicc.Mesh.parse(f"1x{plan.devices}")), batch, f"aicc-{sizes.dtype}")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.devices), __file__, "--device", a.device,
                "--size", size, "--steps", str(a.steps), "--worker", model, name, turn]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -179,6 +178,7 @@ def row(model: str, name: str, a: argparse.Namespace, size: str, turn: str) -> s
         lines = [x for x in done.stderr.splitlines() if "Error" in x and "ChildFailed" not in x] or done.stderr.strip().splitlines() or ["no message"]
         return f"| {model} | {name} | failed: {lines[-1][:200]} |"
     seconds, measured, said = json.loads(found[4:])
+    report = predict_step(sizes, plan, load_cluster(a.cluster, mesh=aicc.Mesh.parse(f"1x{plan.devices}")), batch, f"aicc-{sizes.dtype}")
     planned = report.peak_memory - report.memory[0].reserved
     parts = ", ".join(f"{k} {1e3 * v:.3g}" for k, v in report.breakdown().items() if v > 0.005 * report.seconds)
     return (f"| {model} | {name} | {1e3 * report.seconds:.1f} | {1e3 * seconds:.1f} | {report.seconds / seconds - 1:+.0%} | {planned / 1e6:.0f} | "
