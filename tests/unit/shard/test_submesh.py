@@ -54,6 +54,7 @@ def test_three_nodes_are_better_used_by_unequal_stages():
     assert sum(s.plan.devices for s in found.stages) + found.idle == 12
 
 
+@pytest.mark.slow
 def test_a_slow_node_gets_its_own_degrees_and_fewer_blocks():
     cluster = load_cluster("mixed-a100-v100")
     config = ModelConfig("gpt-7b", hidden=4096, layers=8, heads=32, vocab=51200, seq=2048, dtype="fp16")
