@@ -1,10 +1,10 @@
-"""`mode="max-autotune"` on a GPU: the tiles of matrix products are measured instead of modelled.
+"""`mode="max-autotune"` on a GPU: the tiles of kernels are measured instead of modelled.
 
     tune_tiles(module, ctx, Tuner(options, cache_dir))       # a tensor-level module, after fusion
 
-For each fused group with a contraction, the few tiles that the model finds best are compiled (all of a group side by side) and timed on random data;
-the fastest is written to the group's attribute `tile`, which the pass `tile` obeys. Equal groups are measured once, and winners are kept on disk, by
-the text of the group and the device: the next process measures nothing, and gets the same kernels.
+For each fused group of contractions, pointwise ops or reductions, the few tiles that the model finds best are compiled (all of a group side by
+side) and timed on random data; the fastest is written to the group's attribute `tile`, which the pass `tile` obeys. Equal groups are measured once,
+and winners are kept on disk, by the text of the group and the device: the next process measures nothing, and gets the same kernels.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ Measure = Callable[[Operation, Sequence[GpuTile], PassContext, Options], list[fl
 
 
 def tune_tiles(module: Operation, ctx: PassContext, tuner: Tuner) -> None:
-    """Gives every fused group with a contraction of constant sizes the tile that is fastest."""
+    """Gives every fused group of constant sizes the tile that is fastest."""
     for func in [f for f in module.body if f.name == "func"]:
         for op in func.body:
             if op.name == "tensor.fused":
@@ -56,8 +57,8 @@ class Tuner:
     winners: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def tune(self, fused: Operation, ctx: PassContext) -> None:
-        tiles = list(dict.fromkeys(candidate_tiles(fused, ctx.target)))[:MOST]
-        if len(tiles) < 2 or not _is_static(fused):
+        tiles = list(dict.fromkeys(candidate_tiles(fused, ctx.target)))[:MOST] if _is_static(fused) else []
+        if len(tiles) < 2:
             return
         key = self._key(fused, ctx)
         tile = self.winners.get(key) or self._read(key)
@@ -130,22 +131,31 @@ def candidate_module(fused: Operation, tiles: Sequence[GpuTile], ctx: PassContex
     return Operation.create("module", (), {"level": "tile"}, (), [Region([body])])
 
 
-def measure(fused: Operation, tiles: Sequence[GpuTile], ctx: PassContext, options: Options) -> list[float]:
-    """Median milliseconds with each tile on the current CUDA device."""
-    inputs = [_random(v.type) for v in fused.operands]  # type: ignore[arg-type]
+def measure(fused: Operation, tiles: Sequence[GpuTile], ctx: PassContext, options: Options,
+            turn: AbstractContextManager[Any] | None = None) -> list[float]:
+    """Median milliseconds with each tile on the current CUDA device. `turn` is held while the device is timed, and not while tiles compile."""
     with contextlib.suppress(IRError, RuntimeError):  # the one at fault shows below
         # All at once: the compiler works on them side by side, and finds them in its own cache afterwards.
         _compiled(candidate_module(fused, tiles, ctx), ctx, options)
-    times = []
+    graphs: list[CudaGraph | None] = []
     for tile in tiles:
         try:
-            graph = _compiled(candidate_module(fused, [tile], ctx), ctx, options)
-            times.append(_milliseconds(lambda graph=graph: graph(*inputs)))  # type: ignore[misc]
+            graphs.append(_compiled(candidate_module(fused, [tile], ctx), ctx, options))
         except (IRError, RuntimeError):
-            times.append(float("inf"))
+            graphs.append(None)
+    with turn or contextlib.nullcontext():
+        inputs = [_random(v.type) for v in fused.operands]  # type: ignore[arg-type]
+        times = [float("inf") if graph is None else _try(graph, inputs) for graph in graphs]
     if min(times) == float("inf"):
         raise IRError(f"no tile of '{fused['kernel']}' compiles and runs")
     return times
+
+
+def _try(graph: CudaGraph, inputs: Sequence[torch.Tensor]) -> float:
+    try:
+        return _milliseconds(lambda: graph(*inputs))
+    except RuntimeError:
+        return float("inf")
 
 
 def _compiled(module: Operation, ctx: PassContext, options: Options) -> CudaGraph:
