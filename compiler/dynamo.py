@@ -32,6 +32,7 @@ from ..frontend.flex import expand_flex
 from ..frontend.linear_loss import chunk_losses, expand_losses
 from ..frontend.random import random_decompositions, share_seeds
 from ..frontend.recompute import permute_transposes, recompute_attention
+from ..frontend.recompute_activations import recompute_activations
 from ..frontend.recurrent import expand_recurrent
 from ..frontend.scan import unstack_invariants
 from .control_flow import compile_pieces
@@ -105,6 +106,7 @@ def partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, **re
     joint.graph.eliminate_dead_code()
     merge_common_subexpressions(joint.graph)
     recompute_attention(joint, num_fwd_outputs)  # after equal nodes are merged, for it makes copies
+    recompute_activations(joint, num_fwd_outputs)
     permute_transposes(joint.graph)
     with functorch_config.patch(cse=False, recompute_views=True):  # its own pass imports Inductor; a saved view would be a copy
         return min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **rest)
