@@ -84,8 +84,8 @@ def regrets(case: Case, options: argparse.Namespace) -> Iterator[dict[str, Any]]
         tiles = alternatives(few, stages, 200 if options.exhaustive else options.most)
         times = measure(group, tiles, ctx, Options(), turn(options.lock) if options.lock else None)
         best = min(range(len(tiles)), key=times.__getitem__)
-        yield {"case": case.name, "family": case.group, "kernel": group["kernel"], "tiles": len(tiles), "model": text(tiles[0]), "us": times[0] * 1000,
-               "best": text(tiles[best]), "best_us": times[best] * 1000, "regret": times[0] / times[best],
+        yield {"case": case.name, "family": case.group, "kernel": group["kernel"], "tiles": len(tiles), "model": text(tiles[0]),
+               "us": times[0] * 1000, "best": text(tiles[best]), "best_us": times[best] * 1000, "regret": times[0] / times[best],
                "tuned": min(times[:min(MOST, len(few))]) / times[best]}
 
 
@@ -94,8 +94,8 @@ def text(t: GpuTile) -> str:
 
 
 def show(row: dict[str, Any]) -> None:
-    print(f"{row['case']:28s} {row['kernel']:30.30s} {row['us']:8.1f} us {row['model']:18s} best of {row['tiles']:3d} {row['best_us']:8.1f} us {row['best']:18s} "
-          f"regret {row['regret'] - 1:6.1%}  of the best {MOST} {row['tuned'] - 1:6.1%}", flush=True)
+    print(f"{row['case']:28s} {row['kernel']:24.24s} {row['us']:8.1f} us {row['model']:18s} best of {row['tiles']:3d} {row['best_us']:8.1f} us "
+          f"{row['best']:18s} regret {row['regret'] - 1:6.1%}  of the best {MOST} {row['tuned'] - 1:6.1%}", flush=True)
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> None:
@@ -140,7 +140,7 @@ def main() -> int:
     if options.part:
         own_part(cases, options, begin)
         return 0
-    given = [a for a in sys.argv[1:]]
+    given = sys.argv[1:]
     rows = []
     with tempfile.NamedTemporaryFile() as lock:
         jobs = max(1, min(options.jobs, len(cases)))

@@ -2,8 +2,8 @@
 
     recompute_activations(joint, num_fwd_outputs)    # in place, before the joint graph is partitioned; how many there were
 
-The gradient of a weight reads the layer's input: a norm's result, GELU(x), SiLU(g) * u. torch's min-cut keeps such a tensor, for a product wants it in
-memory in the backward pass too, even where x and the norm's mean are kept beside it, for the gradients of those functions. Then it is memory for
+The gradient of a weight reads the layer's input: a norm's result, GELU(x), SiLU(g) * u. torch's min-cut keeps such a tensor, for a product wants it
+in memory in the backward pass too, even where x and the norm's mean are kept beside it, for the gradients of those functions. Then it is memory for
 nothing but an elementwise pass: the kernel that computes the function's gradient has read all that it needs, and writes it along. So the backward
 pass gets a copy of its own of these ops.
 
@@ -114,7 +114,7 @@ def _copy(graph: fx.Graph, cone: list[fx.Node], family: list[fx.Node], readers: 
         with graph.inserting_after(n):
             copies[n] = graph.node_copy(n, lambda a: copies.get(a, a))
             copies[n].meta = dict(n.meta)
-        if n.target is operator.getitem and n.args[1] == 0 and n.args[0].target in _NORMS:  # type: ignore[union-attr]
+        if n.target is operator.getitem and n.args[1] == 0 and n.args[0].target in _NORMS:  # type: ignore[union-attr, operator]
             copies[n] = _from_statistics(graph, n, copies) or copies[n]
     for v, u in readers:
         u.replace_input_with(v, copies[v])
@@ -126,8 +126,10 @@ def _from_statistics(graph: fx.Graph, result: fx.Node, copies: dict[fx.Node, fx.
     assert isinstance(norm, fx.Node)
     parts = {u.args[1]: u for u in norm.users if u.target is operator.getitem}
     numbers = (1, 2) if norm.target is aten.native_layer_norm.default else (1,)
-    x, scale, shift = copies.get(norm.args[0], norm.args[0]), norm.args[2], norm.args[3] if len(numbers) == 2 else None  # type: ignore[call-overload]
-    wide = torch.promote_types(x.meta["val"].dtype, torch.float32)  # type: ignore[union-attr]
+    x, scale, shift = norm.args[0], norm.args[2], norm.args[3] if len(numbers) == 2 else None
+    assert isinstance(x, fx.Node)
+    x = copies.get(x, x)
+    wide = torch.promote_types(x.meta["val"].dtype, torch.float32)
     if any(k not in parts or parts[k].meta["val"].dtype != wide for k in numbers):
         return None
     last = max((parts[k] for k in numbers), key=list(graph.nodes).index)
