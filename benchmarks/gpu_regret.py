@@ -26,13 +26,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from aicc.benchmarks.regret import fused_groups
 from aicc.compiler.autotune import MOST, measure
-from aicc.compiler.driver import watching
-from aicc.compiler.dynamo import aicc as aicc_backend
 from aicc.compiler.gpu import cuda_target
 from aicc.compiler.options import Options
 from aicc.ir import Operation
-from aicc.ir.passes import Pass, PassContext
+from aicc.ir.passes import PassContext
 from aicc.passes.tiling.gpu_tiles import GpuTile
 from aicc.passes.tiling.lower import candidate_tiles
 from gpu import CASES, Case
@@ -49,18 +48,8 @@ def alternatives(few: Sequence[GpuTile], stages: Sequence[int], most: int) -> li
 
 def groups(case: Case) -> list[Operation]:
     """Fused groups of the case that have candidates."""
-    found: list[Operation] = []
-
-    def observe(stage: str, after: Pass | None, module: Operation) -> None:
-        if stage == "tensor" and after is None:
-            target = cuda_target("cuda:0")
-            found.extend(op.clone() for op in module.walk() if op.name == "tensor.fused" and len(candidate_tiles(op, target)) > 1)
-
-    function, inputs = case.build()
-    torch._dynamo.reset()
-    with watching(observe=observe), torch.no_grad():
-        torch.compile(function, backend=aicc_backend, dynamic=False)(*inputs)
-    return found
+    target = cuda_target("cuda:0")
+    return fused_groups(*case.build(), lambda op: len(candidate_tiles(op, target)) > 1)
 
 
 @contextmanager
