@@ -4,8 +4,8 @@ Most views are gone by now: their readers read the source through a map. What is
 library under another shape: the three parts of a projection as heads, an activation as a matrix. If the view is a walk through its source's memory
 with fixed strides it becomes a `tensor.alias`, which copies nothing.
 
-Views of arguments that are not written share memory where an operator or a library reads them: the backward pass hands the parts of a saved projection
-to the gradient of attention.
+Views of arguments that are not written share memory where an operator or a library reads them: the backward pass hands the parts of a saved
+projection to the gradient of attention.
 A result that the user sees keeps memory of its own: only results marked `saved`, which torch keeps for the backward pass, may share it, and only
 with what the user does not see.
 Before: layouts are settled, nothing is fused. After: such views are `tensor.alias` ops, whose types say how memory is walked.
