@@ -34,7 +34,7 @@ from ..frontend.random import random_decompositions, share_seeds
 from ..frontend.recompute import permute_transposes, recompute_attention
 from ..frontend.recompute_activations import recompute_activations
 from ..frontend.recurrent import expand_recurrent
-from ..frontend.scan import unstack_invariants
+from ..frontend.scan import mend_gradients, unstack_invariants
 from .control_flow import compile_pieces
 from .distributed.planned import compile_planned
 from .driver import Observer, compile_fx
@@ -83,6 +83,7 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
     def compile_captured(gm: Graph, inputs: Sequence[Any]) -> Callable:
         if isinstance(gm, Graph):  # not torch's wrapper that takes nested inputs apart: what it wraps was here before
             expand_recurrent(gm)
+            mend_gradients(gm)
             write_out_attention(gm, drops=not fallback_random)
             chunk_losses(gm, loss_bytes)
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):

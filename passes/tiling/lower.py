@@ -180,7 +180,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
             if fused["tile"]:
                 chosen = CpuTile(*fused["tile"])
                 gemm, limits = (chosen.rows, chosen.columns, gemm[2]), (chosen.block_rows, chosen.block_steps, chosen.block_columns)
-            grid = emit_contraction(contraction, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges), buffers, gemm, limits)
+            grid = emit_contraction(products, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges), buffers, gemm, limits)
     else:
         frame = analyse(fused, ranges)
         choice = choose_tile(frame, _loop_lanes(members, target), gpu=target.is_gpu)
