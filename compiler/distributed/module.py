@@ -50,7 +50,8 @@ def gathered(x: DTensor, axes: Sequence[int] | None = None) -> torch.Tensor:
     """
     local = x.to_local().detach()
     for axis in range(x.device_mesh.ndim) if axes is None else axes:
-        placement, ranks = x.placements[axis], int(x.device_mesh.size(axis))
+        placement: Any = x.placements[axis]
+        ranks = int(x.device_mesh.size(axis))
         if ranks == 1 or not placement.is_shard() and not isinstance(placement, _StridedShard):
             continue
         pieces = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(ranks)]
