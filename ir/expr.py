@@ -580,6 +580,9 @@ def simplify(e: Dim, bounds: Bounds) -> Dim:
             q, r = _split_multiple(a, b)
             if _within(r, b, bounds):
                 return r
+            whole = _lone_remainder(r, b)
+            if whole is not None:
+                return remainder(whole[0], b)
             moved = _shift_remainder(q, r, b, bounds)
             if moved is not None:
                 return moved[1]
