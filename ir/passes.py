@@ -142,7 +142,7 @@ def parse_pipeline(text: str) -> list[Pass]:
 
 def run_pipeline(module: Operation, passes: Sequence[Pass], ctx: PassContext, *, verify_each: bool = True,
                  after_each: Callable[[Pass, Operation], None] | None = None) -> None:
-    """Runs the passes in order, verifying the module after each, or else after the last. Raises PassError naming the pass that failed."""
+    """Runs the passes in order, verifying the module after each. Raises PassError naming the pass that failed."""
     for p in passes:
         ctx.current = p.name
         start = time.perf_counter()
@@ -153,7 +153,7 @@ def run_pipeline(module: Operation, passes: Sequence[Pass], ctx: PassContext, *,
         except IRError as e:
             raise PassError(p.name, str(e)) from e
         ctx.timings[p.name] = ctx.timings.get(p.name, 0.0) + time.perf_counter() - start
-        if verify_each or p is passes[-1]:
+        if verify_each:
             start = time.perf_counter()
             try:
                 verify(module)
