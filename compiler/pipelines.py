@@ -52,5 +52,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
         # On GPUs small ones that are independent of each other are launched together then.
         "tile": f"tile{relax},cse,dce" + (",merge-launches" if target.is_gpu and options.fuse else ""),
         # A CUDA graph wants few kernels to use the memory of outputs, whose address is another one in each call.
-        "host": "schedule,overlap,bufferize,plan-memory" + ("{outputs=false}" if options.replays and target.is_gpu else ""),
+        "host": "schedule,overlap,bufferize,plan-memory" + ("{outputs=false}" if options.replays and target.is_gpu else "")
+        # Where everything lies is known: what is written in place, and what is read again before the caches are full.
+        + (",nontemporal" if options.nontemporal and not target.is_gpu else ""),
     }[stage]

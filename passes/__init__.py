@@ -17,6 +17,7 @@ from . import (
     lift_sums,
     merge_launches,
     narrow_results,
+    nontemporal,
     operand_order,
     overlap,
     pack,

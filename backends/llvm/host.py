@@ -61,24 +61,24 @@ class ModuleEmitter:
         self.steps: dict[str, ir.Function] = {}
         self.llvm = ir.Module(name)
         self.errors = ErrorTable()
-        self.launchers: dict[str, tuple[Operation, ir.Function]] = {}
+        self.launchers: dict[tuple[str, frozenset[int]], tuple[Operation, ir.Function]] = {}
         self.same: dict[str, ir.Function] = {}
         self.copies: dict[tuple[BufferType, BufferType], str] = {}
         self.exported: list[str] = []
         self.constants: dict[Operation, ir.GlobalVariable] = {}
 
-    def launcher(self, name: str) -> tuple[Operation, ir.Function]:
-        """The kernel and the function that launches it. IRError if the module has no such kernel."""
-        if name not in self.launchers:
+    def launcher(self, name: str, nontemporal: frozenset[int] = frozenset()) -> tuple[Operation, ir.Function]:
+        """The kernel and the function that launches it, writing these of its buffers past the caches. IRError if the module has no such kernel."""
+        if (name, nontemporal) not in self.launchers:
             kernel = self.source.get(name)
             if kernel is None:
                 known = ", ".join(sorted(self.source)) or "none"
                 raise IRError(f"'host.launch' of unknown kernel '@{name}'; the module has {known}")
-            key = _structure(kernel)
+            key = f"{sorted(nontemporal)} {_structure(kernel)}"
             if key not in self.same:
-                self.same[key] = emit_launcher(self.llvm, kernel, emit_kernel(self.llvm, kernel, self.target, self.errors))
-            self.launchers[name] = kernel, self.same[key]
-        return self.launchers[name]
+                self.same[key] = emit_launcher(self.llvm, kernel, emit_kernel(self.llvm, kernel, self.target, self.errors, nontemporal))
+            self.launchers[name, nontemporal] = kernel, self.same[key]
+        return self.launchers[name, nontemporal]
 
     def copier(self, source: BufferType, target: BufferType) -> str:
         """The name of a kernel that copies between buffers of these types."""
@@ -220,11 +220,23 @@ class _Segment:
             name = self.owner.copier(source, target)
         else:
             name = op["kernel"].name
-        kernel, launcher = self.owner.launcher(name)
+        nontemporal = frozenset(op["nontemporal"])
+        kernel, launcher = self.owner.launcher(name, nontemporal)
         if len(kernel.body.args) != len(op.operands):
             raise IRError(f"kernel '@{name}' takes {len(kernel.body.args)} buffers, but is launched on {len(op.operands)}")
         sizes = [self.scalars.emit(_size(s, self.sizes, name)) for s in kernel["symbols"]]
-        self.b.call(launcher, [*(self.pointer(v) for v in op.operands), *sizes, context])
+        args = [*(self.pointer(v) for v in op.operands), *sizes, context]
+        excess = op["excess"]
+        if isinstance(excess, int):
+            self.b.call(launcher, args)
+            return
+        large = self.b.icmp_signed(">=", self.scalars.emit(excess), I64(0))
+        ordinary = self.owner.launcher(name)[1]
+        with self.b.if_else(large) as (then, otherwise):
+            with then:
+                self.b.call(launcher, args)
+            with otherwise:
+                self.b.call(ordinary, args)
 
     def pointer(self, v: Value) -> ir.Value:
         """The address of a buffer."""
