@@ -38,11 +38,11 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             *(["turn-streams", "dce"] if options.fuse and not target.is_gpu else []),
             *([] if target.is_gpu or not options.winograd else ["winograd"]),
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
-            "layout", "pack", "inline", f"canonicalize{relax}", "cse", "dce",
+            "layout", *([] if target.is_gpu else ["factors"]), "pack", "inline", f"canonicalize{relax}", "cse", "dce",
             # Packed weights of recurrent layers leave the loop: what is packed once must be seen to be the same in every trip.
             "hoist-invariants",
             *(["library-operands", "alias-views"] if target.is_gpu else []),
-            *(["stream"] if options.fuse else []),
+            *([f"stream{relax}"] if options.fuse else []),
             *(["split-reductions", "split-dimensions"] if target.is_gpu and options.fuse else []),
             fuse if options.fuse else "fuse{max-members=1}",
             # What crosses from kernel to kernel is known now.

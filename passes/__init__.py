@@ -8,6 +8,7 @@ from . import (
     cse,
     dce,
     decompose,
+    factors,
     fold_constants,
     fuse,
     hoist_invariants,
