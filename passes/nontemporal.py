@@ -126,7 +126,7 @@ class _Function:
 
     def _moved(self, op: Operation) -> Dim:
         """Bytes that an op touches: what its kernel says, or all of its operands. At most the latter: a kernel may count a byte twice."""
-        total: Dim = sum((storage_bytes(v.type) for v in dict.fromkeys(op.operands)), 0)  # type: ignore[arg-type]
+        total: Dim = sum((storage_bytes(v.type) for v in dict.fromkeys(op.operands)), 0)  # type: ignore[arg-type, misc]
         kernel = self.kernels.get(op["kernel"].name) if op.name == "host.launch" else None
         moved = kernel["bytes"] if kernel is not None else 0
         if isinstance(moved, int) and isinstance(total, int):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ...ir import BufferType, Dim, Value, element_type, sym
+from ...ir import BufferType, Dim, Operation, Value, element_type, sym
 from .emit import Emitter
 from .frame import Frame, is_expensive
 
@@ -29,7 +29,7 @@ class Home:
 def choose_homes(frame: Frame, stores: Mapping[Value, Dim], buffers: Mapping[Value, Value], e: Emitter, order: list[str],
                  private_bytes: int) -> dict[Value, Home]:
     """Homes of the values that are worth keeping. `order` is the order of the inner loops, the fastest last; up to `private_bytes` are private."""
-    made = {r: op for op in frame.members for r in op.results}
+    made: dict[Value, Operation] = {r: op for op in frame.members for r in op.results}
 
     def needed_until(v: Value) -> int:
         return max((frame.stage[op] for op in frame.members if v in op.operands), default=-1)
