@@ -29,6 +29,7 @@ class Options:
     pack_parameters           keep a packed copy of parameters that kernels read in another layout; False keeps the parameters only
     winograd                  compute 3-tap convolutions on CPUs with fewer multiplications and slightly different rounding
     nontemporal               write results past the caches where they would not be read again before they are thrown out (CPUs)
+    fast_math                 cheaper exp, tanh, erf, log and sigmoid of a few ulp (docs/fast-math.md)
     plan                      a plan file: the ranks of the process group share the work (see docs/distributed.md); "" for none
     cudagraphs                replay a graph's launches from a CUDA graph (mode="reduce-overhead" means the same)
     """
@@ -44,6 +45,7 @@ class Options:
     pack_parameters: bool = True
     winograd: bool = True
     nontemporal: bool = True
+    fast_math: bool = False
     cudagraphs: bool = False
     plan: str = ""
 
@@ -78,4 +80,4 @@ class Options:
     def key(self) -> str:
         """The part of the options that changes the code."""
         cpu = f"{self.pack_parameters},{self.winograd},{self.nontemporal}"
-        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse},{cpu},{self.replays}"
+        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse},{self.fast_math},{cpu},{self.replays}"

@@ -44,7 +44,7 @@ def elementwise(k: KernelEmitter, op: Operation) -> None:
             return emit_cast(k.b, xs[0], source.name, target.name)
         if name == "select":
             return k.b.select(*xs)
-        return arith.emit(k.b, k.features, name, source, *xs)
+        return arith.emit(k.b, k.features, name, source, *xs, fast=bool(op.attributes.get("_approximate")))
 
     t = op.result.type
     if isinstance(t, ScalarType):

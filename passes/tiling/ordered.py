@@ -136,7 +136,7 @@ def emit_parallel_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value]
     others = [d for d in range(len(dims)) if d != vector]
     row = max(others, key=lambda d: dims[d] if isinstance(dims[d], int) else _TILE, default=None)
     rows = 1 if row is None else min(_TILE // columns, padded(dims[row], 1) if isinstance(dims[row], int) else _TILE)
-    e = Emitter(e.builder, (rows, columns), e.symbols, e.variables, e.ranges)
+    e = Emitter(e.builder, (rows, columns), e.symbols, e.variables, e.ranges, e.coarse)
     at: dict[str, Dim] = {}
     active: list[Pair] = []
     grid: list[Dim] = []
@@ -264,7 +264,7 @@ def _scan_by_tiles(op: Operation, e: Emitter, buffers: dict[Value, Value], out: 
     assert isinstance(result, TensorType)
     length, last = op["dims"][-1], f"d{len(op['dims']) - 1}"
     width = min(2048, padded(length, 2)) if isinstance(length, int) else 2048
-    wide = Emitter(e.builder, (1, width), e.symbols, e.variables, e.ranges)
+    wide = Emitter(e.builder, (1, width), e.symbols, e.variables, e.ranges, e.coarse)
     one, whole = TileType((1, 1), result.dtype), TileType((1, width), result.dtype)
     init = wide.broadcast(e.builder.constant(identity_of(kind, result.dtype), result.dtype), (1, 1))
 
