@@ -54,7 +54,9 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
         # On GPUs small ones that are independent of each other are launched together then.
         "tile": f"{tile},cse,dce" + (",merge-launches" if target.is_gpu and options.fuse else ""),
         # A CUDA graph wants few kernels to use the memory of outputs, whose address is another one in each call.
-        "host": "schedule,overlap,bufferize,plan-memory" + ("{outputs=false}" if options.replays and target.is_gpu else "")
-        # Where everything lies is known: what is written in place, and what is read again before the caches are full.
-        + (",nontemporal" if options.nontemporal and not target.is_gpu else ""),
+        # On CPUs what is too small for several threads shares them with what does not depend on it; then memory is planned for that. Last, as
+        # it is known where everything lies: what is written past the caches.
+        "host": "schedule,overlap,bufferize,plan-memory{outputs=false}" if options.replays and target.is_gpu else
+                "schedule,overlap,bufferize,plan-memory" if target.is_gpu else
+                "schedule,overlap,bufferize,side-by-side,plan-memory" + ",nontemporal" * options.nontemporal,
     }[stage]

@@ -25,6 +25,7 @@ from . import (
     plain_reductions,
     plan_memory,
     schedule,
+    side_by_side,
     simplify_loops,
     sink_reshapes,
     split_dimensions,

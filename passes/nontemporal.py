@@ -65,7 +65,7 @@ class _Function:
     def run(self) -> int:
         count = 0
         for at, op in enumerate(self.ops):
-            if op.name not in ("host.launch", "host.copy") or op.attributes.get("cached"):
+            if op.name not in ("host.launch", "host.copy") or op.attributes.get("cached") or op.attributes.get("beside"):
                 continue
             written = self._candidates(op)
             excess = [(k, self._excess(at, op.operands[k])) for k in written]
