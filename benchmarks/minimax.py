@@ -178,7 +178,7 @@ FITS: dict[str, Fit] = {
 
 RATIONALS: dict[str, Rational] = {
     # f(x) = x p(x^2) / q(x^2) with q(0) = 1, up to where f rounds to 1
-    "fast_tanh": Rational(mp.tanh, 8.0, 4, 3),
+    "fast_tanh": Rational(mp.tanh, 8.0, 5, 3),
     "fast_erf": Rational(mp.erf, 3.83, 5, 5),
 }
 

@@ -256,7 +256,9 @@ TABLE: dict[str, dict[str, Emit]] = {
 
 
 def emit(b: ir.IRBuilder, features: Features, name: str, dtype: DType, *xs: ir.Value, fast: bool = False) -> ir.Value:
-    """`arith.<name>` on chunks of element type `dtype`; `fast` by the cheaper set, where that has it. NotImplementedError names an op that has no lowering."""
+    """`arith.<name>` on chunks of element type `dtype`; `fast` by the cheaper set, where that has it.
+
+    NotImplementedError names an op that has no lowering."""
     kind = _KIND.get(dtype.kind, "")
     if name == "nextafter" and dtype.name in ("bf16", "f16"):
         return _nextafter_narrow(b, xs[0], xs[1], dtype)

@@ -20,6 +20,7 @@ from .amx import AmxTile, emit_amx_dot, enter, leave
 from .convert import emit_cast
 from .dot import GroupTile, emit_dot, takes_groups
 from .intrinsics import call
+from .keep import keep
 from .masks import LaneChunk
 from .shapes import emit_reduce, emit_reshape, emit_transpose
 from .symbolic import position
@@ -267,4 +268,5 @@ LOWERINGS: dict[str, Callable[[KernelEmitter, Operation], None]] = {
     "tile.index": index_value,
     "tile.mask": mask_tile, "tile.full": full_tile, "tile.reduce": reduce, "tile.reshape": reshape, "tile.transpose": transpose,
     "tile.dot": dot, "tile.require": require, "tile.prefetch": prefetch, "tile.alloca": private_buffer,
+    "tile.keep": keep,
 }

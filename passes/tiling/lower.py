@@ -29,6 +29,7 @@ from .loops import choose_tile, emit_loops, traffic, work
 from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel
 from .stream import GpuStream, stream_tile, suits_warp_groups
 from .stream_cpu import CpuStream
+from .top import emit_topk
 
 
 @register
@@ -143,6 +144,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
         inplace = updates = ((next(i for i, v in enumerate(fused.body.args) if v is first.operands[0]), len(fused.operands)),)
     elif first.name == "tensor.scatter":
         grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes)
+    elif first.name == "tensor.topk":
+        grid = emit_topk(first, Emitter(builder, (1, 4 * lanes), ranges, coarse=coarse), buffers, [buffers.get(r) for r in first.results])
     elif first.name == "tensor.scan":
         # As torch does: on CPUs the error of a running sum does not grow with its length.
         grid = emit_scan(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes,
@@ -217,7 +220,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
 def candidate_tiles_cpu(fused: Operation, target: Target, *, few: bool = True) -> list[CpuTile]:
     """What a group can be computed by on a CPU, the model's choice first: the few that are likely, or all. Empty where there is no choice."""
     members = [op for op in fused.body if op.name != "tensor.yield"]
-    if members[0].name in ("tensor.scatter", "tensor.scan"):
+    if members[0].name in ("tensor.scatter", "tensor.scan", "tensor.topk"):
         return []
     stream = analyse_stream(members) if len(members) > 1 else None
     if stream is not None:
