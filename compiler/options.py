@@ -31,6 +31,7 @@ class Options:
     nontemporal               write results past the caches where they would not be read again before they are thrown out (CPUs)
     fast_math                 cheaper exp, tanh, erf, log and sigmoid of a few ulp (docs/fast-math.md)
     plan                      a plan file: the ranks of the process group share the work (see docs/distributed.md); "" for none
+    loss_bytes                logits of a cross-entropy over a linear layer that take more bytes are computed in parts; 0: never
     cudagraphs                replay a graph's launches from a CUDA graph (mode="reduce-overhead" means the same)
     """
 
@@ -46,6 +47,7 @@ class Options:
     winograd: bool = True
     nontemporal: bool = True
     fast_math: bool = False
+    loss_bytes: int = 256 << 20
     cudagraphs: bool = False
     plan: str = ""
 
