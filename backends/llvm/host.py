@@ -107,8 +107,8 @@ class ModuleEmitter:
             self.source[name] = copy_kernel(name, source, target)
         return self.copies[key]
 
-    def host(self, func: Operation) -> HostProgram:
-        """Emits one host function."""
+    def host(self, func: Operation, stepwise: bool = False) -> HostProgram:
+        """Emits one host function; `stepwise`: each launch, copy or loop is a segment of its own (for a profiler)."""
         name = func["sym_name"]
         steps: list[Step] = []
         packs: dict[int, list[Operation]] = {}
@@ -131,6 +131,8 @@ class ModuleEmitter:
                 packs.setdefault(_packed_id(op), []).append(op)
             elif op.name in _NATIVE:
                 run.append(op)
+                if stepwise:
+                    flush()
             elif op.name not in _BUFFERS and op.name != "return":
                 raise NotImplementedError(f"'{op.name}' has no lowering to LLVM at the host level")
         flush()
