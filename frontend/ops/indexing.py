@@ -213,8 +213,11 @@ def masked_scatter(c: Context, x: Value, mask: Value, src: Value) -> Value:
     order = c.ew("require", enough, order, message="masked_scatter: the mask has more true elements than the source has elements")
     if items == 0:
         return c.reshape(c.ew("select", c.ew("lt", c.reshape(order, t.shape), 0), x, c.full((), 0, t.dtype)), c.shape)
+    source = c.reshape(src, (items,))
+    if not isinstance(items, int):  # there may be none: then what nobody selects is read behind the end
+        source, items = c.pad(source, [0], [1], 0), items + 1
     at = c.ew("min", c.ew("max", order, 0), c.scalar(items - 1, I64))
-    taken = c.b.op("graph.take", c.reshape(src, (items,)), at, type=TensorType((count,), typeof(src).dtype), dim=0)
+    taken = c.b.op("graph.take", source, at, type=TensorType((count,), typeof(src).dtype), dim=0)
     return c.reshape(c.ew("select", wide, c.reshape(taken, t.shape), x), c.shape)
 
 
