@@ -28,6 +28,8 @@ class Options:
     fallback_random           draw random numbers through ATen, which gives eager's for the same seed, instead of from counters
     pack_parameters           keep a packed copy of parameters that kernels read in another layout; False keeps the parameters only
     winograd                  compute 3-tap convolutions on CPUs with fewer multiplications and slightly different rounding
+    nontemporal               write results past the caches where they would not be read again before they are thrown out (CPUs)
+    fast_math                 cheaper exp, tanh, erf, log and sigmoid of a few ulp (docs/fast-math.md)
     plan                      a plan file: the ranks of the process group share the work (see docs/distributed.md); "" for none
     loss_bytes                logits of a cross-entropy over a linear layer that take more bytes are computed in parts; 0: never
     activation_bytes          training: the most that the forward pass keeps for the backward pass, the rest is computed again; 0: no bound
@@ -44,6 +46,8 @@ class Options:
     fallback_random: bool = False
     pack_parameters: bool = True
     winograd: bool = True
+    nontemporal: bool = True
+    fast_math: bool = False
     loss_bytes: int = 256 << 20
     activation_bytes: int = 0
     cudagraphs: bool = False
@@ -79,4 +83,5 @@ class Options:
     @property
     def key(self) -> str:
         """The part of the options that changes the code."""
-        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse},{self.pack_parameters},{self.winograd},{self.replays}"
+        cpu = f"{self.pack_parameters},{self.winograd},{self.nontemporal}"
+        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse},{self.fast_math},{cpu},{self.replays}"
