@@ -32,6 +32,7 @@ class Options:
     fast_math                 cheaper exp, tanh, erf, log and sigmoid of a few ulp (docs/fast-math.md)
     plan                      a plan file: the ranks of the process group share the work (see docs/distributed.md); "" for none
     loss_bytes                logits of a cross-entropy over a linear layer that take more bytes are computed in parts; 0: never
+    activation_bytes          training: the most that the forward pass keeps for the backward pass, the rest is computed again; 0: no bound
     cudagraphs                replay a graph's launches from a CUDA graph (mode="reduce-overhead" means the same)
     """
 
@@ -48,6 +49,7 @@ class Options:
     nontemporal: bool = True
     fast_math: bool = False
     loss_bytes: int = 256 << 20
+    activation_bytes: int = 0
     cudagraphs: bool = False
     plan: str = ""
 
