@@ -54,11 +54,12 @@ def backend(options: Options, observe: Observer | None = None) -> Callable:
     def compiler(role: str) -> Callable:
         return lambda gm, _: _guarded(gm, options, role, _decompositions(options.fallback_random), observe)
 
-    return aot_backend(compiler, fallback_random=options.fallback_random)
+    return aot_backend(compiler, fallback_random=options.fallback_random, exact_casts=options.emulate_precision_casts)
 
 
-def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = False) -> Callable:
-    """A Dynamo backend whose graphs are made as aicc's are: `compiler(role)` gives the compiler of forward, backward or inference graphs."""
+def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = False, exact_casts: bool = False) -> Callable:
+    """A Dynamo backend whose graphs are made as aicc's are: `compiler(role)` gives the compiler of forward, backward or inference graphs.
+    `exact_casts`: nothing within an operator is rounded to 16 bits that ATen does not round."""
     def prepared(role: str) -> Callable:
         compile_one = compiler(role)
 
@@ -79,7 +80,7 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
         if isinstance(gm, Graph):  # not torch's wrapper that takes nested inputs apart: what it wraps was here before
             expand_recurrent(gm)
             mend_gradients(gm)
-            write_out_attention(gm, drops=not fallback_random)
+            write_out_attention(gm, drops=not fallback_random, exact=exact_casts)
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)
         # Dynamo does not trace into what it is given back: a wrapper that forbids it would cost each call a microsecond or two.
