@@ -42,6 +42,8 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             # Packed weights of recurrent layers leave the loop: what is packed once must be seen to be the same in every trip.
             "hoist-invariants",
             *(["library-operands", "alias-views"] if target.is_gpu else []),
+            # Streams of few programs become streams of parts first.
+            *(["split-streams"] if target.is_gpu and options.fuse else []),
             *(["stream"] if options.fuse else []),
             *(["split-reductions", "split-dimensions"] if target.is_gpu and options.fuse else []),
             fuse if options.fuse else "fuse{max-members=1}",

@@ -27,6 +27,7 @@ from . import (
     sink_reshapes,
     split_dimensions,
     split_reductions,
+    split_streams,
     spmd,
     stream,
     tiling,

@@ -68,6 +68,8 @@ def stream_tile(s: Stream, target: Target) -> GpuTile:
         return GpuTile(rows, steps, 0, t.warps, t.stages)
     if suits_warp_groups(s, target):
         return GpuTile(128, 128, 0, 8, 2)
+    if narrow and isinstance(s.row_count, int) and s.row_count <= 16:  # bound by memory: three tiles under way, small ones for a smooth start
+        return GpuTile(16, 64 if width <= 128 else 32, 0, 4, 3)
     kept = len(s.firsts) + len(s.seconds)  # tiles that stay in registers or shared memory
     heavy = any(is_expensive(op) for op in s.reductions + s.firsts) or len(s.full) > 2 or kept > 3
     rows = 128 if narrow and not heavy else 64
