@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from ..ir import Operation, Value, element_type
 
-__all__ = ["FREE", "Declined", "Dependence", "Factor", "about_mean"]
+__all__ = ["FREE", "Declined", "Dependence", "Factor", "about_mean", "finite_of"]
 
 
 class Declined(Exception):
@@ -81,9 +81,12 @@ class Dependence:
                 made = v.defining_op
                 assert made is not None
                 return self.of(made, made.body.terminator.operands[made.results.index(v)])  # type: ignore[arg-type]
-            if kind == "row" and (m := _finite_of(v)) is not None and self.kind_of(m) == "reduction":
+            if kind == "row" and (m := finite_of(v)) is not None and self.kind_of(m) == "reduction":
                 return Factor("row", m, guarded=True)
             return Factor("row", v) if kind in ("reduction", "row") else FREE
+        y = _made_finite(x)
+        if y is not None and (f := self.of(op, y)).kind == "row":
+            return replace(f, guarded=True)
         args = [self.of(op, a) for a in inner.operands]
         return self._rule(inner, args)
 
@@ -114,19 +117,24 @@ class Dependence:
         return found if len(sides) == 2 and found == sides[1][0] and found.kind == "product" else _opaque()
 
 
-def _finite_of(v: Value) -> Value | None:
-    """m where `v` is m, or 0 where m is -inf: the same shift, but that exp(-inf - m) is 0 even if everything is -inf."""
+def finite_of(v: Value) -> Value | None:
+    """m where the tensor `v` is m, or 0 where m is -inf: the same shift, but that exp(-inf - m) is 0 even if everything is -inf."""
     op = v.defining_op
     if op is None or op.name != "tensor.generic" or len(op.operands) != 1 or op["reductions"]:
         return None
-    choice = op.body.terminator.operands[0].defining_op
-    if choice is None or choice.name != "arith.select" or choice.operands[2] is not op.body.args[0] or not _is_zero(choice.operands[1]):
+    return op.operands[0] if _made_finite(op.body.terminator.operands[0]) is op.body.args[0] else None
+
+
+def _made_finite(x: Value) -> Value | None:
+    """y where the scalar x is select(y == -inf, 0, y)."""
+    choice = x.defining_op
+    if choice is None or choice.name != "arith.select" or not _is_zero(choice.operands[1]):
         return None
-    test = choice.operands[0].defining_op
-    if test is None or test.name != "arith.eq" or test.operands[0] is not op.body.args[0]:
+    test, y = choice.operands[0].defining_op, choice.operands[2]
+    if test is None or test.name != "arith.eq" or test.operands[0] is not y:
         return None
     low = test.operands[1].defining_op
-    return op.operands[0] if low is not None and low.name == "arith.constant" and low["value"] == float("-inf") else None
+    return y if low is not None and low.name == "arith.constant" and low["value"] == float("-inf") else None
 
 
 def _linear(f: Factor) -> Factor:

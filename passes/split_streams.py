@@ -26,7 +26,7 @@ from ..ir import Builder, Dim, Operation, Target, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import as_int, ceildiv, free_symbols, product, simplify, substitute
 from ..ir.passes import Pass, PassContext, register
-from .rescale import Declined
+from .rescale import Declined, finite_of
 from .stream_access import reduced_order, stream_side
 from .stream_form import Stream
 from .stream_growth import candidates, grown
@@ -172,6 +172,16 @@ class _Split:
         self.combined: dict[tuple[Value, Operation], Value] = {}
         self.units = {w for rows in s.scales.values() for w, *_ in rows}
 
+        for op in [*s.full, *s.reductions]:
+            for v in op.operands:
+                if s.kind_of(v) in ("reduction", "row") and self._shift(v) is None and v not in self.units:
+                    raise Declined("the loop reads a finished row value")
+
+    def _shift(self, v: Value) -> Value | None:
+        """The maximum that `v` is, if need be made finite."""
+        m = v if v in self.shifts else finite_of(v) if self.s.kind_of(v) == "row" else None
+        return m if m in self.shifts else None
+
     def run(self) -> None:
         s = self.s
         order = {op: i for i, op in enumerate(s.seconds[0].parent)}  # type: ignore[arg-type]
@@ -224,8 +234,8 @@ class _Split:
             m, fill = op["maps"][i], fill_of(op, i)
             if v in self.units and loop:
                 units.append(i)
-            if v in self.shifts and loop:
-                v = self._safe(b, v)
+            if loop and (m_of := self._shift(v)) is not None:
+                v = self._safe(b, m_of)
             elif v in self.partial:
                 v = self.partial[v]
             elif m is not None:

@@ -368,7 +368,7 @@ class GpuStream(StreamLowering):
         p = e.fresh(e.builder.op("tile.program_id", type=index, axis=len(s.batch)), 0, blocks - 1)
         # The last rows see the most of a causal stream: they start first.
         self.m = (blocks - 1 - p if s.alive.pairs else p) * bm + sym("t0")
-        self.row_mask = (self.m, s.row_count)
+        self.row_masks = [(self.m, s.row_count)] if s.rows else []
         self.columns = padded(product(s.columns))
         self.kept = {op: self._left(op) for op in s.firsts}
         bounds = {op: bound_of(s, op) for op in s.reductions if self.coarse and op.result in s.shifts.values()}
@@ -388,7 +388,7 @@ class GpuStream(StreamLowering):
         e = with_shape(self.e, (bm, padded(width)))
         k = sym("t1")
         value = self.read(e, op, 1 - stream_side(self.s, op), self.frame_at(self.m, 0), delinearize(k, op["dims"][len(self.s.position[op]):]),
-                          [self.row_mask, (k, width)], cast=_narrow(self.s, op) is None)
+                          [*self.row_masks, (k, width)], cast=_narrow(self.s, op) is None)
         return _as_tile(e, value, e.shape)
 
     def _first(self, e: Emitter, op: Operation, i: Dim) -> Value:
@@ -409,7 +409,7 @@ class GpuStream(StreamLowering):
             inner.ranges[str(i)] = (inner.ranges[str(i)][0], s.length - bt)
         e = with_shape(inner, (bm, bt))
         b, t = e.builder, i + sym("t1")
-        scope = Scope(e, self.frame_at(self.m, t), [self.row_mask, (t, s.length)], known={} if masked else dict(s.alive.known))
+        scope = Scope(e, self.frame_at(self.m, t), [*self.row_masks, (t, s.length)], known={} if masked else dict(s.alive.known))
         self.without_scales(scope)
         self.read_now: list[Value] = []
         self._fix(scope)
@@ -473,7 +473,7 @@ class GpuStream(StreamLowering):
         s, bm = self.s, self.tile[0]
         e = with_shape(self.e, (bm, self.columns))
         n = sym("t1")
-        scope = Scope(e, self.frame_at(self.m, 0) | self.column_at(n), [self.row_mask, (n, product(s.columns))])
+        scope = Scope(e, self.frame_at(self.m, 0) | self.column_at(n), [*self.row_masks, (n, product(s.columns))])
         self._fix(scope)
         for op in s.reductions:
             if op.result in self.fixed:
@@ -485,7 +485,10 @@ class GpuStream(StreamLowering):
                 scope.values[op.result] = self.scaled(scope, op, carried[op])
         for out in self.outputs:
             with e.builder.at(out.defining_op.location):  # type: ignore[union-attr]
-                self.store(scope, out, self.value(scope, out))
+                value = self.value(scope, out)
+                if not s.rows and isinstance(value.type, TileType) and value.type.shape[0] > 1:  # all rows of the tile are the one row
+                    value = e.builder.op("tile.reduce", value, type=TileType((1, value.type.shape[1]), value.type.dtype), axis=0, kind="max")
+                self.store(scope, out, value)
 
 
 def _narrow(s: Stream, op: Operation) -> DType | None:
