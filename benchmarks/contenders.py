@@ -27,6 +27,9 @@ import torch  # noqa: E402
 
 __all__ = ["PEERS", "choose", "missing", "warm_up"]
 
+# Without it Dynamo leaves recurrent layers to eager, whatever the backend.
+torch._dynamo.config.allow_rnn = True
+
 
 def warm_up(backends: list[str]) -> None:
     """Compiles something tiny with each, so that imports, worker processes and compiler probes are not charged to the first case."""

@@ -16,13 +16,12 @@ import sys
 import time
 
 import torch
+from aicc.benchmarks.regret import fused_groups
 from aicc.compiler.autotune import MOST, measure
-from aicc.compiler.driver import watching
-from aicc.compiler.dynamo import aicc as aicc_backend
 from aicc.compiler.gpu import cuda_target
 from aicc.compiler.options import Options
 from aicc.ir import Operation
-from aicc.ir.passes import Pass, PassContext
+from aicc.ir.passes import PassContext
 from aicc.passes.tiling.gpu_tiles import GpuTile
 from aicc.passes.tiling.lower import candidate_tiles
 from gpu import CASES, Case
@@ -37,18 +36,8 @@ def exhaustive(tiles: list[GpuTile]) -> list[GpuTile]:
 
 def groups(case: Case) -> list[Operation]:
     """Fused groups of the case that the pass `tile` is about to see."""
-    found: list[Operation] = []
-
-    def observe(stage: str, after: Pass | None, module: Operation) -> None:
-        if stage == "tensor" and after is None:
-            target = cuda_target("cuda:0")
-            found.extend(op.clone() for op in module.walk() if op.name == "tensor.fused" and candidate_tiles(op, target))
-
-    function, inputs = case.build()
-    torch._dynamo.reset()
-    with watching(observe=observe), torch.no_grad():
-        torch.compile(function, backend=aicc_backend, dynamic=False)(*inputs)
-    return found
+    target = cuda_target("cuda:0")
+    return fused_groups(*case.build(), lambda op: bool(candidate_tiles(op, target)))
 
 
 def main() -> int:

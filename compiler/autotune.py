@@ -1,10 +1,11 @@
-"""`mode="max-autotune"` on a GPU: the tiles of matrix products are measured instead of modelled.
+"""`mode="max-autotune"`: tiles are measured instead of modelled; on GPUs those of matrix products, on CPUs those of every kernel.
 
     tune_tiles(module, ctx, Tuner(options, cache_dir))       # a tensor-level module, after fusion
 
-For each fused group with a contraction, the few tiles that the model finds best are compiled (all of a group side by side) and timed on random data;
+For each fused group, the few tiles that the model finds best are compiled (on a GPU all of a group side by side) and timed on random data;
 the fastest is written to the group's attribute `tile`, which the pass `tile` obeys. Equal groups are measured once, and winners are kept on disk, by
-the text of the group and the device: the next process measures nothing, and gets the same kernels.
+the text of the group and the device (a CPU: with its number of threads): the next process measures nothing, and gets the same kernels.
+`autotune_cpu.py` measures on CPUs; there another tile has to be MARGIN faster than the model's, so that noise changes no kernel.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from typing import Any
 
 import torch
 
-from ..ir import Block, Builder, IRError, Operation, Region, SymbolRef, TensorType
+from ..ir import IRError, Operation, TensorType
 from ..ir.passes import PassContext, parse_pipeline, run_pipeline
 from ..ir.printer import print_op
+from ..passes.structured import constant_values
+from ..passes.tiling.cpu_candidates import CpuTile
 from ..passes.tiling.gpu_tiles import GpuTile
-from ..passes.tiling.lower import candidate_tiles, lower
+from ..passes.tiling.lower import candidate_tiles, candidate_tiles_cpu
 from ..runtime.cuda_graph import CudaGraph
+from .autotune_cpu import measure_on_cpu
+from .candidates import candidate_module, random_tensor
 from .gpu import compile_cuda, triton_version
 from .options import Options
 from .pipelines import pipeline
@@ -34,15 +39,20 @@ __all__ = ["Tuner", "candidate_module", "measure", "tune_tiles"]
 
 MOST = 6
 """Candidates of a group."""
-Measure = Callable[[Operation, Sequence[GpuTile], PassContext, Options], list[float]]
+MARGIN = 0.03
+SMALL = 1 << 16
+"""Bytes of a group on a CPU below which nothing is measured: the time is that of the launch."""
+Tile = GpuTile | CpuTile
+Measure = Callable[[Operation, Sequence[Any], PassContext, Options], list[float]]
 """Milliseconds of a fused group with each tile; infinity where it does not compile."""
 
 
 def tune_tiles(module: Operation, ctx: PassContext, tuner: Tuner) -> None:
-    """Gives every fused group with a contraction of constant sizes the tile that is fastest."""
+    """Gives every fused group of constant sizes with a choice of tiles the one that is fastest."""
     for func in [f for f in module.body if f.name == "func"]:
+        constant = constant_values(func)
         for op in func.body:
-            if op.name == "tensor.fused":
+            if op.name == "tensor.fused" and not all(v in constant for v in op.operands):  # else it runs once
                 tuner.tune(op, ctx)
 
 
@@ -56,16 +66,23 @@ class Tuner:
     winners: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def tune(self, fused: Operation, ctx: PassContext) -> None:
-        tiles = list(dict.fromkeys(candidate_tiles(fused, ctx.target)))[:MOST]
-        if len(tiles) < 2 or not _is_static(fused):
+        on_gpu = ctx.target.is_gpu
+        if not _is_static(fused) or (not on_gpu and _bytes(fused) < SMALL):
+            return
+        known: Sequence[Tile] = candidate_tiles(fused, ctx.target) if on_gpu else candidate_tiles_cpu(fused, ctx.target)
+        tiles: list[Any] = list(dict.fromkeys(known))[:MOST]
+        if len(tiles) < 2:
             return
         key = self._key(fused, ctx)
-        tile = self.winners.get(key) or self._read(key)
+        tile = self.winners.get(key) or self._read(key, tiles)
         if tile is None:
-            times = (self.measure or measure)(fused, tiles, ctx, self.options)
+            times = (self.measure or (measure if on_gpu else measure_on_cpu))(fused, tiles, ctx, self.options)
             best = min(range(len(tiles)), key=lambda i: (times[i], i))
+            if not on_gpu and times[best] > times[0] * (1 - MARGIN):
+                best = 0
             tile = astuple(tiles[best])
-            shown = ", ".join(f"{t.rows}x{t.columns}x{t.step}: {ms * 1000:.1f}" for t, ms in zip(tiles, times, strict=True))
+            shown = ", ".join(f"{'x'.join(map(str, astuple(t)[:3] if on_gpu else astuple(t)))}: {ms * 1000:.1f}"
+                              for t, ms in zip(tiles, times, strict=True))
             ctx.remark("done", f"'{fused['kernel']}' measured with tiles of ({shown}) us", fused.location)
             self._write(key, tile)
         self.winners[key] = tile
@@ -74,16 +91,16 @@ class Tuner:
     def _key(self, fused: Operation, ctx: PassContext) -> str:
         text = [print_op(op) for op in fused.body]
         types = [str(v.type) for v in (*fused.operands, *fused.results)]
-        parts = [*text, *types, ctx.target.digest, triton_version(), str(MOST)]
+        parts = [*text, *types, ctx.target.digest, triton_version() if ctx.target.is_gpu else f"{torch.get_num_threads()} threads", str(MOST)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def _read(self, key: str) -> tuple[int, ...] | None:
+    def _read(self, key: str, tiles: Sequence[Tile]) -> tuple[int, ...] | None:
+        """What was found before, if it is still one of the candidates."""
         try:
             found = json.loads((self.directory / "tiles" / f"{key}.json").read_text()) if self.directory is not None else None
         except (OSError, ValueError):
             return None
-        fits = isinstance(found, list) and len(found) == 5 and all(isinstance(n, int) and n > 0 for n in found)
-        return tuple(found) if fits else None  # type: ignore[arg-type]
+        return next((t for t in map(astuple, tiles) if isinstance(found, list) and t == tuple(found)), None)
 
     def _write(self, key: str, tile: tuple[int, ...]) -> None:
         if self.directory is None:
@@ -103,36 +120,13 @@ def _is_static(fused: Operation) -> bool:
     return all(isinstance(t, TensorType) and all(isinstance(n, int) for n in (*t.shape, *t.layout)) for t in types)
 
 
-def candidate_module(fused: Operation, tiles: Sequence[GpuTile], ctx: PassContext) -> Operation:
-    """A tile-level module of one function that runs the group once with each tile, and returns all results."""
-    held = fused.attributes.get("tile")
-    kernels = []
-    for i, tile in enumerate(tiles):
-        fused.attributes["tile"] = astuple(tile)
-        kernel = lower(fused, {}, ctx)
-        kernel.attributes["sym_name"] = f"{fused['kernel'] or 'kernel'}_{i}"
-        kernels.append(kernel)
-    if held is None:
-        del fused.attributes["tile"]
-    else:
-        fused.attributes["tile"] = held
-    block = Block([v.type for v in fused.operands], [f"in{i}" for i in range(len(fused.operands))])
-    b = Builder.at_end(block)
-    outputs = [r for kernel in kernels for r in b.create(
-        "tile.launch", block.args, {"kernel": SymbolRef(kernel["sym_name"])}, [r.type for r in fused.results]).results]
-    b.create("return", outputs)
-    attrs = {"sym_name": "main", "arg_attrs": tuple({"name": a.name, "kind": "input", "position": i} for i, a in enumerate(block.args)),
-             "result_attrs": tuple({"kind": "tensor", "strides": r.type.layout} for r in outputs)}  # type: ignore[attr-defined]
-    func = Operation.create("func", (), attrs, (), [Region([block])])
-    body = Block([])
-    for op in (*kernels, func):
-        body.append(op)
-    return Operation.create("module", (), {"level": "tile"}, (), [Region([body])])
+def _bytes(fused: Operation) -> int:
+    return sum(v.type.numel * v.type.dtype.bytes for v in (*fused.operands, *fused.results))  # type: ignore[attr-defined, no-any-return]
 
 
 def measure(fused: Operation, tiles: Sequence[GpuTile], ctx: PassContext, options: Options) -> list[float]:
     """Median milliseconds with each tile on the current CUDA device."""
-    inputs = [_random(v.type) for v in fused.operands]  # type: ignore[arg-type]
+    inputs = [random_tensor(v.type, "cuda") for v in fused.operands]  # type: ignore[arg-type]
     with contextlib.suppress(IRError, RuntimeError):  # the one at fault shows below
         # All at once: the compiler works on them side by side, and finds them in its own cache afterwards.
         _compiled(candidate_module(fused, tiles, ctx), ctx, options)
@@ -152,16 +146,6 @@ def _compiled(module: Operation, ctx: PassContext, options: Options) -> CudaGrap
     run_pipeline(module, parse_pipeline(pipeline("host", ctx.target, options)), PassContext(ctx.target))
     artifact = compile_cuda(module, ctx.target)
     return CudaGraph(artifact.manifest, artifact.blobs, torch.device("cuda", torch.cuda.current_device()))
-
-
-def _random(t: TensorType) -> torch.Tensor:
-    dtype = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64, "i8": torch.int8, "u8": torch.uint8,
-             "i16": torch.int16, "i32": torch.int32, "i64": torch.int64, "i1": torch.bool, "f8e4m3fn": torch.float8_e4m3fn,
-             "f8e5m2": torch.float8_e5m2}[t.dtype.name]
-    made = torch.empty_strided(tuple(int(n) for n in t.shape), tuple(int(n) for n in t.layout), dtype=dtype, device="cuda")  # type: ignore[arg-type]
-    if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return made.normal_()
-    return made.zero_()  # integers may be indices
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:

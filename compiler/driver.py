@@ -80,13 +80,18 @@ def lower(module: Operation, target: Target, options: Options, compilation: Comp
         run_pipeline(module, parse_pipeline(pipeline(stage, target, options)), ctx, verify_each=options.verify,
                      after_each=None if observe is None else partial(observe, stage))
         compilation.seconds[stage] = time.perf_counter() - start
-        if stage == "tensor" and options.mode == "max-autotune" and target.is_gpu and torch.cuda.is_available():
+        if stage == "tensor" and options.mode == "max-autotune" and _is_here(target):
             tune_tiles(module, ctx, Tuner(options, read_environment().cache_dir if options.cache else None))
             compilation.seconds["autotune"] = time.perf_counter() - start - compilation.seconds[stage]
         if observe is not None:
             observe(stage, None, module)
     compilation.remarks.extend(ctx.remarks)
     compilation.stats["passes"] = dict(ctx.timings)
+
+
+def _is_here(target: Target) -> bool:
+    """Code for the target can be run by this process."""
+    return torch.cuda.is_available() if target.is_gpu else target.digest == host_target(None).digest
 
 
 def compile_graph(module: Operation, options: Options, *, name: str = "graph", observe: Observer | None = None,
@@ -105,7 +110,7 @@ def compile_graph(module: Operation, options: Options, *, name: str = "graph", o
         start = time.perf_counter()
         text, resources = print_with_resources(module, locations=False)
         key = cache_key([text, *sorted(resources), options.key, target.digest, __version__, torch.__version__, llvmlite.__version__,
-                         triton_version(), platform.machine(), _source_digest(),
+                         triton_version(), platform.machine(), _source_digest(), _tuned_for(options),
                          *(str(op.location) for op in module.walk() if op.name == "graph.extern")])
         found = store.get(key)
         compilation.seconds["cache"] = time.perf_counter() - start
@@ -133,6 +138,11 @@ def compile_graph(module: Operation, options: Options, *, name: str = "graph", o
     compilation.graph = _load(artifact, device, options)
     compilation.seconds["load"] = time.perf_counter() - start
     return compilation
+
+
+def _tuned_for(options: Options) -> str:
+    """Measured tiles are the best for a number of threads; modelled ones do not depend on it."""
+    return f"{torch.get_num_threads()} threads" if options.mode == "max-autotune" else ""
 
 
 def _load(artifact: Artifact, device: str | None, options: Options) -> CompiledGraph:

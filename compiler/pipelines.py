@@ -38,13 +38,13 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             *(["turn-streams", "dce"] if options.fuse and not target.is_gpu else []),
             *([] if target.is_gpu or not options.winograd else ["winograd"]),
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
-            "layout", "pack", "inline", f"canonicalize{relax}", "cse", "dce",
+            "layout", *([] if target.is_gpu else ["factors"]), "pack", "inline", f"canonicalize{relax}", "cse", "dce",
             # Packed weights of recurrent layers leave the loop: what is packed once must be seen to be the same in every trip.
             "hoist-invariants",
             *(["library-operands", "alias-views"] if target.is_gpu else []),
             # Streams of few programs become streams of parts first.
             *(["split-streams"] if target.is_gpu and options.fuse else []),
-            *(["stream"] if options.fuse else []),
+            *([f"stream{relax}"] if options.fuse else []),
             *(["split-reductions", "split-dimensions"] if target.is_gpu and options.fuse else []),
             fuse if options.fuse else "fuse{max-members=1}",
             # What crosses from kernel to kernel is known now.
@@ -54,5 +54,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
         # On GPUs small ones that are independent of each other are launched together then.
         "tile": f"tile{relax},cse,dce" + (",merge-launches" if target.is_gpu and options.fuse else ""),
         # A CUDA graph wants few kernels to use the memory of outputs, whose address is another one in each call.
-        "host": "schedule,overlap,bufferize,plan-memory" + ("{outputs=false}" if options.replays and target.is_gpu else ""),
+        # On CPUs what is too small for several threads shares them with what does not depend on it; then memory is planned for that.
+        "host": "schedule,overlap,bufferize,plan-memory{outputs=false}" if options.replays and target.is_gpu else
+                "schedule,overlap,bufferize,plan-memory" if target.is_gpu else "schedule,overlap,bufferize,side-by-side,plan-memory",
     }[stage]

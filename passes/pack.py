@@ -3,7 +3,8 @@
 The microkernel wants, for each panel of NR columns and each k, NR contiguous elements. This pass rewrites the right operand B[.., k, n] of a
 contraction into packed[.., n // NR, k.., n % NR], made by an ordinary pointwise generic with zero fill past the last column; elementwise
 producers of B then fuse into the packing. An operand that is made from parameters alone is packed once and kept (the launch is `cached`).
-Where the target multiplies pairs of bf16 the panels hold them so: packed[.., n // NR, k // 2, n % NR, k % 2].
+Where the target multiplies pairs of bf16 the panels hold them so: packed[.., n // NR, k // 2, n % NR, k % 2]; other integers in groups of 2 or 4
+(`factors`).
 Other operands that are contiguous along n already are packed when columns are ragged, or when a panel's rows lie far apart.
 Padded (convolution) left operands are materialised with their padding, so that the inner loop tests no bounds.
 
@@ -34,7 +35,7 @@ from ..ir.expr import (
 from ..ir.passes import Pass, PassContext, register
 from ..ir.types import i64
 from .structured import constant_values, in_order, is_contraction, plain_dims, space_bounds
-from .tiling.contraction import MATRIX, Roles, roles_of
+from .tiling.contraction import GROUPS, MATRIX, Roles, roles_of
 from .tiling.cpu_tiles import contraction_tile, is_depthwise, multiplies_matrices, multiplies_pairs
 
 SMALL_M = 4
@@ -89,11 +90,10 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     used = {int(s[1:]) for e in m for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()}
     batch = [d for d in roles.batch if d in used]
     panels = ceildiv(n_size, nr)
-    pairs = bool(form)
+    side = GROUPS.get(form, 1)
     k_dims = [op["dims"][d] for d in k_order]
-    if pairs:
-        k_dims[-1] = k_dims[-1] // 2
-    dims: list[Dim] = [*(op["dims"][d] for d in batch), panels, *k_dims, nr, *([2] if pairs else [])]
+    k_dims[-1] = k_dims[-1] // side
+    dims: list[Dim] = [*(op["dims"][d] for d in batch), panels, *k_dims, nr, *([side] if form else [])]
     lane = len(batch) + 1 + len(k_dims)
     at: dict[str, Dim] = {f"d{d}": sym(f"d{j}") for j, d in enumerate(batch)}
     column = sym(f"d{len(batch)}") * nr + sym(f"d{lane}")
@@ -102,8 +102,8 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
         at[f"d{d}"] = e
     for j, d in enumerate(k_order):
         at[f"d{d}"] = sym(f"d{len(batch) + 1 + j}")
-    if pairs:
-        at[f"d{k_order[-1]}"] = sym(f"d{lane - 1}") * 2 + sym(f"d{lane + 1}")
+    if form:
+        at[f"d{k_order[-1]}"] = sym(f"d{lane - 1}") * side + sym(f"d{lane + 1}")
     bounds = space_bounds(dims)
     source_map = tuple(simplify(substitute(e, at), bounds) for e in m)
     fill = 0 if ragged else fill_of(op, i)
@@ -114,8 +114,8 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     op_bounds = space_bounds(op["dims"])
     k_at: list[Dim] = [sym(f"d{d}") for d in k_order]
     within: list[Dim] = []
-    if pairs:
-        k_at[-1:], within = [k_at[-1] // 2], [k_at[-1] % 2]
+    if form:
+        k_at[-1:], within = [k_at[-1] // side], [k_at[-1] % side]
     new_map = (*(sym(f"d{d}") for d in batch), simplify(flat // nr, op_bounds), *k_at, simplify(flat % nr, op_bounds), *within)
     _set_operand(op, i, packed.result, new_map)
     op.attributes["_packed"] = form or True
@@ -125,7 +125,9 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
 
 
 def _deep_form(op: Operation, roles: Roles, last_k: int, m: Dim, n: Dim, nr: int, ctx: PassContext) -> str:
-    """How the target takes several elements along K at once: 'matrices', 'pairs' or ''."""
+    """How the target takes several elements along K at once (`GROUPS`), or ''."""
+    if op.attributes.get("_form"):  # an integer form, for which `factors` has made the left operand
+        return str(op["_form"]) if op["dims"][last_k] % GROUPS[str(op["_form"])] == 0 and nr % ctx.target.lanes(32) == 0 else ""
     if multiplies_matrices(op, roles, last_k, ctx.target) and not (isinstance(n, int) and n < MATRIX[1] // 2):
         return "matrices"
     last = op["dims"][last_k]

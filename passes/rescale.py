@@ -15,11 +15,19 @@ from dataclasses import dataclass, replace
 
 from ..ir import Operation, Value, element_type
 
-__all__ = ["FREE", "Declined", "Dependence", "Factor", "about_mean", "finite_of"]
+__all__ = ["FREE", "Declined", "Dependence", "Factor", "TooLarge", "about_mean", "finite_of"]
 
 
 class Declined(Exception):
     """It does not work out; the text says why."""
+
+
+class TooLarge(Declined):
+    """`rounding` casts to 16 bits what may be too large for them until it is scaled."""
+
+    def __init__(self, rounding: Operation):
+        super().__init__("weights may be too large for float16 until they are scaled")
+        self.rounding = rounding
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,10 @@ class Dependence:
             return _merge(args[0], args[1], name)
         if name in ("cast", "neg") and args[0].kind in ("product", *_LINEAR):
             to = element_type(inner.result.type)
-            if not to.is_float or (to.name == "f16" and args[0].scales and args[0].value is None):
-                return _opaque()  # without its scales the product may be too large
+            if to.name == "f16" and args[0].scales and args[0].value is None:
+                raise TooLarge(inner)
+            if not to.is_float:
+                return _opaque()
             return _linear(args[0])
         if name == "select" and args[0].kind == "free":
             return self._choice(inner, args)

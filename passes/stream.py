@@ -17,13 +17,14 @@ from typing import ClassVar
 
 from ..ir import Block, Builder, Operation, Region, Target, TensorType, Value
 from ..ir.passes import Pass, PassContext, register
-from .rescale import Declined
+from .rescale import Declined, TooLarge
 from .stream_access import why_slow
 from .stream_form import Stream
 from .stream_growth import candidates, grown
 from .stream_legality import circle, escapes, waits_for_itself
 from .structured import is_contraction
 from .topology import topological_sort
+from .wide_weights import keep_wide, round_again
 
 __all__ = ["Stream", "analyse"]
 
@@ -43,26 +44,51 @@ def analyse(ops: Sequence[Operation]) -> Stream | None:
     return None
 
 
-def _find_streams(func: Operation, target: Target, decline: Callable[[Operation, str], None]) -> list[Stream]:
-    """Streams worth taking out of `func`; `decline(op, why)` hears about chains that come close."""
+def _grown(seed: Operation, which: int, target: Target) -> Stream:
+    s = grown(seed, which)
+    if waits_for_itself(s):
+        raise Declined("an input depends on a result")
+    slow = why_slow(s, target)
+    if slow:
+        raise Declined(slow)
+    return s
+
+
+def _find_streams(func: Operation, target: Target, decline: Callable[[Operation, str], None], relaxed: bool) -> list[Stream]:
+    """Streams worth taking out of `func`; `decline(op, why)` hears about chains that come close. `relaxed`: weights may stay in float32
+    (`wide_weights.py`)."""
     found: list[Stream] = []
     covered: set[Operation] = set()
+    widened: dict[Operation, tuple[Value, Operation]] = {}
     for seed, which in reversed(candidates(func.body)):
         if seed in covered:
             continue
         try:
-            s = grown(seed, which)
-            if waits_for_itself(s):
-                raise Declined("an input depends on a result")
-            slow = why_slow(s, target)
-            if slow:
-                raise Declined(slow)
+            try:
+                s = _grown(seed, which, target)
+            except TooLarge as why:
+                if not relaxed or not keep_wide(seed.operands[which], why.rounding):
+                    raise
+                widened[seed] = seed.operands[which], why.rounding
+                s = _grown(seed, which, target)
         except Declined as why:
+            if seed in widened:
+                round_again(*widened.pop(seed))
             if _near_miss(seed.operands[which]):
                 decline(seed, str(why))
             continue
         found.append(s)
         covered.update(s.seconds)
+    kept = _standing(found, decline)
+    for s in found:
+        if s not in kept:
+            for op in widened.keys() & set(s.seconds):
+                round_again(*widened.pop(op))
+    return kept
+
+
+def _standing(found: list[Stream], decline: Callable[[Operation, str], None]) -> list[Stream]:
+    """Those that need nothing which another one, or nobody, keeps in memory."""
     while True:
         members = {op for s in found for op in s.members}
         kept = [s for s in found if not escapes(s, members)]
@@ -154,13 +180,15 @@ def _fused(s: Stream, members: Sequence[Operation], outputs: Sequence[Value], na
 @register
 @dataclass(frozen=True)
 class StreamPass(Pass):
-    """See the module docstring."""
+    """See the module docstring. `relax_casts`: a value rounded to 16 bits and widened again may keep its precision."""
 
     name: ClassVar[str] = "stream"
+    relax_casts: bool = True
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         for func in [f for f in module.body if f.name == "func"]:
-            found = _find_streams(func, ctx.target, lambda op, why: ctx.remark("declined", f"no streaming: {why}", op.location))
+            found = _find_streams(func, ctx.target, lambda op, why: ctx.remark("declined", f"no streaming: {why}", op.location),
+                                  self.relax_casts)
             for s in found:
                 ctx.remark("done", f"streams {_describe(s)}", s.seconds[0].location)
             if found:

@@ -22,11 +22,11 @@ from .cuda import MISALIGNED, CudaFunction, CudaLibrary, Device
 from .cuda_profile import Profile
 from .cuda_replay import Replay
 from .executor import CompiledGraph
+from .extern_call import ALIGNMENT
 from .loader import NativeFunction
 
 __all__ = ["CudaGraph"]
 
-ALIGNMENT = 16
 _data_ptr = torch.Tensor.data_ptr
 
 

@@ -131,6 +131,11 @@ def _laid_out(t: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...])
     """`t` itself if its strides are right wherever they matter, else a copy with these strides."""
     if t.stride() == strides or all(n == 1 or a == b for n, a, b in zip(shape, t.stride(), strides, strict=True)):
         return t
+    return _copied(t, shape, strides)
+
+
+def _copied(t: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+    """A copy of `t` in memory of its own with these strides."""
     repeated = [d for d, (n, stride) in enumerate(zip(shape, strides, strict=True)) if stride == 0 and n > 1]
     for d in repeated:  # an expanded dimension: every element along it is the same memory
         t = t.narrow(d, 0, 1)
@@ -151,15 +156,16 @@ def _measured(result: Any, axis: int, operands: Sequence[torch.Tensor]) -> int:
 
 
 ALIGNMENT = 16
-"""Bytes of which addresses on a GPU are multiples: compiled kernels and the library rely on it."""
+"""Bytes of which addresses are multiples where compiled kernels and the library rely on it: on GPUs, always."""
 _HANDED_ON = frozenset({"aicc_dist.wait.default"})
 """Operators that give an operand itself, which nobody reads or writes under its old name any more."""
 
 
 class ExternCall:
-    """One operator call: decodes arguments, calls, and checks and lays out the results."""
+    """One operator call: decodes arguments, calls, and checks and lays out the results; with `aligned`, at multiples of ALIGNMENT."""
 
-    def __init__(self, manifest: Mapping[str, Any], positions: Mapping[str, int]):
+    def __init__(self, manifest: Mapping[str, Any], positions: Mapping[str, int], *, aligned: bool = False):
+        self._aligned = aligned
         self.target: str = manifest["target"]
         self._operator = resolve_operator(self.target)
         self._args = [_decoder(x, positions) for x in manifest["args"]]
@@ -207,7 +213,7 @@ class ExternCall:
                                f"the program was compiled for {spec.dtype} of shape {shape}")
         if value.is_conj() or value.is_neg():
             value = value.resolve_conj().resolve_neg()
-        misaligned = value.is_cuda and value.data_ptr() % ALIGNMENT
-        if misaligned or value.untyped_storage()._cdata in taken:
-            return torch.empty_strided(shape, strides, dtype=spec.dtype, device=value.device).copy_(value)
-        return _laid_out(value, shape, strides)
+        if value.untyped_storage()._cdata in taken:
+            return _copied(value, shape, strides)
+        made = _laid_out(value, shape, strides)
+        return _copied(made, shape, strides) if self._aligned and made.data_ptr() % ALIGNMENT else made

@@ -24,10 +24,6 @@ from .sizes import compile_size, evaluate_size
 
 __all__ = ["Segments"]
 
-ALIGNMENT = 16
-"""Bytes: kernels on GPUs take every buffer to start at a multiple."""
-
-
 class _Call:
     """What one call of the program works on."""
 
@@ -57,8 +53,8 @@ class Segments:
                  device: torch.device | str = "cpu", around_extern: Callable[[str, Step], Step] = lambda target, step: step,
                  aligned: bool = False):
         """`around_extern(target, step)` is run in the place of an operator call; `aligned`: results of operators that start elsewhere than at
-        a multiple of ALIGNMENT are copied (always so on GPUs)."""
-        self._aligned = aligned
+        a multiple of `extern_call.ALIGNMENT` are copied (always so on GPUs)."""
+        self._aligned = aligned or torch.device(device).type == "cuda"
         self._function, self._constants, self._positions = function, constants, positions
         self._inputs, self._specs = inputs, specs
         self._device, self._around_extern = torch.device(device), around_extern
@@ -107,20 +103,17 @@ class Segments:
         return step
 
     def _extern(self, row: Mapping[str, Any]) -> Step:
-        invoke = ExternCall(row, self._positions)
+        invoke = ExternCall(row, self._positions, aligned=self._aligned)
         alone = row["target"].endswith(_COPY_MEMORY)
         operands = [self._operand(o, alone) for o in row["operands"]]
         targets = [(self._slot(i), i) for i in row["buffers"]]
         if len(targets) != len(row["results"]):
             raise ArtifactError(f"'{invoke.target}' has {len(row['results'])} results for {len(targets)} buffers")
-        aligned = self._device.type == "cuda" or self._aligned
 
         def step(call: _Call) -> None:
             call.externs += 1
             made = invoke([place(call) for place in operands], call.symbols, call.define)
             for (slot, i), tensor in zip(targets, made, strict=True):
-                if aligned and tensor.data_ptr() % ALIGNMENT:
-                    tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
                 call.buffers[i] = tensor
                 call.table[slot] = tensor.data_ptr()
         return self._around_extern(invoke.target, step)

@@ -18,7 +18,7 @@ from . import arith
 from .access import AccessChunk, Accessor, broadcast_row, emit_load, emit_store, full_mask, row_coordinates
 from .amx import AmxTile, emit_amx_dot, enter, leave
 from .convert import emit_cast
-from .dot import PairTile, emit_dot
+from .dot import GroupTile, emit_dot, takes_groups
 from .intrinsics import call
 from .masks import LaneChunk
 from .shapes import emit_reduce, emit_reshape, emit_transpose
@@ -181,31 +181,35 @@ def private_buffer(k: KernelEmitter, op: Operation) -> None:
     k.env[op.result] = k.scratch.private(op, max(1, span * t.dtype.bytes))
 
 
-def _reads_pairs(k: KernelEmitter, op: Operation) -> bool:
-    """Two rows of bf16, element by element beside each other in memory, for products of pairs."""
+def _reads_groups(k: KernelEmitter, op: Operation) -> bool:
+    """Rows that lie element by element beside each other in memory, for products that take several steps of K at once."""
     t, access = op.result.type, k.resolver.accesses[op]
-    if not isinstance(t, TileType) or t.rank != 2 or t.shape[0] != 2 or t.dtype.name != "bf16" or access.pairs or "avx512bf16" not in k.features:
+    if not isinstance(t, TileType) or t.rank != 2 or access.pairs or t.shape[1] % k.lanes:  # type: ignore[operator]
         return False
     across, down = (split_linear(access.offset, position(d)) for d in (1, 0))
-    return (across is not None and across[0] == 2 and down is not None and down[0] == 1 and t.shape[1] % k.lanes == 0  # type: ignore[operator]
-            and all(u.name == "tile.dot" and u.operands[1] is op.result and op.result not in (u.operands[0], u.operands[2]) for u in op.result.users))
+    if across is None or across[0] != t.shape[0] or down is None or down[0] != 1:
+        return False
+    return all(u.name == "tile.dot" and u.operands[1] is op.result and op.result not in (u.operands[0], u.operands[2])
+               and takes_groups(k.features, element_type(u.operands[0].type), t.dtype, element_type(u.result.type), as_int(t.shape[0]))
+               for u in op.result.users)
 
 
-def _load_pairs(k: KernelEmitter, op: Operation) -> PairTile:
+def _load_groups(k: KernelEmitter, op: Operation) -> GroupTile:
     t = op.result.type
     assert isinstance(t, TileType)
     access = Accessor(k, op, k.layout(op.result))
-    width = k.lanes
+    width, depth = k.lanes, as_int(t.shape[0])
     at = [substitute(access.offset, {position(0): 0, position(1): n}) for n in range(0, as_int(t.shape[1]), width)]
-    vectors = [k.b.load(access.address(offset), align=2, typ=chunk_type(I32, width)) for offset in at]
-    return PairTile(t.shape, t.dtype, (width,) * len(vectors), [vectors])  # type: ignore[arg-type]
+    lane = ir.IntType(depth * t.dtype.bits)
+    vectors = [k.b.load(access.address(offset), align=t.dtype.bytes, typ=chunk_type(lane, width)) for offset in at]
+    return GroupTile(t.shape, t.dtype, (width,) * len(vectors), [vectors])  # type: ignore[arg-type]
 
 
 def load(k: KernelEmitter, op: Operation) -> None:
     if any(u in k.matrix_dots for u in op.result.users):
         return  # the product reads it
-    if _reads_pairs(k, op):
-        k.env[op.result] = _load_pairs(k, op)
+    if _reads_groups(k, op):
+        k.env[op.result] = _load_groups(k, op)
         return
     k.env[op.result] = emit_load(k, op)
 

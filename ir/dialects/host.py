@@ -18,12 +18,14 @@ define("host.view", "the same memory under another type, `offset` elements furth
        traits=[Trait.Pure, Trait.ViewLike])
 define("host.launch", "runs a kernel on buffers (inputs, then outputs)", operands="buffers*", results=(),
        attrs={"kernel": attr("@name"), "outputs": attr("how many trailing buffers are written"),
-              "cached": optional(False, "runs only when a guard of its persistent output changed")},
+              "cached": optional(False, "runs only when a guard of its persistent output changed"),
+              "beside": optional(0, "neighbours with the same number (not 0) may run at the same time: none touches what another writes")},
        traits=[Trait.ReadsMemory, Trait.WritesMemory])
 define("host.loop", "runs function @body once per trip, on row-major buffers (see `loop`): carried, sliced, invariant; then what is written: the "
        "carried values' end, stacked results, scratch of two places per carried value and the body's arena", operands="buffers*", results=(),
        attrs={"body": attr("@name"), "carried": attr(), "sliced": attr(), "reversed_operands": optional(()), "reversed_results": optional(()),
-               "trips": attr("Dim"), "outputs": attr("how many trailing buffers are written")},
+               "trips": attr("Dim"), "outputs": attr("how many trailing buffers are written"),
+               "beside": optional(0, "as of `host.launch`")},
        traits=[Trait.ReadsMemory, Trait.WritesMemory])
 define("host.copy", "copies `source` to `target` (same shape and element type, any strides)", operands="source target", results=(),
        traits=[Trait.ReadsMemory, Trait.WritesMemory])

@@ -22,7 +22,7 @@ from ..structured import space_bounds
 from .bodies import evaluate_body
 from .emit import Emitter, Pair, fill_masks
 
-__all__ = ["MATRIX", "Contraction", "Roles", "as_tile", "emit_contraction", "is_row_major", "offset_of", "roles_of", "with_shape"]
+__all__ = ["GROUPS", "MATRIX", "Contraction", "Roles", "as_tile", "emit_contraction", "is_row_major", "offset_of", "roles_of", "with_shape"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ def _stride_key(stride: Dim) -> int:
 
 MATRIX = (32, 32, 32)
 """Rows (or half as many), columns and depth of the products that are made on a matrix unit."""
+GROUPS = {"pairs": 2, "matrices": 2, "words": 2, "bytes": 4, "signed bytes": 4}
+"""Forms of a packed right operand: how many elements of a column lie side by side."""
+DEPTHS = {**GROUPS, "matrices": MATRIX[2]}
+"""Elements along K that one `tile.dot` takes."""
 UNROLL = 4
 """Copies of the innermost loop."""
 ROWS, COLUMNS = 240, 256
@@ -86,6 +90,8 @@ PART = 256
 """Steps of K that are summed by themselves: the error of a long sum grows with its length, that of sums of sums hardly."""
 PROGRAMS = 8
 """Programs that a launch should have at least, to share out among threads."""
+Limits = tuple[int, int, int]
+"""Rows, steps of K and columns of a program on a CPU, as they were measured to be best; 0 for the model's."""
 
 
 def _rows_in_block(m: Dim, mr: int, most: int) -> int:
@@ -97,28 +103,28 @@ def _rows_in_block(m: Dim, mr: int, most: int) -> int:
 
 
 def emit_contraction(op: Operation, epilogue: list[Operation], outputs: list[Value], target: Target, e: Emitter,
-                     buffers: dict[Value, Value], tile: tuple[int, int, int]) -> list[Dim]:
+                     buffers: dict[Value, Value], tile: tuple[int, int, int], limits: Limits = (0, 0, 0)) -> list[Dim]:
     """Writes the body of the kernel; returns the grid."""
-    return Contraction(op, epilogue, outputs, e, buffers, tile).cpu(target)
+    return Contraction(op, epilogue, outputs, e, buffers, tile, limits).cpu(target)
 
 
 class Contraction:
     """What both targets share: where operands are read, and how the result is finished and stored."""
 
     def __init__(self, op: Operation, epilogue: list[Operation], outputs: list[Value], e: Emitter, buffers: dict[Value, Value],
-                 tile: tuple[int, int, int]):
+                 tile: tuple[int, int, int], limits: Limits = (0, 0, 0)):
         found = roles_of(op)
         assert found is not None
         right = found.right
         found = replace(found, k=tuple(sorted(found.k, key=lambda d: -_walk(op, right, d))))
         self.op, self.epilogue, self.outputs, self.e, self.buffers, self.roles = op, epilogue, outputs, e, buffers, found
-        self.tile = tile
+        self.tile, self.limits = tile, limits
         dims = op["dims"]
         self.m_sizes, self.n_sizes = [dims[d] for d in found.m], [dims[d] for d in found.n]
         self.k_sizes = [dims[d] for d in found.k]
         self.m, self.n = product(self.m_sizes), product(self.n_sizes)
         self.acc_type = TileType((tile[0], tile[1]), element_type(op.result.type))
-        self.depth = {"pairs": 2, "matrices": MATRIX[2]}.get(op.attributes.get("_packed"), 1)  # type: ignore[arg-type]
+        self.depth = DEPTHS.get(op.attributes.get("_packed"), 1)  # type: ignore[arg-type]
         if self.depth > 1:  # elements of the last K dimension in one step
             self.k_sizes[-1] = self.k_sizes[-1] // self.depth
 
@@ -231,6 +237,8 @@ class Contraction:
 
         steps = upper - lower
         unroll = steps if isinstance(steps, int) and steps <= 2 * UNROLL else UNROLL  # a short window is written out: no loop around few steps
+        if self.op.attributes.get("_packed") == "words":
+            unroll = 1  # LLVM sums the products of several steps first, and runs out of registers
         return e.loop(lower, upper, 1, [acc], body, unroll=unroll if len(rest) == 1 else 1)[0]
 
     def _blocking(self, target: Target) -> tuple[int, tuple[int, int] | None]:
@@ -246,17 +254,17 @@ class Contraction:
         if not all(isinstance(s, int) for s in self.k_sizes):
             return _rows_in_block(self.m, mr, ROWS), None
         sizes: list[int] = [int(s) for s in self.k_sizes]  # type: ignore[arg-type]
-        most, total = max(128, K_BLOCK // self.depth), prod(sizes)
+        most, total = max(128, (self.limits[1] or K_BLOCK) // self.depth), prod(sizes)
         few = _rows_in_block(self.m, mr, ROWS)
-        if total <= most * 3 // 2 or (few <= 2 * mr and few * total <= budget):
-            return _rows_in_block(self.m, mr, min(ROWS, budget // max(1, total))), None
+        if total <= most * 3 // 2 or (not self.limits[1] and few <= 2 * mr and few * total <= budget):
+            return _rows_in_block(self.m, mr, self.limits[0] or min(ROWS, budget // max(1, total))), None
         d = next(d for d in range(len(sizes)) if prod(sizes[d + 1:]) <= most)
         inner = prod(sizes[d + 1:])
         blocks = -(-sizes[d] // max(1, most // inner))
         length = -(-sizes[d] // blocks)
         length = length if d < len(sizes) - 1 else -(-length // UNROLL) * UNROLL
-        sums = COLUMNS * self.acc_type.dtype.bytes // step_bytes  # of a row, counted in steps of K
-        return _rows_in_block(self.m, mr, min(ROWS, budget // (length * inner + sums))), (d, length)
+        sums = (self.limits[2] or COLUMNS) * self.acc_type.dtype.bytes // step_bytes  # of a row, counted in steps of K
+        return _rows_in_block(self.m, mr, self.limits[0] or min(ROWS, budget // (length * inner + sums))), (d, length)
 
     def cpu(self, target: Target) -> list[Dim]:
         e, (mr, nr, _) = self.e, self.tile
@@ -264,9 +272,9 @@ class Contraction:
         nb = len(batch)
         rows, cut = self._blocking(target)
         blocks, panels = ceildiv(self.m, rows), ceildiv(self.n, nr)
-        together = max(1, COLUMNS // nr)
+        together = max(1, (self.limits[2] or COLUMNS) // nr)
         programs = blocks * panels * product(self.op["dims"][d] for d in self.roles.batch)
-        if isinstance(programs, int):
+        if isinstance(programs, int) and not self.limits[2]:
             together = max(1, min(together, programs // PROGRAMS))
         if isinstance(panels, int):
             together = -(-panels // -(-panels // together))
@@ -308,7 +316,8 @@ class Contraction:
         def in_parts(inner: Emitter, i: Dim, panel: Dim, ks: list[Dim], within: tuple[Dim, Dim], most: Dim) -> Value:
             """The products over a range of K, of at most `most` steps, summed in parts where the range is long and the only one left."""
             steps = PART // self.depth
-            if len(ks) + 1 < len(self.k_sizes) or not isinstance(most, int) or most <= 3 * steps // 2:
+            exact = not self.acc_type.dtype.is_float
+            if exact or len(ks) + 1 < len(self.k_sizes) or not isinstance(most, int) or most <= 3 * steps // 2:
                 return multiply(inner, i, panel, ks, within, self._zero(inner), most)
 
             def part(x: Emitter, k: Dim, carried: list[Value]) -> list[Value]:
@@ -384,7 +393,7 @@ class Contraction:
         return e.builder.op("tile.dot", left, right, acc, type=self.acc_type)
 
     def _deep_products(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim, ks: list[Dim], acc: Value) -> Value:
-        """Several elements along K in one product; the packed right operand has each two of a column side by side."""
+        """Several elements along K in one product; the packed right operand has those of a column (or each two) side by side."""
         mr, nr, _ = self.tile
         left_e, right_e = with_shape(e, (mr, self.depth)), with_shape(e, (self.depth, nr))
         left = self.read(left_e, self.roles.left, self.positions(batch, m, 0, self._elements(ks, sym("t1")), left_e), [], cast=False)

@@ -13,7 +13,7 @@ from ...ir.expr import delinearize, free_symbols, product, split_linear
 from ..structured import space_bounds
 from .contraction import MATRIX, Roles, offset_of
 
-__all__ = ["contraction_tile", "gemm_tile", "is_depthwise", "multiplies_matrices", "multiplies_pairs", "square_tile"]
+__all__ = ["contraction_tile", "fits_registers", "gemm_tile", "is_depthwise", "multiplies_matrices", "multiplies_pairs", "square_tile"]
 
 
 def is_depthwise(op: Operation) -> bool:
@@ -77,6 +77,12 @@ def gemm_tile(target: Target, m: Dim, n: Dim, k: Dim, *, bits: int = 32) -> tupl
     if isinstance(n, int) and n <= lanes // 2:
         return rows, max(1, 1 << (n - 1).bit_length()), 1
     return rows, vectors * lanes, 1
+
+
+def fits_registers(target: Target, rows: int, columns: int, bits: int = 32) -> bool:
+    """Accumulators, a row of B and one broadcast element of A fit the registers."""
+    vectors = -(-columns // max(1, target.lanes(bits)))
+    return rows * vectors + vectors + 1 <= target.vector_registers
 
 
 MULTIPLY_ADDS, LATENCY = 2, 5

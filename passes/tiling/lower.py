@@ -6,7 +6,7 @@ Kernels with the same body are shared: twelve transformer layers launch the same
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from ...ir import DTYPES, Block, BufferType, Builder, IRError, Operation, Region, SymbolRef, Target, TensorType, TileType, Value, element_type
@@ -15,10 +15,12 @@ from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
 from ..storage import storage_bytes
 from ..stream import analyse as analyse_stream
+from ..stream_access import packed as is_packed
 from ..structured import constant_values, is_contraction, is_pointwise
 from .caching import mark_second_readings
 from .contraction import emit_contraction, is_row_major, roles_of
 from .contraction_gpu import emit_gpu_contraction
+from .cpu_candidates import CpuTile, contraction_candidates, loop_candidates, stream_candidates
 from .cpu_tiles import contraction_tile, is_depthwise, square_tile
 from .emit import Emitter
 from .frame import Frame, analyse, is_expensive
@@ -151,8 +153,12 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
             ctx.remark("note", f"a stream in tiles of {hint.rows} rows by {hint.columns} steps{groups}", members[0].location)
             grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile, relaxed).emit()
         else:
-            tile = square_tile(target, stream.row_count, stream.length)
-            grid = CpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile, relaxed).emit(target)
+            chosen = CpuTile(*(fused["tile"] or square_tile(target, stream.row_count, stream.length)))
+            tile = (chosen.rows, chosen.columns)
+            lowering = CpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile, relaxed)
+            lowering.row_tiles = chosen.block_rows // tile[0] or lowering.row_tiles
+            lowering.panels = chosen.block_steps // tile[1] or lowering.panels
+            grid = lowering.emit(target)
     elif fused["why"].startswith("streams"):
         raise IRError(f"the members of '{fused['kernel']}' no longer form a stream")
     elif (contraction := next((m for m in members if is_contraction(m)), None)) is not None and _worth_gemm(
@@ -169,12 +175,17 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
             grid = emit_gpu_contraction(products, prologue, epilogue, outputs, Emitter(builder, gemm[:2], ranges, coarse=coarse), buffers, gemm,
                                         maps=target.capability == 90)
         else:
-            gemm = contraction_tile(contraction, roles, target)
-            grid = emit_contraction(contraction, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges), buffers, gemm)
+            gemm, limits = contraction_tile(contraction, roles, target), (0, 0, 0)
+            if fused["tile"]:
+                chosen = CpuTile(*fused["tile"])
+                gemm, limits = (chosen.rows, chosen.columns, gemm[2]), (chosen.block_rows, chosen.block_steps, chosen.block_columns)
+            grid = emit_contraction(contraction, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges), buffers, gemm, limits)
     else:
         frame = analyse(fused, ranges)
-        widest = max((element_type(v.type).bits for op in members for v in [*op.operands, *op.results]), default=32)
-        choice = choose_tile(frame, max(1, target.vector_bits // min(max(widest, 32), 64)) if not target.is_gpu else 32, gpu=target.is_gpu)
+        choice = choose_tile(frame, _loop_lanes(members, target), gpu=target.is_gpu)
+        if fused["tile"] and not target.is_gpu:
+            chosen = CpuTile(*fused["tile"])
+            choice = replace(choice, shape=(1, chosen.columns), chunk=chosen.block_columns)
         grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges, coarse=coarse), buffers, gpu=target.is_gpu)
         warps = choice.warps
         if target.is_gpu:
@@ -197,6 +208,30 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
         attrs["bounds"] = {s: ranges.get(s, (0, None)) for s in symbols}
     attrs |= {"flops": flops, "bytes": bytes_moved, "provenance": tuple(dict.fromkeys(str(m.location) for m in members if m.location.file))}
     return Operation.create("tile.kernel", (), attrs, (), [Region([block])], members[0].location)
+
+
+def candidate_tiles_cpu(fused: Operation, target: Target, *, few: bool = True) -> list[CpuTile]:
+    """What a group can be computed by on a CPU, the model's choice first: the few that are likely, or all. Empty where there is no choice."""
+    members = [op for op in fused.body if op.name != "tensor.yield"]
+    if members[0].name in ("tensor.scatter", "tensor.scan"):
+        return []
+    stream = analyse_stream(members) if len(members) > 1 else None
+    if stream is not None:
+        panels = any(is_packed(op, i) for op in stream.firsts for i in range(len(op.operands)))
+        return stream_candidates(square_tile(target, stream.row_count, stream.length), panels, few=few)
+    contraction = next((m for m in members if is_contraction(m)), None)
+    if contraction is not None and _worth_gemm(contraction, members, True):
+        roles = roles_of(contraction)
+        assert roles is not None
+        return contraction_candidates(contraction, contraction_tile(contraction, roles, target), target, few=few)
+    frame, lanes = analyse(fused, {}), _loop_lanes(members, target)
+    return loop_candidates(frame, choose_tile(frame, lanes, gpu=False), lanes, few=few)
+
+
+def _loop_lanes(members: list[Operation], target: Target) -> int:
+    """Elements of a vector of the widest type that a loop computes with."""
+    widest = max((element_type(v.type).bits for op in members for v in [*op.operands, *op.results]), default=32)
+    return 32 if target.is_gpu else max(1, target.vector_bits // min(max(widest, 32), 64))
 
 
 def candidate_tiles(fused: Operation, target: Target) -> list[GpuTile]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from aicc.compiler.driver import Compilation, watching
 from functorch.experimental.control_flow import map as control_map
 from torch import Tensor, nn
 from torch._higher_order_ops.associative_scan import associative_scan
@@ -133,8 +134,8 @@ ROWS: dict[str, Row] = {
     "scan over weights, training": Row(_scan_over_weights, lambda: (torch.randn(5), torch.randn(7, 5), torch.randn(5, 5)), train=True, tolerance=1e-4),
     "map": Row(_map, lambda: (torch.randn(7, 5), torch.randn(5))),
     "associative_scan": Row(lambda x: associative_scan(lambda a, b: a * b, x, 0, combine_mode="generic"), lambda: (torch.randn(7, 5),)),
-    "flex_attention, score_mod": Row(_relative, _qkv, note="scores are held whole; gradients on the CPU are refused by torch"),
-    "flex_attention, block mask": Row(_causal, _qkv, note="masked blocks are computed, not skipped"),
+    "flex_attention, score_mod": Row(_relative, _qkv, note="streams; gradients on the CPU are refused by torch"),
+    "flex_attention, block mask": Row(_causal, _qkv, note="what comparisons of positions mask is skipped"),
     "flex_attention, grouped heads": Row(_grouped, lambda: _qkv(4, 2)),
     "flex_attention, a captured table": Row(_with_table, lambda: (*_qkv(), torch.randn(2, 255))),
     "a Python loop": Row(_loop, _x, note="unrolled"),
@@ -155,6 +156,34 @@ def _asserted(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ROWS)
 def test_row(name: str) -> None:
     check(ROWS[name])
+
+
+def _window(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return (i >= j) & (i - j < 40)
+
+
+@pytest.mark.parametrize("mask", [None, _window], ids=["score_mod", "score_mod and mask"])
+def test_flex_attention_holds_no_scores(mask: Any) -> None:
+    length = 320
+    blocks = create_block_mask(mask, None, None, length, length, device="cpu") if mask else None
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: 5 * torch.tanh((s + (i - j) * 0.01 * (h + 1)) / 5), block_mask=blocks)
+
+    q, k, v = (torch.randn(1, 2, length, 32) for _ in range(3))
+    seen: list[Compilation] = []
+    torch._dynamo.reset()
+    with watching(compiled=seen.append), torch.no_grad():
+        torch.testing.assert_close(torch.compile(f, backend="aicc")(q, k, v), f(q, k, v), rtol=1e-5, atol=1e-5)
+    assert any("streams 1 + 1 contractions" in r.message for r in seen[0].remarks)
+    assert seen[0].stats["memory"]["arena_bytes"] < 2 * length * length * 4 / 2
+
+
+def test_gradients_of_flex_attention_on_cpus_are_refused_by_torch() -> None:
+    """When torch takes them, docs/language.md has a row to change: the backward pass streams as it is (`test_stream.py`)."""
+    q, k, v = (torch.randn(1, 2, 128, 16, requires_grad=True) for _ in range(3))
+    with pytest.raises(NotImplementedError, match="backward on CPU"):
+        _relative(q, k, v)
 
 
 def test_both_branches() -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from aicc import passes  # noqa: F401  (registers them)
 from aicc.backends.llvm import compile_module
 from aicc.backends.llvm.target import make_target
 from aicc.compiler.options import Options
 from aicc.compiler.pipelines import pipeline
-from aicc.ir import Target
+from aicc.ir import Operation, Target
+from aicc.ir.interpreter import interpret
 from aicc.ir.parser import parse_module
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
 
@@ -27,6 +29,10 @@ TARGETS = {
     "avx512": make_target(X86, "skylake-avx512", AVX512, CACHES),
     "bf16": make_target(X86, "cooperlake", [*AVX512, "avx512vnni", "avx512bf16"], CACHES),
     "amx": make_target(X86, "sapphirerapids", [*AVX512, "avx512vnni", "avx512bf16", "amx-tile", "amx-bf16"], CACHES),
+    "vnni": make_target(X86, "cascadelake", [*AVX512, "avx512vnni"], CACHES),
+    "avxvnni": make_target(X86, "alderlake", [*AVX2, "avxvnni"], CACHES),
+    "sse": make_target(X86, "x86-64", SSE, CACHES),
+    "dotprod": make_target(ARM, "generic", ["neon", "fp-armv8", "dotprod"], CACHES),
     "neon": make_target(ARM, "generic", ["neon", "fp-armv8"], CACHES),
 }
 MATMUL = """module {{level = "graph"}} {{ func @main {{arg_attrs = [{{kind = "input"}}, {{kind = "param"}}]}} {{ ^(%x: tensor<{m}x{k}x{t}>, %w: tensor<{k}x{n}x{t}>):
@@ -35,11 +41,23 @@ MATMUL = """module {{level = "graph"}} {{ func @main {{arg_attrs = [{{kind = "in
 }} }}"""
 
 
-def assembly(target: Target, m: int, n: int, k: int, t: str = "f32") -> str:
-    module = parse_module(MATMUL.format(m=m, n=n, k=k, t=t))
-    for stage in ("graph", "tensor", "tile", "host"):
+INTEGERS = """module {{level = "graph"}} {{ func @main {{arg_attrs = [{{kind = "input"}}, {{kind = "param"}}]}} {{ ^(%x: tensor<{m}x{k}x{t}>, %w: tensor<{k}x{n}xi8>):
+  %a = graph.cast(%x) : tensor<{m}x{k}xi32>
+  %b = graph.cast(%w) : tensor<{k}x{n}xi32>
+  %y = graph.matmul(%a, %b) : tensor<{m}x{n}xi32>
+  return(%y)
+}} }}"""
+
+
+def lowered(target: Target, m: int, n: int, k: int, t: str, *stages: str) -> Operation:
+    module = parse_module((INTEGERS if t in ("i8", "u8") else MATMUL).format(m=m, n=n, k=k, t=t))
+    for stage in stages:
         run_pipeline(module, parse_pipeline(pipeline(stage, target, Options())), PassContext(target))
-    return compile_module(module, target).asm
+    return module
+
+
+def assembly(target: Target, m: int, n: int, k: int, t: str = "f32") -> str:
+    return compile_module(lowered(target, m, n, k, t, "graph", "tensor", "tile", "host"), target).asm
 
 
 def inner_loop(asm: str, instruction: str) -> str:
@@ -68,6 +86,34 @@ def test_float32_microkernel(name: str, instruction: str, register: str, tile: i
 def test_instruction_of_a_target(name: str, t: str, instruction: str) -> None:
     """16-bit floats are multiplied by what the target has for them, else in float32."""
     assert instruction in assembly(TARGETS[name], 64, 96, 128, t)
+
+
+@pytest.mark.parametrize("name,instruction,per_step", [
+    # products of one step of K (of 2 or 4 elements) and how often it is unrolled
+    ("avx2", "vpmaddwd", 6 * 2), ("avx512", "vpmaddwd", 6 * 4), ("sse", "pmaddwd", 6 * 2), ("vnni", "vpdpbusd", 4 * 6 * 4), ("avxvnni", "vpdpbusd", 4 * 6 * 2),
+    ("dotprod", "sdot", 4 * 4 * 4),
+])
+def test_integer_microkernel(name: str, instruction: str, per_step: int) -> None:
+    """Products of neighbours on registers: no spill, no 32-bit multiplication, and never the one that saturates."""
+    asm = assembly(TARGETS[name], 256, 256, 512, "i8")
+    inner = re.split(r"\n\t(?:j\w+|b\.\w+)\t", inner_loop(asm, instruction))[0]
+    assert inner.count(instruction) >= per_step - 2 * (name == "sse"), inner
+    assert "vpmulld" not in asm and "maddubs" not in asm and "(%rsp)" not in inner and "[sp" not in inner, inner
+
+
+@pytest.mark.parametrize("name", ["avx2", "vnni", "avxvnni", "dotprod", "neon"])
+@pytest.mark.parametrize("t", ["i8", "u8"])
+def test_integers_on_every_target(name: str, t: str) -> None:
+    """What a target computes, by the interpreter: the same as one by one, with the largest numbers of each sign."""
+    m, n, k = 21, 37, 68
+    x = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+    x[0], x[1] = -128, 127
+    w = torch.randint(-128, 128, (k, n), dtype=torch.int8)
+    w[:, 0], w[:, 1] = -128, 127
+    x = x.view(torch.uint8) if t == "u8" else x
+    truth = (x.double() @ w.double()).int()
+    for stages in (("graph", "tensor"), ("graph", "tensor", "tile")):
+        assert torch.equal(interpret(lowered(TARGETS[name], m, n, k, t, *stages), [x, w])[0], truth)
 
 
 @pytest.mark.parametrize("name", ["avx2", "neon"])

@@ -14,10 +14,10 @@ from aicc.compiler.pipelines import pipeline
 from aicc.frontend.flex import dense
 from aicc.frontend.formulas import flash_attention_backward
 from aicc.ir import Operation
-from aicc.ir.expr import evaluate
+from aicc.ir.expr import evaluate, free_symbols
 from aicc.ir.interpreter import interpret
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
-from support.stages import CUDA, OPTIONS, capture, check_levels, compare, copied, lowered
+from support.stages import AVX2, CUDA, EXACT_CASTS, OPTIONS, capture, check_levels, compare, copied, lowered
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import sdpa_dense_backward
 
@@ -400,9 +400,9 @@ CASES: dict[str, Case] = {
     "shared": Case(shared, [*_qkv(), *_normal((2, 70, 40), (70, 70))], ONE * 2, 2),
     "gated": Case(gated, [*_qkv(), *_normal((2, 70, 40))], ONE * 2, None),
     "circle": Case(circle, _qkv(), ("1 + 1 [sum]",), None),
-    # Rounded weights are an operand of 16 bits for the matrix unit (`inline`), and the division before the rounding cannot be taken back.
-    "large_terms_f16": Case(large_terms, _qkv(dtype=F16), (), None),
-    "large_terms_batched_f16": Case(large_terms, _qkv(dtype=F16, batch=(1, 2)), (), None),
+    # The division leaves the sum, and what is left is too large for 16 bits: these weights stay in float32 (`wide_weights.py`).
+    "large_terms_f16": Case(large_terms, _qkv(dtype=F16), ("1 + 1 [sum]",)),
+    "large_terms_batched_f16": Case(large_terms, _qkv(dtype=F16, batch=(1, 2)), ("1 + 1 [sum]",)),
     "narrow_positions": Case(narrow_positions, _qkv(140)),
     "parts_of_columns": Case(parts_of_columns, [*_qkv(), *_normal((2, 40, 24))], (*SUMS, *ONE), None),
     "parts_of_rows": Case(parts_of_rows, [*_qkv(), *_normal((2, 70, 24))], ONE * 2, None),
@@ -483,6 +483,25 @@ def test_masked_tiles_are_skipped() -> None:
     assert _steps(anticausal, 200) == [1, 3, 5, 7]
     # A row sees 37 columns, a block of 64 rows therefore 100: 4 or 5 tiles of 32 at most.
     assert max(_steps(window, 512)) <= 5 and len(_steps(window, 512)) == 8
+
+
+def test_masked_tiles_are_skipped_on_cpus() -> None:
+    """The loop over the stream ends where the block of rows does; without a mask it ends where the stream does."""
+    bounds = []
+    for function in (plain, causal, window):
+        module = lowered(capture(function, _qkv(300, batch=(1,), width=32)), AVX2, "tile")
+        kernels = [k for k in module.body if k.name == "tile.kernel" and k["sym_name"] == "stream"]
+        loops = [op for k in kernels for op in k.walk() if op.name == "tile.for"]
+        assert loops
+        bounds.append({s for op in loops for end in ("lower", "upper") for s in free_symbols(op[end])})
+    everything, ended, banded = bounds
+    assert ended - everything and banded - everything
+
+
+def test_exact_casts_leave_weights_rounded_and_stored() -> None:
+    """Rounded as eager rounds them, weights that are too large before their division do not stream."""
+    program = capture(large_terms, _qkv(dtype=F16))
+    assert streams_of(lowered(program, CUDA, "tensor", EXACT_CASTS)) == []
 
 
 def test_remarks_say_why_not() -> None:
