@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .stream_form import Stream
 
 FEW_ROWS = 16
-"""With fewer rows there is nothing to reuse: on a CPU the plain kernels are as good."""
+"""With fewer rows there is nothing to reuse: on a CPU the plain kernels are as good, and on a GPU without reductions in between (two layers in a row
+read weights, which want all multiprocessors)."""
 SMALL = 1 << 16
 """Points of the middle space, per batch element, below which storing them costs a CPU little."""
 
@@ -109,6 +110,8 @@ def _why_slow_on_gpu(s: Stream, target: Target) -> str:
     widths = [product(op["dims"][len(s.position[op]):]) for op in s.firsts] + [product(s.columns)] * len(s.seconds)
     if not all(isinstance(n, int) for n in (*space, *widths)):
         return ""
+    if as_int(s.row_count) < FEW_ROWS and not s.reductions:
+        return "too few rows"
     batch, points = as_int(product(space[:-2])), as_int(product(space))
     narrowest = min(element_type(v.type).bytes for op in s.firsts for v in op.operands)
     processors = max(1, target.multiprocessors)

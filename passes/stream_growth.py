@@ -52,6 +52,7 @@ class _Growth:
         self.outside: set[tuple[Operation, tuple[Dim, ...]]] = set()  # found not to depend on it: walked once, however many paths lead there
         self.s = Stream({names[d]: seed["dims"][d] for d in names}, tuple(names[d] for d in names if d not in own),
                         tuple(names[d] for d in rows), tuple(names[d] for d in own if d >= parallel), tuple(seed["dims"][d] for d in columns))
+        self.several = {f for f in self.s.rows if self.s.sizes[f] != 1}
         place = {**{d: sym(names[d]) for d in names}, **{d: sym(f"n{k}") for k, d in enumerate(columns)}}
         self.s.position[seed] = tuple(place.get(d, 0) for d in range(parallel))
         self.s.seconds.append(seed)
@@ -63,16 +64,16 @@ class _Growth:
     # -- classification
 
     def _spans(self, exprs: Iterable[Dim]) -> tuple[bool, bool]:
-        """Whether expressions move along rows, and along the stream. A stream without rows has one, to which belongs what does not move along the
-        stream."""
+        """Whether expressions move along rows (nothing moves along a single one), and along the stream. In a stream with one row, what does not move
+        along the stream belongs to the row."""
         free = set().union(set(), *(free_symbols(e) for e in exprs))
         stream = bool(free & set(self.s.stream))
-        return bool(free & set(self.s.rows)) if self.s.rows else not stream, stream
+        return bool(free & self.several) if self.several else not stream, stream
 
     def _where(self, at: Iterable[Dim]) -> tuple[bool, bool]:
         """The same of a member's position: there is always a row."""
         rows, stream = self._spans(at)
-        return rows or not self.s.rows, stream
+        return rows or not self.several, stream
 
     def visit(self, v: Value, at: tuple[Dim, ...]) -> bool:
         """Takes in the producer of `v`, which is read at `at`; True if `v` depends on the stream."""
