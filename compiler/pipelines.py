@@ -35,6 +35,8 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             *(["operand-order", library] if target.is_gpu else []),
             # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.
             "inline", *(["plain-reductions"] if target.is_gpu else []), "sink-reshapes", f"canonicalize{relax}", "dce",
+            # Only where rounding may fall away: what is normalised is not rounded before the product.
+            *(["spread-norms", "dce"] if target.is_gpu and options.fuse and not options.emulate_precision_casts else []),
             *(["turn-streams", "dce"] if options.fuse and not target.is_gpu else []),
             *([] if target.is_gpu or not options.winograd else ["winograd"]),
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).

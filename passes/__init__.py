@@ -31,6 +31,7 @@ from . import (
     split_reductions,
     split_streams,
     spmd,
+    spread_norms,
     stream,
     tiling,
     turn_streams,

@@ -28,6 +28,8 @@ SMALL = 2 << 20
 """Bytes that a kernel moves which is over before the device is busy."""
 PRODUCT = 64 << 20
 """Bytes for products: at 3 TB/s, 20 microseconds."""
+ROWS = 16 << 20
+"""Bytes for kernels whose programs reduce a row each (products with a vector)."""
 WINDOW = 48
 PARTS = 64
 """Most kernels in one, and most buffers that one takes."""
@@ -100,7 +102,10 @@ class _Finder:
         if any(o.name == "tile.dot" for o in kernel.walk()):
             few = product(kernel["grid"]) <= 2 * self.room  # type: ignore[operator]
             return ("product", kernel["num_warps"], kernel["num_stages"]) if kernel["bytes"] <= PRODUCT and few else None
-        return ("loops", kernel["num_warps"]) if kernel["bytes"] <= SMALL else None
+        if kernel["bytes"] <= SMALL:
+            return ("loops", kernel["num_warps"])
+        rows = any(o.name == "tile.reduce" for o in kernel.walk()) and not any(o.name == "tile.for" for o in kernel.walk())
+        return ("rows", kernel["num_warps"]) if rows and kernel["bytes"] <= ROWS else None
 
     def _near(self, groups: Sequence[_Group], kind: tuple[object, ...], at: int) -> Iterator[_Group]:
         return (g for g in reversed(groups) if g.kind == kind and at - g.last <= WINDOW and len(g.members) < PARTS)
