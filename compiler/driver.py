@@ -38,6 +38,7 @@ from .autotune import Tuner, tune_tiles
 from .env import read_environment
 from .errors import SettingError
 from .gpu import compile_cuda, cuda_device, cuda_target, kernel_resources, triton_version
+from .launches import launches, total
 from .manifest import build_manifest
 from .options import Options
 from .pipelines import STAGES, pipeline
@@ -152,11 +153,11 @@ def _load(artifact: Artifact, device: str | None, options: Options) -> CompiledG
 
 
 def statistics(module: Operation) -> dict[str, Any]:
-    """Kernels, launches, externs with their reasons, and the memory plan of a host-level module."""
+    """Kernels, launches (outside loops, and in them), externs with their reasons, and the memory plan of a host-level module."""
     func = next(op for op in module.body if op.name == "func")
     externs = [op for op in func.body if op.name == "host.extern"]
     return {"kernels": sum(op.name == "tile.kernel" for op in module.body),
-            "launches": sum(op.name == "host.launch" and not op["cached"] for op in func.body),
+            **total(launches(module)).to_json(),
             "packed": sum(op.name == "host.launch" and op["cached"] for op in func.body),
             "library": sum(op.name == "host.library" for op in func.body),
             "externs": [{"target": op["target"], "reason": op["reason"], "location": str(op.location)} for op in externs],

@@ -31,6 +31,8 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             "absorb-views", f"canonicalize{relax}", "cse", "dce",
             # While the sum and what it is added to are still two ops.
             "lift-sums",
+            # While a bias is still an op of its own, and before anything joins the readers of a product.
+            *([] if target.is_gpu or not options.fuse else ["merge-products"]),
             # Products for a library leave before anything merges: what it does along the way is still told apart.
             *(["operand-order", library] if target.is_gpu else []),
             # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.

@@ -23,8 +23,6 @@ from torch.nn import functional as F
 
 __all__ = ["expand_recurrent"]
 
-_SCAN_HAS_GRADIENTS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
-"""Gradients of input and state through the scan of torch 2.11 came out wrong; 2.12 was not tried."""
 _KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
@@ -80,8 +78,6 @@ _STEPS: dict[tuple[str, bool], Callable[..., Any]] = {
 
 def expand_recurrent(gm: fx.GraphModule) -> bool:
     """Replaces the recurrent layers of Dynamo's graph `gm` that run on the CPU in float32 or float64."""
-    if torch.is_grad_enabled() and not _SCAN_HAS_GRADIENTS:
-        return False
     if torch.is_autocast_enabled("cpu") or any(n.target is torch.amp.autocast_mode._enter_autocast for n in gm.graph.nodes):
         return False
     found = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in _KINDS and _is_dense(n)]

@@ -1,6 +1,7 @@
 """torch's `scan` as a `loop`: its body becomes a private function of the module.
 
 `import_body` is called by the importer; `may_import` says beforehand what is out of the question, and is run from Python instead.
+`mend_gradients` is for torch before 2.13, which loses gradients of scans.
 """
 
 from __future__ import annotations
@@ -16,10 +17,40 @@ from ..ir.core import Block, Operation, Value
 from ..ir.types import TensorType
 from .errors import Unsupported
 
-__all__ = ["body_of", "import_body", "is_scan", "may_import", "unstack_invariants"]
+__all__ = ["body_of", "import_body", "is_scan", "may_import", "mend_gradients", "unstack_invariants"]
 
 ImportBody = Callable[[fx.GraphModule, Block, str], Operation]
 """Imports a graph as a function at the end of a module's block."""
+
+
+_LOSES_GRADIENTS = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13)
+
+
+def mend_gradients(gm: fx.GraphModule) -> None:
+    """Lets the scans of Dynamo's graph be differentiated rightly by torch before 2.13, in place.
+
+    There a carried value whose initial one needs no gradient (zeros, say) is taken to need none in any step, and what reaches inputs and weights
+    through earlier steps is lost without a word, in eager too. torch 2.13 does what `_scan` does (its `scan_autograd` says so).
+    """
+    if not _LOSES_GRADIENTS:
+        return
+    for inner in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
+        found = [n for n in inner.graph.nodes if is_scan(n)]
+        for node in found:
+            node.target = _scan
+        if found:
+            inner.recompile()
+
+
+def _scan(body: Any, init: Sequence[Any], xs: Sequence[Any], more: Sequence[Any]) -> Any:
+    """scan, all of whose floating initial values need a gradient if anything does."""
+    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in (*init, *xs, *more)):
+        init = tuple(t.detach().requires_grad_() if _lacks_gradient(t) else t for t in init)
+    return torch.ops.higher_order.scan(body, tuple(init), tuple(xs), tuple(more))
+
+
+def _lacks_gradient(t: Any) -> bool:
+    return isinstance(t, torch.Tensor) and not t.requires_grad and (t.is_floating_point() or t.is_complex())
 
 
 def is_scan(node: fx.Node) -> bool:

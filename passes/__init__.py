@@ -17,6 +17,7 @@ from . import (
     library,
     lift_sums,
     merge_launches,
+    merge_products,
     narrow_results,
     operand_order,
     overlap,

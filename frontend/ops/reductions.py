@@ -126,12 +126,18 @@ def vector_norm(c: Context, x: Value, ord: Any = 2, dims: Any = None, keepdim: b
 
 
 def logsumexp(c: Context, x: Value, dims: Any, keepdim: bool = False) -> Value:
+    """The maximum and the logarithm of a sum. In 16 bits ATen rounds after each step, and so may we (`emulate_precision_casts`)."""
     work = F32 if c.dtype.name in ("bf16", "f16") else c.dtype
+
+    def rounded(v: Value) -> Value:
+        return c.cast(c.cast(v, c.dtype), work)
+
     x = c.cast(x, work)
     axes = c.axes(dims, _rank(x))
     high = c.reduce("amax", x, axes, True)
     high = c.ew("select", c.ew("isinf", high), 0, high)  # of infinities only: nothing to subtract
-    total = c.ew("log", c.reduce("sum", c.ew("exp", c.ew("sub", x, high)), axes, True))
+    terms = rounded(c.ew("exp", rounded(c.ew("sub", x, high))))
+    total = rounded(c.ew("log", rounded(c.reduce("sum", terms, axes, True))))
     made = c.ew("add", total, high)
     shape = [1 if i in axes else s for i, s in enumerate(typeof(x).shape) if keepdim or i not in axes]
     return c.cast(c.reshape(made, shape), c.dtype)

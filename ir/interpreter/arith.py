@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 Binary = Callable[[Tensor, Tensor], Tensor]
 
-__all__ = ["HANDLERS", "WIDE_UNSIGNED", "apply", "convert", "require", "select"]
+__all__ = ["HANDLERS", "SAME_WIDTH_SIGNED", "WIDE_UNSIGNED", "apply", "convert", "require", "select"]
 
-WIDE_UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})
+SAME_WIDTH_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+WIDE_UNSIGNED = frozenset(SAME_WIDTH_SIGNED)
 _NARROW = frozenset({torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2})
 
 
@@ -111,8 +112,11 @@ def apply(name: str, operands: Sequence[Tensor]) -> Tensor:
 
 
 def select(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`a` where `condition`, else `b`."""
-    return torch.where(condition, a, b)
+    """`a` where `condition`, else `b`, of one element type. (Not all of torch's versions choose between wide unsigned numbers.)"""
+    signed = SAME_WIDTH_SIGNED.get(a.dtype)
+    if signed is None:
+        return torch.where(condition, a, b)
+    return torch.where(condition, a.view(signed), b.view(signed)).view(a.dtype)
 
 
 def convert(x: Tensor, to: torch.dtype) -> Tensor:

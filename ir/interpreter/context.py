@@ -17,12 +17,12 @@ from ..attributes import Dense
 from ..core import Block, IRError, Operation, Value
 from ..expr import Dim, Expr, evaluate, fold, free_symbols, split_linear, substitute, sym
 from ..types import DType, TensorType, Type
-from .arith import convert
+from .arith import SAME_WIDTH_SIGNED, convert
 
 Tensor = torch.Tensor
 Handler = Callable[["Context", Operation, list[Any]], Sequence[Any]]
 
-__all__ = ["SAME_WIDTH_SIGNED", "TORCH_DTYPES", "WIDENED", "Context", "Handler", "Numerics", "affine_index", "bind_shape",
+__all__ = ["TORCH_DTYPES", "WIDENED", "Context", "Handler", "Numerics", "affine_index", "bind_shape",
            "evaluate_index", "failure", "flat_take", "to_tensor"]
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -34,7 +34,6 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 _BIT_PATTERNS = {"bf16": torch.uint16, "f8e4m3fn": torch.uint8, "f8e5m2": torch.uint8}
 WIDENED = frozenset({torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2})
 """Element types whose sums are accumulated in f32."""
-SAME_WIDTH_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 def failure(op: Operation, message: str) -> IRError:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core import Operation, Value
+from .arith import select
 from .context import WIDENED
 from .tensor import combine
 
@@ -77,7 +78,7 @@ def _run_masked(p: Programs, op: Operation, lower: Tensor, upper: Tensor, state:
         p.active = running
         p.run(op.body)
         new = [p.env[v] for v in op.body.terminator.operands]
-        state = [torch.where(lift(running, x.dim() - 1), x, old) for x, old in zip(new, state)]
+        state = [select(lift(running, x.dim() - 1), x, old) for x, old in zip(new, state)]
         at = at + op["step"]
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from ..core import IRError
-from .context import SAME_WIDTH_SIGNED, flat_take
+from .arith import SAME_WIDTH_SIGNED
+from .context import flat_take
 from .tensor import scatter_into
 
 Tensor = torch.Tensor

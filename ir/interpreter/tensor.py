@@ -110,7 +110,7 @@ def _read(ctx: Context, op: Operation, i: int, x: Tensor, space: _Space) -> Tens
     if x.numel() == 0:
         return torch.full(flat.shape, fill, dtype=x.dtype)
     got = flat_take(x.reshape(-1), flat)
-    return got if everywhere else torch.where(inside, got, torch.tensor(fill, dtype=x.dtype))
+    return got if everywhere else arith.select(inside, got, torch.tensor(fill, dtype=x.dtype))
 
 
 # -- bodies -----------------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def scatter_into(kind: str, target: Tensor, index: Tensor, values: Tensor) -> Te
         return target
     if kind == "set":  # the last writer of each element
         last = torch.full(target.shape, -1).scatter_reduce_(0, index, torch.arange(index.numel()), "amax")
-        return torch.where(last >= 0, flat_take(values, last.clamp(min=0)), target)
+        return arith.select(last >= 0, flat_take(values, last.clamp(min=0)), target)
     if dtype in arith.WIDE_UNSIGNED:
         array = target.numpy()
         _UNSIGNED_UFUNCS[kind].at(array, index.numpy(), values.numpy())

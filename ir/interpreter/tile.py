@@ -134,7 +134,7 @@ def _load(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
             raise IndexError("an index given by the user is out of range")
     got = memory.load(value(op["offset"]), wanted, lift(p.lanes, len(shape)), lift(p.ids, len(shape)))
     if not bool(wanted.all()):
-        got = torch.where(wanted, got, torch.tensor(op["other"], dtype=got.dtype))
+        got = arith.select(wanted, got, torch.tensor(op["other"], dtype=got.dtype))
     return [got.expand(-1, *shape)]
 
 

@@ -9,7 +9,7 @@ wanted level.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from aicc.frontend.formulas import flash_attention_backward
 from aicc.frontend.importer import import_graph
 from aicc.ir import Operation, Target
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
+from aicc.passes.tiling.lower import candidate_tiles
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -374,14 +375,19 @@ def capture(
     backward: bool = False,
     until: str = "tile",
     target: Target = SM90,
+    tile: int | None = None,
 ) -> None:
     """Calls `run(module, graph, arguments)`, which gives the results, for each graph of `function(*inputs)`; `module` is
-    at level `until`."""
+    at level `until`. `tile`: kernels take that one of their candidate tiles (cyclically) instead of the model's choice."""
 
     def compiler(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         module = import_graph(gm)
         for stage in STAGES[: STAGES.index(until) + 1]:
             run_pipeline(module, parse_pipeline(pipeline(stage, target, Options())), PassContext(target))
+            if stage == "tensor" and tile is not None:
+                for op in module.walk():
+                    if op.name == "tensor.fused" and (tiles := candidate_tiles(op, target)):
+                        op.attributes["tile"] = astuple(tiles[tile % len(tiles)])
         return lambda *args: run(module, gm, list(args))
 
     backend = aot_autograd(

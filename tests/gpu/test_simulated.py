@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,14 @@ def simulated(names: tuple[str, ...]) -> dict[str, Any]:
     return json.loads(lines[-1].removeprefix("RESULT "))  # type: ignore[no-any-return]
 
 
+OLD = tuple(int(n) for n in version("triton").split(".")[:2]) < (3, 7)
+"""3.6's interpreter takes int() of an array of one element where a loop's bound is computed, which numpy refuses since 2.5, and its maximum of a
+number and NaN (`fmax`) is NaN; 3.9's does neither. Devices are not concerned."""
+
+
 def check(result: dict[str, Any], tolerance: float) -> None:
+    if OLD and "only 0-dimensional arrays can be converted to Python scalars" in result.get("failure", ""):
+        pytest.skip("Triton's interpreter before 3.7 cannot run loops with computed bounds under numpy 2.5")
     assert "failure" not in result, result["failure"]
     assert result["errors"] and result["launches"] > 0
     assert max(result["errors"]) <= tolerance, result["errors"]
@@ -46,7 +54,19 @@ def check(result: dict[str, Any], tolerance: float) -> None:
 
 @pytest.mark.parametrize("name", [n for n in CASES if n not in LONG])
 def test_case(name: str) -> None:
+    if OLD and name == "nan":
+        pytest.skip("fmax of a number and NaN is NaN in Triton's interpreter before 3.7")
     check(simulated(tuple(n for n in CASES if n not in LONG))[name], CASES[name].tolerance)
+
+
+TILES = [f"{name}@{n}" for name, ns in {"softmax": (1, 5, 11), "column_sum": (1, 4, 9), "transposed": (1, 6), "pointwise": (2, 7), "variance": (3, 8),
+                                        "extremes": (2, 6), "gemm_bf16": (2,)}.items() for n in ns]
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_other_tiles(name: str) -> None:
+    """Whichever candidate is measured to be the fastest, it computes the same."""
+    check(simulated(tuple(TILES))[name], CASES[name.partition("@")[0]].tolerance)
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ ROWS: dict[str, Row] = {
     "item, an int": Row(lambda x: x * x.sum().item(), lambda: (torch.arange(5),), around=_SCALARS),
     "a size read from data": Row(_sized_by_data, lambda: (torch.rand(9),), around=_SCALARS, aten=("_local_scalar_dense",)),
     "a size read from data as a float": Row(_sized_by_a_float, lambda: (torch.rand(9),), around=_SCALARS,
-                                            aten=("_assert_scalar", "_local_scalar_dense")),
+                                            aten=("_assert_scalar", "_local_scalar_dense"), newer=("_assert_scalar",)),
     "a slice up to a number read from data": Row(_sliced_by_data, lambda: (torch.rand(9),), around=_SCALARS, aten=("_local_scalar_dense",)),
     "a part that begins at a number read from data": Row(lambda x, i: torch.narrow(x, 1, i, 2), lambda: (torch.rand(3, 5), torch.tensor(2)),
                                                          around=_SCALARS, aten=("slice.Tensor",)),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from aicc.compiler.driver import Compilation, watching
+from aicc.frontend import scan as mending
 from aicc.ir.interpreter import interpret
 from models.observing import recorded
 from torch import Tensor, nn
+from torch._C import DispatchKey
 from torch._higher_order_ops.scan import scan
 
 from .harness import Row, check
@@ -107,6 +112,70 @@ def test_states_that_trade_places(step: Callable[..., Any], count: int, steps: i
         torch.testing.assert_close(a, b)
     for k, a in enumerate(got):
         torch.testing.assert_close(a, torch.stack([y[k] for y in want]))
+
+
+# -- gradients that torch loses
+
+@contextmanager
+def _forgetting(mended: bool) -> Iterator[None]:
+    """torch's scan loses gradients as 2.11's does: initial values are traced as they are, not as if they needed a gradient."""
+    module = importlib.import_module("torch._higher_order_ops.scan")
+    op, scope = module.scan_op, dict(vars(module))
+    text = inspect.getsource(module.scan_autograd)
+    kept, flag = dict(op.py_kernels), mending._LOSES_GRADIENTS
+    mending._LOSES_GRADIENTS = mended
+    if "and not t.requires_grad" in text:  # torch 2.11 needs nothing done
+        exec(text[text.index("def scan_autograd"):].replace("and not t.requires_grad", "and False"), scope)
+        del op.py_kernels[DispatchKey.Autograd]
+        op._dispatch_cache.clear()
+        op.py_autograd_impl(scope["scan_autograd"])
+    try:
+        yield
+    finally:
+        op.py_kernels.update(kept)
+        op._dispatch_cache.clear()
+        mending._LOSES_GRADIENTS = flag
+
+
+def _gradients(f: Callable[..., Any], needed: tuple[bool, ...]) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    args = [torch.randn(shape).double().requires_grad_(k) for shape, k in zip(((3, 5), (7, 3, 5), (5, 5)), needed, strict=True)]
+    results = f(*args)
+    if any(needed):
+        torch.autograd.backward(results, [torch.ones_like(r) for r in results])
+    return [r.requires_grad for r in results], [*(r.detach() for r in results), *(a.grad for a in args)]
+
+
+@pytest.mark.parametrize("needed", [(False, True, True), (False, False, True), (False, True, False), (True, True, True), (False, False, False)], ids=str)
+@pytest.mark.parametrize("forgetful", [False, True], ids=["torch as it is", "torch 2.11"])
+def test_gradients_through_states_that_start_as_constants(needed: tuple[bool, ...], forgetful: bool) -> None:
+    """Compared with a loop in Python: before torch 2.13, eager's own scan loses what reaches weights and inputs through earlier steps."""
+    def unrolled(c: Tensor, xs: Tensor, w: Tensor) -> Any:
+        ys = []
+        for x in xs:
+            c = (c @ w + x).tanh()
+            ys.append(c)
+        return c, torch.stack(ys)
+
+    def scanned(c: Tensor, xs: Tensor, w: Tensor) -> Any:
+        def step(c: Tensor, x: Tensor) -> Any:
+            h = (c @ w + x).tanh()
+            return h, h.clone()
+        return scan(step, c, xs)
+
+    torch._dynamo.reset()
+    with _forgetting(mended=True) if forgetful else nullcontext():
+        want, got = _gradients(unrolled, needed), _gradients(torch.compile(scanned, backend="aicc"), needed)
+    torch.testing.assert_close(got, want)
+
+
+def test_what_torch_forgets_is_forgotten_without_the_mending() -> None:
+    """The test above would fail without it."""
+    torch._dynamo.reset()
+    layer, x = nn.RNN(8, 6).double(), torch.randn(5, 3, 8).double()
+    with _patched(), _forgetting(mended=False):
+        found = [torch.autograd.grad(f(x)[0].sum(), layer.parameters())[0] for f in (torch.compile(layer, backend="aicc"), layer)]
+    assert (found[0] - found[1]).abs().max() > 1e-3
 
 
 def test_random_numbers_in_a_step_stay_in_python() -> None:

@@ -178,7 +178,8 @@ def test_ten_thousand_calls_leak_nothing() -> None:
 def _fresh_function(i: int) -> Callable[..., Any]:
     """A function with code of its own: Dynamo keeps what it compiled with the code object."""
     scope: dict[str, Any] = {"torch": torch}
-    exec(f"def f(x):\n    return torch.tanh(x * {i + 1.25} + 1) * ({i} + x.sum(0))", scope)
+    text = f"def f(x):\n    return torch.tanh(x * {i + 1.25} + 1) * ({i} + x.sum(0))"
+    exec(compile(text, __file__, "exec"), scope)  # of a file: around others, older Dynamo puts a function of its own, one for all
     return scope.pop("f")  # Dynamo's guards hold the globals: a function among them would keep itself
 
 

@@ -69,8 +69,22 @@ def test_raises_what_eager_raises(name: str) -> None:
     f, arguments = BAD[name]
     with pytest.raises((IndexError, RuntimeError)) as eager:
         f(*[a.clone() for a in arguments])
+    if name in _UNCHECKED and not _is_traced_with_its_check(f, arguments):
+        pytest.skip("torch traces it without the check (one_hot, before 2.12): no backend sees that the data are bad")
     with pytest.raises(eager.type):
         _compiled(f)(*[a.clone() for a in arguments])
+
+
+_UNCHECKED = ("one_hot",)
+
+
+def _is_traced_with_its_check(f: Callable[..., Any], arguments: tuple[torch.Tensor, ...]) -> bool:
+    torch._dynamo.reset()
+    try:
+        torch.compile(f, backend="aot_eager")(*arguments)
+    except (IndexError, RuntimeError):
+        return True
+    return False
 
 
 GOOD: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {

@@ -18,6 +18,8 @@ TYPES = [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 CHAINS: dict[str, Function] = {
     "polynomial": lambda x, y: ((x * 1.1 + y) * x - y * 0.3) * x + 0.7,
     "quotients": lambda x, y: (x / (y.abs() + 1)) / (x.abs() + 0.1) - y,
+    "logsumexp": lambda x, y: torch.logsumexp((x * 1.1 + y) * 4, -1) * 1.1,
+    "logsumexp of columns": lambda x, y: torch.logsumexp((x * 1.1 + y) * 4, 0) * 1.1,
     "residual": lambda x, y: x + (y * 0.5 + x) * 0.1 + y,
     "clamped": lambda x, y: (x * 3).clamp(-2, 2) - (y * 3).relu() * 0.9,
     "roots": lambda x, y: (x * x + y * y + 1e-3).sqrt() * (x.abs() + 1).rsqrt(),

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from torch._higher_order_ops.scan import scan
 
 from .random_programs import LAYOUTS, STEPS, Val, _Drawer, make_input
 
@@ -50,7 +51,7 @@ class EffectProgram:
     def module(self, dtype: torch.dtype | None = None) -> torch.nn.Module:
         """A fresh module; with `dtype`, the program in that float type."""
         source = self.source if dtype is None else self.source.replace(str(self.dtype), str(dtype))
-        space: dict[str, Any] = {"torch": torch, "F": torch.nn.functional}
+        space: dict[str, Any] = {"torch": torch, "F": torch.nn.functional, "scan": scan}
         exec(source, space)
         return _Module(space["f"], [_fresh(b, dtype) for b in self.buffers]).eval()
 
