@@ -24,14 +24,13 @@ import torch
 
 from ..ir import IRError, Operation, TensorType
 from ..ir.passes import PassContext, parse_pipeline, run_pipeline
-from ..ir.printer import print_op
 from ..passes.structured import constant_values
 from ..passes.tiling.cpu_candidates import CpuTile
 from ..passes.tiling.gpu_tiles import GpuTile
 from ..passes.tiling.lower import candidate_tiles, candidate_tiles_cpu
 from ..runtime.cuda_graph import CudaGraph
 from .autotune_cpu import measure_on_cpu
-from .candidates import candidate_module, random_tensor
+from .candidates import candidate_module, group_text, random_tensor
 from .gpu import compile_cuda, triton_version
 from .options import Options
 from .pipelines import pipeline
@@ -90,9 +89,7 @@ class Tuner:
         fused.attributes["tile"] = tile
 
     def _key(self, fused: Operation, ctx: PassContext) -> str:
-        text = [print_op(op) for op in fused.body]
-        types = [str(v.type) for v in (*fused.operands, *fused.results)]
-        parts = [*text, *types, ctx.target.digest, triton_version() if ctx.target.is_gpu else f"{torch.get_num_threads()} threads", str(MOST)]
+        parts = [group_text(fused), ctx.target.digest, triton_version() if ctx.target.is_gpu else f"{torch.get_num_threads()} threads", str(MOST)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _read(self, key: str, tiles: Sequence[Tile]) -> tuple[int, ...] | None:
