@@ -195,7 +195,7 @@ def _without(bare: Operation, op: Operation, i: int, factors: list[Value]) -> Op
 
 def _copied(b: Builder, op: Operation, args: Sequence[Value]) -> Value:
     """The scalar that op's body yields, of these arguments."""
-    known = dict(zip(op.body.args, args, strict=True))
+    known: dict[Value, Value] = dict(zip(op.body.args, args, strict=True))
     for o in body_ops(op):
         b.insert(o.clone(known))
     return known[op.body.terminator.operands[0]]

@@ -45,7 +45,7 @@ from .emit import COMBINE_OPS, Emitter, Pair, fill_masks
 from .frame import is_expensive
 from .gpu_tiles import GpuTile, padded
 from .loops import emit_extract
-from .stream_tiles import tile_of_several
+from .stream_tiles import other_tiles, tile_of_several
 from .turned import turned
 
 F32 = DTYPES["f32"]
@@ -54,7 +54,7 @@ LOG2_E = 1.4426950408889634
 _COARSE = {"arith.exp": "exp", "arith.tanh": "tanh", "arith.div": "div"}
 """Methods that compute an op in the cheap way that suits 16-bit inputs."""
 
-__all__ = ["GpuStream", "Scope", "StreamLowering", "stream_tile", "suits_warp_groups", "with_shape"]
+__all__ = ["GpuStream", "Scope", "StreamLowering", "stream_tile", "stream_tiles", "suits_warp_groups", "with_shape"]
 
 
 def stream_tile(s: Stream, target: Target) -> GpuTile:
@@ -76,6 +76,14 @@ def stream_tile(s: Stream, target: Target) -> GpuTile:
     steps = (64 if heavy else 128) if narrow and width <= 128 else 32
     rows, steps = (n if not isinstance(size, int) else min(n, padded(size)) for n, size in ((rows, s.row_count), (steps, s.length)))
     return GpuTile(rows, steps, 0, 8 if rows * width >= 128 * 128 else 4, 3 if narrow else 2)
+
+
+def stream_tiles(s: Stream, target: Target) -> list[GpuTile]:
+    """The tile that is modelled, and what is worth measuring beside it (`mode="max-autotune"`): shorter and longer steps, fewer and more rows."""
+    first = stream_tile(s, target)
+    width = max(padded(product(s.columns)), *(padded(_width(op)) for op in s.firsts))
+    element = max(element_type(v.type).bytes for op in (*s.firsts, *s.seconds) for v in op.operands if not s.kind_of(v))
+    return [first, *(t for t in other_tiles(target, first, width, element, s.row_count, s.length) if t != first)]
 
 
 def suits_warp_groups(s: Stream, target: Target) -> bool:
