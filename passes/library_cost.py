@@ -92,12 +92,14 @@ def generated_seconds(target: Target, work: Work) -> float:
     extra = work.heavy * work.elements * HEAVY / max(1, target.multiprocessors) if work.fused else 0.0
     batch, m, n, k = work.sizes
     processors = max(1, target.multiprocessors)
-    tile = gemm_tile_gpu(target, batch, m, n, k, 4 if work.kind in ("f32", "tf32") else BYTES[work.kind], heavy=work.heavy > 0)
-    tiles = batch * -(-m // tile.rows) * -(-n // tile.columns)
-    rounds = -(-tiles // processors)
-    padded = tile.rows * tile.columns * rounds * processors / max(1, work.elements)  # whole tiles, and multiprocessors that wait
-    rate = tile_rate(target, tile.rows, tile.columns) if BYTES[work.kind] == 2 else 1.0
-    made = LAUNCH + _product(target, work, GENERATED_SHARE[work.kind], padded / rate)
+    if BYTES[work.kind] == 2:
+        tile = gemm_tile_gpu(target, batch, m, n, k, 2, heavy=work.heavy > 0)
+        rows, columns, rate, most = tile.rows, tile.columns, tile_rate(target, tile.rows, tile.columns), float("inf")
+    else:
+        rows, columns, rate, most = 128, 128, 1.0, 8.0
+    rounds = -(-batch * -(-m // rows) * -(-n // columns) // processors)
+    whole = rows * columns * rounds * processors / max(1, work.elements)  # whole tiles, and multiprocessors that wait, count as busy
+    made = LAUNCH + _product(target, work, GENERATED_SHARE[work.kind], min(whole, most) / rate)
     return max(made, 0 if work.replayed else HOST_GENERATED) + extra
 
 

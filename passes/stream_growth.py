@@ -119,7 +119,7 @@ class _Growth:
         """A member if it depends on the stream, or if nothing that it reads has the middle space's size; else it is computed outside."""
         self.s.position[op] = at
         depends = self._operands(op, at)
-        if not depends and not (full and self._is_outer(op, at)):
+        if not depends and not (full and self.several and self._is_outer(op, at)):
             del self.s.position[op]
             return False
         (self.s.full if full else self.s.row).append(op)
