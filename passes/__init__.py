@@ -19,6 +19,7 @@ from . import (
     merge_launches,
     merge_products,
     narrow_results,
+    nontemporal,
     operand_order,
     overlap,
     pack,

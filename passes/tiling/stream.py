@@ -514,6 +514,6 @@ def _as_tile(e: Emitter, value: Value, shape: tuple[int, int]) -> Value:
 
 
 def with_shape(e: Emitter, shape: tuple[int, int]) -> Emitter:
-    return Emitter(e.builder, shape, e.symbols, e.variables, e.ranges)
+    return Emitter(e.builder, shape, e.symbols, e.variables, e.ranges, e.coarse)
 
 

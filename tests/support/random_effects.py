@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch._higher_order_ops.scan import scan
 
-from .random_programs import LAYOUTS, STEPS, Val, _Drawer, make_input
+from .random_programs import LAYOUTS, STEPS, Val, _Drawer, make_input, scan
 
 TINY = (0, 1, 1, 2, 2, 3, 5, 8, 17, 33)
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)

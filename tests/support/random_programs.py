@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.scan import scan as torch_scan
 
 SIZES = (1, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 33, 65, 100)
 MAX_ELEMENTS = 9000
@@ -71,6 +71,17 @@ def make_input(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.T
     if dtype == torch.bool:
         return whole > 0
     return (whole.double() / 8).to(dtype) if dtype.is_floating_point else whole.to(dtype)
+
+
+def scan(step: Callable[..., Any], start: torch.Tensor, xs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's scan where it is compiled; in eager a loop of Python, where torch would compile something of its own."""
+    if torch.compiler.is_compiling():
+        return torch_scan(step, start, xs)
+    made = []
+    for x in xs:
+        start, y = step(start, x)
+        made.append(y)
+    return start, torch.stack(made)
 
 
 class _Drawer:
@@ -214,15 +225,15 @@ class _Drawer:
             self.add(f"{v.name}.cumsum({self.integer(0, v.rank - 1)})", v.exact)
 
     def loop(self) -> None:
-        """A scan along the first dimension, from the last slice or from the first, on numbers that stay bounded."""
-        v = self.pick(lambda v: v.is_float and v.rank > 0 and v.shape[0] > 0)
+        """A scan along the first dimension, from the last slice or from the first, on numbers that stay bounded. torch wants the carried value's strides
+        to stay, and has several for dimensions of size one: such tensors are left out."""
+        v = self.pick(lambda v: v.is_float and v.rank > 0 and v.tensor.is_contiguous() and v.tensor.numel() > 0 and 1 not in v.shape)
         if v is None:
             return
-        n = v.name
         step = self.choose(["torch.tanh(c + x)", "c * 0.5 + x", "torch.where(x > c, x, c * 0.5)", "c + x * 0.125"])
         made = self.choose(["c * x", "x - c", "c + 1", "(c - x).abs().sum()"])
-        inputs = self.choose([n, n, f"{n}.flip(0)"])
-        self.add(f"scan(lambda c, x: ({step}, {made}), {n}[{self.choose([0, -1])}] * 0.5, {inputs})", False)
+        inputs = self.choose([v.name, v.name, f"{v.name}.flip(0)"])
+        self.add(f"scan(lambda c, x: ({step}, {made}), torch.zeros_like({v.name}[{self.choose([0, -1])}]) + 0.5, {inputs})", False)
 
     def view(self) -> None:
         v = self.pick()

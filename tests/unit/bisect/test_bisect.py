@@ -73,7 +73,10 @@ def test_nothing_is_found_in_the_same_programs_without_faults() -> None:
             assert report.finding is None, (case.where, report.finding)
 
 
-@pytest.mark.parametrize("name", [name for name, case in PLANTED_LATER.items() if case.target == "cpu"])
+_QUIET = [pytest.param(name, marks=[pytest.mark.slow] * ("stream" in name)) for name, case in PLANTED_LATER.items() if case.target == "cpu"]
+
+
+@pytest.mark.parametrize("name", _QUIET)
 def test_loops_and_streams_without_faults_are_right(name: str) -> None:
     for report in bisect_planted(PLANTED_LATER[name]):
         assert report.finding is None, report.finding
