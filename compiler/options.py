@@ -21,7 +21,7 @@ class Options:
 
     strict                    raise when a graph does not compile, instead of running it through ATen with a warning
     cache                     keep compiled artifacts on disk
-    verify                    verify the IR after every pass
+    verify                    verify the IR after every pass, not only at the end of each stage
     emulate_precision_casts   round 16-bit floats after every op as eager does, instead of computing fused chains in float32
     features                  CPU features to compile for; None means those of the host
     fuse                      group ops into kernels; False gives one kernel per op (for debugging)
@@ -39,7 +39,7 @@ class Options:
     mode: str = "default"
     strict: bool = False
     cache: bool = True
-    verify: bool = True
+    verify: bool = False
     emulate_precision_casts: bool = False
     features: tuple[str, ...] | None = None
     fuse: bool = True
