@@ -5,7 +5,8 @@
 Shapes are rows x output columns x K. The peak is that of a loop of independent multiply-adds on registers. Peak, aicc and torch take turns in
 every round; each figure is that of its best round, in seconds of CPU time of this thread, so that other processes disturb them less.
 Cores that lower their clock for dense vector code reach the peak only in loops that touch no memory: `sustained` is the same loop with
-its operands loaded from the first-level cache, as a GEMM's are.
+its operands loaded from the first-level cache, as a GEMM's are. `B GB/s` is how fast the weights are read, as they are stored; for few rows
+compare it with `read`, one core's best over 256 MB by plain loads. `--dtype i8` is `torch._int_mm` on a parameter, in integer operations.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from torch import nn
 from .timing import environment
 
 ROUNDS = 60_000
+READ = 256 << 20
 CHAINS = 24
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64, "i8": torch.int8}
 SHAPES = ("512x512x512", "1024x1024x1024", "2048x2048x2048", "128x768x768", "128x3072x768", "128x768x3072", "256x768x3072", "1x4096x4096",
           "4x4096x4096", "16x4096x4096")
 
@@ -81,6 +83,47 @@ def make_peak(target: Target, loads: bool = False) -> Callable[[], float]:
     return lambda: 2 * lanes * chains * ROUNDS / best_time(library, "peak", [data.data_ptr()]) / 1e9
 
 
+def read_bandwidth(target: Target) -> float:
+    """GB/s at which one core sums a buffer that no cache holds, in eight sums of full vectors."""
+    vector = ir.VectorType(ir.IntType(32), target.lanes(32))
+    module, i64, pointer, step = ir.Module("read"), ir.IntType(64), ir.PointerType(), 8 * target.lanes(32)
+    f = ir.Function(module, ir.FunctionType(ir.IntType(32), [pointer, pointer]), "read")
+    entry, loop, done = (f.append_basic_block(n) for n in ("entry", "loop", "done"))
+    b = ir.IRBuilder(entry)
+    data = b.load(f.args[0], typ=pointer)
+    b.branch(loop)
+    b.position_at_end(loop)
+    n, sums = b.phi(i64), [b.phi(vector) for _ in range(8)]
+    for k, total in enumerate(sums):
+        total.add_incoming(ir.Constant(vector, None), entry)
+        at = b.gep(data, [b.add(n, i64(k * target.lanes(32)))], source_etype=ir.IntType(32))
+        total.add_incoming(b.xor(total, b.load(at, typ=vector, align=4)), loop)
+    more = b.add(n, i64(step))
+    n.add_incoming(i64(0), entry)
+    n.add_incoming(more, loop)
+    b.cbranch(b.icmp_signed("<", more, i64(READ // 4)), loop, done)
+    b.position_at_end(done)
+    for total in sums:
+        b.store(b.xor(b.load(data, typ=vector, align=4), total.incomings[1][0]), data, align=4)
+    b.ret(ir.IntType(32)(0))
+    parsed, _ = parse(module, target)
+    optimize(parsed, target)
+    library = load_object(target_machine(target).emit_object(parsed), ["read"])
+    buffer = torch.ones(READ // 4, dtype=torch.int32)
+    return READ / best_time(library, "read", [buffer.data_ptr()], 5) / 1e9
+
+
+class _Integers(nn.Module):
+    """8-bit weights of 8-bit activations."""
+
+    def __init__(self, k: int, n: int):
+        super().__init__()
+        self.register_parameter("weight", nn.Parameter(torch.randint(-128, 128, (n, k), dtype=torch.int8), requires_grad=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch._int_mm(x, self.weight.t())
+
+
 def best_time(library: NativeLibrary, name: str, pointers: list[int], repeats: int = 7) -> float:
     """Seconds of the fastest call."""
     table = (ctypes.c_void_p * len(pointers))(*pointers)
@@ -97,14 +140,18 @@ def best_time(library: NativeLibrary, name: str, pointers: list[int], repeats: i
 def measure(m: int, n: int, k: int, dtype: torch.dtype, peak: Callable[[], float], rounds: int, asm: bool) -> str:
     """One line of the table."""
     torch._dynamo.reset()
-    layer, x = nn.Linear(k, n, bias=False, dtype=dtype), torch.randn(m, k, dtype=dtype)
+    layer: nn.Module
+    if dtype is torch.int8:
+        layer, x = _Integers(k, n), torch.randint(-128, 128, (m, k), dtype=dtype)
+    else:
+        layer, x = nn.Linear(k, n, bias=False, dtype=dtype), torch.randn(m, k, dtype=dtype)
     kernels = []
     with torch.no_grad(), watching(compiled=kernels.append):
         compiled = torch.compile(layer, backend="aicc")
         start = time.perf_counter()
         y = compiled(x)
         seconds = time.perf_counter() - start
-        truth = x.double() @ layer.weight.double().T
+        truth = x.double() @ layer.get_parameter("weight").double().T
         errors = [(r.double() - truth).abs().max().item() for r in (y, layer(x))]
         best = [0.0, math.inf, math.inf]
         calls = max(1, int(2e9 / (2 * m * n * k)))
@@ -123,7 +170,7 @@ def measure(m: int, n: int, k: int, dtype: torch.dtype, peak: Callable[[], float
             f"{errors[0]:9.1e} {errors[1]:9.1e}")
     if asm:
         loops = re.split(r"^(?=\.LBB.*:)", _asm(kernels[0]), flags=re.M)
-        line += "\n" + max(loops, key=lambda text: text.count("vfmadd") + text.count("vdpbf16") + 8 * text.count("tdpbf16"))
+        line += "\n" + max(loops, key=lambda text: sum(text.count(i) for i in ("vfmadd", "vdpb", "vpmaddwd", "vpdpb")) + 8 * text.count("tdpbf16"))
     return line
 
 
@@ -145,7 +192,8 @@ def main() -> None:
     peak = make_peak(target)
     sustained = max(make_peak(target, loads=True)() for _ in range(5))
     print(f"{environment()['cpu']}, {target.vector_bits}-bit vectors, multiply-add peak {max(peak() for _ in range(5)):.1f} GFLOP/s, "
-          f"sustained {sustained:.1f}; {options.dtype}")
+          f"sustained {sustained:.1f}, "
+          f"read {read_bandwidth(target):.1f} GB/s; {options.dtype}")
     titles = ("aicc", 12), ("GFLOP/s", 8), ("of peak", 8), ("torch", 8), ("B GB/s", 8), ("compile s", 8), ("error", 9), ("torch err", 9)
     print(f"{'shape':>15}", *(f"{title:>{width}}" for title, width in titles), flush=True)
     for shape in options.shapes:

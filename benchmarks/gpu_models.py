@@ -5,10 +5,11 @@ where the time goes.
     python -m aicc.benchmarks.gpu_models --only decode-b1,bert-b1 --profile       # and every kernel's time
     python -m aicc.benchmarks.gpu_models --peers eager,inductor,reduce-overhead,max-autotune --json out.json
 
-Contenders: eager, inductor, reduce-overhead, max-autotune (Inductor's modes), aicc, aicc-reduce-overhead, aicc-max-autotune. Times are medians of
-CUDA events around batches of calls, contenders interleaved. `error` is against float32 eager on the same weights (rounded to the row's type), as
-the largest difference over the largest value; eager's own stands beside it. For training it is that of all gradients. `peak` is what a call
-allocates above what was there before. Training is forward, loss and backward without an optimizer, gradients set to None before.
+Contenders: eager, inductor, reduce-overhead, max-autotune (Inductor's modes), aicc, aicc-reduce-overhead, aicc-max-autotune, and aicc-whole-loss,
+which has all logits of a loss in memory. Times are medians of CUDA events around batches of calls, contenders interleaved. `error` is against
+float32 eager on the same weights (rounded to the row's type), as the largest difference over the largest value; eager's own stands beside it. For
+training it is that of all gradients. `peak` is what a call allocates above what was there before. Training is forward, loss and backward without an
+optimizer, gradients set to None before.
 `limit` is weights and caches over the copy bandwidth, or the operations of matrix products over an 8192 cubed product, measured in the same run.
 """
 
@@ -25,7 +26,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +170,8 @@ def _error(got: list[Tensor], true: list[Tensor]) -> float:
 def contender(model: nn.Module, name: str) -> Callable[..., Any]:
     if name == "eager":
         return model
+    if name == "aicc-whole-loss":
+        return torch.compile(model, backend=aicc_backend, dynamic=False, options={"loss_bytes": 0})
     if name.startswith("aicc"):
         return torch.compile(model, backend=aicc_backend, dynamic=False, mode=name[5:] or None)
     return torch.compile(model, dynamic=False, mode=None if name == "inductor" else name)
@@ -193,7 +198,7 @@ class Contest:
     def _first_call(self, name: str) -> Callable[..., Any]:
         subject, seen = self.subject, list[Compilation]()
         start = time.perf_counter()
-        with watching(compiled=seen.append):
+        with watching(compiled=seen.append), self._hearing(name):
             made = contender(subject.model, name)
             out = subject.call(made)
         torch.cuda.synchronize()
@@ -205,11 +210,21 @@ class Contest:
                 print(f"  {subject.row.name} {c.name}: {_summary(c)}", flush=True)
         return made
 
+    @contextmanager
+    def _hearing(self, name: str) -> Iterator[None]:
+        """What is warned of at run time (a fallback makes a row slow, and nothing else says so) is printed."""
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always", RuntimeWarning)
+            yield
+        for text in dict.fromkeys(str(w.message) for w in heard if issubclass(w.category, RuntimeWarning)):
+            print(f"  {self.subject.row.name} {name} says: {text[:400]}", flush=True)
+
     def _peak(self, name: str) -> None:
         """Bytes that a call allocates; and a later call must be right too."""
         subject, made = self.subject, self.made[name]
-        for _ in range(2):  # CUDA graphs are recorded
-            subject.call(made)
+        with self._hearing(name):
+            for _ in range(2):  # CUDA graphs are recorded
+                subject.call(made)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -295,7 +310,7 @@ def side_by_side(rows: list[Row], options: argparse.Namespace, begin: float) -> 
                 found.append(json.loads(line.removeprefix(RESULT)))
                 if options.json:
                     options.json.write_text(json.dumps(found, indent=1))
-            elif line != READY and "warn" not in line.lower():
+            elif line != READY and "Warning: " not in line and not line.startswith("  warnings.warn"):
                 print(line, flush=True)
     return found
 

@@ -3,11 +3,11 @@
     python -m aicc.benchmarks.mutation --sample 60 --seed 1 --jobs 1
 
 A mutant is one source file with one change: an operator swapped, a constant off by one, a comparison moved to its neighbour, a condition
-negated, a statement dropped. It is written into a copy of the package in a temporary folder, and the tests that `TESTS` maps its file to run there
-(`-x -q`, with a limit of time). A mutant that no test notices survives: it shows a missing test, or a change that means nothing (an
+negated, a statement dropped. First the tests of all the files (`TESTS`) run on the unchanged package, while `mutation_tests.py` notes which of
+them run which changed lines; one that fails there judges nothing. Then each mutant is written into a copy of the package in a temporary
+folder, and the tests that run its line run there (for what runs at import, those of its file): quickest first, as many as take `--budget`
+seconds unchanged, up to the first failure. A mutant that no test notices survives: it shows a missing test, or a change that means nothing (an
 equivalent mutant, such as a bound that no caller reaches). Messages, remarks, annotations and checks that only raise are left alone.
-
-The unchanged copy is tested first: a failure there would kill every mutant.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import json
 import math
 import os
 import random
@@ -23,10 +24,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +38,9 @@ _DETAILS = "tests/unit/passes/test_lowering_details.py"
 _LLVM = ("tests/unit/llvm/test_pointwise.py", "tests/unit/llvm/test_reductions.py", "tests/unit/llvm/test_against_interpreter.py")
 TESTS: dict[str, tuple[str, ...]] = {
     "passes/decompose/": (_DETAILS, "tests/unit/passes/test_decompose.py", "tests/filecheck", _PROGRAMS),
-    "passes/tiling/": (_DETAILS, "tests/unit/passes/test_tiling.py", "tests/filecheck", _PROGRAMS),
+    "passes/tiling/": (_DETAILS, "tests/unit/passes/test_tiling.py", "tests/filecheck", _PROGRAMS, "tests/unit/passes/test_gpu_loops.py",
+                       "tests/unit/passes/test_model_kernels.py", "tests/unit/passes/test_stream.py", "tests/gpu/test_printer.py",
+                       "tests/gpu/test_warp_groups.py"),
     "passes/fuse.py": ("tests/quality/test_fusion.py", "tests/filecheck", _PROGRAMS, "tests/unit/passes/test_tiling.py"),
     "passes/inline.py": ("tests/filecheck", "tests/quality/test_fusion.py", _PROGRAMS),
     "passes/layout.py": ("tests/filecheck", "tests/unit/passes/test_tiling.py", _PROGRAMS, "tests/unit/runtime/test_compiled_programs.py"),
@@ -73,6 +78,7 @@ class Mutant:
     line: int
     what: str
     text: str
+    lines: tuple[int, int] | None = None  # first and last of what runs with the change; None where it runs at import
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.what}"
@@ -136,18 +142,45 @@ def _changes(node: ast.AST, field: str) -> Iterator[tuple[str, ast.AST]]:
         yield f"`{ast.unparse(node)}` is dropped", ast.Pass()
 
 
-def mutants_of(path: str, source: str) -> list[Mutant]:
-    """Every mutant of one file, in order."""
+def _places(tree: ast.AST) -> dict[ast.AST, tuple[int, int] | None]:
+    """The lines of the statement, its head alone if it holds others, or of the lambda's body that a node runs with; None for what runs at import."""
+    found: dict[ast.AST, tuple[int, int] | None] = {}
+
+    def visit(node: ast.AST, place: tuple[int, int] | None, inside: bool) -> None:
+        body: Any = getattr(node, "body", None)
+        if inside and (isinstance(node, ast.stmt) or (isinstance(body, list) and hasattr(node, "lineno"))):
+            end = node.end_lineno if not isinstance(body, list) else max(node.lineno, body[0].lineno - 1)  # type: ignore[attr-defined]
+            place = (node.lineno, end)  # type: ignore[attr-defined]
+        found[node] = place
+        function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for child in ast.iter_child_nodes(node):
+            if isinstance(node, ast.Lambda) and child is body:
+                visit(child, (child.lineno, child.end_lineno or child.lineno), True)  # type: ignore[attr-defined]
+            else:
+                visit(child, place, inside or (function and child in body))
+    visit(tree, None, False)
+    return found
+
+
+def _sites(tree: ast.AST) -> list[tuple[ast.AST, str, int | None, ast.AST, str, ast.AST]]:
+    """(parent, field, position, child, description, what stands in the child's place) of every mutant, in order."""
+    return [(*place, what, new) for place in list(_children(tree)) for what, new in _changes(place[3], place[1])]
+
+
+def mutants_of(path: str, source: str, wanted: Collection[int] | None = None) -> list[Mutant]:
+    """The mutants of one file, in order: all, or those with the wanted numbers."""
     tree, lines = ast.parse(source), source.splitlines()
+    places, original = _places(tree), ast.unparse(tree)
     found = []
-    for parent, field, i, child in list(_children(tree)):
-        for what, new in _changes(child, field):
-            _put(parent, field, i, ast.copy_location(new, child))
-            line: int = getattr(child, "lineno", getattr(parent, "lineno", 1))
-            shown = f"{what} in `{lines[line - 1].strip()[:100]}`" if isinstance(child, ast.Constant) else what
-            found.append(Mutant(path, line, shown.replace("\n", " ")[:200], ast.unparse(ast.fix_missing_locations(tree))))
-            _put(parent, field, i, child)
-    return [m for m in found if m.text != ast.unparse(tree)]
+    for number, (parent, field, i, child, what, new) in enumerate(_sites(tree)):
+        if wanted is not None and number not in wanted:
+            continue
+        _put(parent, field, i, ast.copy_location(new, child))
+        line: int = getattr(child, "lineno", getattr(parent, "lineno", 1))
+        shown = f"{what} in `{lines[line - 1].strip()[:100]}`" if isinstance(child, ast.Constant) else what
+        found.append(Mutant(path, line, shown.replace("\n", " ")[:200], ast.unparse(ast.fix_missing_locations(tree)), places[child]))
+        _put(parent, field, i, child)
+    return [m for m in found if m.text != original]
 
 
 def _put(parent: ast.AST, field: str, i: int | None, child: ast.AST) -> None:
@@ -177,16 +210,17 @@ def sources(wanted: list[str]) -> list[str]:
 def sample(wanted: list[str], count: int, seed: int) -> list[Mutant]:
     """`count` mutants, as evenly over the files as their numbers allow, chosen by `seed`."""
     rng = random.Random(seed)
-    piles = [mutants_of(p, (ROOT / p).read_text()) for p in sources(wanted)]
-    for pile in piles:
-        rng.shuffle(pile)
+    texts = {p: (ROOT / p).read_text() for p in sources(wanted)}
+    piles = [(p, list(range(len(_sites(ast.parse(text)))))) for p, text in texts.items()]
+    for _, numbers in piles:
+        rng.shuffle(numbers)
     rng.shuffle(piles)
-    chosen: list[Mutant] = []
-    while len(chosen) < count and any(piles):
-        for pile in piles:
-            if pile and len(chosen) < count:
-                chosen.append(pile.pop())
-    return chosen
+    chosen: dict[str, list[int]] = defaultdict(list)
+    while sum(map(len, chosen.values())) < count and any(numbers for _, numbers in piles):
+        for p, numbers in piles:
+            if numbers and sum(map(len, chosen.values())) < count:
+                chosen[p].append(numbers.pop())
+    return [m for p, numbers in chosen.items() for m in mutants_of(p, texts[p], numbers)]
 
 
 class Copies:
@@ -206,11 +240,69 @@ class Copies:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def run_tests(package: Path, tests: tuple[str, ...], limit: float) -> str:
-    """"" when all pass; else the first failing test, 'timeout', or the last line of a collection error."""
+@dataclass(frozen=True)
+class Baseline:
+    """The unchanged package: seconds of each test that passes, which of them run each mutant's lines (by its number), and what fails."""
+
+    seconds: dict[str, float]
+    running: dict[int, list[str]]
+    failed: list[str]
+
+    @staticmethod
+    def of(found: dict[str, Any], mutants: list[Mutant]) -> Baseline:
+        """As it was written down. ValueError if that was for other mutants."""
+        if found["mutants"] != list(map(str, mutants)):
+            raise ValueError("the baseline was made for other mutants; delete its file")
+        return Baseline(found["seconds"], {int(n): tests for n, tests in found["running"].items()}, found["failed"])
+
+    def chosen(self, number: int, mutant: Mutant, budget: float) -> list[str]:
+        """The tests that ought to notice a mutant, quickest first."""
+        files = tests_for(mutant.path)
+        fitting = [t for t in self.seconds if t.startswith(files)] if mutant.lines is None else self.running.get(number, [])
+        found, spent = [], 0.0
+        for test in sorted(fitting, key=self.seconds.__getitem__):
+            spent += self.seconds[test]
+            if found and spent > budget:
+                break
+            found.append(test)
+        return found
+
+
+def baseline(mutants: list[Mutant], package: Path, jobs: int, limit: float) -> Baseline:
+    """Runs the tests of all the mutants' files on the unchanged package, shared out to `jobs` processes."""
+    wanted: dict[str, dict[int, list[int]]] = {}
+    for number, m in enumerate(mutants):
+        for line in range(m.lines[0], m.lines[1] + 1) if m.lines is not None else ():
+            wanted.setdefault(str(package / m.path), {}).setdefault(line, []).append(number)
+    files = tuple(dict.fromkeys(t for m in mutants for t in tests_for(m.path)))
+    folder = package.parent
+    (folder / "lines.json").write_text(json.dumps(wanted))
+
+    def shard(i: int) -> dict[str, Any]:
+        record = folder / f"found{i}.json"
+        options = ("--mutation-lines", str(folder / "lines.json"), "--mutation-record", str(record), "--mutation-shard", f"{i}/{jobs}")
+        said = run_tests(package, (*options, *files), limit, stop=False)
+        if not record.exists():
+            return {"passed": {}, "failed": [f"a share of the tests: {said}"]}
+        found: dict[str, Any] = json.loads(record.read_text())
+        return found
+    seconds, running, failed = {}, defaultdict(list), []
+    with ThreadPoolExecutor(jobs) as pool:
+        for part in pool.map(shard, range(jobs)):
+            failed += part["failed"]
+            for test, (took, numbers) in part["passed"].items():
+                seconds[test] = took
+                for number in numbers:
+                    running[number].append(test)
+    return Baseline(seconds, dict(running), failed)
+
+
+def run_tests(package: Path, arguments: tuple[str, ...], limit: float, stop: bool = True) -> str:
+    """"" when all pass; else the first failing test, 'timeout', or the last line of a collection error. `stop` at the first failure."""
     path = os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "AICC_CACHE": "0"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=no", *tests]
+    command = [sys.executable, "-m", "pytest", *["-x"] * stop, "-q", "--no-header", "-p", "no:cacheprovider", "-p", "aicc.benchmarks.mutation_tests",
+               "--tb=no", *arguments]
     process = subprocess.Popen(command, cwd=package, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                start_new_session=True)
     try:
@@ -225,15 +317,19 @@ def run_tests(package: Path, tests: tuple[str, ...], limit: float) -> str:
     return next((line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1] if lines else f"exit {process.returncode}")[:200]
 
 
-def judge(mutant: Mutant, copies: Copies, limit: float) -> Outcome:
-    """Runs the tests of one mutant in a free copy, which is as before afterwards."""
+def judge(mutant: Mutant, tests: list[str], copies: Copies, limit: float) -> Outcome:
+    """Runs `tests` on one mutant in a free copy, which is as before afterwards. One that no test runs survives."""
+    if not tests:
+        return Outcome(mutant, False, "no test runs it", 0.0)
     package = copies.free.pop()
     path = package / mutant.path
     original = path.read_text()
     start = time.monotonic()
     try:
         path.write_text(mutant.text)
-        how = run_tests(package, tests_for(mutant.path), limit)
+        only = package.parent / "only.json"
+        only.write_text(json.dumps(tests))
+        how = run_tests(package, ("--mutation-only", str(only), *dict.fromkeys(t.partition("::")[0] for t in tests)), limit)
     finally:
         path.write_text(original)
         copies.free.append(package)
@@ -247,38 +343,49 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit", type=float, default=400, help="seconds per mutant; one that takes longer counts as killed")
+    parser.add_argument("--budget", type=float, default=100, help="seconds of tests per mutant, as they take unchanged")
     parser.add_argument("--seconds", type=float, default=math.inf, help="for all of it: later, no mutant is begun")
+    parser.add_argument("--baseline", type=Path, help="which tests run which lines: read from this file if it is there, else written to it")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th mutant of the sample, from the i-th on")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     arguments = parser.parse_args()
     until = time.monotonic() + arguments.seconds
     part, parts = map(int, arguments.part.split("/"))
-    mutants = sample(arguments.paths, arguments.sample or 10**9, arguments.seed)[part::parts]
+    mutants = sample(arguments.paths, arguments.sample or 10**9, arguments.seed)
     if arguments.list:
-        print("\n".join(map(str, mutants)))
+        print("\n".join(map(str, mutants[part::parts])))
         return 0
+    mine = range(len(mutants))[part::parts]
     copies = Copies(arguments.jobs)
     try:
-        tests = tuple(dict.fromkeys(t for m in mutants for t in tests_for(m.path)))
         start = time.monotonic()
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            failures = list(filter(None, pool.map(lambda t: run_tests(copies.free[0], (t,), 10 * arguments.limit), tests)))
-        if failures:
-            print(f"the tests fail without any mutant: {failures[0]}", file=sys.stderr)
+        if arguments.baseline is not None and arguments.baseline.exists():
+            base = Baseline.of(json.loads(arguments.baseline.read_text()), mutants)
+        else:
+            base = baseline(mutants, copies.free[0], arguments.jobs, 10 * arguments.limit)
+        if arguments.baseline is not None:
+            arguments.baseline.write_text(json.dumps({**vars(base), "mutants": list(map(str, mutants))}))
+        for failure in base.failed:
+            print(f"fails without any mutant, and judges none: {failure}", file=sys.stderr)
+        if not base.seconds:
             return 2
-        print(f"{len(mutants)} mutants (seed {arguments.seed}); the tests pass unchanged in {time.monotonic() - start:.0f} s", flush=True)
+        print(f"{len(mutants)} mutants (seed {arguments.seed}); {len(base.seconds)} tests pass unchanged in {sum(base.seconds.values()):.0f} s "
+              f"({time.monotonic() - start:.0f} s by {arguments.jobs} jobs)", flush=True)
+
+        def one(number: int) -> Outcome | None:
+            if time.monotonic() > until:
+                return None
+            m = mutants[number]
+            outcome = judge(m, base.chosen(number, m, arguments.budget), copies, arguments.limit)
+            print(f"{'killed  ' if outcome.killed else 'SURVIVED'} {outcome.seconds:5.0f} s  {m}  {outcome.how}", flush=True)
+            return outcome
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            outcomes = []
-            for outcome in pool.map(lambda m: judge(m, copies, arguments.limit) if time.monotonic() < until else None, mutants):
-                if outcome is None:
-                    continue
-                outcomes.append(outcome)
-                print(f"{'killed  ' if outcome.killed else 'SURVIVED'} {outcome.seconds:5.0f} s  {outcome.mutant}  {outcome.how}", flush=True)
+            outcomes = [o for o in pool.map(one, mine) if o is not None]
     finally:
         copies.close()
     survivors = [o.mutant for o in outcomes if not o.killed]
     killed = len(outcomes) - len(survivors)
-    print(f"\nkill rate: {killed} of {len(outcomes)} ({100 * killed / max(1, len(outcomes)):.0f} %), {len(mutants) - len(outcomes)} not tried")
+    print(f"\nkill rate: {killed} of {len(outcomes)} ({100 * killed / max(1, len(outcomes)):.0f} %), {len(mine) - len(outcomes)} not tried")
     for m in survivors:
         print(f"survived: {m}")
     return 0

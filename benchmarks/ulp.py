@@ -1,12 +1,13 @@
 """Largest error of the unary float32 functions of `backends/llvm/vecmath.py`, in ulps, over all 2^32 inputs.
 
     python benchmarks/ulp.py [--stride N] [--features avx512f] [name ...]                     # one after the other, printed as they come
-    python benchmarks/ulp.py --all --jobs 16 --seconds 500 --json ulp.json [--part 0/2]       # every function, by 16 processes
+    python benchmarks/ulp.py --all --jobs 16 --seconds 500 --json ulp.json [--part 0/2]       # every function, by 16 processes; goes on with ulp.json
 
 (PYTHONPATH is the folder above the checkout.) Each function is compiled for this host, run over every float32 bit pattern (or every N-th), and
 compared with torch's float64 function on the same inputs; the input of the largest error is evaluated once more with mpmath. With `--all`,
 eager's own float32 function is measured beside it on every `EAGER_EVERY`-th block of inputs. When the time is up, a function that is not
-through says on how many inputs it was measured. `ulp_docs.py` makes docs/numerics.md from the JSON.
+through says on how many inputs it was measured, and the JSON which pieces of them are missing: the same command measures those.
+`ulp_docs.py` makes docs/numerics.md from the JSON.
 """
 
 from __future__ import annotations
@@ -178,20 +179,26 @@ def _piece(name: str, piece: int, features: frozenset[str], until: float) -> Mea
     return sweep(name, 1, features, first, first + width, EAGER_EVERY)
 
 
-def sweep_all(names: Iterable[str], jobs: int, seconds: float, features: frozenset[str]) -> list[dict[str, Any]]:
-    """Every function over all inputs, as far as the time goes; one row per function, as in the JSON."""
+def sweep_all(names: Iterable[str], jobs: int, seconds: float, features: frozenset[str],
+              before: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Every function over all inputs, as far as the time goes; one row per function, as in the JSON. `before`: rows to go on with."""
     until = time.time() + seconds
-    found: dict[str, Measured] = {}
+    fields = Measured.__dataclass_fields__
+    found = {row["name"]: Measured(**{k: v for k, v in row.items() if k in fields}) for row in before}
+    missing = {row["name"]: list(row["missing"]) for row in before}
     names = list(names)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(_piece, name, piece, features, until): name for name in names for piece in range(PIECES)}
+        waiting = {pool.submit(_piece, name, piece, features, until): (name, piece)
+                   for name in names for piece in missing.setdefault(name, list(range(PIECES)))}
         for done in as_completed(waiting):
-            name, part = waiting[done], done.result()
+            (name, piece), part = waiting[done], done.result()
             if part is not None:
                 found[name] = merged(found[name], part) if name in found else part
+                missing[name].remove(piece)
                 if found[name].inputs == 1 << 32:
                     print(_line(asdict(found[name])), flush=True)
-    rows = [asdict(found.get(name, Measured(name))) for name in names]
+    rows: list[dict[str, Any]] = [asdict(found.get(name, Measured(name))) | {"missing": missing[name]}
+                                  for name in dict.fromkeys([*names, *found])]
     for row in rows:
         row["exact"] = exact_error(row["name"], row["at"]) if row["inputs"] else math.nan
         row["bound"] = MAX_ULP.get(row["name"], 0.5)
@@ -224,7 +231,8 @@ def main() -> int:
     if options.all:
         part, parts = map(int, options.part.split("/"))
         names = options.names or sorted(UNARY, key=lambda name: name in NO_BOUND)  # slow ones last
-        rows = sweep_all(names[part::parts], options.jobs, options.seconds, features)
+        before = json.loads(options.json.read_text())["rows"] if options.json is not None and options.json.exists() else []
+        rows = sweep_all(names[part::parts], options.jobs, options.seconds, features, before)
         if options.json is not None:
             machine = {"processor": _processor(), "features": sorted(host_features() & {"avx2", "fma", "avx512f"}), "torch": torch.__version__}
             options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))

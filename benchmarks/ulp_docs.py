@@ -42,7 +42,7 @@ def main() -> int:
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:
     """Without the time, with numbers as short as they are meant, and no NaN, which is no JSON."""
-    kept = {k: v for k, v in row.items() if k != "seconds"}
+    kept = {k: v for k, v in row.items() if k not in ("seconds", "missing")}
     return kept | {k: None if math.isnan(row[k]) else round(row[k], 4) for k in ("worst", "eager", "exact")}
 
 

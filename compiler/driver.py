@@ -30,6 +30,7 @@ from ..frontend.importer import import_graph
 from ..ir import Operation, Target
 from ..ir.passes import Pass, PassContext, Remark, parse_pipeline, run_pipeline
 from ..ir.printer import print_with_resources
+from ..ir.verifier import verify
 from ..runtime.artifact import Artifact
 from ..runtime.cache import ArtifactCache, cache_key
 from ..runtime.cuda_graph import CudaGraph
@@ -38,6 +39,7 @@ from .autotune import Tuner, tune_tiles
 from .env import read_environment
 from .errors import SettingError
 from .gpu import compile_cuda, cuda_device, cuda_target, kernel_resources, triton_version
+from .launches import launches, total
 from .manifest import build_manifest
 from .options import Options
 from .pipelines import STAGES, pipeline
@@ -79,6 +81,8 @@ def lower(module: Operation, target: Target, options: Options, compilation: Comp
         start = time.perf_counter()
         run_pipeline(module, parse_pipeline(pipeline(stage, target, options)), ctx, verify_each=options.verify,
                      after_each=None if observe is None else partial(observe, stage))
+        if not options.verify:
+            verify(module)
         compilation.seconds[stage] = time.perf_counter() - start
         if stage == "tensor" and options.mode == "max-autotune" and _is_here(target):
             tune_tiles(module, ctx, Tuner(options, read_environment().cache_dir if options.cache else None))
@@ -152,11 +156,11 @@ def _load(artifact: Artifact, device: str | None, options: Options) -> CompiledG
 
 
 def statistics(module: Operation) -> dict[str, Any]:
-    """Kernels, launches, externs with their reasons, and the memory plan of a host-level module."""
+    """Kernels, launches (outside loops, and in them), externs with their reasons, and the memory plan of a host-level module."""
     func = next(op for op in module.body if op.name == "func")
     externs = [op for op in func.body if op.name == "host.extern"]
     return {"kernels": sum(op.name == "tile.kernel" for op in module.body),
-            "launches": sum(op.name == "host.launch" and not op["cached"] for op in func.body),
+            **total(launches(module)).to_json(),
             "packed": sum(op.name == "host.launch" and op["cached"] for op in func.body),
             "library": sum(op.name == "host.library" for op in func.body),
             "externs": [{"target": op["target"], "reason": op["reason"], "location": str(op.location)} for op in externs],

@@ -13,7 +13,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,13 @@ from ..frontend.attention import write_out_attention
 from ..frontend.common_subexpressions import merge_common_subexpressions
 from ..frontend.decompositions import decomposition_table
 from ..frontend.flex import expand_flex
+from ..frontend.linear_loss import chunk_losses, expand_losses
 from ..frontend.random import random_decompositions, share_seeds
 from ..frontend.recompute import permute_transposes, recompute_attention
+from ..frontend.recompute_activations import recompute_activations
 from ..frontend.recurrent import expand_recurrent
 from ..frontend.scan import mend_gradients, unstack_invariants
+from .activations import within_budget
 from .control_flow import compile_pieces
 from .distributed.planned import compile_planned
 from .driver import Observer, compile_fx
@@ -54,37 +57,44 @@ def backend(options: Options, observe: Observer | None = None) -> Callable:
     def compiler(role: str) -> Callable:
         return lambda gm, _: _guarded(gm, options, role, _decompositions(options.fallback_random), observe)
 
-    return aot_backend(compiler, fallback_random=options.fallback_random, exact_casts=options.emulate_precision_casts)
+    return aot_backend(compiler, fallback_random=options.fallback_random, exact_casts=options.emulate_precision_casts,
+                       loss_bytes=options.loss_bytes, activation_bytes=options.activation_bytes)
 
 
-def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = False, exact_casts: bool = False) -> Callable:
+def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = False, exact_casts: bool = False,
+                loss_bytes: int = Options.loss_bytes, activation_bytes: int = Options.activation_bytes) -> Callable:
     """A Dynamo backend whose graphs are made as aicc's are: `compiler(role)` gives the compiler of forward, backward or inference graphs.
     `exact_casts`: nothing within an operator is rounded to 16 bits that ATen does not round."""
+    table = _decompositions(fallback_random)
+    split = partial(partition, activation_bytes=activation_bytes)
+
     def prepared(role: str) -> Callable:
         compile_one = compiler(role)
 
         def compile_seeded(gm: Graph, inputs: Sequence[Any]) -> Callable:
             if role == "inference":  # the others were parted from a graph whose seeds are shared
                 share_seeds(gm)
+            expand_losses(gm, table)
             return compile_one(gm, inputs)
 
         def compile_later(gm: Graph, inputs: Sequence[Any]) -> Callable:  # when the first gradient is wanted, outside of Dynamo
+            expand_losses(gm, table)
             return disable(compile_one(gm, inputs), reason="compiled code")
 
         return disable(compile_later, reason="a compiler is not traced") if role == "backward" else compile_seeded
 
     compilers: Any = {"fw_compiler": prepared("forward"), "bw_compiler": prepared("backward"), "inference_compiler": prepared("inference")}
-    table = _decompositions(fallback_random)
 
     def compile_captured(gm: Graph, inputs: Sequence[Any]) -> Callable:
         if isinstance(gm, Graph):  # not torch's wrapper that takes nested inputs apart: what it wraps was here before
             expand_recurrent(gm)
             mend_gradients(gm)
             write_out_attention(gm, drops=not fallback_random, exact=exact_casts)
+            chunk_losses(gm, loss_bytes)
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)
         # Dynamo does not trace into what it is given back: a wrapper that forbids it would cost each call a microsecond or two.
-        return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=partition, keep_inference_input_mutations=True, **compilers)
+        return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=split, keep_inference_input_mutations=True, **compilers)
 
     return compile_captured
 
@@ -94,17 +104,21 @@ def _decompositions(fallback_random: bool) -> dict[Any, Callable[..., Any]]:
     return decomposition_table() if fallback_random else {**decomposition_table(), **random_decompositions()}
 
 
-def partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, **rest: Any) -> tuple[Graph, Graph]:
-    """The forward and backward graphs of a joint one, by torch's min-cut, after what aicc wants computed again is computed again."""
+def partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, activation_bytes: int = 0, **rest: Any) -> tuple[Graph, Graph]:
+    """The forward and backward graphs of a joint one, by torch's min-cut, after what aicc wants computed again is computed again.
+
+    activation_bytes: the most that is kept in between (0: no bound)."""
     share_seeds(joint)
     _drop_detaches(joint.graph)
     unstack_invariants(joint)
     joint.graph.eliminate_dead_code()
     merge_common_subexpressions(joint.graph)
     recompute_attention(joint, num_fwd_outputs)  # after equal nodes are merged, for it makes copies
+    recompute_activations(joint, num_fwd_outputs)
     permute_transposes(joint.graph)
     with functorch_config.patch(cse=False, recompute_views=True):  # its own pass imports Inductor; a saved view would be a copy
-        return min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **rest)
+        return within_budget(joint, num_fwd_outputs, activation_bytes, lambda graph: min_cut_rematerialization_partition(
+            graph, inputs, num_fwd_outputs=num_fwd_outputs, **rest))
 
 
 def _drop_detaches(graph: torch.fx.Graph) -> None:

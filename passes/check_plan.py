@@ -4,7 +4,8 @@
 
 It shares nothing with the planner: no live ranges, no groups. A buffer is a `host.slot`, an argument, or a view of an output
 (scratch); writing marks the byte range as that buffer's, reading demands that the whole range still is. Within a launch an
-output may touch an input's bytes only where the kernel says so (`inplace`) and the ranges are equal. At the end all outputs
+output may touch an input's bytes only where the kernel says so (`inplace`) and the ranges are equal. Of launches side by side
+(`beside`), which stand next to each other, none may touch bytes that another writes. At the end all outputs
 must hold their own data. Symbolic plans are run at several symbol values within their ranges. Slots must be aligned and inside
 the arena, views inside the output.
 """
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from ..ir.core import IRError, Operation, Value
 from ..ir.expr import as_int
 from ..ir.types import BufferType
+from .liveness import inplace_pairs
 from .storage import ALIGNMENT, size_at, storage_bytes
 
 __all__ = ["check_plan"]
@@ -93,6 +95,7 @@ def _check(func: Operation, kernels: Mapping[str, Operation], symbols: Mapping[s
             outputs.append(arg)
         elif kind not in ("extern", "late"):
             memory.write(slots[arg])
+    beside = _Beside()
     for op in func.body:
         if op.name == "host.alloc":
             raise IRError(f"'host.alloc' of '{op.result.name}' is left after planning")
@@ -114,11 +117,38 @@ def _check(func: Operation, kernels: Mapping[str, Operation], symbols: Mapping[s
                 slots[op.result] = slots[source]
         elif op.name in _SPLIT:
             read, written = _SPLIT[op.name](op)
+            beside.check(op, [slots[op.operands[i]] for i in read if op.operands[i] in slots],
+                         [slots[op.operands[i]] for i in written if op.operands[i] in slots])
             _check_access(op, kernels, [(i, slots[op.operands[i]]) for i in read if op.operands[i] in slots],
                           [(i, slots[op.operands[i]]) for i in written if op.operands[i] in slots], memory, symbols)
     for arg in outputs:
         if arg.uses and not memory.has(slots[arg]):
             raise IRError(f"{slots[arg]} does not hold the result at the end; sizes {dict(symbols)}")
+
+
+class _Beside:
+    """The launches side by side so far."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.done: set[int] = set()
+        self.members: list[tuple[Operation, list[_Slot], list[_Slot]]] = []
+
+    def check(self, op: Operation, read: list[_Slot], written: list[_Slot]) -> None:
+        number = op.attributes.get("beside", 0)
+        if number != self.number:
+            self.done.add(self.number)
+            self.number, self.members = number, []
+        if not number:
+            return
+        if number in self.done:
+            raise IRError(f"launches of group {number} are not next to each other: '{op.name}' {op.attributes.get('kernel', '')} is apart")
+        for other, reads, writes in self.members:
+            for mine, theirs in ((written, reads + writes), (read, writes)):
+                for a, b in ((a, b) for a in mine for b in theirs if a.overlaps(b)):
+                    raise IRError(f"'{op.name}' {op.attributes.get('kernel', '')} and '{other.name}' {other.attributes.get('kernel', '')} run side "
+                                  f"by side, but {a} and {b} overlap and one is written")
+        self.members.append((op, read, written))
 
 
 def _launch(op: Operation) -> tuple[range, range]:
@@ -137,8 +167,7 @@ _SPLIT = {"host.launch": _launch, "host.loop": _launch, "host.library": _launch,
 def _check_access(op: Operation, kernels: Mapping[str, Operation], inputs: list[tuple[int, _Slot]],
                   outputs: list[tuple[int, _Slot]],
                   memory: _Memory, symbols: Mapping[str, int]) -> None:
-    kernel = kernels.get(op["kernel"].name) if op.name == "host.launch" else None
-    allowed = {tuple(pair) for pair in kernel["inplace"]} if kernel is not None else set()
+    allowed = set(inplace_pairs(op, kernels))
     where = f"at '{op.name}' {op.attributes.get('kernel', '')} with sizes {dict(symbols)}"
     for _, slot in inputs:
         if not memory.has(slot):

@@ -136,8 +136,7 @@ class Fuse(Pass):
             if op is joined.contraction:
                 self._take_prologue(joined, of, groups, ctx)
             self._merge_producer_groups(op, joined, of, groups, position)
-            if ctx.target.is_gpu:
-                self._merge_siblings(op, joined, of, groups)
+            self._merge_siblings(op, joined, of, groups, ctx.target.is_gpu)
         return groups
 
     def _take_prologue(self, g: Group, of: dict[Operation, Group], groups: list[Group], ctx: PassContext) -> None:
@@ -152,7 +151,7 @@ class Fuse(Pass):
             g.prologue.append(maker)
             g.values.update(maker.results)
 
-    def _merge_siblings(self, op: Operation, g: Group, of: dict[Operation, Group], groups: list[Group]) -> None:
+    def _merge_siblings(self, op: Operation, g: Group, of: dict[Operation, Group], groups: list[Group], on_gpu: bool) -> None:
         """`op`, an epilogue of the group's contraction, also reads the result of another product of the same left operand (gate and up of a gated
         unit): both are computed side by side, and the left operand is read once."""
         if g.contraction is None or op is g.contraction:
@@ -164,7 +163,7 @@ class Fuse(Pass):
             m = op["maps"][i]
             dims = plain_dims(m) if m is not None and fill_of(op, i) is None else None
             whole = dims is not None and [g.places[op][d] for d in dims] == list(range(len(g.frame)))
-            if not whole or len([c for c in g.members if is_contraction(c)]) > 1 or not are_siblings(g.contraction, other.contraction):
+            if not whole or len([c for c in g.members if is_contraction(c)]) > 1 or not are_siblings(g.contraction, other.contraction, on_gpu):
                 continue
             g.members.insert(0, other.contraction)
             g.places[other.contraction] = tuple(range(len(g.frame)))

@@ -14,7 +14,7 @@ from ..ir.core import Operation, Value
 from ..ir.expr import Dim
 from .storage import align
 
-__all__ = ["Group", "buffer_bytes", "find_groups", "live_ranges"]
+__all__ = ["Group", "base_of", "buffer_bytes", "find_groups", "inplace_pairs", "live_ranges", "spans"]
 
 
 @dataclass(eq=False)
@@ -42,10 +42,28 @@ def buffer_bytes(v: Value) -> Dim:
     return v.defining_op["bytes"]
 
 
+def base_of(v: Value) -> Value:
+    """The buffer that `v` is a view of, or itself."""
+    while v.defining_op is not None and v.defining_op.name == "host.view":
+        v = v.defining_op.operands[0]
+    return v
+
+
+def spans(func: Operation) -> list[tuple[int, int]]:
+    """For each position of the body: the first and last position of the ops that run side by side with the one there."""
+    ops = func.body.ops
+    found: dict[int, tuple[int, int]] = {}
+    for at, op in enumerate(ops):
+        if number := op.attributes.get("beside"):
+            found[number] = (found.get(number, (at, at))[0], at)
+    return [found.get(op.attributes.get("beside", 0), (at, at)) for at, op in enumerate(ops)]
+
+
 def live_ranges(func: Operation) -> dict[Value, tuple[int, int]]:
-    """`host.alloc` result -> (position of the first, of the last op that touches it or a view of it)."""
+    """`host.alloc` result -> (position of the first, of the last op that touches it or a view of it, or runs side by side with such an op)."""
     base: dict[Value, Value] = {}
     ranges: dict[Value, tuple[int, int]] = {}
+    around = spans(func)
     for at, op in enumerate(func.body):
         if op.name == "host.alloc":
             base[op.result] = op.result
@@ -55,25 +73,38 @@ def live_ranges(func: Operation) -> dict[Value, tuple[int, int]]:
         else:
             for v in op.operands:
                 if v in base:
-                    first, _ = ranges.get(base[v], (at, at))
-                    ranges[base[v]] = (first, at)
+                    first, last = ranges.get(base[v], around[at])
+                    ranges[base[v]] = (min(first, around[at][0]), max(last, around[at][1]))
     return ranges
+
+
+def inplace_pairs(op: Operation, kernels: Mapping[str, Operation]) -> tuple[tuple[int, int], ...]:
+    """(input, output) operand numbers of a host op that may share memory: what its kernel says, and of a product the summand and the result."""
+    if op.name == "host.launch":
+        kernel = kernels.get(op["kernel"].name)
+        return tuple(map(tuple, kernel["inplace"])) if kernel is not None else ()
+    if op.name == "host.library" and "c" in op["roles"]:
+        c, d = op["roles"].index("c"), op["roles"].index("d")
+        return ((c, d),) if op.operands[c].type.dtype == op.operands[d].type.dtype else ()  # type: ignore[attr-defined]
+    return ()
 
 
 def find_groups(func: Operation, kernels: Mapping[str, Operation]) -> dict[Value, Group]:
     """Every allocation's group, after in-place reuse.
 
     An output takes over from an input where the kernel's `inplace` allows it, the input dies at the launch, and the sizes are
-    equal.
+    equal; not from one that a launch beside it reads.
     """
+    around = spans(func)
+    ops = func.body.ops
     found = {v: Group(buffer_bytes(v), start, end, [v]) for v, (start, end) in live_ranges(func).items()}
     for at, op in enumerate(func.body):
-        if op.name != "host.launch" or op["kernel"].name not in kernels:
-            continue
         taken: set[Group] = set()
-        for i, j in kernels[op["kernel"].name]["inplace"]:
+        for i, j in inplace_pairs(op, kernels):
             source, target = found.get(op.operands[i]), found.get(op.operands[j])
-            if (source is None or target is None or source in taken or source.end != at or target.start != at
+            first, last = around[at]
+            if (source is None or target is None or source in taken or source.end != last or target.start != first
+                    or any(o is not op and found.get(base_of(v)) is source for o in ops[first:last + 1] for v in o.operands)
                     or source.bytes != target.bytes or op.operands.count(op.operands[i]) > 1):
                 continue
             taken.add(source)

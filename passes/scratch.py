@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from ..ir.core import BlockArg, Operation
 from ..ir.expr import Bounds, Dim, as_int, free_symbols, known_less
-from .liveness import Group
+from .liveness import Group, spans
 from .storage import align, storage_bytes
 
 __all__ = ["find_scratch"]
@@ -49,19 +49,20 @@ def find_scratch(func: Operation, kernels: Mapping[str, Operation], groups: Sequ
 
 
 def _first_write(func: Operation, arg: BlockArg) -> tuple[int, Operation] | None:
-    """Position and op of the first use of an output, which writes it; None if it is not used, or seen through a view."""
+    """The first use of an output, which writes it, and its position (that of the first op beside it); None if it is not used, or seen
+    through a view."""
     if any(op.name == "host.view" for op in arg.users):
         return None
-    for at, op in enumerate(func.body):
+    for (first, _), op in zip(spans(func), func.body, strict=True):
         if arg in op.operands:
-            return at, op
+            return first, op
     return None
 
 
 def _taken_over(op: Operation, arg: BlockArg, kernels: Mapping[str, Operation], groups: Sequence[Group], at: int,
                 size: Dim) -> Group | None:
     """The group that dies at `op` and that `op` may overwrite with the output."""
-    if op.name != "host.launch" or op["kernel"].name not in kernels or op.operands.count(arg) > 1:
+    if op.name != "host.launch" or op["kernel"].name not in kernels or op.operands.count(arg) > 1 or op["beside"]:
         return None
     out = op.operands.index(arg)
     for i, j in kernels[op["kernel"].name]["inplace"]:

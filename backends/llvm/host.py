@@ -15,17 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from llvmlite import ir
 
 from ...ir.core import IRError, Operation, Value
-from ...ir.expr import Dim, sym
+from ...ir.expr import Dim, as_int, product, sym
+from ...ir.launch_cost import SERIAL_NANOSECONDS, estimated_nanoseconds
 from ...ir.target import Target
 from ...ir.types import BufferType, element_type
 from .copies import copy_kernel
 from .kernel import emit_kernel
 from .loops import LoopSite, emit_loop
-from .parallel import emit_launcher
+from .parallel import Piece, emit_launcher, emit_side_by_side
 from .scalars import ScalarEmitter, at_block
 from .scratch import ErrorTable
 from .values import I32, I64, PTR, memory_type, stack_slot
@@ -61,24 +63,38 @@ class ModuleEmitter:
         self.steps: dict[str, ir.Function] = {}
         self.llvm = ir.Module(name)
         self.errors = ErrorTable()
-        self.launchers: dict[str, tuple[Operation, ir.Function]] = {}
-        self.same: dict[str, ir.Function] = {}
+        self.launchers: dict[tuple[str, frozenset[int]], tuple[Operation, ir.Function]] = {}
+        self.same: dict[str, tuple[ir.Function, ir.Function]] = {}
+        self.functions_of: dict[str, ir.Function] = {}
         self.copies: dict[tuple[BufferType, BufferType], str] = {}
         self.exported: list[str] = []
         self.constants: dict[Operation, ir.GlobalVariable] = {}
 
-    def launcher(self, name: str) -> tuple[Operation, ir.Function]:
-        """The kernel and the function that launches it. IRError if the module has no such kernel."""
-        if name not in self.launchers:
+    def launcher(self, name: str, nontemporal: frozenset[int] = frozenset()) -> tuple[Operation, ir.Function]:
+        """The kernel and the function that launches it, writing these of its buffers past the caches. IRError if the module has no such kernel."""
+        if (name, nontemporal) not in self.launchers:
             kernel = self.source.get(name)
             if kernel is None:
                 known = ", ".join(sorted(self.source)) or "none"
                 raise IRError(f"'host.launch' of unknown kernel '@{name}'; the module has {known}")
-            key = _structure(kernel)
+            key = f"{sorted(nontemporal)} {_structure(kernel)}"
             if key not in self.same:
-                self.same[key] = emit_launcher(self.llvm, kernel, emit_kernel(self.llvm, kernel, self.target, self.errors))
-            self.launchers[name] = kernel, self.same[key]
-        return self.launchers[name]
+                function = emit_kernel(self.llvm, kernel, self.target, self.errors, nontemporal)
+                self.same[key] = emit_launcher(self.llvm, kernel, function), function
+            self.launchers[name, nontemporal] = kernel, self.same[key][0]
+            if not nontemporal:
+                self.functions_of[name] = self.same[key][1]
+        return self.launchers[name, nontemporal]
+
+    def programs(self, name: str) -> ir.Function:
+        """The function that runs some of the programs of a kernel on the calling thread."""
+        self.launcher(name)
+        return self.functions_of[name]
+
+    def splits(self, name: str) -> bool:
+        """Some launch of function `name` is long enough to be shared among threads by itself."""
+        launched = [self.source[op["kernel"].name] for op in self.functions[name].body if op.name == "host.launch"]
+        return any(not isinstance(t := estimated_nanoseconds(k), int) or t >= SERIAL_NANOSECONDS for k in launched)
 
     def copier(self, source: BufferType, target: BufferType) -> str:
         """The name of a kernel that copies between buffers of these types."""
@@ -91,8 +107,8 @@ class ModuleEmitter:
             self.source[name] = copy_kernel(name, source, target)
         return self.copies[key]
 
-    def host(self, func: Operation) -> HostProgram:
-        """Emits one host function."""
+    def host(self, func: Operation, stepwise: bool = False) -> HostProgram:
+        """Emits one host function; `stepwise`: each launch, copy or loop is a segment of its own (for a profiler)."""
         name = func["sym_name"]
         steps: list[Step] = []
         packs: dict[int, list[Operation]] = {}
@@ -115,6 +131,8 @@ class ModuleEmitter:
                 packs.setdefault(_packed_id(op), []).append(op)
             elif op.name in _NATIVE:
                 run.append(op)
+                if stepwise:
+                    flush()
             elif op.name not in _BUFFERS and op.name != "return":
                 raise NotImplementedError(f"'{op.name}' has no lowering to LLVM at the host level")
         flush()
@@ -155,6 +173,8 @@ class ModuleEmitter:
         return self.constants[op]
 
 
+LONG = 1 << 40
+"""Nanoseconds that a loop counts as: loops are begun before all else."""
 _NAMES_ONLY = ("sym_name", "provenance")
 
 
@@ -206,12 +226,46 @@ class _Segment:
         names = list(self.func["symbols"])
         self.sizes = {s: b.load(b.gep(symbols, [I64(i)], source_etype=I64), typ=I64) for i, s in enumerate(names)}
         with self.scalars.scope(self.sizes, "segment"):
-            for op in ops:
-                if op.name == "host.loop":
-                    emit_loop(LoopSite(self.owner, b, self.scalars, self.sizes, self.pointer, context), op)
+            for number, members in groupby(ops, key=lambda op: op.attributes.get("beside", 0)):
+                if number:
+                    self._side_by_side(list(members), context)
                 else:
-                    self._launch(op, context)
+                    for op in members:
+                        self._step(op, context)
             b.ret(b.load(context, typ=I32))
+
+    def _step(self, op: Operation, context: ir.Value) -> None:
+        if op.name == "host.loop":
+            emit_loop(LoopSite(self.owner, self.b, self.scalars, self.sizes, self.pointer, context), op)
+        else:
+            self._launch(op, context)
+
+    def _side_by_side(self, ops: list[Operation], context: ir.Value) -> None:
+        """One parallel region for all, whose pieces are functions of the table, the symbols, the first and last program, and the error word."""
+        pieces = []
+        for i, op in enumerate(ops):
+            f = ir.Function(self.f.module, ir.FunctionType(ir.VoidType(), [PTR, PTR, I64, I64, PTR]), f"{self.f.name}.beside{op['beside']}.{i}")
+            f.linkage = "internal"
+            f.attributes.add("nounwind")
+            pieces.append(_Segment(self.owner, self.func, f).piece(op))
+        emit_side_by_side(self.b, pieces, self.f.args[0], self.f.args[1], context)
+
+    def piece(self, op: Operation) -> Piece:
+        """Emits the function as one launch, or the programs of it that it is told, or a loop."""
+        b, f = self.b, self.f
+        names = list(self.func["symbols"])
+        self.sizes = {s: b.load(b.gep(f.args[1], [I64(i)], source_etype=I64), typ=I64) for i, s in enumerate(names)}
+        with self.scalars.scope(self.sizes, "piece"):
+            if op.name == "host.loop":
+                emit_loop(LoopSite(self.owner, b, self.scalars, self.sizes, self.pointer, f.args[4]), op)
+                made = Piece(f, 1, LONG, inside=self.owner.splits(op["body"].name))
+            else:
+                kernel, _ = self.owner.launcher(op["kernel"].name)
+                sizes = [self.scalars.emit(_size(s, self.sizes, op["kernel"].name)) for s in kernel["symbols"]]
+                b.call(self.owner.programs(op["kernel"].name), [*(self.pointer(v) for v in op.operands), *sizes, *f.args[2:]])
+                made = Piece(f, as_int(product(kernel["grid"])), as_int(estimated_nanoseconds(kernel)))
+            b.ret_void()
+        return made
 
     def _launch(self, op: Operation, context: ir.Value) -> None:
         if op.name == "host.copy":
@@ -220,11 +274,23 @@ class _Segment:
             name = self.owner.copier(source, target)
         else:
             name = op["kernel"].name
-        kernel, launcher = self.owner.launcher(name)
+        nontemporal = frozenset(op["nontemporal"])
+        kernel, launcher = self.owner.launcher(name, nontemporal)
         if len(kernel.body.args) != len(op.operands):
             raise IRError(f"kernel '@{name}' takes {len(kernel.body.args)} buffers, but is launched on {len(op.operands)}")
         sizes = [self.scalars.emit(_size(s, self.sizes, name)) for s in kernel["symbols"]]
-        self.b.call(launcher, [*(self.pointer(v) for v in op.operands), *sizes, context])
+        args = [*(self.pointer(v) for v in op.operands), *sizes, context]
+        excess = op["excess"]
+        if isinstance(excess, int):
+            self.b.call(launcher, args)
+            return
+        large = self.b.icmp_signed(">=", self.scalars.emit(excess), I64(0))
+        ordinary = self.owner.launcher(name)[1]
+        with self.b.if_else(large) as (then, otherwise):
+            with then:
+                self.b.call(launcher, args)
+            with otherwise:
+                self.b.call(ordinary, args)
 
     def pointer(self, v: Value) -> ir.Value:
         """The address of a buffer."""

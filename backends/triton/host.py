@@ -21,7 +21,7 @@ from ...ir.expr import Dim, ceildiv, delinearize, free_symbols, product, sym
 from ...ir.expr_json import expr_to_json
 from ...ir.types import BufferType, TileType, element_type, index
 
-__all__ = ["Copy", "Launch", "MatMul", "Place", "Program", "Step", "build_program"]
+__all__ = ["Copy", "Launch", "Loop", "MatMul", "Place", "Program", "Step", "build_program"]
 
 ALIGNMENT = 16
 COPY_TILE = 1024
@@ -79,6 +79,28 @@ class MatMul:
         return {n: p for n in ("a", "b", "d", "bias", "c", "workspace") if (p := getattr(self, n)) is not None}
 
 
+@dataclass(frozen=True)
+class Loop:
+    """`trips` calls of the function `body` (see `host.loop`), for programs that run on CPU memory (`steps.py`): a device has none.
+
+    `types` are those of `buffers`. `results` says of each of the body's results what it is: ("buffer" or "input", its argument's number) or
+    ("same", an earlier result's number). `arena`: bytes that the body needs.
+    """
+
+    body: str
+    buffers: tuple[Place, ...]
+    types: tuple[BufferType, ...]
+    carried: int
+    sliced: int
+    reversed_operands: tuple[int, ...]
+    reversed_results: tuple[int, ...]
+    trips: Dim
+    outputs: int
+    results: tuple[tuple[str, int], ...]
+    arena: Dim
+    line: str = ""
+
+
 Step = Launch | Copy | MatMul
 
 
@@ -102,19 +124,19 @@ class Program:
         return tuple(all(p.aligned for p in column) for column in zip(*rows, strict=True))
 
 
-def build_program(module: Operation) -> Program:
-    """IRError for host ops that are not fully planned, or unknown."""
+def build_program(module: Operation, loops: bool = False) -> Program:
+    """IRError for host ops that are not fully planned, or unknown; `loops` allows `host.loop`."""
     kernels = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
+    functions = {op["sym_name"]: op for op in module.body if op.name == "func"}
     program = Program()
-    for op in module.body:
-        if op.name == "func":
-            _Builder(op, kernels, program).run()
+    for func in functions.values():
+        _Builder(func, kernels, program, functions if loops else {}).run()
     return program
 
 
 class _Builder:
-    def __init__(self, func: Operation, kernels: Mapping[str, Operation], program: Program):
-        self.func, self.kernels, self.program = func, kernels, program
+    def __init__(self, func: Operation, kernels: Mapping[str, Operation], program: Program, bodies: Mapping[str, Operation]):
+        self.func, self.kernels, self.program, self.bodies = func, kernels, program, bodies
         self.places: dict[Value, Place] = {}
         ids = [int(op["id"]) for op in func.body if op.name == "host.persistent"]
         self.arguments, self.persistent = len(func.body.args), max(ids, default=-1) + 1
@@ -140,6 +162,8 @@ class _Builder:
                 steps.append(self._copy(op))
             elif op.name == "host.library":
                 steps.append(self._product(op))
+            elif op.name == "host.loop" and op["body"].name in self.bodies:
+                steps.append(self._loop(op))  # type: ignore[arg-type]  # only where `loops` was asked for
             elif op.name == "host.extern":
                 if steps:
                     functions[f"{name}_{len(functions)}"], steps = steps, []
@@ -204,6 +228,14 @@ class _Builder:
         align["c"] = ALIGNMENT if "c" not in places or places["c"].aligned else sizes["c"]
         return MatMul({**_json(shape), "align": align}, **places, line=_line(op))
 
+    def _loop(self, op: Operation) -> Loop:
+        body = self.bodies[op["body"].name]
+        results = tuple((a["kind"], a["result"] if a["kind"] == "same" else a["arg"]) for a in body["result_attrs"])
+        types = tuple(v.type for v in op.operands)
+        return Loop(f"{body['sym_name']}_0", tuple(self.places[v] for v in op.operands), types, op["carried"], op["sliced"],  # type: ignore[arg-type]
+                    tuple(op["reversed_operands"]), tuple(op["reversed_results"]), op["trips"], op["outputs"], results,
+                    body["stats"].get("arena_bytes", 0), _line(op))
+
     def _copy(self, op: Operation) -> Launch | Copy:
         source, target = (v.type for v in op.operands)
         assert isinstance(source, BufferType) and isinstance(target, BufferType)
@@ -219,9 +251,9 @@ class _Builder:
         return Launch(self.copies[source, target], places, _line(op))
 
 
-def _places(step: Step) -> tuple[Place, ...]:
+def _places(step: Step | Loop) -> tuple[Place, ...]:
     """The addresses that a step uses."""
-    if isinstance(step, Launch):
+    if isinstance(step, (Launch, Loop)):
         return step.buffers
     return (step.source, step.target) if isinstance(step, Copy) else tuple(step.places.values())
 

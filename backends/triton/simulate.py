@@ -10,7 +10,6 @@ libdevice, which Triton's interpreter does not have, is replaced by torch's func
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,14 +25,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...ir.core import IRError, Operation
 from ...ir.expr import evaluate
-from ...ir.expr_json import json_to_expr
 from ...ir.interpreter import interpret
-from ...ir.interpreter.context import TORCH_DTYPES, Context
+from ...ir.interpreter.context import Context
 from ...ir.interpreter.memory import Memory, extent
-from ...ir.types import BufferType, TensorType
+from ...ir.types import TensorType
 from .compile import default_cache, load_function
-from .host import Copy, MatMul, Place, build_program
 from .printer import KernelSource, print_kernel
+from .steps import StepLibrary, buffer_memory
 
 __all__ = ["Libdevice", "SimulatedLibrary", "simulate"]
 
@@ -121,96 +119,20 @@ def _mended() -> Iterator[None]:
         del interpreter_builder.create_si_to_fp, interpreter_builder.create_ui_to_fp
 
 
-class SimulatedLibrary:
-    """The functions of a host-level module with the executor's calling convention, each launch interpreted on CPU memory."""
+class SimulatedLibrary(StepLibrary):
+    """The functions of a host-level module, each launch in Triton's interpreter on CPU memory."""
 
     def __init__(self, module: Operation, cache_dir: Path | None = None):
-        self.program = build_program(module)
+        super().__init__(module)
         self.sources = {name: print_kernel(k, self.program.divisible(name)) for name, k in self.program.kernels.items()}
-        self.constants = [ctypes.create_string_buffer(c, max(1, len(c))) for c in self.program.constants]
         self.folder = cache_dir or default_cache()
-        self.symbols: list[str] = []
         self.launches = 0
 
-    def bind(self, symbols: Sequence[str]) -> None:
-        self.symbols = list(symbols)
-
-    def function(self, name: str) -> Callable[[int, int], int]:
-        """Runs function `name`: 0, or 1 where an index is out of range."""
-        steps = self.program.functions[name]
-
-        def run(table: int, symbols: int) -> int:
-            env = dict(zip(self.symbols, (ctypes.c_int64 * len(self.symbols)).from_address(symbols)[:])) if self.symbols else {}
-
-            def address(p: Place) -> int:
-                base = (
-                    ctypes.addressof(self.constants[p.slot])
-                    if p.constant
-                    else ctypes.c_uint64.from_address(table + 8 * p.slot).value
-                )
-                return base + evaluate(p.offset, env)
-
-            for step in steps:
-                if isinstance(step, Copy):
-                    ctypes.memmove(address(step.target), address(step.source), evaluate(step.bytes, env))
-                    continue
-                if isinstance(step, MatMul):
-                    run_product(step.shape, {name: address(p) for name, p in step.places.items()}, env)
-                    continue
-                kernel, source = self.program.kernels[step.kernel], self.sources[step.kernel]
-                flat = [_memory(address(p), a.type, env) for p, a in zip(step.buffers, kernel.body.args, strict=True)]
-                self.launches += 1
-                try:
-                    run_kernel(
-                        source,
-                        math.prod(evaluate(g, env) for g in kernel["grid"]),
-                        flat,
-                        [env[s] for s in source.symbols],
-                        self.folder,
-                    )
-                except IndexError:
-                    return 1
-            return 0
-
-        return run
-
-
-def run_product(shape: Mapping[str, Any], addresses: Mapping[str, int], env: Mapping[str, int]) -> None:
-    """A matrix product as cuBLASLt computes it (see `runtime/cublaslt.py`), on CPU memory."""
-
-    def numbers(key: str) -> list[int]:
-        return [int(evaluate(json_to_expr(e), env)) for e in shape[key]]
-
-    batch, m, n, k = numbers("sizes")
-    layouts: dict[str, tuple[tuple[int, ...], list[int]]] = {
-        "a": ((batch, m, k), numbers("a")),
-        "b": ((batch, k, n), numbers("b")),
-        "d": ((batch, m, n), [*numbers("d"), 1]),
-    }
-    if shape["c"]:
-        layouts["c"] = ((batch, m, n), [*numbers("c"), 1])
-    if shape["bias"]:
-        layouts["bias"] = ((n,), [1])
-    if 0 in (batch, m, n):
-        return
-    x = {}
-    for name, (sizes, strides) in layouts.items():
-        dtype = TORCH_DTYPES[shape["types"][name]]
-        size = extent(sizes, strides) * dtype.itemsize
-        x[name] = torch.frombuffer((ctypes.c_uint8 * size).from_address(addresses[name]), dtype=dtype).as_strided(sizes, strides)
-    total = x["a"].double() @ x["b"].double()
-    total = total + sum(x[name].double() for name in ("bias", "c") if name in x)
-    x["d"].copy_(total.relu() if shape["act"] == "relu" else total)
-
-
-def _memory(address: int, t: Any, env: Mapping[str, int]) -> torch.Tensor:
-    """The memory of a buffer as a flat tensor."""
-    assert isinstance(t, BufferType)
-    dtype = TORCH_DTYPES[t.dtype.name]
-    n = extent([evaluate(d, env) for d in t.shape], [evaluate(d, env) for d in t.layout])
-    if n == 0:
-        return torch.empty(0, dtype=dtype)
-    return torch.frombuffer((ctypes.c_uint8 * (n * dtype.itemsize)).from_address(address), dtype=dtype)
+    def launch(self, kernel: str, addresses: Sequence[int], env: Mapping[str, int]) -> None:
+        op, source = self.program.kernels[kernel], self.sources[kernel]
+        flat = [buffer_memory(a, v.type, env) for a, v in zip(addresses, op.body.args, strict=True)]
+        self.launches += 1
+        run_kernel(source, math.prod(evaluate(g, env) for g in op["grid"]), flat, [env[s] for s in source.symbols], self.folder)
 
 
 _FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {

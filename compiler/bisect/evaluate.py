@@ -155,7 +155,7 @@ def run_module(module: Operation, arguments: Sequence[Any], precision: torch.dty
     given = [copied(a, precision) for a in arguments]
     table: dict[str, Handler] = {n: _extern_handler(HANDLERS[n]) for n in ("graph.extern", "tensor.extern")}
     table |= handlers or {}
-    constant = _folded(func.walk()) if fold and precision is not None else set()
+    constant = _folded(op for f in module.body if f.name == "func" for op in f.walk()) if fold and precision is not None else set()
     if constant:
         for name in {op.name for op in constant}:
             table[name] = _folding(table.get(name) or HANDLERS[name], constant)

@@ -10,7 +10,6 @@ the programs of a launch run in any order.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,21 +17,20 @@ from typing import Any
 import torch
 
 from ...backends.llvm import compile_module
-from ...backends.triton.host import Copy, MatMul, Place, Program, build_program
-from ...backends.triton.simulate import run_product
+from ...backends.triton.steps import StepLibrary, buffer_memory
 from ...ir import Target
 from ...ir.core import IRError, Operation, Value
-from ...ir.expr import Dim, ceildiv, evaluate
+from ...ir.expr import Dim, ceildiv
 from ...ir.interpreter import HANDLERS
-from ...ir.interpreter.context import TORCH_DTYPES, Context
-from ...ir.interpreter.memory import Memory, extent
+from ...ir.interpreter.context import Context
+from ...ir.interpreter.memory import Memory
 from ...ir.interpreter.tile import LANES, Programs
-from ...ir.types import BufferType, TileType
+from ...ir.types import TileType
 from ...runtime.arena import ArenaPool
 from ...runtime.executor import CompiledGraph
 from ..manifest import build_manifest
 from .capture import copied
-from .evaluate import SEED, function_of
+from .evaluate import SEED
 
 __all__ = ["InterpretedLibrary", "poisoned_run", "run_host", "run_native", "without_sharing"]
 
@@ -66,7 +64,7 @@ def poisoned_run(make: Callable[[ArenaPool], CompiledGraph], arguments: Sequence
 
 def run_host(module: Operation, arguments: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """(what the program returns, its arguments afterwards); every buffer has memory of its own where the plan is still to be made."""
-    if any(op.name == "host.alloc" for op in function_of(module).body):
+    if any(op.name == "host.alloc" for func in module.body if func.name == "func" for op in func.body):
         module = without_sharing(module)
     manifest = build_manifest(module)
     return poisoned_run(lambda arenas: CompiledGraph(manifest, library=InterpretedLibrary(module), arenas=arenas), arguments)
@@ -80,74 +78,33 @@ def run_native(module: Operation, arguments: Sequence[Any], target: Target) -> t
 
 
 def without_sharing(module: Operation) -> Operation:
-    """A copy whose `host.alloc`s are slots one after the other."""
+    """A copy whose `host.alloc`s are slots one after the other, in loops' bodies too."""
     made = module.clone()
-    func = function_of(made)
-    top: Dim = 0
-    for op in list(func.body):
-        if op.name != "host.alloc":
-            continue
-        slot = Operation.create("host.slot", (), {"offset": top, "bytes": op["bytes"]}, [op.result.type], location=op.location)
-        func.body.insert_before(op, slot)
-        op.result.replace_all_uses_with(slot.result)
-        op.erase()
-        top = top + ceildiv(slot["bytes"], _ALIGNMENT) * _ALIGNMENT
-    func.attributes["stats"] = {**func["stats"], "arena_bytes": top}
+    for func in [op for op in made.body if op.name == "func"]:
+        top: Dim = 0
+        for op in list(func.body):
+            if op.name != "host.alloc":
+                continue
+            slot = Operation.create("host.slot", (), {"offset": top, "bytes": op["bytes"]}, [op.result.type], location=op.location)
+            func.body.insert_before(op, slot)
+            op.result.replace_all_uses_with(slot.result)
+            op.erase()
+            top = top + ceildiv(slot["bytes"], _ALIGNMENT) * _ALIGNMENT
+        func.attributes["stats"] = {**func["stats"], "arena_bytes": top}
     return made
 
 
-class InterpretedLibrary:
-    """The functions of a host-level module with the executor's calling convention, each launch interpreted on the memory itself."""
+class InterpretedLibrary(StepLibrary):
+    """The functions of a host-level module, each launch interpreted on the memory itself."""
 
-    def __init__(self, module: Operation):
-        self.program: Program = build_program(module)
-        self.constants = [ctypes.create_string_buffer(c, max(1, len(c))) for c in self.program.constants]
-        self.symbols: list[str] = []
-
-    def bind(self, symbols: Sequence[str]) -> None:
-        self.symbols = list(symbols)
-
-    def function(self, name: str) -> Callable[[int, int], int]:
-        """Runs function `name`: 0, or 1 where an index is out of range."""
-        steps = self.program.functions[name]
-
-        def run(table: int, symbols: int) -> int:
-            env = dict(zip(self.symbols, (ctypes.c_int64 * len(self.symbols)).from_address(symbols)[:])) if self.symbols else {}
-
-            def address(p: Place) -> int:
-                base = ctypes.addressof(self.constants[p.slot]) if p.constant else ctypes.c_uint64.from_address(table + 8 * p.slot).value
-                return base + int(evaluate(p.offset, env))
-
-            for step in steps:
-                if isinstance(step, Copy):
-                    ctypes.memmove(address(step.target), address(step.source), int(evaluate(step.bytes, env)))
-                    continue
-                if isinstance(step, MatMul):
-                    run_product(step.shape, {name: address(p) for name, p in step.places.items()}, env)
-                    continue
-                try:
-                    launch(self.program.kernels[step.kernel], [address(p) for p in step.buffers], env)
-                except IndexError:
-                    return 1
-            return 0
-
-        return run
-
-
-def _memory(address: int, t: Any, env: Mapping[str, int]) -> torch.Tensor:
-    """The memory of a buffer as a flat tensor."""
-    assert isinstance(t, BufferType)
-    dtype = TORCH_DTYPES[t.dtype.name]
-    n = extent([int(evaluate(d, env)) for d in t.shape], [int(evaluate(d, env)) for d in t.layout])
-    if n == 0:
-        return torch.empty(0, dtype=dtype)
-    return torch.frombuffer((ctypes.c_uint8 * (n * dtype.itemsize)).from_address(address), dtype=dtype)
+    def launch(self, kernel: str, addresses: Sequence[int], env: Mapping[str, int]) -> None:
+        launch(self.program.kernels[kernel], addresses, env)
 
 
 def launch(kernel: Operation, addresses: Sequence[int], env: Mapping[str, int]) -> None:
     """Runs one kernel on memory. IndexError where an index in the data is out of range, IRError where the kernel leaves its buffers."""
     args = kernel.body.args
-    flat = [_memory(a, v.type, env) for a, v in zip(addresses, args, strict=True)]
+    flat = [buffer_memory(a, v.type, env) for a, v in zip(addresses, args, strict=True)]
     _spoil_overlaps(kernel, addresses, flat)
     ctx = Context(HANDLERS, symbols=dict(env))
     grid = ctx.dims(kernel["grid"])

@@ -4,8 +4,8 @@
 
 `fails(module, arguments)` says whether the fault shows. An op that goes leaves its value behind as an argument, so any choice of
 ops is a program. The order of attempts: each op alone (most faults need no more), each op with its producers, then delta debugging (Zeller and
-Hildebrandt 2002, "ddmin") of all that the failing result depends on. A single fused group is then reduced inside in the same way, and a
-single kernel by storing earlier and earlier values of its body.
+Hildebrandt 2002, "ddmin") of all that the failing result depends on. A single loop is then replaced by one of its trips (`loops.py`), a single
+fused group is reduced inside in the same way, and a single kernel by storing earlier and earlier values of its body.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ...ir.types import TensorType
 from ...ir.verifier import verify
 from ...passes.dce import DeadCodeElimination
 from .evaluate import Trace, function_of, trace
+from .loops import called, trips_of
 
 __all__ = ["Reduced", "extract", "reduce"]
 
@@ -81,9 +82,9 @@ def extract(module: Operation, holder: Operation, chosen: Sequence[Operation], k
             returned += [r for r in wanted if r not in returned and not used]
     made, top = make_module(module.attributes.get("level", ""))
     made.attributes.update(module.attributes)
-    launched = {o["kernel"].name for op in ops for o in op.walk() if "kernel" in o.attributes and o.name == "tile.launch"}
+    needed = called(module, ops)
     for kernel in module.body:
-        if kernel.name == "tile.kernel" and kernel["sym_name"] in launched:
+        if kernel.name == "tile.kernel" and kernel in needed:
             top.append(kernel.clone())
     symbols = dict(func["symbols"])
     n = len(outside)
@@ -101,6 +102,9 @@ def extract(module: Operation, holder: Operation, chosen: Sequence[Operation], k
         b.create("return", [mapping[v] for v in returned])
     else:
         b.create("return", _as_group(b, holder, ops, outside, returned, mapping))
+    for private in module.body:
+        if private.name == "func" and private in needed:
+            top.append(private.clone())
     return made, [*(known.values[v] for v in outside), *(known.symbols[s] for s in symbols)]
 
 
@@ -173,13 +177,24 @@ def reduce(module: Operation, arguments: Sequence[Any], fails: Fails, verdict: A
     search = _Search(fails, time.monotonic() + seconds)
     whole = Reduced(module, list(arguments), verdict, 0)
     best = _fewest(whole, function_of(module), search)
-    func = function_of(best.module)
-    ops = [op for op in func.body if not op.has_trait(Trait.ConstantLike) and op is not func.body.terminator]
+    ops = _ops(best)
+    while len(ops) == 1 and ops[0].name == "loop":
+        trips = trips_of(best.module, best.arguments, ops[0])
+        found = next((Reduced(*trip, v, search.tried) for trip in trips if not search.late and (v := search.test(*trip))), None)
+        if found is None:
+            break
+        best = _fewest(found, function_of(found.module), search)
+        ops = _ops(best)
     if len(ops) == 1 and ops[0].name == "tensor.fused":
         best = _fewest(best, ops[0], search)
     elif len(ops) == 1 and ops[0].name == "tile.launch":
         best = _earliest_store(best, search)
     return Reduced(best.module, best.arguments, best.verdict, search.tried)
+
+
+def _ops(found: Reduced) -> list[Operation]:
+    func = function_of(found.module)
+    return [op for op in func.body if not op.has_trait(Trait.ConstantLike) and op is not func.body.terminator]
 
 
 def _fewest(start: Reduced, holder: Operation, search: _Search) -> Reduced:

@@ -301,6 +301,10 @@ def culprit(small: Reduced) -> tuple[str, Location]:
     if op.name == "tensor.fused":
         inner = op.body.terminator.operands[returned[found.index].index if found is not None and found.index < len(returned) else 0]  # type: ignore[attr-defined]
         op = inner.defining_op or op
+    if op.name == "loop":  # no trip of it fails by itself
+        body = next(f for f in small.module.body if f.name == "func" and f["sym_name"] == op["body"].name)
+        place = next((o.location for o in (op, *body.walk()) if o.location.file), UNKNOWN)
+        return _line(op), place
     if op.name == "tile.launch":
         kernel = next(k for k in small.module.body if k.name == "tile.kernel" and k["sym_name"] == op["kernel"].name)
         stores = [o for o in kernel.walk() if o.name == "tile.store"]

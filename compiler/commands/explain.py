@@ -20,6 +20,7 @@ from ..capture import GraphRecord, Recorder, call_eager, call_model, prepare
 from ..dynamo import backend
 from ..errors import UserError
 from ..frames import CaptureLog
+from ..launches import Launches, launches
 from ..model_file import Script, load
 from ..options import Options
 from .common import Debug, Dynamic, ModelSpec, Train, console, reports_errors
@@ -101,19 +102,23 @@ def _graph(record: GraphRecord, every_remark: bool) -> dict[str, Any]:
     c = record.compilation
     assert c is not None
     kernels = [op for op in record.stages["host"].body if op.name == "tile.kernel"]
-    launches = Counter(op["kernel"].name for op in record.stages["host"].walk() if op.name == "host.launch")
+    counts = launches(record.stages["host"])
     groups = {k["sym_name"]: k for k in kernels}
     return {
         "name": record.title,
         "graph_ops": _count(record.stages["graph"]),
         "structured_ops": _count(record.stages["tensor"]),
-        "kernels": [{"name": n, "launches": launches[n], "ops": _count(k), "origin": _origins(k), **c.stats.get("resources", {}).get(n, {})}
-                    for n, k in groups.items()],
+        "kernels": [{"name": n, **counts.get(n, Launches()).to_json(), "per_call": _per_call(n, counts), "ops": _count(k), "origin": _origins(k),
+                     **c.stats.get("resources", {}).get(n, {})} for n, k in groups.items()],
         "externs": [{**e, "location": short_place(e["location"])} for e in c.stats.get("externs", [])],
         "times": c.graph.profile.table(40) if isinstance(c.graph, CudaGraph) and c.graph.profile is not None else [],
         "remarks": [{"pass": r.pass_name, "kind": r.kind, "message": r.message, "location": short_place(str(r.location)) if r.location.file else ""}
                     for r in c.remarks if every_remark or r.kind == "declined"],
     }
+
+
+def _per_call(kernel: str, counts: dict[str, Launches]) -> str:
+    return str(counts[kernel]) if kernel in counts else "only when a parameter has changed"
 
 
 def _count(op: Operation) -> dict[str, int]:
@@ -152,7 +157,7 @@ def _show(report: dict[str, Any], everything: bool) -> None:
             places = k["origin"]
             more = f" and {len(places) - 3} more" if len(places) > 3 else ""
             held = _resources(k) if on_gpu else ()
-            table.add_row(k["name"], str(k["launches"]), str(sum(k["ops"].values())), *held, escape("\n".join(places[:3]) + more))
+            table.add_row(k["name"], k["per_call"], str(sum(k["ops"].values())), *held, escape("\n".join(places[:3]) + more))
         out.print(table)
         for line in g["times"]:
             out.print(escape(line))

@@ -106,7 +106,8 @@ def _graphs(recorder: Recorder) -> list[dict[str, Any]]:
         if c is None:
             continue
         rows.append({"name": g.title, "seconds": {s: c.seconds[s] for s in _STAGES if s in c.seconds}, "cached": c.cached,
-                     "kernels": c.stats.get("kernels", 0), "launches": c.stats.get("launches", 0), "packed": c.stats.get("packed", 0),
+                     "kernels": c.stats.get("kernels", 0), "launches": c.stats.get("launches", 0), "in_loops": c.stats.get("in_loops", []),
+                     "packed": c.stats.get("packed", 0),
                      "externs": c.stats.get("externs", []), "memory": _memory(c)})
     return rows
 
@@ -136,7 +137,8 @@ def _show(report: dict[str, Any]) -> None:
         made.add_column(column, justify="left" if column == "graph" else "right")
     for g in report["graphs"]:
         m = g["memory"]
-        made.add_row(g["name"], str(g["kernels"]), str(g["launches"]), str(g["packed"]), str(len(g["externs"])),
+        launched = " + ".join([str(g["launches"]), *(f"{x['per_trip']} x {x['trips']}" for x in g["in_loops"])])
+        made.add_row(g["name"], str(g["kernels"]), launched, str(g["packed"]), str(len(g["externs"])),
                      *(_number(m[k]) for k in ("arena", "lower_bound", "unplanned")))
     out.print(made)
     externs = [(g["name"], e) for g in report["graphs"] for e in g["externs"]]

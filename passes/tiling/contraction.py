@@ -9,7 +9,7 @@ The right operand should be contiguous along N; `passes/pack.py` sees to that on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -102,10 +102,11 @@ def _rows_in_block(m: Dim, mr: int, most: int) -> int:
     return min(most, -(-m // (-(-m // most) * mr)) * mr)
 
 
-def emit_contraction(op: Operation, epilogue: list[Operation], outputs: list[Value], target: Target, e: Emitter,
+def emit_contraction(products: list[Operation], epilogue: list[Operation], outputs: list[Value], target: Target, e: Emitter,
                      buffers: dict[Value, Value], tile: tuple[int, int, int], limits: Limits = (0, 0, 0)) -> list[Dim]:
-    """Writes the body of the kernel; returns the grid."""
-    return Contraction(op, epilogue, outputs, e, buffers, tile, limits).cpu(target)
+    """Writes the body of a CPU kernel; returns the grid. Products beside the first are its siblings (`passes/siblings.py`)."""
+    first, *others = (Contraction(p, epilogue, outputs, e, buffers, tile, limits) for p in products)
+    return first.cpu(target, others)
 
 
 class Contraction:
@@ -266,7 +267,7 @@ class Contraction:
         sums = (self.limits[2] or COLUMNS) * self.acc_type.dtype.bytes // step_bytes  # of a row, counted in steps of K
         return _rows_in_block(self.m, mr, self.limits[0] or min(ROWS, budget // (length * inner + sums))), (d, length)
 
-    def cpu(self, target: Target) -> list[Dim]:
+    def cpu(self, target: Target, siblings: Sequence[Contraction] = ()) -> list[Dim]:
         e, (mr, nr, _) = self.e, self.tile
         batch = self._batch(e, 0)
         nb = len(batch)
@@ -287,7 +288,8 @@ class Contraction:
         if isinstance(self.m, int) and self.m <= rows:
             start, upper = 0, self.m
         first_panel = p_column * together
-        sums = e.builder.op("tile.alloca", type=BufferType((rows, together * nr), self.acc_type.dtype)) if cut is not None else None
+        products = [self, *siblings]
+        sums = {c: e.builder.op("tile.alloca", type=BufferType((rows, together * nr), self.acc_type.dtype)) for c in products if cut is not None}
 
         def at(inner: Emitter, i: Dim, panel: Dim) -> tuple[Dim, Dim, Dim, Dim]:
             """Rows (twice: as they are, and within bounds for reading), columns, and the place in `sums`."""
@@ -304,33 +306,33 @@ class Contraction:
             else:
                 inner.loop(first_panel, minimum(panels, first_panel + together), 1, [], panel_loop)
 
-        def multiply(inner: Emitter, i: Dim, panel: Dim, ks: list[Dim], within: tuple[Dim, Dim], acc: Value, steps: Dim) -> Value:
+        def multiply(c: Contraction, inner: Emitter, i: Dim, panel: Dim, ks: list[Dim], within: tuple[Dim, Dim], acc: Value, steps: Dim) -> Value:
             """acc + products over the range `within` of K, of `steps` steps or fewer."""
             safe_m, n = at(inner, i, panel)[1:3]
 
             def step(ke: Emitter, at_k: list[Dim], a: Value) -> Value:
-                self._prefetch(ke, batch, panel, at_k, len(ks), within[0], steps, i - start, rows)
-                return self._rank1(ke, batch, safe_m, n, at_k, a)
+                c._prefetch(ke, batch, panel, at_k, len(ks), within[0], steps, i - start, rows)
+                return c._rank1(ke, batch, safe_m, n, at_k, a)
             return self._k_loops(inner, acc, step, ks, within)
 
-        def in_parts(inner: Emitter, i: Dim, panel: Dim, ks: list[Dim], within: tuple[Dim, Dim], most: Dim) -> Value:
+        def in_parts(c: Contraction, inner: Emitter, i: Dim, panel: Dim, ks: list[Dim], within: tuple[Dim, Dim], most: Dim) -> Value:
             """The products over a range of K, of at most `most` steps, summed in parts where the range is long and the only one left."""
             steps = PART // self.depth
             exact = not self.acc_type.dtype.is_float
             if exact or len(ks) + 1 < len(self.k_sizes) or not isinstance(most, int) or most <= 3 * steps // 2:
-                return multiply(inner, i, panel, ks, within, self._zero(inner), most)
+                return multiply(c, inner, i, panel, ks, within, self._zero(inner), most)
 
             def part(x: Emitter, k: Dim, carried: list[Value]) -> list[Value]:
-                return [x.builder.arith("add", carried[0], multiply(x, i, panel, ks, (k, minimum(within[1], k + steps)), self._zero(x), steps))]
+                return [x.builder.arith("add", carried[0], multiply(c, x, i, panel, ks, (k, minimum(within[1], k + steps)), self._zero(x), steps))]
             return inner.loop(*within, steps, [self._zero(inner)], part)[0]
 
         def whole(inner: Emitter, i: Dim, panel: Dim) -> None:
             m, _, n, _ = at(inner, i, panel)
-            acc = in_parts(inner, i, panel, [], (0, self.k_sizes[0]), self.k_sizes[0])
-            self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)])
+            acc, *others = (in_parts(c, inner, i, panel, [], (0, self.k_sizes[0]), self.k_sizes[0]) for c in products)
+            self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)], {c.op: x for c, x in zip(siblings, others, strict=True)})
 
         def k_nest(inner: Emitter, ks: list[Dim]) -> None:
-            assert sums is not None and cut is not None
+            assert cut is not None
             d, length = cut
             size = self.k_sizes[len(ks)]
             if len(ks) < d:
@@ -343,16 +345,18 @@ class Contraction:
             def block(x: Emitter, k: Dim, _: list[Value]) -> list[Value]:
                 def one(y: Emitter, i: Dim, panel: Dim) -> None:
                     place = simplify(at(y, i, panel)[3], y.bounds())
-                    part = in_parts(y, i, panel, ks, (k, minimum(size, k + length)), length)
-                    before = y.load(sums, place, [(0, sum(ks, k))])  # zeros in the first block
-                    y.store(sums, y.builder.arith("add", before, part), place)
+                    for c in products:
+                        part = in_parts(c, y, i, panel, ks, (k, minimum(size, k + length)), length)
+                        before = y.load(sums[c], place, [(0, sum(ks, k))])  # zeros in the first block
+                        y.store(sums[c], y.builder.arith("add", before, part), place)
                 tiles(x, one)
                 return []
             inner.loop(0, size, length, [], block)
 
         def last_step(inner: Emitter, i: Dim, panel: Dim) -> None:
             m, _, n, place = at(inner, i, panel)
-            self.finish(inner, inner.load(sums, simplify(place, inner.bounds())), batch, m, n, [(m, upper), (n, self.n)])  # type: ignore[arg-type]
+            acc, *others = (inner.load(sums[c], simplify(place, inner.bounds())) for c in products)
+            self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)], {c.op: x for c, x in zip(siblings, others, strict=True)})
 
         if cut is None:
             tiles(e, whole)

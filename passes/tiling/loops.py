@@ -7,7 +7,7 @@ the vector dimension lies:
   vector is an inner one    row reduction: loops over the row, one per stage, then a reduction across the tile
   vector is an outer one    column reduction: a tile of columns is accumulated over the inner loops
 Reductions that depend on earlier ones are stages: one loop each, recomputing what is cheap; an expensive value that a later stage needs again is kept
-in the output it will be overwritten by, if there is one. When a row fits one tile there are no loops and nothing is recomputed.
+(`keeping.py`). When a row fits one tile there are no loops and nothing is recomputed.
 """
 
 from __future__ import annotations
@@ -18,108 +18,18 @@ from typing import Any
 
 from ...ir import Builder, Dim, IRError, Operation, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
-from ...ir.expr import ceildiv, free_symbols, minimum, product, simplify, split_linear, substitute
+from ...ir.expr import ceildiv, free_symbols, minimum, product, simplify, substitute
 from ...ir.types import DTYPES, index
 from ..structured import body_ops
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
-from .frame import Frame, is_expensive, make_online
-from .gpu_tiles import COLUMNS
+from .frame import Frame, make_online
+from .keeping import Home, choose_homes
+from .loop_tiles import TileChoice
 from .moments import add_second_moment, initial_count, spread_of_means
 
-__all__ = ["TileChoice", "choose_tile", "emit_loops"]
+__all__ = ["emit_loops", "traffic", "work"]
 
 I64 = DTYPES["i64"]
-
-
-@dataclass(frozen=True)
-class TileChoice:
-    """The shape of the kernel: which frame dimensions are t0 and t1, the tile's size, and how much one program covers."""
-
-    vector: str | None
-    row: str | None
-    shape: tuple[int, int]
-    chunk: int              # elements of the vector dimension per program, when it is an outer one
-    warps: int = 0          # of a program on a GPU; 0: as many as the tile's size suggests
-
-
-def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
-    """An analytic choice: contiguous bytes decide the vector dimension; body size decides how many registers a tile takes."""
-    scores: dict[str, float] = {}
-    for f, size in frame.sizes.items():
-        extent = size if isinstance(size, int) else 1 << 16
-        score = 0.0
-        for x in frame.accesses:
-            c = split_linear(x.offset, f)
-            weight = float(x.weight if isinstance(x.weight, int) else 1 << 20) * x.bytes
-            if c is None:
-                score -= weight * 0.25
-            elif c[0] == 1:
-                score += weight * (2.0 if x.is_store else 1.0)
-            elif c[0] != 0:
-                score -= weight * 0.5
-        scores[f] = score * min(extent, lanes) / lanes + 1e-3 * min(extent, lanes) / lanes
-    if not scores:
-        return TileChoice(None, None, (1, 1), 1)
-    vector = max(scores, key=lambda f: (scores[f], f))
-    size = frame.sizes[vector]
-    heavy = sum(len(op.body) for op in frame.members)
-    if gpu:
-        return _gpu_tile(frame, vector, size)
-    width = lanes * (2 if heavy > 24 else 4)
-    if isinstance(size, int):
-        size = max(size, 1)
-        while width > lanes and width >= 2 * size:
-            width //= 2
-        if size < lanes:
-            width = 1 << max(0, (size - 1).bit_length())
-            width = size if width > size else width
-    return TileChoice(vector, None, (1, width), max(width, 4096 // width * width))
-
-
-def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
-    """Power-of-two tiles of 1024 to 4096 elements; whole rows when they are short enough."""
-    extent = size if isinstance(size, int) else 1 << 16
-    others = [f for f in frame.sizes if f != vector and (f in frame.inner) != (vector in frame.inner)] if frame.inner else []
-    warps = 0
-    if vector in frame.inner:
-        width = min(1 << max(0, (extent - 1).bit_length()), 8192 if extent <= 8192 else 4096)
-        rows = max(1, min(16, 1024 // width))
-    elif frame.inner:
-        width = min(1 << max(0, (extent - 1).bit_length()), _columns(frame))
-        rows = 32
-        warps = 8 if width == COLUMNS and sum(bool(op["reductions"]) for op in frame.members) == 1 else 0
-    else:
-        width = min(1 << max(0, (extent - 1).bit_length()), 1024)
-        rows = max(1, 1024 // width)
-        others = [f for f in frame.sizes if f != vector]
-        across = _transposed(frame, vector)
-        if across is not None:  # both ways of walking memory see runs of 64 elements
-            return TileChoice(vector, across, (64, 64), 64, 8)
-    row = max(others, key=lambda f: (frame.sizes[f] if isinstance(frame.sizes[f], int) else 1 << 16, f), default=None)  # type: ignore[arg-type,return-value]
-    if row is not None and isinstance(frame.sizes[row], int):
-        rows = min(rows, 1 << max(0, (int(frame.sizes[row]) - 1).bit_length()))  # type: ignore[arg-type]
-    return TileChoice(vector, row if rows > 1 else None, (rows if row is not None else 1, width), width, warps)
-
-
-def _columns(frame: Frame) -> int:
-    """How many columns a program sums: few where there is little to do, so that more programs share it."""
-    points = product(frame.sizes.values())
-    if not isinstance(points, int):
-        return 64
-    return COLUMNS if points >= 1 << 22 else 64 if points >= 1 << 18 else 32
-
-
-def _transposed(frame: Frame, vector: str) -> str | None:
-    """Another dimension along which a large access that does not walk `vector` contiguously does so; None if either is short."""
-    def walks(x: Any, f: str) -> bool:
-        linear = split_linear(x.offset, f)
-        return linear is not None and linear[0] == 1
-    points = [x for x in frame.accesses if not walks(x, vector) and vector in free_symbols(x.offset)]
-    for f in frame.sizes:
-        long = all(not isinstance(frame.sizes[d], int) or frame.sizes[d] >= 64 for d in (f, vector))  # type: ignore[operator]
-        if f != vector and long and any(walks(x, f) for x in points):
-            return f
-    return None
 
 
 @dataclass
@@ -136,12 +46,13 @@ class _Scope:
 
 
 class _Lowering:
-    def __init__(self, frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], gpu: bool):
+    def __init__(self, frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], gpu: bool, private_bytes: int):
+        self.private_bytes = private_bytes
         self.frame, self.tile, self.e, self.buffers, self.gpu = frame, tile, e, buffers, gpu
         self.made: dict[Value, Operation] = {r: op for op in frame.members for r in op.results}
         self.stores = {x.value: x.offset for x in frame.accesses if x.is_store}
-        self.borrowed: dict[Value, Value] = {}   # an expensive value -> the output whose memory keeps it between stages
-        self.kept: set[Value] = set()            # borrowed values already written
+        self.homes: dict[Value, Home] = {}       # of values that are kept between stages
+        self.kept: set[Value] = set()            # those already written there
         self.outer_values: dict[Value, Value] = {}
         self.bounds = frame.bounds(e.symbols)
         # Reductions over dimensions of size 1 have accumulators too, though the frame has no inner dimension.
@@ -190,6 +101,8 @@ class _Lowering:
         upper = minimum(size, start + self.tile.chunk)
         if isinstance(size, int) and size <= self.tile.chunk:
             start, upper = 0, size
+        elif isinstance(size, int) and size % self.tile.chunk == 0:
+            upper = start + self.tile.chunk
 
         def body(inner: Emitter, i: Dim, _: list[Value]) -> list[Value]:
             scope = _Scope(inner, {**top.at, vector: i + sym("t1")}, {**top.active, vector: (i + sym("t1"), upper)})
@@ -215,7 +128,8 @@ class _Lowering:
         last = max(self.frame.stage.values())
         persistent = self.is_persistent()
         if not persistent and not self.frame.online:
-            self._borrow_outputs()
+            inner = self.tile.vector is None or self.tile.vector in self.frame.inner
+            self.homes = choose_homes(self.frame, self.stores, self.buffers, self.e, self._inner_order(), self.private_bytes if inner else 0)
         shared = _Scope(top.e, dict(top.at), dict(top.active))
         for f in self.frame.inner:
             t = "t1" if f == self.tile.vector else "t0" if f == self.tile.row else None
@@ -226,7 +140,7 @@ class _Lowering:
             members = [op for op in self.frame.members if self.frame.stage[op] == s]
             self._outer_members(top, [op for op in members if not op["reductions"] and not self.frame.is_full(op)])
             work = [op for op in members if op["reductions"] or self.frame.is_full(op)]
-            roots = [op for op in work if op["reductions"] or any(r in self.stores or r in self.borrowed for r in op.results)]
+            roots = [op for op in work if op["reductions"] or any(r in self.stores or r in self.homes for r in op.results)]
             if not roots:
                 continue
             reductions = [op for op in roots if op["reductions"]]
@@ -256,25 +170,26 @@ class _Lowering:
 
     def _stage(self, scope: _Scope, roots: Sequence[Operation], keys: Sequence[Any] = (), carried: Sequence[Value] = ()) -> list[Value]:
         """Computes the roots at one point: stores what leaves the kernel, and returns the updated accumulators."""
-        pending: list[tuple[Value, Value, Value]] = []
+        pending: list[tuple[Value, Value]] = []
         for op in roots:
             if op["reductions"]:
                 continue
             for r in op.results:
-                home = self.borrowed.get(r)
-                if r in self.stores:
-                    pending.append((r, self._value(scope, r), r))
-                elif home is not None and r not in self.kept:
-                    pending.append((r, self._value(scope, r), home))
+                if r in self.stores or (r in self.homes and r not in self.kept):
+                    pending.append((r, self._value(scope, r)))
         out: list[Value] = []
         slot = 0
         for op, k in keys:
             n = self._slots(op, k)
             out.extend(self._combine(scope, op, k, list(carried[slot:slot + n])))
             slot += n
-        for made, value, home in pending:
-            self._store(scope, home, value)
-            if made in self.borrowed:
+        for made, value in pending:
+            home = self.homes.get(made)
+            if made in self.stores:
+                self._store(scope, self.buffers[made], self.stores[made], value)
+            if home is not None and made not in self.kept:
+                if home.private or made not in self.stores:
+                    self._store(scope, home.buffer, home.offset, value)
                 self.kept.add(made)
         return out
 
@@ -290,9 +205,9 @@ class _Lowering:
             return self.outer_values[v]
         op = self.made[v]
         if v in self.kept:
-            home = self.borrowed[v]
-            offset = self._at(scope, self.stores[home])
-            value = scope.e.load(self.buffers[home], offset, scope.e.needed(self._active(scope, offset)))
+            home = self.homes[v]
+            offset = self._at(scope, home.offset)
+            value = scope.e.load(home.buffer, offset, scope.e.needed(self._active(scope, offset)))
             scope.values[v] = value
             return value
         for r, out in zip(op.results, self._body(scope, op), strict=True):
@@ -353,10 +268,10 @@ class _Lowering:
         scope.loads[key] = value
         return value
 
-    def _store(self, scope: _Scope, home: Value, value: Value) -> None:
-        offset = self._at(scope, self.stores[home])
+    def _store(self, scope: _Scope, buffer: Value, place: Dim, value: Value) -> None:
+        offset = self._at(scope, place)
         mask = [p for p in scope.active.values() if free_symbols(p[0]) & {"t0", "t1"} & free_symbols(offset)]
-        scope.e.store(self.buffers[home], value, offset, scope.e.needed(mask))
+        scope.e.store(buffer, value, offset, scope.e.needed(mask))
 
     # -- reductions ---------------------------------------------------------------------------------------------------
 
@@ -474,7 +389,8 @@ class _Lowering:
             self.outer_values[r] = value
             if r in self.stores:
                 with b.at(op.location):
-                    self._store(_Scope(e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner}), r, value)
+                    here = _Scope(e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner})
+                    self._store(here, self.buffers[r], self.stores[r], value)
 
     def _reduce(self, value: Value, axis: int, kind: str, b: Builder | None = None) -> Value:
         t = value.type
@@ -500,7 +416,7 @@ class _Lowering:
             best = top
         return at
 
-    # -- members computed once per outer point, and borrowed outputs -----------------------------------------------------
+    # -- members computed once per outer point -----------------------------------------------------
 
     def _outer_members(self, top: _Scope, members: list[Operation]) -> None:
         scope = _Scope(self.e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner})
@@ -508,29 +424,7 @@ class _Lowering:
             for r, value in zip(op.results, self._body(scope, op), strict=True):
                 self.outer_values[r] = value
                 if r in self.stores:
-                    self._store(scope, r, value)
-
-    def _borrow_outputs(self) -> None:
-        """Pairs each expensive full value that is needed in a later stage with an output of its type stored in the last stage using it."""
-        free = [r for r in self.stores if self.frame.is_full(self.made[r]) and self._needed_until(r) <= self.frame.stage[self.made[r]]]
-        for op in self.frame.members:
-            if op["reductions"] or not self.frame.is_full(op):
-                continue
-            for r in op.results:
-                until = self._needed_until(r)
-                if until <= self.frame.stage[op]:
-                    continue
-                if r in self.stores:
-                    self.borrowed[r] = r
-                elif is_expensive(op):
-                    home = next((f for f in free if element_type(f.type) == element_type(r.type) and self.frame.stage[self.made[f]] >= until), None)
-                    if home is not None:
-                        free.remove(home)
-                        self.borrowed[r] = home
-
-    def _needed_until(self, v: Value) -> int:
-        """The last stage in which the value is read."""
-        return max((self.frame.stage[op] for op in self.frame.members if v in op.operands), default=-1)
+                    self._store(scope, self.buffers[r], self.stores[r], value)
 
 
 def emit_extract(e: Emitter, buffer: Value, source: Value, indices: Sequence[Value], check: bool, active: Sequence[Pair]) -> Value:
@@ -557,11 +451,12 @@ def emit_extract(e: Emitter, buffer: Value, source: Value, indices: Sequence[Val
     return e.load(buffer, offset, pairs, low, 0, extra=safe, extra_shape=shape, check=check)
 
 
-def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], *, gpu: bool = False) -> list[Dim]:
-    """Writes the body of the kernel; returns the grid. On a GPU a pass over memory costs more than computing a value twice."""
+def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], *, gpu: bool = False, private_bytes: int = 0) -> list[Dim]:
+    """Writes the body of the kernel; returns the grid. A program keeps up to `private_bytes` between its stages in memory of its own. On a GPU a pass
+    over memory costs more than computing a value twice."""
     if len(frame.sizes) == 0 and frame.inner:
         raise IRError("a frame without dimensions cannot have inner ones")
-    lowering = _Lowering(frame, tile, e, buffers, gpu)
+    lowering = _Lowering(frame, tile, e, buffers, gpu, private_bytes)
     if gpu and not lowering.is_persistent():
         make_online(frame)
     return lowering.emit()

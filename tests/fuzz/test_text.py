@@ -29,10 +29,36 @@ JUNK = ("", "(", ")", "{", "}", "[", "]", "<", ">", ",", ":", "=", "%", "%0", "@
         "(" * 300 + "s0" + ")" * 300, "[" * 300 + "]" * 300, "s0 // 0", "s0 % 0", "{a = {a = {a = 1}}}", "__import__('os')", "i0", "t0")
 
 
+LOOPS = """module {level = "tensor"} { func @walk { ^(%c: tensor<4xf32>, %xs: tensor<6x4xf32>, %w: tensor<4xf32>):
+  %end, %y = loop(%c, %xs, %w) {body = @step, carried = 1, sliced = 1, reversed_operands = [0]} : tensor<4xf32>, tensor<6x4xf32>
+  return(%end, %y)
+}
+func @step {private = true} { ^(%c: tensor<4xf32>, %x: tensor<4xf32>, %w: tensor<4xf32>):
+  %n = tensor.generic(%c, %x, %w) {dims = [4], maps = [[d0], [d0], [d0]]} : tensor<4xf32> {
+    ^(%a: f32, %b: f32, %d: f32): %p = arith.mul(%b, %d) : f32 %q = arith.add(%a, %p) : f32 tensor.yield(%q) }
+  return(%n, %n)
+} }
+"""
+COLLECTIVES = """module { func @main { ^(%x: tensor<4x4xf32>):
+  %a = dist.all_reduce(%x) {axis = "tp", ranks = 2} : tensor<4x4xf32>
+  %p = dist.shard(%a) {axis = "tp", ranks = 2, dim = 1} : tensor<4x2xf32>
+  %g = dist.all_gather(%p) {axis = "tp", ranks = 2, dim = 1} : tensor<4x4xf32>
+  return(%g)
+} }
+"""
+
+
 @cache
 def texts() -> tuple[str, ...]:
-    """Modules of the tensor, tile and host levels."""
-    found = []
+    """Modules of the tensor, tile and host levels, some with loops, and one with collectives."""
+    found = [COLLECTIVES]
+    loops = parse_module(LOOPS)
+    found.append(print_op(loops))
+    run_pipeline(loops, parse_pipeline("simplify-loops,hoist-invariants,fuse,tile"), PassContext(host_target()))
+    found.append(print_op(loops))
+    run_pipeline(loops, parse_pipeline("schedule,bufferize,plan-memory"), PassContext(host_target()))
+    found.append(print_op(loops))
+    assert "host.loop" in found[-1]
     for seed in (3, 5):
         module, _ = random_tensor_module(seed, 4, dynamic=seed == 5)
         found.append(print_op(module))

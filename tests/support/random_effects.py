@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from .random_programs import LAYOUTS, STEPS, Val, _Drawer, make_input
+from .random_programs import LAYOUTS, STEPS, Val, _Drawer, make_input, scan
 
 TINY = (0, 1, 1, 2, 2, 3, 5, 8, 17, 33)
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -50,7 +50,7 @@ class EffectProgram:
     def module(self, dtype: torch.dtype | None = None) -> torch.nn.Module:
         """A fresh module; with `dtype`, the program in that float type."""
         source = self.source if dtype is None else self.source.replace(str(self.dtype), str(dtype))
-        space: dict[str, Any] = {"torch": torch, "F": torch.nn.functional}
+        space: dict[str, Any] = {"torch": torch, "F": torch.nn.functional, "scan": scan}
         exec(source, space)
         return _Module(space["f"], [_fresh(b, dtype) for b in self.buffers]).eval()
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from torch._higher_order_ops.scan import scan as torch_scan
 
 SIZES = (1, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 33, 65, 100)
 MAX_ELEMENTS = 9000
@@ -32,7 +33,7 @@ class RandomProgram:
 
     @property
     def fn(self) -> Callable[..., Any]:
-        space: dict[str, Any] = {"torch": torch, "F": torch.nn.functional}
+        space: dict[str, Any] = {"torch": torch, "F": torch.nn.functional, "scan": scan}
         exec(self.source, space)
         return space["f"]
 
@@ -72,12 +73,23 @@ def make_input(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.T
     return (whole.double() / 8).to(dtype) if dtype.is_floating_point else whole.to(dtype)
 
 
+def scan(step: Callable[..., Any], start: torch.Tensor, xs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's scan where it is compiled; in eager a loop of Python, where torch would compile something of its own."""
+    if torch.compiler.is_compiling():
+        return torch_scan(step, start, xs)
+    made = []
+    for x in xs:
+        start, y = step(start, x)
+        made.append(y)
+    return start, torch.stack(made)
+
+
 class _Drawer:
     def __init__(self, rng: Random, dtype: torch.dtype):
         self.rng, self.dtype = rng, dtype
         self.values: list[Val] = []
         self.lines: list[str] = []
-        self.space: dict[str, Any] = {"torch": torch, "F": torch.nn.functional}
+        self.space: dict[str, Any] = {"torch": torch, "F": torch.nn.functional, "scan": scan}
 
     def pick(self, condition: Callable[[Val], bool] = lambda v: True) -> Val | None:
         found = [v for v in self.values if condition(v)]
@@ -212,6 +224,17 @@ class _Drawer:
         if v is not None:
             self.add(f"{v.name}.cumsum({self.integer(0, v.rank - 1)})", v.exact)
 
+    def loop(self) -> None:
+        """A scan along the first dimension, from the last slice or from the first, on numbers that stay bounded. torch wants the carried value's strides
+        to stay, and has several for dimensions of size one: such tensors are left out."""
+        v = self.pick(lambda v: v.is_float and v.rank > 0 and v.tensor.is_contiguous() and v.tensor.numel() > 0 and 1 not in v.shape)
+        if v is None:
+            return
+        step = self.choose(["torch.tanh(c + x)", "c * 0.5 + x", "torch.where(x > c, x, c * 0.5)", "c + x * 0.125"])
+        made = self.choose(["c * x", "x - c", "c + 1", "(c - x).abs().sum()"])
+        inputs = self.choose([v.name, v.name, f"{v.name}.flip(0)"])
+        self.add(f"scan(lambda c, x: ({step}, {made}), torch.zeros_like({v.name}[{self.choose([0, -1])}]) + 0.5, {inputs})", False)
+
     def view(self) -> None:
         v = self.pick()
         if v is None:
@@ -302,7 +325,7 @@ class _Drawer:
 
 
 STEPS = (["unary"] * 4 + ["binary"] * 5 + ["view"] * 6 + ["reduce"] * 4 + ["normalise"] * 2 + ["matmul"] * 2 + ["discontinuous"] * 2 + ["mask"] * 2
-         + ["bools", "best", "scan", "join", "index", "index"])
+         + ["bools", "best", "scan", "join", "index", "index", "loop"])
 
 
 def random_program(seed: int, steps: int) -> RandomProgram:

@@ -24,6 +24,7 @@ def test_what_is_changed_and_what_is_not() -> None:
     found = [m.what.partition(" in `")[0] for m in mutants]
     assert found == ["`3` becomes `4`", "`a + b * 2` becomes `a - b * 2`", "`b * 2` becomes `b + 2`", "`2` becomes `3`", "`out.append(total)` is dropped",
                      "condition `not a` is negated", "`not a` becomes `a`", "`-total` becomes `total`"]
+    assert [m.lines for m in mutants] == [None, *[(6, 6)] * 3, (7, 7), *[(8, 8)] * 3]
     original = ast.unparse(ast.parse(SOURCE))
     for m in mutants:
         changed = [a for a, b in zip(m.text.splitlines(), original.splitlines(), strict=True) if a != b]
@@ -46,13 +47,25 @@ def test_a_sample_is_the_same_for_one_seed_and_spread_over_the_files() -> None:
     assert a == b and {m.path for m in a} == {"ir/expr.py", "passes/inline.py"} and a != mutation.sample(["ir/expr.py", "passes/inline.py"], 8, seed=6)
 
 
+TEST = """
+from f import f
+def test_f():
+    assert f() == 1
+def test_other():
+    pass
+def test_wrong():
+    assert f() == 3
+"""
+
+
 @pytest.mark.parametrize(("text", "killed"), [("def f():\n    return 1\n", False), ("def f():\n    return 2\n", True),
                                               ("def f():\n    while True:\n        pass\n", True)])
 def test_dead_or_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, killed: bool) -> None:
     package = tmp_path / "0" / "aicc"
     package.mkdir(parents=True)
     (package / "f.py").write_text("def f():\n    return 1\n")
-    (package / "test_f.py").write_text("from f import f\ndef test_f():\n    assert f() == 1\n")
+    (package / "test_f.py").write_text(TEST)
+    (package / "pytest.ini").write_text("[pytest]\n")  # the root, from which names of tests count
     (package / "conftest.py").write_text(f"import sys\nsys.path.insert(0, {str(package)!r})\n")
     monkeypatch.setitem(mutation.TESTS, "f.py", ("test_f.py",))
 
@@ -60,6 +73,10 @@ def test_dead_or_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: st
         def __init__(self) -> None:
             self.free = [package]
 
-    outcome = mutation.judge(mutation.Mutant("f.py", 2, "", text), Here(), limit=8)
+    m = mutation.Mutant("f.py", 2, "", text, (2, 2))
+    base = mutation.baseline([m, mutation.Mutant("f.py", 9, "", text, (9, 9))], package, 1, 60)
+    assert base.failed == ["test_f.py::test_wrong"] and base.running == {0: ["test_f.py::test_f"]}
+    assert len(base.seconds) == 2 and base.chosen(0, mutation.Mutant("f.py", 1, "", text), 9) == sorted(base.seconds, key=base.seconds.__getitem__)
+    outcome = mutation.judge(m, base.chosen(0, m, 9), Here(), limit=8 if "while" in text else 60)
     assert outcome.killed == killed, outcome
     assert (package / "f.py").read_text() == "def f():\n    return 1\n", "the file is as before"

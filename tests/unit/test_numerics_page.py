@@ -24,3 +24,14 @@ def test_the_bounds_hold() -> None:
         if r["name"] not in (*ulp.NO_BOUND, *ulp.MASKS):
             assert r["worst"] <= MAX_ULP.get(r["name"], 0.5), r
             assert r["exact"] is None or abs(r["exact"] - r["worst"]) < 0.01, f"the float64 reference is not exact enough there: {r}"
+
+
+def test_a_measurement_goes_on_where_it_stopped() -> None:
+    """One piece of `neg` is missing, and measured; what was found before stays, also of a function that is not asked for."""
+    width = (1 << 32) // ulp.PIECES
+    before = [{"name": "neg", "inputs": (1 << 32) - width, "worst": 0.25, "at": 3.0, "missing": [5], "bound": 0.5},
+              {"name": "erf", "inputs": 0, "worst": 0.0, "at": 0.0, "missing": list(range(ulp.PIECES))}]
+    rows = {r["name"]: r for r in ulp.sweep_all(["neg"], 1, 100, frozenset(), before)}
+    assert (rows["neg"]["inputs"], rows["neg"]["missing"], rows["neg"]["worst"], rows["neg"]["at"]) == (1 << 32, [], 0.25, 3.0)
+    assert rows["neg"]["eager_inputs"] == width // ulp.EAGER_EVERY
+    assert (rows["erf"]["inputs"], len(rows["erf"]["missing"])) == (0, ulp.PIECES)

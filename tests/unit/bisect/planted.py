@@ -40,6 +40,14 @@ class Planted:
     inputs: tuple[torch.Tensor, ...]
     plant: Plant
     most_ops: int = 3
+    train: bool = False
+    target: str = "cpu"
+
+    @property
+    def file(self) -> str:
+        """Where the program's lines are."""
+        forward = type(self.program).forward if isinstance(self.program, torch.nn.Module) else self.program
+        return forward.__code__.co_filename
 
 
 # -- programs: something right around the line that goes wrong

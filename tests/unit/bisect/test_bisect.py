@@ -14,6 +14,7 @@ import torch
 from aicc.compiler.bisect import Finding, Report, bisect_graph, capture, replay, write_repro
 from aicc.compiler.bisect.evaluate import function_of
 from aicc.compiler.cli import app
+from aicc.compiler.commands.opt import parse_target
 from aicc.compiler.model_file import LoadedModel
 from aicc.compiler.options import Options
 from aicc.passes.canonicalize import Canonicalize
@@ -21,14 +22,22 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from planted import PLANTED, r
+from planted import PLANTED, Planted, r
+from planted_later import PLANTED_LATER
+
+ALL = PLANTED | PLANTED_LATER
 
 OPTIONS = Options(strict=True, cache=False)
 
 
-def bisect(model: Any, inputs: tuple[Any, ...], **how: Any) -> list[Report]:
-    graphs = capture(LoadedModel("model", model, tuple(x.clone() for x in inputs), {}), **how)
-    return [bisect_graph(g, OPTIONS, seconds=30) for g in graphs]
+def bisect(model: Any, inputs: tuple[Any, ...], target: str = "cpu", train: bool = False, **how: Any) -> list[Report]:
+    given = tuple(x.clone().requires_grad_(train and x.is_floating_point()) for x in inputs)
+    graphs = capture(LoadedModel("model", model, given, {}), train=train, **how)
+    return [bisect_graph(g, OPTIONS, target=None if target == "cpu" else parse_target(target), seconds=30) for g in graphs]
+
+
+def bisect_planted(case: Planted) -> list[Report]:
+    return bisect(case.program, case.inputs, case.target, case.train)
 
 
 def only_finding(reports: list[Report]) -> Finding:
@@ -36,16 +45,16 @@ def only_finding(reports: list[Report]) -> Finding:
     return finding
 
 
-@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("name", ALL)
 def test_a_planted_fault_is_named(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    case = PLANTED[name]
+    case = ALL[name]
     with monkeypatch.context() as m:
         case.plant(m)
-        finding = only_finding(bisect(case.program, case.inputs))
+        finding = only_finding(bisect_planted(case))
         assert finding.name == case.where, (finding.name, finding.verdict)
         assert finding.verdict.kind == "bug", finding.verdict
         assert finding.op
-        assert finding.location.file == case.program.__code__.co_filename, finding.location
+        assert finding.location.file == case.file, finding.location
         line = linecache.getline(finding.location.file, finding.location.line)
         assert case.line in line, (line, finding.op)
         if finding.reduced is not None:
@@ -60,8 +69,17 @@ def test_a_planted_fault_is_named(name: str, monkeypatch: pytest.MonkeyPatch, tm
 
 def test_nothing_is_found_in_the_same_programs_without_faults() -> None:
     for case in PLANTED.values():
-        for report in bisect(case.program, case.inputs):
+        for report in bisect_planted(case):
             assert report.finding is None, (case.where, report.finding)
+
+
+_QUIET = [pytest.param(name, marks=[pytest.mark.slow] * ("stream" in name)) for name, case in PLANTED_LATER.items() if case.target == "cpu"]
+
+
+@pytest.mark.parametrize("name", _QUIET)
+def test_loops_and_streams_without_faults_are_right(name: str) -> None:
+    for report in bisect_planted(PLANTED_LATER[name]):
+        assert report.finding is None, report.finding
 
 
 def block(dtype: torch.dtype) -> torch.nn.Module:

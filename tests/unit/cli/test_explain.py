@@ -95,3 +95,27 @@ def test_more_inputs_must_be_a_list(aicc: Aicc, write: Write) -> None:
 
 def test_times_are_those_of_a_gpu(aicc: Aicc, write: Write) -> None:
     refused(aicc("explain", write("import torch\nmodel = torch.nn.ReLU()\ninputs = torch.ones(2)\n"), "--time"), "--time", "GPU")
+
+
+def test_launches_in_loops_are_counted_per_trip(aicc: Aicc, write: Write) -> None:
+    """Five trips over an outer loop, three over the loop inside it; one kernel before the loops."""
+    path = write("""import torch
+from torch._higher_order_ops.scan import scan
+def model(h, x):
+    def inner(c, v):
+        return torch.tanh(c + v), v * 2
+    def outer(c, v):
+        last, ys = scan(inner, c, v)
+        return last, ys.sum(0)
+    last, ys = scan(outer, h, x.exp().cumsum(-1))
+    return last, ys
+example_inputs = (torch.ones(4), torch.ones(5, 3, 4))
+""")
+    (graph,) = json.loads(aicc("explain", path, "--json").stdout)["graphs"]
+    kernels = graph["kernels"]
+    assert {loop["trips"] for k in kernels for loop in k["in_loops"]} == {5, 15}
+    assert sum(k["launches"] for k in kernels) >= 1
+    text = aicc("explain", path).stdout
+    assert "1 per trip x 15 trips" in text and "per trip x 5 trips" in text
+    ran = json.loads(aicc("run", path, "--json").stdout)["graphs"][0]
+    assert {loop["trips"] for loop in ran["in_loops"]} == {5, 15} and ran["launches"] == sum(k["launches"] for k in kernels)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from aicc.backends.llvm import Step, compile_module, host_target, make_target
-from aicc.backends.llvm.parallel import estimated_nanoseconds
 from aicc.ir import Builder, Dense, IRError, SymbolRef, make_func, make_module, sym
 from aicc.ir.expr import ceildiv
+from aicc.ir.launch_cost import estimated_nanoseconds
 from aicc.ir.types import DTYPES
 from kernels import buffer, call, kernel, module_of, run
 

@@ -334,6 +334,33 @@ def test_wrong_plans_are_found(a: int, b: int, kernel: str, last: str, problem: 
         check_plan(function(m), kernels)
 
 
+BESIDE = """module {{level = "host"}} {{
+  ^():{kernels}
+  func @main {{arg_attrs = [{{kind = "input"}}, {{kind = "output"}}], stats = {{arena_bytes = 192}}}} {{
+    ^(%x: buffer<16xf32>, %y: buffer<16xf32>):
+      %a = host.slot() {{offset = 0, bytes = 64}} : buffer<16xf32>
+      %b = host.slot() {{offset = {b}, bytes = 64}} : buffer<16xf32>
+      host.launch(%x, %a) {{kernel = @k1, outputs = 1, beside = 1}}
+      host.launch({read}, %b) {{kernel = @k1, outputs = 1, beside = {second}}}
+      host.launch(%x, %y) {{kernel = @k1, outputs = 1, beside = {third}}}
+      return()
+  }}
+}}"""
+
+
+@pytest.mark.parametrize(("b", "read", "second", "third", "problem"), [
+    (64, "%x", 1, 1, None), (64, "%x", 1, 2, None), (0, "%x", 1, 0, "overlap and one is written"), (64, "%a", 1, 1, "overlap and one is written"),
+    (64, "%x", 0, 1, "not next to each other")])
+def test_wrong_groups_are_found(b: int, read: str, second: int, third: int, problem: str | None) -> None:
+    m = parse_module(BESIDE.format(kernels=KERNELS, b=b, read=read, second=second, third=third))
+    kernels = {op["sym_name"]: op for op in m.body if op.name == "tile.kernel"}
+    if problem is None:
+        check_plan(function(m), kernels)
+        return
+    with pytest.raises(IRError, match=problem):
+        check_plan(function(m), kernels)
+
+
 def test_wrong_symbolic_plans_are_found() -> None:
     m = chain("k1", 3, "(s0)x16", "symbols = {s0 = [2, none]}")
     run_pipeline(m, [*parse_pipeline("bufferize"), PlanMemory(outputs=False)], PassContext())

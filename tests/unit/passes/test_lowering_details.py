@@ -10,7 +10,7 @@ from aicc.ir.expr import evaluate
 from aicc.ir.parser import parse_module
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
 from aicc.ir.types import TileType
-from support.stages import AVX2, CUDA, capture, lowered
+from support.stages import AVX2, CUDA, capture, check_levels, lowered
 
 S0 = sym("s0")
 
@@ -118,3 +118,16 @@ def test_padding_never_wins_a_maximum_of_integers(dtype: str) -> None:
     }}""")
     run_pipeline(module, parse_pipeline("decompose"), PassContext())
     assert torch.equal(run_module(module, [x])[0], x)
+
+
+@pytest.mark.parametrize("target", [AVX2, CUDA], ids=lambda t: t.kind)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_choices_by_position_behind_a_product(target: object, rows: int) -> None:
+    """The position decides some of them while the kernel is made (a single row is row 0), and others at every element."""
+    def f(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        h, column, row = x @ w, torch.arange(16), torch.arange(x.shape[0])[:, None]
+        h = torch.where(column == 3, h, h * 2)
+        h = torch.where(row != 0, h, h + 1)
+        return torch.where(column * row <= 3, h, -h) + torch.where(row == 0, 0.5, h)
+    program = capture(f, (torch.randn(rows, 8), torch.randn(8, 16)))
+    check_levels(program, target, levels=["tile"])  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ clobbered buffer, wrong order or lost assignment gives another term.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -18,9 +19,11 @@ from aicc.ir.types import BufferType
 from aicc.passes.bufferize import Bufferize
 from aicc.passes.plan_memory import PlanMemory
 from aicc.passes.schedule import Schedule, peak_bytes
+from aicc.passes.side_by_side import SideBySide
 from aicc.passes.storage import size_at, storage_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis import target as aim
 
 F32 = DTYPES["f32"]
 SHAPES: dict[str, list[tuple[Any, ...]]] = {
@@ -50,7 +53,8 @@ class Program:
         symbols = ("s0", "s1") if self.func.attributes.get("symbols") else ()
         kernel = Operation.create("tile.kernel", (),
                                   {"sym_name": name, "grid": (1,), "outputs": len(types), "inplace": tuple(inplace),
-                                                      "symbols": symbols}, (), [Region([inner])])
+                                                      "symbols": symbols,
+                                   "bytes": 100_000 if self.kernels % 3 else 1000}, (), [Region([inner])])
         self.block.insert_before(self.func, kernel)
         attrs: dict[str, Any] = {"kernel": SymbolRef(name), **({"cached": True} if cached else {})}
         op = Builder.at_end(self.body).create("tile.launch", inputs, attrs, types)
@@ -151,7 +155,18 @@ class Memory:
         return self.cells.get(place, ("garbage", place))
 
 
-def evaluate_host(func: Operation, inputs: int, symbols: dict[str, int]) -> tuple[list[Any], list[Any], list[str]]:
+def backwards(ops: list[Operation]) -> list[Operation]:
+    """The ops of a program, those that run side by side in the opposite order."""
+    found: list[Operation] = []
+    for number, members in groupby((op for op in ops if op.name in _STEPS), key=lambda op: op.attributes.get("beside", 0)):
+        found += list(members)[::-1 if number else 1]
+    return [*(op for op in ops if op.name not in _STEPS), *found]
+
+
+_STEPS = ("host.launch", "host.copy", "host.extern", "host.loop")
+
+
+def evaluate_host(func: Operation, inputs: int, symbols: dict[str, int], turned: bool = False) -> tuple[list[Any], list[Any], list[str]]:
     memory = Memory()
     places: dict[Value, tuple[Any, int, int]] = {}
     for i, a in enumerate(func.body.args):
@@ -159,7 +174,7 @@ def evaluate_host(func: Operation, inputs: int, symbols: dict[str, int]) -> tupl
         if i < inputs:
             memory.write(places[a], f"arg{i}")
     effects = []
-    for op in func.body:
+    for op in backwards(func.body.ops) if turned else func.body:
         if op.name == "host.constant":
             places[op.result] = (op, 0, 1)
             memory.write((op, 0, 1), ("constant", op["value"].shape))
@@ -190,7 +205,8 @@ def evaluate_host(func: Operation, inputs: int, symbols: dict[str, int]) -> tupl
 CASES = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
-def check(module: Operation, values: list[dict[str, int]]) -> None:
+def check(module: Operation, values: list[dict[str, int]], beside: bool = False) -> int:
+    """The number of launches that run side by side."""
     func = function(module)
     inputs = len(func.body.args)
     want = evaluate_values(func)
@@ -198,12 +214,15 @@ def check(module: Operation, values: list[dict[str, int]]) -> None:
     run_pipeline(module, [Schedule()], PassContext())
     assert peak_bytes(module, func) <= before
     assert evaluate_values(func) == want
-    run_pipeline(module, [Bufferize(), PlanMemory(check=True)], PassContext())
+    run_pipeline(module, [Bufferize(), *([SideBySide()] if beside else []), PlanMemory(check=True)], PassContext())
     stats = func["stats"]
     for symbols in values:
         assert evaluate_host(func, inputs, symbols) == want
+        if beside:
+            assert evaluate_host(func, inputs, symbols, turned=True) == want
         arena, bound, unplanned = (size_at(stats[k], symbols) for k in ("arena_bytes", "lower_bound", "unplanned_bytes"))
         assert bound <= arena <= unplanned
+    return sum(bool(op.attributes.get("beside")) for op in func.body)
 
 
 @CASES
@@ -216,6 +235,13 @@ def test_static_programs(module: Operation) -> None:
 @given(programs("dynamic"))
 def test_dynamic_programs(module: Operation) -> None:
     check(module, [{"s0": 2, "s1": 1}, {"s0": 2, "s1": 7}, {"s0": 33, "s1": 512}, {"s0": 1000, "s1": 1}])
+
+
+@CASES
+@given(programs("static"))
+def test_launches_side_by_side_in_any_order(module: Operation) -> None:
+    """Memory is planned so that members of a group may come in the opposite order."""
+    aim(float(check(module, [{}], beside=True)))
 
 
 def test_contents_differ_when_a_buffer_is_clobbered() -> None:
