@@ -410,7 +410,7 @@ CASES: dict[str, Case] = {
     # What does not stream must be right all the same.
     "with_probabilities": Case(with_probabilities, _qkv(), (), None),
     "over_rows": Case(over_rows, _qkv(), (), None),
-    "one_row": Case(plain, _qkv(1, 70), (), None),
+    "one_row": Case(plain, _qkv(1, 70), ("1 + 1 [max, sum]",), None),
     "wide": Case(plain, _qkv(20, 20, 300, batch=(1,)), (), None),
     "whole_maximum": Case(whole_maximum, _qkv(), (), None),
     "one_of_batch": Case(one_of_batch, _qkv(), (), None),
