@@ -57,14 +57,12 @@ def backend(options: Options, observe: Observer | None = None) -> Callable:
     def compiler(role: str) -> Callable:
         return lambda gm, _: _guarded(gm, options, role, _decompositions(options.fallback_random), observe)
 
-    return aot_backend(compiler, fallback_random=options.fallback_random, exact_casts=options.emulate_precision_casts,
-                       loss_bytes=options.loss_bytes, activation_bytes=options.activation_bytes)
+    return aot_backend(compiler, fallback_random=options.fallback_random, loss_bytes=options.loss_bytes, activation_bytes=options.activation_bytes)
 
 
-def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = False, exact_casts: bool = False,
-                loss_bytes: int = Options.loss_bytes, activation_bytes: int = Options.activation_bytes) -> Callable:
-    """A Dynamo backend whose graphs are made as aicc's are: `compiler(role)` gives the compiler of forward, backward or inference graphs.
-    `exact_casts`: nothing within an operator is rounded to 16 bits that ATen does not round."""
+def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = False, loss_bytes: int = Options.loss_bytes,
+                activation_bytes: int = Options.activation_bytes) -> Callable:
+    """A Dynamo backend whose graphs are made as aicc's are: `compiler(role)` gives the compiler of forward, backward or inference graphs."""
     table = _decompositions(fallback_random)
     split = partial(partition, activation_bytes=activation_bytes)
 
@@ -89,7 +87,7 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
         if isinstance(gm, Graph):  # not torch's wrapper that takes nested inputs apart: what it wraps was here before
             expand_recurrent(gm)
             mend_gradients(gm)
-            write_out_attention(gm, drops=not fallback_random, exact=exact_casts)
+            write_out_attention(gm, drops=not fallback_random)
             chunk_losses(gm, loss_bytes)
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)

@@ -46,15 +46,8 @@ def suits_hopper(device: torch.device, programs: int, sizes: tuple[Any, ...], wi
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, *,
-              scale: float | None = None, enable_gqa: bool = False, exact: bool = False) -> Tensor:
-    """What torch documents: softmax(q k^T * scale + mask) v, the softmax in float32 at least, each factor of 1 / (1 - p) from dropout included.
-
-    exact: scores, weights and what their gradients are made of stay in float32, as where torch computes with plain products; else they may be
-    rounded to the inputs' type in front of a product, as its fused kernels round weights."""
-    narrow = q.dtype
-    if exact and narrow in (torch.bfloat16, torch.float16):
-        return attention(q.float(), k.float(), v.float(), attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.float(),
-                         dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa).to(narrow)
+              scale: float | None = None, enable_gqa: bool = False) -> Tensor:
+    """What torch documents: softmax(q k^T * scale + mask) v, the softmax in float32 at least, each factor of 1 / (1 - p) from dropout included."""
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) if x.shape[-3] != q.shape[-3] else x for x in (k, v))
     wide = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
@@ -78,8 +71,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, 
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, *,
-                scale: float | None = None, enable_gqa: bool = False, order: tuple[int, ...] | None = None, drops: bool = True,
-                exact: bool = False) -> Tensor:
+                scale: float | None = None, enable_gqa: bool = False, order: tuple[int, ...] | None = None, drops: bool = True) -> Tensor:
     """`F.scaled_dot_product_attention`, as `attention` where that pays. order: dimensions of the result, the one with the largest stride first;
     drops: whether dropout may draw other numbers than eager."""
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -87,7 +79,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None
     declined = dropout_p > 0 and not drops
     if library or declined or not (trained or dropout_p > 0) or not q.is_floating_point() or not isinstance(dropout_p, (int, float)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    out = attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, exact=exact)
+    out = attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if order is None or len(order) != out.dim() or order == tuple(range(out.dim())):
         return out
     return out.permute(order).contiguous().permute([order.index(d) for d in range(out.dim())])
@@ -96,26 +88,26 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None
 class _WritesOut(TorchFunctionMode):
     """Calls of attention within a function that Dynamo keeps whole."""
 
-    def __init__(self, drops: bool, exact: bool):
+    def __init__(self, drops: bool):
         super().__init__()
-        self.drops, self.exact = drops, exact
+        self.drops = drops
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        return written_out(*args, **(kwargs or {}), drops=self.drops, exact=self.exact)
+        return written_out(*args, **(kwargs or {}), drops=self.drops)
 
 
-def multi_head(*args: Any, drops: bool, exact: bool, **kwargs: Any) -> Any:
+def multi_head(*args: Any, drops: bool, **kwargs: Any) -> Any:
     """`F.multi_head_attention_forward` with its attention written out."""
-    with _WritesOut(drops, exact):
+    with _WritesOut(drops):
         return F.multi_head_attention_forward(*args, **kwargs)
 
 
-def write_out_attention(gm: fx.GraphModule, *, drops: bool, exact: bool = False) -> int:
+def write_out_attention(gm: fx.GraphModule, *, drops: bool) -> int:
     """Lets each call of attention in `gm` and the graphs within decide for itself whether it is written out. How many there are.
 
-    drops: whether dropout may draw other numbers than eager; exact: see `attention`."""
+    drops: whether dropout may draw other numbers than eager."""
     found = 0
     for inner in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
         changed = 0
@@ -123,10 +115,10 @@ def write_out_attention(gm: fx.GraphModule, *, drops: bool, exact: bool = False)
             if n.op == "call_function" and n.target is F.scaled_dot_product_attention:
                 n.target = written_out
                 value = n.meta.get("example_value")
-                n.kwargs = {**n.kwargs, "order": _order(value) if isinstance(value, Tensor) else None, "drops": drops, "exact": exact}
+                n.kwargs = {**n.kwargs, "order": _order(value) if isinstance(value, Tensor) else None, "drops": drops}
                 changed += 1
             elif n.op == "call_function" and n.target is F.multi_head_attention_forward:
-                n.target, n.kwargs = multi_head, {**n.kwargs, "drops": drops, "exact": exact}
+                n.target, n.kwargs = multi_head, {**n.kwargs, "drops": drops}
                 changed += 1
         if changed:
             inner.recompile()
