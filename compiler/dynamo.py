@@ -13,7 +13,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from ..frontend.recompute import permute_transposes, recompute_attention
 from ..frontend.recompute_activations import recompute_activations
 from ..frontend.recurrent import expand_recurrent
 from ..frontend.scan import mend_gradients, unstack_invariants
+from .activations import within_budget
 from .control_flow import compile_pieces
 from .distributed.planned import compile_planned
 from .driver import Observer, compile_fx
@@ -57,12 +58,14 @@ def backend(options: Options, observe: Observer | None = None) -> Callable:
     def compiler(role: str) -> Callable:
         return lambda gm, _: _guarded(gm, options, role, _decompositions(options.fallback_random), observe)
 
-    return aot_backend(compiler, fallback_random=options.fallback_random, loss_bytes=options.loss_bytes)
+    return aot_backend(compiler, fallback_random=options.fallback_random, loss_bytes=options.loss_bytes, activation_bytes=options.activation_bytes)
 
 
-def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = False, loss_bytes: int = Options.loss_bytes) -> Callable:
+def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = False, loss_bytes: int = Options.loss_bytes,
+                activation_bytes: int = Options.activation_bytes) -> Callable:
     """A Dynamo backend whose graphs are made as aicc's are: `compiler(role)` gives the compiler of forward, backward or inference graphs."""
     table = _decompositions(fallback_random)
+    split = partial(partition, activation_bytes=activation_bytes)
 
     def prepared(role: str) -> Callable:
         compile_one = compiler(role)
@@ -91,7 +94,7 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)
         # Dynamo does not trace into what it is given back: a wrapper that forbids it would cost each call a microsecond or two.
-        return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=partition, keep_inference_input_mutations=True, **compilers)
+        return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=split, keep_inference_input_mutations=True, **compilers)
 
     return compile_captured
 
@@ -101,8 +104,10 @@ def _decompositions(fallback_random: bool) -> dict[Any, Callable[..., Any]]:
     return decomposition_table() if fallback_random else {**decomposition_table(), **random_decompositions()}
 
 
-def partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, **rest: Any) -> tuple[Graph, Graph]:
-    """The forward and backward graphs of a joint one, by torch's min-cut, after what aicc wants computed again is computed again."""
+def partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, activation_bytes: int = 0, **rest: Any) -> tuple[Graph, Graph]:
+    """The forward and backward graphs of a joint one, by torch's min-cut, after what aicc wants computed again is computed again.
+
+    activation_bytes: the most that is kept in between (0: no bound)."""
     share_seeds(joint)
     _drop_detaches(joint.graph)
     unstack_invariants(joint)
@@ -112,7 +117,8 @@ def partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, **re
     recompute_activations(joint, num_fwd_outputs)
     permute_transposes(joint.graph)
     with functorch_config.patch(cse=False, recompute_views=True):  # its own pass imports Inductor; a saved view would be a copy
-        return min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **rest)
+        return within_budget(joint, num_fwd_outputs, activation_bytes, lambda graph: min_cut_rematerialization_partition(
+            graph, inputs, num_fwd_outputs=num_fwd_outputs, **rest))
 
 
 def _drop_detaches(graph: torch.fx.Graph) -> None:

@@ -21,7 +21,7 @@ class Options:
 
     strict                    raise when a graph does not compile, instead of running it through ATen with a warning
     cache                     keep compiled artifacts on disk
-    verify                    verify the IR after every pass
+    verify                    verify the IR after every pass, not only at the end of each stage
     emulate_precision_casts   round 16-bit floats after every op as eager does, instead of computing fused chains in float32
     features                  CPU features to compile for; None means those of the host
     fuse                      group ops into kernels; False gives one kernel per op (for debugging)
@@ -32,13 +32,14 @@ class Options:
     fast_math                 cheaper exp, tanh, erf, log and sigmoid of a few ulp (docs/fast-math.md)
     plan                      a plan file: the ranks of the process group share the work (see docs/distributed.md); "" for none
     loss_bytes                logits of a cross-entropy over a linear layer that take more bytes are computed in parts; 0: never
+    activation_bytes          training: the most that the forward pass keeps for the backward pass, the rest is computed again; 0: no bound
     cudagraphs                replay a graph's launches from a CUDA graph (mode="reduce-overhead" means the same)
     """
 
     mode: str = "default"
     strict: bool = False
     cache: bool = True
-    verify: bool = True
+    verify: bool = False
     emulate_precision_casts: bool = False
     features: tuple[str, ...] | None = None
     fuse: bool = True
@@ -48,6 +49,7 @@ class Options:
     nontemporal: bool = True
     fast_math: bool = False
     loss_bytes: int = 256 << 20
+    activation_bytes: int = 0
     cudagraphs: bool = False
     plan: str = ""
 
