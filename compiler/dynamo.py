@@ -26,6 +26,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext
 
 from ..frontend.attention import write_out_attention
+from ..frontend.bags import write_out_bags
 from ..frontend.common_subexpressions import merge_common_subexpressions
 from ..frontend.decompositions import decomposition_table
 from ..frontend.flex import expand_flex
@@ -88,6 +89,7 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
             expand_recurrent(gm)
             mend_gradients(gm)
             write_out_attention(gm, drops=not fallback_random)
+            write_out_bags(gm)
             chunk_losses(gm, loss_bytes)
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)

@@ -39,6 +39,8 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             *(["operand-order", library] if target.is_gpu else []),
             # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.
             "inline", *(["plain-reductions"] if target.is_gpu else []), "sink-reshapes", f"canonicalize{relax}", "dce",
+            # Only where rounding may fall away: what is normalised is not rounded before the product.
+            *(["spread-norms", "dce"] if target.is_gpu and options.fuse and not options.emulate_precision_casts else []),
             *(["turn-streams", "dce"] if options.fuse and not target.is_gpu else []),
             *([] if target.is_gpu or not options.winograd else ["winograd"]),
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
@@ -46,6 +48,8 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             # Packed weights of recurrent layers leave the loop: what is packed once must be seen to be the same in every trip.
             "hoist-invariants",
             *(["library-operands", "alias-views"] if target.is_gpu else []),
+            # Streams of few programs become streams of parts first.
+            *(["split-streams"] if target.is_gpu and options.fuse else []),
             *([f"stream{relax}"] if options.fuse else []),
             *(["split-reductions", "split-dimensions"] if target.is_gpu and options.fuse else []),
             fuse if options.fuse else "fuse{max-members=1}",

@@ -28,7 +28,7 @@ from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
 from .loop_tiles import choose_tile, loop_tiles, resized
 from .loops import emit_loops, traffic, work
 from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel
-from .stream import GpuStream, stream_tile, suits_warp_groups
+from .stream import GpuStream, stream_tile, stream_tiles, suits_warp_groups
 from .stream_cpu import CpuStream
 from .top import emit_topk
 
@@ -154,7 +154,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
     elif (stream := analyse_stream(members) if len(members) > 1 else None) is not None:
         flops = sum((2 * _product(m, range(len(m["dims"]))) for m in (*stream.firsts, *stream.seconds)), 0)  # type: ignore[arg-type]
         if target.is_gpu:
-            hint = stream_tile(stream, target)
+            hint = GpuTile(*fused["tile"]) if fused["tile"] else stream_tile(stream, target)
             tile = (hint.rows, hint.columns)
             groups = ", for a loader and two groups of warps" if suits_warp_groups(stream, target) else ""
             ctx.remark("note", f"a stream in tiles of {hint.rows} rows by {hint.columns} steps{groups}", members[0].location)
@@ -245,8 +245,11 @@ def _loop_lanes(members: list[Operation], target: Target) -> int:
 
 
 def candidate_tiles(fused: Operation, target: Target) -> list[GpuTile]:
-    """Of a group of contractions, pointwise ops or reductions, for a GPU: tiles, the best by the model first. None for other groups."""
+    """Of a stream, or a group of contractions, pointwise ops or reductions, for a GPU: tiles, the best by the model first. None for other groups."""
     members = [op for op in fused.body if op.name != "tensor.yield"]
+    stream = analyse_stream(members) if target.is_gpu and fused["why"].startswith("streams") else None
+    if stream is not None:
+        return stream_tiles(stream, target)
     products = [m for m in members if is_contraction(m)]
     if not target.is_gpu or fused["why"].startswith("streams") or any(m.name != "tensor.generic" for m in members):
         return []

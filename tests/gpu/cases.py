@@ -114,6 +114,11 @@ def _window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.where((j <= i) & (i - j < 37), s, float("-inf")).softmax(-1) @ v
 
 
+def _decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    mask = (torch.arange(k.shape[2], device=k.device) < lengths[:, None])[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
 def _alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q @ k.transpose(-1, -2) * 0.2
     i, j = _positions(s)
@@ -333,6 +338,18 @@ CASES: dict[str, Case] = {
         tolerance=1.6e-2,
     ),
     "sdpa_mask": Case(_plain(F.scaled_dot_product_attention), _masked_attention),
+    "decode": Case(  # in parts, all heads of a group in one tile, each sequence with a length of its own
+        _plain(_decode),
+        lambda g: (*(torch.randn(s, generator=g).bfloat16() for s in ((2, 4, 1, 64), (2, 2, 640, 64), (2, 2, 640, 64))), torch.tensor([640, 130])),
+        tolerance=1.6e-2,
+    ),
+    "decode_ragged": Case(
+        _plain(lambda q, k, v: (4 * torch.tanh(q @ k.mT / 8)).softmax(-1) @ v), _normal((1, 2, 3, 32), (1, 2, 523, 32), (1, 2, 523, 32))
+    ),
+    "decode_growing": Case(
+        _plain(lambda q, k, v: (q.view(2, 1, 32) @ k.view(2, -1, 32).mT).softmax(-1) @ v.view(2, -1, 32)), _normal((2, 32), (2, 300 * 32), (2, 300 * 32)),
+        dynamic=True,
+    ),
     "attention_gradients": Case(_plain(_attention_gradients), _saved_attention),
     "attention_gradients_bf16": Case(
         _plain(_attention_gradients), lambda g: tuple(_saved_attention(g, torch.bfloat16)), tolerance=3e-2
