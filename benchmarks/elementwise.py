@@ -14,6 +14,7 @@ from collections.abc import Callable
 import llvmlite.binding as llvm
 import torch
 from aicc.backends.llvm.vecmath import BINARY, UNARY
+from aicc.backends.llvm.vecmath_fast import FAST
 from llvmlite import ir
 
 __all__ = ["REFERENCES", "compile_elementwise", "compile_function", "emit_loop", "host_features"]
@@ -102,9 +103,10 @@ def compile_elementwise(
     width: int | None = 16,
     features: frozenset[str] = frozenset(),
     cpu: str = "",
+    fast: bool = False,
 ) -> Kernel:
-    """`name` of vecmath as a function of equally long 1-D contiguous tensors of `dtype`; length a multiple of `width`."""
-    emitter = UNARY.get(name) or BINARY[name]
+    """`name` of vecmath as a function of equally long 1-D contiguous tensors of `dtype`; length a multiple of `width`. `fast`: of the fast set."""
+    emitter = FAST[name] if fast else UNARY.get(name) or BINARY[name]
     arity = 1 if name in UNARY else 2
     element = _ELEMENTS[dtype]
     mask = name in ("isnan", "isinf")

@@ -26,7 +26,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,7 +198,7 @@ class Contest:
     def _first_call(self, name: str) -> Callable[..., Any]:
         subject, seen = self.subject, list[Compilation]()
         start = time.perf_counter()
-        with watching(compiled=seen.append):
+        with watching(compiled=seen.append), self._hearing(name):
             made = contender(subject.model, name)
             out = subject.call(made)
         torch.cuda.synchronize()
@@ -208,11 +210,21 @@ class Contest:
                 print(f"  {subject.row.name} {c.name}: {_summary(c)}", flush=True)
         return made
 
+    @contextmanager
+    def _hearing(self, name: str) -> Iterator[None]:
+        """What is warned of at run time (a fallback makes a row slow, and nothing else says so) is printed."""
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always", RuntimeWarning)
+            yield
+        for text in dict.fromkeys(str(w.message) for w in heard if issubclass(w.category, RuntimeWarning)):
+            print(f"  {self.subject.row.name} {name} says: {text[:400]}", flush=True)
+
     def _peak(self, name: str) -> None:
         """Bytes that a call allocates; and a later call must be right too."""
         subject, made = self.subject, self.made[name]
-        for _ in range(2):  # CUDA graphs are recorded
-            subject.call(made)
+        with self._hearing(name):
+            for _ in range(2):  # CUDA graphs are recorded
+                subject.call(made)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -298,7 +310,7 @@ def side_by_side(rows: list[Row], options: argparse.Namespace, begin: float) -> 
                 found.append(json.loads(line.removeprefix(RESULT)))
                 if options.json:
                     options.json.write_text(json.dumps(found, indent=1))
-            elif line != READY and "warn" not in line.lower():
+            elif line != READY and "Warning: " not in line and not line.startswith("  warnings.warn"):
                 print(line, flush=True)
     return found
 

@@ -36,6 +36,16 @@ class Fit:
     single: bool = True
 
 
+@dataclass(frozen=True)
+class Rational:
+    """f on [-high, high], odd, as x p(x^2) / q(x^2) with polynomials of degree `p` and `q`, by relative error."""
+
+    f: Real
+    high: float
+    p: int
+    q: int
+
+
 def _evaluate(coefficients: list[mp.mpf], x: mp.mpf) -> mp.mpf:
     total = mp.mpf(0)
     for c in reversed(coefficients):
@@ -158,11 +168,52 @@ FITS: dict[str, Fit] = {
         lambda f: mp.log1p(f) / mp.log(2) / f, lambda f: f / mp.log1p(f), SQRT_HALF - 1, SQRT_TWO - 1, 12, single=False
     ),
     "pow_exp2": Fit(lambda r: mp.power(2, r), lambda r: 1 / mp.power(2, r), -0.5, 0.5, 6, single=False),
+    # vecmath_fast.py: the same forms with fewer terms
+    "fast_exp": Fit(lambda r: (mp.expm1(r) - r) / r**2, lambda r: r**2 / mp.exp(r), -HALF_LN2, HALF_LN2 + 0.0001, 3),
+    "fast_exp2": Fit(lambda r: mp.expm1(r * mp.log(2)) / r, lambda r: r / mp.power(2, r), -0.5, 0.5001, 4),
+    "fast_log": Fit(
+        lambda f: (mp.log1p(f) - f + f**2 / 2) / f**3, lambda f: f**3 / mp.log1p(f), SQRT_HALF - 1, SQRT_TWO - 1, 6
+    ),
+}
+
+RATIONALS: dict[str, Rational] = {
+    # f(x) = x p(x^2) / q(x^2) with q(0) = 1, up to where f rounds to 1
+    "fast_tanh": Rational(mp.tanh, 8.0, 5, 3),
+    "fast_erf": Rational(mp.erf, 3.83, 5, 5),
 }
 
 
+def solve_rational(r: Rational, points: int = 3000, rounds: int = 600) -> tuple[list[float], list[float], float]:
+    """(p, q, largest relative error): linearised least squares, weighted by the last denominator and by Lawson's rule."""
+    x = np.abs(r.high * np.cos(np.pi * (np.arange(points) + 0.5) / points))
+    x = x[x > 1e-3]
+    ratio = np.array([float(r.f(mp.mpf(v)) / mp.mpf(v)) for v in x])
+    u = (x / r.high) ** 2
+    numerator, denominator = u[:, None] ** np.arange(r.p + 1), u[:, None] ** np.arange(1, r.q + 1)
+    weights, last = np.ones(len(x)), np.ones(len(x))
+    best: tuple[np.ndarray, np.ndarray, float] = (np.zeros(0), np.zeros(0), np.inf)
+    for _ in range(rounds):
+        scale = np.sqrt(weights) / (ratio * last)
+        matrix = np.hstack([numerator, -ratio[:, None] * denominator]) * scale[:, None]
+        norms = np.linalg.norm(matrix, axis=0)
+        found = np.linalg.lstsq(matrix / norms, ratio * scale, rcond=None)[0] / norms
+        p, q = found[: r.p + 1], np.concatenate([[1.0], found[r.p + 1 :]])
+        last = np.abs(np.polyval(q[::-1], u))
+        error = np.abs(np.polyval(p[::-1], u) / np.polyval(q[::-1], u) / ratio - 1)
+        if error.max() < best[2]:
+            best = p / r.high ** (2.0 * np.arange(len(p))), q / r.high ** (2.0 * np.arange(len(q))), float(error.max())
+        weights = weights * (error / error.max() + 1e-3) ** 0.7
+        weights /= weights.mean()
+    return [float(c) for c in best[0]], [float(c) for c in best[1]], best[2]
+
+
 def main(names: list[str]) -> None:
-    for name in names or FITS:
+    for name in [n for n in names or RATIONALS if n in RATIONALS]:
+        p, q, error = solve_rational(RATIONALS[name])
+        print(f"{name}: relative error 2^{np.log2(error):.2f}")
+        for part in (p, q):
+            print("    (" + ", ".join(f"{c:.9g}" for c in part) + ")")
+    for name in [n for n in names or FITS if n in FITS]:
         coefficients, error = solve(FITS[name])
         print(f"{name}: error 2^{error:.2f}")
         print("    (" + ", ".join(repr(c) if not FITS[name].single else f"{c:.9g}" for c in coefficients) + ")")

@@ -30,6 +30,7 @@ from ..frontend.importer import import_graph
 from ..ir import Operation, Target
 from ..ir.passes import Pass, PassContext, Remark, parse_pipeline, run_pipeline
 from ..ir.printer import print_with_resources
+from ..ir.verifier import verify
 from ..runtime.artifact import Artifact
 from ..runtime.cache import ArtifactCache, cache_key
 from ..runtime.cuda_graph import CudaGraph
@@ -80,6 +81,8 @@ def lower(module: Operation, target: Target, options: Options, compilation: Comp
         start = time.perf_counter()
         run_pipeline(module, parse_pipeline(pipeline(stage, target, options)), ctx, verify_each=options.verify,
                      after_each=None if observe is None else partial(observe, stage))
+        if not options.verify:
+            verify(module)
         compilation.seconds[stage] = time.perf_counter() - start
         if stage == "tensor" and options.mode == "max-autotune" and _is_here(target):
             tune_tiles(module, ctx, Tuner(options, read_environment().cache_dir if options.cache else None))

@@ -13,7 +13,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext
 
 from ..frontend.attention import write_out_attention
+from ..frontend.bags import write_out_bags
 from ..frontend.common_subexpressions import merge_common_subexpressions
 from ..frontend.decompositions import decomposition_table
 from ..frontend.flex import expand_flex
@@ -35,6 +36,7 @@ from ..frontend.recompute import permute_transposes, recompute_attention
 from ..frontend.recompute_activations import recompute_activations
 from ..frontend.recurrent import expand_recurrent
 from ..frontend.scan import mend_gradients, unstack_invariants
+from .activations import within_budget
 from .control_flow import compile_pieces
 from .distributed.planned import compile_planned
 from .driver import Observer, compile_fx
@@ -56,15 +58,17 @@ def backend(options: Options, observe: Observer | None = None) -> Callable:
     def compiler(role: str) -> Callable:
         return lambda gm, _: _guarded(gm, options, role, _decompositions(options.fallback_random), observe)
 
-    return aot_backend(compiler, fallback_random=options.fallback_random, loss_bytes=options.loss_bytes, as_rounded=options.emulate_precision_casts)
+    return aot_backend(compiler, fallback_random=options.fallback_random, loss_bytes=options.loss_bytes, activation_bytes=options.activation_bytes,
+                       as_rounded=options.emulate_precision_casts)
 
 
 def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = False, loss_bytes: int = Options.loss_bytes,
-                as_rounded: bool = False) -> Callable:
+                activation_bytes: int = Options.activation_bytes, as_rounded: bool = False) -> Callable:
     """A Dynamo backend whose graphs are made as aicc's are: `compiler(role)` gives the compiler of forward, backward or inference graphs.
 
     as_rounded: attention stays torch's own, which says what eager rounds (written out, its scores would be rounded to 16 bits)."""
     table = _decompositions(fallback_random)
+    split = partial(partition, activation_bytes=activation_bytes)
 
     def prepared(role: str) -> Callable:
         compile_one = compiler(role)
@@ -89,11 +93,12 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
             mend_gradients(gm)
             if not as_rounded:
                 write_out_attention(gm, drops=not fallback_random)
+            write_out_bags(gm)
             chunk_losses(gm, loss_bytes)
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)
         # Dynamo does not trace into what it is given back: a wrapper that forbids it would cost each call a microsecond or two.
-        return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=partition, keep_inference_input_mutations=True, **compilers)
+        return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=split, keep_inference_input_mutations=True, **compilers)
 
     return compile_captured
 
@@ -103,8 +108,10 @@ def _decompositions(fallback_random: bool) -> dict[Any, Callable[..., Any]]:
     return decomposition_table() if fallback_random else {**decomposition_table(), **random_decompositions()}
 
 
-def partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, **rest: Any) -> tuple[Graph, Graph]:
-    """The forward and backward graphs of a joint one, by torch's min-cut, after what aicc wants computed again is computed again."""
+def partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, activation_bytes: int = 0, **rest: Any) -> tuple[Graph, Graph]:
+    """The forward and backward graphs of a joint one, by torch's min-cut, after what aicc wants computed again is computed again.
+
+    activation_bytes: the most that is kept in between (0: no bound)."""
     share_seeds(joint)
     _drop_detaches(joint.graph)
     unstack_invariants(joint)
@@ -114,7 +121,8 @@ def partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, **re
     recompute_activations(joint, num_fwd_outputs)
     permute_transposes(joint.graph)
     with functorch_config.patch(cse=False, recompute_views=True):  # its own pass imports Inductor; a saved view would be a copy
-        return min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **rest)
+        return within_budget(joint, num_fwd_outputs, activation_bytes, lambda graph: min_cut_rematerialization_partition(
+            graph, inputs, num_fwd_outputs=num_fwd_outputs, **rest))
 
 
 def _drop_detaches(graph: torch.fx.Graph) -> None:

@@ -4,7 +4,7 @@ AICC_STRICT=1        a graph that does not compile raises, instead of running th
 AICC_CACHE_DIR=DIR   where compiled artifacts are kept (default: the user's cache directory)
 AICC_CACHE=0         do not read or write the artifact cache
 AICC_FEATURES=LIST   CPU features to compile for, such as "avx2,fma", instead of all that the host has
-AICC_VERIFY=0        do not verify the IR between passes (it is cheap; for measurements)
+AICC_VERIFY=1        verify the IR after every pass, not only at the end of each stage (a tenth of the time to compile)
 """
 
 from __future__ import annotations
@@ -45,4 +45,4 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
     return Environment(strict=flag("AICC_STRICT", False), cache=flag("AICC_CACHE", True),
                        cache_dir=Path(env.get("AICC_CACHE_DIR") or Path(base) / "aicc"),
                        features=None if features is None else tuple(f.strip() for f in features.split(",") if f.strip()),
-                       verify=flag("AICC_VERIFY", True))
+                       verify=flag("AICC_VERIFY", False))

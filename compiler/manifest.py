@@ -22,14 +22,16 @@ from ..ir.types import BufferType, element_type
 __all__ = ["build_manifest"]
 
 
-def build_manifest(module: Operation, name: str = "main", errors: Mapping[int, str] | None = None, *, device: str = "cpu") -> dict[str, Any]:
-    """The manifest of function `name` of a module at the host level; `errors` are the messages of native error codes.
+def build_manifest(module: Operation, name: str = "main", errors: Mapping[int, str] | None = None, *, device: str = "cpu",
+                   stepwise: bool = False) -> dict[str, Any]:
+    """The manifest of function `name` of a module at the host level; `errors` are the messages of native error codes. `stepwise`: as the
+    code was compiled, each launch is a step.
 
     IRError if there is no such function, it is not fully planned, or an argument is on a device that a program for `device` cannot read.
     """
     for op in module.body:
         if op.name == "func" and op["sym_name"] == name:
-            return _Builder(module, op, device).build(errors or {})
+            return _Builder(module, op, device, stepwise).build(errors or {})
     raise IRError(f"the module has no function '{name}'")
 
 
@@ -43,8 +45,9 @@ class _Place:
 
 
 class _Builder:
-    def __init__(self, module: Operation, func: Operation, device: str):
+    def __init__(self, module: Operation, func: Operation, device: str, stepwise: bool = False):
         self.func = func
+        self.stepwise = stepwise
         self.device = device
         self.kernels = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
         self.args = func.body.args
@@ -204,6 +207,8 @@ class _Builder:
                     raise IRError(f"'{op.name}' comes before the symbols that decide the size of a buffer of type {early[0].type}")
                 mutated |= {self.places[v].index for v in op.operands[len(op.operands) - outputs:]
                             if self.places[v].space == "input"}
+                if self.stepwise:
+                    close()
             elif op.name == "host.extern":
                 close()
                 touch(op)

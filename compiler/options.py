@@ -21,29 +21,35 @@ class Options:
 
     strict                    raise when a graph does not compile, instead of running it through ATen with a warning
     cache                     keep compiled artifacts on disk
-    verify                    verify the IR after every pass
+    verify                    verify the IR after every pass, not only at the end of each stage
     emulate_precision_casts   round 16-bit floats after every op as eager does, instead of computing fused chains in float32
     features                  CPU features to compile for; None means those of the host
     fuse                      group ops into kernels; False gives one kernel per op (for debugging)
     fallback_random           draw random numbers through ATen, which gives eager's for the same seed, instead of from counters
     pack_parameters           keep a packed copy of parameters that kernels read in another layout; False keeps the parameters only
     winograd                  compute 3-tap convolutions on CPUs with fewer multiplications and slightly different rounding
+    nontemporal               write results past the caches where they would not be read again before they are thrown out (CPUs)
+    fast_math                 cheaper exp, tanh, erf, log and sigmoid of a few ulp (docs/fast-math.md)
     plan                      a plan file: the ranks of the process group share the work (see docs/distributed.md); "" for none
     loss_bytes                logits of a cross-entropy over a linear layer that take more bytes are computed in parts; 0: never
+    activation_bytes          training: the most that the forward pass keeps for the backward pass, the rest is computed again; 0: no bound
     cudagraphs                replay a graph's launches from a CUDA graph (mode="reduce-overhead" means the same)
     """
 
     mode: str = "default"
     strict: bool = False
     cache: bool = True
-    verify: bool = True
+    verify: bool = False
     emulate_precision_casts: bool = False
     features: tuple[str, ...] | None = None
     fuse: bool = True
     fallback_random: bool = False
     pack_parameters: bool = True
     winograd: bool = True
+    nontemporal: bool = True
+    fast_math: bool = False
     loss_bytes: int = 256 << 20
+    activation_bytes: int = 0
     cudagraphs: bool = False
     plan: str = ""
 
@@ -77,4 +83,5 @@ class Options:
     @property
     def key(self) -> str:
         """The part of the options that changes the code."""
-        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse},{self.pack_parameters},{self.winograd},{self.replays}"
+        cpu = f"{self.pack_parameters},{self.winograd},{self.nontemporal}"
+        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse},{self.fast_math},{cpu},{self.replays}"

@@ -16,6 +16,8 @@ STAGES = ("graph", "tensor", "tile", "host")
 def pipeline(stage: str, target: Target, options: Options) -> str:
     """The passes of one stage, as text."""
     relax = "" if not options.emulate_precision_casts else "{relax-casts=false}"
+    tiling = " ".join(["relax-casts=false"] * options.emulate_precision_casts + ["fast-math=true"] * options.fast_math)
+    tile = "tile" + f"{{{tiling}}}" * bool(tiling)
     choices = ["epilogues=false"] * options.emulate_precision_casts + ["replayed=true"] * options.replays
     fuse = "fuse{by-columns=true}" if target.is_gpu else "fuse"
     library = "library" + (f"{{{' '.join(choices)}}}" if choices else "")
@@ -37,6 +39,8 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             *(["operand-order", library] if target.is_gpu else []),
             # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.
             "inline", *(["plain-reductions"] if target.is_gpu else []), "sink-reshapes", f"canonicalize{relax}", "dce",
+            # Only where rounding may fall away: what is normalised is not rounded before the product.
+            *(["spread-norms", "dce"] if target.is_gpu and options.fuse and not options.emulate_precision_casts else []),
             *(["turn-streams", "dce"] if options.fuse and not target.is_gpu else []),
             *([] if target.is_gpu or not options.winograd else ["winograd"]),
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
@@ -44,6 +48,8 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             # Packed weights of recurrent layers leave the loop: what is packed once must be seen to be the same in every trip.
             "hoist-invariants",
             *(["library-operands", "alias-views"] if target.is_gpu else []),
+            # Streams of few programs become streams of parts first.
+            *(["split-streams"] if target.is_gpu and options.fuse else []),
             *([f"stream{relax}"] if options.fuse else []),
             *(["split-reductions", "split-dimensions"] if target.is_gpu and options.fuse else []),
             fuse if options.fuse else "fuse{max-members=1}",
@@ -52,9 +58,11 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
         ]),
         # Kernels are simplified once more: bodies merged by fusion share index arithmetic.
         # On GPUs small ones that are independent of each other are launched together then.
-        "tile": f"tile{relax},cse,dce" + (",merge-launches" if target.is_gpu and options.fuse else ""),
+        "tile": f"{tile},cse,dce" + (",merge-launches" if target.is_gpu and options.fuse else ""),
         # A CUDA graph wants few kernels to use the memory of outputs, whose address is another one in each call.
-        # On CPUs what is too small for several threads shares them with what does not depend on it; then memory is planned for that.
+        # On CPUs what is too small for several threads shares them with what does not depend on it; then memory is planned for that. Last, as
+        # it is known where everything lies: what is written past the caches.
         "host": "schedule,overlap,bufferize,plan-memory{outputs=false}" if options.replays and target.is_gpu else
-                "schedule,overlap,bufferize,plan-memory" if target.is_gpu else "schedule,overlap,bufferize,side-by-side,plan-memory",
+                "schedule,overlap,bufferize,plan-memory" if target.is_gpu else
+                "schedule,overlap,bufferize,side-by-side,plan-memory" + ",nontemporal" * options.nontemporal,
     }[stage]

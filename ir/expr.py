@@ -506,6 +506,8 @@ def _bound(e: Dim, bounds: Bounds, upper: bool) -> Dim | None:
             chosen = hi if want_upper else lo
             if chosen is None and isinstance(a, Sym) and a.key not in bounds:
                 chosen = sym(a.key)  # a size: its own bound, compared symbolically
+            if chosen is None and not isinstance(a, Sym) and not free_symbols(Expr((((a,), 1),), 0)) & bounds.keys():
+                chosen = _atom(a)  # likewise: whatever it is, it is the same on both sides
             if chosen is None:
                 return None
             if len(m) > 1 and not _sign_known(lo if lo is not None else chosen):

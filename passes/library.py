@@ -78,7 +78,7 @@ class Library(Pass):
 
     def _consider(self, op: Operation, func: Operation, sizes: dict[str, int], streams: bool, ctx: PassContext) -> bool:
         found = _readable(op, func)
-        if isinstance(found, str) and not streams and _turn(op, sizes, ctx.target):
+        if isinstance(found, str) and not streams and _turn(op, sizes, ctx.target, func):
             ctx.remark("done", f"an operand of a product is copied into its order: {found}", op.location)
             found = _readable(op, func)
         if isinstance(found, str):
@@ -113,7 +113,16 @@ class Library(Pass):
         return True
 
 
-def _turn(op: Operation, sizes: dict[str, int], target: Target) -> bool:
+def _gets_another_layout(v: Value, func: Operation) -> bool:
+    """It is a result in another order than it has now (channels last): the pass `layout` is going to give it that."""
+    assert isinstance(v.type, TensorType)
+    attrs = func["result_attrs"]
+    return v.defining_op is not None and any(
+        r is v and k < len(attrs) and attrs[k].get("strides") and tuple(attrs[k]["strides"]) != v.type.layout
+        for k, r in enumerate(func.body.terminator.operands))
+
+
+def _turn(op: Operation, sizes: dict[str, int], target: Target, func: Operation) -> bool:
     """Copies the operands that are no matrix in memory and whose contiguous dimension is not summed over (heads that were moved, in the gradient
     of a weight), where that costs less than a generated kernel loses on them. True if anything was copied."""
     roles, types = roles_of(op), [element_type(v.type).name for v in op.operands]
@@ -125,6 +134,8 @@ def _turn(op: Operation, sizes: dict[str, int], target: Target) -> bool:
         order, strides, v = (*roles.batch, *roles.k, *own), walk_of(op, i), op.operands[i]
         assert isinstance(v.type, TensorType)
         if strides is not None and all(is_linear(op["dims"], group, strides) for group in (roles.batch, roles.k, own)):
+            continue
+        if _gets_another_layout(v, func):
             continue
         innermost = {s for e, stride in zip(op["maps"][i], v.type.layout, strict=True) if stride == 1 for s in free_symbols(e)}
         if not innermost or not innermost <= {f"d{d}" for d in own}:

@@ -12,11 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..ir import Target
+from .tiling.gpu_tiles import gemm_tile_gpu, tile_rate
 
 __all__ = ["Work", "generated_seconds", "library_seconds", "turning_pays", "unpack_seconds"]
 
 LAUNCH = 2e-6
 """Seconds that one more kernel costs the device: its start and end overlap with nothing."""
+LIBRARY_LAUNCH = 3.5e-6
+"""The same of the library's kernels: they begin by reading descriptions of their operands (128x768x768 takes 4.4 us, generated 4.1)."""
 HOST_LIBRARY, HOST_GENERATED = 15e-6, 4.5e-6
 """Seconds that the host needs to issue a product: the device cannot be faster, unless launches are replayed."""
 HEAVY = 1.6e-12 * 132
@@ -40,8 +43,8 @@ RATES = {
 LIBRARY_SHARE = {"bf16": 0.78, "f16": 0.78, "tf32": 0.75, "f32": 0.80, "f64": 0.80}
 GENERATED_SHARE = {"bf16": 0.68, "f16": 0.68, "tf32": 0.40, "f32": 0.30, "f64": 0.10}
 MEMORY_SHARE = 0.9
-TILE = 128
-"""Rows and columns of the tile that one multiprocessor works on."""
+TILE = 64
+"""Rows and columns of the tiles of which the library has enough for every multiprocessor."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,28 @@ def turning_pays(target: Target, kind: str, flops: float, moved: float) -> bool:
 def library_seconds(target: Target, work: Work) -> float:
     """By cuBLASLt; a pointwise reader then reads the result from memory."""
     extra = LAUNCH + 2 * work.elements * work.result_bytes / (MEMORY_SHARE * _rates(target).bandwidth) if work.fused else 0.0
-    return max(_product(target, work, LIBRARY_SHARE[work.kind], TILE // 2), 0 if work.replayed else HOST_LIBRARY) + extra
+    batch, m, n, _ = work.sizes
+    processors = max(1, target.multiprocessors)
+    tiles = batch * -(-m // TILE) * -(-n // TILE)
+    busy = min(8.0, -(-tiles // processors) * processors / max(1, tiles))  # multiprocessors that wait for the last tiles count as busy
+    made = LIBRARY_LAUNCH + _product(target, work, LIBRARY_SHARE[work.kind], busy)
+    return max(made, 0 if work.replayed else HOST_LIBRARY) + extra
 
 
 def generated_seconds(target: Target, work: Work) -> float:
     """By a generated kernel, its pointwise reader fused."""
     extra = work.heavy * work.elements * HEAVY / max(1, target.multiprocessors) if work.fused else 0.0
-    return max(_product(target, work, GENERATED_SHARE[work.kind], TILE), 0 if work.replayed else HOST_GENERATED) + extra
+    batch, m, n, k = work.sizes
+    processors = max(1, target.multiprocessors)
+    if BYTES[work.kind] == 2:
+        tile = gemm_tile_gpu(target, batch, m, n, k, 2, heavy=work.heavy > 0)
+        rows, columns, rate, most = tile.rows, tile.columns, tile_rate(target, tile.rows, tile.columns), float("inf")
+    else:
+        rows, columns, rate, most = 128, 128, 1.0, 8.0
+    rounds = -(-batch * -(-m // rows) * -(-n // columns) // processors)
+    whole = rows * columns * rounds * processors / max(1, work.elements)  # whole tiles, and multiprocessors that wait, count as busy
+    made = LAUNCH + _product(target, work, GENERATED_SHARE[work.kind], min(whole, most) / rate)
+    return max(made, 0 if work.replayed else HOST_GENERATED) + extra
 
 
 def unpack_seconds(target: Target, read: int, made: int) -> float:
@@ -90,14 +108,13 @@ def unpack_seconds(target: Target, read: int, made: int) -> float:
     return LAUNCH + (read + made) / (MEMORY_SHARE * _rates(target).bandwidth)
 
 
-def _product(target: Target, work: Work, share: float, tile: int) -> float:
+def _product(target: Target, work: Work, share: float, busy: float) -> float:
+    """Seconds on the device without the launch, where every operation counts as `busy`."""
     batch, m, n, k = work.sizes
-    rates, processors = _rates(target), max(1, target.multiprocessors)
-    tiles = batch * -(-m // tile) * -(-n // tile)
-    busy = -(-tiles // processors) * processors / max(1, tiles)  # multiprocessors that wait for the last tiles count as busy
-    compute = 2.0 * work.elements * k * min(busy, 8.0) / (share * rates.flops[work.kind] * processors)
+    rates = _rates(target)
+    compute = 2.0 * work.elements * k * busy / (share * rates.flops[work.kind] * max(1, target.multiprocessors))
     moved = batch * (m * k + k * n) * BYTES[work.kind] + work.elements * work.result_bytes
-    return LAUNCH + max(compute, moved / (MEMORY_SHARE * rates.bandwidth))
+    return max(compute, moved / (MEMORY_SHARE * rates.bandwidth))
 
 
 def _rates(target: Target) -> _Rates:

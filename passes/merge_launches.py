@@ -31,6 +31,8 @@ SMALL = 2 << 20
 """Bytes that a kernel moves which is over before the device is busy."""
 PRODUCT = 64 << 20
 """Bytes for products: at 3 TB/s, 20 microseconds."""
+ROWS = 16 << 20
+"""Bytes for kernels whose programs reduce a row each (products with a vector)."""
 WINDOW = 48
 PARTS = 64
 """Most kernels in one, and most buffers that one takes."""
@@ -105,7 +107,10 @@ class _Finder:
             return ("product", kernel["num_warps"], kernel["num_stages"]) if kernel["bytes"] <= PRODUCT and few else None
         if _is_elementwise(kernel) and self._on_arguments(op):
             return ("arguments", kernel["num_warps"])
-        return ("loops", kernel["num_warps"]) if kernel["bytes"] <= SMALL else None
+        if kernel["bytes"] <= SMALL:
+            return ("loops", kernel["num_warps"])
+        rows = any(o.name == "tile.reduce" for o in kernel.walk()) and not any(o.name == "tile.for" for o in kernel.walk())
+        return ("rows", kernel["num_warps"]) if rows and kernel["bytes"] <= ROWS else None
 
     def _on_arguments(self, op: Operation) -> bool:
         """It reads arguments and single numbers, and makes what is returned or written to arguments."""

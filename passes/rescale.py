@@ -1,6 +1,7 @@
 """How a value that is summed depends on an earlier reduction of the same row, and whether the dependence can be rescaled.
 
-  exp(x - m)    with m a running maximum: when m grows to m', what was summed so far is multiplied by exp(m - m')   ("shift")
+  exp(x - m)    with m a running maximum: when m grows to m', what was summed so far is multiplied by exp(m - m')   ("shift");
+                the same with 0 in place of an m of -inf, which makes the sum of nothing 0 and not NaN
   x * w, x / w  with w any value of the row: linear, so it can be applied once, to the finished sum                  ("scale")
   (x - mean)^2  with the mean of the same x: the sum of squares is corrected by how far the running mean moves       (`about_mean`)
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from ..ir import Operation, Value, element_type
 
-__all__ = ["FREE", "Declined", "Dependence", "Factor", "TooLarge", "about_mean"]
+__all__ = ["FREE", "Declined", "Dependence", "Factor", "TooLarge", "about_mean", "finite_of"]
 
 
 class Declined(Exception):
@@ -53,7 +54,7 @@ def _opaque() -> Factor:
 
 def _merge(a: Factor, b: Factor, kind: str) -> Factor:
     """The factor of a * b or a / b (kind "mul" or "div"), where at most one is a shift."""
-    if "shift" in (a.kind, b.kind):
+    if "shift" in (a.kind, b.kind) or any(f.kind == "row" and f.guarded for f in (a, b)):
         return _opaque()
     if a.kind in _LINEAR:
         return _merge(b, a, kind) if kind == "mul" and b.kind not in _LINEAR else _opaque()
@@ -88,7 +89,12 @@ class Dependence:
                 made = v.defining_op
                 assert made is not None
                 return self.of(made, made.body.terminator.operands[made.results.index(v)])  # type: ignore[arg-type]
+            if kind == "row" and (m := finite_of(v)) is not None and self.kind_of(m) == "reduction":
+                return Factor("row", m, guarded=True)
             return Factor("row", v) if kind in ("reduction", "row") else FREE
+        y = _made_finite(x)
+        if y is not None and (f := self.of(op, y)).kind == "row":
+            return replace(f, guarded=True)
         args = [self.of(op, a) for a in inner.operands]
         return self._rule(inner, args)
 
@@ -97,9 +103,9 @@ class Dependence:
             return FREE
         name = inner.name.removeprefix("arith.")
         if name == "sub" and args[0].kind == "free" and args[1].kind == "row":
-            return Factor("shift", args[1].value)
+            return Factor("shift", args[1].value, guarded=args[1].guarded)
         if name == "exp" and args[0].kind == "shift":
-            return Factor("product", args[0].value)
+            return Factor("product", args[0].value, guarded=args[0].guarded)
         if name in ("mul", "div"):
             return _merge(args[0], args[1], name)
         if name in ("cast", "neg") and args[0].kind in ("product", *_LINEAR):
@@ -121,8 +127,30 @@ class Dependence:
         return found if len(sides) == 2 and found == sides[1][0] and found.kind == "product" else _opaque()
 
 
+def finite_of(v: Value) -> Value | None:
+    """m where the tensor `v` is m, or 0 where m is -inf: the same shift, but that exp(-inf - m) is 0 even if everything is -inf."""
+    op = v.defining_op
+    if op is None or op.name != "tensor.generic" or len(op.operands) != 1 or op["reductions"]:
+        return None
+    return op.operands[0] if _made_finite(op.body.terminator.operands[0]) is op.body.args[0] else None
+
+
+def _made_finite(x: Value) -> Value | None:
+    """y where the scalar x is select(y == -inf, 0, y)."""
+    choice = x.defining_op
+    if choice is None or choice.name != "arith.select" or not _is_zero(choice.operands[1]):
+        return None
+    test, y = choice.operands[0].defining_op, choice.operands[2]
+    if test is None or test.name != "arith.eq" or test.operands[0] is not y:
+        return None
+    low = test.operands[1].defining_op
+    return y if low is not None and low.name == "arith.constant" and low["value"] == float("-inf") else None
+
+
 def _linear(f: Factor) -> Factor:
     """The factor of what is proportional to a value with factor `f`."""
+    if f.kind == "row" and f.guarded:
+        return _opaque()  # a maximum made finite is a shift and nothing else
     return replace(f, kind="linear") if f.kind == "row" else f
 
 

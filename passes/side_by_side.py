@@ -139,7 +139,7 @@ class _Finder:
             share = None if op in self.alone else self.share(op)
             home = None if share is None else self._join(op, at, touched, share, near)
             for g in near:
-                if g is not home:  # also where `op` moves up past g: its group may not be worth keeping, and then it stays here
+                if home is None or g.at < home.at:  # what has moved up is not after the groups that stand below its own (see `worthwhile`)
                     g.between.add(touched)
             if share is not None and home is None:
                 home = _Group(op, at, [op], [share], _written_bytes(op), touched)

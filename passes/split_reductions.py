@@ -3,19 +3,23 @@
     sum over K of f        ->        sum over S of (sum over K / S of f)
 
 The first step makes S partial results in parallel (split-K, for a contraction); the second is small and fuses with what reads it.
+A sum and the sum of squares about its mean (a variance: batch norm) are split together, each part about its own mean, so that the first step stays
+one pass over memory (see `rescale.about_mean` for the formula by which parts merge).
 Only dimensions that S divides are split. The order of additions is fixed: results are the same in every run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ir import Builder, Dim, Operation, Target, TensorType, element_type, sym
+from ..ir import Builder, Dim, Operation, Target, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import as_int, ceildiv, product, simplify, split_linear, substitute
 from ..ir.passes import Pass, PassContext, register
 from .narrow_results import ROUNDS
+from .rescale import about_mean
 from .structured import is_contraction, rebuild, space_bounds
 from .tiling.contraction import is_row_major, roles_of
 from .tiling.gpu_tiles import COLUMNS, gemm_tile_gpu, product_bytes
@@ -37,7 +41,7 @@ class SplitReductions(Pass):
     def run(self, module: Operation, ctx: PassContext) -> None:
         for func in [f for f in module.body if f.name == "func"]:
             for op in list(func.body):
-                if op.name != "tensor.generic" or not op["reductions"] or not all(isinstance(n, int) for n in op["dims"]):
+                if op.parent is None or op.name != "tensor.generic" or not op["reductions"] or not all(isinstance(n, int) for n in op["dims"]):
                     continue
                 if not set(op["combine"]) <= SPLITTABLE or 0 in op["dims"]:
                     continue
@@ -45,7 +49,11 @@ class SplitReductions(Pass):
                 wanted = 4 if not is_contraction(op) and reduces_rows(op) else 2  # programs per multiprocessor, as measured
                 parts, d = self._parts(op, -(-wanted * room // programs)) if 2 * programs <= room else (1, 0)
                 if parts > 1:
-                    _split(op, d, parts)
+                    squares = _squares_about_mean(op)
+                    if squares is None:
+                        _split(op, d, parts)
+                    else:
+                        _split_moments(op, squares, d, parts)
                     ctx.remark("done", f"a reduction of {op['dims'][d]} elements in {parts} parts", op.location)
 
     def _parts(self, op: Operation, wanted: int) -> tuple[int, int]:
@@ -96,27 +104,100 @@ def reduces_rows(op: Operation) -> bool:
     return False
 
 
-def _split(op: Operation, d: int, parts: int) -> None:
-    """d = part * (size / parts) + rest; the parts are the first dimension of the partial results."""
-    dims, n = list(op["dims"]), op["reductions"]
-    chunk = dims[d] // parts
-    new_dims = [parts, *dims[:d], chunk, *dims[d + 1:]]
-    place: dict[int, Dim] = {j: sym(f"d{j + 1}") for j in range(len(dims))}
-    place[d] = sym("d0") * chunk + sym(f"d{d + 1}")
-    env = {f"d{j}": e for j, e in place.items()}
-    bounds = space_bounds(new_dims)
-    maps = [None if m is None else tuple(simplify(substitute(e, env), bounds) for e in m) for m in op["maps"]]
+@dataclass(frozen=True)
+class _Space:
+    """Dimension d = part * (size / parts) + rest; the parts come first."""
+
+    dims: list[Dim]
+    place: dict[int, Dim]
+
+    @staticmethod
+    def of(op: Operation, d: int, parts: int) -> _Space:
+        dims = list(op["dims"])
+        chunk = dims[d] // parts
+        place: dict[int, Dim] = {j: sym(f"d{j + 1}") for j in range(len(dims))}
+        place[d] = sym("d0") * chunk + sym(f"d{d + 1}")
+        return _Space([parts, *dims[:d], chunk, *dims[d + 1:]], place)
+
+    def map(self, m: Sequence[Dim] | None) -> tuple[Dim, ...] | None:
+        """A read of the op's in the new space."""
+        env, bounds = {f"d{j}": e for j, e in self.place.items()}, space_bounds(self.dims)
+        return None if m is None else tuple(simplify(substitute(e, env), bounds) for e in m)
+
+
+def _partial(op: Operation, b: Builder, space: _Space) -> Operation:
     fills = [fill_of(op, i) for i in range(len(op.operands))]
+    return rebuild(op, b, op.operands, [space.map(m) for m in op["maps"]], fills, space.dims, space.place, op["reductions"])
+
+
+def _split(op: Operation, d: int, parts: int) -> None:
     b = Builder.before_op(op)
-    partial = rebuild(op, b, op.operands, maps, fills, new_dims, place, n)
+    partial = _partial(op, b, _Space.of(op, d, parts))
     rounds = partial.attributes.pop(ROUNDS, None)
-    rank = len(dims) - n
+    dims, rank = op["dims"], len(op["dims"]) - op["reductions"]
     read = (sym(f"d{rank}"), *(sym(f"d{j}") for j in range(rank)))
     made = b.generic(list(partial.results), [read] * len(partial.results), [*dims[:rank], parts], lambda _, *xs: xs,
                      reductions=1, combine=op["combine"])
     if rounds is not None:
         made.attributes[ROUNDS] = rounds
+    _take_place(op, made)
+
+
+def _take_place(op: Operation, made: Operation) -> None:
     for old, new in zip(op.results, made.results, strict=True):
         new.name, new.type = old.name, old.type
         old.replace_all_uses_with(new)
     op.erase()
+
+
+# -- variances --------------------------------------------------------------------------------------------------------------------
+
+
+def _squares_about_mean(total: Operation) -> Operation | None:
+    """The sum of squares about the mean that `total`, a sum, gives; over the same space."""
+    for row in [u for u in total.results[0].users if u.name == "tensor.generic" and len(u.results) == 1]:
+        for squares in row.result.users:
+            if squares.name != "tensor.generic" or len(squares.results) != 1 or squares["dims"] != total["dims"]:
+                continue
+            if squares["reductions"] != total["reductions"] or ROUNDS in squares.attributes or ROUNDS in total.attributes:
+                continue
+            if about_mean(squares, {row.result: row, total.result: total}, _same_read) is total:
+                return squares
+    return None
+
+
+def _same_read(a: Operation, i: int, b: Operation, j: int) -> bool:
+    same = a.operands[i] is b.operands[j] and a["maps"][i] is not None and a["maps"][i] == b["maps"][j]
+    return same and repr(fill_of(a, i)) == repr(fill_of(b, j))
+
+
+def _split_moments(total: Operation, squares: Operation, d: int, parts: int) -> None:
+    """Sums, and squares about the mean of each part; then m2 = sum over parts of m2_i + n * (mean_i - mean)^2."""
+    space = _Space.of(total, d, parts)
+    rank = len(total["dims"]) - total["reductions"]
+    count = as_int(product(total["dims"][rank:])) // parts
+    b = Builder.before_op(total)
+    sums = _partial(total, b, space)
+    k = next(i for i, v in enumerate(squares.operands) if v.defining_op is not None and total.result in v.defining_op.operands)
+    row = squares.operands[k].defining_op
+    assert row is not None
+    shifted = {f"d{j}": sym(f"d{j + 1}") for j in range(len(row["dims"]))}
+    means = b.generic([sums.result], [(sym("d0"), *(substitute(e, shifted) for e in row["maps"][0]))], [parts, *row["dims"]],
+                      lambda i, x: i.arith("div", x, float(count)))
+    operands, maps = list(squares.operands), [space.map(m) for m in squares["maps"]]
+    operands[k], maps[k] = means.result, (sym("d0"), *(maps[k] or ()))
+    fills = [fill_of(squares, i) for i in range(len(operands))]
+    spread = rebuild(squares, b, operands, maps, fills, space.dims, space.place, squares["reductions"])
+    dims = [*total["dims"][:rank], parts]
+    outer = tuple(sym(f"d{j}") for j in range(rank))
+    _take_place(total, b.generic([sums.result], [(sym(f"d{rank}"), *outer)], dims, lambda _, x: x, reductions=1, combine=total["combine"]))
+    b = Builder.before_op(squares)
+    own = tuple(squares["maps"][k])  # of the mean: along parallel dimensions
+
+    def merged(i: Builder, m2: Value, part: Value, mean: Value) -> Value:
+        apart = i.arith("sub", part, mean)
+        return i.arith("add", m2, i.arith("mul", i.arith("mul", apart, apart), float(count)))
+
+    made = b.generic([spread.result, means.result, squares.operands[k]], [(sym(f"d{rank}"), *outer), (sym(f"d{rank}"), *own), own], dims, merged,
+                     reductions=1, combine=squares["combine"])
+    _take_place(squares, made)

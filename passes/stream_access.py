@@ -11,6 +11,9 @@ from ..ir.expr import as_int, ceildiv, free_symbols, product, simplify, split_li
 if TYPE_CHECKING:
     from .stream_form import Stream
 
+FEW_ROWS = 16
+"""With fewer rows there is nothing to reuse: on a CPU the plain kernels are as good, and on a GPU without reductions in between (two layers in a row
+read weights, which want all multiprocessors)."""
 SMALL = 1 << 16
 """Points of the middle space, per batch element, below which storing them costs a CPU little."""
 
@@ -61,6 +64,8 @@ def _splits_panels(op: Operation, i: int, target: Target) -> bool:
 
 def _why_slow_on_cpu(s: Stream, target: Target) -> str:
     """Why the stream would be slow on a CPU; "" if it would not."""
+    if isinstance(s.row_count, int) and s.row_count < FEW_ROWS:
+        return "too few rows"
     if any(_splits_panels(op, i, target) for op in (*s.firsts, *s.seconds) for i in (0, 1)):
         return "an operand is packed in panels of another width"
     points = s.row_count * s.length
@@ -92,6 +97,10 @@ def why_slow(s: Stream, target: Target) -> str:
 FLOPS_PER_US = {2: 2.5e6, 4: 2e5, 8: 1e5}
 """What one multiprocessor does in a microsecond, by bytes per element (of an H100, at half its peak)."""
 BYTES_PER_US = 3e6
+PROGRAM_BYTES_PER_US = 5e4
+"""Of one program alone, from memory: two or three tiles are under way for about a microsecond."""
+TOGETHER = 4
+"""Programs of few rows that a multiprocessor runs at a time."""
 LAUNCH_US = 4.0
 
 
@@ -101,14 +110,20 @@ def _why_slow_on_gpu(s: Stream, target: Target) -> str:
     widths = [product(op["dims"][len(s.position[op]):]) for op in s.firsts] + [product(s.columns)] * len(s.seconds)
     if not all(isinstance(n, int) for n in (*space, *widths)):
         return ""
+    if as_int(s.row_count) < FEW_ROWS and not s.reductions:
+        return "too few rows"
     batch, points = as_int(product(space[:-2])), as_int(product(space))
     narrowest = min(element_type(v.type).bytes for op in s.firsts for v in op.operands)
+    processors = max(1, target.multiprocessors)
     rate = FLOPS_PER_US[max(2, narrowest)]
     flops = 2.0 * points * sum(as_int(w) for w in widths)
     programs = batch * as_int(ceildiv(space[-2], 64))
     tiles = programs * as_int(ceildiv(space[-1], 64))
-    rounds = -(-programs // max(1, target.multiprocessors))
-    streamed = LAUNCH_US + rounds * flops / programs / rate
+    rounds = -(-programs // processors)
+    read = as_int(space[-1]) * sum(as_int(w) for w in widths) * narrowest  # what a program walks through
+    from_memory = batch * read / BYTES_PER_US
+    resident = -(-programs // (TOGETHER * processors))
+    streamed = LAUNCH_US + max(rounds * flops / programs / rate, resident * read / PROGRAM_BYTES_PER_US, from_memory)
     kernels = len(s.firsts) + len(s.seconds) + bool(s.reductions)
-    apart = kernels * LAUNCH_US + flops / rate / min(tiles, max(1, target.multiprocessors)) + 2 * (kernels - 1) * narrowest * points / BYTES_PER_US
+    apart = kernels * LAUNCH_US + max(flops / rate / min(tiles, processors), from_memory) + 2 * (kernels - 1) * narrowest * points / BYTES_PER_US
     return "" if streamed <= apart else f"{programs} programs would take {streamed:.0f} us, kernels of their own {apart:.0f} us"

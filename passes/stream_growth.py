@@ -18,8 +18,8 @@ __all__ = ["MAX_WIDTH", "candidates", "grown"]
 
 MAX_WIDTH = 256
 """Elements of the first contraction's summed dimension and of the second one's own: both are held whole by a program."""
-MIN_ROWS = 16
-"""With fewer rows there is nothing to reuse: the plain kernels are as good."""
+MIN_LENGTH = 16
+"""Shorter streams are no streams."""
 
 
 def _dims_of(m: Iterable[Dim]) -> set[int]:
@@ -45,13 +45,14 @@ class _Growth:
             raise Declined("the product does not read every point of the middle space once")
         columns = [d for d in range(parallel) if d not in names and (seed["dims"][d] != 1 or d in in_v)]
         rows = [d for d in own if d < parallel]
-        if not rows or not columns or not set(columns) <= in_v:
-            raise Declined("no rows or no columns")
+        if not columns or not set(columns) <= in_v:
+            raise Declined("no columns")
         self.block = seed.parent
         self.outer: set[Operation] = set()  # members that do not depend on the stream
         self.outside: set[tuple[Operation, tuple[Dim, ...]]] = set()  # found not to depend on it: walked once, however many paths lead there
         self.s = Stream({names[d]: seed["dims"][d] for d in names}, tuple(names[d] for d in names if d not in own),
                         tuple(names[d] for d in rows), tuple(names[d] for d in own if d >= parallel), tuple(seed["dims"][d] for d in columns))
+        self.several = {f for f in self.s.rows if self.s.sizes[f] != 1}
         place = {**{d: sym(names[d]) for d in names}, **{d: sym(f"n{k}") for k, d in enumerate(columns)}}
         self.s.position[seed] = tuple(place.get(d, 0) for d in range(parallel))
         self.s.seconds.append(seed)
@@ -63,9 +64,16 @@ class _Growth:
     # -- classification
 
     def _spans(self, exprs: Iterable[Dim]) -> tuple[bool, bool]:
-        """Whether expressions move along rows, and along the stream."""
+        """Whether expressions move along rows (nothing moves along a single one), and along the stream. In a stream with one row, what does not move
+        along the stream belongs to the row."""
         free = set().union(set(), *(free_symbols(e) for e in exprs))
-        return bool(free & set(self.s.rows)), bool(free & set(self.s.stream))
+        stream = bool(free & set(self.s.stream))
+        return bool(free & self.several) if self.several else not stream, stream
+
+    def _where(self, at: Iterable[Dim]) -> tuple[bool, bool]:
+        """The same of a member's position: there is always a row."""
+        rows, stream = self._spans(at)
+        return rows or not self.several, stream
 
     def visit(self, v: Value, at: tuple[Dim, ...]) -> bool:
         """Takes in the producer of `v`, which is read at `at`; True if `v` depends on the stream."""
@@ -85,7 +93,7 @@ class _Growth:
         return depends
 
     def _enter(self, op: Operation, at: tuple[Dim, ...]) -> bool:
-        rows, stream = self._spans(at)
+        rows, stream = self._where(at)
         if is_contraction(op):
             return rows and stream and self._first(op, at)
         if is_pointwise(op):
@@ -111,7 +119,7 @@ class _Growth:
         """A member if it depends on the stream, or if nothing that it reads has the middle space's size; else it is computed outside."""
         self.s.position[op] = at
         depends = self._operands(op, at)
-        if not depends and not (full and self._is_outer(op, at)):
+        if not depends and not (full and self.several and self._is_outer(op, at)):
             del self.s.position[op]
             return False
         (self.s.full if full else self.s.row).append(op)
@@ -190,9 +198,12 @@ class _Growth:
                 continue
             if is_contraction(user):
                 added = self._add_second(made, user) or added
-            elif is_pointwise(user):
+            elif is_pointwise(user) or self._reduces_stream(user):
                 added = self._add_branch(made, user) or added
         return added
+
+    def _reduces_stream(self, op: Operation) -> bool:
+        return op.name == "tensor.generic" and tuple(op["dims"][len(parallel_dims(op)):]) == tuple(self.s.sizes[f] for f in self.s.stream)
 
     def _add_second(self, made: Operation, user: Operation) -> bool:
         place = self._place_second(user, next(i for i, v in enumerate(user.operands) if v.defining_op is made), made)
@@ -207,17 +218,26 @@ class _Growth:
         return True
 
     def _add_branch(self, made: Operation, user: Operation) -> bool:
-        """A pointwise op on the middle space from which contractions read: the weights rounded to 16 bits, say."""
+        """A pointwise op on the middle space from which contractions read (the weights rounded to 16 bits, say), or a reduction of it along the
+        stream that nothing else of the stream reads (the sum of its weights, say)."""
         i = next(i for i, v in enumerate(user.operands) if v.defining_op is made)
         if user["maps"][i] is None or fill_of(user, i) is not None:
             return False
         place = matched(user["maps"][i], user["dims"], self.s.position[made], parallel_dims(made), self.s.sizes)
         if place is None or any(d not in place and n != 1 for d, n in enumerate(user["dims"])):
             return False
+        for e, x in zip(user["maps"][i], self.s.position[made], strict=True):
+            for d in _plain([e]):
+                place.setdefault(d, x)  # of size 1
+        if user["reductions"]:
+            along = range(len(parallel_dims(user)), len(user["dims"]))
+            if any(place.get(d, 0) != (sym(f) if self.s.sizes[f] != 1 else 0) for d, f in zip(along, self.s.stream, strict=True)):
+                return False
         s, outer = self.s, set(self.outer)
         position, lists = dict(s.position), [list(x) for x in (s.firsts, s.full, s.reductions, s.row)]
         try:
-            if self.visit(user.results[0], tuple(place.get(d, 0) for d in range(len(user["dims"])))) and self._add_readers(user):
+            at = tuple(place.get(d, 0) for d in range(len(parallel_dims(user))))
+            if self.visit(user.results[0], at) and (user["reductions"] or self._add_readers(user)) and not waits_for_itself(s):
                 return True
         except Declined:
             pass
@@ -304,9 +324,7 @@ def grown(seed: Operation, which: int) -> Stream:
     columns = product(s.columns)
     if not isinstance(columns, int) or columns > MAX_WIDTH:
         raise Declined(f"the product has more than {MAX_WIDTH} columns")
-    if isinstance(s.row_count, int) and s.row_count < MIN_ROWS:
-        raise Declined("too few rows")
-    if isinstance(s.length, int) and s.length < MIN_ROWS:
+    if isinstance(s.length, int) and s.length < MIN_LENGTH:
         raise Declined("too short")
     if not element_type(seed.result.type).is_float:
         raise Declined("not floating point")

@@ -13,7 +13,7 @@ from ..ir.dialects.tensor import fill_of
 from ..ir.expr import Bounds, contiguous_linear, fold, free_symbols, product, simplify, substitute
 from ..ir.types import i64
 
-__all__ = ["EXPENSIVE", "PLAIN", "body_ops", "composed_map", "constant_values", "identity_map", "identity_of", "in_order",
+__all__ = ["EXPENSIVE", "PLAIN", "body_ops", "composed_map", "constant_values", "identity_map", "identity_of", "in_order", "index_value",
            "inline_into", "inline_into_gather", "is_contraction", "is_identity_view", "is_pointwise",
            "map_bounds", "plain_dims", "rebuild", "reshape_like", "space_bounds"]
 
@@ -147,12 +147,12 @@ def _copy_body(op: Operation, builder: Builder, renamed: dict[Value, Value], ind
     """Copies the ops of a body at the builder's point; `renamed` maps its arguments and learns its values."""
     for inner in body_ops(op):
         if inner.name == "tensor.index" and index_map is not None:
-            renamed[inner.result] = _index_value(builder, simplify(index_map[inner["dim"]], bounds), inner)
+            renamed[inner.result] = index_value(builder, simplify(index_map[inner["dim"]], bounds), inner)
             continue
         builder.insert(inner.clone(renamed))
 
 
-def _index_value(b: Builder, e: Dim, like: Operation, dims: Sequence[Value] | None = None) -> Value:
+def index_value(b: Builder, e: Dim, like: Operation, dims: Sequence[Value] | None = None) -> Value:
     """The i64 value of an index expression over d0, d1, ... inside a body: positions there, or the values `dims`."""
     def leaf(name: str) -> Value:
         if name[0] == "d" and name[1:].isdigit():
@@ -242,7 +242,7 @@ def inline_into_gather(consumer: Operation, producer: Operation) -> Operation:
         indices = [renamed[v] for v in op.operands[1:]]
         local: dict[Value, Value] = {}
         for v, m, arg in zip(sources, producer["maps"], producer.body.args, strict=True):
-            at = [_index_value(b, e, op, indices) for e in m]
+            at = [index_value(b, e, op, indices) for e in m]
             local[arg] = b.create("tensor.extract", [v, *at], {"check": op["check"] and bool(at)}, [ScalarType(element_type(v.type))]).result
         for inner in body_ops(producer):
             local[inner.result] = indices[inner["dim"]] if inner.name == "tensor.index" else b.insert(inner.clone(local)).result

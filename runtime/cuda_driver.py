@@ -58,12 +58,17 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuGraphGetNodes": [_POINTER, _OUT, ctypes.POINTER(_SIZE)],
     "cuGraphNodeGetType": [_POINTER, ctypes.POINTER(_INT)],
     "cuGraphNodeGetDependencies": [_POINTER, _OUT, ctypes.POINTER(_SIZE)],
+    "cuGraphNodeGetDependencies_v2": [_POINTER, _OUT, _POINTER, ctypes.POINTER(_SIZE)],
     "cuGraphKernelNodeGetParams_v2": [_POINTER, ctypes.POINTER(KernelNode)],
     "cuGraphInstantiateWithFlags": [_OUT, _POINTER, ctypes.c_ulonglong],
     "cuGraphExecKernelNodeSetParams_v2": [_POINTER, _POINTER, _POINTER],
     "cuGraphExecDestroy": [_POINTER],
     "cuGraphDestroy": [_POINTER],
 }
+
+
+EDGE_BYTES = 8
+"""Of a CUgraphEdgeData: two ports, a type, and five bytes that are kept for later."""
 
 
 class Driver:
@@ -172,21 +177,29 @@ class Driver:
         """The chain from its first node on. CudaError if it is none."""
         after: dict[int, int] = {}
         for node in nodes:
-            count = _SIZE(0)
-            self.call("cuGraphNodeGetDependencies")(node, None, ctypes.byref(count))
-            if count.value > 1:
+            before = self._before(node)
+            if before in after:
                 raise CudaError("the captured launches are no chain")
-            before = (ctypes.c_void_p * 1)()
-            if count.value:
-                self.call("cuGraphNodeGetDependencies")(node, before, ctypes.byref(count))
-            if int(before[0] or 0) in after:
-                raise CudaError("the captured launches are no chain")
-            after[int(before[0] or 0)] = node
+            after[before] = node
         order, at = [], 0
         while at in after:
             at = after[at]
             order.append(at)
         return order
+
+    def _before(self, node: int) -> int:
+        """The node that this one waits for, 0 for the first of a graph. Launches that may begin before the one in front has ended (cuBLAS makes such)
+        have edges with data, which the driver tells to those alone who ask for it."""
+        with_data = hasattr(self._lib, "cuGraphNodeGetDependencies_v2")
+        ask = self.call("cuGraphNodeGetDependencies_v2" if with_data else "cuGraphNodeGetDependencies")
+        count = _SIZE(0)
+        ask(node, None, *[None] * with_data, ctypes.byref(count))
+        if count.value > 1:
+            raise CudaError("the captured launches are no chain")
+        before, data = (ctypes.c_void_p * 1)(), (ctypes.c_uint8 * EDGE_BYTES)()
+        if count.value:
+            ask(node, before, *[data] * with_data, ctypes.byref(count))
+        return int(before[0] or 0)
 
     def instantiate(self, graph: int) -> int:
         return self._get("cuGraphInstantiateWithFlags", graph, 0)

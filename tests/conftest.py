@@ -1,4 +1,4 @@
-"""What holds for every test: strict compilation, one thread, a cache of the run's own.
+"""What holds for every test: strict compilation with the IR verified after every pass, one thread, a cache of the run's own.
 
 Also makes `tests/support` importable, and names the hypothesis profiles (`--hypothesis-profile=long` searches for many minutes)."""
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ["AICC_STRICT"] = "1"
+os.environ["AICC_STRICT"] = os.environ["AICC_VERIFY"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run side by side
 _CACHE = None if "AICC_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="aicc-test-cache-")
 if _CACHE is not None:  # xdist workers inherit it

@@ -335,6 +335,9 @@ class _Storer(Accessor):
     def _contiguous(self, offset: Dim, value: ir.Value, scalar: ir.Value | None, vector: ir.Value | None) -> None:
         b = self.b
         if vector is None:
+            if scalar is None and self.k.nontemporal.suits(self.op.operands[0], offset, value):
+                self.k.nontemporal.store(value, self.address(offset))
+                return
             self._guarded(self.address(offset), value, scalar)
             return
         width = value.type.count

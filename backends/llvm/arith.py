@@ -21,6 +21,7 @@ from .convert import emit_cast
 from .intrinsics import call_same
 from .lanes import splat as repeated
 from .values import constant, is_constant
+from .vecmath_fast import FAST
 
 __all__ = ["Features", "emit", "identity"]
 
@@ -254,17 +255,21 @@ TABLE: dict[str, dict[str, Emit]] = {
 }
 
 
-def emit(b: ir.IRBuilder, features: Features, name: str, dtype: DType, *xs: ir.Value) -> ir.Value:
-    """`arith.<name>` on chunks of element type `dtype`. NotImplementedError names an op that has no lowering."""
+def emit(b: ir.IRBuilder, features: Features, name: str, dtype: DType, *xs: ir.Value, fast: bool = False) -> ir.Value:
+    """`arith.<name>` on chunks of element type `dtype`; `fast` by the cheaper set, where that has it.
+
+    NotImplementedError names an op that has no lowering."""
     kind = _KIND.get(dtype.kind, "")
     if name == "nextafter" and dtype.name in ("bf16", "f16"):
         return _nextafter_narrow(b, xs[0], xs[1], dtype)
     if kind == "f" and dtype.bits < 32:
-        wide = emit(b, features, name, F32, *[emit_cast(b, x, dtype.name, "f32") for x in xs])
+        wide = emit(b, features, name, F32, *[emit_cast(b, x, dtype.name, "f32") for x in xs], fast=fast)
         return wide if BY_NAME[name].result == "i1" else emit_cast(b, wide, "f32", dtype.name)
     found = TABLE.get(name, {}).get(kind)
     if found is not None:
         return found(b, *xs)
+    if fast and kind == "f" and name in FAST:
+        return FAST[name](b, xs[0], features)
     if kind == "f" and name in vecmath.UNARY:
         return vecmath.UNARY[name](b, xs[0], features)
     if kind == "f" and name in vecmath.BINARY:

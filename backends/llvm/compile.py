@@ -56,13 +56,13 @@ class CompiledObject:
         return parsed
 
 
-def compile_module(module: Operation, target: Target) -> CompiledObject:
-    """Compiles a module at the host level: functions of host ops and the kernels that they launch.
+def compile_module(module: Operation, target: Target, *, stepwise: bool = False) -> CompiledObject:
+    """Compiles a module at the host level: functions of host ops and the kernels that they launch. `stepwise`: every launch can be run by itself.
 
     NotImplementedError names an op without a lowering; IRError reports malformed input.
     """
     emitter = ModuleEmitter(module, target)
-    programs = {op["sym_name"]: emitter.host(op) for op in module.body if op.name == "func" and not op["private"]}
+    programs = {op["sym_name"]: emitter.host(op, stepwise) for op in module.body if op.name == "func" and not op["private"]}
     add_half_conversions(emitter.llvm, target)
     parsed, text = parse(emitter.llvm, target)
     optimize(parsed, target)

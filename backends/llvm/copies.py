@@ -54,8 +54,9 @@ def copy_kernel(name: str, source: BufferType, target: BufferType) -> Operation:
     inner = Builder.at_end(body)
     operands = [*(ids[a] for a in range(len(outer))), body.args[0]]
     position = sym(f"i{len(outer)}") + sym("t0")
-    upper = minimum(size, sym(f"i{len(outer) + 1}") * CHUNK + CHUNK)
-    mask = ((position, upper),)
+    exact = isinstance(size, int) and size % CHUNK == 0
+    upper = sym(f"i{len(outer) + 1}") * CHUNK + CHUNK if exact else minimum(size, sym(f"i{len(outer) + 1}") * CHUNK + CHUNK)
+    mask = () if exact else ((position, upper),)
 
     def offset(which: int) -> Dim:
         total: Dim = position * dims[vector][which]
@@ -67,7 +68,7 @@ def copy_kernel(name: str, source: BufferType, target: BufferType) -> Operation:
                      shape=(WIDTH,), mask=mask)
     inner.create("tile.store", [block.args[1], value, *operands, ids[-1]], {"offset": offset(2), "mask": mask})
     inner.create("tile.yield")
-    bound = minimum(size, start + CHUNK)
+    bound = start + CHUNK if exact else minimum(size, start + CHUNK)
     b.create("tile.for", ids, {"lower": start, "upper": bound, "step": WIDTH, "indices": len(ids)}, (), [Region([body])])
     b.create("tile.yield")
     used = [e for d in dims for e in d]

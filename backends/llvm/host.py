@@ -63,27 +63,28 @@ class ModuleEmitter:
         self.steps: dict[str, ir.Function] = {}
         self.llvm = ir.Module(name)
         self.errors = ErrorTable()
-        self.launchers: dict[str, tuple[Operation, ir.Function]] = {}
+        self.launchers: dict[tuple[str, frozenset[int]], tuple[Operation, ir.Function]] = {}
         self.same: dict[str, tuple[ir.Function, ir.Function]] = {}
         self.functions_of: dict[str, ir.Function] = {}
         self.copies: dict[tuple[BufferType, BufferType], str] = {}
         self.exported: list[str] = []
         self.constants: dict[Operation, ir.GlobalVariable] = {}
 
-    def launcher(self, name: str) -> tuple[Operation, ir.Function]:
-        """The kernel and the function that launches it. IRError if the module has no such kernel."""
-        if name not in self.launchers:
+    def launcher(self, name: str, nontemporal: frozenset[int] = frozenset()) -> tuple[Operation, ir.Function]:
+        """The kernel and the function that launches it, writing these of its buffers past the caches. IRError if the module has no such kernel."""
+        if (name, nontemporal) not in self.launchers:
             kernel = self.source.get(name)
             if kernel is None:
                 known = ", ".join(sorted(self.source)) or "none"
                 raise IRError(f"'host.launch' of unknown kernel '@{name}'; the module has {known}")
-            key = _structure(kernel)
+            key = f"{sorted(nontemporal)} {_structure(kernel)}"
             if key not in self.same:
-                function = emit_kernel(self.llvm, kernel, self.target, self.errors)
+                function = emit_kernel(self.llvm, kernel, self.target, self.errors, nontemporal)
                 self.same[key] = emit_launcher(self.llvm, kernel, function), function
-            self.launchers[name] = kernel, self.same[key][0]
-            self.functions_of[name] = self.same[key][1]
-        return self.launchers[name]
+            self.launchers[name, nontemporal] = kernel, self.same[key][0]
+            if not nontemporal:
+                self.functions_of[name] = self.same[key][1]
+        return self.launchers[name, nontemporal]
 
     def programs(self, name: str) -> ir.Function:
         """The function that runs some of the programs of a kernel on the calling thread."""
@@ -106,8 +107,8 @@ class ModuleEmitter:
             self.source[name] = copy_kernel(name, source, target)
         return self.copies[key]
 
-    def host(self, func: Operation) -> HostProgram:
-        """Emits one host function."""
+    def host(self, func: Operation, stepwise: bool = False) -> HostProgram:
+        """Emits one host function; `stepwise`: each launch, copy or loop is a segment of its own (for a profiler)."""
         name = func["sym_name"]
         steps: list[Step] = []
         packs: dict[int, list[Operation]] = {}
@@ -130,6 +131,8 @@ class ModuleEmitter:
                 packs.setdefault(_packed_id(op), []).append(op)
             elif op.name in _NATIVE:
                 run.append(op)
+                if stepwise:
+                    flush()
             elif op.name not in _BUFFERS and op.name != "return":
                 raise NotImplementedError(f"'{op.name}' has no lowering to LLVM at the host level")
         flush()
@@ -271,11 +274,23 @@ class _Segment:
             name = self.owner.copier(source, target)
         else:
             name = op["kernel"].name
-        kernel, launcher = self.owner.launcher(name)
+        nontemporal = frozenset(op["nontemporal"])
+        kernel, launcher = self.owner.launcher(name, nontemporal)
         if len(kernel.body.args) != len(op.operands):
             raise IRError(f"kernel '@{name}' takes {len(kernel.body.args)} buffers, but is launched on {len(op.operands)}")
         sizes = [self.scalars.emit(_size(s, self.sizes, name)) for s in kernel["symbols"]]
-        self.b.call(launcher, [*(self.pointer(v) for v in op.operands), *sizes, context])
+        args = [*(self.pointer(v) for v in op.operands), *sizes, context]
+        excess = op["excess"]
+        if isinstance(excess, int):
+            self.b.call(launcher, args)
+            return
+        large = self.b.icmp_signed(">=", self.scalars.emit(excess), I64(0))
+        ordinary = self.owner.launcher(name)[1]
+        with self.b.if_else(large) as (then, otherwise):
+            with then:
+                self.b.call(launcher, args)
+            with otherwise:
+                self.b.call(ordinary, args)
 
     def pointer(self, v: Value) -> ir.Value:
         """The address of a buffer."""

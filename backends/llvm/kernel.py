@@ -24,6 +24,7 @@ from . import amx, arith
 from .convert import emit_cast
 from .intrinsics import call, suffix
 from .layout import Layouts, kernel_lanes
+from .nontemporal import Nontemporal
 from .scalars import ScalarEmitter
 from .scratch import ErrorTable, Scratch
 from .symbolic import Facts, Loop, Resolver
@@ -39,7 +40,7 @@ Conditions = dict[tuple[tuple[Dim, Dim], tuple[int, ...]], Dim]
 class KernelEmitter:
     """Emits one kernel. `env` maps SSA values to what holds them: LLVM scalars, tiles, buffer pointers."""
 
-    def __init__(self, module: ir.Module, kernel: Operation, target: Target, errors: ErrorTable):
+    def __init__(self, module: ir.Module, kernel: Operation, target: Target, errors: ErrorTable, nontemporal: frozenset[int] = frozenset()):
         self.module = module
         self.kernel = kernel
         self.features: arith.Features = frozenset(target.features)
@@ -55,6 +56,7 @@ class KernelEmitter:
         self.versioned = False  # inside a run that exists twice
         self.cold = False       # in code for edges: not worth more versions or unrolling
         self.copy = 0           # which copy of an unrolled loop body this is
+        self.nontemporal = Nontemporal(self, nontemporal)
         self._codes: dict[Operation, int] = {}
 
     # -- the function
@@ -64,7 +66,7 @@ class KernelEmitter:
         symbols = kernel["symbols"]
         args = kernel.body.args
         f = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [PTR] * len(args) + [I64] * (len(symbols) + 2) + [PTR]),
-                        f"kernel.{kernel['sym_name']}")
+                        self.module.get_unique_name(f"kernel.{kernel['sym_name']}{'.nontemporal' * bool(self.nontemporal.buffers)}"))
         f.linkage = "internal"
         f.attributes.add("nounwind")
         f.attributes.add("noinline")
@@ -86,6 +88,7 @@ class KernelEmitter:
         with self.scalars.scope(size_values, "kernel"):
             self._programs(begin, end)
         self.scratch.free()
+        self.nontemporal.fence()
         self.b.ret_void()
         return f
 
@@ -270,34 +273,42 @@ class KernelEmitter:
         in_tiles = amx.carried_in_tiles(op, self.matrix_dots) if self.matrix_dots else []
         values = [self.value(v) for v in op.operands[op["indices"]:]]
         values = [amx.enter(self, v, x) if t else x for v, x, t in itertools.zip_longest(op.operands[op["indices"]:], values, in_tiles)]
-        unroll = 1 if self.cold else max(1, op["unroll"])
         outer = self.facts
         if self._is_inlined(op):
             for n in range(loop.trips or 0):
                 value = loop.lower + n * loop.step
                 self.facts = outer.inside(loop.symbol, value, value)
                 self.instances[loop.symbol] = self.instantiate(value)
-                values = self._iterate(op, values)
+                values = self.iterate(op, values)
                 del self.instances[loop.symbol]
+        elif (run := self.nontemporal.unaligned_run(op)) is not None:
+            self.nontemporal.emit_run(op, run)
         else:
-            lower, upper, step = self.instantiate(loop.lower), self.instantiate(loop.upper), loop.step
-            peel = not loop.divisible and self._needs_peel(op, loop, outer)
-            last = loop.upper - step if peel else loop.last
-            whole = outer.inside(loop.symbol, loop.lower, last)
-            bound = upper - step + 1 if peel else upper
-            at: Dim | ir.Value = lower
-            if unroll > 1:
-                at, values = self._loop(op, loop, whole, at, bound - (unroll - 1) * step, unroll, values)
-            if unroll == 1 or loop.trips is None or loop.trips % unroll:
-                at, values = self._loop(op, loop, whole, at, bound, 1, values)
-            if peel:
-                facts = outer.in_tail(loop.symbol).inside(loop.symbol, loop.lower, loop.last)
-                values = self._tail(op, loop, facts, at, upper, values)
+            values = self.emit_loop(op, loop, values)
         self.facts = outer
         for result, v in zip(op.results, values):
             self.env[result] = amx.leave(self, result, v) if isinstance(v, amx.AmxTile) else v
 
-    def _iterate(self, op: Operation, carried: list[Any]) -> list[Any]:
+    def emit_loop(self, op: Operation, loop: Loop, values: list[Any]) -> list[Any]:
+        """A loop that stays one: unrolled, its partial step peeled off. Gives the values after it."""
+        unroll = 1 if self.cold else max(1, op["unroll"])
+        outer = self.facts
+        lower, upper, step = self.instantiate(loop.lower), self.instantiate(loop.upper), loop.step
+        peel = not loop.divisible and self._needs_peel(op, loop, outer)
+        last = loop.upper - step if peel else loop.last
+        whole = outer.inside(loop.symbol, loop.lower, last)
+        bound = upper - step + 1 if peel else upper
+        at: Dim | ir.Value = lower
+        if unroll > 1:
+            at, values = self.steps(op, loop, whole, at, bound - (unroll - 1) * step, unroll, values)
+        if unroll == 1 or loop.trips is None or loop.trips % unroll:
+            at, values = self.steps(op, loop, whole, at, bound, 1, values)
+        if peel:
+            facts = outer.in_tail(loop.symbol).inside(loop.symbol, loop.lower, loop.last)
+            values = self._tail(op, loop, facts, at, upper, values)
+        return values
+
+    def iterate(self, op: Operation, carried: list[Any]) -> list[Any]:
         for arg, v in zip(op.body.args[1:], carried):
             self.env[arg] = v
         return self._canonical(op, self._block(op))
@@ -307,7 +318,7 @@ class KernelEmitter:
         return [with_widths(self.b, v, self.layouts.widths(r)) if isinstance(v, Tile) and not isinstance(v, amx.AmxTile) else v
                 for v, r in zip(values, op.results)]
 
-    def _loop(self, op: Operation, loop: Loop, facts: Facts, start: Dim | ir.Value, bound: Dim, copies: int,
+    def steps(self, op: Operation, loop: Loop, facts: Facts, start: Dim | ir.Value, bound: Dim, copies: int,
               values: list[Any]) -> tuple[ir.Value, list[Any]]:
         """A loop while the variable is below `bound`, `copies` steps per round. Gives the variable and the values after it."""
         b = self.b
@@ -333,7 +344,7 @@ class KernelEmitter:
                 self.copy = n
                 if n:
                     self.instances[loop.symbol] = sym(loop.symbol) + n * loop.step
-                carried = self._iterate(op, carried)
+                carried = self.iterate(op, carried)
                 self.instances.pop(loop.symbol, None)
             self.copy = around
             following = b.add(variable, I64(loop.step * copies), flags=("nsw",))
@@ -360,7 +371,7 @@ class KernelEmitter:
         outer, cold = self.facts, self.cold
         self.facts, self.cold = facts, True
         with self.scalars.scope({loop.symbol: at}, "tail"):
-            after = self._iterate(op, values)
+            after = self.iterate(op, values)
             latch = b.block
             b.branch(done)
         self.facts, self.cold = outer, cold
@@ -449,8 +460,9 @@ def _merge(b: ir.IRBuilder, x: ir.Value, from_x: ir.Block, y: ir.Value, from_y: 
     return phi
 
 
-def emit_kernel(module: ir.Module, kernel: Operation, target: Target, errors: ErrorTable) -> ir.Function:
-    """Adds the function of `kernel` to `module`. NotImplementedError names an op or type that has no lowering."""
-    return KernelEmitter(module, kernel, target, errors).run()
+def emit_kernel(module: ir.Module, kernel: Operation, target: Target, errors: ErrorTable, nontemporal: frozenset[int] = frozenset()) -> ir.Function:
+    """Adds the function of `kernel` to `module`; it writes the buffers of these numbers past the caches. NotImplementedError names an op or
+    type that has no lowering."""
+    return KernelEmitter(module, kernel, target, errors, nontemporal).run()
 
 

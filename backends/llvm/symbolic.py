@@ -171,13 +171,13 @@ class Resolver:
         elif op.name == "tile.index":
             shape = tuple(op["shape"])
             self.exprs[op.result] = self._at(op["expr"], op.operands, shape)
-        elif op.name in ("tile.load", "tile.store"):
-            first = 1 if op.name == "tile.load" else 2
-            t = op.result.type if op.name == "tile.load" else op.operands[1].type
+        elif op.name in ("tile.load", "tile.store", "tile.keep"):
+            first = {"tile.load": 1, "tile.store": 2, "tile.keep": 3}[op.name]
+            t = op.result.type if op.name == "tile.load" else op.operands[first - 1].type
             shape = tuple(as_int(n) for n in t.shape) if isinstance(t, TileType) else ()
             env = {**self._operands(op.operands[first:]), **_fixed(shape)}
             pairs = [(substitute(a, env), substitute(b, env)) for a, b in op["mask"]]
-            pairs += [(-1, substitute(e, env)) for e in op["mask_low"]]
+            pairs += [(-1, substitute(e, env)) for e in op.attributes.get("mask_low", ())]
             self.accesses[op] = Access(substitute(op["offset"], env), tuple(pairs), shape)
         elif op.name == "tile.prefetch":
             self.accesses[op] = Access(substitute(op["offset"], self._operands(op.operands[1:])), (), ())

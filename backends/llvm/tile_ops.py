@@ -20,6 +20,7 @@ from .amx import AmxTile, emit_amx_dot, enter, leave
 from .convert import emit_cast
 from .dot import GroupTile, emit_dot, takes_groups
 from .intrinsics import call
+from .keep import keep
 from .masks import LaneChunk
 from .shapes import emit_reduce, emit_reshape, emit_transpose
 from .symbolic import position
@@ -44,7 +45,7 @@ def elementwise(k: KernelEmitter, op: Operation) -> None:
             return emit_cast(k.b, xs[0], source.name, target.name)
         if name == "select":
             return k.b.select(*xs)
-        return arith.emit(k.b, k.features, name, source, *xs)
+        return arith.emit(k.b, k.features, name, source, *xs, fast=bool(op.attributes.get("_approximate")))
 
     t = op.result.type
     if isinstance(t, ScalarType):
@@ -267,4 +268,5 @@ LOWERINGS: dict[str, Callable[[KernelEmitter, Operation], None]] = {
     "tile.index": index_value,
     "tile.mask": mask_tile, "tile.full": full_tile, "tile.reduce": reduce, "tile.reshape": reshape, "tile.transpose": transpose,
     "tile.dot": dot, "tile.require": require, "tile.prefetch": prefetch, "tile.alloca": private_buffer,
+    "tile.keep": keep,
 }

@@ -129,7 +129,7 @@ def arith_text(op: Operation, args: list[str], index_type: str) -> str:
     if template is None:
         raise IRError(f"'{op.name}' on {dtype} has no lowering to Triton")
     if op.attributes.get("_approximate"):
-        template = _APPROXIMATE[name]
+        template = _APPROXIMATE.get(name, template)
     if dtype.name == "f64":
         template = _F64.get(name, template)
     narrow = kind == "f" and dtype.bits < 32

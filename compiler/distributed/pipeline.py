@@ -39,6 +39,15 @@ _TORCHS: dict[str, Callable[..., Any]] = {"gpipe": ScheduleGPipe, "1f1b": Schedu
 _KINDS = {"F": "F", "BW": "B", "B": "I", "W": "W"}
 
 
+class _Stage(PipelineStage):
+    """torch's stage, which opens connections with both neighbours before the first step: not with itself, where a rank has two parts in a row (gloo
+    has no connection from a rank to itself).
+    """
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+
 class _StageModule(torch.nn.Module):
     """What PipelineStage calls: activations by position, the model's inputs by name."""
 
@@ -134,7 +143,7 @@ def build_pipeline(model: torch.nn.Module, exported: Exported, plan: Plan, batch
         forward = next(op for op in program.cut.forward.body if op.name == "func")
         taken = _examples([a.type for a in forward.body.args][count - part.received:count], torch_device)
         given = _examples([v.type for v in forward.body.terminator.operands[:joint.outputs]], torch_device)
-        stages.append(PipelineStage(_StageModule(module, part), p, len(parts), torch_device, input_args=taken, output_args=given, group=group,
+        stages.append(_Stage(_StageModule(module, part), p, len(parts), torch_device, input_args=taken, output_args=given, group=group,
                                     dw_builder=module.take_deferred if halves else None))
     ranks = dist.get_process_group_ranks(group)
     last = steps.rank_of[len(parts) - 1]

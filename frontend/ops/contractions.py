@@ -11,7 +11,7 @@ import torch
 from ...ir.core import Value
 from ...ir.expr import Dim, product
 from ...ir.types import TensorType
-from ..attention import suits_library
+from ..attention import TILE, suits_hopper, suits_library
 from ..context import F32, I1, Context, typeof
 from ..errors import Unsupported
 from .table import Lower
@@ -130,10 +130,16 @@ def _rest(size: Dim, out: Dim, kernel: Dim, stride: int, padding: int, dilation:
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
-def _leave_to_library(c: Context, queries: Dim, keys: Dim) -> None:
-    """Declines plain attention that the library's own kernel does quicker (measured on an H100: 1.3 to 1.6 times at 4096 by 4096)."""
+def _leave_to_library(c: Context, q: TensorType, k: TensorType, v: TensorType) -> None:
+    """Declines plain attention that the library's own kernel does quicker, or whose backward is the library's."""
     result = c.val[0] if isinstance(c.val, (tuple, list)) else c.val
-    if suits_library(result.is_cuda, result.dtype, queries * keys):
+    queries, keys = q.shape[-2], k.shape[-2]
+    if not suits_library(result.is_cuda, result.dtype, queries * keys):
+        return
+    saved = isinstance(c.val, (tuple, list)) and any(u.args[1] != 0 for u in c.node.users)  # log-sum-exp and seeds, in the library's own form
+    rows = product(q.shape[:-1])
+    programs = rows // TILE if isinstance(rows, int) else 0
+    if saved or not suits_hopper(result.device, programs, (queries, keys), (q.shape[-1], v.shape[-1])):
         raise Unsupported("the library's attention kernel is quicker")
 
 
@@ -143,7 +149,7 @@ def _attention(c: Context, q: Value, k: Value, v: Value, mask: Value | None, cau
     if q_type.rank != 4:
         raise Unsupported("attention of other than 4-d tensors")
     if mask is None:
-        _leave_to_library(c, q_type.shape[-2], typeof(k).shape[-2])
+        _leave_to_library(c, q_type, typeof(k), v_type)
     if mask is not None and typeof(mask).dtype == I1:
         zero = c.full((), 0.0, q_type.dtype)
         mask = c.ew("select", mask, zero, -math.inf)

@@ -296,6 +296,12 @@ def addcmul(op: str) -> Lower:
     return lower
 
 
+def fma(c: Context, a: Value, b: Value, addend: Value) -> Value:
+    """a * b + addend, rounded once: what Dynamo makes of `addcmul_` and `addcdiv_` of an optimizer."""
+    work = F32 if c.dtype.bits < 32 else c.dtype
+    return c.cast(c.ew("fma", *(c.cast(c.scalar(v, work), work) for v in (a, b, addend))), c.dtype)
+
+
 def lerp(c: Context, start: Value, end: Value, weight: Any) -> Value:
     """start + w * (end - start), from the nearer end: one fused multiply-add, as ATen's vector form."""
     work = F32 if c.dtype.bits < 32 else c.dtype
@@ -450,6 +456,7 @@ ROWS: dict[str, Lower] = {
     **{f"aten.clamp_max.{o}": clamp_max for o in ("default", "Tensor")},
     "aten.addcmul.default": addcmul("mul"),
     "aten.addcdiv.default": addcmul("div"),
+    "prims.fma.default": fma,
     **{f"aten.lerp.{o}": lerp for o in ("Scalar", "Tensor")},
     "aten.gelu.default": gelu,
     "aten.elu.default": in_f32(elu),

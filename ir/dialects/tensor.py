@@ -104,6 +104,13 @@ def _verify_scan(op: Operation) -> None:
         raise IRError("'tensor.scan' yields one value and gives a tensor of the shape of its iteration space")
 
 
+def _verify_topk(op: Operation) -> None:
+    _verify_space(op, op.operands)
+    shape = (*op["dims"][:-1], op["k"])
+    if len(_yielded(op)) != 1 or any(not isinstance(r.type, TensorType) or r.type.shape != shape for r in op.results):
+        raise IRError(f"'tensor.topk' yields one value and gives two tensors of shape [{', '.join(map(str, shape))}]")
+
+
 def _verify_scatter(op: Operation) -> None:
     init, *rest = op.operands
     _verify_space(op, tuple(rest))
@@ -123,6 +130,9 @@ define("tensor.generic", "a computation over an iteration space; see the dialect
 define("tensor.scan", "running combination of the body's value along the last dimension of the space; the result has the whole space's shape",
        operands="inputs*", attrs={**_SPACE, "kind": attr("sum, prod, max, min, logsumexp")}, regions=1,
        traits=[Trait.Pure, Trait.Structured], verify=_verify_scan)
+define("tensor.topk", "along the last dimension of the space, the `k` largest (smallest) of the body's values, best first, and their i64 positions; "
+       "NaN is the largest, of equal ones the first comes first", operands="inputs*", results="values indices",
+       attrs={**_SPACE, "k": attr("an integer"), "largest": optional(True)}, regions=1, traits=[Trait.Pure, Trait.Structured], verify=_verify_topk)
 define("tensor.scatter", "a copy of `init` into which, for each point of the space in row-major order, the body's (value, index...) is combined",
        operands="init inputs*", attrs={**_SPACE, "combine": optional("set", "set, add, mul, max or min")}, regions=1,
        traits=[Trait.Pure, Trait.Structured], verify=_verify_scatter)

@@ -190,5 +190,10 @@ define("tile.every", "of rank 2: every `of`-th column from column `first` on", o
 define("tile.transpose", "rank 2, swapped", operands="x", traits=[Trait.Pure])
 define("tile.dot", "acc + a @ b, accumulated in acc's type", operands="a b acc", attrs={"precision": optional("ieee", "ieee or tf32")},
        traits=[Trait.Pure], verify=_verify_dot)
+define("tile.keep", "enters the elements of a tile, in order, into a list of the best so far, best first: buffers of values and of places (i64) as "
+       "long as the list; a place below 0 is free. An element is better if it is larger (smaller), NaN is the largest; what is as good comes after. "
+       "`offset` is the place of an element; elements where a pair of `mask` fails are left out",
+       operands="values places x indices*", results=(), attrs={"offset": attr(), "mask": optional(()), "largest": optional(True)},
+       traits=[Trait.ReadsMemory, Trait.WritesMemory])
 define("tile.alloca", "scratch memory private to the program", operands="", traits=[Trait.ReadsMemory])
 

@@ -148,6 +148,27 @@ def _store(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     return []
 
 
+def _keep(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
+    """The list and the tile as one row, of which the best stay; free places lose against everything."""
+    values, places, x, *indices = xs
+    shape = tuple(p.ctx.dims(op.operands[2].type.shape))  # type: ignore[attr-defined]
+    value = p.index(indices, shape)
+    _, wanted = p.wanted(op, value, len(shape))
+    n = p.ctx.dim(op.operands[0].type.numel)  # type: ignore[attr-defined]
+    programs = len(p.ids)
+    slots, lanes, ids = torch.arange(n).expand(programs, n), lift(p.lanes, 1), lift(p.ids, 1)
+    true = torch.ones(1, dtype=torch.bool)
+    flat = [t.expand(programs, *shape).reshape(programs, -1) for t in (x, value(op["offset"]), wanted)]
+    held = places.load(slots, true, lanes, ids)
+    row = torch.cat([values.load(slots, true, lanes, ids), flat[0]], 1)
+    place = torch.cat([held, torch.where(flat[2], flat[1], -1)], 1)
+    best = torch.sort(row, dim=1, descending=op["largest"], stable=True).indices
+    best = best.gather(1, torch.sort((place.gather(1, best) < 0).to(torch.int8), dim=1, stable=True).indices)[:, :n]
+    values.store(slots, true, row.gather(1, best), lanes, ids)
+    places.store(slots, true, place.gather(1, best), lanes, ids)
+    return []
+
+
 def _alloca(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     t = op.result.type
     assert isinstance(t, BufferType)
@@ -235,7 +256,8 @@ def _require(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
 
 _OPS: dict[str, Callable[[Programs, Operation, list[Any]], list[Any]]] = {
     **dict.fromkeys(arith.HANDLERS, _arith),
-    "tile.part": _part, "tile.load": _load, "tile.store": _store, "tile.alloca": _alloca, "tile.program_id": _program_id, "tile.index": _index,
+    "tile.part": _part, "tile.load": _load, "tile.store": _store, "tile.alloca": _alloca, "tile.keep": _keep,
+    "tile.program_id": _program_id, "tile.index": _index,
     "tile.mask": _mask, "tile.full": _full, "tile.reduce": _reduce, "tile.scan": _scan, "tile.reshape": _reshape, "tile.transpose": _transpose,
     "tile.every": _every, "tile.dot": _dot, "tile.require": _require, "tile.for": _for, "tile.prefetch": lambda p, op, xs: [],
 }

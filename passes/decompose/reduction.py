@@ -170,10 +170,23 @@ def _scan(b: Builder, op: Operation) -> list[Value]:
     return [convert(b, move(b, scanned, t.shape, tuple(back)), t.dtype)]
 
 
+def _topk(b: Builder, op: Operation) -> list[Value]:
+    """Along the last dimension, in the computing type."""
+    x, t = op.operands[0], tensor_type(op.operands[0])
+    assert op["dim"] == t.rank - 1
+    read = tuple(d(i) for i in range(t.rank))
+    inside = computing(t.dtype)
+    region = structured_body(b, [x], [read], lambda i, v: [to_dtype(i, v, inside)])
+    shape = (*t.shape[:-1], op["k"])
+    made = b.create("tensor.topk", [x], {"dims": t.shape, "maps": (read,), "k": op["k"], "largest": op["largest"]},
+                    [TensorType(shape, inside), TensorType(shape, tensor_type(op.results[1]).dtype)], [region])
+    return [convert(b, made.results[0], t.dtype), made.results[1]]
+
+
 RULES: dict[str, Rule] = {
     "graph.sum": _reduction("sum"), "graph.prod": _reduction("prod"), "graph.amax": _reduction("max"),
     "graph.amin": _reduction("min"), "graph.any": _reduction("any"), "graph.all": _reduction("all"),
     "graph.argmax": _arg("argmax"), "graph.argmin": _arg("argmin"),
     "graph.mean": _mean, "graph.var_mean": _var_mean, "graph.softmax": _softmax, "graph.log_softmax": _log_softmax,
-    "graph.scan": _scan,
+    "graph.scan": _scan, "graph.topk": _topk,
 }

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...ir.core import Block, BlockArg, Operation, Region, Value
+from ...ir.types import TensorType
 from ...ir.verifier import verify
 from .recompute import derivation, recomputable
 from .seeds import forward_ops
@@ -115,9 +116,11 @@ def _function(module: Operation, func: Operation, inputs: Sequence[Value], attrs
     for op in ops:
         block.append(op.clone(mapping))
     block.append(Operation.create("return", [mapping[v] for v in results]))
+    # Row-major, if their types say nothing: the other function takes them so, and a pass that chooses layouts sees only one of the two.
+    layouts = tuple({"kind": "tensor", "strides": tuple(v.type.layout)} if isinstance(v.type, TensorType) else {"kind": "tensor"} for v in results)
     numbered = tuple({**{k: v for k, v in a.items() if k != "position"}, "position": i} for i, a in enumerate(attrs))
     made = Operation.create("func", (), {"sym_name": func["sym_name"], "arg_attrs": numbered,
-                                         "result_attrs": ({"kind": "tensor"},) * len(results)}, (), [Region([block])], func.location)
+                                         "result_attrs": layouts}, (), [Region([block])], func.location)
     outer = Block()
     for op in module.body:
         outer.append(made if op is func else op.clone())

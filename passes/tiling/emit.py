@@ -21,6 +21,8 @@ __all__ = ["COMBINE_OPS", "Emitter", "Pair", "identity_of", "tile_or_scalar"]
 Pair = tuple[Dim, Dim]
 COARSE = frozenset({"arith.exp", "arith.exp2", "arith.sigmoid"})
 """Functions for which GPUs have a fast form that is wrong nowhere by more than 16-bit rounding."""
+FAST = COARSE | {"arith.tanh", "arith.erf", "arith.log"}
+"""Functions of which backends may have a cheaper form (`fast_math`)."""
 COMBINE_OPS = {"sum": "add", "prod": "mul", "max": "max", "min": "min", "any": "or", "all": "and"}
 
 
@@ -37,7 +39,7 @@ class Emitter:
     symbols: Bounds
     variables: dict[str, Value] = field(default_factory=dict)
     ranges: dict[str, tuple[Dim, Dim | None]] = field(default_factory=dict)
-    coarse: bool = False  # everything in memory is of 16 bits or less: functions may be a few float32 ulp off
+    coarse: frozenset[str] = frozenset()  # functions that may be a few float32 ulp off
 
     def fresh(self, value: Value, low: Dim, high: Dim | None) -> Dim:
         """A new loop variable for `value`, known to lie in [low, high]."""
@@ -117,6 +119,16 @@ class Emitter:
             attrs["atomic"] = atomic
         self.builder.create("tile.store", [buffer, value, *operands], attrs)
 
+    def keep(self, values: Value, places: Value, x: Value, place: Dim, mask: Sequence[Pair], *, largest: bool) -> None:
+        """Enters a tile into a list of the best (`tile.keep`); `place` is the position of an element."""
+        operands, names = self._operands([place, *(e for p in mask for e in p)])
+        attrs: dict[str, Any] = {"offset": substitute(place, names)}
+        if mask:
+            attrs["mask"] = tuple((substitute(a, names), substitute(b, names)) for a, b in mask)
+        if not largest:
+            attrs["largest"] = False
+        self.builder.create("tile.keep", [values, places, x, *operands], attrs)
+
     def prefetch(self, buffer: Value, offset: Dim) -> None:
         """Asks for the cache line at `offset`, which may lie outside the buffer."""
         operands, names = self._operands([offset])
@@ -152,7 +164,7 @@ class Emitter:
                 return self.builder.create(op.name, (), op.attributes, [op.result.type]).result
             result = with_tile_shape(types, element_type(op.result.type)) if op.name == "arith.cast" else arith_result_type(op.name[6:], types)
             made = self.builder.create(op.name, args, dict(op.attributes), [result])
-            if self.coarse and op.name in COARSE and element_type(result).name == "f32":
+            if op.name in self.coarse and element_type(result).name == "f32":
                 made.attributes["_approximate"] = True
             return made.result
 

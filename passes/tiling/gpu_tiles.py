@@ -15,7 +15,7 @@ from ...ir import Dim, Operation, Target, element_type
 from ...ir.expr import as_int, ceildiv
 from ..exact import matrix_unit_type
 
-__all__ = ["COLUMNS", "GpuTile", "gemm_tile_gpu", "gemm_tiles_gpu", "packed_bytes", "padded", "product_bytes"]
+__all__ = ["COLUMNS", "GpuTile", "gemm_tile_gpu", "gemm_tiles_gpu", "packed_bytes", "padded", "product_bytes", "tile_rate"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,14 @@ UNKNOWN = 2048
 """What a size that is not known at compile time counts as."""
 RATE = {16: 0.13, 32: 0.25, 64: 0.5, 128: 0.85, 256: 1.0}
 """Relative rate of tensor cores by the side of a square tile (others: the geometric mean of the sides' rates)."""
+FLAT_RATE = {16: 0.05, 32: 0.11}
+"""The same by rows on Hopper, whose matrix units take 64 rows at a time: fewer run on the older instructions."""
+
+
+def tile_rate(target: Target, rows: int, columns: int) -> float:
+    """What share of the best rate of products tiles of this shape reach."""
+    by_rows = FLAT_RATE.get(rows, RATE[rows]) if target.capability == 90 else RATE[rows]
+    return float((by_rows * RATE[columns]) ** 0.5)
 
 
 def _thin_columns(target: Target, batch: int, n: int) -> int:
@@ -103,7 +111,7 @@ def gemm_tiles_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per
             continue
         tiles = sizes[0] * as_int(ceildiv(sizes[1], rows)) * as_int(ceildiv(sizes[2], columns))
         rounds = as_int(ceildiv(tiles, max(1, target.multiprocessors)))
-        cost = rounds * rows * columns / (RATE[rows] * RATE[columns]) ** 0.5
+        cost = rounds * rows * columns / tile_rate(target, rows, columns)
         step = _fit(k, 128 if rows + columns <= 128 else 64)
         stages = 3 if rows * columns * products >= 128 * 256 else 4
         found.append((cost, len(found), GpuTile(rows, columns, step, 8 if rows * columns >= 128 * 128 else 4, stages)))

@@ -7,7 +7,7 @@ the vector dimension lies:
   vector is an inner one    row reduction: loops over the row, one per stage, then a reduction across the tile
   vector is an outer one    column reduction: a tile of columns is accumulated over the inner loops
 Reductions that depend on earlier ones are stages: one loop each, recomputing what is cheap; an expensive value that a later stage needs again is kept
-in the output it will be overwritten by, if there is one. When a row fits one tile there are no loops and nothing is recomputed.
+(`keeping.py`). When a row fits one tile there are no loops and nothing is recomputed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ...ir.expr import ceildiv, free_symbols, minimum, product, simplify, substi
 from ...ir.types import DTYPES, index
 from ..structured import body_ops
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
-from .frame import Frame, is_expensive, make_online
+from .frame import Frame, make_online
+from .keeping import Home, choose_homes
 from .loop_tiles import TileChoice
 from .moments import add_second_moment, initial_count, spread_of_means
 
@@ -45,12 +46,13 @@ class _Scope:
 
 
 class _Lowering:
-    def __init__(self, frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], gpu: bool):
+    def __init__(self, frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], gpu: bool, private_bytes: int):
+        self.private_bytes = private_bytes
         self.frame, self.tile, self.e, self.buffers, self.gpu = frame, tile, e, buffers, gpu
         self.made: dict[Value, Operation] = {r: op for op in frame.members for r in op.results}
         self.stores = {x.value: x.offset for x in frame.accesses if x.is_store}
-        self.borrowed: dict[Value, Value] = {}   # an expensive value -> the output whose memory keeps it between stages
-        self.kept: set[Value] = set()            # borrowed values already written
+        self.homes: dict[Value, Home] = {}       # of values that are kept between stages
+        self.kept: set[Value] = set()            # those already written there
         self.outer_values: dict[Value, Value] = {}
         self.bounds = frame.bounds(e.symbols)
         # Reductions over dimensions of size 1 have accumulators too, though the frame has no inner dimension.
@@ -99,6 +101,8 @@ class _Lowering:
         upper = minimum(size, start + self.tile.chunk)
         if isinstance(size, int) and size <= self.tile.chunk:
             start, upper = 0, size
+        elif isinstance(size, int) and size % self.tile.chunk == 0:
+            upper = start + self.tile.chunk
 
         def body(inner: Emitter, i: Dim, _: list[Value]) -> list[Value]:
             scope = _Scope(inner, {**top.at, vector: i + sym("t1")}, {**top.active, vector: (i + sym("t1"), upper)})
@@ -124,7 +128,8 @@ class _Lowering:
         last = max(self.frame.stage.values())
         persistent = self.is_persistent()
         if not persistent and not self.frame.online:
-            self._borrow_outputs()
+            inner = self.tile.vector is None or self.tile.vector in self.frame.inner
+            self.homes = choose_homes(self.frame, self.stores, self.buffers, self.e, self._inner_order(), self.private_bytes if inner else 0)
         shared = _Scope(top.e, dict(top.at), dict(top.active))
         for f in self.frame.inner:
             t = "t1" if f == self.tile.vector else "t0" if f == self.tile.row else None
@@ -135,7 +140,7 @@ class _Lowering:
             members = [op for op in self.frame.members if self.frame.stage[op] == s]
             self._outer_members(top, [op for op in members if not op["reductions"] and not self.frame.is_full(op)])
             work = [op for op in members if op["reductions"] or self.frame.is_full(op)]
-            roots = [op for op in work if op["reductions"] or any(r in self.stores or r in self.borrowed for r in op.results)]
+            roots = [op for op in work if op["reductions"] or any(r in self.stores or r in self.homes for r in op.results)]
             if not roots:
                 continue
             reductions = [op for op in roots if op["reductions"]]
@@ -165,25 +170,26 @@ class _Lowering:
 
     def _stage(self, scope: _Scope, roots: Sequence[Operation], keys: Sequence[Any] = (), carried: Sequence[Value] = ()) -> list[Value]:
         """Computes the roots at one point: stores what leaves the kernel, and returns the updated accumulators."""
-        pending: list[tuple[Value, Value, Value]] = []
+        pending: list[tuple[Value, Value]] = []
         for op in roots:
             if op["reductions"]:
                 continue
             for r in op.results:
-                home = self.borrowed.get(r)
-                if r in self.stores:
-                    pending.append((r, self._value(scope, r), r))
-                elif home is not None and r not in self.kept:
-                    pending.append((r, self._value(scope, r), home))
+                if r in self.stores or (r in self.homes and r not in self.kept):
+                    pending.append((r, self._value(scope, r)))
         out: list[Value] = []
         slot = 0
         for op, k in keys:
             n = self._slots(op, k)
             out.extend(self._combine(scope, op, k, list(carried[slot:slot + n])))
             slot += n
-        for made, value, home in pending:
-            self._store(scope, home, value)
-            if made in self.borrowed:
+        for made, value in pending:
+            home = self.homes.get(made)
+            if made in self.stores:
+                self._store(scope, self.buffers[made], self.stores[made], value)
+            if home is not None and made not in self.kept:
+                if home.private or made not in self.stores:
+                    self._store(scope, home.buffer, home.offset, value)
                 self.kept.add(made)
         return out
 
@@ -199,9 +205,9 @@ class _Lowering:
             return self.outer_values[v]
         op = self.made[v]
         if v in self.kept:
-            home = self.borrowed[v]
-            offset = self._at(scope, self.stores[home])
-            value = scope.e.load(self.buffers[home], offset, scope.e.needed(self._active(scope, offset)))
+            home = self.homes[v]
+            offset = self._at(scope, home.offset)
+            value = scope.e.load(home.buffer, offset, scope.e.needed(self._active(scope, offset)))
             scope.values[v] = value
             return value
         for r, out in zip(op.results, self._body(scope, op), strict=True):
@@ -262,10 +268,10 @@ class _Lowering:
         scope.loads[key] = value
         return value
 
-    def _store(self, scope: _Scope, home: Value, value: Value) -> None:
-        offset = self._at(scope, self.stores[home])
+    def _store(self, scope: _Scope, buffer: Value, place: Dim, value: Value) -> None:
+        offset = self._at(scope, place)
         mask = [p for p in scope.active.values() if free_symbols(p[0]) & {"t0", "t1"} & free_symbols(offset)]
-        scope.e.store(self.buffers[home], value, offset, scope.e.needed(mask))
+        scope.e.store(buffer, value, offset, scope.e.needed(mask))
 
     # -- reductions ---------------------------------------------------------------------------------------------------
 
@@ -383,7 +389,8 @@ class _Lowering:
             self.outer_values[r] = value
             if r in self.stores:
                 with b.at(op.location):
-                    self._store(_Scope(e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner}), r, value)
+                    here = _Scope(e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner})
+                    self._store(here, self.buffers[r], self.stores[r], value)
 
     def _reduce(self, value: Value, axis: int, kind: str, b: Builder | None = None) -> Value:
         t = value.type
@@ -409,7 +416,7 @@ class _Lowering:
             best = top
         return at
 
-    # -- members computed once per outer point, and borrowed outputs -----------------------------------------------------
+    # -- members computed once per outer point -----------------------------------------------------
 
     def _outer_members(self, top: _Scope, members: list[Operation]) -> None:
         scope = _Scope(self.e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner})
@@ -417,29 +424,7 @@ class _Lowering:
             for r, value in zip(op.results, self._body(scope, op), strict=True):
                 self.outer_values[r] = value
                 if r in self.stores:
-                    self._store(scope, r, value)
-
-    def _borrow_outputs(self) -> None:
-        """Pairs each expensive full value that is needed in a later stage with an output of its type stored in the last stage using it."""
-        free = [r for r in self.stores if self.frame.is_full(self.made[r]) and self._needed_until(r) <= self.frame.stage[self.made[r]]]
-        for op in self.frame.members:
-            if op["reductions"] or not self.frame.is_full(op):
-                continue
-            for r in op.results:
-                until = self._needed_until(r)
-                if until <= self.frame.stage[op]:
-                    continue
-                if r in self.stores:
-                    self.borrowed[r] = r
-                elif is_expensive(op):
-                    home = next((f for f in free if element_type(f.type) == element_type(r.type) and self.frame.stage[self.made[f]] >= until), None)
-                    if home is not None:
-                        free.remove(home)
-                        self.borrowed[r] = home
-
-    def _needed_until(self, v: Value) -> int:
-        """The last stage in which the value is read."""
-        return max((self.frame.stage[op] for op in self.frame.members if v in op.operands), default=-1)
+                    self._store(scope, self.buffers[r], self.stores[r], value)
 
 
 def emit_extract(e: Emitter, buffer: Value, source: Value, indices: Sequence[Value], check: bool, active: Sequence[Pair]) -> Value:
@@ -466,11 +451,12 @@ def emit_extract(e: Emitter, buffer: Value, source: Value, indices: Sequence[Val
     return e.load(buffer, offset, pairs, low, 0, extra=safe, extra_shape=shape, check=check)
 
 
-def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], *, gpu: bool = False) -> list[Dim]:
-    """Writes the body of the kernel; returns the grid. On a GPU a pass over memory costs more than computing a value twice."""
+def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], *, gpu: bool = False, private_bytes: int = 0) -> list[Dim]:
+    """Writes the body of the kernel; returns the grid. A program keeps up to `private_bytes` between its stages in memory of its own. On a GPU a pass
+    over memory costs more than computing a value twice."""
     if len(frame.sizes) == 0 and frame.inner:
         raise IRError("a frame without dimensions cannot have inner ones")
-    lowering = _Lowering(frame, tile, e, buffers, gpu)
+    lowering = _Lowering(frame, tile, e, buffers, gpu, private_bytes)
     if gpu and not lowering.is_persistent():
         make_online(frame)
     return lowering.emit()

@@ -22,23 +22,26 @@ from .contraction import emit_contraction, is_row_major, roles_of
 from .contraction_gpu import emit_gpu_contraction
 from .cpu_candidates import CpuTile, contraction_candidates, loop_candidates, stream_candidates
 from .cpu_tiles import contraction_tile, is_depthwise, square_tile
-from .emit import Emitter
+from .emit import COARSE, FAST, Emitter
 from .frame import Frame, analyse, is_expensive
 from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
 from .loop_tiles import choose_tile, loop_tiles, resized
 from .loops import emit_loops, traffic, work
 from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel
-from .stream import GpuStream, stream_tile, suits_warp_groups
+from .stream import GpuStream, stream_tile, stream_tiles, suits_warp_groups
 from .stream_cpu import CpuStream
+from .top import emit_topk
 
 
 @register
 @dataclass(frozen=True)
 class Tile(Pass):
-    """See the module docstring. `relax_casts`: within a stream, a value rounded to 16 bits and widened again keeps its precision."""
+    """See the module docstring. `relax_casts`: within a stream, a value rounded to 16 bits and widened again keeps its precision.
+    `fast_math`: functions may be a few ulp off."""
 
     name: ClassVar[str] = "tile"
     relax_casts: bool = True
+    fast_math: bool = False
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         names = KernelNames()
@@ -47,7 +50,7 @@ class Tile(Pass):
             constant = constant_values(func)
             for op in list(func.body):
                 if op.name == "tensor.fused":
-                    kernel = lower(op, func["symbols"], ctx, self.relax_casts)
+                    kernel = lower(op, func["symbols"], ctx, self.relax_casts, self.fast_math)
                     name = names.intern(kernel, func)
                     attrs: dict = {"kernel": SymbolRef(name)}
                     # GPUs: changed parameters could not be noticed without waiting for the device, and nothing is packed there.
@@ -110,7 +113,7 @@ def _anonymous_text(kernel: Operation) -> str:
     return text
 
 
-def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool = True) -> Operation:
+def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool = True, fast: bool = False) -> Operation:
     """A detached `tile.kernel` that computes the group: arguments are the group's operands, then its results."""
     target = ctx.target
     ranges: dict[str, tuple[Dim, Dim | None]] = {s: (r[0], r[1]) for s, r in symbol_ranges.items()}
@@ -133,30 +136,33 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
     updates: tuple = ()
     warps = 0
     kept = [element_type(v.type) for v in (*fused.operands, *fused.results)]
-    coarse = target.is_gpu and all(t.bits <= 16 for t in kept if t.is_float)
+    narrow = target.is_gpu and all(t.bits <= 16 for t in kept if t.is_float)  # everything in memory is
+    coarse = FAST if fast and not target.is_gpu else COARSE if fast or narrow else frozenset()
     hint: GpuTile | None = None
     first = members[0]
     if first.name == "tensor.scatter" and scatters_in_parallel(first, target):
-        grid = emit_parallel_scatter(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result])
+        grid = emit_parallel_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result])
         inplace = updates = ((next(i for i, v in enumerate(fused.body.args) if v is first.operands[0]), len(fused.operands)),)
     elif first.name == "tensor.scatter":
-        grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result], lanes)
+        grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes)
+    elif first.name == "tensor.topk":
+        grid = emit_topk(first, Emitter(builder, (1, 4 * lanes), ranges, coarse=coarse), buffers, [buffers.get(r) for r in first.results])
     elif first.name == "tensor.scan":
         # As torch does: on CPUs the error of a running sum does not grow with its length.
-        grid = emit_scan(first, Emitter(builder, (1, lanes), ranges), buffers, buffers[first.result], lanes,
+        grid = emit_scan(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes,
                          accumulate=None if target.is_gpu else DTYPES["f64"], by_tiles=target.is_gpu)
     elif (stream := analyse_stream(members) if len(members) > 1 else None) is not None:
         flops = sum((2 * _product(m, range(len(m["dims"]))) for m in (*stream.firsts, *stream.seconds)), 0)  # type: ignore[arg-type]
         if target.is_gpu:
-            hint = stream_tile(stream, target)
+            hint = GpuTile(*fused["tile"]) if fused["tile"] else stream_tile(stream, target)
             tile = (hint.rows, hint.columns)
             groups = ", for a loader and two groups of warps" if suits_warp_groups(stream, target) else ""
             ctx.remark("note", f"a stream in tiles of {hint.rows} rows by {hint.columns} steps{groups}", members[0].location)
-            grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile, relaxed).emit()
+            grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges, coarse=coarse), buffers, tile, relaxed).emit()
         else:
             chosen = CpuTile(*(fused["tile"] or square_tile(target, stream.row_count, stream.length)))
             tile = (chosen.rows, chosen.columns)
-            lowering = CpuStream(stream, outputs, Emitter(builder, tile, ranges), buffers, tile, relaxed)
+            lowering = CpuStream(stream, outputs, Emitter(builder, tile, ranges, coarse=coarse), buffers, tile, relaxed)
             lowering.row_tiles = chosen.block_rows // tile[0] or lowering.row_tiles
             lowering.panels = chosen.block_steps // tile[1] or lowering.panels
             grid = lowering.emit(target)
@@ -180,7 +186,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
             if fused["tile"]:
                 chosen = CpuTile(*fused["tile"])
                 gemm, limits = (chosen.rows, chosen.columns, gemm[2]), (chosen.block_rows, chosen.block_steps, chosen.block_columns)
-            grid = emit_contraction(products, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges), buffers, gemm, limits)
+            grid = emit_contraction(products, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges, coarse=coarse), buffers, gemm, limits)
     else:
         frame = analyse(fused, ranges)
         choice = choose_tile(frame, _loop_lanes(members, target), gpu=target.is_gpu)
@@ -189,7 +195,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
             choice = replace(choice, shape=(1, chosen.columns), chunk=chosen.block_columns)
         if fused["tile"] and target.is_gpu:
             choice = resized(frame, choice, GpuTile(*fused["tile"]))
-        grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges, coarse=coarse), buffers, gpu=target.is_gpu)
+        grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges, coarse=coarse), buffers, gpu=target.is_gpu,
+                          private_bytes=0 if target.is_gpu else target.l2 // 4)
         warps = choice.warps
         if target.is_gpu:
             mark_second_readings(block)
@@ -216,7 +223,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
 def candidate_tiles_cpu(fused: Operation, target: Target, *, few: bool = True) -> list[CpuTile]:
     """What a group can be computed by on a CPU, the model's choice first: the few that are likely, or all. Empty where there is no choice."""
     members = [op for op in fused.body if op.name != "tensor.yield"]
-    if members[0].name in ("tensor.scatter", "tensor.scan"):
+    if members[0].name in ("tensor.scatter", "tensor.scan", "tensor.topk"):
         return []
     stream = analyse_stream(members) if len(members) > 1 else None
     if stream is not None:
@@ -238,8 +245,11 @@ def _loop_lanes(members: list[Operation], target: Target) -> int:
 
 
 def candidate_tiles(fused: Operation, target: Target) -> list[GpuTile]:
-    """Of a group of contractions, pointwise ops or reductions, for a GPU: tiles, the best by the model first. None for other groups."""
+    """Of a stream, or a group of contractions, pointwise ops or reductions, for a GPU: tiles, the best by the model first. None for other groups."""
     members = [op for op in fused.body if op.name != "tensor.yield"]
+    stream = analyse_stream(members) if target.is_gpu and fused["why"].startswith("streams") else None
+    if stream is not None:
+        return stream_tiles(stream, target)
     products = [m for m in members if is_contraction(m)]
     if not target.is_gpu or fused["why"].startswith("streams") or any(m.name != "tensor.generic" for m in members):
         return []

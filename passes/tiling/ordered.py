@@ -21,15 +21,17 @@ from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
 from .gpu_tiles import padded
 from .loops import emit_extract
 
-__all__ = ["emit_parallel_scatter", "emit_scan", "emit_scatter", "scatters_in_parallel"]
+__all__ = ["body_values", "dot_of", "emit_parallel_scatter", "emit_scan", "emit_scatter", "scatters_in_parallel"]
 
 _ATOMIC = {"add": ("f32", "f64", "i32", "i64"), "max": ("i32", "i64"), "min": ("i32", "i64")}
 """What GPUs combine atomically."""
+PROGRAMS = 8
+"""Programs that a dimension is cut into at least, where it is cut into wide ones."""
 _TILE = 1024
 """Points per program of a parallel scatter."""
 
 
-def _body(e: Emitter, op: Operation, buffers: dict[Value, Value], at: dict[str, Dim], active: list[Pair], lead: int = 0) -> list[Value]:
+def body_values(e: Emitter, op: Operation, buffers: dict[Value, Value], at: dict[str, Dim], active: list[Pair], lead: int = 0) -> list[Value]:
     """The yielded values of the op's body at a position."""
     local: dict[Value, Value] = {}
     bounds = e.bounds()
@@ -78,6 +80,8 @@ def emit_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Va
     init_layout = init.type.layout
     own = _own_dims(op)
     vector = next((j for j in sorted(own, reverse=True) if result.layout[j] == 1), None)
+    lanes = _columns(lanes, result.shape[vector]) if vector is not None else lanes
+    e = Emitter(e.builder, (1, lanes), e.symbols, e.variables, e.ranges, e.coarse)
     grid: list[Dim] = []
     fixed: dict[int, Dim] = {}
     active: list[Pair] = []
@@ -98,8 +102,8 @@ def emit_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Va
             inner.loop(0, result.shape[todo[0]], 1, [], body)
             return
         index_of = [at[j] for j in range(result.rank)]
-        value = inner.load(buffers[init], _dot(index_of, init_layout, inner), inner.needed(active))
-        inner.store(out, value, _dot(index_of, result.layout, inner), inner.needed(active))
+        value = inner.load(buffers[init], dot_of(index_of, init_layout, inner), inner.needed(active))
+        inner.store(out, value, dot_of(index_of, result.layout, inner), inner.needed(active))
 
     copy(e, [j for j in range(result.rank) if j not in fixed], dict(fixed))
     position = {own[j]: fixed[j] for j in own}
@@ -115,6 +119,12 @@ def emit_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Va
 
     visit(e, [d for d in range(len(op["dims"])) if d not in position], dict(position))
     return grid
+
+
+def _columns(lanes: int, size: Dim) -> int:
+    """How many columns a program takes that walks along others: some lines, so that each visit uses all of them, but not so many that few programs
+    are left to share."""
+    return next((lanes * n for n in (8, 4, 2) if isinstance(size, int) and size >= PROGRAMS * lanes * n), lanes)
 
 
 def scatters_in_parallel(op: Operation, target: Target) -> bool:
@@ -136,7 +146,7 @@ def emit_parallel_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value]
     others = [d for d in range(len(dims)) if d != vector]
     row = max(others, key=lambda d: dims[d] if isinstance(dims[d], int) else _TILE, default=None)
     rows = 1 if row is None else min(_TILE // columns, padded(dims[row], 1) if isinstance(dims[row], int) else _TILE)
-    e = Emitter(e.builder, (rows, columns), e.symbols, e.variables, e.ranges)
+    e = Emitter(e.builder, (rows, columns), e.symbols, e.variables, e.ranges, e.coarse)
     at: dict[str, Dim] = {}
     active: list[Pair] = []
     grid: list[Dim] = []
@@ -154,7 +164,7 @@ def emit_parallel_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value]
 def _update(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, at: dict[str, Dim], own: dict[int, int],
             fixed: dict[int, Dim], active: list[Pair], *, atomic: bool = False) -> None:
     """out[index] = combine(out[index], value) at one point, perhaps atomically; a bad index is reported and skipped."""
-    value, *indices = _body(e, op, buffers, at, active, lead=1)
+    value, *indices = body_values(e, op, buffers, at, active, lead=1)
     result = op.result.type
     assert isinstance(result, TensorType)
     here = e.mask_value([p for p in active if free_symbols(p[0]) & {"t0", "t1"}])
@@ -199,7 +209,8 @@ def _shape(e: Emitter, exprs: list[Dim], extra_shape: tuple[int, ...]) -> tuple[
     return tuple(max(a, b) for a, b in zip(shape or (1, 1), extra_shape, strict=True)) if extra_shape else shape
 
 
-def _dot(index_of: list[Dim], layout: tuple[Dim, ...], e: Emitter) -> Dim:
+def dot_of(index_of: list[Dim], layout: tuple[Dim, ...], e: Emitter) -> Dim:
+    """The offset of an element."""
     total: Dim = 0
     for i, s in zip(index_of, layout, strict=True):
         total = total + i * s
@@ -214,6 +225,9 @@ def emit_scan(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value
     dims = op["dims"]
     rank = len(dims)
     vector = next((j for j in range(rank - 1) if result.layout[j] == 1 and dims[j] != 1), None)
+    if not by_tiles and vector is not None:
+        lanes = _columns(lanes, dims[vector])
+        e = Emitter(e.builder, (1, lanes), e.symbols, e.variables, e.ranges, e.coarse)
     at: dict[str, Dim] = {}
     active: list[Pair] = []
     grid: list[Dim] = []
@@ -236,7 +250,7 @@ def emit_scan(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value
 
     def body(inner: Emitter, i: Dim, carried: list[Value]) -> list[Value]:
         here = {**at, f"d{rank - 1}": i}
-        value, = _body(inner, op, buffers, here, active)
+        value, = body_values(inner, op, buffers, here, active)
         b = inner.builder
         if dtype != result.dtype:
             value = b.cast(value, dtype)
@@ -251,7 +265,7 @@ def emit_scan(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value
             running = inner.broadcast(running, shape)
         index_of = [here[f"d{j}"] for j in range(rank)]
         rounded = running if dtype == result.dtype else b.cast(running, result.dtype)
-        inner.store(out, rounded, _dot(index_of, result.layout, inner), inner.needed(active))
+        inner.store(out, rounded, dot_of(index_of, result.layout, inner), inner.needed(active))
         return [running]
 
     e.loop(0, dims[-1], 1, [init], body)
@@ -264,7 +278,7 @@ def _scan_by_tiles(op: Operation, e: Emitter, buffers: dict[Value, Value], out: 
     assert isinstance(result, TensorType)
     length, last = op["dims"][-1], f"d{len(op['dims']) - 1}"
     width = min(2048, padded(length, 2)) if isinstance(length, int) else 2048
-    wide = Emitter(e.builder, (1, width), e.symbols, e.variables, e.ranges)
+    wide = Emitter(e.builder, (1, width), e.symbols, e.variables, e.ranges, e.coarse)
     one, whole = TileType((1, 1), result.dtype), TileType((1, width), result.dtype)
     init = wide.broadcast(e.builder.constant(identity_of(kind, result.dtype), result.dtype), (1, 1))
 
@@ -272,14 +286,14 @@ def _scan_by_tiles(op: Operation, e: Emitter, buffers: dict[Value, Value], out: 
         b = inner.builder
         here = {**at, last: i + sym("t1")}
         active = [(here[last], length)]
-        value, = _body(inner, op, buffers, here, active)
+        value, = body_values(inner, op, buffers, here, active)
         mask = inner.mask_value(active)
         if mask is not None:
             value = b.arith("select", mask, value, identity_of(kind, result.dtype))
         if value.type != whole:
             value = inner.broadcast(value, (1, width))
         running = b.arith(COMBINE_OPS[kind], carried[0], b.op("tile.scan", value, type=whole, axis=1, kind=kind))
-        inner.store(out, running, _dot([here[f"d{j}"] for j in range(len(op["dims"]))], result.layout, inner), inner.needed(active))
+        inner.store(out, running, dot_of([here[f"d{j}"] for j in range(len(op["dims"]))], result.layout, inner), inner.needed(active))
         return [b.arith(COMBINE_OPS[kind], carried[0], b.op("tile.reduce", value, type=one, axis=1, kind=kind))]
 
     wide.loop(0, length, width, [init], body)

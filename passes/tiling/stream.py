@@ -45,7 +45,7 @@ from .emit import COMBINE_OPS, Emitter, Pair, fill_masks
 from .frame import is_expensive
 from .gpu_tiles import GpuTile, padded
 from .loops import emit_extract
-from .stream_tiles import tile_of_several
+from .stream_tiles import other_tiles, tile_of_several
 from .turned import turned
 
 F32 = DTYPES["f32"]
@@ -54,7 +54,7 @@ LOG2_E = 1.4426950408889634
 _COARSE = {"arith.exp": "exp", "arith.tanh": "tanh", "arith.div": "div"}
 """Methods that compute an op in the cheap way that suits 16-bit inputs."""
 
-__all__ = ["GpuStream", "Scope", "StreamLowering", "stream_tile", "suits_warp_groups", "with_shape"]
+__all__ = ["GpuStream", "Scope", "StreamLowering", "stream_tile", "stream_tiles", "suits_warp_groups", "with_shape"]
 
 
 def stream_tile(s: Stream, target: Target) -> GpuTile:
@@ -68,12 +68,22 @@ def stream_tile(s: Stream, target: Target) -> GpuTile:
         return GpuTile(rows, steps, 0, t.warps, t.stages)
     if suits_warp_groups(s, target):
         return GpuTile(128, 128, 0, 8, 2)
+    if narrow and isinstance(s.row_count, int) and s.row_count <= 16:  # bound by memory: three tiles under way, small ones for a smooth start
+        return GpuTile(16, 64 if width <= 128 else 32, 0, 4, 3)
     kept = len(s.firsts) + len(s.seconds)  # tiles that stay in registers or shared memory
     heavy = any(is_expensive(op) for op in s.reductions + s.firsts) or len(s.full) > 2 or kept > 3
     rows = 128 if narrow and not heavy else 64
     steps = (64 if heavy else 128) if narrow and width <= 128 else 32
     rows, steps = (n if not isinstance(size, int) else min(n, padded(size)) for n, size in ((rows, s.row_count), (steps, s.length)))
     return GpuTile(rows, steps, 0, 8 if rows * width >= 128 * 128 else 4, 3 if narrow else 2)
+
+
+def stream_tiles(s: Stream, target: Target) -> list[GpuTile]:
+    """The tile that is modelled, and what is worth measuring beside it (`mode="max-autotune"`): shorter and longer steps, fewer and more rows."""
+    first = stream_tile(s, target)
+    width = max(padded(product(s.columns)), *(padded(_width(op)) for op in s.firsts))
+    element = max(element_type(v.type).bytes for op in (*s.firsts, *s.seconds) for v in op.operands if not s.kind_of(v))
+    return [first, *(t for t in other_tiles(target, first, width, element, s.row_count, s.length) if t != first)]
 
 
 def suits_warp_groups(s: Stream, target: Target) -> bool:
@@ -366,7 +376,7 @@ class GpuStream(StreamLowering):
         p = e.fresh(e.builder.op("tile.program_id", type=index, axis=len(s.batch)), 0, blocks - 1)
         # The last rows see the most of a causal stream: they start first.
         self.m = (blocks - 1 - p if s.alive.pairs else p) * bm + sym("t0")
-        self.row_mask = (self.m, s.row_count)
+        self.row_masks = [(self.m, s.row_count)] if s.rows else []
         self.columns = padded(product(s.columns))
         self.kept = {op: self._left(op) for op in s.firsts}
         bounds = {op: bound_of(s, op) for op in s.reductions if self.coarse and op.result in s.shifts.values()}
@@ -386,7 +396,7 @@ class GpuStream(StreamLowering):
         e = with_shape(self.e, (bm, padded(width)))
         k = sym("t1")
         value = self.read(e, op, 1 - stream_side(self.s, op), self.frame_at(self.m, 0), delinearize(k, op["dims"][len(self.s.position[op]):]),
-                          [self.row_mask, (k, width)], cast=_narrow(self.s, op) is None)
+                          [*self.row_masks, (k, width)], cast=_narrow(self.s, op) is None)
         return _as_tile(e, value, e.shape)
 
     def _first(self, e: Emitter, op: Operation, i: Dim) -> Value:
@@ -407,7 +417,7 @@ class GpuStream(StreamLowering):
             inner.ranges[str(i)] = (inner.ranges[str(i)][0], s.length - bt)
         e = with_shape(inner, (bm, bt))
         b, t = e.builder, i + sym("t1")
-        scope = Scope(e, self.frame_at(self.m, t), [self.row_mask, (t, s.length)], known={} if masked else dict(s.alive.known))
+        scope = Scope(e, self.frame_at(self.m, t), [*self.row_masks, (t, s.length)], known={} if masked else dict(s.alive.known))
         self.without_scales(scope)
         self.read_now: list[Value] = []
         self._fix(scope)
@@ -471,7 +481,7 @@ class GpuStream(StreamLowering):
         s, bm = self.s, self.tile[0]
         e = with_shape(self.e, (bm, self.columns))
         n = sym("t1")
-        scope = Scope(e, self.frame_at(self.m, 0) | self.column_at(n), [self.row_mask, (n, product(s.columns))])
+        scope = Scope(e, self.frame_at(self.m, 0) | self.column_at(n), [*self.row_masks, (n, product(s.columns))])
         self._fix(scope)
         for op in s.reductions:
             if op.result in self.fixed:
@@ -483,7 +493,10 @@ class GpuStream(StreamLowering):
                 scope.values[op.result] = self.scaled(scope, op, carried[op])
         for out in self.outputs:
             with e.builder.at(out.defining_op.location):  # type: ignore[union-attr]
-                self.store(scope, out, self.value(scope, out))
+                value = self.value(scope, out)
+                if not s.rows and isinstance(value.type, TileType) and value.type.shape[0] > 1:  # all rows of the tile are the one row
+                    value = e.builder.op("tile.reduce", value, type=TileType((1, value.type.shape[1]), value.type.dtype), axis=0, kind="max")
+                self.store(scope, out, value)
 
 
 def _narrow(s: Stream, op: Operation) -> DType | None:
@@ -501,6 +514,6 @@ def _as_tile(e: Emitter, value: Value, shape: tuple[int, int]) -> Value:
 
 
 def with_shape(e: Emitter, shape: tuple[int, int]) -> Emitter:
-    return Emitter(e.builder, shape, e.symbols, e.variables, e.ranges)
+    return Emitter(e.builder, shape, e.symbols, e.variables, e.ranges, e.coarse)
 
 

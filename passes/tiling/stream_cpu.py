@@ -48,7 +48,7 @@ class CpuStream(StreamLowering):
         self.weights = {op: self.scores[s.streamed(op).defining_op] if s.streamed(op).defining_op in s.firsts else  # type: ignore[index]
                         self._scratch(element_type(s.streamed(op).type), self.steps) for op in s.seconds}
         self._for_row_tiles(e, self._initialise)
-        whole = Emitter(e.builder, (self.rows, nr), e.symbols, e.variables, e.ranges)
+        whole = Emitter(e.builder, (self.rows, nr), e.symbols, e.variables, e.ranges, e.coarse)
         saved, self.tile, self.e = (self.tile, self.e), (self.rows, nr), whole
         ranges = self.ranges(self.start + sym("t0"), self.steps)
         self.tile, self.e = saved

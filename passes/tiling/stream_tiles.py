@@ -6,10 +6,14 @@ On an H100, for 4096 positions of 128 in bf16, 64 by 64 with 4 warps and 2 stage
 
 from __future__ import annotations
 
-from ...ir import Target
-from .gpu_tiles import GpuTile
+from ...ir import Dim, Target
+from .gpu_tiles import GpuTile, padded
 
-__all__ = ["tile_of_several"]
+__all__ = ["other_tiles", "tile_of_several"]
+
+FEW = ((16, 32, 4, 4), (16, 32, 2, 3), (16, 128, 4, 2), (16, 64, 2, 2), (16, 64, 8, 3))
+MANY = ((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2))
+"""Rows, steps, warps and stages of tiles that were the best of some stream on an H100 or H200."""
 
 SHARED = {80: 160 << 10, 90: 220 << 10}
 """Bytes of shared memory that tiles may fill, by compute capability."""
@@ -25,3 +29,12 @@ def tile_of_several(target: Target, width: int, element: int, firsts: int, secon
         if element * width * (rows * firsts + stages * steps * (firsts + seconds)) <= limit:
             break
     return GpuTile(rows, steps, 0, 4, stages)
+
+
+def other_tiles(target: Target, chosen: GpuTile, width: int, element: int, rows: Dim, length: Dim) -> list[GpuTile]:
+    """Tiles beside the chosen one for a stream of operands `width` wide, `element` bytes each, that fit its size and shared memory."""
+    limit = SHARED[90 if target.capability >= 90 else 80]
+    most = padded(rows) if isinstance(rows, int) else chosen.rows
+    longest = padded(length) if isinstance(length, int) else chosen.columns
+    return [GpuTile(r, c, 0, warps, stages) for r, c, warps, stages in (FEW if chosen.rows == 16 else MANY)
+            if r <= max(16, most) and c <= longest and element * width * (r + 2 * stages * c) <= limit]

@@ -41,7 +41,7 @@ def row(model: str, plan: dict[str, Any], layers: int, steps: int) -> tuple[bool
         except subprocess.TimeoutExpired as e:
             return False, f"failed: not done after {e.timeout:.0f} s"
         if done.returncode != 0:
-            lines = [x for x in done.stderr.splitlines() if re.match(r"(\[rank\d+\]: )?\w*(Error|Exception): ", x)]
+            lines = [x for x in done.stderr.splitlines() if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception): ", x)]
             raised = [x for x in lines if "closed by peer" not in x and "ChildFailed" not in x] or lines or ["no message"]
             return False, f"failed: {' / '.join(dict.fromkeys(x[:200] for x in raised[:2]))}"
         results = [json.loads(Path(f"{out}.{r}.json").read_text()) for r in range(ranks)]

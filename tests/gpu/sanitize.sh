@@ -42,7 +42,7 @@ for ((j = 0; j < jobs; j++)); do
   wait "${running[$j]}"
   code=$?
   summary=$(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/$j.log" | tail -1)
-  echo "$tool: exit $code ${summary#=========}; ran: $(grep -cE '^(ok|FAIL) ' "$OUT/$j.log") of $(share $j | wc -l), right: $(grep -E '^ok  kernels' "$OUT/$j.log" | awk '{printf "%s ", $3}')"
+  echo "$tool: exit $code ${summary#=========}; right: $(grep -E '^ok +kernels' "$OUT/$j.log" | awk '{print $3}' | sort -u | tr '\n' ' ')of $(share $j | wc -l)"
   grep -E '^FAIL' "$OUT/$j.log" | head -5
   if [ $code -eq 99 ]; then
     bad=$((bad + 1))

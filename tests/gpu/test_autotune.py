@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from aicc.backends.triton import compile_gpu
 from aicc.compiler.autotune import Tuner, candidate_module, tune_tiles
@@ -81,3 +82,30 @@ def test_candidates_compile(tmp_path: Path) -> None:
     assert not group["tile"]
     run_pipeline(made, parse_pipeline(pipeline("host", SM90, OPTIONS)), ctx)
     assert len(compile_gpu(made, SM90, cache_dir=tmp_path).kernels) == 2
+
+
+def _attention(rows: int, length: int) -> Operation:
+    def f(q: Any, k: Any, v: Any) -> Any:
+        scores = torch.ops.aten.bmm.default(q, torch.ops.aten.transpose.int(k, 1, 2))
+        return (torch.ops.aten.bmm.default(torch.ops.aten._softmax.default(scores, -1, False), v),)
+
+    inputs = [torch.empty(160, n, 64, dtype=torch.bfloat16) for n in (rows, length, length)]
+    module = import_graph(fx.experimental.proxy_tensor.make_fx(f)(*inputs))
+    for stage in ("graph", "tensor"):
+        run_pipeline(module, parse_pipeline(pipeline(stage, SM90, OPTIONS)), PassContext(SM90))
+    return module
+
+
+@pytest.mark.parametrize(("rows", "length"), [(300, 300), (1, 600)])
+def test_tiles_of_attention_are_measured(rows: int, length: int, tmp_path: Path) -> None:
+    module = _attention(rows, length)
+    group = _group(module)
+    tiles = candidate_tiles(group, SM90)
+    assert group["why"].startswith("streams") and len(set(tiles)) == len(tiles) > 3
+    tune_tiles(module, PassContext(SM90), Tuner(OPTIONS, tmp_path, _second_is_best([])))
+    run_pipeline(module, parse_pipeline(pipeline("tile", SM90, OPTIONS)), PassContext(SM90))
+    kernel = next(op for op in module.body if op.name == "tile.kernel")
+    scores = next(op for op in kernel.walk() if op.name == "tile.dot")
+    assert (kernel["num_warps"], kernel["num_stages"]) == (tiles[1].warps, tiles[1].stages)
+    assert scores.result.type.shape == (tiles[1].rows, tiles[1].columns)  # type: ignore[attr-defined]
+    verify(module)

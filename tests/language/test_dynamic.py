@@ -51,6 +51,20 @@ _PROGRAMS: dict[str, tuple[Callable[[], Any], Callable[[int], tuple[Tensor, ...]
 }
 
 
+@pytest.mark.parametrize("sign", [-1, 1], ids=["none", "all"])
+def test_gradients_of_what_a_mask_selects(sign: int) -> None:
+    """The gradient spreads a tensor that may have no elements, from which nothing may be read then."""
+    def f(x: Tensor) -> Tensor:
+        return torch.masked_select(x, x > 0).square().sum()
+
+    torch._dynamo.reset()
+    x = (sign * (torch.rand(20) + 0.1)).requires_grad_()
+    with _SHAPES():
+        torch.compile(f, backend="aicc")(x).backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, 2 * x.detach().clamp(min=0))
+
+
 @pytest.mark.parametrize("name", _PROGRAMS)
 def test_fifty_sizes_compile_at_most_twice(name: str, graphs: list[Compilation]) -> None:
     """The first size alone, and then symbols: sizes from 2 to 51, in no order."""

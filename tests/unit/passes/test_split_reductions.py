@@ -41,6 +41,8 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor], int]] = {
     "integers": (lambda a: a.sum(0), [torch.arange(2048 * 16).reshape(2048, 16)], 1),
     "product": (lambda a: (1 + a / 1000).prod(0), _normal((2048, 16)), 1),
     "position": (lambda a: (a * torch.arange(2048)[:, None]).sum(0), _normal((2048, 16)), 1),
+    "variance": (lambda a: torch.var_mean(a + 30, 0), _normal((2048, 16)), 1),
+    "batch_norm": (lambda a: F.batch_norm(a.permute(0, 3, 1, 2), None, None, training=True), _normal((16, 32, 8, 5)), 1),
     "two_dims": (lambda a: a.sum((0, 2)), _normal((4, 8, 2048)), 0),
     "convolution_like": (lambda a, b: torch.einsum("ksa,skb->ab", a, b), _normal((40, 16, 6), (16, 40, 5)), 1),
     "odd_divisor": (lambda a, b: a @ b, _normal((4, 2187), (2187, 4)), 1),
@@ -80,3 +82,10 @@ def test_symbols_are_not_split() -> None:
     program = capture(lambda a, b: a @ b, _normal((16, 1024), (1024, 20)), dynamic=True)
     module = lowered(program, SMALL, "tensor")
     assert sum(op["reductions"] > 0 for op in module.walk() if op.name == "tensor.generic") == 1
+
+
+def test_a_variance_is_one_pass_over_memory() -> None:
+    """Sums and squares of the parts in one loop of one kernel; their merging is small."""
+    module = lowered(capture(lambda a: torch.var_mean(a, 0), _normal((2048, 16))), SMALL)
+    readers = [k for k in module.body if k.name == "tile.kernel" and any(str(a.type).startswith("buffer<2048x16x") for a in k.body.args)]
+    assert len(readers) == 1 and sum(op.name == "tile.for" for op in readers[0].body) == 1
