@@ -40,6 +40,11 @@ KNOWN: dict[tuple[str, str], Known] = {
     ("combinations", "torch"): Known("Dynamo fails to trace it with sizes that depend on data captured in one graph"),
     ("tensor_split", "torch"): Known("torch fails to trace a number of sections that is read from data and captured in one graph"),
     **{(op, "torch"): Known(_SINGULAR, ("complex64",)) for op in ("pinverse", "linalg.pinv", "linalg.pinv.singular")},
+    ("nn.functional.conv2d", "numerics"): Known("a complex convolution is three real ones whose sums cancel: the last place of the largest term shows",
+                                                ("complex64",)),
+    ("nn.functional.instance_norm", "numerics"): Known(
+        "eager rounds mean and deviation to 16 bits between forward and backward, in another order: gradients are as near to float64 on average, "
+        "but not element by element", ("bfloat16",)),
     ("nn.functional.conv_transpose3d", "numerics"): Known(
         "sums of products that cancel (complex: three real convolutions): the last place of the largest term shows", ("complex64", "float32")),
     **{(op, "torch"): Known("the gradient of torch's decomposition rounds in other places than its kernel", ("float16", "bfloat16"))
