@@ -43,9 +43,10 @@ def mend_gradients(gm: fx.GraphModule) -> None:
 
 
 def _scan(body: Any, init: Sequence[Any], xs: Sequence[Any], more: Sequence[Any]) -> Any:
-    """scan, all of whose floating initial values need a gradient if anything does."""
+    """scan, all of whose floating operands need a gradient if any does. (Of one that does not, torch 2.11 returns the gradient 0 of a step as
+    something saved, and says that the scan might be aliasing.)"""
     if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in (*init, *xs, *more)):
-        init = tuple(t.detach().requires_grad_() if _lacks_gradient(t) else t for t in init)
+        init, xs, more = (tuple(t.detach().requires_grad_() if _lacks_gradient(t) else t for t in given) for given in (init, xs, more))
     return torch.ops.higher_order.scan(body, tuple(init), tuple(xs), tuple(more))
 
 

@@ -23,6 +23,8 @@ from aicc.runtime.executor import CompiledGraph
 from aicc.runtime.loader import NativeLibrary, load_object
 from torch import Tensor, nn
 
+from .harness import TORCH
+
 
 def _compile(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return torch.compile(f, backend="aicc", options={"cache": False, **options}, dynamic=False)
@@ -66,6 +68,8 @@ def _rss() -> int:
 @pytest.mark.parametrize("warm", [True, False])
 def test_threads_that_share_a_compiled_function(warm: bool) -> None:
     """Each thread has inputs, results and an arena of its own; whoever comes first compiles."""
+    if not warm and TORCH < (2, 12):
+        pytest.skip("in torch 2.11 a thread that calls while another one traces may be told that it is being traced by FX")
     model = _model()
     compiled = _compile(model)
     if warm:

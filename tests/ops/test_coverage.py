@@ -72,13 +72,9 @@ def test_core_operators_without_a_way_are_known() -> None:
     assert not {r["op"] for r in SUMMARY["core"]["rest"] if r["status"] in ("fails", "no calls") and r["calls"]}
 
 
-OPEN = {("bfloat16", "backward", "2.11.0"): ["logsumexp: wrong"], ("float16", "backward", "2.11.0"): ["logsumexp: wrong"]}
-"""Findings that are not explained yet: the page lists them as failures. With torch 2.13 the same samples pass."""
-
-
 def test_no_sweep_fails() -> None:
     found = {(s["dtype"], s["direction"], s.get("torch", SUMMARY["torch"])): s["failures"] for s in SUMMARY["sweeps"] if s["fail"]}
-    assert found == OPEN
+    assert not found
 
 
 def test_rows_of_known_differences() -> None:
