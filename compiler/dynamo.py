@@ -26,6 +26,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext
 
 from ..frontend.attention import write_out_attention
+from ..frontend.bags import write_out_bags
 from ..frontend.common_subexpressions import merge_common_subexpressions
 from ..frontend.decompositions import decomposition_table
 from ..frontend.flex import expand_flex
@@ -57,12 +58,15 @@ def backend(options: Options, observe: Observer | None = None) -> Callable:
     def compiler(role: str) -> Callable:
         return lambda gm, _: _guarded(gm, options, role, _decompositions(options.fallback_random), observe)
 
-    return aot_backend(compiler, fallback_random=options.fallback_random, loss_bytes=options.loss_bytes, activation_bytes=options.activation_bytes)
+    return aot_backend(compiler, fallback_random=options.fallback_random, loss_bytes=options.loss_bytes, activation_bytes=options.activation_bytes,
+                       as_rounded=options.emulate_precision_casts)
 
 
 def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = False, loss_bytes: int = Options.loss_bytes,
-                activation_bytes: int = Options.activation_bytes) -> Callable:
-    """A Dynamo backend whose graphs are made as aicc's are: `compiler(role)` gives the compiler of forward, backward or inference graphs."""
+                activation_bytes: int = Options.activation_bytes, as_rounded: bool = False) -> Callable:
+    """A Dynamo backend whose graphs are made as aicc's are: `compiler(role)` gives the compiler of forward, backward or inference graphs.
+
+    as_rounded: attention stays torch's own, which says what eager rounds (written out, its scores would be rounded to 16 bits)."""
     table = _decompositions(fallback_random)
     split = partial(partition, activation_bytes=activation_bytes)
 
@@ -87,7 +91,9 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
         if isinstance(gm, Graph):  # not torch's wrapper that takes nested inputs apart: what it wraps was here before
             expand_recurrent(gm)
             mend_gradients(gm)
-            write_out_attention(gm, drops=not fallback_random)
+            if not as_rounded:
+                write_out_attention(gm, drops=not fallback_random)
+            write_out_bags(gm)
             chunk_losses(gm, loss_bytes)
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)

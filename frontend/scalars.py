@@ -26,7 +26,7 @@ F64, I64 = DTYPES["f64"], DTYPES["i64"]
 def lower_number(c: Context, expr: Any) -> Value:
     """The sympy expression `expr` as a 0-d f64 tensor, or i1 for a comparison. Unsupported, naming it, if there is no such."""
     if str(expr) in c.numbers:
-        return c.cast(c.numbers[str(expr)], F64)
+        return c.cast(c.numbers[str(expr)], DTYPES["i1"] if expr.is_Relational or expr.is_Boolean else F64)
     if getattr(expr, "is_number", False) and not expr.is_Boolean:
         return c.full((), float(expr), F64)
     if getattr(expr, "is_integer", False) and not any(s.name in c.numbers for s in expr.free_symbols):

@@ -20,6 +20,10 @@ from .gpu_tiles import COLUMNS, GpuTile
 
 __all__ = ["TileChoice", "choose_tile", "loop_tiles", "resized"]
 
+LINE_ELEMENTS = 16
+"""Of 4 bytes in a cache line."""
+CACHED_LINES = 512
+"""Lines of 64 bytes that the first cache holds."""
 LARGEST = 16384
 """Elements of a tile: 32 registers of each thread of 16 warps for one value."""
 
@@ -58,6 +62,10 @@ def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
     heavy = sum(len(op.body) for op in frame.members)
     if gpu:
         return _gpu_tile(frame, vector, size)
+    across = None if frame.inner else _transposed(frame, vector)
+    if across is not None and not (isinstance(size, int) and size < CACHED_LINES):
+        # Whole lines of what is read along the other dimension are used while they are in the first cache, where a row of lines would not stay.
+        return TileChoice(vector, across, (LINE_ELEMENTS, lanes), max(lanes, 256 // lanes * lanes))
     width = lanes * (2 if heavy > 24 else 4)
     if isinstance(size, int):
         size = max(size, 1)

@@ -25,6 +25,8 @@ __all__ = ["body_values", "dot_of", "emit_parallel_scatter", "emit_scan", "emit_
 
 _ATOMIC = {"add": ("f32", "f64", "i32", "i64"), "max": ("i32", "i64"), "min": ("i32", "i64")}
 """What GPUs combine atomically."""
+PROGRAMS = 8
+"""Programs that a dimension is cut into at least, where it is cut into wide ones."""
 _TILE = 1024
 """Points per program of a parallel scatter."""
 
@@ -78,6 +80,8 @@ def emit_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Va
     init_layout = init.type.layout
     own = _own_dims(op)
     vector = next((j for j in sorted(own, reverse=True) if result.layout[j] == 1), None)
+    lanes = _columns(lanes, result.shape[vector]) if vector is not None else lanes
+    e = Emitter(e.builder, (1, lanes), e.symbols, e.variables, e.ranges, e.coarse)
     grid: list[Dim] = []
     fixed: dict[int, Dim] = {}
     active: list[Pair] = []
@@ -115,6 +119,12 @@ def emit_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Va
 
     visit(e, [d for d in range(len(op["dims"])) if d not in position], dict(position))
     return grid
+
+
+def _columns(lanes: int, size: Dim) -> int:
+    """How many columns a program takes that walks along others: some lines, so that each visit uses all of them, but not so many that few programs
+    are left to share."""
+    return next((lanes * n for n in (8, 4, 2) if isinstance(size, int) and size >= PROGRAMS * lanes * n), lanes)
 
 
 def scatters_in_parallel(op: Operation, target: Target) -> bool:
@@ -215,6 +225,9 @@ def emit_scan(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value
     dims = op["dims"]
     rank = len(dims)
     vector = next((j for j in range(rank - 1) if result.layout[j] == 1 and dims[j] != 1), None)
+    if not by_tiles and vector is not None:
+        lanes = _columns(lanes, dims[vector])
+        e = Emitter(e.builder, (1, lanes), e.symbols, e.variables, e.ranges, e.coarse)
     at: dict[str, Dim] = {}
     active: list[Pair] = []
     grid: list[Dim] = []

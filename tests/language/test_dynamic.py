@@ -169,6 +169,7 @@ ROWS: dict[str, Row] = {
     "index by a mask": Row(lambda x: x[x > 0].sum() * 2, lambda: (torch.randn(20),), around=_SHAPES, aten=("index.Tensor",)),
     "unique": Row(lambda x: x.unique() + 1, lambda: (torch.randint(0, 5, (20,)),), around=_SHAPES, aten=("_unique2",)),
     "item, a float": Row(lambda x: x / x.abs().max().item() + 1, lambda: (torch.randn(20),), around=_SCALARS),
+    "item, a bool": Row(lambda x: x * x.amax().ge(0).item(), lambda: (torch.randn(20),), around=_SCALARS, aten=("_assert_scalar",)),
     "item, an int": Row(lambda x: x * x.sum().item(), lambda: (torch.arange(5),), around=_SCALARS),
     "a size read from data": Row(_sized_by_data, lambda: (torch.rand(9),), around=_SCALARS, aten=("_local_scalar_dense",)),
     "a size read from data as a float": Row(_sized_by_a_float, lambda: (torch.rand(9),), around=_SCALARS,
