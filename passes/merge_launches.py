@@ -6,7 +6,8 @@ norms, the second halves of split sums: kernels that run side by side. Merged, t
 left of several.
 
 Two launches are merged if neither needs the other's results, even by way of others, if both are small (SMALL bytes; products, which
-keep their registers for a long loop, PRODUCT bytes and only with products of the same warps), and if at most WINDOW launches lie between them.
+keep their registers for a long loop, PRODUCT bytes, of which they make MADE, and only with products of the same warps), and if at most WINDOW
+launches lie between them.
 Elementwise kernels that read nothing but arguments (and a few numbers) and make nothing but what the caller gets are merged whatever their size: the
 steps of an optimizer over a hundred parameters. Nobody waits for them within the program, so that no cached result and no memory is lost by
 moving them, and every launch saved is a device that does not run empty (two to four microseconds).
@@ -33,6 +34,8 @@ PRODUCT = 64 << 20
 """Bytes for products: at 3 TB/s, 20 microseconds."""
 ROWS = 16 << 20
 """Bytes for kernels whose programs reduce a row each (products with a vector)."""
+MADE = 4 << 20
+"""Bytes that such a kernel makes: results of a merged launch are all alive at once."""
 WINDOW = 48
 PARTS = 64
 """Most kernels in one, and most buffers that one takes."""
@@ -102,15 +105,17 @@ class _Finder:
             return None
         if any(o.name in ("tile.part", "tile.alloca") for o in kernel.walk()) or not isinstance(kernel["bytes"], int):
             return None
+        made = sum(r.type.numel * r.type.dtype.bytes for r in op.results)  # type: ignore[attr-defined]
+        little = isinstance(made, int) and made <= MADE
         if any(o.name == "tile.dot" for o in kernel.walk()):
-            few = product(kernel["grid"]) <= 2 * self.room  # type: ignore[operator]
+            few = little and product(kernel["grid"]) <= 2 * self.room  # type: ignore[operator]
             return ("product", kernel["num_warps"], kernel["num_stages"]) if kernel["bytes"] <= PRODUCT and few else None
         if _is_elementwise(kernel) and self._on_arguments(op):
             return ("arguments", kernel["num_warps"])
         if kernel["bytes"] <= SMALL:
             return ("loops", kernel["num_warps"])
         rows = any(o.name == "tile.reduce" for o in kernel.walk()) and not any(o.name == "tile.for" for o in kernel.walk())
-        return ("rows", kernel["num_warps"]) if rows and kernel["bytes"] <= ROWS else None
+        return ("rows", kernel["num_warps"]) if rows and little and kernel["bytes"] <= ROWS else None
 
     def _on_arguments(self, op: Operation) -> bool:
         """It reads arguments and single numbers, and makes what is returned or written to arguments."""

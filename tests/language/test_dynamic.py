@@ -51,6 +51,25 @@ _PROGRAMS: dict[str, tuple[Callable[[], Any], Callable[[int], tuple[Tensor, ...]
 }
 
 
+def test_views_that_have_no_size_for_small_symbols() -> None:
+    """Gradients of a view of 2n rows as [2, n] divide sizes by each other: plans are not checked for n where there is nothing to divide by."""
+    def f(x: Tensor, y: Tensor) -> Any:
+        z = torch.cat([x, y])
+        return z.cumsum(0), torch.stack([x, y], 1).flatten(1), x.unsqueeze(1) - y.unsqueeze(0), z.view(2, -1, 3).mean(0)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend="aicc", dynamic=True)
+    for n in (5, 1, 2, 0, 64):
+        sides = []
+        for run in (compiled, f):
+            torch.manual_seed(n)
+            x, y = (torch.randn(n, 3, requires_grad=True) for _ in range(2))
+            results = run(x, y)
+            torch.autograd.backward(results, [torch.ones_like(r) for r in results])
+            sides.append([*(r.detach() for r in results), x.grad, y.grad])
+        torch.testing.assert_close(*sides)
+
+
 @pytest.mark.parametrize("sign", [-1, 1], ids=["none", "all"])
 def test_gradients_of_what_a_mask_selects(sign: int) -> None:
     """The gradient spreads a tensor that may have no elements, from which nothing may be read then."""

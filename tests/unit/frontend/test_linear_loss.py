@@ -17,7 +17,7 @@ from aicc.frontend.linear_loss import chunk_losses
 from aicc.ir import Operation
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
 from torch import Tensor
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._dynamo.exc import BackendCompilerFailed
 
 from ...gpu.cases import SM90
 
@@ -73,13 +73,14 @@ def test_losses_and_gradients(f: Callable[..., Tensor], dtype: torch.dtype, how:
 
 
 def test_inference() -> None:
-    given, y = draw(torch.float32), torch.randint(0, VOCABULARY, (ROWS,))
-    given[0] = given[0].flatten(0, 1)
+    """In parts large enough that they do not run side by side."""
+    rows, vocabulary = 2048, 4096
+    h, w, y = torch.randn(rows, WIDTH), torch.randn(vocabulary, WIDTH), torch.randint(0, vocabulary, (rows,))
     torch._dynamo.reset()
     with torch.no_grad(), watching(compiled=(seen := list[Compilation]()).append):
-        got = torch.compile(flat, backend="aicc", dynamic=False, options={"loss_bytes": 50_000})(*given, y)
-    assert error(got, flat(*[t.double() for t in given], y)) < 1e-6
-    assert seen[0].stats["memory"]["arena_bytes"] < 4 * ROWS * VOCABULARY / 2
+        got = torch.compile(lambda h, w, y: F.cross_entropy(h @ w.t(), y), backend="aicc", dynamic=False, options={"loss_bytes": 4 << 20})(h, w, y)
+    assert error(got, F.cross_entropy(h.double() @ w.double().t(), y)) < 1e-6
+    assert seen[0].stats["memory"]["arena_bytes"] < 4 * rows * vocabulary / 2
 
 
 def test_labels_out_of_range() -> None:
@@ -120,9 +121,8 @@ def test_what_is_left_whole(f: Callable[..., Any], limit: int, wanted: int) -> N
     assert found == [wanted]
 
 
-def test_memory_on_a_gpu() -> None:
-    """Logits of one part and their gradient, and one sum of the weight's gradient, in the memory of the result."""
-    rows, width, vocabulary, parts = 2048, 256, 8192, 4
+def _forward_on_a_gpu(rows: int, width: int, vocabulary: int, parts: int) -> Operation:
+    """The host function of the forward pass; nothing runs."""
     found: list[Operation] = []
 
     def lowered(role: str) -> Any:
@@ -130,18 +130,32 @@ def test_memory_on_a_gpu() -> None:
             module = import_graph(gm)
             for stage in STAGES:
                 run_pipeline(module, parse_pipeline(pipeline(stage, SM90, Options())), PassContext(SM90))
-            found.append(module)
-            return make_boxed_func(gm.forward)
+            found.append(next(op for op in module.body if op.name == "func"))
+            raise NotImplementedError("compiled, not run")
         return compiler
 
-    h = torch.randn(rows, width, dtype=torch.bfloat16, requires_grad=True)
-    w = torch.randn(vocabulary, width, dtype=torch.bfloat16, requires_grad=True)
+    h = torch.empty(rows, width, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.empty(vocabulary, width, dtype=torch.bfloat16, requires_grad=True)
     torch._dynamo.reset()
     backend = aot_backend(lowered, loss_bytes=2 * rows * vocabulary // parts)
-    torch.compile(lambda h, w, y: F.cross_entropy(h @ w.t(), y), backend=backend, dynamic=False)(h, w, torch.zeros(rows, dtype=torch.long))
-    func = next(op for op in found[0].body if op.name == "func")
+    with pytest.raises(BackendCompilerFailed, match="compiled, not run"):
+        torch.compile(lambda h, w, y: F.cross_entropy(h @ w.t(), y), backend=backend, dynamic=False)(h, w, torch.zeros(rows, dtype=torch.long))
+    return found[0]
+
+
+def test_memory_on_a_gpu() -> None:
+    """Logits of one part and their gradient, and one sum of the weight's gradient, in the memory of the result."""
+    rows, width, vocabulary, parts = 4096, 1024, 16384, 4
+    func = _forward_on_a_gpu(rows, width, vocabulary, parts)
     part, workspace = 2 * rows * vocabulary // parts, 34 << 20
     assert func["stats"]["arena_bytes"] < 2 * part + workspace + (4 << 20)
     sums = [op for op in func.body if op.name == "host.library" and "c" in op["roles"]]
     assert len(sums) == parts - 1
     assert all(op.operands[op["roles"].index("c")] is op.operands[op["roles"].index("d")] for op in sums)
+
+
+def test_products_of_parts_are_not_made_at_once() -> None:
+    """Though each of them is small enough to be launched along with the others."""
+    func = _forward_on_a_gpu(2048, 256, 8192, 4)
+    first = next(op for op in func.body if op.name == "host.launch")
+    assert "and_3_more" not in str(first["kernel"])
