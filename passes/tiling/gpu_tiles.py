@@ -96,7 +96,7 @@ def gemm_tiles_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per
     if bytes_per_element > 2:  # f32 and f64 run on the plain units: tiles are bounded by registers
         most = 64 if bytes_per_element > 4 else 128
         rows, columns = _fit(m, most if isinstance(m, int) and m >= 512 else 64), _fit(n, most)
-        if isinstance(k, int) and k <= 32:  # one step is written out whole: the compiler holds all of it in registers
+        if isinstance(k, int) and k < 32:  # one masked step is written out whole: the compiler holds all of it in registers
             rows, columns = min(rows, 32), min(columns, 32)
         return [GpuTile(rows, columns, _fit(k, 32), 8 if rows * columns >= 128 * 128 else 4, 3)]
     sizes = [x if isinstance(x, int) else UNKNOWN for x in (batch, m, n)]
