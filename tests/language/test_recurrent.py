@@ -49,7 +49,8 @@ def test_row(name: str) -> None:
 
 
 def test_without_allow_rnn_eager_runs() -> None:
-    check(Row(nn.LSTM(8, 6), lambda: (torch.randn(5, 3, 8),), how="eager", breaks=True))
+    check(Row(nn.LSTM(8, 6), lambda: (torch.randn(5, 3, 8),), how="eager", breaks=True,
+              around=lambda: torch._dynamo.config.patch(allow_rnn=False)))
 
 
 def _compiled(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[Compilation]]:
