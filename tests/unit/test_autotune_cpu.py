@@ -129,6 +129,7 @@ def test_measured_on_this_machine() -> None:
 
 def test_max_autotune_through_torch_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AICC_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("AICC_CACHE", "1")
     seen: list[Compilation] = []
     layer = torch.nn.Linear(256, 256)
     x = torch.randn(64, 256)
