@@ -30,6 +30,8 @@ from .moments import add_second_moment, initial_count, spread_of_means
 __all__ = ["emit_loops", "traffic", "work"]
 
 I64 = DTYPES["i64"]
+PART = 256
+"""Most additions in one chain of a sum on a CPU, as in products (`contraction.py`)."""
 
 
 @dataclass
@@ -164,7 +166,36 @@ class _Lowering:
             active = {**scope.active, f: (at, size)} if t else scope.active
             return self._nest(_Scope(inner, {**scope.at, f: at}, active), rest, roots, keys, carried)
 
-        return scope.e.loop(0, size, step, inits, body, unroll=4 if t is None and not rest and self.tile.vector not in self.frame.inner else 1)
+        unroll = 4 if t is None and not rest and self.tile.vector not in self.frame.inner else 1
+        span = self._span(size, step, keys)
+        if not span:
+            return scope.e.loop(0, size, step, inits, body, unroll=unroll)
+        plain = [op["combine"][k] == "sum" for op, k in keys]
+
+        def part(inner: Emitter, i: Dim, carried: list[Value]) -> list[Value]:
+            zeros = [self._zero(inner, *key) if is_sum else c for key, c, is_sum in zip(keys, carried, plain, strict=True)]
+            end = simplify(i + span, {})
+            made = inner.loop(i, end if isinstance(size, int) and size % span == 0 else minimum(size, end), step, zeros, body, unroll=unroll)
+            return [inner.builder.arith("add", c, m) if is_sum else m for c, m, is_sum in zip(carried, made, plain, strict=True)]
+
+        return scope.e.loop(0, size, span, inits, part)
+
+    def _span(self, size: Dim, step: int, keys: list[Any]) -> int:
+        """Elements after which sums begin anew and are added to what is there: the error grows with the longest chain of additions. 0: never.
+        Sums that other accumulators are made from step by step stay whole, and so do those of GPUs, whose threads share a chain."""
+        if self.gpu or isinstance(size, int) and size < 2 * PART * step:
+            return 0
+        followed = {*self.frame.online, *self.frame.online.values(), *self.frame.moments, *self.frame.moments.values()}
+        kinds = [op["combine"][k] for op, k in keys]
+        floats = any(kind == "sum" and element_type(op.results[k].type).is_float for (op, k), kind in zip(keys, kinds, strict=True))
+        if not floats or any(op in followed for op, _ in keys) or any(kind in ("argmax", "argmin") for kind in kinds):
+            return 0
+        steps, ragged = divmod(size, step) if isinstance(size, int) else (0, True)
+        return step * (PART if ragged else next((n for n in range(PART, PART // 4, -1) if steps % n == 0), PART))
+
+    def _zero(self, e: Emitter, op: Operation, k: int) -> Value:
+        dtype = element_type(op.body.terminator.operands[k].type)
+        return e.broadcast(e.builder.constant(identity_of("sum", dtype), dtype), self.tile.shape)
 
     # -- one iteration ------------------------------------------------------------------------------------------------
 
