@@ -36,13 +36,15 @@ SM80 = Target(kind="cuda", name="sm_80", capability=80, multiprocessors=108, l2=
 
 @dataclass(frozen=True)
 class Case:
-    """A function (or the maker of a module) and its inputs. `tolerance` 0 means: exactly."""
+    """A function (or the maker of a module) and its inputs. `tolerance` 0 means: exactly. `wide`: compared with float64 though inputs have
+    16 bits, whose own results are rounded at every step."""
 
     make: Callable[[], Callable[..., Any]]
     inputs: Callable[[torch.Generator], tuple[Any, ...]]
     dynamic: bool = False
     backward: bool = False
     tolerance: float = 1e-5
+    wide: bool = False
 
     def build(self, seed: int = 0) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         torch.manual_seed(0)
@@ -359,7 +361,8 @@ CASES: dict[str, Case] = {
         lambda g: (torch.randn(4, 9001, generator=g), torch.randint(0, 9001, (4,), generator=g)),
     ),
     "linear_loss": Case(_plain(_loss_in_parts), _labels, backward=True, tolerance=2e-5),
-    "linear_loss_bf16": Case(_plain(_loss_in_parts), lambda g: _labels(g, torch.bfloat16), backward=True, tolerance=3e-2),
+    # The gradient of bf16 logits is itself rounded: eager's is 0.013 to 0.021 from float64, ours 0.014 to 0.018.
+    "linear_loss_bf16": Case(_plain(_loss_in_parts), lambda g: _labels(g, torch.bfloat16), backward=True, tolerance=2.2e-2, wide=True),
     "optimizer": Case(_plain(_adam), _normal(*((300, 77), (1000,), (64, 64), (5,)) * 4), tolerance=2e-5),
     "rope": Case(_plain(_rope), _normal((2, 3, 33, 64), (33, 64), (33, 64))),
     "transpose_add": Case(_plain(lambda a, b: a.t() + b), _normal((200, 130), (130, 200)), tolerance=0),

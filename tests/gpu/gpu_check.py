@@ -155,7 +155,7 @@ def _kernel(name: str, case: Case) -> None:
     exact = function
     # Exact cases are compared in their own type, others with float64.
     floats = [x.dtype for x in tensors(inputs) if x.is_floating_point()]
-    wide = torch.float64 if case.tolerance and all(d == torch.float32 for d in floats) else None
+    wide = torch.float64 if case.wide or case.tolerance and all(d == torch.float32 for d in floats) else None
     if isinstance(function, torch.nn.Module):
         exact = copy.deepcopy(function).to(wide)
     poison()
