@@ -62,6 +62,13 @@ def _is_loop(g: Group) -> bool:
     return g.members[0].name == "tensor.generic"
 
 
+def _is_bare(g: Group, rank: int, on_gpu: bool) -> bool:
+    """A product alone, or (on CPUs) with pointwise ops behind it that read nothing but it and arguments: a bias."""
+    inside = {r for m in g.members for r in m.results}
+    return all(m is g.contraction or not on_gpu and not m["reductions"] and g.places[m] == tuple(range(rank)) and
+               all(v in inside or v.defining_op is None for v in m.operands) for m in g.members)
+
+
 def frame_of(op: Operation) -> Group:
     """A new group of one op, whose frame is the op's own iteration space."""
     g = Group(list(op["dims"]), contraction=op if is_contraction(op) else None)
@@ -158,15 +165,15 @@ class Fuse(Pass):
             return
         for i, v in enumerate(op.operands):
             other = of.get(v.defining_op) if v.defining_op is not None else None
-            if other is None or other is g or other.contraction is None or other.members != [other.contraction] or v.users != [op]:
+            if other is None or other is g or other.contraction is None or v.users != [op] or not _is_bare(other, len(g.frame), on_gpu):
                 continue
             m = op["maps"][i]
             dims = plain_dims(m) if m is not None and fill_of(op, i) is None else None
             whole = dims is not None and [g.places[op][d] for d in dims] == list(range(len(g.frame)))
             if not whole or len([c for c in g.members if is_contraction(c)]) > 1 or not are_siblings(g.contraction, other.contraction, on_gpu):
                 continue
-            g.members.insert(0, other.contraction)
-            g.places[other.contraction] = tuple(range(len(g.frame)))
+            g.members[:0] = other.members
+            g.places |= other.places
             g.values |= other.values
             g.prologue += other.prologue
             for member in other.everything:
