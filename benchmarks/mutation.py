@@ -54,11 +54,13 @@ TESTS: dict[str, tuple[str, ...]] = {
     "passes/canonicalize.py": ("tests/filecheck", "tests/unit/passes/test_decompose.py", _PROGRAMS),
     "backends/llvm/": ("tests/unit/llvm/test_integer_edges.py", "tests/unit/llvm/test_arith.py", *_LLVM),
     "ir/expr.py": ("tests/unit/ir/test_expr.py", "tests/unit/ir/test_parser_expressions.py", "tests/unit/passes/test_tiling.py"),
+    "ir/ranges.py": ("tests/unit/ir/test_expr.py", "tests/unit/ir/test_parser_expressions.py", "tests/unit/passes/test_tiling.py"),
 }
 """File, or folder, below the root -> tests, quickest first. The longest name that fits a file counts."""
 
 DEFAULT = ("passes/decompose", "passes/tiling", "passes/fuse.py", "passes/inline.py", "passes/layout.py", "passes/bufferize.py",
-           "passes/plan_memory.py", "backends/llvm/arith.py", "backends/llvm/tile_ops.py", "backends/llvm/masks.py", "ir/expr.py")
+           "passes/plan_memory.py", "backends/llvm/arith.py", "backends/llvm/tile_ops.py", "backends/llvm/masks.py", "ir/expr.py",
+           "ir/ranges.py")
 
 _OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mod, ast.Mod: ast.FloorDiv, ast.Div: ast.Mult,

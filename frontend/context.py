@@ -18,7 +18,8 @@ import torch.fx as fx
 from ..ir.builder import Builder
 from ..ir.core import Value
 from ..ir.dialects.arith import BY_NAME
-from ..ir.expr import Dim, Expr, known_nonnegative, product
+from ..ir.expr import Dim, Expr, product
+from ..ir.ranges import known_nonnegative
 from ..ir.types import DTYPES, DType, TensorType
 from .dtypes import FROM_TORCH, TO_TORCH, from_torch
 from .errors import Unsupported

@@ -17,21 +17,8 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch.utils._sympy.numbers import int_oo
 
-from ..ir.expr import (
-    Bounds,
-    Dim,
-    Expr,
-    ceildiv,
-    floordiv,
-    free_symbols,
-    known_nonnegative,
-    lower_bound,
-    maximum,
-    minimum,
-    mod,
-    simplify,
-    sym,
-)
+from ..ir.expr import Dim, Expr, ceildiv, floordiv, free_symbols, maximum, minimum, mod, sym
+from ..ir.ranges import Bounds, known_nonnegative, lower_bound, simplify
 from .errors import Unsupported
 
 __all__ = ["SymbolTable", "to_dim"]

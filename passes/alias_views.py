@@ -19,8 +19,9 @@ from typing import ClassVar
 from ..ir import Builder, Dim, Operation, TensorType, Value
 from ..ir.core import BlockArg
 from ..ir.dialects.tensor import fill_of
-from ..ir.expr import as_int, simplify, split_linear
+from ..ir.expr import as_int
 from ..ir.passes import Pass, PassContext, register
+from ..ir.ranges import simplify, split_linear
 from .structured import is_identity_view, space_bounds
 
 __all__ = ["AliasViews"]

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..ir import Dim, Operation, Value, element_type, sym
-from ..ir.expr import simplify, substitute
+from ..ir.expr import substitute
+from ..ir.ranges import simplify
 
 if TYPE_CHECKING:
     from .stream_form import Stream

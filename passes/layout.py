@@ -16,8 +16,9 @@ from typing import ClassVar
 
 from ..ir import Dim, Operation, TensorType, Trait, Value
 from ..ir.dialects.tensor import parallel_dims
-from ..ir.expr import evaluate, free_symbols, simplify, split_linear
+from ..ir.expr import evaluate, free_symbols
 from ..ir.passes import Pass, PassContext, register
+from ..ir.ranges import simplify, split_linear
 from .structured import constant_values, in_order, is_contraction, space_bounds
 
 __all__ = ["Layout", "set_type", "walk_order"]

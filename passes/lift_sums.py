@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 
 from ..ir import Builder, Dim, Operation, TensorType, Value, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
-from ..ir.expr import known_nonnegative, substitute
+from ..ir.expr import substitute
 from ..ir.passes import Pass, PassContext, register
+from ..ir.ranges import known_nonnegative
 from .structured import body_ops, identity_map, is_pointwise, rebuild, uses_dims
 
 __all__ = ["LiftSums"]

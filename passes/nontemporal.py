@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..ir.core import BlockArg, Operation, Value
-from ..ir.expr import Dim, as_int, known_nonnegative, lower_bound, split_linear, substitute, upper_bound
+from ..ir.expr import Dim, as_int, substitute
 from ..ir.passes import Pass, PassContext, register
+from ..ir.ranges import known_nonnegative, lower_bound, split_linear, upper_bound
 from ..ir.target import Target
 from ..ir.types import BufferType, TileType
 from .storage import storage_bytes, symbol_bounds

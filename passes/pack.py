@@ -18,21 +18,9 @@ from typing import Any, ClassVar
 
 from ..ir import Builder, Dim, Operation, TensorType, Value, sym
 from ..ir.dialects.tensor import fill_of
-from ..ir.expr import (
-    ceildiv,
-    contiguous_linear,
-    delinearize,
-    evaluate,
-    free_symbols,
-    known_nonnegative,
-    lower_bound,
-    product,
-    simplify,
-    split_linear,
-    substitute,
-    upper_bound,
-)
+from ..ir.expr import ceildiv, evaluate, free_symbols, product, substitute
 from ..ir.passes import Pass, PassContext, register
+from ..ir.ranges import contiguous_linear, delinearize, known_nonnegative, lower_bound, simplify, split_linear, upper_bound
 from ..ir.types import i64
 from .structured import constant_values, in_order, is_contraction, plain_dims, space_bounds
 from .tiling.contraction import GROUPS, MATRIX, Roles, roles_of

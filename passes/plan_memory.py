@@ -28,8 +28,9 @@ from typing import ClassVar
 
 from ..ir.builder import Builder
 from ..ir.core import Operation
-from ..ir.expr import Bounds, Dim, Expr, free_symbols, known_less, known_nonnegative, maximum, product
+from ..ir.expr import Dim, Expr, free_symbols, maximum, product
 from ..ir.passes import Pass, PassContext, register
+from ..ir.ranges import Bounds, known_less, known_nonnegative
 from ..ir.types import DTYPES, BufferType
 from .check_plan import check_plan
 from .fit import Block, fit

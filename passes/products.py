@@ -15,7 +15,8 @@ from itertools import pairwise
 
 from ..ir import Dim, Operation, TensorType
 from ..ir.dialects.tensor import fill_of, parallel_dims
-from ..ir.expr import product, simplify, split_linear
+from ..ir.expr import product
+from ..ir.ranges import simplify, split_linear
 from ..ir.types import contiguous_strides
 from .structured import space_bounds
 from .tiling.contraction import roles_of

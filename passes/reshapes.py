@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..ir import Dim, sym
-from ..ir.expr import contiguous_linear, delinearize, free_symbols, product, simplify, split_linear, substitute
+from ..ir.expr import free_symbols, product, substitute
+from ..ir.ranges import contiguous_linear, delinearize, simplify, split_linear
 
 __all__ = ["digits_of", "inverted", "matched", "whole_of"]
 

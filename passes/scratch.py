@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..ir.core import BlockArg, Operation
-from ..ir.expr import Bounds, Dim, as_int, free_symbols, known_less
+from ..ir.expr import Dim, as_int, free_symbols
+from ..ir.ranges import Bounds, known_less
 from .liveness import Group, spans
 from .storage import align, storage_bytes
 

@@ -16,8 +16,9 @@ from typing import ClassVar
 
 from ..ir import Builder, Dim, Operation, Target, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
-from ..ir.expr import as_int, ceildiv, product, simplify, split_linear, substitute
+from ..ir.expr import as_int, ceildiv, product, substitute
 from ..ir.passes import Pass, PassContext, register
+from ..ir.ranges import simplify, split_linear
 from .narrow_results import ROUNDS
 from .rescale import about_mean
 from .structured import is_contraction, rebuild, space_bounds

@@ -24,8 +24,9 @@ from typing import Any, ClassVar
 
 from ..ir import Builder, Dim, Operation, Target, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
-from ..ir.expr import as_int, ceildiv, free_symbols, product, simplify, substitute
+from ..ir.expr import as_int, ceildiv, free_symbols, product, substitute
 from ..ir.passes import Pass, PassContext, register
+from ..ir.ranges import simplify
 from .rescale import Declined, finite_of
 from .stream_access import reduced_order, stream_side
 from .stream_form import Stream

@@ -18,8 +18,9 @@ from typing import ClassVar
 
 from ..ir import Builder, Dim, Operation, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
-from ..ir.expr import as_int, product, simplify, substitute
+from ..ir.expr import as_int, product, substitute
 from ..ir.passes import Pass, PassContext, register
+from ..ir.ranges import simplify
 from .structured import PLAIN, body_ops, identity_map, inline_into, is_pointwise, space_bounds
 
 __all__ = ["SpreadNorms"]

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..ir.core import Operation
-from ..ir.expr import Bounds, Dim, as_int, ceildiv, evaluate, free_symbols, maximum
+from ..ir.expr import Dim, as_int, ceildiv, evaluate, free_symbols, maximum
+from ..ir.ranges import Bounds
 from ..ir.types import BufferType, TensorType
 
 __all__ = ["ALIGNMENT", "align", "is_dense", "representative_symbols", "size_at", "storage_bytes", "symbol_bounds"]

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from ..ir import Dim, Operation, Target, element_type, sym
 from ..ir.dialects.tensor import parallel_dims
-from ..ir.expr import as_int, ceildiv, free_symbols, product, simplify, split_linear, substitute
+from ..ir.expr import as_int, ceildiv, free_symbols, product, substitute
+from ..ir.ranges import simplify, split_linear
 
 if TYPE_CHECKING:
     from .stream_form import Stream

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from ..ir import Block, Dim, Operation, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
-from ..ir.expr import free_symbols, product, simplify, substitute
+from ..ir.expr import free_symbols, product, substitute
+from ..ir.ranges import simplify
 from .dead_region import dead_where
 from .rescale import Declined
 from .reshapes import inverted, matched, whole_of

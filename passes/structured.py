@@ -10,7 +10,8 @@ from typing import Any
 
 from ..ir import Block, Builder, Dim, DType, Expr, Operation, Region, ScalarType, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of
-from ..ir.expr import Bounds, contiguous_linear, fold, free_symbols, product, simplify, substitute
+from ..ir.expr import fold, free_symbols, product, substitute
+from ..ir.ranges import Bounds, contiguous_linear, simplify
 from ..ir.types import i64
 
 __all__ = ["EXPENSIVE", "PLAIN", "body_ops", "composed_map", "constant_values", "identity_map", "identity_of", "in_order", "index_value",

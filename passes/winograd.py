@@ -23,9 +23,10 @@ from typing import ClassVar
 
 from ..ir import Builder, Dim, Operation, TensorType, Value, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
-from ..ir.expr import free_symbols, known_nonnegative, lower_bound, simplify, substitute, upper_bound
+from ..ir.expr import free_symbols, substitute
 from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
+from ..ir.ranges import known_nonnegative, lower_bound, simplify, upper_bound
 from ..ir.types import i64
 from .structured import constant_values, in_order, is_contraction, plain_dims, space_bounds
 

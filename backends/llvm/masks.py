@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from ...ir.expr import Dim, Expr, FloorDiv, Max, Min, Mod, Sym, floordiv, fold, free_symbols, split_linear, substitute
+from ...ir.expr import Dim, Expr, FloorDiv, Max, Min, Mod, Sym, floordiv, fold, free_symbols, substitute
+from ...ir.ranges import split_linear
 from .scalars import ScalarEmitter
 from .values import I32, I64, chunk_type, sequence, splat
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from llvmlite import ir
 
 from ...ir.core import Operation, Value
-from ...ir.expr import Dim, as_int, split_linear, substitute, sym
+from ...ir.expr import Dim, as_int, substitute, sym
+from ...ir.ranges import split_linear
 from ...ir.types import TileType, element_type
 from .intrinsics import call
 from .symbolic import position

@@ -20,27 +20,8 @@ from functools import cached_property
 from typing import Any
 
 from ...ir.core import Operation, Value
-from ...ir.expr import (
-    Bounds,
-    Dim,
-    Expr,
-    FloorDiv,
-    Max,
-    Min,
-    Sym,
-    as_int,
-    floordiv,
-    fold,
-    free_symbols,
-    known_nonnegative,
-    lower_bound,
-    maximum,
-    minimum,
-    mod,
-    simplify,
-    substitute,
-    sym,
-)
+from ...ir.expr import Dim, Expr, FloorDiv, Max, Min, Sym, as_int, floordiv, fold, free_symbols, maximum, minimum, mod, substitute, sym
+from ...ir.ranges import Bounds, known_nonnegative, lower_bound, simplify
 from ...ir.types import ScalarType, TileType
 
 __all__ = ["Access", "Facts", "Loop", "Resolver", "position"]

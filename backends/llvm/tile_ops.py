@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from llvmlite import ir
 
 from ...ir.core import Operation
-from ...ir.expr import Dim, as_int, free_symbols, split_linear, substitute, sym
+from ...ir.expr import Dim, as_int, free_symbols, substitute, sym
+from ...ir.ranges import split_linear
 from ...ir.types import DTYPES, BufferType, DType, ScalarType, TileType, element_type
 from . import arith
 from .access import AccessChunk, Accessor, broadcast_row, emit_load, emit_store, full_mask, row_coordinates

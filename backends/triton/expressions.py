@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...ir.expr import Atom, Dim, Expr, FloorDiv, Max, Min, Sym, free_symbols, known_nonnegative, lower_bound
+from ...ir.expr import Atom, Dim, Expr, FloorDiv, Max, Min, Sym, free_symbols
+from ...ir.ranges import known_nonnegative, lower_bound
 
 __all__ = ["IndexText", "axis_of"]
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...ir.core import Block, IRError, Operation, Region, Value
-from ...ir.expr import Dim, ceildiv, delinearize, free_symbols, product, sym
+from ...ir.expr import Dim, ceildiv, free_symbols, product, sym
 from ...ir.expr_json import expr_to_json
+from ...ir.ranges import delinearize
 from ...ir.types import BufferType, TileType, element_type, index
 
 __all__ = ["Copy", "Launch", "Loop", "MatMul", "Place", "Program", "Step", "build_program"]

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ...ir.core import IRError, Operation, Value
-from ...ir.expr import Dim, as_int, free_symbols, lower_bound, product, upper_bound
+from ...ir.expr import Dim, as_int, free_symbols, product
+from ...ir.ranges import lower_bound, upper_bound
 from ...ir.types import BufferType, DType, TileType, element_type
 from .arith import arith_text, literal
 from .descriptors import TensorMap

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ...ir.core import Operation, Value
-from ...ir.expr import Dim, Expr, Max, as_int, known_less, lower_bound, split_linear, substitute
+from ...ir.expr import Dim, Expr, Max, as_int, substitute
+from ...ir.ranges import known_less, lower_bound, split_linear
 from ...ir.types import BufferType, TileType, element_type
 from .descriptors import ALIGNMENT, TensorMap
 from .printer import loaded_buffers, stored_buffers

@@ -21,7 +21,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from ...ir.core import Operation, Value
-from ...ir.expr import as_int, lower_bound, product, upper_bound
+from ...ir.expr import as_int, product
+from ...ir.ranges import lower_bound, upper_bound
 from ...ir.target import Target
 from ...ir.types import TileType, element_type
 from .arith import arith_text, literal

@@ -15,7 +15,8 @@ import torch
 
 from ..attributes import Dense
 from ..core import Block, IRError, Operation, Value
-from ..expr import Dim, Expr, evaluate, fold, free_symbols, split_linear, substitute, sym
+from ..expr import Dim, Expr, evaluate, fold, free_symbols, substitute, sym
+from ..ranges import split_linear
 from ..types import DType, TensorType, Type
 from .arith import SAME_WIDTH_SIGNED, convert
 

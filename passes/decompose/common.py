@@ -27,7 +27,7 @@ from ...ir import (
     element_type,
     sym,
 )
-from ...ir.expr import Bounds, simplify
+from ...ir.ranges import Bounds, simplify
 
 __all__ = ["F32", "I1", "I64", "Body", "Map", "Rule", "bounds_of", "broadcast_map", "broadcast_shape", "computing", "convert",
            "d", "fill_value", "identity", "index", "lowest", "move", "pointwise", "promote", "reduce", "scalar_size",

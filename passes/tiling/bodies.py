@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from ...ir import Dim, Operation, Value, element_type
-from ...ir.expr import known_less, mod, simplify
+from ...ir.expr import mod
+from ...ir.ranges import known_less, simplify
 from ..structured import body_ops
 from .emit import Emitter, Pair
 from .loops import emit_extract

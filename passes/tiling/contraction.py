@@ -16,7 +16,8 @@ from typing import Any
 
 from ...ir import BufferType, Dim, Operation, Target, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of, parallel_dims
-from ...ir.expr import ceildiv, delinearize, evaluate, free_symbols, minimum, product, simplify, split_linear, substitute
+from ...ir.expr import ceildiv, evaluate, free_symbols, minimum, product, substitute
+from ...ir.ranges import delinearize, simplify, split_linear
 from ...ir.types import index
 from ..structured import space_bounds
 from .bodies import evaluate_body

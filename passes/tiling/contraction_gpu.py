@@ -13,7 +13,8 @@ from typing import Any
 
 from ...ir import Dim, DType, Operation, ScalarType, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
-from ...ir.expr import as_int, ceildiv, delinearize, free_symbols, product, simplify, split_linear, substitute
+from ...ir.expr import as_int, ceildiv, free_symbols, product, substitute
+from ...ir.ranges import delinearize, simplify, split_linear
 from ...ir.types import index
 from ..exact import holds, matrix_unit_type
 from .bodies import evaluate_body

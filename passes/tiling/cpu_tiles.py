@@ -9,7 +9,8 @@ from functools import lru_cache
 
 from ...ir import Dim, Operation, Target, element_type, sym
 from ...ir.dialects.tensor import fill_of, parallel_dims
-from ...ir.expr import delinearize, free_symbols, product, split_linear
+from ...ir.expr import free_symbols, product
+from ...ir.ranges import delinearize, split_linear
 from ..structured import space_bounds
 from .contraction import MATRIX, Roles, offset_of
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from ...ir import Block, Builder, Dim, DType, Operation, Region, ScalarType, TileType, Type, Value, element_type, sym
 from ...ir.builder import arith_result_type, with_tile_shape
-from ...ir.expr import Bounds, free_symbols, known_less, known_nonnegative, lower_bound, mod, simplify, substitute
+from ...ir.expr import free_symbols, mod, substitute
+from ...ir.ranges import Bounds, known_less, known_nonnegative, lower_bound, simplify
 from ...ir.types import DTYPES, index
 from ..structured import identity_of
 

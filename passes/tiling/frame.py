@@ -7,7 +7,8 @@ from typing import Any
 
 from ...ir import Dim, Operation, TensorType, Value, sym
 from ...ir.dialects.tensor import fill_of, parallel_dims
-from ...ir.expr import Bounds, product, simplify, split_linear, substitute
+from ...ir.expr import product, substitute
+from ...ir.ranges import Bounds, simplify, split_linear
 from ..rescale import Declined, Dependence, about_mean
 from ..structured import EXPENSIVE, body_ops, uses_dims
 

@@ -14,7 +14,8 @@ from itertools import product as pairs
 from typing import Any
 
 from ...ir import Dim
-from ...ir.expr import free_symbols, product, split_linear
+from ...ir.expr import free_symbols, product
+from ...ir.ranges import split_linear
 from .frame import Frame
 from .gpu_tiles import COLUMNS, GpuTile
 

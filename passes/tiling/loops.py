@@ -18,7 +18,8 @@ from typing import Any
 
 from ...ir import Builder, Dim, IRError, Operation, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
-from ...ir.expr import ceildiv, free_symbols, minimum, product, simplify, substitute
+from ...ir.expr import ceildiv, free_symbols, minimum, product, substitute
+from ...ir.ranges import simplify
 from ...ir.types import DTYPES, index
 from ..structured import body_ops
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of

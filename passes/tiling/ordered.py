@@ -14,7 +14,8 @@ from typing import Any
 
 from ...ir import Dim, DType, Operation, Target, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
-from ...ir.expr import ceildiv, free_symbols, simplify, substitute
+from ...ir.expr import ceildiv, free_symbols, substitute
+from ...ir.ranges import simplify
 from ...ir.types import index
 from ..structured import body_ops
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of

@@ -20,22 +20,8 @@ from typing import Any
 
 from ...ir import Dim, DType, Operation, Target, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
-from ...ir.expr import (
-    as_int,
-    ceildiv,
-    delinearize,
-    floordiv,
-    free_symbols,
-    known_less,
-    lower_bound,
-    maximum,
-    minimum,
-    product,
-    simplify,
-    split_linear,
-    substitute,
-    upper_bound,
-)
+from ...ir.expr import as_int, ceildiv, floordiv, free_symbols, maximum, minimum, product, substitute
+from ...ir.ranges import delinearize, known_less, lower_bound, simplify, split_linear, upper_bound
 from ...ir.types import DTYPES, index
 from ..score_bound import bound_of
 from ..stream import Stream

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...ir import BufferType, Dim, Operation, Target, TileType, Value, element_type, sym
-from ...ir.expr import ceildiv, delinearize, floordiv, free_symbols, minimum, mod, product
+from ...ir.expr import ceildiv, floordiv, free_symbols, minimum, mod, product
+from ...ir.ranges import delinearize
 from ...ir.types import index
 from ..stream_access import packed, reduced_order, stream_side
 from ..structured import identity_of

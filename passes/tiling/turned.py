@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...ir import Builder, Operation, TileType, Value, sym
-from ...ir.expr import simplify, substitute
+from ...ir.expr import substitute
+from ...ir.ranges import simplify
 
 __all__ = ["turned"]
 

@@ -10,29 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from aicc.ir import Expr, sym
-from aicc.ir.expr import (
-    as_int,
-    ceildiv,
-    contiguous_linear,
-    delinearize,
-    evaluate,
-    floordiv,
-    fold,
-    free_symbols,
-    known_less,
-    known_nonnegative,
-    lower_bound,
-    maximum,
-    minimum,
-    mod,
-    product,
-    simplify,
-    split_linear,
-    substitute,
-    upper_bound,
-)
+from aicc.ir.expr import as_int, ceildiv, evaluate, floordiv, fold, free_symbols, maximum, minimum, mod, product, substitute
 from aicc.ir.expr_json import expr_to_json, json_to_expr
 from aicc.ir.parser import parse_expr
+from aicc.ir.ranges import contiguous_linear, delinearize, known_less, known_nonnegative, lower_bound, simplify, split_linear, upper_bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

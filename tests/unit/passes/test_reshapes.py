@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 
 from aicc.ir import Dim, sym
-from aicc.ir.expr import delinearize, evaluate, floordiv, mod
+from aicc.ir.expr import evaluate, floordiv, mod
+from aicc.ir.ranges import delinearize
 from aicc.passes.reshapes import digits_of, inverted, matched, whole_of
 
 D = [sym(f"d{k}") for k in range(4)]
