@@ -36,6 +36,7 @@ from .printer import KernelSource
 
 __all__ = ["CompiledKernel", "compile_kernel", "default_cache", "load_function", "triton_cache"]
 
+ATTEMPTS = 8
 SHARED_LIMITS = {70: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 """KiB of shared memory that one block may have, by compute capability (CUDA C++ programming guide, table of technical
 specifications)."""
@@ -67,6 +68,17 @@ class CompiledKernel:
     descriptors: tuple[dict[str, Any], ...] = ()
 
 
+def _compiled(source: Any, target: GPUTarget, options: Any) -> Any:
+    """triton.compile, again where Python 3.11 and 3.12 mix up the depths of two threads that parse at once (python/cpython#106905)."""
+    for _ in range(ATTEMPTS):
+        try:
+            return triton.compile(source, target=target, options=options)
+        except Exception as e:
+            if "AST constructor recursion depth mismatch" not in str(e):
+                raise
+    return triton.compile(source, target=target, options=options)
+
+
 def compile_kernel(
     source: KernelSource,
     target: Target,
@@ -95,7 +107,7 @@ def compile_kernel(
     for stages in range(most, most - 1, -1) if source.registers else range(most if source.dot else 1, 0, -1):
         options = _options(num_warps=warps, num_stages=stages, enable_fp_fusion=True, enable_reflect_ftz=False, maxnreg=source.registers or None)
         try:
-            made = triton.compile(kind(function, source.signature, {}, attrs), target=gpu, options=options)
+            made = _compiled(kind(function, source.signature, {}, attrs), gpu, options)
         except Exception as e:
             raise IRError(f"Triton rejects kernel '{source.name}': {type(e).__name__}: {str(e)[:2000]}\n{source.text}") from e
         if made.metadata.shared <= limit:

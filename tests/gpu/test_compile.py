@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from aicc.backends.triton import CompiledGpu, compile_gpu
 from aicc.compiler.manifest import build_manifest
-from aicc.ir import Operation, Target
+from aicc.ir import IRError, Operation, Target
 
 from .cases import CASES, SM80, SM90, SM100, capture
 
@@ -126,3 +127,21 @@ def test_bfloat16_products_use_the_tensor_cores(tmp_path: Path) -> None:
     ptx = next((tmp_path / "a").rglob("*.ptx")).read_text()
     assert "wgmma.mma_async" in ptx
     assert kernel.shared > 0 and second.kernels[name].cubin == kernel.cubin
+
+
+def test_a_race_of_python_while_parsing_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """python/cpython#106905; anything else that Triton says is an error at once."""
+    real, failures = triton.compile, ["AST constructor recursion depth mismatch (before=39, after=32)"] * 3
+
+    def compile_once_calm(*args: Any, **kwargs: Any) -> Any:
+        if failures:
+            raise SystemError(failures.pop())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(triton, "compile", compile_once_calm)
+    case = CASES["pointwise"]
+    check(compile_all(*case.build(), SM90, tmp_path), SM90)
+    assert not failures
+    failures.append("something else")
+    with pytest.raises(IRError, match="something else"):
+        compile_all(*case.build(), SM90, tmp_path)
