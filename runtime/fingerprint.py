@@ -52,7 +52,7 @@ def _ir() -> str:
         joined.append(f"  %quarter{i} = extractelement <4 x i64> %quarters, i32 {i}\n  %q{i} = xor i64 {hashed}, %quarter{i}\n"
                       f"  %r{i} = mul i64 %q{i}, 1099511628211")
         hashed = f"%r{i}"
-    lines, carries = "".join(wide), "\n".join(carried)
+    lines = "".join(wide)
     return f"""
 define i64 @fingerprint(ptr %ranges, i64 %count) {{
 entry:
