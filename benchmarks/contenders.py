@@ -25,7 +25,7 @@ os.environ["AICC_STRICT"] = "1"
 
 import torch  # noqa: E402
 
-__all__ = ["PEERS", "choose", "missing", "warm_up"]
+__all__ = ["FROM_ONNX", "PEERS", "choose", "export", "missing", "warm_up"]
 
 # Without it Dynamo leaves recurrent layers to eager, whatever the backend.
 torch._dynamo.config.allow_rnn = True
@@ -51,8 +51,8 @@ class _AsModule(torch.nn.Module):
         return self.function(*args)
 
 
-def _exported(function: Callable[..., Any], args: Sequence[torch.Tensor]) -> str:
-    """The path of an ONNX file of the function."""
+def export(function: Callable[..., Any], args: Sequence[torch.Tensor]) -> str:
+    """The path of an ONNX file of the function: what the peers in FROM_ONNX are given in its place."""
     module = function if isinstance(function, torch.nn.Module) else _AsModule(function)
     program = torch.onnx.export(module.eval(), tuple(args), dynamo=True, verbose=False)
     path = os.path.join(tempfile.mkdtemp(dir=_ROOT), "model.onnx")
@@ -61,20 +61,20 @@ def _exported(function: Callable[..., Any], args: Sequence[torch.Tensor]) -> str
     return path
 
 
-def _onnxruntime(function: Callable[..., Any], args: Sequence[torch.Tensor], threads: int) -> Callable[[], list[torch.Tensor]]:
+def _onnxruntime(path: Any, args: Sequence[torch.Tensor], threads: int) -> Callable[[], list[torch.Tensor]]:
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(_exported(function, args), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {x.name: a.numpy() for x, a in zip(session.get_inputs(), args, strict=True)}
     return lambda: [torch.from_numpy(y) for y in session.run(None, feed)]
 
 
-def _openvino(function: Callable[..., Any], args: Sequence[torch.Tensor], threads: int) -> Callable[[], list[torch.Tensor]]:
+def _openvino(path: Any, args: Sequence[torch.Tensor], threads: int) -> Callable[[], list[torch.Tensor]]:
     import openvino
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    compiled = openvino.Core().compile_model(_exported(function, args), "CPU", settings)
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
     request, feed = compiled.create_infer_request(), [a.numpy() for a in args]
     return lambda: [torch.from_numpy(y) for y in request.infer(feed, share_inputs=True, share_outputs=True).values()]
 
@@ -86,10 +86,11 @@ def _compiled(backend: str, options: dict[str, Any] | None = None) -> Callable[.
     return make
 
 
-PEERS: dict[str, Callable[[Callable[..., Any], Sequence[torch.Tensor], int], Callable[[], Any]]] = {
+PEERS: dict[str, Callable[[Any, Sequence[torch.Tensor], int], Callable[[], Any]]] = {
     "aicc": _compiled("aicc"), "inductor": _compiled("inductor"),
     "inductor-max": _compiled("inductor", {"freezing": True, "max_autotune": True}), "onnxruntime": _onnxruntime, "openvino": _openvino}
-"""(function, arguments, threads) -> a call. The sessions are made and the model exported before the first call."""
+"""(function, or for those in FROM_ONNX what `export` made of it, arguments, threads) -> a call. Sessions are made before the first call."""
+FROM_ONNX = ("onnxruntime", "openvino")
 _PACKAGES = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino", "onnx", "onnxscript")}
 
 

@@ -3,9 +3,10 @@
     python -m aicc.benchmarks.cpu [--cases softmax,mlp] [--threads 1 2] [--peers inductor,onnxruntime] [--json FILE] [--plot FILE]
 
 A table per number of threads, a row per case: milliseconds per call (the best block's median, see `timing.py`), how much slower the worst block
-of aicc was (spread), the best peer's time over aicc's, the distance of aicc's result from float64 as a multiple of eager's, and seconds until
-the first result. A row whose result is further from eager's than `TOLERANCE` (of the largest value), or further from float64 than
-`ACCURACY` times eager, is marked WRONG and the exit code is 1. float32, batch 1 unless the name says more.
+of aicc was (spread), the best peer's time over aicc's, the distance of aicc's result from float64 as a multiple of eager's, and seconds from
+nothing (for ONNX Runtime and OpenVINO: from the exported file) to the first result.
+A row whose result is further from eager's than `TOLERANCE` (of the largest value), or further from float64 than `ACCURACY` times eager,
+is marked WRONG and the exit code is 1. float32, batch 1 unless the name says more.
 Peers beside eager are those installed of: inductor, inductor-max (freezing and max-autotune), onnxruntime, openvino (`pip install aicc[peers]`).
 """
 
@@ -156,6 +157,8 @@ def main() -> None:
             if options.json:
                 options.json.write_text(json.dumps({"environment": about, "rows": rows + here}, indent=2) + "\n")
         _summary([r for r in here if "failure" not in r], peers)
+        if threads == options.threads[0]:  # later ones find caches filled
+            _compile_summary([r for r in here if "failure" not in r], peers)
         rows += here
     print(f"load at the end {environment()['load']}")
     if options.plot:
@@ -181,11 +184,14 @@ def measure(case: Case, peers: Sequence[str], seconds: float, clock: Callable[[]
     row: dict[str, Any] = {"case": case.name, "eager_error64": _distance(expected, truth)}
     calls: dict[str, Callable[[], Any]] = {"eager": lambda: function(*args)}
     compilations: list[Compilation] = []
+    path = ""
     for name in ["aicc", *peers]:
-        start = time.perf_counter()
         try:
+            if name in contenders.FROM_ONNX and not path:
+                path = contenders.export(function, args)
+            start = time.perf_counter()
             with watching(compiled=compilations.append):
-                call = contenders.PEERS[name](function, args, torch.get_num_threads())
+                call = contenders.PEERS[name](path if name in contenders.FROM_ONNX else function, args, torch.get_num_threads())
                 result = tree_leaves(first_call(call)[1])
         except Exception as e:
             if name == "aicc":
@@ -246,6 +252,14 @@ def _summary(rows: list[dict[str, Any]], peers: Sequence[str]) -> None:
     if rows:
         worst = min(zip(ratios, (r["case"] for r in rows), strict=True))
         print(f"best peer of each case over aicc: geometric mean {geometric_mean(ratios):.2f}x, least {worst[0]:.2f}x ({worst[1]})\n")
+
+
+def _compile_summary(rows: list[dict[str, Any]], peers: Sequence[str]) -> None:
+    for p in peers:
+        ratios = [r["aicc_compile_s"] / r[f"{p}_compile_s"] for r in rows if f"{p}_compile_s" in r]
+        if ratios:
+            print(f"seconds to the first result, aicc over {p}: geometric mean {geometric_mean(ratios):.2f} of {len(ratios)} cases, "
+                  f"most {max(ratios):.2f}")
 
 
 def plot(rows: list[dict[str, Any]], names: Sequence[str], path: Path) -> None:

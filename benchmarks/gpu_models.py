@@ -5,10 +5,11 @@ where the time goes.
     python -m aicc.benchmarks.gpu_models --only decode-b1,bert-b1 --profile       # and every kernel's time
     python -m aicc.benchmarks.gpu_models --peers eager,inductor,reduce-overhead,max-autotune --json out.json
 
-Contenders: eager, inductor, reduce-overhead, max-autotune (Inductor's modes), aicc, aicc-reduce-overhead, aicc-max-autotune. Times are medians of
-CUDA events around batches of calls, contenders interleaved. `error` is against float32 eager on the same weights (rounded to the row's type), as
-the largest difference over the largest value; eager's own stands beside it. For training it is that of all gradients. `peak` is what a call
-allocates above what was there before. Training is forward, loss and backward without an optimizer, gradients set to None before.
+Contenders: eager, inductor, reduce-overhead, max-autotune (Inductor's modes), aicc, aicc-reduce-overhead, aicc-max-autotune, and aicc-whole-loss,
+which has all logits of a loss in memory. Times are medians of CUDA events around batches of calls, contenders interleaved. `error` is against
+float32 eager on the same weights (rounded to the row's type), as the largest difference over the largest value; eager's own stands beside it. For
+training it is that of all gradients. `peak` is what a call allocates above what was there before. Training is forward, loss and backward without an
+optimizer, gradients set to None before.
 `limit` is weights and caches over the copy bandwidth, or the operations of matrix products over an 8192 cubed product, measured in the same run.
 """
 
@@ -167,6 +168,8 @@ def _error(got: list[Tensor], true: list[Tensor]) -> float:
 def contender(model: nn.Module, name: str) -> Callable[..., Any]:
     if name == "eager":
         return model
+    if name == "aicc-whole-loss":
+        return torch.compile(model, backend=aicc_backend, dynamic=False, options={"loss_bytes": 0})
     if name.startswith("aicc"):
         return torch.compile(model, backend=aicc_backend, dynamic=False, mode=name[5:] or None)
     return torch.compile(model, dynamic=False, mode=None if name == "inductor" else name)

@@ -1,22 +1,27 @@
-"""Predicted against measured: time and peak memory of a training step, for plans of two models on two ranks of this host.
+"""Predicted against measured: time and peak memory of a training step, for plans of two models on one and two ranks of this host.
 
     aicc calibrate -o here.toml --ranks 2
-    python benchmarks/plan_accuracy.py --cluster here.toml [--device cuda] [--models llama,gpt2] [--plans dp2,tp2] [--size small]
+    python benchmarks/plan_accuracy.py --cluster here.toml [--device cuda] [--models llama,gpt2] [--plans one,dp2,tp2] [--size small] [--jobs 4]
 
 Per row: seconds and bytes that the planner predicts with the calibrated cluster (`passes/shard/step.py`), bytes that the compiled programs say
-before they run (`compiler/distributed/memory.py`), and what was measured: the median step, and the allocator's peak on GPUs or the growth of
-the process's resident memory on CPUs. Every plan runs in processes of its own.
+before they run (`compiler/distributed/memory.py`), and what was measured: the median step, and the allocator's peak on GPUs or the peak of
+the process's resident memory on CPUs. Every plan runs in processes of its own. `--jobs` of them build side by side; they measure one after
+another, on CPUs on the first cores that are allowed, which the others leave alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import fcntl
 import gc
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,11 +30,14 @@ import aicc
 import torch
 import torch.distributed as dist
 from aicc.passes.shard import from_transformers, load_cluster, predict_step
+from aicc.runtime.arena import shared_pool
+from aicc.runtime.outputs import shared_outputs
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 SIZES = {"tiny": (128, 2, 512, 64, 8), "small": (384, 4, 2048, 256, 8), "large": (2048, 4, 32000, 1024, 8)}
 """Width, layers, vocabulary, sequence length, batch."""
 PLANS: dict[str, dict[str, Any]] = {
+    "one": {}, "one full": {"recompute": "full"}, "one accumulated": {"micro_batch": 2},
     "dp2": {"dp": 2}, "zero2": {"dp": 2, "zero": 2}, "zero3": {"dp": 2, "zero": 3}, "tp2": {"tp": 2}, "tp2+sp": {"tp": 2, "sp": True},
     "pp2": {"pp": 2, "micro_batch": 2, "schedule": "1f1b"}, "dp2 full": {"dp": 2, "recompute": "full"}}
 
@@ -56,48 +64,125 @@ def resident(what: str) -> int:
     return int(row.split()[1]) * 1024
 
 
-def worker(model: str, name: str, size: str, device: str, steps: int) -> None:
+MEASURING = 2
+"""CPU cores that are kept for measuring, where there are more than twice as many."""
+
+
+def cores(measuring: bool, rank: int) -> set[int]:
+    """The cores that a rank may use now."""
+    allowed = ALLOWED
+    if len(allowed) <= 2 * MEASURING:
+        return set(allowed)
+    return {allowed[rank % MEASURING]} if measuring else set(allowed[MEASURING:])
+
+
+ALLOWED = sorted(os.sched_getaffinity(0))
+
+
+def worker(model: str, name: str, size: str, device: str, steps: int, turn: str) -> None:
     """One rank; rank 0 prints the row."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=120))
+    rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    on_gpu = device == "cuda"
+    torch.set_num_threads(1 if len(ALLOWED) > 2 * MEASURING else max(1, len(ALLOWED) // world))
+    os.sched_setaffinity(0, cores(False, rank))
+    if on_gpu:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=300))
     config, (_, _, vocabulary, length, batch) = config_of(model, size), SIZES[size]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if on_gpu else torch.float32
     with torch.device("meta"):
         whole = (GPT2LMHeadModel if model == "gpt2" else LlamaForCausalLM)(config).to(dtype)
     ids = torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
     plan = plan_of(name, batch)
-    sharding = aicc.auto_shard(whole, {"input_ids": ids, "labels": ids}, mesh=2, plan=plan, optimizer=torch.optim.AdamW, device=device)
-    gc.collect()
-    before = resident("VmRSS")
+    sharding = aicc.auto_shard(whole, {"input_ids": ids, "labels": ids}, mesh=plan.devices, plan=plan, optimizer=torch.optim.AdamW, device=device)
 
     def init(name: str, local: torch.Tensor) -> None:
         local.fill_(1.0) if local.dim() < 2 or not local.is_floating_point() else torch.nn.init.normal_(local, std=0.02)
     sharded = sharding.compile(whole, init=init)
-    compiled = resident("VmRSS") - before
-    sharded.step(input_ids=ids, labels=ids)
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    times = []
-    for _ in range(steps):
-        dist.barrier()
+
+    def step() -> float:
         began = time.perf_counter()
         sharded.step(input_ids=ids, labels=ids)
-        if device == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+        return time.perf_counter() - began
+    step()
+    os.sched_setaffinity(0, cores(not on_gpu, rank))
+    with open(turn, "w") as file:
+        wait_for_turn(file)
+        step()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(steps):
+            dist.barrier()
+            times.append(step())
+        held = sum(x.numel() * x.element_size() for x in tensors(sharded))
+        measured = torch.cuda.max_memory_allocated() if on_gpu else held + growth(step)
+        dist.barrier()
     said = sharded.memory()
-    code = compiled - said.parameters - said.optimizer if device == "cpu" else 0  # machine code and the compiler's own
-    measured = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM") - before - code
     row = torch.tensor([sorted(times)[len(times) // 2], float(measured), float(said.total)], dtype=torch.float64, device=device)
     dist.all_reduce(row, dist.ReduceOp.MAX)
-    if dist.get_rank() == 0:
+    if rank == 0:
         print("ROW " + json.dumps(row.tolist()), flush=True)
     dist.destroy_process_group()
+
+
+def wait_for_turn(file: Any) -> None:
+    """Returns when FILE.gate is not there and no other row measures; the lock goes with the file. The ranks wait on the host: a GPU that waits in a
+    collective is busy.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        while Path(f"{file.name}.gate").exists():
+            time.sleep(0.1)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        store.set("our turn", "")
+    else:
+        store.wait(["our turn"], timedelta(seconds=600))
+
+
+def tensors(sharded: Any) -> list[torch.Tensor]:
+    """What lies there between steps: parameters, gradients, optimizer state."""
+    state = sharded.state_dict()["optimizer"].values()
+    parameters = [p for m in sharded.modules for p in m.parameters()]
+    everything = [*parameters, *(p.grad for p in parameters if p.grad is not None), *(x for x in state if isinstance(x, torch.Tensor) and x.dim())]
+    return [x.to_local() if hasattr(x, "to_local") else x for x in everything]
+
+
+def growth(step: Any) -> int:
+    """Bytes by which a step's peak of resident memory is above what lies there before it, once all freed memory is the system's again."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: what is large is the system's again as soon as it is freed
+    step()
+    gc.collect()
+    shared_outputs().trim()
+    shared_pool().trim()
+    gc.collect()
+    libc.malloc_trim(0)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    step()
+    return resident("VmHWM") - before
+
+
+def row(model: str, name: str, a: argparse.Namespace, size: str, turn: str) -> str:
+    _, _, _, length, batch = SIZES[size]
+    plan = plan_of(name, batch)
+    sizes = from_transformers(config_of(model, size), seq=length, dtype="bf16" if a.device == "cuda" else "fp32")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.devices), __file__, "--device", a.device,
+               "--size", size, "--steps", str(a.steps), "--worker", model, name, turn]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = next((line for line in done.stdout.splitlines() if line.startswith("ROW ")), None)
+    if found is None:
+        lines = [x for x in done.stderr.splitlines() if "Error" in x and "ChildFailed" not in x] or done.stderr.strip().splitlines() or ["no message"]
+        return f"| {model} | {name} | failed: {lines[-1][:200]} |"
+    seconds, measured, said = json.loads(found[4:])
+    report = predict_step(sizes, plan, load_cluster(a.cluster, mesh=aicc.Mesh.parse(f"1x{plan.devices}")), batch, f"aicc-{sizes.dtype}")
+    planned = report.peak_memory - report.memory[0].reserved
+    parts = ", ".join(f"{k} {1e3 * v:.3g}" for k, v in report.breakdown().items() if v > 0.005 * report.seconds)
+    return (f"| {model} | {name} | {1e3 * report.seconds:.1f} | {1e3 * seconds:.1f} | {report.seconds / seconds - 1:+.0%} | {planned / 1e6:.0f} | "
+            f"{said / 1e6:.0f} | {measured / 1e6:.0f} | {planned / measured - 1:+.0%} | {said / measured - 1:+.0%} | {parts} |")
 
 
 def main() -> None:
@@ -108,31 +193,19 @@ def main() -> None:
     parser.add_argument("--plans", default=",".join(PLANS))
     parser.add_argument("--size", default="", choices=["", *SIZES])
     parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--worker", nargs=2, metavar=("MODEL", "PLAN"))
+    parser.add_argument("--jobs", type=int, default=1, help="rows that are built side by side")
+    parser.add_argument("--turn", default="", help="a file that is locked while measuring; nothing is measured while FILE.gate exists")
+    parser.add_argument("--worker", nargs=3, metavar=("MODEL", "PLAN", "TURN"))
     a = parser.parse_args()
     size = a.size or ("large" if a.device == "cuda" else "small")
     if a.worker:
-        return worker(a.worker[0], a.worker[1], size, a.device, a.steps)
-    _, _, _, length, batch = SIZES[size]
-    cluster = load_cluster(a.cluster, mesh=aicc.Mesh.parse("1x2"))
-    print("| model | plan | predicted ms | measured ms | error | planner MB | programs MB | measured MB | planner | programs |")
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    for model in a.models.split(","):
-        sizes = from_transformers(config_of(model, size), seq=length, dtype="bf16" if a.device == "cuda" else "fp32")
-        for name in a.plans.split(","):
-            report = predict_step(sizes, plan_of(name, batch), cluster, batch)
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, "--device", a.device,
-                       "--size", size, "--steps", str(a.steps), "--worker", model, name]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            found = next((line for line in done.stdout.splitlines() if line.startswith("ROW ")), None)
-            if found is None:
-                print(f"| {model} | {name} | failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:100]} |", flush=True)
-                continue
-            seconds, measured, said = json.loads(found[4:])
-            planned = report.peak_memory - report.memory[0].reserved
-            print(f"| {model} | {name} | {1e3 * report.seconds:.1f} | {1e3 * seconds:.1f} | {report.seconds / seconds - 1:+.0%} | "
-                  f"{planned / 1e6:.0f} | {said / 1e6:.0f} | {measured / 1e6:.0f} | {planned / measured - 1:+.0%} | "
-                  f"{said / measured - 1:+.0%} |", flush=True)
+        return worker(a.worker[0], a.worker[1], size, a.device, a.steps, a.worker[2])
+    print("| model | plan | predicted ms | measured ms | error | planner MB | programs MB | measured MB | planner | programs | predicted, ms |")
+    print("|---" * 11 + "|", flush=True)
+    with tempfile.NamedTemporaryFile() as own, ThreadPoolExecutor(a.jobs) as pool:
+        turn = a.turn or own.name
+        for made in [pool.submit(row, model, name, a, size, turn) for name in a.plans.split(",") for model in a.models.split(",")]:
+            print(made.result(), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ from . import contenders  # noqa: F401  (first: it names the caches before torch
 import torch  # isort: skip
 from aicc.compiler.autotune import MOST, SMALL
 from aicc.compiler.autotune_cpu import measure_on_cpu
+from aicc.compiler.candidates import group_text
 from aicc.compiler.driver import cpu_target, watching
 from aicc.compiler.dynamo import aicc as aicc_backend
 from aicc.compiler.options import Options
 from aicc.ir import Operation, TensorType
 from aicc.ir.passes import Pass, PassContext
-from aicc.ir.printer import print_op
 from aicc.passes.structured import constant_values
 from aicc.passes.tiling.lower import candidate_tiles_cpu
 
@@ -65,11 +65,6 @@ def _size(op: Operation) -> int:
     return sum(t.numel * t.dtype.bytes for t in types)  # type: ignore[union-attr, operator]
 
 
-def _text(op: Operation) -> str:
-    """Equal for kernels that do the same on tensors of the same types."""
-    return "\n".join([*(print_op(o) for o in op.body), *(str(v.type) for v in (*op.operands, *op.results))])
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", help="names, or parts of them, separated by commas")
@@ -88,7 +83,7 @@ def main() -> int:
         torch.manual_seed(0)
         function, inputs = CASES[name].build()
         for group in fused_groups(function, inputs, lambda op: _size(op) >= options.small and len(candidate_tiles_cpu(op, target)) > 1):
-            text = _text(group)
+            text = group_text(group)
             if text in seen:
                 continue
             seen.add(text)

@@ -1,4 +1,4 @@
-"""`mode="max-autotune"`: tiles are measured instead of modelled; on GPUs those of matrix products, on CPUs those of every kernel.
+"""`mode="max-autotune"`: the tiles of kernels are measured instead of modelled.
 
     tune_tiles(module, ctx, Tuner(options, cache_dir))       # a tensor-level module, after fusion
 
@@ -15,6 +15,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,13 @@ import torch
 
 from ..ir import IRError, Operation, TensorType
 from ..ir.passes import PassContext, parse_pipeline, run_pipeline
-from ..ir.printer import print_op
 from ..passes.structured import constant_values
 from ..passes.tiling.cpu_candidates import CpuTile
 from ..passes.tiling.gpu_tiles import GpuTile
 from ..passes.tiling.lower import candidate_tiles, candidate_tiles_cpu
 from ..runtime.cuda_graph import CudaGraph
 from .autotune_cpu import measure_on_cpu
-from .candidates import candidate_module, random_tensor
+from .candidates import candidate_module, group_text, random_tensor
 from .gpu import compile_cuda, triton_version
 from .options import Options
 from .pipelines import pipeline
@@ -41,7 +41,7 @@ MOST = 6
 """Candidates of a group."""
 MARGIN = 0.03
 SMALL = 1 << 16
-"""Bytes of a group on a CPU below which nothing is measured: the time is that of the launch."""
+"""Bytes of a group below which nothing is measured: the time is that of the launch."""
 Tile = GpuTile | CpuTile
 Measure = Callable[[Operation, Sequence[Any], PassContext, Options], list[float]]
 """Milliseconds of a fused group with each tile; infinity where it does not compile."""
@@ -67,7 +67,7 @@ class Tuner:
 
     def tune(self, fused: Operation, ctx: PassContext) -> None:
         on_gpu = ctx.target.is_gpu
-        if not _is_static(fused) or (not on_gpu and _bytes(fused) < SMALL):
+        if not _is_static(fused) or _bytes(fused) < SMALL:
             return
         known: Sequence[Tile] = candidate_tiles(fused, ctx.target) if on_gpu else candidate_tiles_cpu(fused, ctx.target)
         tiles: list[Any] = list(dict.fromkeys(known))[:MOST]
@@ -89,9 +89,7 @@ class Tuner:
         fused.attributes["tile"] = tile
 
     def _key(self, fused: Operation, ctx: PassContext) -> str:
-        text = [print_op(op) for op in fused.body]
-        types = [str(v.type) for v in (*fused.operands, *fused.results)]
-        parts = [*text, *types, ctx.target.digest, triton_version() if ctx.target.is_gpu else f"{torch.get_num_threads()} threads", str(MOST)]
+        parts = [group_text(fused), ctx.target.digest, triton_version() if ctx.target.is_gpu else f"{torch.get_num_threads()} threads", str(MOST)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _read(self, key: str, tiles: Sequence[Tile]) -> tuple[int, ...] | None:
@@ -124,22 +122,31 @@ def _bytes(fused: Operation) -> int:
     return sum(v.type.numel * v.type.dtype.bytes for v in (*fused.operands, *fused.results))  # type: ignore[attr-defined, no-any-return]
 
 
-def measure(fused: Operation, tiles: Sequence[GpuTile], ctx: PassContext, options: Options) -> list[float]:
-    """Median milliseconds with each tile on the current CUDA device."""
-    inputs = [random_tensor(v.type, "cuda") for v in fused.operands]  # type: ignore[arg-type]
+def measure(fused: Operation, tiles: Sequence[GpuTile], ctx: PassContext, options: Options,
+            turn: AbstractContextManager[Any] | None = None) -> list[float]:
+    """Median milliseconds with each tile on the current CUDA device. `turn` is held while the device is timed, and not while tiles compile."""
     with contextlib.suppress(IRError, RuntimeError):  # the one at fault shows below
         # All at once: the compiler works on them side by side, and finds them in its own cache afterwards.
         _compiled(candidate_module(fused, tiles, ctx), ctx, options)
-    times = []
+    graphs: list[CudaGraph | None] = []
     for tile in tiles:
         try:
-            graph = _compiled(candidate_module(fused, [tile], ctx), ctx, options)
-            times.append(_milliseconds(lambda graph=graph: graph(*inputs)))  # type: ignore[misc]
+            graphs.append(_compiled(candidate_module(fused, [tile], ctx), ctx, options))
         except (IRError, RuntimeError):
-            times.append(float("inf"))
+            graphs.append(None)
+    with turn or contextlib.nullcontext():
+        inputs = [random_tensor(v.type, "cuda") for v in fused.operands]  # type: ignore[arg-type]
+        times = [float("inf") if graph is None else _try(graph, inputs) for graph in graphs]
     if min(times) == float("inf"):
         raise IRError(f"no tile of '{fused['kernel']}' compiles and runs")
     return times
+
+
+def _try(graph: CudaGraph, inputs: Sequence[torch.Tensor]) -> float:
+    try:
+        return _milliseconds(lambda: graph(*inputs))
+    except RuntimeError:
+        return float("inf")
 
 
 def _compiled(module: Operation, ctx: PassContext, options: Options) -> CudaGraph:

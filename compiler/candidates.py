@@ -7,13 +7,29 @@ from dataclasses import astuple
 
 import torch
 
-from ..ir import Block, Builder, Operation, Region, SymbolRef, TensorType
+from ..ir import Block, Builder, Operation, Region, SymbolRef, TensorType, Value
 from ..ir.passes import PassContext
 from ..passes.tiling.cpu_candidates import CpuTile
 from ..passes.tiling.gpu_tiles import GpuTile
 from ..passes.tiling.lower import lower
 
-__all__ = ["candidate_module", "random_tensor"]
+__all__ = ["candidate_module", "group_text", "random_tensor"]
+
+
+def group_text(fused: Operation) -> str:
+    """Equal for groups that do the same to tensors of the same types, whatever their values are called and wherever they come from."""
+    numbers: dict[Value, int] = {}
+    parts = [str(v.type) for v in (*fused.operands, *fused.results)]
+    for op in fused.walk():
+        if op is fused:
+            attributes: list[tuple[str, object]] = []
+        else:
+            attributes = sorted((k, str(v)) for k, v in op.attributes.items())
+            parts.append(f"{op.name} {[numbers[v] for v in op.operands]} {attributes} {[str(r.type) for r in op.results]}")
+        for v in (*op.results, *(a for region in op.regions for block in region.blocks for a in block.args)):
+            numbers[v] = len(numbers)
+            parts.append(str(v.type))
+    return "\n".join(parts)
 
 
 def candidate_module(fused: Operation, tiles: Sequence[GpuTile | CpuTile], ctx: PassContext) -> Operation:

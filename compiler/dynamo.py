@@ -29,8 +29,10 @@ from ..frontend.attention import write_out_attention
 from ..frontend.common_subexpressions import merge_common_subexpressions
 from ..frontend.decompositions import decomposition_table
 from ..frontend.flex import expand_flex
+from ..frontend.linear_loss import chunk_losses, expand_losses
 from ..frontend.random import random_decompositions, share_seeds
 from ..frontend.recompute import permute_transposes, recompute_attention
+from ..frontend.recompute_activations import recompute_activations
 from ..frontend.recurrent import expand_recurrent
 from ..frontend.scan import mend_gradients, unstack_invariants
 from .control_flow import compile_pieces
@@ -54,32 +56,36 @@ def backend(options: Options, observe: Observer | None = None) -> Callable:
     def compiler(role: str) -> Callable:
         return lambda gm, _: _guarded(gm, options, role, _decompositions(options.fallback_random), observe)
 
-    return aot_backend(compiler, fallback_random=options.fallback_random)
+    return aot_backend(compiler, fallback_random=options.fallback_random, loss_bytes=options.loss_bytes)
 
 
-def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = False) -> Callable:
+def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = False, loss_bytes: int = Options.loss_bytes) -> Callable:
     """A Dynamo backend whose graphs are made as aicc's are: `compiler(role)` gives the compiler of forward, backward or inference graphs."""
+    table = _decompositions(fallback_random)
+
     def prepared(role: str) -> Callable:
         compile_one = compiler(role)
 
         def compile_seeded(gm: Graph, inputs: Sequence[Any]) -> Callable:
             if role == "inference":  # the others were parted from a graph whose seeds are shared
                 share_seeds(gm)
+            expand_losses(gm, table)
             return compile_one(gm, inputs)
 
         def compile_later(gm: Graph, inputs: Sequence[Any]) -> Callable:  # when the first gradient is wanted, outside of Dynamo
+            expand_losses(gm, table)
             return disable(compile_one(gm, inputs), reason="compiled code")
 
         return disable(compile_later, reason="a compiler is not traced") if role == "backward" else compile_seeded
 
     compilers: Any = {"fw_compiler": prepared("forward"), "bw_compiler": prepared("backward"), "inference_compiler": prepared("inference")}
-    table = _decompositions(fallback_random)
 
     def compile_captured(gm: Graph, inputs: Sequence[Any]) -> Callable:
         if isinstance(gm, Graph):  # not torch's wrapper that takes nested inputs apart: what it wraps was here before
             expand_recurrent(gm)
             mend_gradients(gm)
             write_out_attention(gm, drops=not fallback_random)
+            chunk_losses(gm, loss_bytes)
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)
         # Dynamo does not trace into what it is given back: a wrapper that forbids it would cost each call a microsecond or two.
@@ -101,6 +107,7 @@ def partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, **re
     joint.graph.eliminate_dead_code()
     merge_common_subexpressions(joint.graph)
     recompute_attention(joint, num_fwd_outputs)  # after equal nodes are merged, for it makes copies
+    recompute_activations(joint, num_fwd_outputs)
     permute_transposes(joint.graph)
     with functorch_config.patch(cse=False, recompute_views=True):  # its own pass imports Inductor; a saved view would be a copy
         return min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **rest)

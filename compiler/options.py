@@ -29,6 +29,7 @@ class Options:
     pack_parameters           keep a packed copy of parameters that kernels read in another layout; False keeps the parameters only
     winograd                  compute 3-tap convolutions on CPUs with fewer multiplications and slightly different rounding
     plan                      a plan file: the ranks of the process group share the work (see docs/distributed.md); "" for none
+    loss_bytes                logits of a cross-entropy over a linear layer that take more bytes are computed in parts; 0: never
     cudagraphs                replay a graph's launches from a CUDA graph (mode="reduce-overhead" means the same)
     """
 
@@ -42,6 +43,7 @@ class Options:
     fallback_random: bool = False
     pack_parameters: bool = True
     winograd: bool = True
+    loss_bytes: int = 256 << 20
     cudagraphs: bool = False
     plan: str = ""
 

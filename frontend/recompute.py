@@ -24,7 +24,7 @@ import torch
 import torch.fx as fx
 from torch._guards import detect_fake_mode
 
-__all__ = ["permute_transposes", "recompute_attention"]
+__all__ = ["META", "ancestors", "is_pointwise", "permute_transposes", "recompute_attention"]
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.bmm.default, aten.mm.default}
@@ -37,7 +37,7 @@ _CHEAP = {*_SAME, aten.tril.default, aten.triu.default, aten.index.Tensor, aten.
           aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
           aten.zeros_like.default, aten.ones_like.default, torch.ops.aten.rsub.Scalar, torch.ops.aten.native_dropout.default}
 """Ops besides views and pointwise ones that may be computed again."""
-_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "seq_nr", "from_node")
+META = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "seq_nr", "from_node")
 
 
 def recompute_attention(joint: fx.GraphModule, num_fwd_outputs: int) -> int:
@@ -72,7 +72,8 @@ def _dim(softmax: fx.Node) -> int:
     return dim % rank if rank else 0  # type: ignore[operator, no-any-return]
 
 
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that they are made from."""
     seen: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
@@ -83,7 +84,8 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return seen
 
 
-def _is_pointwise(n: fx.Node) -> bool:
+def is_pointwise(n: fx.Node) -> bool:
+    """An op that computes each element from those at its place, or one that is as cheap to repeat."""
     return isinstance(n.target, torch._ops.OpOverload) and (n.target in _CHEAP or torch.Tag.pointwise in n.target.tags
                                                             or str(n.target).startswith("aicc.random_") and "seed" not in str(n.target))
 
@@ -95,7 +97,7 @@ class _Middle:
         self.graph, self.softmax = graph, softmax
         outputs, = graph.output_node().args
         self.outputs = set(graph.output_node().all_input_nodes)
-        self.forward = _ancestors(n for n in outputs[:num_fwd_outputs] if isinstance(n, fx.Node))  # type: ignore[index, union-attr]
+        self.forward = ancestors(n for n in outputs[:num_fwd_outputs] if isinstance(n, fx.Node))  # type: ignore[index, union-attr]
         shape = softmax.meta["val"].shape
         self.sizes = Counter(map(str, shape[-2:]))
         self.before: list[fx.Node] = []
@@ -129,7 +131,7 @@ class _Middle:
             seen.add(n)
             if n.target in _PRODUCTS:
                 products += 1
-            elif _is_pointwise(n) or n.target in _VIEWS:
+            elif is_pointwise(n) or n.target in _VIEWS:
                 stack.extend(n.all_input_nodes)
             else:
                 seen.discard(n)  # it is saved
@@ -149,7 +151,7 @@ class _Middle:
                 continue
             if n.target in _PRODUCTS:
                 self.seconds.append(n)
-            elif n.op == "call_function" and self._is_middle(n) and (_is_pointwise(n) or n.target in _VIEWS):
+            elif n.op == "call_function" and self._is_middle(n) and (is_pointwise(n) or n.target in _VIEWS):
                 after.add(n)
                 stack.extend(u for u in n.users if u in self.forward)
                 stack.extend(self._makers(n, after))
@@ -164,7 +166,7 @@ class _Middle:
         stack = [a for a in n.all_input_nodes if a is not self.softmax and a not in self.before]
         while stack:
             a = stack.pop()
-            if a not in after and a not in found and a.op == "call_function" and self._is_middle(a) and (_is_pointwise(a) or a.target in _VIEWS):
+            if a not in after and a not in found and a.op == "call_function" and self._is_middle(a) and (is_pointwise(a) or a.target in _VIEWS):
                 found.append(a)
                 stack.extend(a.all_input_nodes)
         return found
@@ -182,7 +184,7 @@ class _Middle:
                 return False
             if n.target is aten.sum.dim_IntList:
                 continue  # the softmax's, or rows of a gradient
-            if not self._is_middle(n) or not (_is_pointwise(n) or n.target in _VIEWS or n.target in _PRODUCTS):
+            if not self._is_middle(n) or not (is_pointwise(n) or n.target in _VIEWS or n.target in _PRODUCTS):
                 return False
             stack.extend(n.users)
         return True
@@ -238,7 +240,7 @@ class _Middle:
                         self._copy(a, inner, lse)
                 with self.graph.inserting_after(n):
                     copy = self.graph.node_copy(n, lambda a: self.copies.get(a, a))
-                copy.meta = {k: v for k, v in n.meta.items() if k in ("val", "tensor_meta", *_META)}
+                copy.meta = {k: v for k, v in n.meta.items() if k in ("val", "tensor_meta", *META)}
                 self.copies[n] = copy
         return self.copies[n]
 
@@ -279,7 +281,7 @@ class _Middle:
         assert mode is not None
         with mode:
             node.meta["val"] = target(*values)
-        node.meta |= {k: v for k, v in self.softmax.meta.items() if k in _META}
+        node.meta |= {k: v for k, v in self.softmax.meta.items() if k in META}
         return node
 
 

@@ -553,26 +553,36 @@ def known_less(a: Dim, b: Dim, bounds: Bounds) -> bool:
 def simplify(e: Dim, bounds: Bounds) -> Dim:
     """An equal expression with divisions and remainders removed where the ranges of the symbols allow it.
 
-    Rules: x // b = 0 and x % b = x for 0 <= x < b; (x // b)*b + x % b = x; splitting as in `floordiv`.
+    Rules: x // b = 0 and x % b = x for 0 <= x < b; (x // b)*b + x % b = x; ((x // b) % c)*b + x % b = x % (b*c); (x % (b*c)) // b =
+    (x // b) % c; splitting as in `floordiv`.
     """
     if isinstance(e, int) or all(isinstance(a, Sym) for m, _ in e.terms for a in m):
         return e
 
     def divide(a: Dim, b: Dim) -> Dim:
+        a = _rejoin(a)
         if isinstance(a, Expr):
             q, r = _split_multiple(a, b)
             if _within(r, b, bounds):
                 return q
+            whole = _lone_remainder(r, b)
+            if whole is not None:
+                x, m = whole
+                return _sum(q, remainder(divide(x, b), m), 1)
             moved = _shift_remainder(q, r, b, bounds)
             if moved is not None:
                 return moved[0]
         return floordiv(a, b)
 
     def remainder(a: Dim, b: Dim) -> Dim:
+        a = _rejoin(a)
         if isinstance(a, Expr):
             q, r = _split_multiple(a, b)
             if _within(r, b, bounds):
                 return r
+            whole = _lone_remainder(r, b)
+            if whole is not None:
+                return remainder(whole[0], b)
             moved = _shift_remainder(q, r, b, bounds)
             if moved is not None:
                 return moved[1]
@@ -610,8 +620,19 @@ def _shift_remainder(q: Dim, r: Dim, b: Dim, bounds: Bounds) -> tuple[Dim, Dim] 
     return None
 
 
+def _lone_remainder(r: Dim, b: Dim) -> tuple[Dim, int] | None:
+    """(x, c) if r is x % (b*c)."""
+    if not isinstance(r, Expr) or not isinstance(b, int) or b <= 0 or r.const or len(r.terms) != 1:
+        return None
+    (m, coefficient), = r.terms
+    if coefficient != 1 or len(m) != 1 or not isinstance(m[0], Mod):
+        return None
+    x, n = m[0].args
+    return (x, n // b) if isinstance(n, int) and n > b and n % b == 0 else None
+
+
 def _rejoin(e: Dim) -> Dim:
-    """Applies (x // b)*b*k + (x % b)*k = x*k, for any cofactor k."""
+    """Applies (x // b)*b*k + (x % b)*k = x*k and ((x // b) % c)*b*k + (x % b)*k = (x % (b*c))*k, for any cofactor k."""
     if isinstance(e, int):
         return e
     for m, c in e.terms:
@@ -628,7 +649,31 @@ def _rejoin(e: Dim) -> Dim:
             size = 0 if isinstance(candidate, int) else _complexity(candidate)
             if size < _complexity(e):
                 return _rejoin(candidate)
+            joined = _join_remainders(e, m, c, a)
+            if joined is not None:
+                return _rejoin(joined)
     return e
+
+
+def _join_remainders(e: Expr, m: Monomial, c: int, low: Mod) -> Dim | None:
+    """`e` with ((x // b) % n)*b*k + (x % b)*k as (x % (b*n))*k, where the term `c` times `m` is (x % b)*k; None if there is no such pair."""
+    x, b = low.args
+    if not isinstance(b, int) or b <= 0:
+        return None
+    others = list(m)
+    others.remove(low)
+    above = floordiv(x, b)
+    for m2, c2 in e.terms:
+        for high in m2:
+            if c2 != c * b or not isinstance(high, Mod) or high.args[0] != above or not isinstance(high.args[1], int) or high.args[1] <= 0:
+                continue
+            rest = list(m2)
+            rest.remove(high)
+            if rest == others:
+                cofactor = _make({tuple(others): c}, 0) if others else c
+                without = _sum(_sum(e, Expr(((m, c),), 0), -1), Expr(((m2, c2),), 0), -1)
+                return _sum(without, _mul(mod(x, b * high.args[1]), cofactor), 1)
+    return None
 
 
 def _complexity(e: Expr) -> int:

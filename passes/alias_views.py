@@ -1,9 +1,11 @@
-"""Views of computed tensors that are needed in memory share their source's (GPUs).
+"""Views that are needed in memory share their source's (GPUs).
 
 Most views are gone by now: their readers read the source through a map. What is left is saved for the backward pass, or given to an operator or a
 library under another shape: the three parts of a projection as heads, an activation as a matrix. If the view is a walk through its source's memory
 with fixed strides it becomes a `tensor.alias`, which copies nothing.
 
+Views of arguments that are not written share memory where an operator or a library reads them: the backward pass hands the parts of a saved
+projection to the gradient of attention.
 A result that the user sees keeps memory of its own: only results marked `saved`, which torch keeps for the backward pass, may share it, and only
 with what the user does not see.
 Before: layouts are settled, nothing is fused. After: such views are `tensor.alias` ops, whose types say how memory is walked.
@@ -39,8 +41,9 @@ class AliasViews(Pass):
         made = 0
         for func in [f for f in module.body if f.name == "func"]:
             returned = _returned(func)
+            written = {op.operands[0] for op in func.body if op.name == "tensor.assign"}
             for op in [o for o in func.body if is_identity_view(o)]:
-                made += _alias(op, returned)
+                made += _alias(op, returned, written)
         ctx.remark("done", f"{made} views share the memory of what they show")
 
 
@@ -54,10 +57,12 @@ def _returned(func: Operation) -> dict[Value, list[dict]]:
     return found
 
 
-def _alias(op: Operation, returned: dict[Value, list[dict]]) -> bool:
+def _alias(op: Operation, returned: dict[Value, list[dict]], written: set[Value]) -> bool:
     source, t = op.operands[0], op.result.type
     maker = source.defining_op
-    if maker is None or maker.name not in MAKERS or fill_of(op, 0) is not None or isinstance(source, BlockArg):
+    if fill_of(op, 0) is not None or (maker is not None and maker.name not in MAKERS):
+        return False
+    if isinstance(source, BlockArg) and (source in written or op.result in returned or not _has_operator(op.result)):
         return False
     assert isinstance(t, TensorType)
     if not isinstance(t.numel, int) or as_int(t.numel) * t.dtype.bytes < LARGE or any(not a.get("saved") for a in returned.get(source, ())):
@@ -85,6 +90,11 @@ def _alias(op: Operation, returned: dict[Value, list[dict]]) -> bool:
         if user.name == "tensor.library":
             user.body.args[i].type = made.result.type
     return True
+
+
+def _has_operator(v: Value) -> bool:
+    """An operator or a library reads it: kernels walk arguments by maps of their own."""
+    return any(user.name in ("tensor.extern", "tensor.library") for user in v.users)
 
 
 def _strides(op: Operation) -> tuple[tuple[Dim, ...], Dim] | None:

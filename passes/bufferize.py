@@ -329,6 +329,19 @@ class _Bufferizer:
                     self.taken[result] = source
                 elif self.arg_attrs[home.index].get("kind") == "output":
                     self.home[source] = home
+            self._share_summand(op, returned)
+
+    def _share_summand(self, op: Operation, returned: set[Value]) -> None:
+        """What a product is added to is made in the returned sum's memory, if it is there for that alone."""
+        if op.name != "tensor.library" or "c" not in op["roles"] or op.result not in self.home:
+            return
+        source, home = op.operands[op["roles"].index("c")], self.home[op.result]
+        maker = source.defining_op
+        if maker is None or maker.name not in ("tile.launch", "tensor.library") or self._is_cached(maker) or len(source.uses) != 1:
+            return
+        same = _tensor(source).dtype == _tensor(op.result).dtype and _tensor(source).layout == _tensor(op.result).layout
+        if same and source not in self.home and source not in returned and self.arg_attrs[home.index].get("kind") == "output":  # type: ignore[attr-defined]
+            self.home[source] = home
 
     def _emit_constant(self, op: Operation) -> None:
         self.buffer[op.result] = self.b.op("host.constant", type=_buffer_type(_tensor(op.result)), value=op["value"])

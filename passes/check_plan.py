@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from ..ir.core import IRError, Operation, Value
 from ..ir.expr import as_int
+from .liveness import inplace_pairs
 from .storage import ALIGNMENT, size_at, storage_bytes
 
 __all__ = ["check_plan"]
@@ -151,8 +152,7 @@ _SPLIT = {"host.launch": _launch, "host.loop": _launch, "host.library": _launch,
 def _check_access(op: Operation, kernels: Mapping[str, Operation], inputs: list[tuple[int, _Slot]],
                   outputs: list[tuple[int, _Slot]],
                   memory: _Memory, symbols: Mapping[str, int]) -> None:
-    kernel = kernels.get(op["kernel"].name) if op.name == "host.launch" else None
-    allowed = {tuple(pair) for pair in kernel["inplace"]} if kernel is not None else set()
+    allowed = set(inplace_pairs(op, kernels))
     where = f"at '{op.name}' {op.attributes.get('kernel', '')} with sizes {dict(symbols)}"
     for _, slot in inputs:
         if not memory.has(slot):

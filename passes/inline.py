@@ -58,7 +58,7 @@ class Inline(Pass):
                 inline_into_gather(reader, producer)
             return len(readers)
         pickers = [u for u in readers if self._can_gather(producer, u)]
-        eligible = [u for u in readers if self._can_merge(producer, u)]
+        eligible = [u for u in readers if self._can_merge(producer, u) and not _continues_a_sum(producer, u)]
         if rounding(producer) is not None and len(eligible) < len(readers):
             return 0  # the 16-bit numbers are stored anyway: all read them
         merged = 0
@@ -111,6 +111,14 @@ def _absorbs_its_maker(producer: Operation) -> bool:
     """It rounds what a pointwise op makes for it alone: that op, merged into this one, has a 16-bit result for all readers."""
     maker = producer.operands[0].defining_op if rounding(producer) is not None else None
     return maker is not None and is_pointwise(maker) and len(maker.results) == 1 and len(maker.result.uses) == 1
+
+
+def _continues_a_sum(producer: Operation, reader: Operation) -> bool:
+    """Both add a product's result to what was summed before: as the ends of their products they share one buffer; in one op, all products'
+    results would have to be there at once."""
+    return is_pointwise(reader) and all(len(op.operands) > 1 and any(
+        v is not own and v.defining_op is not None and is_contraction(v.defining_op) and len(v.uses) == 1 for v in op.operands)
+        for op, own in ((producer, None), (reader, producer.result if len(producer.results) == 1 else None)))
 
 
 def _is_batched(contraction: Operation) -> bool:

@@ -14,7 +14,7 @@ from ..ir.core import Operation, Value
 from ..ir.expr import Dim
 from .storage import align
 
-__all__ = ["Group", "base_of", "buffer_bytes", "find_groups", "live_ranges", "spans"]
+__all__ = ["Group", "base_of", "buffer_bytes", "find_groups", "inplace_pairs", "live_ranges", "spans"]
 
 
 @dataclass(eq=False)
@@ -78,6 +78,17 @@ def live_ranges(func: Operation) -> dict[Value, tuple[int, int]]:
     return ranges
 
 
+def inplace_pairs(op: Operation, kernels: Mapping[str, Operation]) -> tuple[tuple[int, int], ...]:
+    """(input, output) operand numbers of a host op that may share memory: what its kernel says, and of a product the summand and the result."""
+    if op.name == "host.launch":
+        kernel = kernels.get(op["kernel"].name)
+        return tuple(map(tuple, kernel["inplace"])) if kernel is not None else ()
+    if op.name == "host.library" and "c" in op["roles"]:
+        c, d = op["roles"].index("c"), op["roles"].index("d")
+        return ((c, d),) if op.operands[c].type.dtype == op.operands[d].type.dtype else ()  # type: ignore[attr-defined]
+    return ()
+
+
 def find_groups(func: Operation, kernels: Mapping[str, Operation]) -> dict[Value, Group]:
     """Every allocation's group, after in-place reuse.
 
@@ -88,10 +99,8 @@ def find_groups(func: Operation, kernels: Mapping[str, Operation]) -> dict[Value
     ops = func.body.ops
     found = {v: Group(buffer_bytes(v), start, end, [v]) for v, (start, end) in live_ranges(func).items()}
     for at, op in enumerate(func.body):
-        if op.name != "host.launch" or op["kernel"].name not in kernels:
-            continue
         taken: set[Group] = set()
-        for i, j in kernels[op["kernel"].name]["inplace"]:
+        for i, j in inplace_pairs(op, kernels):
             source, target = found.get(op.operands[i]), found.get(op.operands[j])
             first, last = around[at]
             if (source is None or target is None or source in taken or source.end != last or target.start != first

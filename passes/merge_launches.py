@@ -7,6 +7,9 @@ left of several.
 
 Two launches are merged if neither needs the other's results, even by way of others, if both are small (SMALL bytes; products, which
 keep their registers for a long loop, PRODUCT bytes and only with products of the same warps), and if at most WINDOW launches lie between them.
+Elementwise kernels that read nothing but arguments (and a few numbers) and make nothing but what the caller gets are merged whatever their size: the
+steps of an optimizer over a hundred parameters. Nobody waits for them within the program, so that no cached result and no memory is lost by
+moving them, and every launch saved is a device that does not run empty (two to four microseconds).
 Before: `tile` has made kernels. After: the merged ones have a `tile.part` for each of theirs; kernels that nobody launches are gone.
 """
 
@@ -100,7 +103,14 @@ class _Finder:
         if any(o.name == "tile.dot" for o in kernel.walk()):
             few = product(kernel["grid"]) <= 2 * self.room  # type: ignore[operator]
             return ("product", kernel["num_warps"], kernel["num_stages"]) if kernel["bytes"] <= PRODUCT and few else None
+        if _is_elementwise(kernel) and self._on_arguments(op):
+            return ("arguments", kernel["num_warps"])
         return ("loops", kernel["num_warps"]) if kernel["bytes"] <= SMALL else None
+
+    def _on_arguments(self, op: Operation) -> bool:
+        """It reads arguments and single numbers, and makes what is returned or written to arguments."""
+        reads = all(v.defining_op is None or v.type.numel == 1 for v in op.operands)  # type: ignore[attr-defined]
+        return reads and all(u.name in ("tensor.assign", "return") for r in op.results for u in r.users)
 
     def _near(self, groups: Sequence[_Group], kind: tuple[object, ...], at: int) -> Iterator[_Group]:
         return (g for g in reversed(groups) if g.kind == kind and at - g.last <= WINDOW and len(g.members) < PARTS)
@@ -125,6 +135,10 @@ class _Finder:
                 if max(position[m] for m in around) > first:  # nothing before the group depends on it
                     stack += around
         return False
+
+
+def _is_elementwise(kernel: Operation) -> bool:
+    return not any(o.name in ("tile.for", "tile.reduce", "tile.scan") for o in kernel.walk())
 
 
 def _merge(func: Operation, launches: list[Operation], kernels: dict[str, Operation], names: KernelNames) -> None:

@@ -80,6 +80,8 @@ class _Costs:
 
     def reusable(self, op: Operation) -> list[tuple[Value, Value]]:
         """(operand, result) pairs that may share memory."""
+        if op.name == "tensor.library" and "c" in op["roles"]:
+            return [(op.operands[op["roles"].index("c")], op.result)]
         if op.name != "tile.launch":
             return []
         kernel = self.kernels.get(op["kernel"].name)

@@ -48,7 +48,9 @@ class SideBySide(Pass):
         functions = {op["sym_name"]: op for op in module.body if op.name == "func"}
         count = 0
         for func in functions.values():
-            groups = [g for g in _Finder(func, kernels, functions).groups() if g.gain() >= GAIN]
+            groups = _Finder(func, kernels, functions).worthwhile()
+            if groups:
+                _cached_first(func)
             for number, g in enumerate(groups, 1):
                 _gather(g.anchor, g.members)
                 for op in g.members:
@@ -109,6 +111,16 @@ class _Finder:
 
     def __init__(self, func: Operation, kernels: Mapping[str, Operation], functions: Mapping[str, Operation]):
         self.func, self.kernels, self.functions = func, kernels, functions
+        self.alone: set[Operation] = set()
+
+    def worthwhile(self) -> list[_Group]:
+        """Groups that gain. Members of others stay where they are, which the moves of the rest must respect: so it is tried again without them."""
+        while True:
+            groups = [g for g in self.groups() if len(g.members) > 1]
+            poor = [op for g in groups if g.gain() < GAIN for op in g.members]
+            if not poor:
+                return groups
+            self.alone.update(poor)
 
     def groups(self) -> list[_Group]:
         found: list[_Group] = []
@@ -124,10 +136,10 @@ class _Finder:
             reads, writes = buffers_of(op)
             touched = _Touched(set(reads), set(writes))
             near = [g for g in near if at - g.at <= WINDOW]
-            share = self.share(op)
+            share = None if op in self.alone else self.share(op)
             home = None if share is None else self._join(op, at, touched, share, near)
             for g in near:
-                if home is None or g.at < home.at:  # what has moved up is not after the groups that stand below its own
+                if g is not home:  # also where `op` moves up past g: its group may not be worth keeping, and then it stays here
                     g.between.add(touched)
             if share is not None and home is None:
                 home = _Group(op, at, [op], [share], _written_bytes(op), touched)
@@ -193,6 +205,19 @@ def _written_bytes(op: Operation) -> int:
 
 
 _STEPS = ("host.launch", "host.loop", "host.copy", "host.library", "host.extern")
+
+
+def _cached_first(func: Operation) -> None:
+    """Launches that run once per parameter, and their buffers, to the front: whatever reads their results may move up then."""
+    first = next(op for op in func.body if op.name in _STEPS and not op.attributes.get("cached"))
+    ops = func.body.ops
+    at = ops.index(first)
+    before = set(ops[:at])
+    for op in ops[at:]:
+        if op.name == "host.launch" and op["cached"]:
+            for v in op.operands:
+                _lift(v, first, before)
+            op.move_before(first)
 
 
 def _gather(anchor: Operation, members: list[Operation]) -> None:

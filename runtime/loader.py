@@ -27,6 +27,7 @@ import llvmlite.binding as llvm
 import torch
 
 from .artifact import ArtifactError
+from .forks import Forks
 
 __all__ = ["NativeFunction", "NativeLibrary", "load_object", "openmp_library", "runtime_symbols"]
 
@@ -93,7 +94,9 @@ def runtime_symbols() -> Mapping[str, int]:
         if not _symbols:
             process = ctypes.CDLL(None)  # libm is among what Python itself has loaded
             _symbols.update(_addresses(process, (*_LIBC, *_LIBM, *(f"{n}f" for n in _LIBM))))
-            _symbols.update(_addresses(openmp_library(), _OPENMP))
+            openmp = openmp_library()
+            _symbols.update(_addresses(openmp, _OPENMP))
+            Forks(openmp).watch()
     return _symbols
 
 

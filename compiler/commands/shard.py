@@ -37,6 +37,7 @@ def shard(
     why_not: Pins = None,
     diff: Annotated[tuple[Path, Path] | None, typer.Option(help="Compare two plan files.")] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Step time against memory: the plans that nothing beats in both.")] = False,
+    submeshes: Annotated[bool, typer.Option("--submeshes", help="Also plan a pipeline of unequal sub-meshes (not run).")] = False,
     by_hand: Annotated[bool, typer.Option("--by-hand/--no-by-hand", help="Compare with DDP, FSDP and Megatron-style plans.")] = True,
     imbalance: Annotated[float, typer.Option(help="Tokens of the busiest expert rank over the mean.")] = 1.0,
     offload: Annotated[bool, typer.Option("--offload", help="Also try keeping optimizer state in host memory.")] = False,
@@ -60,4 +61,4 @@ def shard(
         fix=tuple(fix or ()), imbalance=imbalance, offload=offload, budget=budget, prompt=prompt)
     if not train:
         return sharding.plan_inference(request, output, as_json)
-    sharding.plan_training(request, sharding.Wishes(plan, output, html, tuple(why or ()), tuple(why_not or ()), pareto, by_hand, as_json))
+    sharding.plan_training(request, sharding.Wishes(plan, output, html, tuple(why or ()), tuple(why_not or ()), pareto, by_hand, as_json, submeshes))

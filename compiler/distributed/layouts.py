@@ -40,6 +40,9 @@ def check_supported(plan: Plan) -> None:
     """UserError for what plans can say and no rank can run yet."""
     if plan.ep > 1 and plan.ep != plan.dp:
         raise UserError(f"expert groups run over the data ranks: ep must be 1 or dp = {plan.dp}, the plan has ep = {plan.ep}")
+    if plan.cp > 1 and plan.context == "ring":
+        raise UserError("ring attention can be planned but not run: give the plan context = 'ulysses' (`aicc shard --fix context=ulysses` "
+                        "searches with it)")
 
 
 def read_plan(plan: Plan | str | Path) -> Plan:

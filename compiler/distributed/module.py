@@ -26,7 +26,7 @@ from .layouts import DATA
 from .program import ShardedProgram, local_size
 from .ranks import local_piece
 
-__all__ = ["ShardedModule", "portable", "shard_model", "take_back", "to_placements"]
+__all__ = ["ShardedModule", "gathered", "portable", "shard_model", "take_back", "to_placements"]
 
 
 def to_placements(placement: Mapping[str, Placement], mesh: Mesh) -> list[Any]:
@@ -43,12 +43,32 @@ def to_placements(placement: Mapping[str, Placement], mesh: Mesh) -> list[Any]:
     return made
 
 
+def gathered(x: DTensor, axes: Sequence[int] | None = None) -> torch.Tensor:
+    """This rank's piece of `x` once the mesh axes `axes` (default: all, which gives the whole tensor) cut it no more. All ranks must call it.
+
+    torch's `full_tensor` is the same, but refuses tensors that are cut part by part before 2.13.
+    """
+    local = x.to_local().detach()
+    for axis in range(x.device_mesh.ndim) if axes is None else axes:
+        placement: Any = x.placements[axis]
+        ranks = int(x.device_mesh.size(axis))
+        if ranks == 1 or not placement.is_shard() and not isinstance(placement, _StridedShard):
+            continue
+        pieces = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(ranks)]
+        dist.all_gather(pieces, local.contiguous(), group=x.device_mesh.get_group(axis))
+        dim, parts = placement.dim, int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+        chunks = [p.chunk(parts, dim) for p in pieces]
+        local = torch.cat([chunks[r][k] for k in range(parts) for r in range(ranks)], dim)
+    return local
+
+
 def portable(x: Any) -> Any:
     """A DTensor that torch.distributed.checkpoint can write: one that is cut part by part is gathered along those axes, others are as they are."""
     if not isinstance(x, DTensor) or not any(isinstance(p, _StridedShard) for p in x.placements):
         return x
-    detached: Any = x.detach()
-    return detached.redistribute(placements=[Replicate() if isinstance(p, _StridedShard) else p for p in x.placements])
+    strided = [i for i, p in enumerate(x.placements) if isinstance(p, _StridedShard)]
+    left = [Replicate() if i in strided else p for i, p in enumerate(x.placements)]
+    return DTensor.from_local(gathered(x, strided), x.device_mesh, left, run_check=False, shape=x.shape, stride=x.stride())
 
 
 def take_back(x: Any, loaded: Any) -> None:
@@ -112,6 +132,7 @@ class ShardedModule(torch.nn.Module):
         self.folds = False  # whether backward passes add to the parameters' gradients themselves, past autograd
         self.deferred: list[Callable[[], list[torch.Tensor]]] = []  # backward passes whose second half is still to run
         self._placements = [to_placements(p, program.mesh) for p in program.layout.gradients]
+        self._specs: dict[int, Any] = {}
 
     @property
     def skeleton(self) -> torch.nn.Module:
@@ -153,8 +174,13 @@ class ShardedModule(torch.nn.Module):
 
     def gradient(self, k: int, parameter: DTensor, local: torch.Tensor) -> DTensor:
         """This rank's piece of the k-th gradient of the program as a DTensor."""
-        return DTensor.from_local(local, parameter.device_mesh, self._placements[k], run_check=False, shape=parameter.shape,
-                                  stride=parameter.stride())
+        spec = self._specs.get(k)
+        if spec is None:  # made once: a DTensor from its parts costs the host a tenth of what from_local does
+            made = DTensor.from_local(local, parameter.device_mesh, self._placements[k], run_check=False, shape=parameter.shape,
+                                      stride=parameter.stride())
+            self._specs[k] = made._spec
+            return made
+        return DTensor(local, spec, requires_grad=False)  # type: ignore[call-arg]
 
     def take_deferred(self) -> Callable[[], None]:
         """The second half of the last backward pass: run, it adds to the parameters' gradients."""

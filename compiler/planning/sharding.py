@@ -28,6 +28,7 @@ from ...passes.shard.plan_file import PlanFile, Target, load_plan_file
 from ...passes.shard.planner import Problem, SearchResult, pareto, search
 from ...passes.shard.space import Space, parse_pins
 from ...passes.shard.step import StepReport, predict_step
+from ...passes.shard.submesh import SubmeshPlan, search_submeshes
 from ...passes.shard.tables import ConfigError
 from ...passes.shard.traced import cut_words
 from ..commands.output import console
@@ -66,6 +67,7 @@ class Wishes:
     pareto: bool = False
     by_hand: bool = True
     as_json: bool = False
+    submeshes: bool = False
 
 
 def cluster_of(request: Request) -> Cluster:
@@ -133,6 +135,8 @@ def plan_training(request: Request, wishes: Wishes) -> None:
         for text in wishes.why_not:
             console().print(escape(why_not(problem, result or _as_result(report), parse_pins(text))))
         _show_front(front)
+        if wishes.submeshes:
+            _show_submeshes(search_submeshes(problem), report)
     for path in (wishes.output, wishes.html):
         if path is not None and not wishes.as_json:
             console().print(f"written: {path}")
@@ -313,6 +317,16 @@ def _show_front(front: tuple[StepReport, ...]) -> None:
     for r in front:
         table.add_row(f"{r.seconds:.4g} s", f"{r.peak_memory / 1e9:.1f} GB", f"{r.mfu:.1%}", r.plan.label)
     console().print(table)
+
+
+def _show_submeshes(found: SubmeshPlan, report: StepReport) -> None:
+    table = Table("devices", "device", "degrees", "blocks", "recompute", "", "micro-batch", "memory", title_justify="left",
+                  title=f"Stages with sub-meshes of their own: {found.micro_batches} micro-batches of {found.rows}, 1F1B")
+    for row in found.table():
+        table.add_row(*row)
+    console().print(table)
+    console().print(f"step {found.seconds:.4g} s ({found.seconds / report.seconds - 1:+.1%} against the plan with equal stages)"
+                    + (f", {found.idle} devices idle" if found.idle else "") + "; planned only: what runs has equal stages")
 
 
 def show_diff(a: Path, b: Path) -> None:

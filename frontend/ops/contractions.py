@@ -24,6 +24,11 @@ def matmul(c: Context, a: Value, b: Value, out_dtype: Any = None) -> Value:
     return c.matmul(c.cast(a, c.dtype), c.cast(b, c.dtype))
 
 
+def wide_mm(c: Context, a: Value, b: Value) -> Value:
+    """A product that is not rounded to 16 bits."""
+    return c.b.op("graph.matmul", a, b, type=TensorType(c.shape, c.dtype))
+
+
 def _scaled(c: Context, x: Value, factor: Any) -> Value:
     return x if factor == 1 else c.ew("mul", x, factor)
 
@@ -222,6 +227,7 @@ def _seeds(c: Context, start: int) -> tuple[Any, ...]:
 
 ROWS: dict[str, Lower] = {
     "aten.mm.default": matmul,
+    "aicc.wide_mm.default": wide_mm,
     "aten.bmm.default": matmul,
     "aten.mm.dtype": matmul,
     "aten.bmm.dtype": matmul,

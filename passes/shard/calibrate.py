@@ -3,7 +3,7 @@
 Entry points:
 - `CONSTANTS`: every constant of the model, what it means, and whether it is fitted;
 - `fit_constants(cases)`: least squares on the rows of `published.FITTED`, for the constants marked fitted;
-- `fit_gemm`, `fit_memory`, `fit_link`: from timed samples to `Efficiency` and `Level` values;
+- `fit_gemm`, `fit_attention`, `fit_memory`, `fit_link`: from timed samples to `Efficiency` and `Level` values;
 - `cluster_toml(cluster)`: the cluster file to write.
 """
 
@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares  # type: ignore[import-untyped]
 
 from .cluster import Cluster, Device, Level
 from .collectives import ALGORITHMS
-from .kernels import gemm_time
+from .curves import Curve, rising
+from .kernels import ATTENTION_BACKWARD, gemm_time
 from .published import Case, predict_case
 
-__all__ = ["CONSTANTS", "Constant", "GemmSample", "LinkSample", "cluster_toml", "fit_constants", "fit_gemm", "fit_link",
-           "fit_memory", "with_constants"]
+__all__ = ["CONSTANTS", "Constant", "GemmSample", "LinkSample", "cluster_toml", "fit_attention", "fit_constants", "fit_gemm",
+           "fit_link", "fit_memory", "with_constants"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Constant:
     write: Callable[[Cluster, float], Cluster]
 
 
-def _device(cluster: Cluster, **changes: float) -> Cluster:
+def _device(cluster: Cluster, **changes: Any) -> Cluster:
     """The cluster with its first device's efficiency changed."""
     group = cluster.groups[0]
     device = replace(group.device, efficiency=replace(group.device.efficiency, **changes))
@@ -140,20 +142,34 @@ def fit_gemm(device: Device, dtype: str, samples: Sequence[GemmSample]) -> Devic
     return candidate(found.x)
 
 
+def fit_attention(device: Device, dtype: str, samples: Sequence[tuple[float, float, float]]) -> Device:
+    """The device with `attention` and `attention_backward` from (FLOPs forward, seconds forward, seconds backward) samples: geometric means."""
+    if not samples:
+        raise ValueError("no attention samples; at least one is needed")
+    peak, overhead = device.flops(dtype), device.efficiency.kernel_overhead_s
+    forward = [flops / max(1e-9, ahead - overhead) / peak for flops, ahead, _ in samples]
+    ratio = [ATTENTION_BACKWARD * max(1e-9, ahead - overhead) / max(1e-9, back - overhead) for _, ahead, back in samples]
+    rate, back = (float(np.exp(np.mean(np.log(x)))) for x in (forward, ratio))
+    return replace(device, efficiency=replace(device.efficiency, attention=min(1.0, rate), attention_backward=back))
+
+
 def fit_memory(device: Device, samples: Sequence[tuple[float, float]]) -> Device:
-    """The device with `memory` fitted to (bytes moved, seconds) samples: the slope of seconds over bytes, at most the
-    full rate.
+    """The device with `memory` fitted to (bytes moved, seconds) samples: the slope of seconds over bytes, at most the full rate; and with
+    the samples themselves as its `memory_curve`, since caches make small kernels faster than any one rate.
     """
     sizes, seconds = (np.array([s[i] for s in samples], dtype=float) for i in (0, 1))
     if len(set(sizes)) < 2:
         raise ValueError("memory samples of one size only; at least two sizes are needed")
     slope = max(float(np.polyfit(sizes, seconds, 1, w=1 / seconds)[0]), 1e-30)
-    return replace(device, efficiency=replace(device.efficiency, memory=min(1.0, 1 / slope / device.memory_bandwidth)))
+    curve = rising(tuple(sorted((float(n), float(t)) for n, t in samples)))
+    return replace(device, efficiency=replace(device.efficiency, memory=min(1.0, 1 / slope / device.memory_bandwidth), memory_curve=curve))
 
 
 def fit_link(level: Level, samples: Sequence[LinkSample]) -> Level:
     """The level with alpha and efficiency fitted to samples. A collective's time is steps * alpha + bytes / rate, so both
-    coefficients come from the formula itself. Raises ValueError when the samples do not fix both."""
+    coefficients come from the formula itself. Samples of groups of all its children become its curves, the formulas are for other groups.
+    Raises ValueError when the samples do not fix both.
+    """
     rows = []
     for s in samples:
         formula = ALGORITHMS[s.kind][s.algorithm]
@@ -168,7 +184,12 @@ def fit_link(level: Level, samples: Sequence[LinkSample]) -> Level:
         errors = np.abs(weighted @ solution - 1)
         trust = np.sqrt(np.minimum(1.0, 0.1 / np.maximum(errors, 1e-12)))
     alpha, per_byte = float(max(solution[0], 0.0)), float(max(solution[1], 1e-30))
-    return replace(level, alpha=alpha, efficiency=min(1.0, 1 / per_byte / level.bandwidth))
+    points: dict[str, dict[float, float]] = {}
+    for s in samples:
+        if s.ranks == level.size:
+            points.setdefault(s.kind, {})[s.nbytes] = s.seconds
+    curves = tuple((kind, rising(tuple(sorted(found.items())))) for kind, found in points.items() if len(found) > 1)
+    return replace(level, alpha=alpha, efficiency=min(1.0, 1 / per_byte / level.bandwidth), curves=curves)
 
 
 def cluster_toml(cluster: Cluster) -> str:
@@ -177,10 +198,18 @@ def cluster_toml(cluster: Cluster) -> str:
         raise ValueError(f"cluster {cluster.name} mixes devices; write its groups by preset")
     device = cluster.groups[0].device
     lines = [f'name = "{cluster.name}"', f"nodes = {cluster.groups[0].nodes}", "", "[device]", f'name = "{device.name}"']
-    facts = ("memory_bytes", "memory_bandwidth", "cores", "reserved_bytes", "host_bandwidth")
+    facts = ("memory_bytes", "memory_bandwidth", "cores", "reserved_bytes", "host_bandwidth", "overlap_loss")
     lines += [f"{f} = {getattr(device, f)!r}" for f in facts]
     lines += ["", "[device.peak_flops]", *(f"{d} = {v!r}" for d, v in device.peak_flops.items())]
-    lines += ["", "[device.efficiency]", *(f"{f} = {v!r}" for f, v in vars(device.efficiency).items())]
+    lines += ["", "[device.efficiency]", *(f"{f} = {_value(v)}" for f, v in vars(device.efficiency).items() if v != ())]
     for level in cluster.levels:
-        lines += ["", "[[levels]]", *(f'{f} = "{v}"' if isinstance(v, str) else f"{f} = {v!r}" for f, v in vars(level).items())]
+        lines += ["", "[[levels]]", *(f"{f} = {_value(v)}" for f, v in vars(level).items() if f != "curves")]
+        if level.curves:
+            lines += ["", "[levels.curves]", *(f"{kind} = {_value(curve)}" for kind, curve in level.curves)]
     return "\n".join(lines) + "\n"
+
+
+def _value(value: str | float | Curve) -> str:
+    if isinstance(value, str):
+        return f'"{value}"'
+    return repr(value) if isinstance(value, int | float) else repr([list(point) for point in value])

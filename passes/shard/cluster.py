@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from .curves import Curve
 from .hashing import hash_once
 from .tables import ConfigError, TableReader, nearest
 
@@ -27,6 +29,7 @@ __all__ = ["Cluster", "Device", "Efficiency", "Level", "Mesh", "NodeGroup", "loa
 PRESETS = Path(__file__).parent / "clusters"
 DTYPES = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp8", "int8")
 TOPOLOGIES = ("switch", "bus", "ring")
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "p2p")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Efficiency:
     attention: fraction of peak FLOP/s of a fused (flash) attention kernel at long sequence.
     memory: fraction of memory bandwidth that element-wise kernels and reductions reach.
     kernel_overhead_s: the device time lost per kernel (launch gap, ramp up, tail).
+    attention_backward: the rate of that kernel's backward pass over its forward pass.
+    memory_curve: measured seconds of element-wise kernels by bytes moved (caches make small ones fast), instead of `memory`.
     """
 
     gemm: float = 0.80
@@ -45,6 +50,8 @@ class Efficiency:
     attention: float = 0.55
     memory: float = 0.80
     kernel_overhead_s: float = 4e-6
+    attention_backward: float = 0.85
+    memory_curve: Curve = ()
 
 
 @hash_once
@@ -52,7 +59,8 @@ class Efficiency:
 class Device:
     """One accelerator (or CPU). `cores` is the number of streaming multiprocessors: GEMM tiles come in waves of this many.
 
-    `reserved_bytes` is what the driver, the collective library and fragmentation keep from the model.
+    `reserved_bytes` is what the driver, the collective library and fragmentation keep from the model. overlap_loss: the share of hidden
+    communication that compute loses at least, 1 where collectives run on the very cores that compute (CPUs).
     """
 
     name: str
@@ -62,6 +70,7 @@ class Device:
     cores: int
     reserved_bytes: float = 0.0
     host_bandwidth: float = 20e9
+    overlap_loss: float = 0.0
     efficiency: Efficiency = Efficiency()
 
     def flops(self, dtype: str) -> float:
@@ -89,6 +98,7 @@ class Level:
     efficiency: float = 1.0
     topology: str = "switch"
     oversubscription: float = 1.0
+    curves: tuple[tuple[str, Curve], ...] = ()
 
     @property
     def port_rate(self) -> float:
@@ -297,13 +307,16 @@ def _parse_device(table: TableReader) -> Device:
             gemm_half_k=sub.number("gemm_half_k", "elements of K", efficiency.gemm_half_k, open_low=False),
             attention=sub.number("attention", "fraction of peak FLOP/s", efficiency.attention, high=1.0),
             memory=sub.number("memory", "fraction of memory bandwidth", efficiency.memory, high=1.0),
-            kernel_overhead_s=sub.number("kernel_overhead_s", "seconds", efficiency.kernel_overhead_s, open_low=False))
+            kernel_overhead_s=sub.number("kernel_overhead_s", "seconds", efficiency.kernel_overhead_s, open_low=False),
+            attention_backward=sub.number("attention_backward", "times the forward rate", efficiency.attention_backward),
+            memory_curve=_parse_curve(sub, "memory_curve"))
         sub.finish()
     device = Device(
         name=table.text("name"), peak_flops=MappingProxyType(peak_flops), memory_bytes=table.number("memory_bytes", "bytes"),
         memory_bandwidth=table.number("memory_bandwidth", "bytes/s"), cores=table.integer("cores", "multiprocessors or cores"),
         reserved_bytes=table.number("reserved_bytes", "bytes", 0.0, open_low=False),
-        host_bandwidth=table.number("host_bandwidth", "bytes/s", 20e9), efficiency=efficiency)
+        host_bandwidth=table.number("host_bandwidth", "bytes/s", 20e9),
+        overlap_loss=table.number("overlap_loss", "share of hidden communication", 0.0, high=1.0, open_low=False), efficiency=efficiency)
     table.finish()
     return device
 
@@ -318,9 +331,31 @@ def _parse_levels(tables: list[TableReader], above_node: bool = False) -> tuple[
             ports=table.integer("ports", "ports per child", 1),
             efficiency=table.number("efficiency", "fraction of line rate", 1.0, high=1.0),
             topology=table.text("topology", "switch", choices=TOPOLOGIES),
-            oversubscription=table.number("oversubscription", "times", 1.0, low=1.0, open_low=False)))
+            oversubscription=table.number("oversubscription", "times", 1.0, low=1.0, open_low=False), curves=_parse_curves(table)))
         table.finish()
     return tuple(levels)
+
+
+def _parse_curves(table: TableReader) -> tuple[tuple[str, Curve], ...]:
+    if "curves" not in table.table:
+        return ()
+    sub = table.child("curves")
+    found = tuple((kind, _parse_curve(sub, kind)) for kind in COLLECTIVES if kind in sub.table)
+    sub.finish()
+    return found
+
+
+def _parse_curve(table: TableReader, key: str) -> Curve:
+    """((bytes, seconds), ...) from a list of pairs; () if the key is not there."""
+    if key not in table.table:
+        return ()
+    table.seen.add(key)
+    value = table.table[key]
+    pairs = isinstance(value, list) and len(value) > 1 and all(isinstance(p, list) and len(p) == 2 for p in value)
+    numbers = pairs and all(isinstance(x, int | float) and not isinstance(x, bool) and x > 0 for pair in value for x in pair)
+    if not numbers or any(b[0] <= a[0] for a, b in pairwise(value)):
+        raise table.error(key, "must be a list of two or more [bytes, seconds] pairs, both positive, bytes ascending")
+    return tuple((float(a), float(b)) for a, b in value)
 
 
 def describe(cluster: Cluster) -> dict[str, Any]:

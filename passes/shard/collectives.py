@@ -21,6 +21,7 @@ from functools import lru_cache
 from math import ceil, log2, prod
 
 from .cluster import Cluster, Level
+from .curves import Curve, curve_seconds
 from .hashing import hash_once
 
 __all__ = ["ALGORITHMS", "CollectiveCost", "Group", "all_times", "axis_group", "collective_cost", "collective_time"]
@@ -28,12 +29,13 @@ __all__ = ["ALGORITHMS", "CollectiveCost", "Group", "all_times", "axis_group", "
 
 @dataclass(frozen=True)
 class Stage:
-    """One level as a group sees it: `extent` members, alpha, bytes/s per member, and the level's topology."""
+    """One level as a group sees it: `extent` members, alpha, bytes/s per member, the level's topology; measured curves if it has all children."""
 
     extent: int
     alpha: float
     rate: float
     topology: str = "switch"
+    curves: tuple[tuple[str, Curve], ...] = ()
 
 
 @hash_once
@@ -76,8 +78,8 @@ def axis_group(cluster: Cluster, stride: int, size: int, concurrent: bool = True
         together = 1 if step >= children else children // step
         extent = remaining if outermost else _fit(remaining, together)
         if extent > 1:
-            stages.append(Stage(extent, level.alpha, _rate(level, index, below, concurrent, cluster, extent),
-            level.topology))
+            stages.append(Stage(extent, level.alpha, _rate(level, index, below, concurrent, cluster, extent), level.topology,
+                                level.curves if extent == children else ()))
         below *= extent
         remaining = -(-remaining // extent)
         step = max(1, -(-step // children))
@@ -161,8 +163,8 @@ RING_ONLY = frozenset({"ring", "pairwise", "direct"})
 
 
 def all_times(kind: str, nbytes: float, group: Group) -> dict[str, float]:
-    """Seconds of every algorithm that fits `group`. Keys: flat ones by name, and `hierarchical` when the group spans
-    levels.
+    """Seconds of every algorithm that fits `group`. Keys: flat ones by name, `hierarchical` when the group spans levels, and only
+    `measured` where the cluster has a curve.
 
     Raises KeyError for an unknown collective and ValueError for negative bytes.
     """
@@ -171,6 +173,8 @@ def all_times(kind: str, nbytes: float, group: Group) -> dict[str, float]:
         raise ValueError(f"{kind} of {nbytes} bytes: must not be negative")
     if group.size <= 1:
         return {"none": 0.0}
+    if len(group.stages) == 1 and kind in (curves := dict(group.stages[0].curves)):
+        return {"measured": curve_seconds(curves[kind], nbytes)}
     if kind == "p2p":
         top = group.stages[-1]
         return {"direct": top.alpha + nbytes / _p2p_rate(group)}

@@ -12,13 +12,13 @@ from functools import lru_cache
 from math import ceil
 
 from .cluster import Device
+from .curves import curve_seconds
 
 __all__ = ["attention_time", "gemm_time", "memory_time"]
 
 # Tile (rows, columns) and the share of a large tile's rate that it reaches.
 TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.80), (64, 64, 0.60))
 ATTENTION_BACKWARD = 2.5  # GEMMs of streaming attention backward over forward (5 over 2)
-ATTENTION_BACKWARD_RATE = 0.85  # its rate over the forward's
 
 
 @lru_cache(maxsize=1 << 16)
@@ -45,6 +45,8 @@ def memory_time(device: Device, nbytes: float) -> float:
     """Seconds of a memory-bound kernel that moves `nbytes`."""
     if nbytes <= 0:
         return 0.0
+    if device.efficiency.memory_curve:
+        return curve_seconds(device.efficiency.memory_curve, nbytes)
     return nbytes / (device.memory_bandwidth * device.efficiency.memory) + device.efficiency.kernel_overhead_s
 
 
@@ -52,5 +54,5 @@ def attention_time(device: Device, dtype: str, flops: float, backward: bool = Fa
     """Seconds of a streaming attention kernel that does `flops` forward; backward does ATTENTION_BACKWARD times as many."""
     rate = device.flops(dtype) * device.efficiency.attention
     if backward:
-        flops, rate = flops * ATTENTION_BACKWARD, rate * ATTENTION_BACKWARD_RATE
+        flops, rate = flops * ATTENTION_BACKWARD, rate * device.efficiency.attention_backward
     return flops / rate + device.efficiency.kernel_overhead_s

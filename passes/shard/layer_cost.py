@@ -37,6 +37,10 @@ class Software:
     compute. overlap_ring: ring attention beside attention. fused_accumulation: weight-gradient GEMMs add into the
     gradient buffer themselves. gradient_bytes: per parameter in that buffer. gather_rails: network ports that one node
     uses for ZeRO-3 collectives (0: all). overlap_loss: share of hidden communication time that compute loses.
+
+    optimizer_bytes: state per parameter (master copy and two moments, all fp32; of a model in fp32 the master is the parameter).
+    optimizer_traffic: bytes per parameter through memory in an update: read gradient, unscale and norm (10), read and write master and two
+    moments (24), write the 16-bit parameter (2), clear the gradient (2).
     """
 
     name: str = "aicc"
@@ -49,10 +53,15 @@ class Software:
     gradient_bytes: int = 4
     gather_rails: int = 0
     overlap_loss: float = 0.15
+    optimizer_bytes: int = 12
+    optimizer_traffic: int = 38
 
 
 SOFTWARE: dict[str, Software] = {s.name: s for s in (
     Software(),
+    # `ShardingPlan.compile` with torch's AdamW: gradients and both moments have the parameters' type, an update reads four tensors and writes three.
+    Software("aicc-bf16", gradient_bytes=2, optimizer_bytes=4, optimizer_traffic=14),
+    Software("aicc-fp32", gradient_bytes=4, optimizer_bytes=8, optimizer_traffic=28),
     # Megatron-LM as of SC'21: everything in sequence, fp16 gradients added by a separate kernel.
     Software("megatron-2021", overlap_tensor=False, overlap_gradients=False, overlap_parameters=False, overlap_p2p=False,
              fused_accumulation=False, gradient_bytes=2),
@@ -86,8 +95,11 @@ class Placement:
     @staticmethod
     def of(plan: Plan, cluster: Cluster, software: Software, device: Device | None = None) -> Placement:
         stage = plan.tp * plan.cp * plan.dp
+        device = device or cluster.device
+        if device.overlap_loss > software.overlap_loss:
+            software = replace(software, overlap_loss=device.overlap_loss)
         return Placement(
-            device=device or cluster.device, shard=plan.shard, tensor=axis_group(cluster, 1, plan.tp),
+            device=device, shard=plan.shard, tensor=axis_group(cluster, 1, plan.tp),
             context=axis_group(cluster, plan.tp, plan.cp), expert=axis_group(cluster, 1, plan.ep),
             data=axis_group(cluster, plan.tp, plan.cp * plan.dp), expert_data=axis_group(cluster, plan.ep, stage // plan.ep),
             pipeline=axis_group(cluster, stage, plan.pp), software=software)

@@ -144,12 +144,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Shard:
-    """How one block is cut: tensor (with sequence), context and expert degrees. Experts are cut over `ep` whole."""
+    """How one block is cut: tensor (with sequence), context and expert degrees. Experts are cut over `ep` whole. ring: keys and values go round the
+    context ranks, instead of heads being exchanged for the sequence.
+    """
 
     tp: int = 1
     sp: bool = False
     cp: int = 1
     ep: int = 1
+    ring: bool = False
 
 
 @dataclass(frozen=True)

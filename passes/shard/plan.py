@@ -18,9 +18,10 @@ from .model import ModelConfig, Shard
 from .schedules import SCHEDULES, schedule_problem
 from .tables import ConfigError, TableReader, nearest
 
-__all__ = ["RECOMPUTE", "SCHEMA", "VERSION", "Plan", "load_plan", "parse_plan", "plan_problems"]
+__all__ = ["CONTEXT", "RECOMPUTE", "SCHEMA", "VERSION", "Plan", "load_plan", "parse_plan", "plan_problems"]
 
 RECOMPUTE = ("none", "selective", "full")
+CONTEXT = ("ulysses", "ring")
 VERSION = 1  # of the plan file's schema
 TABLES = ("target", "model")  # what the plan was made for; `plan_file.py` reads them
 
@@ -31,7 +32,8 @@ class Plan:
 
     zero: 0 keeps everything, 1 shards optimizer state, 2 gradients too, 3 parameters too, over dp * cp. micro_batch:
     sequences per micro-batch and data rank. split: blocks (embedding and head not counted) per model part, in order;
-    there are pp * interleave parts (pp * 2 for the V schedules). Empty: as even as possible.
+    there are pp * interleave parts (pp * 2 for the V schedules). Empty: as even as possible. context: how attention meets the whole sequence
+    where cp cuts it: heads exchanged for it and back (Jacobs et al. 2023, DeepSpeed-Ulysses), or keys and values going round (Liu et al. 2023).
     """
 
     dp: int = 1
@@ -47,6 +49,7 @@ class Plan:
     interleave: int = 1
     offload: bool = False
     split: tuple[int, ...] = ()
+    context: str = "ulysses"
 
     @property
     def devices(self) -> int:
@@ -58,13 +61,14 @@ class Plan:
 
     @property
     def shard(self) -> Shard:
-        return Shard(self.tp, self.sp, self.cp, self.ep)
+        return Shard(self.tp, self.sp, self.cp, self.ep, self.cp > 1 and self.context == "ring")
 
     @property
     def label(self) -> str:
         """One line: `dp8 tp4+sp pp2 zero1 mb1 selective interleaved(3)`."""
         axes = [f"dp{self.dp}", f"tp{self.tp}" + ("+sp" if self.sp else "")]
-        axes += [f"{n}{v}" for n, v in (("cp", self.cp), ("ep", self.ep), ("pp", self.pp)) if v > 1]
+        ring = "-ring" if self.context == "ring" else ""
+        axes += [f"{n}{v}" for n, v in ((f"cp{ring}", self.cp), ("ep", self.ep), ("pp", self.pp)) if v > 1]
         axes += [f"zero{self.zero}"] * (self.zero > 0) + [f"mb{self.micro_batch}", f"recompute={self.recompute}"]
         if self.pp > 1:
             axes.append(self.schedule + (f"({self.interleave})" if self.interleave > 1 else ""))
@@ -85,12 +89,13 @@ class Plan:
 
 
 _MEANING = {
-    "dp": "data-parallel degree", "tp": "tensor-parallel degree", "cp": "context-parallel degree (ring attention)",
+    "dp": "data-parallel degree", "tp": "tensor-parallel degree", "cp": "context-parallel degree",
     "ep": "expert-parallel degree, laid over tensor, context and data ranks", "pp": "pipeline stages",
     "sp": "sequence parallelism in the tensor group", "zero": "ZeRO stage: 0 to 3", "micro_batch": "sequences per micro-batch",
     "recompute": "activation recomputation: none, selective, full", "schedule": "pipeline schedule",
     "interleave": "model parts per rank of the interleaved schedule", "offload": "optimizer state in host memory",
     "split": "blocks per model part, in order",
+    "context": "attention under cp: ulysses (heads for the sequence), or ring (keys and values go round)",
 }
 
 SCHEMA: dict[str, Any] = {
@@ -103,6 +108,7 @@ SCHEMA: dict[str, Any] = {
         **{n: {"type": "boolean", "description": _MEANING[n]} for n in ("sp", "offload")},
         "zero": {"type": "integer", "minimum": 0, "maximum": 3, "description": _MEANING["zero"]},
         "recompute": {"enum": list(RECOMPUTE), "description": _MEANING["recompute"]},
+        "context": {"enum": list(CONTEXT), "description": _MEANING["context"]},
         "schedule": {"enum": list(SCHEDULES), "description": _MEANING["schedule"]},
         "split": {"type": "array", "items": {"type": "integer", "minimum": 0}, "description": _MEANING["split"]},
         "target": {"type": "object", "description": "mesh, hardware and batch that the plan was made for"},
@@ -207,6 +213,10 @@ def _shard_problems(plan: Plan, config: ModelConfig) -> list[str]:
         problems.append("sequence parallelism (sp) needs tp above 1")
     if config.seq % (plan.cp * (plan.tp if plan.sp else 1)):
         problems.append(f"cp {plan.cp} * tp {plan.tp} does not divide the sequence of {config.seq}")
+    if plan.context not in CONTEXT:
+        problems.append(f"context '{plan.context}' is unknown; {nearest(plan.context, CONTEXT)}")
+    elif plan.cp > 1 and plan.context == "ulysses" and (config.kv_heads % plan.tp or config.kv_heads // plan.tp % plan.cp):
+        problems.append(f"cp {plan.cp} does not divide the {config.kv_heads} / {plan.tp} heads of keys and values of a tensor rank: context=ring")
     experts = config.moe.experts if config.moe else 1
     if experts % plan.ep:
         problems.append(f"ep {plan.ep} does not divide {experts} experts")

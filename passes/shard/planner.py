@@ -26,12 +26,11 @@ from .kernels import memory_time
 from .layer_cost import SOFTWARE, BlockCost, Placement, Software, with_gather
 from .model import ModelConfig
 from .partition import MemoryLimit, PartLayout, best_split, even_split, part_blocks, part_ranks
-from .plan import Plan
+from .plan import CONTEXT, Plan, plan_problems
 from .schedules import SCHEDULES
 from .simulator import PipelineCosts, alive_counts, peak_activations, pipeline_time
 from .space import Space, schedule_choices, skeletons
 from .step import (
-    OPTIMIZER_TRAFFIC,
     PartCosts,
     StepReport,
     assemble,
@@ -141,6 +140,8 @@ def search(problem: Problem) -> SearchResult:
     began, state = monotonic(), _State()
     for plan in skeletons(problem.config, problem.cluster, problem.global_batch, problem.space):
         state.considered += 1
+        if plan.cp > 1:
+            plan = _cheaper_context(problem, plan, state)
         if _static_bytes(problem, plan, state) <= problem.capacity(problem.cluster.device):
             state.push(_skeleton_bound(problem, plan, state), plan, _expand)
     if not state.considered:
@@ -171,7 +172,7 @@ def search(problem: Problem) -> SearchResult:
 def _costs_by_kind(problem: Problem, plan: Plan, device: Device, state: _State) -> dict[str, BlockCost]:
     """Block costs by kind, remembered by what they depend on."""
     gathers = plan.dp if plan.zero == 3 else 0  # the data group matters only to those who gather over it
-    key = (gathers, plan.tp, plan.cp, plan.ep, plan.sp, plan.micro_batch, plan.recompute, id(device))
+    key = (gathers, plan.shard, plan.micro_batch, plan.recompute, id(device))
     if key not in state.costs:
         if gathers:
             place = Placement.of(plan, problem.cluster, problem.software, device)
@@ -180,6 +181,14 @@ def _costs_by_kind(problem: Problem, plan: Plan, device: Device, state: _State) 
         else:
             state.costs[key] = costs_of(problem.config, plan, problem.cluster, problem.software, device)
     return state.costs[key]
+
+
+def _cheaper_context(problem: Problem, plan: Plan, state: _State) -> Plan:
+    """The plan with the cheaper way for attention to meet the whole sequence, of those that are possible and allowed."""
+    ways = [replace(plan, context=way) for way in problem.space.values("context", CONTEXT)]
+    ways = [w for w in ways if not plan_problems(w, problem.config, problem.cluster, problem.global_batch)]
+    kind, device = problem.config.blocks[1], _fastest(problem.cluster)
+    return min(ways, key=lambda w: _costs_by_kind(problem, w, device, state)[kind].total)
 
 
 def _fastest(cluster: Cluster) -> Device:
@@ -204,7 +213,7 @@ def _skeleton_bound(problem: Problem, plan: Plan, state: _State) -> float:
     rounded = -(-config.layers * copies // plan.pp) * middle / copies
     params = config.params() / plan.pp / plan.tp / plan.ep
     shards = params / (plan.dp * plan.cp)
-    return m * max(work / plan.pp, rounded) + (0.0 if plan.offload else memory_time(device, OPTIMIZER_TRAFFIC * shards))
+    return m * max(work / plan.pp, rounded) + (0.0 if plan.offload else memory_time(device, problem.software.optimizer_traffic * shards))
 
 
 def _static_bytes(problem: Problem, plan: Plan, state: _State) -> float:

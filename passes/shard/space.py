@@ -119,6 +119,8 @@ def _policies(config: ModelConfig, plan: Plan, global_batch: int, space: Space, 
         space.values("offload", (False, True) if space.offload else (False,)))
     for ep, sp, micro_batch, recompute, zero, offload in choices:
         found = replace(plan, ep=ep, sp=sp, micro_batch=micro_batch, recompute=recompute, zero=zero, offload=offload)
+        if plan.cp > 1:  # the search takes the cheaper way; ring is always possible
+            found = replace(found, context=space.values("context", ("ring",))[0])
         if not plan_problems(found, config, cluster, global_batch):
             yield found
 

@@ -26,13 +26,9 @@ from .simulator import PipelineCosts, PipelineRun, PipelineTime, pipeline_time, 
 from .tables import ConfigError
 from .workload import model_flops
 
-__all__ = ["MemoryReport", "StepReport", "data_parallel_seconds", "pipeline_costs", "pipeline_inputs", "pipeline_run", "predict_step", "stage_memory"]
+__all__ = ["MemoryReport", "StepReport", "data_parallel_seconds", "pipeline_costs", "pipeline_inputs", "pipeline_run", "predict_step", "stage_memory",
+           "tail_seconds"]
 
-OPTIMIZER_STATE = 12  # bytes per parameter: fp32 master copy and two moments
-# Bytes per parameter through memory in the optimizer step: read gradient, unscale and norm (10), read and write master
-# and two
-# moments (24), write the 16-bit parameter (2), clear the gradient (2).
-OPTIMIZER_TRAFFIC = 38
 OFFLOAD_TRAFFIC = 6  # bytes per parameter over the host link: gradients down, parameters up
 
 
@@ -197,8 +193,7 @@ def stage_memory(config: ModelConfig, plan: Plan, layout: PartLayout, rank: int,
         # Two blocks' parameters (gathered ahead) and one block's gradients are whole at a time.
         biggest = max(sum(_local_params(config, kind, plan.tp, plan.ep)) for kind, _ in config.runs)
         bucket = biggest * (software.gradient_bytes + (2 * unit if plan.zero == 3 else 0))
-    master = OPTIMIZER_STATE if unit < 4 else 8
-    optimizer = 0.0 if plan.offload else sharded(master, 1)
+    optimizer = 0.0 if plan.offload else sharded(software.optimizer_bytes if unit < 4 else min(8, software.optimizer_bytes), 1)
     return MemoryReport(sharded(unit, 3), sharded(software.gradient_bytes, 2), optimizer, activations, working + bucket,
                         device.reserved_bytes)
 
@@ -223,7 +218,7 @@ def data_parallel_seconds(config: ModelConfig, plan: Plan, layout: PartLayout, r
             gather += collective_time("all_gather", unit * count, group)
     if plan.offload:
         return reduce, OFFLOAD_TRAFFIC * shards / place.device.host_bandwidth, gather
-    return reduce, memory_time(place.device, OPTIMIZER_TRAFFIC * shards), gather
+    return reduce, memory_time(place.device, software.optimizer_traffic * shards), gather
 
 
 def predict_step(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch: int, software: Software | str = "aicc",
@@ -283,7 +278,7 @@ def assemble(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch: in
         memory.append(stage_memory(config, plan, layout, rank, timing.peak_bytes[rank], working, device, software))
         key = (id(device), *map(id, held[rank]), *map(id, held[-1 - rank]))
         if key not in known:
-            known[key] = _tail(config, plan, layout, rank, places[id(device)], micro_batches, held[rank])
+            known[key] = tail_seconds(config, plan, layout, rank, places[id(device)], micro_batches, held[rank])
         tail = max(tail, known[key], key=sum)
     reduce, optimizer, gather = tail
 
@@ -305,7 +300,7 @@ def assemble(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch: in
         hfu=mean("hfu_flops") * plan.pp * stage / seconds / peak)
 
 
-def _tail(config: ModelConfig, plan: Plan, layout: PartLayout, rank: int, place: Placement, micro_batches: int,
+def tail_seconds(config: ModelConfig, plan: Plan, layout: PartLayout, rank: int, place: Placement, micro_batches: int,
           held: list[BlockCost]) -> tuple[float, float, float]:
     """(gradient reduction, optimizer, parameter gather) seconds that a rank adds after its pipeline, overlap counted."""
     software, buckets = place.software, len(layout.ranks)

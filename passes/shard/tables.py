@@ -67,9 +67,10 @@ class TableReader:
         lines = self.source.splitlines()
         start = 0
         if self.prefix:
-            name, _, index = self.prefix.partition("[")
+            name = re.sub(r"\[\d+\]", "", self.prefix)
+            index = (re.findall(r"\[(\d+)\]", self.prefix) or [""])[-1]
             headers = [i for i, text in enumerate(lines) if text.strip().strip("[]").strip() == name]
-            nth = int(index.rstrip("]")) if index else 0
+            nth = int(index) if index else 0
             start = headers[nth] if nth < len(headers) else 0
         written = re.compile(rf'\s*"?{re.escape(key)}"?\s*[=:]')  # TOML or JSON
         for number in range(start, len(lines)):

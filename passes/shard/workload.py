@@ -231,7 +231,12 @@ def _attention(z: _Sizes) -> tuple[list[Kernel], list[Comm], list[Saved]]:
         if c.dropout:
             saved += [Saved("softmax_mask", scores, core=True), Saved("softmax_dropped", u * scores, core=True)]
     comms = _tp_pair(z, "attention")
-    if z.shard.cp > 1:
+    if z.shard.cp > 1 and not z.shard.ring:
+        # Heads for the sequence and back: q, k, v before attention, its result after it; backward the same with gradients.
+        there, back = u * z.rows * (heads * score_dim + kv_width), u * z.rows * heads * value_dim
+        for phase in ("forward", "backward"):
+            comms += [Comm("heads_for_sequence", "all_to_all", "cp", there, phase), Comm("sequence_for_heads", "all_to_all", "cp", back, phase)]
+    elif z.shard.cp > 1:
         # Ring attention: keys and values go round once forward; backward they go round again with their gradients.
         moved = u * z.rows * kv_width * (z.shard.cp - 1)
         comms += [Comm("ring_kv", "p2p", "cp", moved, "forward", "attention"),

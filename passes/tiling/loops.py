@@ -18,108 +18,17 @@ from typing import Any
 
 from ...ir import Builder, Dim, IRError, Operation, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
-from ...ir.expr import ceildiv, free_symbols, minimum, product, simplify, split_linear, substitute
+from ...ir.expr import ceildiv, free_symbols, minimum, product, simplify, substitute
 from ...ir.types import DTYPES, index
 from ..structured import body_ops
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
 from .frame import Frame, is_expensive, make_online
-from .gpu_tiles import COLUMNS
+from .loop_tiles import TileChoice
 from .moments import add_second_moment, initial_count, spread_of_means
 
-__all__ = ["TileChoice", "choose_tile", "emit_loops"]
+__all__ = ["emit_loops", "traffic", "work"]
 
 I64 = DTYPES["i64"]
-
-
-@dataclass(frozen=True)
-class TileChoice:
-    """The shape of the kernel: which frame dimensions are t0 and t1, the tile's size, and how much one program covers."""
-
-    vector: str | None
-    row: str | None
-    shape: tuple[int, int]
-    chunk: int              # elements of the vector dimension per program, when it is an outer one
-    warps: int = 0          # of a program on a GPU; 0: as many as the tile's size suggests
-
-
-def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
-    """An analytic choice: contiguous bytes decide the vector dimension; body size decides how many registers a tile takes."""
-    scores: dict[str, float] = {}
-    for f, size in frame.sizes.items():
-        extent = size if isinstance(size, int) else 1 << 16
-        score = 0.0
-        for x in frame.accesses:
-            c = split_linear(x.offset, f)
-            weight = float(x.weight if isinstance(x.weight, int) else 1 << 20) * x.bytes
-            if c is None:
-                score -= weight * 0.25
-            elif c[0] == 1:
-                score += weight * (2.0 if x.is_store else 1.0)
-            elif c[0] != 0:
-                score -= weight * 0.5
-        scores[f] = score * min(extent, lanes) / lanes + 1e-3 * min(extent, lanes) / lanes
-    if not scores:
-        return TileChoice(None, None, (1, 1), 1)
-    vector = max(scores, key=lambda f: (scores[f], f))
-    size = frame.sizes[vector]
-    heavy = sum(len(op.body) for op in frame.members)
-    if gpu:
-        return _gpu_tile(frame, vector, size)
-    width = lanes * (2 if heavy > 24 else 4)
-    if isinstance(size, int):
-        size = max(size, 1)
-        while width > lanes and width >= 2 * size:
-            width //= 2
-        if size < lanes:
-            width = 1 << max(0, (size - 1).bit_length())
-            width = size if width > size else width
-    return TileChoice(vector, None, (1, width), max(width, 4096 // width * width))
-
-
-def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
-    """Power-of-two tiles of 1024 to 4096 elements; whole rows when they are short enough."""
-    extent = size if isinstance(size, int) else 1 << 16
-    others = [f for f in frame.sizes if f != vector and (f in frame.inner) != (vector in frame.inner)] if frame.inner else []
-    warps = 0
-    if vector in frame.inner:
-        width = min(1 << max(0, (extent - 1).bit_length()), 8192 if extent <= 8192 else 4096)
-        rows = max(1, min(16, 1024 // width))
-    elif frame.inner:
-        width = min(1 << max(0, (extent - 1).bit_length()), _columns(frame))
-        rows = 32
-        warps = 8 if width == COLUMNS and sum(bool(op["reductions"]) for op in frame.members) == 1 else 0
-    else:
-        width = min(1 << max(0, (extent - 1).bit_length()), 1024)
-        rows = max(1, 1024 // width)
-        others = [f for f in frame.sizes if f != vector]
-        across = _transposed(frame, vector)
-        if across is not None:  # both ways of walking memory see runs of 64 elements
-            return TileChoice(vector, across, (64, 64), 64, 8)
-    row = max(others, key=lambda f: (frame.sizes[f] if isinstance(frame.sizes[f], int) else 1 << 16, f), default=None)  # type: ignore[arg-type,return-value]
-    if row is not None and isinstance(frame.sizes[row], int):
-        rows = min(rows, 1 << max(0, (int(frame.sizes[row]) - 1).bit_length()))  # type: ignore[arg-type]
-    return TileChoice(vector, row if rows > 1 else None, (rows if row is not None else 1, width), width, warps)
-
-
-def _columns(frame: Frame) -> int:
-    """How many columns a program sums: few where there is little to do, so that more programs share it."""
-    points = product(frame.sizes.values())
-    if not isinstance(points, int):
-        return 64
-    return COLUMNS if points >= 1 << 22 else 64 if points >= 1 << 18 else 32
-
-
-def _transposed(frame: Frame, vector: str) -> str | None:
-    """Another dimension along which a large access that does not walk `vector` contiguously does so; None if either is short."""
-    def walks(x: Any, f: str) -> bool:
-        linear = split_linear(x.offset, f)
-        return linear is not None and linear[0] == 1
-    points = [x for x in frame.accesses if not walks(x, vector) and vector in free_symbols(x.offset)]
-    for f in frame.sizes:
-        long = all(not isinstance(frame.sizes[d], int) or frame.sizes[d] >= 64 for d in (f, vector))  # type: ignore[operator]
-        if f != vector and long and any(walks(x, f) for x in points):
-            return f
-    return None
 
 
 @dataclass

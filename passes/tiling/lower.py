@@ -25,7 +25,8 @@ from .cpu_tiles import contraction_tile, is_depthwise, square_tile
 from .emit import Emitter
 from .frame import Frame, analyse, is_expensive
 from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
-from .loops import choose_tile, emit_loops, traffic, work
+from .loop_tiles import choose_tile, loop_tiles, resized
+from .loops import emit_loops, traffic, work
 from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel
 from .stream import GpuStream, stream_tile, suits_warp_groups
 from .stream_cpu import CpuStream
@@ -187,6 +188,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
         if fused["tile"] and not target.is_gpu:
             chosen = CpuTile(*fused["tile"])
             choice = replace(choice, shape=(1, chosen.columns), chunk=chosen.block_columns)
+        if fused["tile"] and target.is_gpu:
+            choice = resized(frame, choice, GpuTile(*fused["tile"]))
         grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges, coarse=coarse), buffers, gpu=target.is_gpu)
         warps = choice.warps
         if target.is_gpu:
@@ -236,11 +239,14 @@ def _loop_lanes(members: list[Operation], target: Target) -> int:
 
 
 def candidate_tiles(fused: Operation, target: Target) -> list[GpuTile]:
-    """Of a group with a contraction, for a GPU: tiles, the best by the model first. None for other groups."""
+    """Of a group of contractions, pointwise ops or reductions, for a GPU: tiles, the best by the model first. None for other groups."""
     members = [op for op in fused.body if op.name != "tensor.yield"]
     products = [m for m in members if is_contraction(m)]
-    if not target.is_gpu or not products or not _worth_gemm(products[0], members, False) or fused["why"].startswith("streams"):
+    if not target.is_gpu or fused["why"].startswith("streams") or any(m.name != "tensor.generic" for m in members):
         return []
+    if not products or not _worth_gemm(products[0], members, False):
+        frame = analyse(fused, {})
+        return loop_tiles(frame, choose_tile(frame, 32, gpu=True))
     first = products[0]
     roles = roles_of(first)
     assert roles is not None

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parent))
 
 import aicc
+from aicc.compiler.distributed.module import gathered
 from networks import batches, build
 
 
@@ -68,7 +69,7 @@ def main() -> None:
         update.step()
         expected.append(loss.item())
     parameters = dict(whole.named_parameters())
-    worst = max((float((p.detach().full_tensor() - parameters[n].detach()).abs().max()) for m in sharded.modules for n, p in m.named_parameters()), default=0.0)
+    worst = max((float((gathered(p) - parameters[n].detach()).abs().max()) for m in sharded.modules for n, p in m.named_parameters()), default=0.0)
     said: Counter[str] = Counter()
     for (kind, _), size in sharded.traffic().items():
         said[kind] += size

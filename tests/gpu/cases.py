@@ -9,7 +9,7 @@ wanted level.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -22,8 +22,10 @@ from aicc.frontend import random as _philox  # noqa: F401  (registers the operat
 from aicc.frontend.decompositions import decomposition_table
 from aicc.frontend.formulas import flash_attention_backward
 from aicc.frontend.importer import import_graph
+from aicc.frontend.linear_loss import expand_losses, linear_cross_entropy
 from aicc.ir import Operation, Target
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
+from aicc.passes.tiling.lower import candidate_tiles
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -172,6 +174,29 @@ def _random(seed: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def _loss_in_parts(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """In four parts of the rows; in float64, for comparison, torch's own."""
+    if h.dtype == torch.float64:
+        return F.cross_entropy(F.linear(h, w, b), y)
+    return linear_cross_entropy(h, w, b, y, limit=30_000 * h.element_size() // 4)
+
+
+def _labels(g: torch.Generator, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    y = torch.randint(0, 333, (85,), generator=g)
+    y[3:9] = -100
+    return *(torch.randn(s, generator=g).to(dtype).requires_grad_() for s in ((85, 48), (333, 48), (333,))), y
+
+
+def _adam(*given: Tensor) -> tuple[Tensor, ...]:
+    """A step of Adam for each of some parameters: (parameter, gradient, mean, mean of squares), one kind after the other."""
+    n = len(given) // 4
+    out = []
+    for p, g, m, v in zip(*(given[i * n : (i + 1) * n] for i in range(4)), strict=True):
+        m, v = m.lerp(g, 0.1), v * 0.99 + g * g * 0.01
+        out += [p - 0.1 * m / (v.abs().sqrt() + 1e-8), m, v]
+    return tuple(out)
+
+
 CASES: dict[str, Case] = {
     "pointwise": Case(_plain(lambda a, b: torch.tanh(a) * b + a.relu()), _normal((7, 333), (333,))),
     "pointwise_symbolic": Case(_plain(lambda a, b: torch.exp(a) * b + 1), _normal((7, 333), (7, 333)), dynamic=True),
@@ -316,6 +341,9 @@ CASES: dict[str, Case] = {
         _plain(lambda x, y: F.cross_entropy(x, y)),
         lambda g: (torch.randn(4, 9001, generator=g), torch.randint(0, 9001, (4,), generator=g)),
     ),
+    "linear_loss": Case(_plain(_loss_in_parts), _labels, backward=True, tolerance=2e-5),
+    "linear_loss_bf16": Case(_plain(_loss_in_parts), lambda g: _labels(g, torch.bfloat16), backward=True, tolerance=1.6e-2),
+    "optimizer": Case(_plain(_adam), _normal(*((300, 77), (1000,), (64, 64), (5,)) * 4), tolerance=2e-5),
     "rope": Case(_plain(_rope), _normal((2, 3, 33, 64), (33, 64), (33, 64))),
     "transpose_add": Case(_plain(lambda a, b: a.t() + b), _normal((200, 130), (130, 200)), tolerance=0),
     "split_k": Case(_plain(lambda a, b, c: F.gelu(a @ b + c)), _normal((16, 2048), (2048, 40), (40,))),
@@ -357,14 +385,20 @@ def capture(
     backward: bool = False,
     until: str = "tile",
     target: Target = SM90,
+    tile: int | None = None,
 ) -> None:
     """Calls `run(module, graph, arguments)`, which gives the results, for each graph of `function(*inputs)`; `module` is
-    at level `until`."""
+    at level `until`. `tile`: kernels take that one of their candidate tiles (cyclically) instead of the model's choice."""
 
     def compiler(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        expand_losses(gm, decomposition_table())
         module = import_graph(gm)
         for stage in STAGES[: STAGES.index(until) + 1]:
             run_pipeline(module, parse_pipeline(pipeline(stage, target, Options())), PassContext(target))
+            if stage == "tensor" and tile is not None:
+                for op in module.walk():
+                    if op.name == "tensor.fused" and (tiles := candidate_tiles(op, target)):
+                        op.attributes["tile"] = astuple(tiles[tile % len(tiles)])
         return lambda *args: run(module, gm, list(args))
 
     backend = aot_autograd(

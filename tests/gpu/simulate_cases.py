@@ -2,7 +2,7 @@
 
 A process of its own, as the interpreter must be chosen before triton is imported:
 
-    TRITON_INTERPRET=1 python -m aicc.tests.gpu.simulate_cases [case or model:NAME ...]
+    TRITON_INTERPRET=1 python -m aicc.tests.gpu.simulate_cases [case, case@n (with the n-th candidate of each tile) or model:NAME ...]
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from gpu.cases import CASES, capture, clone_all, error, tensors
 
 
-def simulate_case(function: Any, inputs: Sequence[Any], dynamic: bool = False, backward: bool = False) -> dict[str, Any]:
+def simulate_case(function: Any, inputs: Sequence[Any], dynamic: bool = False, backward: bool = False,
+                  tile: int | None = None) -> dict[str, Any]:
     errors: list[float] = []
     launches = 0
 
@@ -40,7 +41,7 @@ def simulate_case(function: Any, inputs: Sequence[Any], dynamic: bool = False, b
             raise TypeError("results of the wrong type")
         return eager
 
-    capture(function, inputs, run, dynamic=dynamic, backward=backward, until="host")
+    capture(function, inputs, run, dynamic=dynamic, backward=backward, until="host", tile=tile)
     return {"errors": errors, "launches": launches}
 
 
@@ -53,8 +54,8 @@ def main() -> None:
 
                 found[name] = simulate_case(*MODELS[name.removeprefix("model:")].build())
             else:
-                case = CASES[name]
-                found[name] = simulate_case(*case.build(), case.dynamic, case.backward)
+                case, _, tile = CASES[name.partition("@")[0]], *name.partition("@")[1:]
+                found[name] = simulate_case(*case.build(), case.dynamic, case.backward, int(tile) if tile else None)
         except Exception:
             found[name] = {"failure": traceback.format_exc()}
     print("RESULT " + json.dumps(found))

@@ -97,6 +97,16 @@ def test_noise_does_not_change_the_choice(tmp_path: Path) -> None:
     assert group["tile"] == astuple(candidate_tiles_cpu(group, TARGET)[0])
 
 
+def test_equal_groups_of_different_layers_are_measured_once(tmp_path: Path) -> None:
+    asked: list[int] = []
+    a, w, v = torch.randn(130, 600), torch.randn(600, 600), torch.randn(600, 600)
+    module, _ = _group(lambda a, w, v: (torch.relu(torch.relu(a @ w) @ v),), a, w, v)
+    assert sum(op.name == "tensor.fused" and len(op.operands) == 2 for op in module.walk()) == 2
+    tune_tiles(module, PassContext(TARGET), Tuner(OPTIONS, tmp_path, _fixed((1.0, 0.5), asked)))
+    products = [op["tile"] for op in module.walk() if op.name == "tensor.fused" and len(op.operands) == 2]
+    assert products[0] == products[1] != () and len(list((tmp_path / "tiles").glob("*.json"))) == len(asked)
+
+
 def test_the_number_of_threads_is_part_of_what_is_remembered(tmp_path: Path) -> None:
     asked: list[int] = []
     threads = torch.get_num_threads()

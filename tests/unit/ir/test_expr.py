@@ -267,6 +267,13 @@ def test_split_linear(t: Tree, name: str) -> None:
     ("(d0 // 3) // 5", {}, "(d0 // 15)"),
     ("(d0 % 12) % 4", {}, "(d0 % 4)"),
     ("(s0*12) // 4 + (s0*12) % 4", {}, "s0*3"),
+    # A position taken apart along three dimensions and put together again, as a whole, and as panel and column of a packed operand.
+    ("((d0 // 3) % 3)*3 + d0 % 3 + (d0 // 9)*9", {}, "d0"),
+    ("(((d0*16 + d1) // 3) % 3*3 + (d0*16 + d1) % 3 + ((d0*16 + d1) // 9)*9) // 16", {"d1": (0, 15)}, "d0"),
+    ("(((d0*16 + d1) // 3) % 3*3 + (d0*16 + d1) % 3 + ((d0*16 + d1) // 9)*9) % 16", {"d1": (0, 15)}, "d1"),
+    ("((d0 // 56) % 56)*56 + d0 % 56", {}, "(d0 % 3136)"),
+    ("(d0 % 48) // 16", {}, "((d0 // 16) % 3)"),
+    ("((((d0*16 + d1) // 56) % 56*56 + (d0*16 + d1) % 56) // 16)*7 + ((d0*16 + d1) // 3136)*1372", {"d1": (0, 15)}, "d0*7"),
 ])
 def test_simplify(text: str, bounds: dict[str, Any], simple: str) -> None:
     ranges = {k: (lo, parse_expr(hi) if isinstance(hi, str) else hi) for k, (lo, hi) in bounds.items()}

@@ -40,7 +40,7 @@ def test_results_do_not_depend_on_threads() -> None:
 
 
 def test_small_launches_and_loops_side_by_side() -> None:
-    """Towers of small layers, a recurrent layer that runs both ways, and a loop whose body has branches: they share parallel regions, and
+    """Towers of small layers, blocks of convolutions, a recurrent layer that runs both ways, and a loop whose body has branches: they share parallel regions, and
     give bit for bit the same with 1, 2 and 3 threads, call after call, and the same as one after the other."""
     run("""
         import torch
@@ -63,7 +63,18 @@ def test_small_launches_and_loops_side_by_side() -> None:
                     return sum(parts) / 40, parts[0] - parts[1]
                 return torch._higher_order_ops.scan(step, torch.zeros(16, 64), xs)
         torch.manual_seed(0)
-        cases = [(Towers(), torch.randn(16, 64), 3), (nn.LSTM(64, 64, bidirectional=True), torch.randn(12, 8, 64), 1),
+        class Inception(nn.Module):
+            def __init__(self):
+                super().__init__()
+                def conv(i, o, k):
+                    return nn.Sequential(nn.Conv2d(i, o, k, padding=k // 2), nn.ReLU())
+                self.blocks = nn.ModuleList(nn.ModuleList([conv(32, 8, 1), nn.Sequential(conv(32, 8, 1), conv(8, 8, 3)),
+                    nn.Sequential(conv(32, 4, 1), conv(4, 8, 5)), nn.Sequential(nn.MaxPool2d(3, 1, 1), conv(32, 8, 1))]) for _ in range(2))
+            def forward(self, x):
+                for block in self.blocks:
+                    x = torch.cat([way(x) for way in block], 1)
+                return x
+        cases = [(Towers(), torch.randn(16, 64), 3), (Inception(), torch.randn(1, 32, 14, 14), 1), (nn.LSTM(64, 64, bidirectional=True), torch.randn(12, 8, 64), 1),
                  (Branches(), torch.randn(9, 16, 64), 1)]
         for model, x, groups in cases:
             compilations = []
@@ -78,6 +89,28 @@ def test_small_launches_and_loops_side_by_side() -> None:
             assert len(found) >= groups, (type(model).__name__, compilations[0].remarks)
             assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other))
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(seen[0], want))
+    """)
+
+
+def test_a_forked_child_does_not_wait_for_its_parents_threads() -> None:
+    """The threads of the pool are not in the child: compiled programs (and torch's operators) run serially there, and give the same."""
+    run("""
+        import os, time, torch
+        torch.set_num_threads(2)
+        x, w = torch.randn(256, 512), torch.randn(512, 256)
+        f = torch.compile(lambda x, w: (x @ w).relu(), backend="aicc")
+        with torch.no_grad():
+            want = f(x, w).clone()
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if torch.equal(f(x, w), want) and (x + 1).sum() is not None else 3)
+            end = time.monotonic() + 60
+            while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
+                time.sleep(0.05)
+            if done[0] == 0:
+                os.kill(child, 9)
+            assert done == (child, 0), done
+            assert torch.equal(f(x, w), want)
     """)
 
 

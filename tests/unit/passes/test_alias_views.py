@@ -127,3 +127,28 @@ def test_results_that_the_user_sees_have_memory_of_their_own() -> None:
         a, b = programs.compile(f)(torch.randn(256, 64), torch.randn(64, 128))
     assert a.data_ptr() != b.data_ptr() and programs.aliases("inference") == 0
     torch.testing.assert_close(a.view(-1, 32), b)
+
+
+def test_an_operator_reads_a_view_of_an_argument() -> None:
+    def f(x: Tensor) -> Tensor:
+        return x.view(256, 3, 4, 64).unbind(1)[1].transpose(0, 1).sort(-1)[0]
+
+    programs, x = Programs(), torch.randn(256, 768)
+    with torch.no_grad():
+        got = programs.compile(f)(x)
+    assert torch.equal(got, f(x))
+    func = next(op for op in programs.modules["inference"].body if op.name == "func")
+    assert [op.name for op in func.body if op.name in ("host.launch", "host.extern", "host.view")][:2] == ["host.view", "host.extern"]
+
+
+def test_an_argument_that_is_written_is_not_shared() -> None:
+    def f(x: Tensor) -> Tensor:
+        made = x.view(256, 3, 4, 64).unbind(1)[1].transpose(0, 1).sort(-1)[0]
+        x.mul_(2)
+        return made
+
+    programs, x = Programs(), torch.randn(256, 768)
+    true = f(x.clone())
+    with torch.no_grad():
+        got = programs.compile(f)(x)
+    assert torch.equal(got, true)

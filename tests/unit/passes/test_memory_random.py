@@ -53,7 +53,8 @@ class Program:
         symbols = ("s0", "s1") if self.func.attributes.get("symbols") else ()
         kernel = Operation.create("tile.kernel", (),
                                   {"sym_name": name, "grid": (1,), "outputs": len(types), "inplace": tuple(inplace),
-                                                      "symbols": symbols, "bytes": 100_000}, (), [Region([inner])])
+                                                      "symbols": symbols,
+                                   "bytes": 100_000 if self.kernels % 3 else 1000}, (), [Region([inner])])
         self.block.insert_before(self.func, kernel)
         attrs: dict[str, Any] = {"kernel": SymbolRef(name), **({"cached": True} if cached else {})}
         op = Builder.at_end(self.body).create("tile.launch", inputs, attrs, types)

@@ -79,3 +79,23 @@ def test_a_merged_kernel_prints_and_parses_and_branches_on_its_program() -> None
     merged = next(op for op in module.body if op.name == "tile.kernel" and any(o.name == "tile.part" for o in op.body))
     source = print_kernel(merged).text
     assert "if tl.program_id(0) < " in source and "elif tl.program_id(0) < " in source
+
+
+def test_an_optimizers_step_is_one_launch_whatever_its_size() -> None:
+    def step(*given: Tensor) -> None:
+        for p, g, m in zip(given[:3], given[3:6], given[6:], strict=True):
+            m.mul_(0.9).add_(g, alpha=0.1)
+            p.sub_(m / (m * m + 1).sqrt())
+
+    shapes = ((1024, 2048), (300, 7), (1024, 2048))
+    module = lowered(step, *(torch.randn(s) for _ in range(3) for s in shapes))
+    assert parts(module) == [3]
+
+
+def test_large_elementwise_kernels_on_temporaries_stay_alone() -> None:
+    def f(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        a, b = x.cumsum(0), y.cumsum(0)
+        return a.tanh() * a.sum(), b.tanh() * b.sum()
+
+    module = lowered(f, torch.randn(2048, 1024), torch.randn(2048, 1024))
+    assert max(parts(module)) <= 2 and sum(n == 1 for n in parts(module)) >= 4

@@ -48,8 +48,8 @@ def exhaustive(problem: Problem) -> float:
                 continue
             if schedule == "dualpipe" and zero == 3:
                 continue
-            for split in all_splits(problem.config.layers, plan.parts):
-                cut = replace(plan, split=split)
+            for split, context in product(all_splits(problem.config.layers, plan.parts), ("ulysses", "ring") if cp > 1 else ("ulysses",)):
+                cut = replace(plan, split=split, context=context)
                 report = predict_step(problem.config, cut, problem.cluster, problem.global_batch, problem.software)
                 if max(m.total for m in report.memory) <= problem.capacity(problem.cluster.device):
                     best = min(best, report.seconds)

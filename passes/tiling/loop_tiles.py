@@ -1,0 +1,178 @@
+"""The tile of a pointwise or reduction kernel: which dimensions it spans, and how large it is.
+
+    choice = choose_tile(frame, lanes, gpu=True)                # analytic
+    tiles = loop_tiles(frame, choice)                           # GPUs: what else is worth measuring, the model's choice first
+    choice = resized(frame, choice, tiles[3])                   # the choice with another size
+
+The dimension along which most bytes are contiguous is the tile's second one; the size follows from what has to be in flight at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product as pairs
+from typing import Any
+
+from ...ir import Dim
+from ...ir.expr import free_symbols, product, split_linear
+from .frame import Frame
+from .gpu_tiles import COLUMNS, GpuTile
+
+__all__ = ["TileChoice", "choose_tile", "loop_tiles", "resized"]
+
+LARGEST = 16384
+"""Elements of a tile: 32 registers of each thread of 16 warps for one value."""
+
+
+@dataclass(frozen=True)
+class TileChoice:
+    """The shape of the kernel: which frame dimensions are t0 and t1, the tile's size, and how much one program covers."""
+
+    vector: str | None
+    row: str | None
+    shape: tuple[int, int]
+    chunk: int              # elements of the vector dimension per program, when it is an outer one
+    warps: int = 0          # of a program on a GPU; 0: as many as the tile's size suggests
+
+
+def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
+    """An analytic choice: contiguous bytes decide the vector dimension; body size decides how many registers a tile takes."""
+    scores: dict[str, float] = {}
+    for f, size in frame.sizes.items():
+        extent = size if isinstance(size, int) else 1 << 16
+        score = 0.0
+        for x in frame.accesses:
+            c = split_linear(x.offset, f)
+            weight = float(x.weight if isinstance(x.weight, int) else 1 << 20) * x.bytes
+            if c is None:
+                score -= weight * 0.25
+            elif c[0] == 1:
+                score += weight * (2.0 if x.is_store else 1.0)
+            elif c[0] != 0:
+                score -= weight * 0.5
+        scores[f] = score * min(extent, lanes) / lanes + 1e-3 * min(extent, lanes) / lanes
+    if not scores:
+        return TileChoice(None, None, (1, 1), 1)
+    vector = max(scores, key=lambda f: (scores[f], f))
+    size = frame.sizes[vector]
+    heavy = sum(len(op.body) for op in frame.members)
+    if gpu:
+        return _gpu_tile(frame, vector, size)
+    width = lanes * (2 if heavy > 24 else 4)
+    if isinstance(size, int):
+        size = max(size, 1)
+        while width > lanes and width >= 2 * size:
+            width //= 2
+        if size < lanes:
+            width = 1 << max(0, (size - 1).bit_length())
+            width = size if width > size else width
+    return TileChoice(vector, None, (1, width), max(width, 4096 // width * width))
+
+
+def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
+    """Power-of-two tiles of 1024 to 4096 elements; whole rows when they are short enough."""
+    extent = size if isinstance(size, int) else 1 << 16
+    others = [f for f in frame.sizes if f != vector and (f in frame.inner) != (vector in frame.inner)] if frame.inner else []
+    warps = 0
+    if vector in frame.inner:
+        width = min(1 << max(0, (extent - 1).bit_length()), 8192 if extent <= 8192 else 4096)
+        rows = max(1, min(16, 1024 // width))
+    elif frame.inner:
+        width = min(1 << max(0, (extent - 1).bit_length()), _columns(frame))
+        rows = 32
+        if width == COLUMNS and sum(bool(op["reductions"]) for op in frame.members) == 1:
+            rows, width, warps = 64, COLUMNS // 2, 4  # 64 elements of each thread under way; measured beside 32 x 256 with 8 warps
+    else:
+        width = min(1 << max(0, (extent - 1).bit_length()), 1024)
+        rows = max(1, 1024 // width)
+        others = [f for f in frame.sizes if f != vector]
+        across = _transposed(frame, vector)
+        if across is not None:  # both ways of walking memory see runs of 64 elements
+            return TileChoice(vector, across, (64, 64), 64, 8)
+    row = max(others, key=lambda f: (frame.sizes[f] if isinstance(frame.sizes[f], int) else 1 << 16, f), default=None)  # type: ignore[arg-type,return-value]
+    if row is not None and isinstance(frame.sizes[row], int):
+        rows = min(rows, 1 << max(0, (int(frame.sizes[row]) - 1).bit_length()))  # type: ignore[arg-type]
+    return TileChoice(vector, row if rows > 1 else None, (rows if row is not None else 1, width), width, warps)
+
+
+def _columns(frame: Frame) -> int:
+    """How many columns a program sums: few where there is little to do, so that more programs share it."""
+    points = product(frame.sizes.values())
+    if not isinstance(points, int):
+        return 64
+    return COLUMNS if points >= 1 << 22 else 64 if points >= 1 << 18 else 32
+
+
+def _transposed(frame: Frame, vector: str) -> str | None:
+    """Another dimension along which a large access that does not walk `vector` contiguously does so; None if either is short."""
+    def walks(x: Any, f: str) -> bool:
+        linear = split_linear(x.offset, f)
+        return linear is not None and linear[0] == 1
+    points = [x for x in frame.accesses if not walks(x, vector) and vector in free_symbols(x.offset)]
+    for f in frame.sizes:
+        long = all(not isinstance(frame.sizes[d], int) or frame.sizes[d] >= 64 for d in (f, vector))  # type: ignore[operator]
+        if f != vector and long and any(walks(x, f) for x in points):
+            return f
+    return None
+
+# -- what else to measure ----------------------------------------------------------------------------------------------------------
+
+
+def loop_tiles(frame: Frame, choice: TileChoice) -> list[GpuTile]:
+    """Sizes for a kernel that is shaped like `choice`, nearest first (`step` is what a program covers of the second dimension); [] where
+    there is nothing to choose."""
+    if choice.vector is None:
+        return []
+    rows, columns = choice.shape
+    first = GpuTile(rows, columns, choice.chunk, choice.warps or default_warps(rows * columns), 1)
+    inner = choice.vector in frame.inner
+    most = [_most(frame.sizes[f]) if f is not None else 1 for f in (_row(frame, choice), choice.vector)]
+    found: dict[GpuTile, float] = {}
+    for r, c, warps in pairs((1, 2, 4, 8, 16, 32, 64, 128), (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, LARGEST), (1, 2, 4, 8, 16)):
+        each = r * c // (32 * warps)  # elements of a thread
+        if r > most[0] or c > most[1] or not 4 <= each <= 64 or r * c > LARGEST or (r * c < 512 and (r, c) != choice.shape):
+            continue
+        if inner and c < most[1] and c < 512:
+            continue  # a row in many short steps
+        tile = GpuTile(r, c, c if choice.chunk == columns or c > choice.chunk else choice.chunk, warps, 1)
+        found[tile] = _distance(tile, first)
+    ordered = sorted(found, key=lambda t: (found[t], t.rows, t.columns, t.warps))
+    return list(dict.fromkeys([first, *ordered]))
+
+
+def resized(frame: Frame, choice: TileChoice, tile: GpuTile) -> TileChoice:
+    """The choice with another size."""
+    row = choice.row or (_row(frame, choice) if tile.rows > 1 else None)
+    return replace(choice, row=row, shape=(tile.rows, tile.columns), chunk=tile.step, warps=tile.warps)
+
+
+def default_warps(elements: int) -> int:
+    """Of a program with a tile of so many elements, eight to a thread (as the backend has it)."""
+    return max(1, min(16 if elements >= 8192 else 8, elements // 256))
+
+
+def _most(size: Dim) -> int:
+    """The power of two that holds a dimension."""
+    return 1 << max(0, (size - 1).bit_length()) if isinstance(size, int) else 1 << 16
+
+
+def _distance(a: GpuTile, b: GpuTile) -> float:
+    """How far apart two tiles are, in doublings; the number of warps counts half."""
+    def doublings(x: int, y: int) -> int:
+        return abs(x.bit_length() - y.bit_length())
+    return doublings(a.rows, b.rows) + doublings(a.columns, b.columns) + 0.5 * doublings(a.warps, b.warps)
+
+
+def _row(frame: Frame, choice: TileChoice) -> str | None:
+    """The dimension that a tile's rows walk: the largest of those that are summed beside an outer vector, or not summed beside an inner one."""
+    if choice.row is not None:
+        return choice.row
+    if frame.inner:
+        others = [f for f in frame.sizes if f != choice.vector and (f in frame.inner) != (choice.vector in frame.inner)]
+    else:
+        others = [f for f in frame.sizes if f != choice.vector]
+    return max(others, key=lambda f: (_extent(frame.sizes[f]), f), default=None)
+
+
+def _extent(size: Dim) -> int:
+    return size if isinstance(size, int) else 1 << 16
