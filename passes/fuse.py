@@ -22,7 +22,7 @@ from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import product
 from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
-from .prologue import unpacks
+from .prologue import makes_rows, unpacks
 from .siblings import are_siblings
 from .split_dimensions import reshaping_view
 from .split_reductions import reduces_rows
@@ -147,11 +147,13 @@ class Fuse(Pass):
         return groups
 
     def _take_prologue(self, g: Group, of: dict[Operation, Group], groups: list[Group], ctx: PassContext) -> None:
-        """Ops that unpack an operand of the group's contraction for it alone, and that are a group by themselves."""
+        """Ops that make an operand of the group's contraction for it alone, and that are a group by themselves."""
         assert g.contraction is not None
         for v in g.contraction.operands:
             maker = v.defining_op
-            if maker is None or maker not in of or of[maker].everything != [maker] or not unpacks(maker, g.contraction, ctx.target):
+            if maker is None or maker not in of or of[maker].everything != [maker]:
+                continue
+            if not unpacks(maker, g.contraction, ctx.target) and not makes_rows(maker, g.contraction, ctx.target):
                 continue
             groups.remove(of[maker])
             of[maker] = g

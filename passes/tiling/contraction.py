@@ -22,8 +22,9 @@ from ...ir.types import index
 from ..structured import space_bounds
 from .bodies import evaluate_body
 from .emit import Emitter, Pair, fill_masks
+from .rows import RowBlock, make_rows
 
-__all__ = ["GROUPS", "MATRIX", "Contraction", "Roles", "as_tile", "emit_contraction", "is_row_major", "offset_of", "roles_of", "with_shape"]
+__all__ = ["GROUPS", "MATRIX", "ROWS", "Contraction", "Roles", "as_tile", "emit_contraction", "is_row_major", "offset_of", "roles_of", "with_shape"]
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,12 @@ def _rows_in_block(m: Dim, mr: int, most: int) -> int:
 
 
 def emit_contraction(products: list[Operation], epilogue: list[Operation], outputs: list[Value], target: Target, e: Emitter,
-                     buffers: dict[Value, Value], tile: tuple[int, int, int], limits: Limits = (0, 0, 0)) -> list[Dim]:
-    """Writes the body of a CPU kernel; returns the grid. Products beside the first are its siblings (`passes/siblings.py`)."""
+                     buffers: dict[Value, Value], tile: tuple[int, int, int], limits: Limits = (0, 0, 0),
+                     prologue: Operation | None = None) -> list[Dim]:
+    """Writes the body of a CPU kernel; returns the grid. Products beside the first are its siblings (`passes/siblings.py`); `prologue` is what
+    makes the left operand (`passes/prologue.py`)."""
     first, *others = (Contraction(p, epilogue, outputs, e, buffers, tile, limits) for p in products)
-    return first.cpu(target, others)
+    return first.cpu(target, others, prologue)
 
 
 class Contraction:
@@ -126,6 +129,7 @@ class Contraction:
         self.k_sizes = [dims[d] for d in found.k]
         self.m, self.n = product(self.m_sizes), product(self.n_sizes)
         self.acc_type = TileType((tile[0], tile[1]), element_type(op.result.type))
+        self.block: RowBlock | None = None
         self.depth = DEPTHS.get(op.attributes.get("_packed"), 1)  # type: ignore[arg-type]
         if self.depth > 1:  # elements of the last K dimension in one step
             self.k_sizes[-1] = self.k_sizes[-1] // self.depth
@@ -149,13 +153,14 @@ class Contraction:
         pairs, low = fill_masks(m, v.type.shape, at, bounds) if fill is not None else ([], [])  # type: ignore[attr-defined]
         offset = offset_of(v, m, at, bounds)
         value = e.load(self.buffers[v], offset, [*pairs, *e.needed(mask)], low, 0 if fill is None else fill)
-        chain = []
+        return self.convert(e, i, value) if cast else value
+
+    def convert(self, e: Emitter, i: int, value: Value) -> Value:
+        """Operand i cast as the body says."""
         x = next(iter(self.op.body.args[i].uses))[0]
-        while cast and x.name == "arith.cast":
-            chain.append(x)
+        while x.name == "arith.cast":
+            value = e.arith(x, [value])
             x = next(iter(x.result.uses))[0]
-        for conversion in chain:
-            value = e.arith(conversion, [value])
         return value
 
     # -- epilogue -----------------------------------------------------------------------------------------------------
@@ -268,7 +273,7 @@ class Contraction:
         sums = (self.limits[2] or COLUMNS) * self.acc_type.dtype.bytes // step_bytes  # of a row, counted in steps of K
         return _rows_in_block(self.m, mr, self.limits[0] or min(ROWS, budget // (length * inner + sums))), (d, length)
 
-    def cpu(self, target: Target, siblings: Sequence[Contraction] = ()) -> list[Dim]:
+    def cpu(self, target: Target, siblings: Sequence[Contraction] = (), prologue: Operation | None = None) -> list[Dim]:
         e, (mr, nr, _) = self.e, self.tile
         batch = self._batch(e, 0)
         nb = len(batch)
@@ -290,6 +295,8 @@ class Contraction:
             start, upper = 0, self.m
         first_panel = p_column * together
         products = [self, *siblings]
+        if prologue is not None:
+            self.block = make_rows(e, prologue, self.buffers, self.m_sizes, start, upper, rows, target.lanes(32))
         sums = {c: e.builder.op("tile.alloca", type=BufferType((rows, together * nr), self.acc_type.dtype)) for c in products if cut is not None}
 
         def at(inner: Emitter, i: Dim, panel: Dim) -> tuple[Dim, Dim, Dim, Dim]:
@@ -391,7 +398,7 @@ class Contraction:
         if self.depth > 1:
             return self._deep_products(e, batch, m, n, ks, acc)
         at = self.positions(batch, m, n, ks, e)
-        left = self.read(e, self.roles.left, at, [])
+        left = self.read(e, self.roles.left, at, []) if self.block is None else self.convert(e, self.roles.left, self.block.read(e, m, ks[0]))
         packed = bool(self.op.attributes.get("_packed"))  # zero-padded to whole panels: reading past N is in bounds
         right = self.read(e, self.roles.right, at, [] if packed else [(n, self.n)])
         left, right = as_tile(e, left, (self.tile[0], 1)), as_tile(e, right, (1, self.tile[1]))
