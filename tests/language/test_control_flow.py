@@ -14,7 +14,7 @@ from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from .harness import TORCH, Row, check
+from .harness import Row, check
 
 
 def _x() -> tuple[Tensor, ...]:
