@@ -16,7 +16,7 @@ from ...ir.printer import print_op
 from ..storage import storage_bytes
 from ..stream import analyse as analyse_stream
 from ..stream_access import packed as is_packed
-from ..structured import constant_values, is_contraction, is_pointwise
+from ..structured import PARTIAL, constant_values, is_contraction, is_pointwise
 from .caching import mark_second_readings
 from .contraction import emit_contraction, is_row_major, roles_of
 from .contraction_gpu import emit_gpu_contraction
@@ -234,6 +234,8 @@ def candidate_tiles_cpu(fused: Operation, target: Target, *, few: bool = True) -
     if contraction is not None and _worth_gemm(contraction, members, True):
         roles = roles_of(contraction)
         assert roles is not None
+        if any(PARTIAL in m.attributes for m in members):
+            return []  # what a part is, the merging knows
         return contraction_candidates(contraction, contraction_tile(contraction, roles, target), target, few=few)
     frame, lanes = analyse(fused, {}), _loop_lanes(members, target)
     return loop_candidates(frame, choose_tile(frame, lanes, gpu=False), lanes, few=few)
