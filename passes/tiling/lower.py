@@ -16,7 +16,7 @@ from ...ir.printer import print_op
 from ..storage import storage_bytes
 from ..stream import analyse as analyse_stream
 from ..stream_access import packed as is_packed
-from ..structured import constant_values, is_contraction, is_pointwise
+from ..structured import PARTIAL, constant_values, is_contraction, is_pointwise
 from .caching import mark_second_readings
 from .contraction import emit_contraction, is_row_major, roles_of
 from .contraction_gpu import emit_gpu_contraction
@@ -187,7 +187,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
             if fused["tile"]:
                 chosen = CpuTile(*fused["tile"])
                 gemm, limits = (chosen.rows, chosen.columns, gemm[2]), (chosen.block_rows, chosen.block_steps, chosen.block_columns)
-            grid = emit_contraction(products, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges, coarse=coarse), buffers, gemm, limits)
+            grid = emit_contraction(products, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges, coarse=coarse), buffers, gemm, limits,
+                                    prologue[0] if prologue else None)
     else:
         frame = analyse(fused, ranges)
         choice = choose_tile(frame, _loop_lanes(members, target), gpu=target.is_gpu)
@@ -234,6 +235,8 @@ def candidate_tiles_cpu(fused: Operation, target: Target, *, few: bool = True) -
     if contraction is not None and _worth_gemm(contraction, members, True):
         roles = roles_of(contraction)
         assert roles is not None
+        if any(PARTIAL in m.attributes for m in members):
+            return []  # what a part is, the merging knows
         return contraction_candidates(contraction, contraction_tile(contraction, roles, target), target, few=few)
     frame, lanes = analyse(fused, {}), _loop_lanes(members, target)
     return loop_candidates(frame, choose_tile(frame, lanes, gpu=False), lanes, few=few)
