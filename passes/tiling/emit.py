@@ -120,16 +120,6 @@ class Emitter:
             attrs["atomic"] = atomic
         self.builder.create("tile.store", [buffer, value, *operands], attrs)
 
-    def keep(self, values: Value, places: Value, x: Value, place: Dim, mask: Sequence[Pair], *, largest: bool) -> None:
-        """Enters a tile into a list of the best (`tile.keep`); `place` is the position of an element."""
-        operands, names = self._operands([place, *(e for p in mask for e in p)])
-        attrs: dict[str, Any] = {"offset": substitute(place, names)}
-        if mask:
-            attrs["mask"] = tuple((substitute(a, names), substitute(b, names)) for a, b in mask)
-        if not largest:
-            attrs["largest"] = False
-        self.builder.create("tile.keep", [values, places, x, *operands], attrs)
-
     def prefetch(self, buffer: Value, offset: Dim) -> None:
         """Asks for the cache line at `offset`, which may lie outside the buffer."""
         operands, names = self._operands([offset])
