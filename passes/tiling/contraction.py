@@ -91,7 +91,7 @@ ROWS, COLUMNS = 240, 256
 K_BLOCK = 1024
 """Most steps of K between two visits to a tile's sums in memory: more gain nothing, as one visit then costs under one percent."""
 PART = 256
-"""Steps of K that are summed by themselves: the error of a long sum grows with its length, that of sums of sums hardly."""
+"""Most steps of K that are summed by themselves: the error of a long sum grows with its length, that of sums of sums hardly."""
 PROGRAMS = 8
 """Programs that a launch should have at least, to share out among threads."""
 Limits = tuple[int, int, int]
@@ -368,7 +368,9 @@ class Contraction:
             """The products over a range of K, of at most `most` steps, summed in parts where the range is long and the only one left."""
             steps = PART // self.depth
             exact = not self.acc_type.dtype.is_float
-            if exact or len(ks) + 1 < len(self.k_sizes) or not isinstance(most, int) or most <= 3 * steps // 2:
+            if not exact and isinstance(most, int) and most > steps:  # parts of one length, none much shorter than others
+                steps = -(-most // (-(-most // steps) * UNROLL)) * UNROLL
+            if exact or len(ks) + 1 < len(self.k_sizes) or not isinstance(most, int) or most <= steps:
                 return multiply(c, inner, i, panel, ks, within, self._zero(inner), most)
 
             def part(x: Emitter, k: Dim, carried: list[Value]) -> list[Value]:
