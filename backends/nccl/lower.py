@@ -24,7 +24,7 @@ from ...ir.types import DTYPES, TensorType
 
 __all__ = ["collective_order", "lower_collectives"]
 
-_COLLECTIVES = ("dist.all_reduce", "dist.all_gather", "dist.reduce_scatter", "dist.all_to_all")
+_COLLECTIVES = ("dist.all_reduce", "dist.all_gather", "dist.reduce_scatter", "dist.all_to_all", "dist.shift")
 
 
 def collective_order(module: Operation) -> list[str]:
@@ -90,7 +90,7 @@ class _Lowering:
         shape, t = _shape(x), op.result.type
         assert isinstance(t, TensorType)
         c = shape[d] // (n * parts)
-        r = self.at[op["axis"]]
+        r = (self.at[op["axis"]] - op["shift"]) % n
         if parts == 1:
             starts = tuple(r * c if i == d else 0 for i in range(len(shape)))
             return self.b.op("graph.slice", x, type=TensorType(t.shape, t.dtype), starts=starts, steps=(1,) * len(shape))
@@ -171,9 +171,18 @@ class _Lowering:
         sizes = (_count(x) // n,) * n
         return self._reshape(moved, [_count(x)]), "all_to_all_single", (sizes, sizes), [_count(x)]
 
+    def _shift(self) -> tuple[Value, str, tuple[Any, ...], list[int]]:
+        """An all-to-all in which each rank sends to the next alone: torch's functional collectives have no other message between two ranks."""
+        op = self.op
+        (x,) = op.operands
+        n, here, count = op["ranks"], self.at[op["axis"]], _count(x)
+        come, go = (tuple(count if r == other % n else 0 for r in range(n)) for other in (here - 1, here + 1))
+        return self._reshape(x, [count]), "all_to_all_single", (come, go), [count]
+
 
 _FORMS = {"dist.all_reduce": _Lowering._all_reduce, "dist.all_gather": _Lowering._all_gather,
-          "dist.reduce_scatter": _Lowering._reduce_scatter, "dist.all_to_all": _Lowering._all_to_all}
+          "dist.reduce_scatter": _Lowering._reduce_scatter, "dist.all_to_all": _Lowering._all_to_all,
+          "dist.shift": _Lowering._shift}
 
 
 def _shape(v: Value) -> tuple[int, ...]:
