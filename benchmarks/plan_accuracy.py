@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import fields
 from datetime import timedelta
@@ -149,6 +150,10 @@ def spent(step: Any) -> dict[str, float]:
     kinds = {"attention": ("attn", "attention", "flash", "fmha"), "products": ("gemm", "nvjet", "cutlass", "cublas", "mm")}
     by = {k: covered([e for e in events if any(w in e.name.lower() for w in words)]) for k, words in kinds.items()}
     span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
+    total: Counter[str] = Counter()
+    for e in events:
+        total[e.name[:60]] += e.device_time_total / 1e3
+    by |= dict(total.most_common(5))
     return {"computing": compute, "communicating": sent, "both": compute + sent - either, "neither": span / 1e3 - either, **by,
             "kernels": float(len(events))}
 

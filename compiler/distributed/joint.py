@@ -30,6 +30,7 @@ from ...ir.core import Operation
 from ...ir.passes import PassContext, parse_pipeline, run_pipeline
 from ..errors import UserError
 from .experts import dispatch_experts
+from .masks import simplify_masks
 
 __all__ = ["Argument", "Exported", "Joint", "export_model", "flatten_inputs", "make_joint", "model_tensors"]
 
@@ -133,6 +134,7 @@ def export_model(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(wrapped, given, strict=False)
+    simplify_masks(program.graph_module)
     arguments, constants = _arguments(program, model, tensors)
     changed = [s.target for s in program.graph_signature.output_specs if s.kind.name in ("BUFFER_MUTATION", "USER_INPUT_MUTATION")]
     if changed:

@@ -233,7 +233,8 @@ def whole(c: Context, q: Value, k: Value, v: Value, mask: Value | None, causal: 
 def whole_backward(c: Context, grad: Value, q: Value, k: Value, v: Value, result: Value, lse: Value, mask: Value | None, causal: bool,
                    scale: float) -> tuple[Value, ...]:
     masks = [] if mask is None else [c.cast(mask, typeof(q).dtype)]
-    made = c.b.create("graph.attention_backward", [grad, q, k, v, result, lse, *masks], {"scale": float(scale), **({"causal": True} if causal else {})},
+    attrs = {"scale": float(scale), **({"causal": True} if causal else {})}
+    made = c.b.create("graph.attention_backward", [grad, q, k, v, result, lse, *masks], attrs,
                       [TensorType(typeof(x).shape, typeof(x).dtype) for x in (q, k, v)])
     return tuple(made.results)
 

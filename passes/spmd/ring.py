@@ -4,8 +4,9 @@
 
 Forward, step t: a rank's queries meet the block of the rank t places before it. The results of two steps are put together by their
 log-sum-exps, as in streaming attention. Backward, keys and values go round again, and with each block travel the gradients that it has got so far;
-after as many shifts as there are ranks they are home. A causal mask is a matter of whole blocks: a rank's own is masked, those of ranks
-before it count whole, those of ranks behind it not at all; a rank knows its place when its program is compiled, and what does not count is not computed.
+after as many shifts as there are ranks they are home. A causal mask is a matter of whole blocks: a rank's own is masked, those of
+ranks before it count whole, those of ranks behind it not at all; a rank knows its place when its program is compiled, and what does not count is
+not computed.
 Sums over blocks are kept in float32.
 """
 
@@ -122,7 +123,8 @@ def ring_attention_backward(b: LocalBuilder, op: Operation, xs: Sequence[Value])
 
     def block(k: Value, v: Value, step: int) -> list[Value]:
         causal = {"causal": True} if op["causal"] and not step else {}
-        made = b.b.create("graph.attention_backward", [grad, q, k, v, result, lse, *_columns(b, masks, step)], {"scale": op["scale"], **causal}, types)
+        given = [grad, q, k, v, result, lse, *_columns(b, masks, step)]
+        made = b.b.create("graph.attention_backward", given, {"scale": op["scale"], **causal}, types)
         found = [_cast(b, r, wide) for r in made.results]
         if not op["causal"] or not step:
             return found

@@ -70,7 +70,7 @@ def test_equals_whole_attention(name: str, ranks: int) -> None:
 
 def test_the_whole_operators_are_attention_and_its_gradient() -> None:
     """What the joint graph computes is what torch computes."""
-    for name in ("grouped", "padded"):
+    for name in ("causal", "padded"):
         joint = ring_joint(name)
         assert [op.name for op in joint.module.walk() if "attention" in op.name] == ["graph.attention", "graph.attention_backward"]
         x, w = torch.randn(SHAPE), torch.randn(4, 1, 1, requires_grad=True)
