@@ -43,10 +43,26 @@ def lower_collectives(module: Operation, mesh: Mesh, rank: int, groups: Mapping[
             if op.name.startswith("dist."):
                 _Lowering(op, at, groups).run()
             op.attributes.pop("_sharding", None)
+        _choose(func)
         func.attributes["arg_attrs"] = tuple({k: v for k, v in a.items() if k != "sharding"} for a in func["arg_attrs"])
     for op in module.body.ops:
         if op.name == "dist.mesh":
             op.erase()
+
+
+def _choose(func: Operation) -> None:
+    """Selects whose condition compares this rank's place with a number give what they choose; what the other branch needs is dead then."""
+    for op in func.body.ops:
+        condition = op.operands[0].defining_op if op.name == "graph.select" else None
+        if condition is None or condition.name != "graph.ge" or not all(
+                v.defining_op is not None and v.defining_op.name == "graph.full" for v in condition.operands):
+            continue
+        here, bound = (v.defining_op["value"] for v in condition.operands)  # type: ignore[index]
+        chosen = op.operands[1 if here >= bound else 2]
+        if chosen.type != op.result.type:
+            chosen = Builder.before_op(op).op("graph.expand", chosen, type=op.result.type)
+        op.result.replace_all_uses_with(chosen)
+        op.erase()
 
 
 class _Lowering:

@@ -191,7 +191,7 @@ def _attention(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
 
 
 def _attention_backward(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
-    """P = exp(S - lse), dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)): Dao 2023, section 3.1.2."""
+    """P = exp(S - lse), dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)): Dao 2023, section 3.1.2. P and dS are multiplied in the operands' type."""
     grad, q, k, v, result, lse = (_wide(x) for x in xs[:6])
     groups, repeat = k.shape[1], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
@@ -202,6 +202,7 @@ def _attention_backward(ctx: Context, op: Operation, xs: list[Tensor]) -> list[T
         scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
     p = torch.exp(scores - lse.unsqueeze(-1)).masked_fill(scores == float("-inf"), 0.0)
     ds = p * (grad @ v.transpose(-1, -2) - (grad * result).sum(-1, keepdim=True)) * op["scale"]
+    ds, p = _wide(ds.to(xs[1].dtype)), _wide(p.to(xs[3].dtype))
     dk, dv = (x.transpose(-1, -2) @ y for x, y in ((ds, q), (p, grad)))
     return _typed(ctx, op, ds @ k, dk.unflatten(1, (groups, repeat)).sum(2), dv.unflatten(1, (groups, repeat)).sum(2))
 

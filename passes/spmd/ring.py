@@ -86,9 +86,11 @@ def ring_attention(b: LocalBuilder, op: Operation, xs: Sequence[Value]) -> list[
             t = tensor_type(seen)
             dead = b.ew("eq", b.reshape(seen, sizes_of(seen)[:3]), _low(b, t.dtype), dtype=I1)
             here = b.ew("select", dead, _low(b, lse.dtype), here)
+        found = _cast(b, made.results[0], wide)
         if op["causal"] and step:
             here = b.ew("select", _reached(b, step), here, _low(b, lse.dtype))
-        return _cast(b, made.results[0], wide), here
+            found = b.ew("select", _reached(b, step), found, b.full((), 0.0, wide))
+        return found, here
 
     def weight(here: Value, top: Value) -> Value:
         return b.ew("exp", b.ew("sub", here, top))
