@@ -266,7 +266,8 @@ def _core(z: _Sizes, heads: float, score_dim: int, value_dim: int, context: floa
     c, u = z.config, z.unit
     batch, queries = z.micro_batch * heads, c.seq / z.shard.cp
     if c.attention == "flash":  # a causal mask skips half; in a ring all wait for the last rank, which meets every block, its own by half
-        return [Kernel("flash_attention", (batch, queries, context, score_dim + value_dim), fused=True, scale=1 - 0.5 / z.shard.cp if z.shard.ring else 0.5)]
+        scale = 1 - 0.5 / z.shard.cp if z.shard.ring else 0.5
+        return [Kernel("flash_attention", (batch, queries, context, score_dim + value_dim), fused=True, scale=scale)]
     scores = batch * queries * context
     kernels = [Kernel("scores", (batch, queries, context, score_dim), core=True),
                Kernel("softmax", forward=2 * u * scores, backward=3 * u * scores, core=True)]
