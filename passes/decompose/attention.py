@@ -80,10 +80,14 @@ def _attention_backward(b: Builder, op: Operation) -> list[Value]:
     space, rows, wide = (batch, heads, length, keys), (batch, heads, length), computing(tensor_type(q).dtype)
     row, key_head = identity(3), _key_head(heads, key_heads)
     scores = _scores(b, op, q, k, mask)
-    p = pointwise(b, space, [scores, convert(b, lse, wide)], lambda i, s, x: i.arith("select", i.arith("eq", s, -math.inf), 0, i.arith("exp", i.arith("sub", s, x))),
-                  wide, maps=(identity(4), row))
+
+    def weight(i: Builder, s: Value, x: Value) -> Value:
+        return i.arith("select", i.arith("eq", s, -math.inf), 0, i.arith("exp", i.arith("sub", s, x)))
+
+    p = pointwise(b, space, [scores, convert(b, lse, wide)], weight, wide, maps=(identity(4), row))
     delta = reduce(b, rows, (wide_v,), [grad, result], [identity(4), identity(4)], lambda i, x, y: i.arith("mul", x, y), "sum")
-    dp = reduce(b, space, (wide_v,), (grad, v), ((d(0), d(1), d(2), d(4)), (d(0), key_head, d(3), d(4))), lambda i, x, y: i.arith("mul", x, y), "sum")
+    dp = reduce(b, space, (wide_v,), (grad, v), ((d(0), d(1), d(2), d(4)), (d(0), key_head, d(3), d(4))), lambda i, x, y: i.arith("mul", x, y),
+                "sum")
     ds = pointwise(b, space, [p, dp, delta], lambda i, x, y, z: i.arith("mul", i.arith("mul", x, i.arith("sub", y, z)), op["scale"]),
                    tensor_type(q).dtype, maps=(identity(4), identity(4), row))
     dq = reduce(b, (batch, heads, length, width), (keys,), (ds, k), ((d(0), d(1), d(2), d(4)), (d(0), key_head, d(4), d(3))),
