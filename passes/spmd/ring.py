@@ -80,7 +80,7 @@ def ring_attention(b: LocalBuilder, op: Operation, xs: Sequence[Value]) -> list[
         causal = {"causal": True} if op["causal"] and not step else {}
         made = b.b.create("graph.attention", [q, k, v, *columns], {"scale": op["scale"], **causal},
                           [TensorType(shape, result.dtype), TensorType(rows, lse.dtype)])
-        here = made.results[1]
+        here: Value = made.results[1]
         if columns:
             seen = b.reduce("amax", columns[0], 3)
             t = tensor_type(seen)
