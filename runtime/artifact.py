@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["FORMAT_VERSION", "Artifact", "ArtifactError", "join_objects", "split_objects"]
+__all__ = ["FORMAT_VERSION", "Artifact", "ArtifactError"]
 
 MAGIC = b"AICCART\0"
 FORMAT_VERSION = 1
@@ -113,33 +113,3 @@ def _parse_header(text: bytes) -> tuple[dict[str, Any], list[tuple[str, int, str
             raise ArtifactError(f"malformed blob entry {str(row)[:100]}")
         index.append((row[0], row[1], row[2]))
     return header["manifest"], index
-
-
-_JOINED = b"AICCOBJS"
-
-
-def join_objects(objects: list[bytes]) -> bytes:
-    """Several object files as one blob: one after the other, then their sizes, their number and a mark. A single one stays as it is."""
-    if len(objects) == 1:
-        return objects[0]
-    padded = [o + bytes(-len(o) % 16) for o in objects]
-    return b"".join([*padded, struct.pack(f"<{len(objects) + 1}Q", *map(len, objects), len(objects)), _JOINED])
-
-
-def split_objects(data: bytes) -> list[bytes]:
-    """What `join_objects` was given; ArtifactError if sizes do not add up."""
-    if not data.endswith(_JOINED):
-        return [data]
-    end = len(data) - len(_JOINED)
-    count = struct.unpack_from("<Q", data, end - 8)[0] if end >= 8 else 0
-    start = end - 8 * (count + 1)
-    if not 1 <= count <= end // 8 or start < 0:
-        raise ArtifactError(f"{len(data)} bytes of object code claim to be {count} files")
-    sizes = struct.unpack_from(f"<{count}Q", data, start)
-    if sum(-(-n // 16) * 16 for n in sizes) != start:
-        raise ArtifactError(f"{count} object files of {sum(sizes)} bytes do not fill {start}")
-    found, at = [], 0
-    for n in sizes:
-        found.append(data[at:at + n])
-        at += -(-n // 16) * 16
-    return found

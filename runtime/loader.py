@@ -26,7 +26,7 @@ from pathlib import Path
 import llvmlite.binding as llvm
 import torch
 
-from .artifact import ArtifactError, split_objects
+from .artifact import ArtifactError
 from .forks import Forks
 
 __all__ = ["NativeFunction", "NativeLibrary", "load_object", "openmp_library", "runtime_symbols"]
@@ -146,24 +146,20 @@ def _allow_matrix_unit() -> None:
 
 
 def load_object(code: bytes, names: Iterable[str], extra_symbols: Mapping[str, int] | None = None) -> NativeLibrary:
-    """Links the object file `code`, or several that `artifact.join_objects` joined, and exports `names`.
+    """Links the object file `code` and exports `names`.
 
     `extra_symbols` adds or overrides imports (name -> address). ArtifactError if the object is no valid object file for this
     machine, lacks one of `names`, or refers to a symbol that is not provided (the message has its name).
     """
-    objects = split_objects(code)
-    for each in objects:
-        if len(each) < 64 or each[:4] not in _OBJECT_MAGICS:
-            raise ArtifactError(f"{len(each)} bytes of object code do not start like an object file")
+    if len(code) < 64 or code[:4] not in _OBJECT_MAGICS:
+        raise ArtifactError(f"{len(code)} bytes of object code do not start like an object file")
     wanted = list(names)
     for name in wanted:
         if not isinstance(name, str) or not _FUNCTION_NAME.fullmatch(name):
             raise ArtifactError(f"{name!r:.100} is no name of a function")  # LLVM would end the process
     initialize()
     _allow_matrix_unit()
-    builder = llvm.JITLibraryBuilder()
-    for each in objects:
-        builder.add_object_img(each)
+    builder = llvm.JITLibraryBuilder().add_object_img(code)
     for name, address in {**runtime_symbols(), **(extra_symbols or {})}.items():
         builder.import_symbol(name, address)
     for name in wanted:
@@ -174,7 +170,7 @@ def load_object(code: bytes, names: Iterable[str], extra_symbols: Mapping[str, i
         tracker = builder.link(jit, f"aicc{next(_serial)}")
     except RuntimeError as error:
         jit.close()
-        missing = sorted(_missing_symbols(objects) - runtime_symbols().keys() - (extra_symbols or {}).keys())
+        missing = sorted(_undefined_symbols(code) - runtime_symbols().keys() - (extra_symbols or {}).keys())
         hint = f"; symbols that the runtime does not provide: {', '.join(missing)}" if missing else ""
         raise ArtifactError(f"the object code does not link: {error}{hint}") from error
     return NativeLibrary(jit, tracker)
@@ -186,27 +182,21 @@ _ELF_SYMBOL = struct.Struct("<IBBHQQ")  # name, info, other, section, value, siz
 _IMPLICIT = {"_GLOBAL_OFFSET_TABLE_"}   # the linker's own
 
 
-def _missing_symbols(objects: Sequence[bytes]) -> set[str]:
-    """Names that some refer to and none defines, for error messages."""
-    found = [_symbols_of(code) for code in objects]
-    return set().union(*(f[0] for f in found)) - set().union(*(f[1] for f in found)) - _IMPLICIT
-
-
-def _symbols_of(code: bytes) -> tuple[set[str], set[str]]:
-    """Names that a 64-bit little-endian ELF object refers to, and those that it defines; empty for other data."""
+def _undefined_symbols(code: bytes) -> set[str]:
+    """Names that a 64-bit little-endian ELF object refers to and does not define, for error messages; empty for other data."""
     try:
         sections, = struct.unpack_from("<Q", code, 40)
         size, count, _ = struct.unpack_from("<HHH", code, 58)
         headers = [struct.unpack_from("<IIQQQQII", code, sections + i * size) for i in range(count)]
-        found: tuple[set[str], set[str]] = set(), set()
+        found: set[str] = set()
         for header in headers:
             if header[1] != 2:  # SHT_SYMTAB
                 continue
             names = headers[header[6]][4]
             for at in range(header[4], header[4] + header[5], _ELF_SYMBOL.size):
                 name, _, _, section, _, _ = _ELF_SYMBOL.unpack_from(code, at)
-                if name:
-                    found[section != 0].add(code[names + name:code.index(b"\0", names + name)].decode())
-        return found
+                if name and section == 0:
+                    found.add(code[names + name:code.index(b"\0", names + name)].decode())
+        return found - _IMPLICIT
     except (struct.error, IndexError, ValueError):
-        return set(), set()
+        return set()

@@ -16,10 +16,8 @@ from llvmlite.binding import ffi, newpassmanagers
 
 from ...ir.core import IRError, Operation
 from ...ir.target import Target
-from ...runtime.artifact import join_objects
 from .half import add_half_conversions
 from .host import HostProgram, ModuleEmitter
-from .pieces import Pieces
 from .target import target_machine
 
 __all__ = ["CompiledObject", "compile_module", "emit_object", "optimize", "parse"]
@@ -63,42 +61,27 @@ def compile_module(module: Operation, target: Target, *, stepwise: bool = False)
 
     NotImplementedError names an op without a lowering; IRError reports malformed input.
     """
-    llvm = ir.Module("aicc")
-    _describe(llvm, target)
-
-    def machine_code(text: str) -> bytes:
-        parsed = _verified(text, llvm.name)
-        optimize(parsed, target)
-        return emit_object(parsed, target)
-
-    with Pieces(llvm, machine_code) as pieces:
-        emitter = ModuleEmitter(module, target, llvm, pieces)
-        programs = {op["sym_name"]: emitter.host(op, stepwise) for op in module.body if op.name == "func" and not op["private"]}
-        add_half_conversions(llvm, target)
-        objects, text = pieces.finish()
-    return CompiledObject(join_objects(objects), text, tuple(emitter.exported), programs, dict(emitter.errors.messages), target)
+    emitter = ModuleEmitter(module, target)
+    programs = {op["sym_name"]: emitter.host(op, stepwise) for op in module.body if op.name == "func" and not op["private"]}
+    add_half_conversions(emitter.llvm, target)
+    parsed, text = parse(emitter.llvm, target)
+    optimize(parsed, target)
+    code = emit_object(parsed, target)
+    return CompiledObject(code, text, tuple(emitter.exported), programs, dict(emitter.errors.messages), target)
 
 
 def parse(module: ir.Module, target: Target) -> tuple[binding.ModuleRef, str]:
     """The module as LLVM's own object, verified, and its text. IRError if LLVM rejects it, which is a bug of the emitter."""
-    _describe(module, target)
-    text = str(module)
-    return _verified(text, module.name), text
-
-
-def _describe(module: ir.Module, target: Target) -> None:
     machine = target_machine(target)
     module.triple = machine.triple
     module.data_layout = str(machine.target_data)
-
-
-def _verified(text: str, name: str) -> binding.ModuleRef:
+    text = str(module)
     try:
         parsed = _parsed(text)
         parsed.verify()
     except RuntimeError as e:
-        raise IRError(f"LLVM rejects the generated code of '{name}': {str(e)[:2000]}") from e
-    return parsed
+        raise IRError(f"LLVM rejects the generated code of '{module.name}': {str(e)[:2000]}") from e
+    return parsed, text
 
 
 def emit_object(parsed: binding.ModuleRef, target: Target) -> bytes:

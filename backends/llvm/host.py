@@ -28,7 +28,6 @@ from .copies import copy_kernel
 from .kernel import emit_kernel
 from .loops import LoopSite, emit_loop
 from .parallel import Piece, emit_launcher, emit_side_by_side
-from .pieces import Pieces
 from .scalars import ScalarEmitter, at_block
 from .scratch import ErrorTable
 from .values import I32, I64, PTR, memory_type, stack_slot
@@ -57,14 +56,12 @@ class HostProgram:
 class ModuleEmitter:
     """Emits the functions of one module; kernels are emitted when first launched."""
 
-    def __init__(self, module: Operation, target: Target, llvm: ir.Module, pieces: Pieces):
+    def __init__(self, module: Operation, target: Target, name: str = "aicc"):
         self.target = target
-        self.pieces = pieces
-        self.beside = any(op.attributes.get("beside") for func in module.body if func.name == "func" for op in func.body)
         self.source = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
         self.functions = {op["sym_name"]: op for op in module.body if op.name == "func"}
         self.steps: dict[str, ir.Function] = {}
-        self.llvm = llvm
+        self.llvm = ir.Module(name)
         self.errors = ErrorTable()
         self.launchers: dict[tuple[str, frozenset[int]], tuple[Operation, ir.Function]] = {}
         self.same: dict[str, tuple[ir.Function, ir.Function]] = {}
@@ -82,12 +79,8 @@ class ModuleEmitter:
                 raise IRError(f"'host.launch' of unknown kernel '@{name}'; the module has {known}")
             key = f"{sorted(nontemporal)} {_structure(kernel)}"
             if key not in self.same:
-                before = set(self.llvm.globals)
                 function = emit_kernel(self.llvm, kernel, self.target, self.errors, nontemporal)
-                launcher = emit_launcher(self.llvm, kernel, function)
-                self.same[key] = launcher, function
-                made = [f for f in self.llvm.functions if f.blocks and f.name not in before]
-                self.pieces.add(made, shared=[launcher, function] if self.beside else [launcher])
+                self.same[key] = emit_launcher(self.llvm, kernel, function), function
             self.launchers[name, nontemporal] = kernel, self.same[key][0]
             if not nontemporal:
                 self.functions_of[name] = self.same[key][1]
