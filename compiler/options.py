@@ -77,7 +77,7 @@ class Options:
                 value = str(value)
             elif type(value) is not type(fields[name].default):  # True is no number of bytes
                 raise ValueError(f"option '{key}' must be a {type(fields[name].default).__name__}, got {value!r}")
-            elif name.endswith("_bytes") and value < 0:
+            elif isinstance(value, int) and value < 0:
                 raise ValueError(f"option '{key}' must not be negative, got {value!r}")
             given[name] = value
         given["mode"] = _SPELLINGS.get(given["mode"], given["mode"])
