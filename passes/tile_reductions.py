@@ -31,7 +31,7 @@ from .tiling.cpu_tiles import contraction_tile, is_depthwise
 
 __all__ = ["TileReductions"]
 
-DEEP = 32
+DEEP = 64
 """Fewest steps of K: with fewer, folding a tile costs as much as making it."""
 LARGE = 1 << 15
 """Fewest elements of the result: fewer are read again from the first-level cache."""

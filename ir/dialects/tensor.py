@@ -140,7 +140,8 @@ define("tensor.scatter", "a copy of `init` into which, for each point of the spa
 define("tensor.fused", "ops that become one kernel; the region takes the operands and yields the results, each perhaps "
        "in another shape with its elements in the same order", operands="inputs*",
        results="results*", attrs={"kernel": optional("", "name of the kernel"), "why": optional("", "why they belong together"),
-                               "tile": optional((), "measured to be best: the fields of `GpuTile` or `CpuTile`")},
+                               "tile": optional((), "measured to be best: the fields of `GpuTile` or `CpuTile`"),
+                               "ranges": optional((), "streams: [n, b]: operands n to n + 3 say which blocks of b steps each block of b rows needs")},
        regions=1, traits=[Trait.Pure, Trait.IsolatedFromAbove])
 define("tensor.library", "ops that one call of a vendor's library computes: their meaning is the region, which takes the operands and yields "
        "the result", operands="inputs*",

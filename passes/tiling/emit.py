@@ -39,11 +39,11 @@ class Emitter:
     shape: tuple[int, int]
     symbols: Bounds
     variables: dict[str, Value] = field(default_factory=dict)
-    ranges: dict[str, tuple[Dim, Dim | None]] = field(default_factory=dict)
+    ranges: dict[str, tuple[Dim | None, Dim | None]] = field(default_factory=dict)
     coarse: frozenset[str] = frozenset()  # functions that may be a few float32 ulp off
 
-    def fresh(self, value: Value, low: Dim, high: Dim | None) -> Dim:
-        """A new loop variable for `value`, known to lie in [low, high]."""
+    def fresh(self, value: Value, low: Dim | None, high: Dim | None) -> Dim:
+        """A new loop variable for `value`, known to lie in [low, high] (None: nothing is known)."""
         name = f"L{len(self.variables)}"
         self.variables[name] = value
         self.ranges[name] = (low, high)

@@ -159,7 +159,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
             tile = (hint.rows, hint.columns)
             groups = ", for a loader and two groups of warps" if suits_warp_groups(stream, target) else ""
             ctx.remark("note", f"a stream in tiles of {hint.rows} rows by {hint.columns} steps{groups}", members[0].location)
-            grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges, coarse=coarse), buffers, tile, relaxed).emit()
+            given = [buffers[a] for a in fused.body.args[fused["ranges"][0]:]] if fused["ranges"] else []
+            grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges, coarse=coarse), buffers, tile, relaxed, given).emit()
         else:
             chosen = CpuTile(*(fused["tile"] or square_tile(target, stream.row_count, stream.length)))
             tile = (chosen.rows, chosen.columns)
@@ -188,7 +189,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
                 chosen = CpuTile(*fused["tile"])
                 gemm, limits = (chosen.rows, chosen.columns, gemm[2]), (chosen.block_rows, chosen.block_steps, chosen.block_columns)
             grid = emit_contraction(products, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges, coarse=coarse), buffers, gemm, limits,
-                                    prologue[0] if prologue else None)
+                                    prologue)
     else:
         frame = analyse(fused, ranges)
         choice = choose_tile(frame, _loop_lanes(members, target), gpu=target.is_gpu)
