@@ -173,8 +173,8 @@ class _Columns:
             nothing = [self._neutral(scope.e, op, k) for op, k in self.keys]
             points = [self.low.scope(scope.e, {**scope.at, f: at[f] + n}, scope.active) for n in range(rows)]
             read = [self.low.stage(point, self.roots, self.keys, nothing) for point in points]
-            for buffer, values, (op, k) in zip(sums, zip(*read, strict=True), self.keys, strict=True):
-                combine = COMBINE_OPS[op["combine"][k]]
+            for buffer, found, (op, k) in zip(sums, zip(*read, strict=True), self.keys, strict=True):
+                combine, values = COMBINE_OPS[op["combine"][k]], list(found)
                 while len(values) > 1:  # a power of two
                     values = [scope.e.builder.arith(combine, a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
                 scope.e.store(buffer, scope.e.builder.arith(combine, scope.e.load(buffer, place), values[0]), place)

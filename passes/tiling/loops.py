@@ -19,7 +19,7 @@ from typing import Any
 from ...ir import Builder, Dim, IRError, Operation, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
 from ...ir.expr import ceildiv, free_symbols, minimum, product, substitute
-from ...ir.ranges import simplify
+from ...ir.ranges import simplify, split_linear
 from ...ir.types import DTYPES, index
 from ..structured import body_ops
 from .columns import emit_columns, sums_columns
@@ -70,7 +70,7 @@ class Lowering:
         axes = []
         t = self.tile
         # On GPUs programs of successive numbers run together: along contiguous memory they share its pages.
-        for f in sorted(self.frame.outer, key=lambda f: f == t.vector) if self.gpu else self.frame.outer:
+        for f in sorted(self.frame.outer, key=lambda f: f == t.vector) if self.gpu else self._as_read():
             if f == t.vector:
                 per = t.shape[1] if self.staged and not self.by_columns else t.chunk
                 axes.append((f, ceildiv(self.frame.sizes[f], per), per))
@@ -79,6 +79,20 @@ class Lowering:
             else:
                 axes.append((f, self.frame.sizes[f], 1))
         return axes
+
+    def _as_read(self) -> list[str]:
+        """The outer dimensions in the order in which the largest operand lies in memory, if nothing is summed: short runs are read one behind the
+        other and written apart (heads that move past positions), which costs less than the other way round. Transposing tiles go along the lines that
+        they read, so that neighbours use the same pages."""
+        outer = self.frame.outer
+        if self.tile.row is not None and not self.staged:
+            return sorted(outer, key=lambda f: f == self.tile.row)
+        reads = [(x.weight * x.bytes, x.offset) for x in self.frame.accesses if not x.is_store and isinstance(x.weight, int)]
+        if self.staged or not reads:
+            return outer
+        walked = [split_linear(max(reads, key=lambda x: x[0])[1], f) for f in outer]
+        strides = {f: s[0] for f, s in zip(outer, walked, strict=True) if s is not None and isinstance(s[0], int) and s[0] > 0}
+        return sorted(outer, key=lambda f: -strides[f]) if len(strides) == len(outer) else outer
 
     def emit(self) -> list[Dim]:
         axes = self.grid()
