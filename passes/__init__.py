@@ -37,6 +37,7 @@ from . import (
     stream,
     tiling,
     turn_streams,
+    two_streams,
     unpad_concatenations,
     winograd,
 )

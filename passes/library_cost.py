@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ..ir import Target
 from .tiling.gpu_tiles import gemm_tile_gpu, tile_rate
 
-__all__ = ["Work", "generated_seconds", "library_seconds", "turning_pays", "unpack_seconds"]
+__all__ = ["BYTES", "LAUNCH", "TILE", "Work", "generated_seconds", "library_seconds", "memory_rate", "peak_rate", "turning_pays", "unpack_seconds"]
 
 LAUNCH = 2e-6
 """Seconds that one more kernel costs the device: its start and end overlap with nothing."""
@@ -67,6 +67,17 @@ class Work:
 
 TURNED_SHARE = 0.17
 """What a generated kernel reaches whose operand is contiguous along neither the summed dimensions nor one walk of the others (H100)."""
+
+
+def memory_rate(target: Target) -> float:
+    """Bytes/s that kernels reach."""
+    return MEMORY_SHARE * _rates(target).bandwidth
+
+
+def peak_rate(target: Target, kind: str, library: bool = False) -> float:
+    """FLOP/s that generated kernels (or the library's) reach on the whole device, by the type in which they compute."""
+    known = kind if kind in GENERATED_SHARE else "f32"
+    return (LIBRARY_SHARE if library else GENERATED_SHARE)[known] * _rates(target).flops[known] * max(1, target.multiprocessors)
 
 
 def turning_pays(target: Target, kind: str, flops: float, moved: float) -> bool:

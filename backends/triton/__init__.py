@@ -25,7 +25,7 @@ from ...ir.core import IRError, Operation
 from ...ir.expr_json import expr_to_json
 from ...ir.target import Target
 from .compile import CompiledKernel, compile_kernel, triton_cache
-from .host import Copy, Launch, Program, Step, build_program
+from .host import Copy, Launch, Program, Step, Wait, build_program
 from .native import NativeHost, emit_native
 from .printer import KernelSource, print_kernel
 from .warp_groups import print_warp_groups
@@ -136,8 +136,10 @@ def program_json(
 
 
 def _step(step: Step) -> list[Any]:
+    if isinstance(step, Wait):
+        return ["wait", step.stream]
     if isinstance(step, Launch):
-        return ["launch", step.kernel, [p.to_json() for p in step.buffers], step.line]
+        return ["launch", step.kernel, [p.to_json() for p in step.buffers], step.stream, step.line]
     if isinstance(step, Copy):
-        return ["copy", step.source.to_json(), step.target.to_json(), expr_to_json(step.bytes), step.line]
-    return ["product", {name: p.to_json() for name, p in step.places.items()}, dict(step.shape), step.line]
+        return ["copy", step.source.to_json(), step.target.to_json(), expr_to_json(step.bytes), step.stream, step.line]
+    return ["product", {name: p.to_json() for name, p in step.places.items()}, dict(step.shape), step.stream, step.line]
