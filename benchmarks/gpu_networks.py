@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .networks import BertEncoder
 
-__all__ = ["Bert", "Gpt", "Inception", "Llama", "LlamaDecode", "LlamaDecodeFunctional", "ResNet50", "Towers", "mlp"]
+__all__ = ["Bert", "Gpt", "Inception", "Llama", "LlamaDecode", "LlamaDecodeFunctional", "ResNet50", "Towers", "TwoEncoders", "mlp"]
 
 
 class RMSNorm(nn.Module):
@@ -254,3 +254,16 @@ class Towers(nn.Module):
         for tower in self.towers[1:]:
             y = y + tower(x)
         return y
+
+
+class TwoEncoders(nn.Module):
+    """A picture's and a text's encoder (twelve layers each, as in CLIP) and how well their means fit: `[b, 197, 768]`, `[b, 77, 512]` to `[b]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.picture, self.text = BertEncoder(768, 12, 12), BertEncoder(512, 12, 8)
+        self.project = nn.Linear(768, 512)
+
+    def forward(self, picture: Tensor, text: Tensor) -> Tensor:
+        a, b = self.project(self.picture(picture).mean(1)), self.text(text).mean(1)
+        return F.cosine_similarity(a.float(), b.float(), -1)

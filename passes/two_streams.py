@@ -20,18 +20,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..ir import Target
 from ..ir.builder import Builder
 from ..ir.core import Operation, Value
 from ..ir.expr import product
 from ..ir.passes import Pass, PassContext, register
+from .library import library_shape
 from .library_cost import BYTES, LAUNCH, TILE, memory_rate, peak_rate
 from .side_by_side import buffers_of
 from .stream_order import STEPS
 
-__all__ = ["StepCost", "TwoStreams", "region_gain", "step_cost"]
+__all__ = ["StepCost", "TwoStreams", "lanes", "region_gain", "step_cost"]
 
 HOST = 4.5e-6
 """Seconds that the host needs for a launch where launches are not replayed."""
@@ -41,7 +42,10 @@ WAIT = 1.5e-6
 """Seconds that a stream stands still for an event of the other one, or for an edge between branches of a CUDA graph."""
 GAIN, GAIN_SHARE = 3e-6, 0.1
 """The least that a region must gain, in seconds and of what it takes on one stream: kernels that fill the device are in each other's way."""
-WINDOW = 32
+CHAIN = 8
+"""Steps of a chain that is rather launched on a stream of its own than merged with another one step by step."""
+WINDOW = 192
+"""Steps of a region: two encoders of twelve layers fit in."""
 ROOM = 64 << 20
 
 
@@ -60,16 +64,16 @@ class StepCost:
 
 
 def step_cost(op: Operation, kernels: Mapping[str, Operation], target: Target) -> StepCost | None:
-    """Of a launch, library call or copy of known sizes; None: nothing is known."""
-    written = op.operands[1:] if op.name == "host.copy" else op.operands[len(op.operands) - op["outputs"]:]
-    made = sum(v.type.numel * v.type.dtype.bytes for v in written)  # type: ignore[attr-defined]
+    """Of a launch, library call or copy of known sizes, on buffers or on tensors; None: nothing is known."""
+    made = sum(v.type.numel * v.type.dtype.bytes for v in _written(op))  # type: ignore[attr-defined]
     if not isinstance(made, int):
         return None
     if op.name == "host.copy":
         return StepCost(2 * made / memory_rate(target), min(1.0, made / (1 << 20)), made)
-    if op.name == "host.library":
-        return _library_cost(op, target, made)
-    kernel = kernels.get(op["kernel"].name) if op.name == "host.launch" else None
+    if op.name in ("host.library", "tensor.library"):
+        shape = op["shape"] if op.name == "host.library" else library_shape(op, target)
+        return _library_cost(shape, target, made)
+    kernel = kernels.get(op["kernel"].name) if op.name in ("host.launch", "tile.launch") else None
     if kernel is None:
         return None
     programs, moved, flops = product(kernel["grid"]), kernel["bytes"], kernel["flops"]
@@ -80,16 +84,26 @@ def step_cost(op: Operation, kernels: Mapping[str, Operation], target: Target) -
     return StepCost(max(moved / memory_rate(target), flops / rate) / share, share, made)
 
 
-def _library_cost(op: Operation, target: Target, made: int) -> StepCost | None:
-    sizes = op["shape"].get("sizes", ())
+def _written(op: Operation) -> Sequence[Value]:
+    """Results of a step; not the temporary memory of a library call, which those of one stream share."""
+    if op.name in ("tile.launch", "tensor.library"):
+        return op.results
+    if op.name == "host.copy":
+        return op.operands[1:]
+    if op.name == "host.library":
+        return [op.operands[op["roles"].index("d")]]
+    return op.operands[len(op.operands) - op["outputs"]:] if op.name == "host.launch" else ()
+
+
+def _library_cost(shape: Mapping[str, Any], target: Target, made: int) -> StepCost | None:
+    sizes = shape.get("sizes", ())
     if len(sizes) != 4 or not all(isinstance(n, int) for n in sizes):
         return None
     batch, m, n, k = sizes
     tiles = batch * -(-m // TILE) * -(-n // TILE)
     share = min(1.0, max(0.125, tiles / max(1, target.multiprocessors)))  # few tiles are split along K
-    result = op.operands[op["roles"].index("d")].type
-    kind = op.operands[0].type.dtype.name  # type: ignore[attr-defined]
-    moved = batch * ((m * k + k * n) * BYTES.get(kind, 4) + m * n * result.dtype.bytes)  # type: ignore[attr-defined]
+    kind = shape["types"]["a"]
+    moved = batch * (m * k + k * n) * BYTES.get(kind, 4) + made
     return StepCost(max(moved / memory_rate(target), 2.0 * batch * m * n * k / peak_rate(target, kind, library=True)) / share, share, made)
 
 
@@ -135,9 +149,6 @@ class _Step:
     reads: frozenset[int]
     writes: frozenset[int]
 
-    def depends(self, other: _Step) -> bool:
-        return not (self.writes.isdisjoint(other.reads) and self.writes.isdisjoint(other.writes) and self.reads.isdisjoint(other.writes))
-
 
 @dataclass(frozen=True, eq=False)
 class _Region:
@@ -145,6 +156,8 @@ class _Region:
 
     steps: Sequence[_Step]
     streams: tuple[Sequence[_Step], Sequence[_Step]]
+    longest: tuple[Sequence[_Step], Sequence[_Step]]
+    """The longest component on each."""
     gain: float
 
     def build(self) -> None:
@@ -172,6 +185,37 @@ class _Region:
             if number:
                 s.op.attributes["stream"] = 1
         Builder(block, end, first.location).create("host.wait", (), {"stream": 0, "on": 1})
+        for stream in self.streams:
+            _share_workspace([s.op for s in stream if s.op.name == "host.library"])
+
+
+def _share_workspace(products: Sequence[Operation]) -> None:
+    """Products of one stream run one after the other: one block of temporary memory is enough for those that want as much."""
+    first: dict[object, Value] = {}
+    for op in products:
+        at = op["roles"].index("workspace")
+        shared = first.setdefault(op.operands[at].type, op.operands[at])
+        op.set_operands([*op.operands[:at], shared, *op.operands[at + 1:]])
+
+
+def lanes(func: Operation, kernels: Mapping[str, Operation], target: Target, replayed: bool) -> dict[Operation, tuple[int, int]]:
+    """Launches of a function of `tile.launch` in regions whose chains, of at least CHAIN steps, are worth two streams: (region, stream) of each.
+
+    `merge-launches` does not make one kernel of two that are on different streams, which would tie the chains together.
+    """
+    found: dict[Operation, tuple[int, int]] = {}
+    for number, region in enumerate(_Finder(func, kernels, target, replayed).regions()):
+        if all(len(stream) >= CHAIN for stream in region.longest):
+            found.update({s.op: (number, i) for i, stream in enumerate(region.streams) for s in stream})
+    return found
+
+
+_VALUE_STEPS = ("tile.launch", "tensor.library", "tensor.extern", "tensor.assign", "loop")
+
+
+def _touched(op: Operation) -> tuple[Sequence[Value], Sequence[Value]]:
+    """What a step reads and what it writes: memory, or before there is memory, values."""
+    return (op.operands, op.results) if op.name in _VALUE_STEPS else buffers_of(op)
 
 
 class _Finder:
@@ -191,13 +235,13 @@ class _Finder:
         """Steps that nothing parts: no operator call, and nothing whose cost is unknown."""
         runs: list[list[_Step]] = [[]]
         for op in self.func.body:
-            if op.name not in STEPS or op.attributes.get("cached"):
+            if op.name not in (*STEPS, *_VALUE_STEPS) or op.attributes.get("cached"):
                 continue
-            cost = step_cost(op, self.kernels, self.target) if op.name in ("host.launch", "host.copy", "host.library") else None
+            cost = step_cost(op, self.kernels, self.target) if op.name not in ("host.loop", "host.extern", "loop", "tensor.extern") else None
             if cost is None:
                 runs.append([])
                 continue
-            reads, writes = (frozenset(self.numbers.setdefault(v, len(self.numbers)) for v in side) for side in buffers_of(op))
+            reads, writes = (frozenset(self.numbers.setdefault(v, len(self.numbers)) for v in side) for side in _touched(op))
             runs[-1].append(_Step(len(runs[-1]), op, cost, reads, writes))
         return [r for r in runs if len(r) > 1]
 
@@ -226,34 +270,57 @@ class _Finder:
         return chosen[::-1]
 
     def _from(self, steps: list[_Step], begin: int) -> list[_Region]:
-        """Regions that gain and begin with this step."""
+        """Regions that gain and begin with this step. Each ends before a step in which components meet, or where there is no room for more."""
         found: list[_Region] = []
-        components: list[list[_Step]] = []
-        held = 0
-        for end in range(begin, min(len(steps), begin + WINDOW)):
+        parent: dict[int, int] = {}  # step -> another one of its component
+        writer: dict[int, int] = {}  # buffer -> the step that wrote it last
+        readers: dict[int, list[int]] = {}  # and those that have read it since
+
+        def root(i: int) -> int:
+            while parent[i] != i:
+                parent[i] = parent[parent[i]]
+                i = parent[i]
+            return i
+
+        def take(end: int) -> None:
+            members: dict[int, list[_Step]] = {}
+            for i in parent:
+                members.setdefault(root(i), []).append(steps[i])
+            if len(members) > 1:
+                region = self._dealt(steps[begin:end], list(members.values()))
+                if region.gain >= max(GAIN, GAIN_SHARE * sum(s.cost.seconds for s in region.steps)):
+                    found.append(region)
+
+        held, end = 0, begin
+        while end < min(len(steps), begin + WINDOW):
             step = steps[end]
             held += step.cost.bytes
             if held > ROOM:
                 break
-            joined = [c for c in components if any(step.depends(other) for other in c)]
-            if len(joined) == len(components) > 1:
-                break  # all meet again: a region that goes on is two
-            kept = [c for c in components if c not in joined]
-            components = [*kept, [*(s for c in joined for s in c), step]]
-            if len(components) > 1:
-                region = self._dealt(steps[begin:end + 1], components)
-                if region.gain >= max(GAIN, GAIN_SHARE * sum(s.cost.seconds for s in region.steps)):
-                    found.append(region)
+            before = {root(writer[v]) for v in (*step.reads, *step.writes) if v in writer}
+            before |= {root(i) for v in step.writes for i in readers.get(v, ())}
+            if len(before) > 1:
+                take(end)
+            parent[end] = end
+            for other in before:
+                parent[other] = end
+            for v in step.reads:
+                readers.setdefault(v, []).append(end)
+            for v in step.writes:
+                writer[v], readers[v] = end, []
+            end += 1
+        take(end)
         return found
 
     def _dealt(self, steps: Sequence[_Step], components: Sequence[Sequence[_Step]]) -> _Region:
         """The longest component first, each to the stream with less to do."""
         streams: tuple[list[_Step], list[_Step]] = ([], [])
         total = [0.0, 0.0]
-        for c in sorted(components, key=lambda c: -sum(s.cost.seconds for s in c)):
+        ordered = sorted(components, key=lambda c: -sum(s.cost.seconds for s in c))
+        for c in ordered:
             to = 0 if total[0] <= total[1] else 1
             streams[to].extend(c)
             total[to] += sum(s.cost.seconds for s in c)
         first, second = (sorted(s, key=lambda step: step.at) for s in streams)
         gain = region_gain([[s.cost for s in first], [s.cost for s in second]], self.replayed)
-        return _Region(steps, (first, second), gain)
+        return _Region(steps, (first, second), (ordered[0], ordered[1]), gain)

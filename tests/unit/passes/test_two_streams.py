@@ -153,3 +153,31 @@ def test_the_model_counts_the_device_the_host_and_the_waits() -> None:
     assert region_gain([[whole], [whole]], replayed=True) == pytest.approx(2e-6 - 3e-6), "only one launch is hidden"
     short = StepCost(1e-6, 0.1)
     assert region_gain([[short] * 4, [short] * 4], replayed=False) < 0, "the host is what everything waits for"
+
+
+def long_chains(n: int) -> str:
+    """Two chains of n launches of one kernel, one after the other."""
+    body = launch("a0", "small", "x") + launch("b0", "small", "y")
+    first = "".join(launch(f"a{i}", "small", f"a{i - 1}") for i in range(1, n))
+    second = "".join(launch(f"b{i}", "small", f"b{i - 1}") for i in range(1, n))
+    a0, b0 = body.splitlines(keepends=True)
+    return a0 + first + b0 + second + launch("z", "join", f"a{n - 1}", f"b{n - 1}") + "return(%z)"
+
+
+def test_long_chains_are_not_tied_together_by_merging() -> None:
+    """The first launch of the second chain could be one kernel with the last of the first chain; then the chains would follow each other."""
+    small = KERNELS.replace("bytes = 3000000", "bytes = 2000000")
+    counts = {}
+    for merge in ("merge-launches{replayed=true}", "merge-launches{streams=2 replayed=true}"):
+        m = parse_module(f"""module {{level = "tile"}} {{
+          ^():{small}
+          func @main {{
+            ^(%x: {T}, %y: {T}):
+{long_chains(10)}
+          }}
+        }}""")
+        run_pipeline(m, parse_pipeline(f"{merge},bufferize,two-streams{{replayed=true}},plan-memory"), PassContext(target=GPU))
+        func = next(op for op in m.body if op.name == "func")
+        counts[merge] = [sum(step == ("small", s) for step in steps(func)) for s in (0, 1)]
+    tied, apart = counts.values()
+    assert apart == [10, 10] and min(tied) < 9
