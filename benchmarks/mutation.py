@@ -6,8 +6,9 @@ A mutant is one source file with one change: an operator swapped, a constant off
 negated, a statement dropped. First the tests of all the files (`TESTS`) run on the unchanged package, while `mutation_tests.py` notes which of
 them run which changed lines; one that fails there judges nothing. Then each mutant is written into a copy of the package in a temporary
 folder, and the tests that run its line run there (for what runs at import, those of its file): quickest first, as many as take `--budget`
-seconds unchanged, up to the first failure. A mutant that no test notices survives: it shows a missing test, or a change that means nothing (an
-equivalent mutant, such as a bound that no caller reaches). Messages, remarks, annotations and checks that only raise are left alone.
+seconds unchanged, up to the first failure. A run that is cut off goes on where it stopped, given the same `--baseline` and `--results` files.
+A mutant that no test notices survives: it shows a missing test, or a change that means nothing (an equivalent mutant, such as a bound that no
+caller reaches). Messages, remarks, annotations and checks that only raise are left alone.
 """
 
 from __future__ import annotations
@@ -33,30 +34,27 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
-_PROGRAMS = "tests/unit/passes/test_random_programs.py"
-_DETAILS = "tests/unit/passes/test_lowering_details.py"
-_LLVM = ("tests/unit/llvm/test_pointwise.py", "tests/unit/llvm/test_reductions.py", "tests/unit/llvm/test_against_interpreter.py")
+_PASSES, _LLVM, _FILECHECK, _FUSION = "tests/unit/passes", "tests/unit/llvm", "tests/filecheck", "tests/quality/test_fusion.py"
+_PROGRAMS, _RUN = "tests/unit/passes/test_random_programs.py", "tests/unit/runtime/test_compiled_programs.py"
+_MEMORY = ("tests/unit/passes/test_host_passes.py", "tests/unit/passes/test_memory_random.py", "tests/unit/passes/test_lowering_details.py")
 TESTS: dict[str, tuple[str, ...]] = {
-    "passes/decompose/": (_DETAILS, "tests/unit/passes/test_decompose.py", "tests/filecheck", _PROGRAMS),
-    "passes/tiling/": (_DETAILS, "tests/unit/passes/test_tiling.py", "tests/filecheck", _PROGRAMS, "tests/unit/passes/test_gpu_loops.py",
-                       "tests/unit/passes/test_model_kernels.py", "tests/unit/passes/test_stream.py", "tests/gpu/test_printer.py",
-                       "tests/gpu/test_warp_groups.py"),
-    "passes/fuse.py": ("tests/quality/test_fusion.py", "tests/filecheck", _PROGRAMS, "tests/unit/passes/test_tiling.py"),
-    "passes/inline.py": ("tests/filecheck", "tests/quality/test_fusion.py", _PROGRAMS),
-    "passes/layout.py": ("tests/filecheck", "tests/unit/passes/test_tiling.py", _PROGRAMS, "tests/unit/runtime/test_compiled_programs.py"),
-    "passes/pack.py": ("tests/filecheck", "tests/unit/passes/test_tiling.py", _PROGRAMS, "tests/unit/runtime/test_compiled_programs.py"),
-    "passes/sink_reshapes.py": ("tests/filecheck", "tests/unit/passes/test_reshape_map.py", _PROGRAMS),
-    "passes/bufferize.py": ("tests/unit/passes/test_host_passes.py", "tests/unit/passes/test_memory_random.py",
-                            "tests/unit/runtime/test_compiled_programs.py"),
-    "passes/plan_memory.py": (_DETAILS, "tests/unit/passes/test_host_passes.py", "tests/unit/passes/test_memory_random.py"),
+    "passes/decompose/": (_FILECHECK, _PASSES),
+    "passes/tiling/": (_FILECHECK, _FUSION, _PASSES, _LLVM, "tests/gpu/test_printer.py", "tests/gpu/test_warp_groups.py"),
+    "passes/fuse.py": (_FILECHECK, _FUSION, _PASSES),
+    "passes/inline.py": (_FILECHECK, _FUSION, _PROGRAMS),
+    "passes/layout.py": (_FILECHECK, _FUSION, _PASSES, _RUN),
+    "passes/pack.py": (_FILECHECK, "tests/unit/passes/test_tiling.py", _PROGRAMS, _RUN),
+    "passes/sink_reshapes.py": (_FILECHECK, "tests/unit/passes/test_reshape_map.py", "tests/unit/passes/test_reshapes.py", _PROGRAMS),
+    "passes/bufferize.py": (*_MEMORY, _RUN),
+    "passes/plan_memory.py": _MEMORY,
     "passes/fit.py": ("tests/unit/passes/test_fit.py", "tests/unit/passes/test_memory_random.py"),
-    "passes/schedule.py": ("tests/unit/passes/test_host_passes.py", "tests/unit/passes/test_memory_random.py"),
-    "passes/canonicalize.py": ("tests/filecheck", "tests/unit/passes/test_decompose.py", _PROGRAMS),
-    "backends/llvm/": ("tests/unit/llvm/test_integer_edges.py", "tests/unit/llvm/test_arith.py", *_LLVM),
-    "ir/expr.py": ("tests/unit/ir/test_expr.py", "tests/unit/ir/test_parser_expressions.py", "tests/unit/passes/test_tiling.py"),
-    "ir/ranges.py": ("tests/unit/ir/test_expr.py", "tests/unit/ir/test_parser_expressions.py", "tests/unit/passes/test_tiling.py"),
+    "passes/schedule.py": _MEMORY,
+    "passes/canonicalize.py": (_FILECHECK, "tests/unit/passes/test_decompose.py", _PROGRAMS),
+    "backends/llvm/": (_LLVM,),
+    "ir/expr.py": ("tests/unit/ir", "tests/unit/passes/test_tiling.py"),
+    "ir/ranges.py": ("tests/unit/ir", "tests/unit/passes/test_tiling.py"),
 }
-"""File, or folder, below the root -> tests, quickest first. The longest name that fits a file counts."""
+"""File, or folder, below the root -> tests. The longest name that fits a file counts."""
 
 DEFAULT = ("passes/decompose", "passes/tiling", "passes/fuse.py", "passes/inline.py", "passes/layout.py", "passes/bufferize.py",
            "passes/plan_memory.py", "backends/llvm/arith.py", "backends/llvm/tile_ops.py", "backends/llvm/masks.py", "ir/expr.py",
@@ -338,6 +336,14 @@ def judge(mutant: Mutant, tests: list[str], copies: Copies, limit: float) -> Out
     return Outcome(mutant, bool(how), how, time.monotonic() - start)
 
 
+def _known(path: Path | None, mutants: list[Mutant]) -> dict[str, Outcome]:
+    """The outcomes that a run before this one wrote to `path`, by the mutant's name."""
+    if path is None or not path.exists():
+        return {}
+    rows = {row["mutant"]: row for row in map(json.loads, path.read_text().splitlines())}
+    return {str(m): Outcome(m, row["killed"], row["how"], row["seconds"]) for m in mutants if (row := rows.get(str(m))) is not None}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("paths", nargs="*", default=list(DEFAULT), help="files and folders to mutate (default: the lowerings)")
@@ -348,6 +354,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=100, help="seconds of tests per mutant, as they take unchanged")
     parser.add_argument("--seconds", type=float, default=math.inf, help="for all of it: later, no mutant is begun")
     parser.add_argument("--baseline", type=Path, help="which tests run which lines: read from this file if it is there, else written to it")
+    parser.add_argument("--results", type=Path, help="outcomes as lines of JSON: those in the file are not judged again, new ones are added")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th mutant of the sample, from the i-th on")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     arguments = parser.parse_args()
@@ -357,7 +364,7 @@ def main() -> int:
     if arguments.list:
         print("\n".join(map(str, mutants[part::parts])))
         return 0
-    mine = range(len(mutants))[part::parts]
+    mine = list(range(len(mutants)))[part::parts]
     copies = Copies(arguments.jobs)
     try:
         start = time.monotonic()
@@ -374,13 +381,22 @@ def main() -> int:
         print(f"{len(mutants)} mutants (seed {arguments.seed}); {len(base.seconds)} tests pass unchanged in {sum(base.seconds.values()):.0f} s "
               f"({time.monotonic() - start:.0f} s by {arguments.jobs} jobs)", flush=True)
 
+        known = _known(arguments.results, mutants)
+
         def one(number: int) -> Outcome | None:
+            m = mutants[number]
+            if str(m) in known:
+                return known[str(m)]
             if time.monotonic() > until:
                 return None
-            m = mutants[number]
             outcome = judge(m, base.chosen(number, m, arguments.budget), copies, arguments.limit)
             print(f"{'killed  ' if outcome.killed else 'SURVIVED'} {outcome.seconds:5.0f} s  {m}  {outcome.how}", flush=True)
+            if arguments.results is not None:
+                row = {"mutant": str(m), "killed": outcome.killed, "how": outcome.how, "seconds": round(outcome.seconds, 1)}
+                with arguments.results.open("a") as file:
+                    print(json.dumps(row), file=file)
             return outcome
+        mine = sorted(mine, key=lambda n: -sum(base.seconds[t] for t in base.chosen(n, mutants[n], arguments.budget)))
         with ThreadPoolExecutor(arguments.jobs) as pool:
             outcomes = [o for o in pool.map(one, mine) if o is not None]
     finally:

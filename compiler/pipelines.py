@@ -17,6 +17,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
     """The passes of one stage, as text."""
     relax = "" if not options.emulate_precision_casts else "{relax-casts=false}"
     tiling = " ".join(["relax-casts=false"] * options.emulate_precision_casts + ["fast-math=true"] * options.fast_math)
+    winograd = "winograd" + f"{{budget={options.winograd_budget}}}" * (options.winograd_budget != Options.winograd_budget)
     tile = "tile" + f"{{{tiling}}}" * bool(tiling)
     choices = ["epilogues=false"] * options.emulate_precision_casts + ["replayed=true"] * options.replays
     fuse = "fuse{by-columns=true}" if target.is_gpu else "fuse"
@@ -44,7 +45,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             # Only where rounding may fall away: what is normalised is not rounded before the product.
             *(["spread-norms", "dce"] if target.is_gpu and options.fuse and not options.emulate_precision_casts else []),
             *(["turn-streams", "dce"] if options.fuse and not target.is_gpu else []),
-            *([] if target.is_gpu or not options.winograd else ["winograd"]),
+            *([] if target.is_gpu or not options.winograd else [winograd]),
             # Layouts and packed operands are new pointwise ops; their own producers merge into them (the second inline).
             "layout", *([] if target.is_gpu else ["factors"]), "pack", "inline", f"canonicalize{relax}", "cse", "dce",
             # Packed weights of recurrent layers leave the loop: what is packed once must be seen to be the same in every trip.
@@ -53,6 +54,8 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             # Streams of few programs become streams of parts first.
             *(["split-streams"] if target.is_gpu and options.fuse else []),
             *([f"stream{relax}"] if options.fuse else []),
+            # What is left of a product's readers: reductions of its tiles join its kernel.
+            *(["tile-reductions"] if options.fuse and not target.is_gpu else []),
             *(["split-reductions", "split-dimensions"] if target.is_gpu and options.fuse else []),
             fuse if options.fuse else "fuse{max-members=1}",
             # What crosses from kernel to kernel is known now.

@@ -63,21 +63,16 @@ def _bound(e: Dim, bounds: Bounds, upper: bool) -> Dim | None:
         for a in m:
             lo, hi = _atom_bounds(a, bounds)
             chosen = hi if want_upper else lo
-            if chosen is None and isinstance(a, Sym) and a.key not in bounds:
-                chosen = sym(a.key)  # a size: its own bound, compared symbolically
-            if chosen is None and not isinstance(a, Sym) and not free_symbols(Expr((((a,), 1),), 0)) & bounds.keys():
-                chosen = _atom(a)  # likewise: whatever it is, it is the same on both sides
+            fixed = not free_symbols(_atom(a)) & bounds.keys()
+            if chosen is None and fixed:
+                chosen = _atom(a)  # made of sizes only: its own bound, compared symbolically
             if chosen is None:
                 return None
-            if len(m) > 1 and not _sign_known(lo if lo is not None else chosen):
-                return None
+            if len(m) > 1 and not (known_nonnegative(lo) if lo is not None else fixed and _atom_nonnegative(a)):
+                return None  # the product of bounds is a bound of the product where no factor is negative
             term = _mul(term, chosen)
         total = _sum(total, term, 1)
     return total
-
-
-def _sign_known(e: Dim) -> bool:
-    return known_nonnegative(e)
 
 
 def upper_bound(e: Dim, bounds: Bounds) -> Dim | None:

@@ -35,6 +35,7 @@ from . import (
     spmd,
     spread_norms,
     stream,
+    tile_reductions,
     tiling,
     turn_streams,
     two_streams,

@@ -4,6 +4,9 @@ A score of -inf, which becomes a weight of 0, is the neutral element of every re
 skipped, and tiles that are masked nowhere need no mask. The inequalities are read off the bodies: select(position comparison, -inf, x), through what
 keeps -inf (adding, scaling by a positive constant) and what makes it 0 (exp) and keeps 0 (products).
 
+What a condition asks of loaded numbers (documents, lengths) says nothing while compiling: it is kept as a tree (`mask_tree.py`), which
+`block_ranges.py` evaluates for blocks of positions when the kernel runs.
+
 A skipped weight multiplies nothing: where the other operand is infinite or NaN under the mask, 0 * inf does not spoil the row.
 """
 
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING
 from ..ir import Dim, Operation, Value, element_type, sym
 from ..ir.expr import substitute
 from ..ir.ranges import simplify
+from .mask_tree import Tree, loads_data, tree_of
 
 if TYPE_CHECKING:
     from .stream_form import Stream
@@ -30,41 +34,48 @@ _NEGATED = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
 
 @dataclass
 class Alive:
-    """Points outside of `pairs` (each a < b, over the frame) contribute nothing. Where all hold, the conditions in `known` have these values."""
+    """Points outside of `pairs` (each a < b, over the frame) contribute nothing, nor do those where a tree of `data` does not hold. Where all pairs
+    hold, the conditions in `known` have these values; where all of `data` does, those in `known_by_data` do."""
 
     pairs: list[Pair] = field(default_factory=list)
     known: dict[Value, bool] = field(default_factory=dict)
+    data: list[Tree] = field(default_factory=list)
+    known_by_data: dict[Value, bool] = field(default_factory=dict)
 
 
 @dataclass
 class _Site:
-    """A select whose condition decides: alive points have `truth`, which implies `pairs`, and is implied by them if `complete`."""
+    """A select whose condition decides: alive points have `truth`, which implies `pairs`, and is implied by them if `complete`.
+    `tree` says it whole."""
 
     condition: Value
     truth: bool
     pairs: frozenset[Pair]
     complete: bool
+    tree: Tree
 
 
 def dead_where(s: Stream) -> Alive:
     """The pairs that every reduction and second contraction of the stream agrees on."""
     reader = _Reader(s)
-    common: frozenset[Pair] | None = None
+    common: frozenset[Pair | Tree] | None = None
     for op in [*s.reductions, *s.seconds]:
         pairs = reader.of_reduction(op)
         common = pairs if common is None else common & pairs
-    alive = sorted(common or (), key=str)
-    known = {site.condition: site.truth for site in reader.sites if site.complete and site.pairs <= set(alive)}
-    return Alive(alive, known)
+    found = common or frozenset()
+    alive: list[Pair] = sorted((p for p in found if not isinstance(p[0], str)), key=str)  # type: ignore[misc]
+    trees = list(dict.fromkeys(site.tree for site in reader.sites if site.tree in found))
+    return Alive(alive, {site.condition: site.truth for site in reader.sites if site.complete and site.pairs <= set(alive)}, trees,
+                 {site.condition: site.truth for site in reader.sites if site.tree in found})
 
 
 class _Reader:
     def __init__(self, s: Stream):
         self.s = s
         self.sites: list[_Site] = []
-        self.memo: dict[tuple[Value, str], frozenset[Pair]] = {}
+        self.memo: dict[tuple[Value, str], frozenset[Pair | Tree]] = {}
 
-    def of_reduction(self, op: Operation) -> frozenset[Pair]:
+    def of_reduction(self, op: Operation) -> frozenset[Pair | Tree]:
         if op in self.s.seconds:
             return self._operand(op, self.s.streamed(op), "zero")
         wanted = {"max": "low", "sum": "zero"}
@@ -72,19 +83,19 @@ class _Reader:
             op["combine"], op.body.terminator.operands, strict=True)]
         return frozenset.intersection(*found)
 
-    def _operand(self, op: Operation, v: Value, want: str) -> frozenset[Pair]:
+    def _operand(self, op: Operation, v: Value, want: str) -> frozenset[Pair | Tree]:
         made = v.defining_op
         if made is None or made not in self.s.full:
             return frozenset()
         return self._of(made, made.body.terminator.operands[made.results.index(v)], want)  # type: ignore[arg-type]
 
-    def _of(self, op: Operation, x: Value, want: str) -> frozenset[Pair]:
-        """Pairs outside of which the scalar `x` of op's body is -inf (want "low") or 0 ("zero")."""
+    def _of(self, op: Operation, x: Value, want: str) -> frozenset[Pair | Tree]:
+        """Pairs (and trees) outside of which the scalar `x` of op's body is -inf (want "low") or 0 ("zero")."""
         if (x, want) not in self.memo:
             self.memo[x, want] = self._compute(op, x, want)
         return self.memo[x, want]
 
-    def _compute(self, op: Operation, x: Value, want: str) -> frozenset[Pair]:
+    def _compute(self, op: Operation, x: Value, want: str) -> frozenset[Pair | Tree]:
         inner = x.defining_op
         if inner is None:
             return self._operand(op, op.operands[x.index], want)  # type: ignore[attr-defined]
@@ -105,7 +116,7 @@ class _Reader:
             return self._of(op, args[0], want) | self._of(op, args[1], want)
         return self._of(op, args[0], want) if name in ("div", "neg") else frozenset()
 
-    def _select(self, op: Operation, inner: Operation, want: str) -> frozenset[Pair]:
+    def _select(self, op: Operation, inner: Operation, want: str) -> frozenset[Pair | Tree]:
         condition, yes, no = inner.operands
         neutral = -math.inf if want == "low" else 0
         if _is_constant(yes, neutral):
@@ -115,8 +126,9 @@ class _Reader:
         else:
             return self._of(op, yes, want) & self._of(op, no, want)
         pairs, complete = self._implied(op, condition, truth)
-        self.sites.append(_Site(condition, truth, pairs, complete))
-        return pairs | self._of(op, rest, want)
+        tree = tree_of(self.s, op, condition, truth)
+        self.sites.append(_Site(condition, truth, pairs, complete, tree))
+        return pairs | ({tree} if loads_data(tree) else frozenset()) | self._of(op, rest, want)
 
     def _implied(self, op: Operation, c: Value, truth: bool) -> tuple[frozenset[Pair], bool]:
         """What holds if `c` is `truth`, and whether that is all that it says."""

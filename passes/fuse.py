@@ -19,14 +19,14 @@ from typing import ClassVar
 
 from ..ir import Block, Builder, Dim, Operation, Region, TensorType, Value
 from ..ir.dialects.tensor import fill_of, parallel_dims
-from ..ir.expr import product
+from ..ir.expr import free_symbols, product
 from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
-from .prologue import unpacks
+from .prologue import makes_rows, unpacks
 from .siblings import are_siblings
 from .split_dimensions import reshaping_view
 from .split_reductions import reduces_rows
-from .structured import body_ops, is_contraction, is_pointwise, plain_dims
+from .structured import PARTIAL, body_ops, is_contraction, is_pointwise, plain_dims
 from .tiling.gpu_tiles import COLUMNS
 from .topology import topological_sort
 
@@ -147,11 +147,13 @@ class Fuse(Pass):
         return groups
 
     def _take_prologue(self, g: Group, of: dict[Operation, Group], groups: list[Group], ctx: PassContext) -> None:
-        """Ops that unpack an operand of the group's contraction for it alone, and that are a group by themselves."""
+        """Ops that make an operand of the group's contraction for it alone, and that are a group by themselves."""
         assert g.contraction is not None
         for v in g.contraction.operands:
             maker = v.defining_op
-            if maker is None or maker not in of or of[maker].everything != [maker] or not unpacks(maker, g.contraction, ctx.target):
+            if maker is None or maker not in of or of[maker].everything != [maker]:
+                continue
+            if not unpacks(maker, g.contraction, ctx.target) and not makes_rows(maker, g.contraction, ctx.target):
                 continue
             groups.remove(of[maker])
             of[maker] = g
@@ -246,6 +248,8 @@ class Fuse(Pass):
         """The place of `op` in the (possibly extended) frame of `g`, or None if it does not fit."""
         if is_contraction(op) or len(g.members) >= self.max_members:
             return None
+        if g.contraction is not None and PARTIAL in op.attributes:
+            return (_place_of_part(g, op), g.frame) if _made_of(g, op) else None
         if g.contraction is not None and not (is_pointwise(op) and any(v in g.values for v in op.operands)):
             return None
         if len(set().union(*(m.operands for m in g.members), op.operands)) + len(g.values) > self.max_values:
@@ -292,6 +296,21 @@ class Fuse(Pass):
         if self.by_columns and long and all(isinstance(n, int) for n in frame) and not any(reduces_rows(m) for m in members if m["reductions"]):
             outer //= COLUMNS
         return outer >= self.parallel_enough
+
+
+def _made_of(g: Group, op: Operation) -> bool:
+    """The partial reduction reads what the product's group makes."""
+    return any(v in g.values and PARTIAL not in v.defining_op.attributes for v in op.operands)  # type: ignore[union-attr]
+
+
+def _place_of_part(g: Group, op: Operation) -> tuple[int, ...]:
+    """The frame's dimension of each of a partial reduction's: the part, and the place in it, both are what is reduced."""
+    place: dict[int, int] = {}
+    for v, m in zip(op.operands, op["maps"], strict=True):
+        if v in g.values and PARTIAL not in v.defining_op.attributes:  # type: ignore[union-attr]
+            for x, f in zip(m, g.places[v.defining_op], strict=True):  # type: ignore[index]
+                place |= dict.fromkeys((int(str(s)[1:]) for s in free_symbols(x)), f)
+    return tuple(place.get(d, 0) for d in range(len(op["dims"])))
 
 
 def _saved(g: Group, op: Operation) -> float:

@@ -69,10 +69,11 @@ def _merge(a: Factor, b: Factor, kind: str) -> Factor:
 
 class Dependence:
     """Memoised factors of the scalars in members' bodies. `kind_of(v)` says what a tensor is: "full" (of the inner space, computed by a member),
-    "reduction" or "row" (one value per row, which depends on reductions), or anything else."""
+    "reduction" or "row" (one value per row, which depends on reductions), or anything else. `infinite`: a maximum is also made finite by 0 in
+    place of both infinities (then exp(x - m) is inf where x is, and not NaN: for those who can merge that)."""
 
-    def __init__(self, kind_of: Callable[[Value], str]):
-        self.kind_of = kind_of
+    def __init__(self, kind_of: Callable[[Value], str], *, infinite: bool = False):
+        self.kind_of, self.infinite = kind_of, infinite
         self.known: dict[Value, Factor] = {}
 
     def of(self, op: Operation, scalar: Value) -> Factor:
@@ -89,10 +90,10 @@ class Dependence:
                 made = v.defining_op
                 assert made is not None
                 return self.of(made, made.body.terminator.operands[made.results.index(v)])  # type: ignore[arg-type]
-            if kind == "row" and (m := finite_of(v)) is not None and self.kind_of(m) == "reduction":
+            if kind == "row" and (m := finite_of(v, infinite=self.infinite)) is not None and self.kind_of(m) == "reduction":
                 return Factor("row", m, guarded=True)
             return Factor("row", v) if kind in ("reduction", "row") else FREE
-        y = _made_finite(x)
+        y = _made_finite(x, self.infinite)
         if y is not None and (f := self.of(op, y)).kind == "row":
             return replace(f, guarded=True)
         args = [self.of(op, a) for a in inner.operands]
@@ -127,20 +128,23 @@ class Dependence:
         return found if len(sides) == 2 and found == sides[1][0] and found.kind == "product" else _opaque()
 
 
-def finite_of(v: Value) -> Value | None:
-    """m where the tensor `v` is m, or 0 where m is -inf: the same shift, but that exp(-inf - m) is 0 even if everything is -inf."""
+def finite_of(v: Value, *, infinite: bool = False) -> Value | None:
+    """m where the tensor `v` is m, or 0 where m is -inf (or, with `infinite`, inf): the same shift, but that exp(-inf - m) is 0 even if everything
+    is -inf."""
     op = v.defining_op
     if op is None or op.name != "tensor.generic" or len(op.operands) != 1 or op["reductions"]:
         return None
-    return op.operands[0] if _made_finite(op.body.terminator.operands[0]) is op.body.args[0] else None
+    return op.operands[0] if _made_finite(op.body.terminator.operands[0], infinite) is op.body.args[0] else None
 
 
-def _made_finite(x: Value) -> Value | None:
-    """y where the scalar x is select(y == -inf, 0, y)."""
+def _made_finite(x: Value, infinite: bool) -> Value | None:
+    """y where the scalar x is select(y == -inf, 0, y), or (`infinite`) select(isinf(y), 0, y)."""
     choice = x.defining_op
     if choice is None or choice.name != "arith.select" or not _is_zero(choice.operands[1]):
         return None
     test, y = choice.operands[0].defining_op, choice.operands[2]
+    if infinite and test is not None and test.name == "arith.isinf" and test.operands[0] is y:
+        return y
     if test is None or test.name != "arith.eq" or test.operands[0] is not y:
         return None
     low = test.operands[1].defining_op

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 from ..ir import Block, Builder, Operation, Region, Target, TensorType, Value
 from ..ir.passes import Pass, PassContext, register
+from .block_ranges import BLOCK, block_ranges, worth_ranges
 from .rescale import Declined, TooLarge
 from .stream_access import why_slow
 from .stream_form import Stream
@@ -129,8 +130,9 @@ def _describe(s: Stream) -> str:
 
 
 
-def _outline(streams: Sequence[Stream], name: Callable[[int], str]) -> None:
-    """Makes each stream a `tensor.fused` of copies of its members, placed at the last of them, and erases the members.
+def _outline(streams: Sequence[Stream], name: Callable[[int], str], by_data: Callable[[Stream], bool]) -> None:
+    """Makes each stream a `tensor.fused` of copies of its members, placed at the last of them, and erases the members. `by_data`: whether its masks'
+    data are to say which blocks it skips.
 
     A value that two streams compute is stored by the first, for readers that are in no stream which computes it."""
     members = {op for s in streams for op in s.members}
@@ -141,7 +143,7 @@ def _outline(streams: Sequence[Stream], name: Callable[[int], str]) -> None:
         outputs = [r for op in inside for r in op.results if r not in stored and s.kind_of(r) not in ("first", "full") and _is_stored(r, streams)]
         if not outputs:
             continue  # its readers compute it themselves, or another stream stores it
-        fused = _fused(s, inside, outputs, name(k))
+        fused = _fused(s, inside, outputs, name(k), by_data(s))
         stored |= dict(zip(outputs, fused.results, strict=True))
     for old, new in stored.items():
         new.name = old.name
@@ -161,7 +163,7 @@ def _is_stored(v: Value, streams: Sequence[Stream]) -> bool:
     return False
 
 
-def _fused(s: Stream, members: Sequence[Operation], outputs: Sequence[Value], name: str) -> Operation:
+def _fused(s: Stream, members: Sequence[Operation], outputs: Sequence[Value], name: str, by_data: bool) -> Operation:
     inside = set(members)
     inputs = list(dict.fromkeys(v for op in members for v in op.operands if v.defining_op not in inside))
     last = members[-1]
@@ -169,8 +171,12 @@ def _fused(s: Stream, members: Sequence[Operation], outputs: Sequence[Value], na
     block = Block([v.type for v in inputs], [v.name for v in inputs])
     types = [TensorType(r.type.shape, r.type.dtype, r.type.strides) for r in outputs]  # type: ignore[attr-defined]
     at = Builder(last.parent, last, s.seconds[0].location)
-    fused = at.create("tensor.fused", inputs, {"kernel": name, "why": f"streams {_describe(s)}"}, types, [Region([block])])
+    ranges = block_ranges(s, at) if by_data else []
+    attrs = {"kernel": name, "why": f"streams {_describe(s)}"} | ({"ranges": (len(inputs), BLOCK)} if ranges else {})
     renamed: dict[Value, Value] = dict(zip(inputs, block.args, strict=True))
+    for v in ranges:
+        block.add_arg(v.type, v.name)
+    fused = at.create("tensor.fused", [*inputs, *ranges], attrs, types, [Region([block])])
     for op in members:
         block.append(op.clone(renamed))
     Builder(block, None, last.location).create("tensor.yield", [renamed[v] for v in outputs])
@@ -190,7 +196,9 @@ class StreamPass(Pass):
             found = _find_streams(func, ctx.target, lambda op, why: ctx.remark("declined", f"no streaming: {why}", op.location),
                                   self.relax_casts)
             for s in found:
-                ctx.remark("done", f"streams {_describe(s)}", s.seconds[0].location)
+                by_data = ctx.target.is_gpu and worth_ranges(s)
+                skips = ", in the blocks that its masks' data leave" if by_data else ""
+                ctx.remark("done", f"streams {_describe(s)}{skips}", s.seconds[0].location)
             if found:
-                _outline(found, lambda k: "stream" if k == 0 else f"stream_{k + 1}")
+                _outline(found, lambda k: "stream" if k == 0 else f"stream_{k + 1}", lambda s: ctx.target.is_gpu and worth_ranges(s))
                 topological_sort(func.body)

@@ -14,7 +14,7 @@ from ..ir.expr import fold, free_symbols, product, substitute
 from ..ir.ranges import Bounds, contiguous_linear, simplify
 from ..ir.types import i64
 
-__all__ = ["EXPENSIVE", "PLAIN", "body_ops", "composed_map", "constant_values", "identity_map", "identity_of", "in_order", "index_value",
+__all__ = ["EXPENSIVE", "PARTIAL", "PLAIN", "body_ops", "composed_map", "constant_values", "identity_map", "identity_of", "in_order", "index_value",
            "inline_into", "inline_into_gather", "is_contraction", "is_identity_view", "is_pointwise",
            "map_bounds", "plain_dims", "rebuild", "reshape_like", "space_bounds"]
 
@@ -24,6 +24,8 @@ EXPENSIVE = frozenset(f"arith.{n}" for n in (
 """Ops worth storing rather than computing twice."""
 PLAIN = "_plain"
 """Attribute of a sum of products that is to be a reduction like any other."""
+PARTIAL = "_partial"
+"""Attribute of a reduction over the part of a product that one program makes (`tile_reductions`): "columns" or "rows", and how many."""
 
 
 def identity_of(kind: str, dtype: DType) -> bool | int | float:

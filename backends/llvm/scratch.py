@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
 
+from ...ir.expr import Dim, Expr, ceildiv
 from ...ir.types import DType
 from .intrinsics import call, declare
 from .scalars import at_block
@@ -68,11 +69,19 @@ class Scratch:
                 self.cache["sink"] = stack_slot(b, ir.ArrayType(I64, max(16, 2 * self.k.lanes)), 64)
         return self.cache["sink"]
 
-    def private(self, key: object, size: int) -> ir.Value:
-        """`size` bytes that live as long as the function runs; the same for the same key."""
+    def private(self, key: object, size: Dim) -> ir.Value:
+        """`size` bytes that live as long as the function runs; the same for the same key. The size may depend on the kernel's symbols."""
         if key not in self.cache:
-            self.cache[key] = self._private(size)
+            self.cache[key] = self._private(size) if isinstance(size, int) else self._sized(size)
         return self.cache[key]
+
+    def _sized(self, size: Expr) -> ir.Value:
+        scalars = self.k.scalars
+        rounded = scalars.emit(ceildiv(size, 64) * 64)
+        with at_block(self.k.b, scalars.scopes[0].hoist):  # where the sizes are known
+            memory = call(self.k.b, "aligned_alloc", PTR, [I64(64), rounded])
+        self.heap.append(memory)
+        return memory
 
     def _private(self, size: int) -> ir.Value:
         with self._entry() as b:

@@ -152,8 +152,8 @@ class Resolver:
         elif op.name == "tile.index":
             shape = tuple(op["shape"])
             self.exprs[op.result] = self._at(op["expr"], op.operands, shape)
-        elif op.name in ("tile.load", "tile.store", "tile.keep"):
-            first = {"tile.load": 1, "tile.store": 2, "tile.keep": 3}[op.name]
+        elif op.name in ("tile.load", "tile.store"):
+            first = {"tile.load": 1, "tile.store": 2}[op.name]
             t = op.result.type if op.name == "tile.load" else op.operands[first - 1].type
             shape = tuple(as_int(n) for n in t.shape) if isinstance(t, TileType) else ()
             env = {**self._operands(op.operands[first:]), **_fixed(shape)}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llvmlite import ir
 
 from ...ir.core import Operation
-from ...ir.expr import Dim, as_int, free_symbols, substitute, sym
+from ...ir.expr import Dim, as_int, free_symbols, maximum, substitute, sym
 from ...ir.ranges import split_linear
 from ...ir.types import DTYPES, BufferType, DType, ScalarType, TileType, element_type
 from . import arith
@@ -21,9 +21,9 @@ from .amx import AmxTile, emit_amx_dot, enter, leave
 from .convert import emit_cast
 from .dot import GroupTile, emit_dot, takes_groups
 from .intrinsics import call
-from .keep import keep
 from .masks import LaneChunk
 from .shapes import emit_reduce, emit_reshape, emit_transpose
+from .sort import sort_rows
 from .symbolic import position
 from .values import I32, Tile, chunk_type, constant, memory_type, register_type, splat, with_widths
 
@@ -178,9 +178,9 @@ def _index_chunk(k: KernelEmitter, lanes: LaneChunk, e: Dim, dtype: DType) -> ir
 
 def private_buffer(k: KernelEmitter, op: Operation) -> None:
     t = op.result.type
-    assert isinstance(t, BufferType) and isinstance(t.numel, int)
-    span = sum((as_int(n) - 1) * as_int(s) for n, s in zip(t.shape, t.layout)) + 1
-    k.env[op.result] = k.scratch.private(op, max(1, span * t.dtype.bytes))
+    assert isinstance(t, BufferType)
+    span = sum((n - 1) * s for n, s in zip(t.shape, t.layout)) + 1
+    k.env[op.result] = k.scratch.private(op, maximum(1, span * t.dtype.bytes))
 
 
 def _reads_groups(k: KernelEmitter, op: Operation) -> bool:
@@ -269,5 +269,5 @@ LOWERINGS: dict[str, Callable[[KernelEmitter, Operation], None]] = {
     "tile.index": index_value,
     "tile.mask": mask_tile, "tile.full": full_tile, "tile.reduce": reduce, "tile.reshape": reshape, "tile.transpose": transpose,
     "tile.dot": dot, "tile.require": require, "tile.prefetch": prefetch, "tile.alloca": private_buffer,
-    "tile.keep": keep,
+    "tile.sort": sort_rows,
 }

@@ -351,8 +351,8 @@ class _Groups(Printer):
             if op not in found:
                 found.add(op)
                 stack += [v.defining_op for v in op.operands if v.defining_op is not None]
-        require(all(op.parent is self.kernel.body and (op.name in ("tile.program_id", "tile.index") or op.name.startswith("arith.")) for op in found),
-                 "positions depend on what is computed")
+        require(all(op.parent is self.kernel.body and (op.name in ("tile.program_id", "tile.index") or op.name.startswith("arith.") or _is_number(op))
+                    for op in found), "positions depend on what is computed")
         return [op for op in self.kernel.body if op in found]
 
     def _local(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -444,6 +444,11 @@ _HANDLERS = {
     "tile.reduce": _Groups.reduce,
     "tile.require": _Groups.require,
 }
+
+
+def _is_number(op: Operation) -> bool:
+    """It reads one number from memory: where a program's loops begin or end."""
+    return op.name == "tile.load" and not op["shape"]
 
 
 def _gluon(text: str) -> str:

@@ -338,11 +338,15 @@ def leaky_relu(c: Context, x: Value, slope: float) -> Value:
 
 
 def hardsigmoid(c: Context, x: Value) -> Value:
-    return c.ew("mul", clamp_to(c, c.ew("add", x, 3), 0, 6), 1 / 6)
+    return c.ew("mul", _six(c, x), 1 / 6)
 
 
 def hardswish(c: Context, x: Value) -> Value:
-    return c.ew("mul", x, hardsigmoid(c, x))
+    return c.ew("mul", c.ew("mul", x, _six(c, x)), 1 / 6)  # in eager's order: the product overflows where eager's does
+
+
+def _six(c: Context, x: Value) -> Value:
+    return clamp_to(c, c.ew("add", x, 3), 0, 6)
 
 
 def clamp_to(c: Context, x: Value, low: float, high: float) -> Value:

@@ -221,40 +221,7 @@ def masked_scatter(c: Context, x: Value, mask: Value, src: Value) -> Value:
     return c.reshape(c.ew("select", wide, c.reshape(taken, t.shape), x), c.shape)
 
 
-# -- order and counting: library routines -----------------------------------------------------------------------------
-
-
-def topk(c: Context, x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Value, Value]:
-    """The first one is a maximum; a few are kept in a list while the row is read once (CPUs); more need a sort."""
-    t = typeof(x)
-    if t.rank == 0:
-        raise Unsupported("topk of a scalar: a library routine")
-    if k != 1:
-        return _topk_list(c, x, k, c.axis(dim, t.rank), largest)
-    axes = c.axes(dim, t.rank)
-    value, place = ("amax", "argmax") if largest else ("amin", "argmin")
-    return c.reduce(value, x, axes, True), c.reduce(place, x, axes, True, I64)
-
-
-TOPK_LIST = 64
-"""Largest k for which a sorted list beats the library: an element that enters it moves up to k others."""
-TOPK_ROW = 16
-"""Least length of the row, in multiples of k: in shorter ones every other element enters."""
-
-
-def _topk_list(c: Context, x: Value, k: int, axis: int, largest: bool) -> tuple[Value, Value]:
-    t = typeof(x)
-    size = t.shape[axis]
-    if c.argument(0).is_cuda:
-        raise Unsupported("topk of more than one element on a GPU: a library routine")
-    if not isinstance(k, int) or not 1 < k <= TOPK_LIST or axis != t.rank - 1 or (isinstance(size, int) and size < TOPK_ROW * k):
-        raise Unsupported(f"topk of another dimension than the last, of more than {TOPK_LIST} or 1/{TOPK_ROW} of the elements: a library routine")
-    if t.dtype == I1 or t.dtype.kind == "complex":
-        raise Unsupported(f"topk of {t.dtype}: a library routine")
-    shape = (*t.shape[:-1], k)
-    attrs = {"dim": axis, "k": k, **({} if largest else {"largest": False})}
-    made = c.b.create("graph.topk", [x], attrs, [TensorType(shape, t.dtype), TensorType(shape, I64)])
-    return made.results[0], made.results[1]
+# -- counting: library routines -----------------------------------------------------------------------------
 
 
 def native_dropout(c: Context, x: Value, p: float, train: bool | None) -> tuple[Value, Value]:
@@ -304,6 +271,5 @@ ROWS: dict[str, Lower] = {
     "aten.index_reduce.default": index_reduce,
     "aten.put.default": put,
     "aten.masked_scatter.default": masked_scatter,
-    "aten.topk.default": topk,
     "aten.native_dropout.default": native_dropout,
 }

@@ -193,6 +193,9 @@ def as_strided(c: Context, x: Value, size: Any, stride: Any, storage_offset: Any
         return x
     if product(c.shape) == 0:
         return c.full(c.shape, 0, c.dtype)
+    view_order = _dense_order(c.shape, c.dims(stride))
+    if offset == 0 and view_order is not None and product(c.shape) == product(sizes):
+        return _of_memory(c, _in_memory(c, x, order), c.shape, view_order)
     place = offset
     for i, s in enumerate(c.dims(stride)):
         place = place + d(i) * s
@@ -207,37 +210,56 @@ def _memory_of(c: Context, x: Value, storage_offset: Any) -> tuple[tuple[Dim, ..
     fake = c.argument(0)
     sizes, strides = typeof(x).shape, c.dims(fake.stride())
     offset = 0 if storage_offset is None else c.dim(storage_offset) - c.dim(fake.storage_offset())
-    order = [i for i in reversed(range(len(sizes))) if sizes[i] != 1]
-    if strides != contiguous_strides(sizes):
-        order.sort(key=lambda i: _constant(strides[i]))
-    expected: Dim = 1
-    for i in order:
-        if strides[i] != expected:
-            raise Unsupported("as_strided of a source with gaps in memory")
-        expected = expected * sizes[i]
+    order = _dense_order(sizes, strides)
+    if order is None:
+        raise Unsupported("as_strided of a source with gaps in memory or symbolic strides")
     return sizes, strides, offset, order
 
 
+def _dense_order(sizes: tuple[Dim, ...], strides: tuple[Dim, ...]) -> list[int] | None:
+    """The dimensions (of more than one element) from the innermost out, if they fill their memory without gaps or overlap."""
+    order = [i for i in reversed(range(len(sizes))) if sizes[i] != 1]
+    if strides != contiguous_strides(sizes):
+        if not all(isinstance(strides[i], int) for i in order):
+            return None
+        order.sort(key=lambda i: strides[i])  # type: ignore[arg-type,return-value]
+    expected: Dim = 1
+    for i in order:
+        if strides[i] != expected:
+            return None
+        expected = expected * sizes[i]
+    return order
+
+
+def _in_memory(c: Context, x: Value, order: list[int]) -> Value:
+    """The elements of `x` as they lie in memory, in one dimension; `order` is `_dense_order`'s."""
+    outside_in = [i for i in range(typeof(x).rank) if i not in order] + order[::-1]
+    return c.reshape(c.permute(x, outside_in), (product(typeof(x).shape),))
+
+
+def _of_memory(c: Context, flat: Value, sizes: tuple[Dim, ...], order: list[int]) -> Value:
+    """What `_in_memory` undoes."""
+    outside_in = [i for i in range(len(sizes)) if i not in order] + order[::-1]
+    return c.permute(c.reshape(flat, [sizes[i] for i in outside_in]), [outside_in.index(i) for i in range(len(sizes))])
+
+
 def as_strided_scatter(c: Context, x: Value, src: Value, size: Any, stride: Any, storage_offset: Any = None) -> Value:
-    """Writes `src` at its places in the memory of the source, row-major in `src` (the last of equal places wins)."""
+    """Writes `src` at its places in the memory of the source, row-major in `src` (the last of equal places wins); one that fills it replaces it."""
     sizes, _, offset, order = _memory_of(c, x, storage_offset)
     count = product(typeof(src).shape)
     if count == 0:
         return x
-    outside_in = [i for i in range(len(sizes)) if i not in order] + order[::-1]
+    src, written = c.cast(src, typeof(x).dtype), c.dims(stride)
+    view_order = _dense_order(typeof(src).shape, written)
+    if offset == 0 and view_order is not None and count == product(sizes):
+        return _of_memory(c, _in_memory(c, src, view_order), sizes, order)
     places = c.scalar(offset, I64)
-    for i, s in enumerate(c.dims(stride)):
+    for i, s in enumerate(written):
         places = c.ew("add", places, c.ew("mul", c.positions(typeof(src).shape, i), s))
     at = c.reshape(c.expand(places, typeof(src).shape), (count,))
-    flat = c.reshape(c.permute(x, outside_in), (product(sizes),))
-    written = c.b.op("graph.index_put", flat, c.reshape(c.cast(src, typeof(x).dtype), (count,)), at, type=like(flat), dims=(0,))
-    return c.permute(c.reshape(written, [sizes[i] for i in outside_in]), [outside_in.index(i) for i in range(len(sizes))])
-
-
-def _constant(e: Dim) -> int:
-    if not isinstance(e, int):
-        raise Unsupported("as_strided of a source with symbolic strides")
-    return e
+    flat = _in_memory(c, x, order)
+    made = c.b.op("graph.index_put", flat, c.reshape(src, (count,)), at, type=like(flat), dims=(0,))
+    return _of_memory(c, made, sizes, order)
 
 
 # -- writing into a view ----------------------------------------------------------------------------------------------

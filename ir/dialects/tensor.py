@@ -104,11 +104,11 @@ def _verify_scan(op: Operation) -> None:
         raise IRError("'tensor.scan' yields one value and gives a tensor of the shape of its iteration space")
 
 
-def _verify_topk(op: Operation) -> None:
+def _verify_sort(op: Operation) -> None:
     _verify_space(op, op.operands)
-    shape = (*op["dims"][:-1], op["k"])
+    shape = (*op["dims"][:-1], op["keep"])
     if len(_yielded(op)) != 1 or any(not isinstance(r.type, TensorType) or r.type.shape != shape for r in op.results):
-        raise IRError(f"'tensor.topk' yields one value and gives two tensors of shape [{', '.join(map(str, shape))}]")
+        raise IRError(f"'tensor.sort' yields one value and gives two tensors of shape [{', '.join(map(str, shape))}]")
 
 
 def _verify_scatter(op: Operation) -> None:
@@ -130,16 +130,18 @@ define("tensor.generic", "a computation over an iteration space; see the dialect
 define("tensor.scan", "running combination of the body's value along the last dimension of the space; the result has the whole space's shape",
        operands="inputs*", attrs={**_SPACE, "kind": attr("sum, prod, max, min, logsumexp")}, regions=1,
        traits=[Trait.Pure, Trait.Structured], verify=_verify_scan)
-define("tensor.topk", "along the last dimension of the space, the `k` largest (smallest) of the body's values, best first, and their i64 positions; "
-       "NaN is the largest, of equal ones the first comes first", operands="inputs*", results="values indices",
-       attrs={**_SPACE, "k": attr("an integer"), "largest": optional(True)}, regions=1, traits=[Trait.Pure, Trait.Structured], verify=_verify_topk)
+define("tensor.sort", "along the last dimension of the space, the first `keep` of the body's values in stable sorted order, and their i64 positions; "
+       "NaN is the largest", operands="inputs*", results="values indices",
+       attrs={**_SPACE, "keep": attr("a size, at most the dimension's"), "largest": optional(True, "the largest come first")}, regions=1,
+       traits=[Trait.Pure, Trait.Structured], verify=_verify_sort)
 define("tensor.scatter", "a copy of `init` into which, for each point of the space in row-major order, the body's (value, index...) is combined",
        operands="init inputs*", attrs={**_SPACE, "combine": optional("set", "set, add, mul, max or min")}, regions=1,
        traits=[Trait.Pure, Trait.Structured], verify=_verify_scatter)
 define("tensor.fused", "ops that become one kernel; the region takes the operands and yields the results, each perhaps "
        "in another shape with its elements in the same order", operands="inputs*",
        results="results*", attrs={"kernel": optional("", "name of the kernel"), "why": optional("", "why they belong together"),
-                               "tile": optional((), "measured to be best: the fields of `GpuTile` or `CpuTile`")},
+                               "tile": optional((), "measured to be best: the fields of `GpuTile` or `CpuTile`"),
+                               "ranges": optional((), "streams: [n, b]: operands n to n + 3 say which blocks of b steps each block of b rows needs")},
        regions=1, traits=[Trait.Pure, Trait.IsolatedFromAbove])
 define("tensor.library", "ops that one call of a vendor's library computes: their meaning is the region, which takes the operands and yields "
        "the result", operands="inputs*",

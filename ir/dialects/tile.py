@@ -21,7 +21,7 @@ from __future__ import annotations
 from ..core import IRError, Operation
 from ..expr import Dim, free_symbols
 from ..opdef import Trait, attr, define, optional
-from ..types import BufferType, ScalarType, TileType, element_type, index
+from ..types import DTYPES, BufferType, ScalarType, TileType, element_type, index
 
 ATOMICS = ("", "add", "max", "min")
 REDUCE_KINDS = ("sum", "prod", "max", "min", "any", "all")
@@ -130,6 +130,16 @@ def _verify_reduce(op: Operation) -> None:
         raise IRError(f"'tile.reduce' keeps the axis with size 1: {t} gives {TileType(shape, t.dtype)}, not {op.result.type}")
 
 
+def _verify_sort(op: Operation) -> None:
+    source, *rest = (v.type for v in op.operands)
+    wanted = [*([element_type(source)] if op["values"] else []), *([DTYPES["i64"]] if op["places"] else [])]
+    n = len(wanted)
+    if not isinstance(source, BufferType) or [t.dtype if isinstance(t, BufferType) else None for t in rest[:n]] != wanted:
+        raise IRError(f"'tile.sort' of {source} writes to buffers of {', '.join(map(str, wanted))}")
+    if rest[n:] != [index] * (3 + 2 * n):
+        raise IRError(f"'tile.sort' takes {3 + 2 * n} index scalars after its buffers: start, length, keep, and offset and step of each result")
+
+
 def _verify_scan(op: Operation) -> None:
     t = op.operands[0].type
     if not isinstance(t, TileType) or not 0 <= op["axis"] < t.rank or op["kind"] not in REDUCE_KINDS or op.result.type != t:
@@ -190,10 +200,11 @@ define("tile.every", "of rank 2: every `of`-th column from column `first` on", o
 define("tile.transpose", "rank 2, swapped", operands="x", traits=[Trait.Pure])
 define("tile.dot", "acc + a @ b, accumulated in acc's type", operands="a b acc", attrs={"precision": optional("ieee", "ieee or tf32")},
        traits=[Trait.Pure], verify=_verify_dot)
-define("tile.keep", "enters the elements of a tile, in order, into a list of the best so far, best first: buffers of values and of places (i64) as "
-       "long as the list; a place below 0 is free. An element is better if it is larger (smaller), NaN is the largest; what is as good comes after. "
-       "`offset` is the place of an element; elements where a pair of `mask` fails are left out",
-       operands="values places x indices*", results=(), attrs={"offset": attr(), "mask": optional(()), "largest": optional(True)},
-       traits=[Trait.ReadsMemory, Trait.WritesMemory])
+define("tile.sort", "writes the first `keep` of `length` elements, from element `start` of a buffer on, in stable sorted order: their values, their "
+       "places in the row (i64), or both, each to a buffer; the scalars then name the offset of its first element there and the step from one to the "
+       "next. NaN is the largest",
+       operands="source results_start_length_keep_layouts*", results=(),
+       attrs={"values": optional(True), "places": optional(True), "largest": optional(True, "the largest come first")},
+       traits=[Trait.ReadsMemory, Trait.WritesMemory], verify=_verify_sort)
 define("tile.alloca", "scratch memory private to the program", operands="", traits=[Trait.ReadsMemory])
 

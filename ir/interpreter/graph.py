@@ -243,14 +243,14 @@ def _scan(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     return _typed(ctx, op, SCANS[op["kind"]](_wide(xs[0]), op["dim"]))
 
 
-def best_of(x: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
-    """The best k along the last dimension, NaN as the largest, the first of equal ones first."""
+def first_of(x: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """The first k along the last dimension in sorted order, NaN as the largest, the first of equal ones first."""
     values, places = torch.sort(x, dim=-1, descending=largest, stable=True)
     return values[..., :k], places[..., :k]
 
 
-def _topk(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
-    values, places = best_of(xs[0].movedim(op["dim"], -1), op["k"], op["largest"])
+def _sort(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
+    values, places = first_of(xs[0].movedim(op["dim"], -1), ctx.dim(op["keep"]), op["largest"])
     return _typed(ctx, op, values.movedim(-1, op["dim"]), places.movedim(-1, op["dim"]))
 
 
@@ -391,7 +391,7 @@ HANDLERS: dict[str, Handler] = {
     "graph.conv_weight_grad": _conv_weight_grad, "graph.attention": _attention,
     **{f"graph.{name}": _reduction(function) for name, function in _REDUCTIONS.items()},
     "graph.argmax": _arg_extreme(True), "graph.argmin": _arg_extreme(False), "graph.var_mean": _var_mean, "graph.scan": _scan,
-    "graph.topk": _topk,
+    "graph.sort": _sort,
     "graph.softmax": _softmax(torch.softmax), "graph.log_softmax": _softmax(torch.log_softmax),
     "graph.layer_norm": _layer_norm, "graph.rms_norm": _rms_norm, "graph.group_norm": _group_norm,
     "graph.max_pool": _max_pool, "graph.avg_pool": _avg_pool,

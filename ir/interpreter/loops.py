@@ -100,7 +100,7 @@ def _reads_only(op: Operation, written: frozenset[Value]) -> bool:
 
 def _commutes(op: Operation, written: frozenset[Value]) -> bool:
     """Whether the iterations read nothing that the kernel writes; their stores are then ordered by lane."""
-    return all(o.name not in ("tile.alloca", "tile.keep") and not (o.name == "tile.load" and o.operands[0] in written) for o in op.walk())
+    return all(o.name not in ("tile.alloca", "tile.sort") and not (o.name == "tile.load" and o.operands[0] in written) for o in op.walk())
 
 
 def _independent(op: Operation, written: frozenset[Value]) -> set[Operation]:

@@ -309,10 +309,10 @@ def _scan(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     return [out]
 
 
-def _topk(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
+def _sort(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     sizes = ctx.dims(op["dims"])
     body = _Body(ctx, op, xs, _Space(tuple(range(n) for n in sizes)))
-    values, places = graph.best_of(body.whole(op.body.terminator.operands[0]), op["k"], op["largest"])
+    values, places = graph.first_of(body.whole(op.body.terminator.operands[0]), ctx.dim(op["keep"]), op["largest"])
     return [ctx.to_type(values, op.results[0].type), places]
 
 
@@ -370,7 +370,7 @@ def _sym(ctx: Context, op: Operation, xs: list[Any]) -> list[Any]:
 
 
 HANDLERS: dict[str, Handler] = {
-    "tensor.generic": _generic, "tensor.scan": _scan, "tensor.topk": _topk,
+    "tensor.generic": _generic, "tensor.scan": _scan, "tensor.sort": _sort,
     "tensor.scatter": _scatter, "tensor.fused": _fused, "tensor.library": _fused,
     "tensor.sym": _sym, "tensor.alias": graph.HANDLERS["graph.remap"], "tensor.extract": _extract, "tensor.constant": _constant,
     "tensor.assign": graph.HANDLERS["graph.assign"], "tensor.extern": extern,

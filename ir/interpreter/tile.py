@@ -148,24 +148,20 @@ def _store(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     return []
 
 
-def _keep(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
-    """The list and the tile as one row, of which the best stay; free places lose against everything."""
-    values, places, x, *indices = xs
-    shape = tuple(p.ctx.dims(op.operands[2].type.shape))  # type: ignore[attr-defined]
-    value = p.index(indices, shape)
-    _, wanted = p.wanted(op, value, len(shape))
-    n = p.ctx.dim(op.operands[0].type.numel)  # type: ignore[attr-defined]
-    programs = len(p.ids)
-    slots, lanes, ids = torch.arange(n).expand(programs, n), lift(p.lanes, 1), lift(p.ids, 1)
-    true = torch.ones(1, dtype=torch.bool)
-    flat = [t.expand(programs, *shape).reshape(programs, -1) for t in (x, value(op["offset"]), wanted)]
-    held = places.load(slots, true, lanes, ids)
-    row = torch.cat([values.load(slots, true, lanes, ids), flat[0]], 1)
-    place = torch.cat([held, torch.where(flat[2], flat[1], -1)], 1)
-    best = torch.sort(row, dim=1, descending=op["largest"], stable=True).indices
-    best = best.gather(1, torch.sort((place.gather(1, best) < 0).to(torch.int8), dim=1, stable=True).indices)[:, :n]
-    values.store(slots, true, row.gather(1, best), lanes, ids)
-    places.store(slots, true, place.gather(1, best), lanes, ids)
+def _sort(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
+    """Each program's row is read whole and sorted."""
+    outs = int(op["values"]) + int(op["places"])
+    source, *buffers = xs[:1 + outs]
+    numbers = [x.reshape(-1, 1) for x in xs[1 + outs:]]
+    start, (n, keep) = numbers[0], (int(x.max()) for x in numbers[1:3])
+    lanes, ids = (lift(x, 1) for x in (p.lanes, p.ids))
+    active = torch.ones(1, 1, dtype=torch.bool) if p.active is None else lift(p.active, 1)
+    row = source.load((start + torch.arange(n)).expand(len(p.ids), n), active, lanes, ids)
+    first = torch.sort(row, dim=1, descending=op["largest"], stable=True).indices[:, :keep]
+    made = [*([row.gather(1, first)] if op["values"] else []), *([first] if op["places"] else [])]
+    for j, (buffer, value) in enumerate(zip(buffers, made, strict=True)):
+        into, step = numbers[3 + 2 * j:5 + 2 * j]
+        buffer.store((into + torch.arange(keep) * step).expand(len(p.ids), keep), active, value, lanes, ids)
     return []
 
 
@@ -256,7 +252,7 @@ def _require(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
 
 _OPS: dict[str, Callable[[Programs, Operation, list[Any]], list[Any]]] = {
     **dict.fromkeys(arith.HANDLERS, _arith),
-    "tile.part": _part, "tile.load": _load, "tile.store": _store, "tile.alloca": _alloca, "tile.keep": _keep,
+    "tile.part": _part, "tile.load": _load, "tile.store": _store, "tile.alloca": _alloca, "tile.sort": _sort,
     "tile.program_id": _program_id, "tile.index": _index,
     "tile.mask": _mask, "tile.full": _full, "tile.reduce": _reduce, "tile.scan": _scan, "tile.reshape": _reshape, "tile.transpose": _transpose,
     "tile.every": _every, "tile.dot": _dot, "tile.require": _require, "tile.for": _for, "tile.prefetch": lambda p, op, xs: [],

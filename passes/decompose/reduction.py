@@ -170,17 +170,20 @@ def _scan(b: Builder, op: Operation) -> list[Value]:
     return [convert(b, move(b, scanned, t.shape, tuple(back)), t.dtype)]
 
 
-def _topk(b: Builder, op: Operation) -> list[Value]:
-    """Along the last dimension, in the computing type."""
+def _sort(b: Builder, op: Operation) -> list[Value]:
+    """The sorted dimension goes last, and back afterwards."""
     x, t = op.operands[0], tensor_type(op.operands[0])
-    assert op["dim"] == t.rank - 1
-    read = tuple(d(i) for i in range(t.rank))
-    inside = computing(t.dtype)
-    region = structured_body(b, [x], [read], lambda i, v: [to_dtype(i, v, inside)])
-    shape = (*t.shape[:-1], op["k"])
-    made = b.create("tensor.topk", [x], {"dims": t.shape, "maps": (read,), "k": op["k"], "largest": op["largest"]},
-                    [TensorType(shape, inside), TensorType(shape, tensor_type(op.results[1]).dtype)], [region])
-    return [convert(b, made.results[0], t.dtype), made.results[1]]
+    order = [*(i for i in range(t.rank) if i != op["dim"]), op["dim"]]
+    dims = tuple(t.shape[i] for i in order)
+    read = tuple(d(order.index(i)) for i in range(t.rank))
+    region = structured_body(b, [x], [read], lambda i, v: [v])
+    shape = (*dims[:-1], op["keep"])
+    made = b.create("tensor.sort", [x], {"dims": dims, "maps": (simplified(read, dims),), "keep": op["keep"], "largest": op["largest"]},
+                    [TensorType(shape, t.dtype), TensorType(shape, tensor_type(op.results[1]).dtype)], [region])
+    if order == list(range(t.rank)):
+        return list(made.results)
+    back: tuple[Dim, ...] = tuple(d(i) for i in order)
+    return [move(b, r, tensor_type(old).shape, back) for r, old in zip(made.results, op.results, strict=True)]
 
 
 RULES: dict[str, Rule] = {
@@ -188,5 +191,5 @@ RULES: dict[str, Rule] = {
     "graph.amin": _reduction("min"), "graph.any": _reduction("any"), "graph.all": _reduction("all"),
     "graph.argmax": _arg("argmax"), "graph.argmin": _arg("argmin"),
     "graph.mean": _mean, "graph.var_mean": _var_mean, "graph.softmax": _softmax, "graph.log_softmax": _log_softmax,
-    "graph.scan": _scan, "graph.topk": _topk,
+    "graph.scan": _scan, "graph.sort": _sort,
 }

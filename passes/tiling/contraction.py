@@ -19,11 +19,14 @@ from ...ir.dialects.tensor import fill_of, parallel_dims
 from ...ir.expr import ceildiv, evaluate, free_symbols, minimum, product, substitute
 from ...ir.ranges import delinearize, simplify, split_linear
 from ...ir.types import index
-from ..structured import space_bounds
+from ..structured import PARTIAL, space_bounds
 from .bodies import evaluate_body
 from .emit import Emitter, Pair, fill_masks
+from .partial import Program, fold
+from .rows import RowBlock, make_rows
 
-__all__ = ["GROUPS", "MATRIX", "Contraction", "Roles", "as_tile", "emit_contraction", "is_row_major", "offset_of", "roles_of", "with_shape"]
+__all__ = ["COLUMNS", "GROUPS", "K_BLOCK", "MATRIX", "ROWS", "Contraction", "Roles", "as_tile", "emit_contraction", "is_row_major", "offset_of",
+           "roles_of", "rows_in_block", "with_shape"]
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,14 @@ ROWS, COLUMNS = 240, 256
 K_BLOCK = 1024
 """Most steps of K between two visits to a tile's sums in memory: more gain nothing, as one visit then costs under one percent."""
 PART = 256
-"""Steps of K that are summed by themselves: the error of a long sum grows with its length, that of sums of sums hardly."""
+"""Most steps of K that are summed by themselves: the error of a long sum grows with its length, that of sums of sums hardly."""
 PROGRAMS = 8
 """Programs that a launch should have at least, to share out among threads."""
 Limits = tuple[int, int, int]
 """Rows, steps of K and columns of a program on a CPU, as they were measured to be best; 0 for the model's."""
 
 
-def _rows_in_block(m: Dim, mr: int, most: int) -> int:
+def rows_in_block(m: Dim, mr: int, most: int) -> int:
     """Rows per program: a multiple of `mr` that is at most `most`, equal blocks where m is known."""
     most = max(mr, most // mr * mr)
     if not isinstance(m, int) or m <= 0:
@@ -104,10 +107,12 @@ def _rows_in_block(m: Dim, mr: int, most: int) -> int:
 
 
 def emit_contraction(products: list[Operation], epilogue: list[Operation], outputs: list[Value], target: Target, e: Emitter,
-                     buffers: dict[Value, Value], tile: tuple[int, int, int], limits: Limits = (0, 0, 0)) -> list[Dim]:
-    """Writes the body of a CPU kernel; returns the grid. Products beside the first are its siblings (`passes/siblings.py`)."""
+                     buffers: dict[Value, Value], tile: tuple[int, int, int], limits: Limits = (0, 0, 0),
+                     prologue: Operation | None = None) -> list[Dim]:
+    """Writes the body of a CPU kernel; returns the grid. Products beside the first are its siblings (`passes/siblings.py`); `prologue` is what
+    makes the left operand (`passes/prologue.py`)."""
     first, *others = (Contraction(p, epilogue, outputs, e, buffers, tile, limits) for p in products)
-    return first.cpu(target, others)
+    return first.cpu(target, others, prologue)
 
 
 class Contraction:
@@ -120,12 +125,16 @@ class Contraction:
         right = found.right
         found = replace(found, k=tuple(sorted(found.k, key=lambda d: -_walk(op, right, d))))
         self.op, self.epilogue, self.outputs, self.e, self.buffers, self.roles = op, epilogue, outputs, e, buffers, found
+        self.partial = [x for x in epilogue if PARTIAL in x.attributes]
+        for kind, size in (x[PARTIAL] for x in self.partial):  # what a part is, the op that merges the parts knows
+            limits = (size, *limits[1:]) if kind == "rows" else (*limits[:2], size)
         self.tile, self.limits = tile, limits
         dims = op["dims"]
         self.m_sizes, self.n_sizes = [dims[d] for d in found.m], [dims[d] for d in found.n]
         self.k_sizes = [dims[d] for d in found.k]
         self.m, self.n = product(self.m_sizes), product(self.n_sizes)
         self.acc_type = TileType((tile[0], tile[1]), element_type(op.result.type))
+        self.block: RowBlock | None = None
         self.depth = DEPTHS.get(op.attributes.get("_packed"), 1)  # type: ignore[arg-type]
         if self.depth > 1:  # elements of the last K dimension in one step
             self.k_sizes[-1] = self.k_sizes[-1] // self.depth
@@ -149,20 +158,22 @@ class Contraction:
         pairs, low = fill_masks(m, v.type.shape, at, bounds) if fill is not None else ([], [])  # type: ignore[attr-defined]
         offset = offset_of(v, m, at, bounds)
         value = e.load(self.buffers[v], offset, [*pairs, *e.needed(mask)], low, 0 if fill is None else fill)
-        chain = []
+        return self.convert(e, i, value) if cast else value
+
+    def convert(self, e: Emitter, i: int, value: Value) -> Value:
+        """Operand i cast as the body says."""
         x = next(iter(self.op.body.args[i].uses))[0]
-        while cast and x.name == "arith.cast":
-            chain.append(x)
+        while x.name == "arith.cast":
+            value = e.arith(x, [value])
             x = next(iter(x.result.uses))[0]
-        for conversion in chain:
-            value = e.arith(conversion, [value])
         return value
 
     # -- epilogue -----------------------------------------------------------------------------------------------------
 
     def finish(self, e: Emitter, acc: Value, batch: list[Dim], m: Dim, n: Dim, mask: list[Pair],
-               siblings: Mapping[Operation, Value] | None = None) -> None:
-        """Applies the elementwise members to the accumulator (and those of contractions of the same space) and stores the outputs."""
+               siblings: Mapping[Operation, Value] | None = None, program: Program | None = None) -> None:
+        """Applies the elementwise members to the accumulator (and those of contractions of the same space), stores the outputs, and folds
+        the tile into the partial reductions of its `program`."""
         bounds = e.bounds()
         base = self.positions(batch, m, n, [0] * len(self.k_sizes), e)
         frame = [base[f"d{d}"] for d in range(len(parallel_dims(self.op)))]
@@ -170,7 +181,7 @@ class Contraction:
         values: dict[Value, Value] = {op.result: v for op, v in sums.items()}
         loads: dict[Any, Value] = {}
         place = {op: list(range(len(frame))) for op in sums}
-        for op in self.epilogue:
+        for op in (x for x in self.epilogue if x not in self.partial):
             dims: list[Any] = [None] * len(op["dims"])
             for v, mp in zip(op.operands, op["maps"], strict=True):
                 if v in values and mp is not None:
@@ -189,11 +200,17 @@ class Contraction:
         for out in self.outputs:
             maker = out.defining_op
             assert maker is not None and isinstance(out.type, TensorType)
+            if maker in self.partial:
+                continue
             index_of = [frame[f] for f in place[maker]]
             offset: Dim = 0
             for x, stride in zip(index_of, out.type.layout, strict=True):
                 offset = offset + x * stride
             e.store(self.buffers[out], values[out], simplify(offset, bounds), e.needed(mask))
+        if self.partial:
+            assert program is not None
+            where = {op: [frame[f] for f in dims] for op, dims in place.items()}
+            fold(e, self.partial, where, program, lambda op, at: self._member(e, op, at, values, loads, mask, bounds), values, self.buffers)
 
     def _member(self, e: Emitter, op: Operation, at: dict[str, Dim], values: dict[Value, Value], loads: dict[Any, Value], mask: list[Pair],
                 bounds: Any) -> None:
@@ -254,21 +271,21 @@ class Contraction:
         mr, step_bytes = self.tile[0], self.depth * element_type(self.op.operands[self.roles.left].type).bytes
         budget = target.l2 * 3 // 4 // step_bytes
         if not all(isinstance(s, int) for s in self.k_sizes):
-            return _rows_in_block(self.m, mr, ROWS), None
+            return rows_in_block(self.m, mr, ROWS), None
         sizes: list[int] = [int(s) for s in self.k_sizes]  # type: ignore[arg-type]
         most, total = max(128, (self.limits[1] or K_BLOCK) // self.depth), prod(sizes)
-        few = _rows_in_block(self.m, mr, ROWS)
+        few = rows_in_block(self.m, mr, ROWS)
         if total <= most * 3 // 2 or (not self.limits[1] and few <= 2 * mr and few * total <= budget):
-            return _rows_in_block(self.m, mr, self.limits[0] or min(ROWS, budget // max(1, total))), None
+            return rows_in_block(self.m, mr, self.limits[0] or min(ROWS, budget // max(1, total))), None
         d = next(d for d in range(len(sizes)) if prod(sizes[d + 1:]) <= most)
         inner = prod(sizes[d + 1:])
         blocks = -(-sizes[d] // max(1, most // inner))
         length = -(-sizes[d] // blocks)
         length = length if d < len(sizes) - 1 else -(-length // UNROLL) * UNROLL
         sums = (self.limits[2] or COLUMNS) * self.acc_type.dtype.bytes // step_bytes  # of a row, counted in steps of K
-        return _rows_in_block(self.m, mr, self.limits[0] or min(ROWS, budget // (length * inner + sums))), (d, length)
+        return rows_in_block(self.m, mr, self.limits[0] or min(ROWS, budget // (length * inner + sums))), (d, length)
 
-    def cpu(self, target: Target, siblings: Sequence[Contraction] = ()) -> list[Dim]:
+    def cpu(self, target: Target, siblings: Sequence[Contraction] = (), prologue: Operation | None = None) -> list[Dim]:
         e, (mr, nr, _) = self.e, self.tile
         batch = self._batch(e, 0)
         nb = len(batch)
@@ -290,6 +307,8 @@ class Contraction:
             start, upper = 0, self.m
         first_panel = p_column * together
         products = [self, *siblings]
+        if prologue is not None:
+            self.block = make_rows(e, prologue, self.buffers, self.m_sizes, start, upper, rows, target.lanes(32))
         sums = {c: e.builder.op("tile.alloca", type=BufferType((rows, together * nr), self.acc_type.dtype)) for c in products if cut is not None}
 
         def at(inner: Emitter, i: Dim, panel: Dim) -> tuple[Dim, Dim, Dim, Dim]:
@@ -297,6 +316,12 @@ class Contraction:
             m, n = i + sym("t0"), panel * nr + sym("t1")
             safe_m = m if isinstance(self.m, int) and self.m % mr == 0 else minimum(m, self.m - 1)
             return m, safe_m, n, (i - start + sym("t0")) * (together * nr) + (panel - first_panel) * nr + sym("t1")
+
+        def program(i: Dim, panel: Dim) -> Program:
+            """Where the tile of row i and this panel lies in what the program makes."""
+            return Program({"columns": p_column, "rows": p_block}, {"columns": panel * nr + sym("t1"), "rows": i + sym("t0")},
+                           {"columns": (first_panel, panel), "rows": (start, i)}, (i + sym("t0"), upper), (panel * nr + sym("t1"), self.n),
+                           self.tile[:2])
 
         def tiles(inner: Emitter, body: Any) -> None:
             def panel_loop(deeper: Emitter, q: Dim, _: list[Value]) -> list[Value]:
@@ -320,7 +345,9 @@ class Contraction:
             """The products over a range of K, of at most `most` steps, summed in parts where the range is long and the only one left."""
             steps = PART // self.depth
             exact = not self.acc_type.dtype.is_float
-            if exact or len(ks) + 1 < len(self.k_sizes) or not isinstance(most, int) or most <= 3 * steps // 2:
+            if not exact and isinstance(most, int) and most > steps:  # parts of one length, none much shorter than others
+                steps = -(-most // (-(-most // steps) * UNROLL)) * UNROLL
+            if exact or len(ks) + 1 < len(self.k_sizes) or not isinstance(most, int) or most <= steps:
                 return multiply(c, inner, i, panel, ks, within, self._zero(inner), most)
 
             def part(x: Emitter, k: Dim, carried: list[Value]) -> list[Value]:
@@ -330,7 +357,8 @@ class Contraction:
         def whole(inner: Emitter, i: Dim, panel: Dim) -> None:
             m, _, n, _ = at(inner, i, panel)
             acc, *others = (in_parts(c, inner, i, panel, [], (0, self.k_sizes[0]), self.k_sizes[0]) for c in products)
-            self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)], {c.op: x for c, x in zip(siblings, others, strict=True)})
+            self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)], {c.op: x for c, x in zip(siblings, others, strict=True)},
+                        program(i, panel))
 
         def k_nest(inner: Emitter, ks: list[Dim]) -> None:
             assert cut is not None
@@ -357,7 +385,8 @@ class Contraction:
         def last_step(inner: Emitter, i: Dim, panel: Dim) -> None:
             m, _, n, place = at(inner, i, panel)
             acc, *others = (inner.load(sums[c], simplify(place, inner.bounds())) for c in products)
-            self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)], {c.op: x for c, x in zip(siblings, others, strict=True)})
+            self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)], {c.op: x for c, x in zip(siblings, others, strict=True)},
+                        program(i, panel))
 
         if cut is None:
             tiles(e, whole)
@@ -391,7 +420,7 @@ class Contraction:
         if self.depth > 1:
             return self._deep_products(e, batch, m, n, ks, acc)
         at = self.positions(batch, m, n, ks, e)
-        left = self.read(e, self.roles.left, at, [])
+        left = self.read(e, self.roles.left, at, []) if self.block is None else self.convert(e, self.roles.left, self.block.read(e, m, ks[0]))
         packed = bool(self.op.attributes.get("_packed"))  # zero-padded to whole panels: reading past N is in bounds
         right = self.read(e, self.roles.right, at, [] if packed else [(n, self.n)])
         left, right = as_tile(e, left, (self.tile[0], 1)), as_tile(e, right, (1, self.tile[1]))

@@ -39,11 +39,11 @@ class Emitter:
     shape: tuple[int, int]
     symbols: Bounds
     variables: dict[str, Value] = field(default_factory=dict)
-    ranges: dict[str, tuple[Dim, Dim | None]] = field(default_factory=dict)
+    ranges: dict[str, tuple[Dim | None, Dim | None]] = field(default_factory=dict)
     coarse: frozenset[str] = frozenset()  # functions that may be a few float32 ulp off
 
-    def fresh(self, value: Value, low: Dim, high: Dim | None) -> Dim:
-        """A new loop variable for `value`, known to lie in [low, high]."""
+    def fresh(self, value: Value, low: Dim | None, high: Dim | None) -> Dim:
+        """A new loop variable for `value`, known to lie in [low, high] (None: nothing is known)."""
         name = f"L{len(self.variables)}"
         self.variables[name] = value
         self.ranges[name] = (low, high)
@@ -119,16 +119,6 @@ class Emitter:
         if atomic:
             attrs["atomic"] = atomic
         self.builder.create("tile.store", [buffer, value, *operands], attrs)
-
-    def keep(self, values: Value, places: Value, x: Value, place: Dim, mask: Sequence[Pair], *, largest: bool) -> None:
-        """Enters a tile into a list of the best (`tile.keep`); `place` is the position of an element."""
-        operands, names = self._operands([place, *(e for p in mask for e in p)])
-        attrs: dict[str, Any] = {"offset": substitute(place, names)}
-        if mask:
-            attrs["mask"] = tuple((substitute(a, names), substitute(b, names)) for a, b in mask)
-        if not largest:
-            attrs["largest"] = False
-        self.builder.create("tile.keep", [values, places, x, *operands], attrs)
 
     def prefetch(self, buffer: Value, offset: Dim) -> None:
         """Asks for the cache line at `offset`, which may lie outside the buffer."""

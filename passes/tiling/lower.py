@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from ...ir import DTYPES, Block, BufferType, Builder, IRError, Operation, Region, SymbolRef, Target, TensorType, TileType, Value, element_type
-from ...ir.expr import Dim, free_symbols
+from ...ir.expr import Dim, free_symbols, product
 from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
 from ..storage import storage_bytes
 from ..stream import analyse as analyse_stream
 from ..stream_access import packed as is_packed
-from ..structured import constant_values, is_contraction, is_pointwise
+from ..structured import PARTIAL, constant_values, is_contraction, is_pointwise
 from .caching import mark_second_readings
 from .contraction import emit_contraction, is_row_major, roles_of
 from .contraction_gpu import emit_gpu_contraction
@@ -28,9 +28,9 @@ from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
 from .loop_tiles import choose_tile, loop_tiles, resized
 from .loops import emit_loops, traffic, work
 from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel
+from .sort import OPS_PER_ELEMENT, emit_sort
 from .stream import GpuStream, stream_tile, stream_tiles, suits_warp_groups
 from .stream_cpu import CpuStream
-from .top import emit_topk
 
 
 @register
@@ -145,8 +145,9 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
         inplace = updates = ((next(i for i, v in enumerate(fused.body.args) if v is first.operands[0]), len(fused.operands)),)
     elif first.name == "tensor.scatter":
         grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes)
-    elif first.name == "tensor.topk":
-        grid = emit_topk(first, Emitter(builder, (1, 4 * lanes), ranges, coarse=coarse), buffers, [buffers.get(r) for r in first.results])
+    elif first.name == "tensor.sort":
+        grid = emit_sort(first, Emitter(builder, (1, 4 * lanes), ranges, coarse=coarse), buffers, [buffers.get(r) for r in first.results])
+        flops = product(first["dims"]) * OPS_PER_ELEMENT
     elif first.name == "tensor.scan":
         # As torch does: on CPUs the error of a running sum does not grow with its length.
         grid = emit_scan(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes,
@@ -158,7 +159,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
             tile = (hint.rows, hint.columns)
             groups = ", for a loader and two groups of warps" if suits_warp_groups(stream, target) else ""
             ctx.remark("note", f"a stream in tiles of {hint.rows} rows by {hint.columns} steps{groups}", members[0].location)
-            grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges, coarse=coarse), buffers, tile, relaxed).emit()
+            given = [buffers[a] for a in fused.body.args[fused["ranges"][0]:]] if fused["ranges"] else []
+            grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges, coarse=coarse), buffers, tile, relaxed, given).emit()
         else:
             chosen = CpuTile(*(fused["tile"] or square_tile(target, stream.row_count, stream.length)))
             tile = (chosen.rows, chosen.columns)
@@ -186,7 +188,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
             if fused["tile"]:
                 chosen = CpuTile(*fused["tile"])
                 gemm, limits = (chosen.rows, chosen.columns, gemm[2]), (chosen.block_rows, chosen.block_steps, chosen.block_columns)
-            grid = emit_contraction(products, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges, coarse=coarse), buffers, gemm, limits)
+            grid = emit_contraction(products, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges, coarse=coarse), buffers, gemm, limits,
+                                    prologue[0] if prologue else None)
     else:
         frame = analyse(fused, ranges)
         choice = choose_tile(frame, _loop_lanes(members, target), gpu=target.is_gpu)
@@ -223,7 +226,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
 def candidate_tiles_cpu(fused: Operation, target: Target, *, few: bool = True) -> list[CpuTile]:
     """What a group can be computed by on a CPU, the model's choice first: the few that are likely, or all. Empty where there is no choice."""
     members = [op for op in fused.body if op.name != "tensor.yield"]
-    if members[0].name in ("tensor.scatter", "tensor.scan", "tensor.topk"):
+    if members[0].name in ("tensor.scatter", "tensor.scan", "tensor.sort"):
         return []
     stream = analyse_stream(members) if len(members) > 1 else None
     if stream is not None:
@@ -233,6 +236,8 @@ def candidate_tiles_cpu(fused: Operation, target: Target, *, few: bool = True) -
     if contraction is not None and _worth_gemm(contraction, members, True):
         roles = roles_of(contraction)
         assert roles is not None
+        if any(PARTIAL in m.attributes for m in members):
+            return []  # what a part is, the merging knows
         return contraction_candidates(contraction, contraction_tile(contraction, roles, target), target, few=few)
     frame, lanes = analyse(fused, {}), _loop_lanes(members, target)
     return loop_candidates(frame, choose_tile(frame, lanes, gpu=False), lanes, few=few)

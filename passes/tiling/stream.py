@@ -23,6 +23,7 @@ from ...ir.dialects.tensor import fill_of
 from ...ir.expr import as_int, ceildiv, floordiv, free_symbols, maximum, minimum, product, substitute
 from ...ir.ranges import delinearize, known_less, lower_bound, simplify, split_linear, upper_bound
 from ...ir.types import DTYPES, index
+from ..block_ranges import BLOCK
 from ..score_bound import bound_of
 from ..stream import Stream
 from ..stream_access import reduced_order, stream_side
@@ -105,12 +106,13 @@ class StreamLowering:
     """Evaluation of members at a point, for either target."""
 
     def __init__(self, s: Stream, outputs: Sequence[Value], e: Emitter, buffers: dict[Value, Value], tile: tuple[int, int],
-                 relaxed: bool = True):
-        """`relaxed`: a value rounded to 16 bits and widened again keeps its precision."""
-        self.relaxed = relaxed
+                 relaxed: bool = True, limits: Sequence[Value] = ()):
+        """`relaxed`: a value rounded to 16 bits and widened again keeps its precision. `limits`: buffers of what `block_ranges` found."""
+        self.relaxed, self.limits = relaxed, limits
         self.s, self.outputs, self.e, self.buffers, self.tile = s, outputs, e, buffers, tile
         self.batch_at: dict[str, Dim] = {}
         self.fixed: dict[Value, float] = {}  # maxima for which a bound stands
+        self.row_values: dict[tuple[Value, Dim], Value] = {}
         # Inputs of 16 bits know the scores no better than exp2 knows its result: the cheap form will do.
         self.coarse = all(_narrow(s, op) is not None for op in s.firsts)
 
@@ -288,18 +290,22 @@ class StreamLowering:
         full_from: Dim = 0
         end, full_to = s.length, floordiv(s.length, step) * step
         f = s.stream[0]
-        if len(s.stream) > 1 or not s.alive.pairs:
+        if self.limits:
+            first, end, full_from, low = self.block_limits(step)
+            known = self.e.bounds()
+            full_to = _least(full_to, low, known)
+        elif len(s.stream) > 1 or not s.alive.pairs:
             return [r for r in ((0, full_to, False), (full_to, end, True)) if r[0] != r[1]]
         # rows past the last compute what nobody stores: they may widen the range, never past the ends
         at = self.frame_at(m, 0)
         for _, gap in s.alive.pairs:
             linear = split_linear(gap, f)
             if linear is None or linear[0] not in (1, -1):
-                return [(0, end, True)]
+                return [(first if self.limits else 0, end, True)]
             rest = simplify(substitute(linear[1], at), known)
             most, least = upper_bound(rest, bounds), lower_bound(rest, bounds)
             if most is None or least is None:
-                return [(0, end, True)]
+                return [(first if self.limits else 0, end, True)]
             if linear[0] == -1:      # alive where t < rest
                 end, full_to = _least(end, most, known), _least(full_to, floordiv(least, step) * step, known)
             else:                    # alive where t > -rest
@@ -310,6 +316,10 @@ class StreamLowering:
             return [(0, full_to, False), (full_to, end, True)]
         parts: list[tuple[Dim, Dim, bool]] = [(first, _least(full_from, end, known), True), (full_from, full_to, False)]
         return parts if full_to == end else [*parts, (maximum(full_from, full_to), end, True)]
+
+    def block_limits(self, step: int) -> tuple[Dim, Dim, Dim, Dim]:
+        """First and last steps (multiples of `step`, or the end) that any of a program's rows needs, and those between which none needs the mask."""
+        raise NotImplementedError
 
 
 def _least(a: Dim, b: Dim, bounds: Any) -> Dim:
@@ -361,7 +371,8 @@ class GpuStream(StreamLowering):
         blocks = ceildiv(s.row_count, bm)
         p = e.fresh(e.builder.op("tile.program_id", type=index, axis=len(s.batch)), 0, blocks - 1)
         # The last rows see the most of a causal stream: they start first.
-        self.m = (blocks - 1 - p if s.alive.pairs else p) * bm + sym("t0")
+        self.m0 = (blocks - 1 - p if s.alive.pairs else p) * bm
+        self.m = self.m0 + sym("t0")
         self.row_masks = [(self.m, s.row_count)] if s.rows else []
         self.columns = padded(product(s.columns))
         self.kept = {op: self._left(op) for op in s.firsts}
@@ -372,9 +383,40 @@ class GpuStream(StreamLowering):
         for start, stop, masked in self.ranges(self.m, bt):
             def step(inner: Emitter, i: Dim, now: list[Value], masked: bool = masked) -> list[Value]:
                 return self._step(inner, i, dict(zip(running, now, strict=True)), masked)
-            carried = e.loop(start, stop, bt, carried, step, part="any" if masked or not s.alive.pairs else "some")
+            anywhere = masked or not (s.alive.pairs or self.limits)
+            carried = e.loop(start, stop, bt, carried, step, part="any" if anywhere else "some")
         self._finish(dict(zip(running, carried, strict=True)))
         return [*(s.sizes[f] for f in s.batch), blocks]
+
+    def load(self, scope: Scope, op: Operation, i: int, at: dict[str, Dim]) -> Value:
+        """A row's own value is read once, before the loops."""
+        v, m, e = op.operands[i], op["maps"][i], scope.e
+        offset = _offset(v, m, at, e.bounds())
+        if fill_of(op, i) is not None or free_symbols(offset) - {"t0", *self.e.variables}:
+            return super().load(scope, op, i, at)
+        if (v, offset) not in self.row_values:
+            outer = with_shape(self.e, e.shape)
+            active = [p for p in scope.active if "t0" in free_symbols(p[0]) & free_symbols(offset)]
+            self.row_values[v, offset] = outer.load(self.buffers[v], offset, outer.needed(active))
+        return self.row_values[v, offset]
+
+    def block_limits(self, step: int) -> tuple[Dim, Dim, Dim, Dim]:
+        s, e = self.s, self.e
+        rows = as_int(ceildiv(s.row_count, BLOCK))
+        numbers = [simplify(minimum(floordiv(self.m0, BLOCK) + k, rows - 1), e.bounds()) for k in range(max(1, self.tile[0] // BLOCK))]
+        found = []
+        for buffer, combine in zip(self.limits, ("min", "max", "max", "min"), strict=True):
+            shape, layout = buffer.type.shape, buffer.type.layout  # type: ignore[attr-defined]
+            at = sum((self.batch_at[f] * d for f, n, d in zip(s.batch, shape, layout, strict=False) if n != 1), 0)
+            value = e.load(buffer, at + numbers[0] * layout[-1])
+            for n in numbers[1:]:
+                value = e.builder.arith(combine, value, e.load(buffer, at + n * layout[-1]))
+            found.append(e.named(maximum(e.fresh(value, None, None), 0), ceildiv(s.length, BLOCK)) * BLOCK)
+        first, end, full_first, full_end = found
+        if BLOCK % step == 0:
+            return first, minimum(end, s.length), full_first, full_end
+        down, up = (lambda x: floordiv(x, step) * step), (lambda x: ceildiv(x, step) * step)
+        return down(first), minimum(end, s.length), up(full_first), down(full_end)
 
     def _left(self, op: Operation) -> Value:
         """The rows' operand of a first contraction, read once: [rows, width]."""
@@ -403,7 +445,8 @@ class GpuStream(StreamLowering):
             inner.ranges[str(i)] = (inner.ranges[str(i)][0], s.length - bt)
         e = with_shape(inner, (bm, bt))
         b, t = e.builder, i + sym("t1")
-        scope = Scope(e, self.frame_at(self.m, t), [*self.row_masks, (t, s.length)], known={} if masked else dict(s.alive.known))
+        known = dict(s.alive.known) | (s.alive.known_by_data if self.limits else {})
+        scope = Scope(e, self.frame_at(self.m, t), [*self.row_masks, (t, s.length)], known={} if masked else known)
         self.without_scales(scope)
         self.read_now: list[Value] = []
         self._fix(scope)

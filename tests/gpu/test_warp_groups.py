@@ -16,6 +16,7 @@ from aicc.ir import Operation
 from aicc.ir.interpreter import interpret
 from aicc.ir.interpreter.memory import Memory, extent
 from aicc.ir.interpreter.tile import HANDLERS
+from aicc.passes import block_ranges
 from torch import Tensor
 
 from .cases import SM80, SM90, capture, error
@@ -209,6 +210,16 @@ def test_masked_tiles_are_skipped_where_the_mask_is_a_member_of_its_own() -> Non
     module, _ = module_of(documents, FORMS["documents"][1]())
     loops = [op for op in stream_of(module).body if op.name == "tile.for"]
     assert [str(loop["upper"]) for loop in loops] == ["-i0*128 + 128", "-i0*128 + 256"]
+
+
+def test_what_data_exclude_is_neither_computed_nor_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader and both groups read the same ranges of steps, or they would wait for each other for ever."""
+    monkeypatch.setattr(block_ranges, "LEAST_WORK", 0)
+    f, make = FORMS["documents"]
+    got, text = run(f, make())
+    assert error(got, f(*(x.double() if x.is_floating_point() else x for x in make()))) < 6e-3
+    loader = text[text.index("_loader("):text.index("_group(")]
+    assert loader.count("gl.load(") == text[text.index("_group("):].count("gl.load(") - 3 == 8, "four ranges of two blocks; groups read documents too"
 
 
 def test_exponentials_are_one_instruction(tmp_path: Path) -> None:

@@ -80,3 +80,26 @@ def test_dead_or_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: st
     outcome = mutation.judge(m, base.chosen(0, m, 9), Here(), limit=8 if "while" in text else 60)
     assert outcome.killed == killed, outcome
     assert (package / "f.py").read_text() == "def f():\n    return 1\n", "the file is as before"
+
+
+def test_what_an_earlier_run_found_is_not_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second run reads both files and judges only what is missing; its rate counts all."""
+    judged: list[int] = []
+    mutants = [mutation.Mutant("ir/expr.py", n, "", f"text {n}", (n, n)) for n in (1, 2, 3)]
+
+    class Nothing(mutation.Copies):
+        def _made(self, i: int) -> Path:
+            return self.folder
+
+    def judge(mutant: mutation.Mutant, tests: list[str], copies: mutation.Copies, limit: float) -> mutation.Outcome:
+        judged.append(mutant.line)
+        return mutation.Outcome(mutant, mutant.line != 2, "", 1.0)
+    for name, value in (("Copies", Nothing), ("judge", judge), ("sample", lambda *_: mutants),
+                        ("baseline", lambda *_: mutation.Baseline({"a": 1.0}, {0: ["a"], 1: ["a"], 2: ["a"]}, []))):
+        monkeypatch.setattr(mutation, name, value)
+    files = ["--baseline", str(tmp_path / "base.json"), "--results", str(tmp_path / "results.jsonl")]
+    for part, total in (("0/3", "1 of 1"), ("0/1", "2 of 3")):
+        monkeypatch.setattr("sys.argv", ["mutation", "--part", part, *files])
+        assert mutation.main() == 0
+        assert f"kill rate: {total} " in capsys.readouterr().out
+    assert judged == [1, 2, 3]

@@ -121,7 +121,8 @@ def _turned_copy_read_as_before(m: pytest.MonkeyPatch) -> None:
 
 def _padding_one_off(m: pytest.MonkeyPatch) -> None:
     true = winograd._transformed_input
-    m.setattr(winograd, "_transformed_input", lambda b, op, row, pairs: true(b, op, replace(row, start=row.start + 1), pairs))
+    m.setattr(winograd, "_transformed_input", lambda b, op, site, tiles: true(
+        b, op, replace(site, rows=tuple(replace(r, start=r.start + 1) for r in site.rows)), tiles))
 
 
 def _operands_of_streams_swapped(m: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,23 @@ def test_bounds_hold(a: Tree, b: Tree, ranges: dict[str, tuple[int, int]]) -> No
         assert bool((x < values(b.expr, arrays)).all()), f"{a.expr} < {b.expr}"
 
 
+@settings(max_examples=300)
+@given(TREES, bounded(), st.sampled_from(POSITIONS), st.booleans())
+def test_bounds_with_one_side(a: Tree, ranges: dict[str, tuple[int, int]], name: str, upper: bool) -> None:
+    arrays = arrays_of(ranges)
+    x = values(a.expr, arrays)
+    low, high = ranges[name]
+    known = {**ranges, name: (None, high) if upper else (low, None)}
+    below, above = lower_bound(a.expr, known), upper_bound(a.expr, known)
+    assert below is None or bool((values(below, arrays) <= x).all()), f"lower bound {below} of {a.expr} in {known}"
+    assert above is None or bool((values(above, arrays) >= x).all()), f"upper bound {above} of {a.expr} in {known}"
+
+
+def test_products_of_bounds_need_a_sign() -> None:
+    assert upper_bound(parse_expr("d0*(d0 // 4)"), {"d0": (None, 3)}) is None, "d0 = -4 gives 4, not 3*0"
+    assert upper_bound(parse_expr("d0*min(s0, 5)"), {"d0": (0, 3)}) == 15
+
+
 @st.composite
 def spaces(draw: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Iteration positions d0, d1 inside symbolic sizes, as the passes see them: d_i in [0, size_i - 1], sizes any number >= 1."""

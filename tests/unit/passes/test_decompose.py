@@ -247,8 +247,9 @@ case("scan", t("i32", 3, 4), t("i64", 3, 4), dim=0, kind="sum")
 case("scan", t("f32"), t("f32"), dim=0, kind="sum")
 case("scan", t("f32", 4, 6), t("f32", 4, 6), dim=1, kind="max", special=(NAN, INF))
 for _name in ("f32", "bf16", "i64"):
-    case("topk", t(_name, 5, 9), [t(_name, 5, 3), t("i64", 5, 3)], dim=1, k=3, largest=True)
-case("topk", t("f32", 9), [t("f32", 2), t("i64", 2)], dim=0, k=2, largest=False, special=(NAN, INF))
+    case("sort", t(_name, 5, 9), [t(_name, 5, 3), t("i64", 5, 3)], dim=1, keep=3)
+case("sort", t("f32", S0, 4), [t("f32", S0, 4), t("i64", S0, 4)], dim=0, keep=S0, largest=False)
+case("sort", t("f32", 9), [t("f32", 2), t("i64", 2)], dim=0, keep=2, largest=False, special=(NAN, INF))
 for _op in ("softmax", "log_softmax"):
     for _name in ("f32", "bf16", "f64"):
         for _dim in (0, 1, 2):

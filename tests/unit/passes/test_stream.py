@@ -333,8 +333,7 @@ BF16, F16 = torch.bfloat16, torch.float16
 ONE = ("1 + 1 [max, sum]",)
 SUMS = ("1 + 1 []",)
 BACKWARD = ("2 + 1 []", "2 + 2 []")
-FLEX = ((ONE, 1), (BACKWARD, None)) if tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 12) else (((), None), ((), None))
-"""What torch 2.11 makes of flex_attention does not stream (why is not known): it is right, and stored."""
+FLEX = ((ONE, 1), (BACKWARD, None))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""Sorting and top-k: the levels agree with each other and with eager; the order of equal elements and of NaN; every type, axis and kind of size."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from aicc.compiler.driver import Compilation, watching
+from support.stages import AVX2, GENERIC, capture, check_levels
+from torch import Tensor
+
+INFINITY = math.inf
+
+
+def compiled(function, *args: Tensor, **options) -> tuple[object, list[str]]:  # type: ignore[no-untyped-def]
+    """(result, operators that are ATen's)."""
+    found: list[Compilation] = []
+    torch._dynamo.reset()
+    f = torch.compile(function, backend="aicc", dynamic=options.pop("dynamic", False), options={"strict": True, "cache": False})
+    with watching(compiled=found.append):
+        result = f(*args)
+    return result, [str(e) for c in found for e in c.stats["externs"]]
+
+
+@pytest.mark.parametrize("target", [GENERIC, AVX2], ids=["generic", "avx2"])
+def test_levels(target) -> None:  # type: ignore[no-untyped-def]
+    check_levels(capture(lambda x: torch.topk(x.exp(), 4)[0], (torch.randn(3, 70),)), target)
+    check_levels(capture(lambda x: torch.sort(x, 0), (torch.randn(3, 70),)), target)
+    check_levels(capture(lambda x: torch.topk(x, 3, largest=False), (torch.randperm(140).reshape(2, 70),)), target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.uint8])
+@pytest.mark.parametrize("largest", [True, False])
+def test_stable_order(dtype: torch.dtype, largest: bool) -> None:
+    """Values bit for bit as eager's; of equal ones the first; NaN is the largest, infinities are ordinary, even where all of a row are the worst."""
+    for n, k in ((64, 2), (300, 16), (1103, 64)):
+        x = (torch.randn(6, n) * 50).to(dtype)
+        if dtype.is_floating_point:
+            x[0, 3], x[1], x[2], x[3, 1:n - 3] = math.nan, math.nan, -INFINITY, math.nan
+            x[4, ::2] = INFINITY
+        (values, places), externs = compiled(lambda x, k=k: torch.topk(x, k, -1, largest), x)
+        best = torch.sort(x, dim=-1, descending=largest, stable=True)
+        torch.testing.assert_close(values, torch.topk(x, k, -1, largest).values, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(places, best.indices[:, :k])
+        assert not externs
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending", "constant"])
+def test_rows_in_order(order: str) -> None:
+    x = {"ascending": torch.arange(4000.0), "descending": -torch.arange(4000.0), "constant": torch.zeros(4000)}[order].expand(3, 4000)
+    (values, places), _ = compiled(lambda x: torch.topk(x, 10), x)
+    assert torch.equal(values, torch.sort(x, dim=-1, descending=True, stable=True).values[:, :10])
+    assert torch.equal(places, torch.sort(x, dim=-1, descending=True, stable=True).indices[:, :10])
+
+
+def test_one_program_for_all_sizes_and_views() -> None:
+    f = torch.compile(lambda x: torch.topk(x, 4), backend="aicc", dynamic=True, options={"strict": True})
+    for shape in ((3, 50), (7, 333), (1, 16), (40, 17)):
+        x = torch.randn(*shape)
+        assert all(torch.equal(a, b) for a, b in zip(f(x), torch.topk(x, 4), strict=True))
+    x = torch.randn(80, 60)
+    (values, places), externs = compiled(lambda x: torch.topk(x.t(), 3), x)
+    assert torch.equal(values, torch.topk(x.t(), 3).values) and torch.equal(places, torch.topk(x.t(), 3).indices) and not externs
+
+
+def test_gradient() -> None:
+    x = torch.randn(5, 200, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    torch.topk(x, 6).values.square().sum().backward()
+    compiled(lambda x: torch.topk(x, 6).values.square().sum(), y)[0].backward()
+    torch.testing.assert_close(y.grad, x.grad)
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sort_of_every_type(dtype: torch.dtype) -> None:
+    """Short rows (counted) and long ones (by digits), both ways, in the order of torch's stable sort: NaN last, zeros of both signs equal. The values
+    keep their bits."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    for n in (1, 7, 97, 1500):
+        x = (torch.randn(6, n) * 50).to(dtype)
+        if dtype.is_floating_point and n > 5:
+            x[0, 3], x[1], x[2], x[3, ::2], x[4, :3], x[4, 3:5] = math.nan, math.nan, -INFINITY, INFINITY, -0.0, 0.0
+            x[5, :2] = -math.nan
+        for descending in (False, True):
+            got, externs = compiled(lambda x, down=descending: torch.sort(x, dim=-1, descending=down), x)
+            true = torch.sort(x, dim=-1, descending=descending, stable=True)
+            assert torch.equal(got.indices, true.indices) and not externs
+            assert torch.equal(got.values.view(bits), x.view(bits).gather(1, true.indices))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("function", [
+    lambda x: torch.sort(x, 0), lambda x: torch.sort(x.t(), stable=True, descending=True), lambda x: torch.argsort(x, 0), lambda x: x.msort(),
+    lambda x: torch.argsort(x[:, 5:77]), lambda x: torch.topk(x, 100), lambda x: torch.topk(x, 20), lambda x: torch.topk(x, 3, dim=0),
+    lambda x: torch.topk(x, 0), lambda x: torch.kthvalue(x, 7), lambda x: torch.kthvalue(x, 2, 0, keepdim=True), lambda x: x.reshape(4, 10, 300).sort(1)])
+def test_axes_views_and_sizes(function, dynamic: bool) -> None:  # type: ignore[no-untyped-def]
+    x = torch.randn(40, 300)
+    got, externs = compiled(function, x, dynamic=dynamic)
+    torch.testing.assert_close(tuple(got) if isinstance(got, tuple) else got, tuple(function(x)) if isinstance(got, tuple) else function(x), rtol=0, atol=0)
+    assert not externs
+
+
+def test_median() -> None:
+    """The lower of two; the first NaN of a row that has any."""
+    x = torch.randperm(600).reshape(6, 100).float()
+    x[1, 40], x[1, 70], x[2] = math.nan, math.nan, math.nan
+    for f in (lambda x: torch.median(x, 1), lambda x: torch.median(x, 0, keepdim=True), lambda x: (torch.median(x), torch.median(x[3:]))):
+        got, externs = compiled(f, x)
+        torch.testing.assert_close(tuple(got), tuple(f(x)), rtol=0, atol=0, equal_nan=True)
+        assert not externs
+
+
+def test_gradient_of_a_sort() -> None:
+    x = torch.randn(5, 200, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    weights = torch.arange(200.0)
+    (x.sort(-1).values * weights).sum().backward()
+    compiled(lambda x: (x.sort(-1).values * weights).sum(), y)[0].backward()
+    torch.testing.assert_close(y.grad, x.grad)
+
+
+def test_a_misleading_sample() -> None:
+    """The sample holds nothing but the best elements, so that its bound is too tight: the row is read again."""
+    x = torch.zeros(4, 6400)
+    x[:, ::100] = 1 + torch.arange(64.0)
+    for k in (100, 20):
+        (values, places), _ = compiled(lambda x, k=k: torch.topk(x, k), x)
+        true = torch.sort(x, dim=-1, descending=True, stable=True)
+        assert torch.equal(values, true.values[:, :k]) and torch.equal(places, true.indices[:, :k])
+
+
+def test_threads_share_rows() -> None:
+    x = torch.randn(64, 3000)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        (values, places), _ = compiled(lambda x: torch.sort(x), x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(values, torch.sort(x).values) and torch.equal(places, torch.sort(x, stable=True).indices)
