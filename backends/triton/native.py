@@ -8,7 +8,8 @@ Each function of the program becomes
     i32 NAME(ptr table, ptr symbols, ptr stream, ptr plans, ptr side, i32 first, i32 end)
 
 It evaluates addresses and grid sizes from the symbol values into cells on its own stack (so it may run in several threads at once) and runs
-the steps from `first` up to `end`, which is no more than there are (a profiler asks for one at a time). The calls are `cuLaunchKernel`,
+the steps from `first` up to `end`, which is no more than there are (a profiler asks for one at a time). The calls are `cuLaunchKernel`
+(or `cuLaunchKernelEx`, where kernels may begin before the step in front of them has ended: they wait for it themselves),
 `cuMemcpyDtoDAsync_v2`, `cublasLtMatmul` and, between streams, `cuEventRecord` and `cuStreamWaitEvent`. The order is data: a loop walks a
 table of steps, so that thousands of launches compile as fast as one. The functions called are imported; what only the process knows (handles
 of kernels, addresses of constants) is read from the exported global `STATE`, an array of 64-bit words:
@@ -66,6 +67,7 @@ _IMPORTS = {
     "cuCtxGetCurrent": [PTR],
     "cuCtxSetCurrent": [PTR],
     "cuLaunchKernel": [PTR, *[I32] * 7, PTR, PTR, PTR],
+    "cuLaunchKernelEx": [PTR, PTR, PTR, PTR],
     "cuMemcpyDtoDAsync_v2": [I64, I64, I64, PTR],
     "cuEventRecord": [PTR, PTR],
     "cuStreamWaitEvent": [PTR, PTR, I32],
@@ -96,12 +98,17 @@ MAP_ALIGNMENT = 8
 PROMOTION = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 ERRORS = Place(-1, 0, constant=True)
 """Stands for the address of the word for failed checks."""
+CONFIG_WORDS, STREAM_WORD, ATTRIBUTES_WORD, COUNT_WORD = 7, 4, 5, 6
+"""CUlaunchConfig in 64-bit words: sizes of the grid and of a block and shared bytes (32 bits each), the stream, attributes, their number."""
+ATTRIBUTE_WORDS = 9
+PROGRAMMATIC = (6, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, allowed
 LAUNCH, COPY, PRODUCT, WAIT = range(4)
 STREAM = 1 << 8
 """Added to the kind of a step that runs on the second stream."""
 ROW = 8
 """32-bit words of a row of the table of steps, the kind and:
-    LAUNCH   kernel, threads, shared bytes, parameters, the first of them in the list of parameter cells, cell of the grid's size
+    LAUNCH   kernel, threads, shared bytes, parameters, the first of them in the list of parameter cells, cell of the grid's size,
+             1 if it may begin before the step in front of it has ended
     COPY     cells of target, source and bytes
     PRODUCT  cells of a, b, c, d, bias (or -1) and temporary memory, number of the plan
     WAIT     nothing: the stream waits for the other one
@@ -177,6 +184,7 @@ class _Function:
         self.parameters: list[int] = []  # cells of the parameters of all launches
         self.rows: list[int] = []
         self.products = 0
+        self.before_step: list[Step | None] = [None, None]
         for step in steps:
             row = self._row(step)
             self.rows += row + [0] * (ROW - len(row))
@@ -206,6 +214,7 @@ class _Function:
 
     def _row(self, step: Step) -> list[int]:
         if isinstance(step, Wait):
+            self.before_step[step.stream] = step
             return [WAIT + STREAM * step.stream]
         kind, *words = self._words(step)
         return [kind + STREAM * step.stream, *words]
@@ -232,7 +241,14 @@ class _Function:
             raise IRError(f"kernel '{step.kernel}' takes {row['parameters']} parameters, not {len(cells)}")
         first = len(self.parameters)
         self.parameters += [self._cell(c) for c in cells]
-        return [LAUNCH, self.owner.numbers[step.kernel], row["threads"], row["shared"], len(cells), first, self._cell(extent)]
+        number, early = self.owner.numbers[step.kernel], self._may_begin(step, row)
+        return [LAUNCH, number, row["threads"], row["shared"], len(cells), first, self._cell(extent), early]
+
+    def _may_begin(self, step: Launch, row: Mapping[str, Any]) -> int:
+        """Whether a launch may be programmatic: not the first of its stream after a wait for the other one."""
+        before = self.before_step[step.stream]
+        self.before_step[step.stream] = step
+        return int(bool(row.get("dependent")) and not isinstance(before, Wait))
 
     # -- the function
 
@@ -243,6 +259,9 @@ class _Function:
         self.frame = stack_slot(b, ir.ArrayType(I64, max(1, self.words)), 8 * MAP_ALIGNMENT)
         self.params = stack_slot(b, ir.ArrayType(PTR, max([1, *(r["parameters"] for r in rows)])), 16)
         self.scratch = stack_slot(b, ir.ArrayType(I64, DESCRIPTOR_BYTES // 8 + 1), 16)
+        self.programmatic = any(r.get("dependent") for r in rows)
+        if self.programmatic:
+            self._prepare_config()
         self.two = any(isinstance(s, Wait) for s in self.steps)
         self.streams = stack_slot(b, ir.ArrayType(PTR, 2), 16)
         b.store(f.args[2], self._at(self.streams, 0, PTR))
@@ -263,6 +282,17 @@ class _Function:
             self._loop(b.sub(f.args[6], f.args[5]), lambda i: self._step(b.add(f.args[5], i)))
             self._leave(I32(0))
         self._finish()
+
+    def _prepare_config(self) -> None:
+        """What all launches have in common."""
+        b = self.b
+        self.config = stack_slot(b, ir.ArrayType(I64, CONFIG_WORDS), 16)
+        attribute = stack_slot(b, ir.ArrayType(I64, ATTRIBUTE_WORDS), 16)
+        for i, word in enumerate(PROGRAMMATIC):
+            b.store(I64(word), self._at(attribute, i, I64))
+        for i in (1, 2, 4, 5):  # y and z of grid and block
+            b.store(I32(1), self._at(self.config, i, I32))
+        b.store(attribute, self._at(self.config, ATTRIBUTES_WORD, PTR))
 
     def _take_error(self) -> None:
         """Leaves with the word that kernels of earlier calls wrote to, if it is not 0."""
@@ -453,7 +483,7 @@ class _Function:
 
     def _launch(self, step: ir.Value, words: Sequence[ir.Value]) -> None:
         b = self.b
-        kernel, threads, shared, count, first, extent = words[:6]
+        kernel, threads, shared, count, first, extent, early = words
         size = self._value(extent)
         self._if(b.icmp_signed(">", size, I64(MAX_GRID)), lambda: self._leave(self._code(step, I32(TOO_LARGE))))
 
@@ -464,6 +494,12 @@ class _Function:
         def launch() -> None:
             self._loop(count, parameter)
             one = I32(1)
+            if self.programmatic:
+                for i, value in ((0, b.trunc(size, I32)), (3, threads), (6, shared), (2 * COUNT_WORD, early)):
+                    b.store(value, self._at(self.config, i, I32))
+                b.store(self.stream, self._at(self.config, STREAM_WORD, PTR))
+                self._call("cuLaunchKernelEx", [self.config, self._state(kernel, PTR), self.params, NULL], step)
+                return
             self._call("cuLaunchKernel", [self._state(kernel, PTR), b.trunc(size, I32), one, one, threads, one, one, shared, self.stream,
                                           self.params, NULL], step)
         self._if(b.icmp_signed(">", size, I64(0)), launch)

@@ -20,6 +20,7 @@ from aicc.runtime.cuda_driver import KernelNode
 
 _P, _U32, _U64 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64
 _LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int32, _P, *[_U32] * 7, _P, _P, _P)
+_LAUNCH_EX = ctypes.CFUNCTYPE(ctypes.c_int32, _P, _P, _P, _P)
 _COPY = ctypes.CFUNCTYPE(ctypes.c_int32, _U64, _U64, _U64, _P)
 _PRODUCT = ctypes.CFUNCTYPE(ctypes.c_int32, *[_P] * 14, _U64, _P)
 _ATTRIBUTE = ctypes.CFUNCTYPE(ctypes.c_int32, _P, ctypes.c_int32, _P, _U64)
@@ -55,9 +56,11 @@ class FakeDevice:
         self.events: dict[int, int] = {}  # event -> the stream on which it was recorded last
         self.last: dict[int, int] = {}  # stream -> its last captured node
         self.sides = 0
+        self.early: list[bool] = []  # of each launch by `cuLaunchKernelEx`: whether it may begin early
         self.sides_destroyed: list[tuple[int, int]] = []
         self._keep = {
             "cuLaunchKernel": _LAUNCH(self._launch),
+            "cuLaunchKernelEx": _LAUNCH_EX(self._launch_ex),
             "cuMemcpyDtoDAsync_v2": _COPY(self._copy),
             "cublasLtMatmul": _PRODUCT(self._product),
             "cublasLtMatmulDescSetAttribute": _ATTRIBUTE(self._attribute),
@@ -96,6 +99,16 @@ class FakeDevice:
         values = [ctypes.c_uint64.from_address(c).value for c in cells]
         assert (ty, tz, extra) == (1, 1, None)
         return self._record(stream, ("launch", f, (x, y, z), tx, shared, stream, values))
+
+    def _launch_ex(self, config: int, f: int, params: int, extra: int) -> int:
+        """CUlaunchConfig, with at most one attribute: programmatic stream serialisation."""
+        x, y, z, tx, ty, tz, shared = (_U32 * 7).from_address(config)
+        stream, attributes = (_U64 * 2).from_address(config + 32)
+        count = _U32.from_address(config + 48).value
+        if count:
+            assert count == 1 and _U32.from_address(attributes).value == 6 and ctypes.c_int32.from_address(attributes + 8).value == 1
+        self.early.append(bool(count))
+        return self._launch(f, x, y, z, tx, ty, tz, shared, stream, params, extra)
 
     def _copy(self, target: int, source: int, size: int, stream: int) -> int:
         return self._record(stream, ("copy", target, source, size, stream))

@@ -213,6 +213,15 @@ def two_streams() -> list[Step]:
     return [k, Wait(1), k, dataclasses.replace(k, stream=1), Wait(0), k]
 
 
+def test_programmatic_launches_begin_early_but_not_after_a_wait() -> None:
+    device = FakeDevice()
+    library = load(two_streams(), device, row={"dependent": True})
+    run(library, [16, 32], [0, 64])
+    launches = [c for c in device.calls if c[0] == "launch"]
+    assert [c[5] for c in launches] == [77, 77, 1001, 77] and device.early == [True, True, False, False]
+    assert all(c[1:5] == (100, (3, 1, 1), 128, 256) for c in launches) and launches[0][6][:3] == [16, 32, 64]
+
+
 def streams_of(device: FakeDevice) -> list[Any]:
     """What was asked, by stream."""
     return [("launch", c[5]) if c[0] == "launch" else c for c in device.calls]
