@@ -108,10 +108,27 @@ def generated_seconds(target: Target, work: Work) -> float:
         rows, columns, rate, most = tile.rows, tile.columns, tile_rate(target, tile.rows, tile.columns), float("inf")
     else:
         rows, columns, rate, most = 128, 128, 1.0, 8.0
-    rounds = -(-batch * -(-m // rows) * -(-n // columns) // processors)
-    whole = rows * columns * rounds * processors / max(1, work.elements)  # whole tiles, and multiprocessors that wait, count as busy
+    tiles = batch * -(-m // rows) * -(-n // columns)
+    parts = _parts(work, tiles, processors)
+    rounds = -(-tiles * parts // processors)
+    whole = rows * columns * rounds * processors / max(1, work.elements * parts)  # whole tiles, and multiprocessors that wait, count as busy
     made = LAUNCH + _product(target, work, GENERATED_SHARE[work.kind], min(whole, most) / rate)
+    if parts > 1:  # the reader adds the parts up
+        made += 8 * parts * work.elements / (MEMORY_SHARE * _rates(target).bandwidth)
     return max(made, 0 if work.replayed else HOST_GENERATED) + extra
+
+
+PARTS, LEAST = 8, 256
+"""Most parts that the model reckons with, and the least that each of them sums."""
+
+
+def _parts(work: Work, tiles: int, processors: int) -> int:
+    """Into how many parts `split-reductions` takes the sum of a product of few tiles (16 bits; it does not so for others that keep a reader)."""
+    batch, m, n, k = work.sizes
+    if 2 * tiles > processors or BYTES[work.kind] > 2:
+        return 1
+    affordable = batch * (m * k + k * n) * BYTES[work.kind] // max(1, 8 * work.elements)
+    return max(1, min(-(-2 * processors // tiles), PARTS, k // LEAST, affordable))
 
 
 def unpack_seconds(target: Target, read: int, made: int) -> float:
