@@ -219,11 +219,12 @@ class Fuse(Pass):
         for u, m in zip(op.operands, op["maps"], strict=True):
             if u is not v:
                 continue
-            dims = plain_dims(m) if m is not None else None
-            if dims is None:
+            wide = None if m is None else [(e, f) for e, f in zip(m, other.places[producer], strict=False) if other.frame[f] != 1]
+            dims = plain_dims([e for e, _ in wide]) if wide is not None else None
+            if wide is None or dims is None:
                 return None
-            for j, d in enumerate(dims):
-                a, b = other.places[producer][j], into.places[op][d]
+            for (_, a), d in zip(wide, dims, strict=True):
+                b = into.places[op][d]
                 if to.setdefault(a, b) != b or other.frame[a] != into.frame[b]:
                     return None
         free = [i for i in range(len(into.frame)) if i not in to.values()]
