@@ -7,6 +7,8 @@ of aicc was (spread), the best peer's time over aicc's, the distance of aicc's r
 nothing (for ONNX Runtime and OpenVINO: from the exported file) to the first result.
 A row whose result is further from eager's than `TOLERANCE` (of the largest value), or further from float64 than `ACCURACY` times eager,
 is marked WRONG and the exit code is 1. float32, batch 1 unless the name says more.
+`aicc-direct` is the same code by `aicc.compile`, without Dynamo's guards, which the sessions of ONNX Runtime and OpenVINO do not have either; its
+ratio stands beside that of `torch.compile` and is no part of the summary's.
 Peers beside eager are those installed of: inductor, inductor-max (freezing and max-autotune), onnxruntime, openvino (`pip install aicc[peers]`).
 """
 
@@ -185,12 +187,12 @@ def measure(case: Case, peers: Sequence[str], seconds: float, clock: Callable[[]
     calls: dict[str, Callable[[], Any]] = {"eager": lambda: function(*args)}
     compilations: list[Compilation] = []
     path = ""
-    for name in ["aicc", *peers]:
+    for name in ["aicc", contenders.DIRECT, *peers]:
         try:
             if name in contenders.FROM_ONNX and not path:
                 path = contenders.export(function, args)
             start = time.perf_counter()
-            with watching(compiled=compilations.append):
+            with watching(compiled=compilations.append if name == "aicc" else None):
                 call = contenders.PEERS[name](path if name in contenders.FROM_ONNX else function, args, torch.get_num_threads())
                 result = tree_leaves(first_call(call)[1])
         except Exception as e:
@@ -234,11 +236,12 @@ def _line(row: dict[str, Any], peers: Sequence[str]) -> str:
         return f"{row['case']:<28} FAILED: {row['failure'][:150]}"
     heading = "eager_ms" not in row
     cells = [f"{row['case']:<28}"]
-    for name in ["eager", *peers, "aicc"]:
+    for name in ["eager", *peers, contenders.DIRECT, "aicc"]:
         cells.append(f"{name:>12}" if heading else f"{row.get(f'{name}_ms', float('nan')):>12.3f}")
     if heading:
-        return " ".join([*cells, "spread  peer/aicc  err/eager's  externs kernels  compile s:", ", ".join(["aicc", *peers])])
+        return " ".join([*cells, "spread  peer/aicc  peer/direct  err/eager's  externs kernels  compile s:", ", ".join(["aicc", *peers])])
     cells += [f"{100 * row['aicc_spread']:>4.0f} %", f"{_best_peer(row, peers) / row['aicc_ms']:>10.2f}",
+              f"{_best_peer(row, peers) / row.get(f'{contenders.DIRECT}_ms', float('nan')):>12.2f}",
               f"{row['aicc_error64'] / max(row['eager_error64'], 1e-12):>11.2f}", f"{row['externs']:>9} {row['kernels']:>7}  "]
     cells.append(", ".join(f"{row[f'{p}_compile_s']:.1f}" if f"{p}_compile_s" in row else "failed" for p in ["aicc", *peers]))
     return " ".join(cells) + ("  WRONG" if _is_wrong(row) else "")
@@ -248,6 +251,9 @@ def _summary(rows: list[dict[str, Any]], peers: Sequence[str]) -> None:
     for name in ["aicc", *peers]:
         common = [r["eager_ms"] / r[f"{name}_ms"] for r in rows if f"{name}_ms" in r]
         print(f"geometric mean over eager, {name}: {geometric_mean(common):.2f}x of {len(common)} cases")
+    direct = [_best_peer(r, peers) / r[f"{contenders.DIRECT}_ms"] for r in rows if f"{contenders.DIRECT}_ms" in r]
+    if direct:
+        print(f"best peer of each case over {contenders.DIRECT}: geometric mean {geometric_mean(direct):.2f}x of {len(direct)} cases")
     ratios = [_best_peer(r, peers) / r["aicc_ms"] for r in rows]
     if rows:
         worst = min(zip(ratios, (r["case"] for r in rows), strict=True))

@@ -1,14 +1,14 @@
 """An independent check of a memory plan: runs the host program on memory that remembers who wrote each byte range.
 
-    check_plan(func, kernels)        # raises IRError where a buffer would be read after something else overwrote it
+    check_plan(func, kernels)        # raises IRError where a buffer would be read after something else overwrote it; how often it looked
 
 It shares nothing with the planner: no live ranges, no groups. A buffer is a `host.slot`, an argument, or a view of an output
 (scratch); writing marks the byte range as that buffer's, reading demands that the whole range still is. Within a launch an
 output may touch an input's bytes only where the kernel says so (`inplace`) and the ranges are equal. Of launches side by side
 (`beside`), which stand next to each other, none may touch bytes that another writes; nor of launches on two streams, unless a `host.wait`
 for the other's stream lies between. Stream 1 must have been waited for before an operator call and at the end. At the end all outputs
-must hold their own data. Symbolic plans are run at several symbol values within their ranges. Slots must be aligned and inside
-the arena, views inside the output.
+must hold their own data. Symbolic plans are run at several symbol values within their ranges; where a size is not defined (it divides
+by a size that is zero there), at the next larger ones for which all are. Slots must be aligned and inside the arena, views inside the output.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 
 from ..ir.core import IRError, Operation, Value
 from ..ir.expr import as_int
-from ..ir.types import BufferType
 from .liveness import inplace_pairs
-from .storage import ALIGNMENT, size_at, storage_bytes
+from .storage import ALIGNMENT, representative_symbols, size_at, sizes_exist, storage_bytes
 
 __all__ = ["check_plan"]
 
 _SIZES = (0, 1, 3, 61, 128, 1000)
+_RAISED = 65  # where sizes exist only for larger ones, the representative values alone are checked
 
 
 @dataclass(frozen=True)
@@ -59,29 +59,28 @@ class _Memory:
         return slot.low == slot.high or slot.value in self.holds
 
 
-def check_plan(func: Operation, kernels: Mapping[str, Operation]) -> None:
-    """Raises IRError naming the op and the two slots if the plan of `func` is wrong."""
+def check_plan(func: Operation, kernels: Mapping[str, Operation]) -> int:
+    """Raises IRError naming the op and the two slots if the plan of `func` is wrong; gives the number of sets of sizes that it was run at."""
     symbols = func["symbols"]
-    for k in range(len(_SIZES) if symbols else 1):
-        values = {}
-        for i, (name, (low, high)) in enumerate(symbols.items()):
-            value = max(as_int(low), _SIZES[(k + i * i) % len(_SIZES)])
-            values[name] = value if high is None else min(value, as_int(high))
-        if _exist(func, values):
+    wanted = [_defined(func, {name: _SIZES[(k + i * i) % len(_SIZES)] for i, name in enumerate(symbols)}) for k in range(len(_SIZES))]
+    tried: list[dict[str, int]] = []
+    for values in (*wanted, representative_symbols(func)):
+        if values is not None and values not in tried:
             _check(func, kernels, values)
+            tried.append(values)
+    return len(tried)
 
 
-def _exist(func: Operation, symbols: Mapping[str, int]) -> bool:
-    """Whether the program's sizes are defined for these symbol values: a view of n elements as [n // (n // 3), n // 3] has no n below 3."""
-    try:
-        size_at(func["stats"].get("arena_bytes", 0), symbols)
-        for op in func.body:
-            for v in (*op.operands, *op.results):
-                if isinstance(v.type, BufferType):
-                    size_at(storage_bytes(v.type), symbols)
-    except ZeroDivisionError:
-        return False
-    return True
+def _defined(func: Operation, wanted: Mapping[str, int]) -> dict[str, int] | None:
+    """The wanted values within the symbols' ranges, raised together until the program's sizes exist; None if they do not soon."""
+    for more in range(_RAISED if wanted else 1):
+        values = {}
+        for name, (low, high) in func["symbols"].items():
+            value = max(as_int(low), wanted[name] + more)
+            values[name] = value if high is None else min(value, as_int(high))
+        if sizes_exist(func, values):
+            return values
+    return None
 
 
 def _check(func: Operation, kernels: Mapping[str, Operation], symbols: Mapping[str, int]) -> None:

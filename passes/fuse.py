@@ -29,6 +29,7 @@ from .split_reductions import reduces_rows
 from .structured import PARTIAL, body_ops, is_contraction, is_pointwise, plain_dims
 from .tiling.gpu_tiles import COLUMNS
 from .topology import topological_sort
+from .unpack import UNPACKS
 
 
 @dataclass
@@ -129,7 +130,7 @@ class Fuse(Pass):
                     of[op] = g
                 continue
             joined = None
-            for g in self._candidates(op, of, position):
+            for g in self._candidates(op, of, position) if not op.attributes.get(UNPACKS) else ():
                 fitted = self._fit(g, op)
                 if fitted is None or _makes_cycle(g, op, of, position):
                     continue
@@ -142,7 +143,8 @@ class Fuse(Pass):
             of[op] = joined
             if op is joined.contraction:
                 self._take_prologue(joined, of, groups, ctx)
-            self._merge_producer_groups(op, joined, of, groups, position)
+            if not op.attributes.get(UNPACKS):
+                self._merge_producer_groups(op, joined, of, groups, position)
             self._merge_siblings(op, joined, of, groups, ctx.target.is_gpu)
         return groups
 

@@ -237,10 +237,10 @@ def _attention(z: _Sizes) -> tuple[list[Kernel], list[Comm], list[Saved]]:
         for phase in ("forward", "backward"):
             comms += [Comm("heads_for_sequence", "all_to_all", "cp", there, phase), Comm("sequence_for_heads", "all_to_all", "cp", back, phase)]
     elif z.shard.cp > 1:
-        # Ring attention: keys and values go round once forward; backward they go round again with their gradients.
-        moved = u * z.rows * kv_width * (z.shard.cp - 1)
-        comms += [Comm("ring_kv", "p2p", "cp", moved, "forward", "attention"),
-                  Comm("ring_kv_grad", "p2p", "cp", 2 * moved, "backward", "attention")]
+        # Ring attention: keys and values go round once forward; backward they go round again with their gradients, in fp32, which go home.
+        block, steps = z.rows * kv_width, z.shard.cp - 1
+        comms += [Comm("ring_kv", "p2p", "cp", u * block * steps, "forward", "attention"),
+                  Comm("ring_kv_grad", "p2p", "cp", block * (u * steps + 4 * z.shard.cp), "backward", "attention")]
     return [norm, *projections, layout, *core, output, residual], comms, saved
 
 
@@ -265,8 +265,9 @@ def _projections(z: _Sizes, heads: float, kv_heads: float) -> tuple[int, int, li
 def _core(z: _Sizes, heads: float, score_dim: int, value_dim: int, context: float) -> list[Kernel]:
     c, u = z.config, z.unit
     batch, queries = z.micro_batch * heads, c.seq / z.shard.cp
-    if c.attention == "flash":
-        return [Kernel("flash_attention", (batch, queries, context, score_dim + value_dim), fused=True, scale=0.5)]
+    if c.attention == "flash":  # a causal mask skips half; in a ring all wait for the last rank, which meets every block, its own by half
+        scale = 1 - 0.5 / z.shard.cp if z.shard.ring else 0.5
+        return [Kernel("flash_attention", (batch, queries, context, score_dim + value_dim), fused=True, scale=scale)]
     scores = batch * queries * context
     kernels = [Kernel("scores", (batch, queries, context, score_dim), core=True),
                Kernel("softmax", forward=2 * u * scores, backward=3 * u * scores, core=True)]
