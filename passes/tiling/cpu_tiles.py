@@ -110,7 +110,7 @@ def _register_tile(registers: int, lanes: int, m: int | None, n: int | None) -> 
             cycles = max(rows * vectors / MULTIPLY_ADDS, LATENCY) + LOAD_CYCLES * (rows + vectors)
             down = 1 / rows if m is None else -(-m // rows)
             across = 1 / vectors if n is None else -(-n // (vectors * lanes))
-            best = min(best, (down * across * cycles, rows, (rows, vectors)))
+            best = min(best, (round(down * across * cycles, 9), down, (rows, vectors)))  # of equals, that which passes a panel least often
     return best[2]
 
 
