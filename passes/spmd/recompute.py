@@ -58,7 +58,7 @@ def derivation(v: Value, kept: Collection[Value]) -> list[Operation] | None:
         op = x.defining_op
         if op is None or x in kept or op in found:
             continue
-        free = op.has_trait(Trait.ViewLike) or op.has_trait(Trait.ConstantLike) or op.name in _SOURCES
+        free = op.has_trait(Trait.ViewLike) or op.has_trait(Trait.ConstantLike) or op.name in _SOURCES or _gathers_parameter(op)
         if len(found) == LONGEST or not (free or op.has_trait(Trait.Elementwise)):
             return None
         found[op] = None
@@ -94,7 +94,8 @@ def _roots(v: Value) -> list[Value] | None:
         op = x.defining_op
         if op is None or op in found:
             continue
-        if not (op.has_trait(Trait.ViewLike) or op.has_trait(Trait.ConstantLike) or op.name in _SOURCES or op.has_trait(Trait.Elementwise)):
+        free = op.has_trait(Trait.ViewLike) or op.has_trait(Trait.ConstantLike) or op.name in _SOURCES or _gathers_parameter(op)
+        if not (free or op.has_trait(Trait.Elementwise)):
             roots[x] = None
             continue
         if len(found) == LONGEST:
@@ -129,6 +130,11 @@ def _free(op: Operation) -> bool:
     if op.name == "graph.cast":
         return tensor_type(op.result).dtype.bytes >= tensor_type(op.operands[0]).dtype.bytes
     return op.name in (*_SOURCES, "dist.all_gather")
+
+
+def _gathers_parameter(op: Operation) -> bool:
+    """A gather of an argument, which the backward pass makes again for the gradient anyway."""
+    return op.name == "dist.all_gather" and isinstance(op.operands[0], BlockArg)
 
 
 def _random(op: Operation) -> bool:
