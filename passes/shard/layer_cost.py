@@ -289,10 +289,10 @@ def block_cost(config: ModelConfig, kind: str, micro_batch: int, recompute: str,
         flops_again = sum(k.flops / k.scale for k in work.kernels if k.core)
     backward_input, backward_weight = back + sent_back + lost_back + again, sum(times.weight)
     sent_back += resent
-    kept = work.saved_bytes(recompute, placement.software.elementwise_again)
+    kept, most = (work.saved_bytes(r, placement.software.elementwise_again) for r in (recompute, "none"))
     flops = 3 * work.counted_flops
     cost = BlockCost(forward, backward_input, backward_weight, sent, sent_back, alltoall, alltoall_back + alltoall_again,
-                     again - resent, kept, max(0.0, work.saved_bytes("none", placement.software.elementwise_again) - kept), flops, flops + flops_again)
+                     again - resent, kept, max(0.0, most - kept), flops, flops + flops_again)
     return with_gather(cost, config, kind, placement) if gather else cost
 
 
