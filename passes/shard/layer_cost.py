@@ -32,14 +32,15 @@ class Working:
     """Memory of a compiled step beside parameters, gradients, state and kept values; fitted to what programs of Llama and GPT-2 say.
 
     loss: bytes per logit of a micro-batch. streams, tensor, sequence: tensors of the size of the residual stream at the peak, always, and more under
-    tensor parallelism without and with sequence parallelism. in_flight: the share of a rank's gradients (under ZeRO-3 of its gathered parameters
+    tensor parallelism without and with sequence parallelism, there again under MLPs that are not gated, and in pipelines. in_flight: the share of a rank's gradients (under ZeRO-3 of its gathered parameters
     too) that is in collectives at the peak; the largest parameter at the least.
     """
 
     loss: float
     streams: float
-    tensor: float
-    sequence: float
+    tensor: tuple[float, float]
+    sequence: tuple[float, float]
+    pipeline: float
     in_flight: float
 
 
@@ -82,9 +83,9 @@ SOFTWARE: dict[str, Software] = {s.name: s for s in (
     Software(),
     # `ShardingPlan.compile` with torch's AdamW: gradients and both moments have the parameters' type, an update reads four tensors and writes three.
     Software("aicc-bf16", gradient_bytes=2, optimizer_bytes=4, optimizer_traffic=14, elementwise_again=True,
-             working=Working(loss=2, streams=3, tensor=5, sequence=9, in_flight=0.0)),
+             working=Working(loss=2, streams=3, tensor=(5, 3.5), sequence=(9, 11), pipeline=8, in_flight=0.0)),
     Software("aicc-fp32", gradient_bytes=4, optimizer_bytes=8, optimizer_traffic=28, elementwise_again=True,
-             working=Working(loss=12, streams=0, tensor=7.5, sequence=15, in_flight=1.0)),
+             working=Working(loss=12, streams=0, tensor=(7.5, 0), sequence=(15, 0), pipeline=0, in_flight=1.0)),
     # Megatron-LM as of SC'21: everything in sequence, fp16 gradients added by a separate kernel.
     Software("megatron-2021", overlap_tensor=False, overlap_gradients=False, overlap_parameters=False, overlap_p2p=False,
              fused_accumulation=False, gradient_bytes=2),

@@ -204,7 +204,8 @@ def _program_working(config: ModelConfig, plan: Plan, software: Software, parame
     """What `Working` says, of a rank with so many parameters (before ZeRO); all ranks of a pipeline are taken for the one with the loss."""
     assert software.working is not None
     w, unit, rows = software.working, ELEMENT[config.dtype], plan.micro_batch * config.seq / plan.cp
-    streams = w.streams + (0.0 if plan.tp == 1 else w.sequence if plan.sp else w.tensor)
+    gated, plain = (0.0, 0.0) if plan.tp == 1 else w.sequence if plan.sp else w.tensor
+    streams = w.streams + gated + (0.0 if config.gated else plain) + (w.pipeline if plan.pp > 1 else 0.0)
     total = w.loss * rows * config.vocab / plan.tp + streams * rows * config.hidden * unit
     if plan.dp * plan.cp > 1:
         flying = parameters * (software.gradient_bytes + (unit if plan.zero == 3 else 0))
