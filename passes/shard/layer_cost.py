@@ -31,9 +31,10 @@ __all__ = ["SOFTWARE", "BlockCost", "Placement", "Software", "block_cost", "kern
 class Working:
     """Memory of a compiled step beside parameters, gradients, state and kept values; fitted to what programs of Llama and GPT-2 say.
 
-    loss: bytes per logit of a micro-batch. streams, tensor, sequence: tensors of the size of the residual stream at the peak, always, and more under
-    tensor parallelism without and with sequence parallelism, there again under MLPs that are not gated, and in pipelines. in_flight: the share of a rank's gradients (under ZeRO-3 of its gathered parameters
-    too) that is in collectives at the peak; the largest parameter at the least.
+    loss: bytes per logit of a micro-batch. streams: tensors of the size of the residual stream at the peak; tensor, sequence: how many more under
+    tensor parallelism without and with sequence parallelism, and again more where MLPs are not gated; pipeline: how many more in a pipeline.
+    in_flight: the share of a rank's gradients (under ZeRO-3 of its gathered parameters too) that is in collectives at the peak; the largest
+    parameter at the least.
     """
 
     loss: float
