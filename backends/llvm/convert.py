@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
+from .float8 import FORMATS
 from .lanes import F32, F64, I1, I16, I32, I64, declare, element_type, overload, splat, with_element
 
 I8 = ir.IntType(8)
@@ -29,7 +30,7 @@ class Representation:
 
     register: ir.Type
     memory: ir.Type
-    kind: str  # float, bf16, signed, unsigned or bool
+    kind: str  # float, bf16, signed, unsigned, bool, or the name of a float of 8 bits
 
 
 REPRESENTATIONS: dict[str, Representation] = {
@@ -37,6 +38,7 @@ REPRESENTATIONS: dict[str, Representation] = {
     "f32": Representation(F32, F32, "float"),
     "f16": Representation(F16, F16, "float"),
     "bf16": Representation(I16, I16, "bf16"),
+    **{name: Representation(I8, I8, name) for name in FORMATS},
     "i64": Representation(I64, I64, "signed"),
     "i32": Representation(I32, I32, "signed"),
     "i16": Representation(I16, I16, "signed"),
@@ -219,3 +221,23 @@ _CASTS: dict[tuple[str, str], Callable[[ir.IRBuilder, ir.Value, Representation],
     ("bool", "signed"): _integer_to_integer(False),
     ("bool", "unsigned"): _integer_to_integer(False),
 }
+
+
+def _of_8_bits(name: str) -> dict[tuple[str, str], Callable[[ir.IRBuilder, ir.Value, Representation], ir.Value]]:
+    """Casts from and to a float of 8 bits: all by way of float32."""
+    f8, single = FORMATS[name], REPRESENTATIONS["f32"]
+
+    def into(kind: str) -> Callable[[ir.IRBuilder, ir.Value, Representation], ir.Value]:
+        if kind == "float":
+            return lambda b, value, target: f8.from_f32(b, _as_f32(b, value))
+        return lambda b, value, target: f8.from_f32(b, _CASTS[kind, "float"](b, value, single))
+
+    def out_of(kind: str) -> Callable[[ir.IRBuilder, ir.Value, Representation], ir.Value]:
+        convert = _f32_to_float if kind == "float" else _CASTS["float", kind]
+        return lambda b, value, target: convert(b, f8.to_f32(b, value), target)
+
+    kinds = {source for source, _ in _CASTS if source not in FORMATS}
+    return {**{(kind, name): into(kind) for kind in kinds}, **{(name, kind): out_of(kind) for kind in kinds}}
+
+
+_CASTS |= {**_of_8_bits("f8e4m3fn"), **_of_8_bits("f8e5m2")}
