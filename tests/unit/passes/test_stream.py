@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from aicc.compiler.pipelines import pipeline
-from aicc.frontend.flex import dense
+from aicc.frontend.flex import dense, dense_backward
 from aicc.frontend.formulas import flash_attention_backward
 from aicc.ir import Operation
 from aicc.ir.expr import evaluate, free_symbols
@@ -296,7 +296,7 @@ def flex_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     def pull(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, g: Tensor) -> list[Any]:
         return [g * (1 - torch.tanh(s / 20)**2), None, None, None, None]
 
-    return sdpa_dense_backward(q, k, v, out, lse / math.log(2), grad, None, change, pull, _causal_blocks(), 0.2, {}, (), ())[:3]
+    return dense_backward(q, k, v, out, lse / math.log(2), grad, None, change, pull, _causal_blocks(), 0.2, {}, (), ())[:3]
 
 
 def _causal_blocks() -> tuple[Any, ...]:
