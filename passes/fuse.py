@@ -201,8 +201,8 @@ class Fuse(Pass):
             if other is None or other is into or other.contraction is not None or into.contraction is not None or not _is_loop(other):
                 continue
             merged = self._union(other, into, op, v)
-            if merged is None or any(_makes_cycle(other, m, of, position) for m in into.members) or any(
-                    _makes_cycle(into, m, of, position) for m in other.members):
+            if merged is None or any(_makes_cycle(other, m, of, position, into) for m in into.members) or any(
+                    _makes_cycle(into, m, of, position, other) for m in other.members):
                 continue
             into.frame, into.places = merged
             into.members = sorted([*other.members, *into.members], key=position.__getitem__)
@@ -381,8 +381,9 @@ def _reads_agree(members: list[Operation], places: dict[Operation, tuple[int, ..
     return True
 
 
-def _makes_cycle(g: Group, op: Operation, of: dict[Operation, Group], position: dict[Operation, int]) -> bool:
-    """True if `op` depends on `g` through an op outside of it."""
+def _makes_cycle(g: Group, op: Operation, of: dict[Operation, Group], position: dict[Operation, int], within: Group | None = None) -> bool:
+    """True if `op` depends on `g` through an op outside of it. `within`: the group of `op`, all of whose members are asked, so that ways through it
+    need not be followed."""
     first = min(position[m] for m in g.everything)
     stack = [v.defining_op for v in op.operands if v.defining_op is not None and v not in g.values]
     seen: set[Operation] = set()
@@ -394,6 +395,8 @@ def _makes_cycle(g: Group, op: Operation, of: dict[Operation, Group], position: 
         group = of.get(p)
         if group is g:
             return True
+        if group is not None and group is within:
+            continue
         around = group.everything if group is not None else [p]
         if group is not None and max(position[m] for m in around) < first:
             continue
