@@ -4,8 +4,9 @@
 
 AOTAutograd hands over `flex_attention(q, k, v, score_mod, block_mask, ...)` as one node with the score modification as a graph within
 the graph. A dense form of it is traced here and takes the node's place, so that what follows streams like any other attention
-written by hand, forward and backward. The forms are ours: row values of the forward pass (the maximum, the sum, whether a row is masked throughout) are
-found in one pass over the scores, and results take their order of dimensions by a permutation, not by writes into memory of that order.
+written by hand, forward and backward. The forms are ours: row values of the forward pass (the maximum, the sum, whether a row is masked
+throughout) are found in one pass over the scores, and results take their order of dimensions by a permutation, not by writes into memory of
+that order.
 """
 
 from __future__ import annotations
@@ -71,11 +72,14 @@ def dense_backward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsu
     grad_query = grad_scores @ wide_key
     grad_key = grad_scores.transpose(-2, -1) @ query
     grad_value = weights.to(query.dtype).transpose(-2, -1) @ grad_out
-    sums = []
-    for x, of in ((grad_key, key), (grad_value, value)):
+
+    def of_shared(x: Tensor, like: Tensor) -> Tensor:
+        """Summed over the heads, and batches, that read one key."""
         x = x.unflatten(1, (-1, groups)).sum(2) if groups > 1 else x
-        sums.append(_in_the_order_of(x.sum(0, keepdim=True) if batches != x.size(0) else x, of))
-    return _in_the_order_of(grad_query, query), *sums, tuple(x.contiguous() if isinstance(x, Tensor) else None for x in others)
+        return _in_the_order_of(x.sum(0, keepdim=True) if batches != x.size(0) else x, like)
+
+    captures = tuple(x.contiguous() if isinstance(x, Tensor) else None for x in others)
+    return _in_the_order_of(grad_query, query), of_shared(grad_key, key), of_shared(grad_value, value), captures
 
 
 def _in_the_order_of(x: Tensor, like: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from aicc.ir.interpreter import interpret
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
 from support.stages import AVX2, CUDA, EXACT_CASTS, OPTIONS, capture, check_levels, compare, copied, lowered
 from torch import Tensor
-from torch._higher_order_ops.flex_attention import sdpa_dense_backward
 
 NEVER = float("-inf")
 
