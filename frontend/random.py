@@ -68,14 +68,18 @@ def _index(seed: Tensor, size: Sequence[Any]) -> Tensor:
     return torch.arange(math.prod(size), device=seed.device).reshape(tuple(size))
 
 
-def _uniform(seed: Tensor, size: Sequence[Any], stream: int, dtype: torch.dtype) -> Tensor:
-    """Four elements in a row share a counter and have a word each: where a thread computes them side by side, they share its ten rounds."""
+def _word(seed: Tensor, size: Sequence[Any], stream: int) -> Tensor:
+    """32 bits for each element. Four in a row share a counter: where a thread computes them side by side, they share its ten rounds."""
     index = _index(seed, size)
-    if dtype == torch.float64:
-        w = _words(seed, index, stream)
-        return _unit(w[1], w[0], dtype)
     w, which = _words(seed, index >> 2, stream), index & 3
-    word = torch.where(which < 2, torch.where(which == 0, w[0], w[1]), torch.where(which == 2, w[2], w[3]))
+    return torch.where(which < 2, torch.where(which == 0, w[0], w[1]), torch.where(which == 2, w[2], w[3]))
+
+
+def _uniform(seed: Tensor, size: Sequence[Any], stream: int, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float64:
+        w = _words(seed, _index(seed, size), stream)
+        return _unit(w[1], w[0], dtype)
+    word = _word(seed, size, stream)
     return _unit(word, word, dtype)
 
 
@@ -90,9 +94,10 @@ def _normal(seed: Tensor, size: Sequence[Any], stream: int, dtype: torch.dtype) 
 
 
 def _integers(seed: Tensor, size: Sequence[Any], low: int, high: int, stream: int) -> Tensor:
-    w, span = _words(seed, _index(seed, size), stream), high - low
+    span = high - low
     if span <= 1 << 32:
-        return low + (((w[0] * span) >> 32) & _LOW)
+        return low + (((_word(seed, size, stream) * span) >> 32) & _LOW)
+    w = _words(seed, _index(seed, size), stream)
     wide = (w[1] << 31) | (w[0] >> 1)  # 63 bits
     return low + wide % span
 
