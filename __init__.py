@@ -9,8 +9,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 _PUBLIC = {"Mesh": "passes.shard", "Options": "compiler.options", "Plan": "passes.shard", "auto_shard": "compiler.distributed.auto_shard",
-            "compile_fx": "compiler.driver", "invalidate": "compiler.invalidation"}
-__all__ = ["Mesh", "Options", "Plan", "__version__", "auto_shard", "compile_fx", "invalidate"]
+            "compile": "compiler.ahead", "compile_fx": "compiler.driver", "invalidate": "compiler.invalidation"}
+__all__ = ["Mesh", "Options", "Plan", "__version__", "auto_shard", "compile", "compile_fx", "invalidate"]
 
 
 def __getattr__(name: str) -> Any:

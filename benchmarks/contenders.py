@@ -24,8 +24,9 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(_ROOT, "inductor")
 os.environ["AICC_STRICT"] = "1"
 
 import torch  # noqa: E402
+from aicc.compiler.ahead import compile as compile_ahead  # noqa: E402
 
-__all__ = ["FROM_ONNX", "PEERS", "choose", "export", "missing", "warm_up"]
+__all__ = ["DIRECT", "FROM_ONNX", "PEERS", "choose", "export", "missing", "warm_up"]
 
 # Without it Dynamo leaves recurrent layers to eager, whatever the backend.
 torch._dynamo.config.allow_rnn = True
@@ -86,8 +87,15 @@ def _compiled(backend: str, options: dict[str, Any] | None = None) -> Callable[.
     return make
 
 
+def _direct(function: Callable[..., Any], args: Sequence[torch.Tensor], threads: int) -> Callable[[], Any]:
+    """aicc's program for fixed inputs: without Dynamo's guards, as the sessions of ONNX Runtime and OpenVINO are."""
+    program = compile_ahead(function, *args)
+    return lambda: program(*args)
+
+
+DIRECT = "aicc-direct"
 PEERS: dict[str, Callable[[Any, Sequence[torch.Tensor], int], Callable[[], Any]]] = {
-    "aicc": _compiled("aicc"), "inductor": _compiled("inductor"),
+    "aicc": _compiled("aicc"), DIRECT: _direct, "inductor": _compiled("inductor"),
     "inductor-max": _compiled("inductor", {"freezing": True, "max_autotune": True}), "onnxruntime": _onnxruntime, "openvino": _openvino}
 """(function, or for those in FROM_ONNX what `export` made of it, arguments, threads) -> a call. Sessions are made before the first call."""
 FROM_ONNX = ("onnxruntime", "openvino")
@@ -101,7 +109,7 @@ def missing(peers: Sequence[str]) -> list[str]:
 
 def choose(text: str) -> list[str] | str:
     """The peers named by 'all' (that are installed), 'none' or a list with commas; or what is wrong with the text."""
-    others = [p for p in PEERS if p != "aicc"]
+    others = [p for p in PEERS if p not in ("aicc", DIRECT)]
     if text == "all":
         return [p for p in others if not missing([p])]
     names = [] if text == "none" else text.split(",")

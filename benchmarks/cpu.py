@@ -7,6 +7,8 @@ of aicc was (spread), the best peer's time over aicc's, the distance of aicc's r
 nothing (for ONNX Runtime and OpenVINO: from the exported file) to the first result.
 A row whose result is further from eager's than `TOLERANCE` (of the largest value), or further from float64 than `ACCURACY` times eager,
 is marked WRONG and the exit code is 1. float32, batch 1 unless the name says more.
+`aicc-direct` is the same code by `aicc.compile`, without Dynamo's guards, which the sessions of ONNX Runtime and OpenVINO do not have either; its
+ratio stands beside that of `torch.compile` and is no part of the summary's.
 Peers beside eager are those installed of: inductor, inductor-max (freezing and max-autotune), onnxruntime, openvino (`pip install aicc[peers]`).
 """
 
@@ -16,7 +18,6 @@ import argparse
 import copy
 import importlib
 import importlib.util
-import json
 import sys
 import time
 import traceback
@@ -36,6 +37,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from . import networks
+from .suite import parse
 from .timing import environment, first_call, geometric_mean, measure_blocks
 
 TOLERANCE = 1e-4
@@ -116,59 +118,37 @@ CASES = {c.name: c for c in (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", help="names, or parts of them, separated by commas; measured in this order")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--peers", default="all", help=f"'all' that are installed, 'none', or some of {','.join(contenders.PEERS)}")
-    parser.add_argument("--seconds", type=float, default=1.5, help="how long each contender is measured per case")
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="begin no further case after this many seconds")
     parser.add_argument("--cpu-time", action="store_true", help="count this thread's CPU time, not wall time: for one thread on a busy machine")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a chart of speed over eager (`pip install aicc[plot]`)")
-    options = parser.parse_args()
-    names = _cases(options.cases)
-    if not names:
-        parser.error(f"no case matches; there are {', '.join(CASES)}")
-    peers = contenders.choose(options.peers)
-    if isinstance(peers, str):
-        parser.error(peers)
+    suite = parse(parser, CASES, "all", 1.5)
+    peers, options = suite.peers, suite.given
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("matplotlib is missing: pip install aicc[plot]")
-    if options.cpu_time and ("openvino" in peers or options.threads != [1]):
+    if options.cpu_time and ("openvino" in peers or suite.threads != [1]):
         parser.error("--cpu-time counts the calling thread alone: one thread, and no OpenVINO, which computes in threads of its own")
     clock = time.thread_time if options.cpu_time else time.perf_counter
     contenders.warm_up(["aicc", *(p for p in peers if p == "inductor")])
-    about, rows, start = environment(), [], time.perf_counter()
-    for threads in options.threads:
-        torch.set_num_threads(threads)
+    about = environment()
+    for threads, names in suite.runs():
         print(f"{about['cpu']}, torch {about['torch']}, {threads} of {about['cores']} cores, load {environment()['load']}, float32\n")
         print(_line({"case": "case"}, peers), flush=True)
         here = []
         for name in names:
-            if time.perf_counter() - start > options.budget:
-                print(f"{name:<28} not measured: out of time")
-                continue
             try:
-                row = measure(CASES[name], peers, options.seconds, clock)
+                row = measure(CASES[name], peers, suite.seconds, clock)
             except Exception as e:  # one case that fails must not cost the table
                 traceback.print_exc(file=sys.stderr)
                 row = {"case": name, "failure": f"{type(e).__name__}: {e}".splitlines()[0]}
             here.append({**row, "threads": threads})
             print(_line(row, peers), flush=True)
-            if options.json:
-                options.json.write_text(json.dumps({"environment": about, "rows": rows + here}, indent=2) + "\n")
+            suite.add(here[-1], environment=about)
         _summary([r for r in here if "failure" not in r], peers)
-        if threads == options.threads[0]:  # later ones find caches filled
+        if threads == suite.threads[0]:  # later ones find caches filled
             _compile_summary([r for r in here if "failure" not in r], peers)
-        rows += here
     print(f"load at the end {environment()['load']}")
     if options.plot:
-        plot(rows, ["aicc", *peers], options.plot)
-    sys.exit(any(_is_wrong(r) for r in rows))
-
-
-def _cases(text: str | None) -> list[str]:
-    """Cases whose names contain the parts, in the order of the parts."""
-    return list(dict.fromkeys(n for part in (text or "").split(",") for n in CASES if part in n))
+        plot(suite.rows, ["aicc", *peers], options.plot)
+    sys.exit(any(_is_wrong(r) for r in suite.rows))
 
 
 @torch.no_grad()
@@ -185,12 +165,12 @@ def measure(case: Case, peers: Sequence[str], seconds: float, clock: Callable[[]
     calls: dict[str, Callable[[], Any]] = {"eager": lambda: function(*args)}
     compilations: list[Compilation] = []
     path = ""
-    for name in ["aicc", *peers]:
+    for name in ["aicc", contenders.DIRECT, *peers]:
         try:
             if name in contenders.FROM_ONNX and not path:
                 path = contenders.export(function, args)
             start = time.perf_counter()
-            with watching(compiled=compilations.append):
+            with watching(compiled=compilations.append if name == "aicc" else None):
                 call = contenders.PEERS[name](path if name in contenders.FROM_ONNX else function, args, torch.get_num_threads())
                 result = tree_leaves(first_call(call)[1])
         except Exception as e:
@@ -234,11 +214,12 @@ def _line(row: dict[str, Any], peers: Sequence[str]) -> str:
         return f"{row['case']:<28} FAILED: {row['failure'][:150]}"
     heading = "eager_ms" not in row
     cells = [f"{row['case']:<28}"]
-    for name in ["eager", *peers, "aicc"]:
+    for name in ["eager", *peers, contenders.DIRECT, "aicc"]:
         cells.append(f"{name:>12}" if heading else f"{row.get(f'{name}_ms', float('nan')):>12.3f}")
     if heading:
-        return " ".join([*cells, "spread  peer/aicc  err/eager's  externs kernels  compile s:", ", ".join(["aicc", *peers])])
+        return " ".join([*cells, "spread  peer/aicc  peer/direct  err/eager's  externs kernels  compile s:", ", ".join(["aicc", *peers])])
     cells += [f"{100 * row['aicc_spread']:>4.0f} %", f"{_best_peer(row, peers) / row['aicc_ms']:>10.2f}",
+              f"{_best_peer(row, peers) / row.get(f'{contenders.DIRECT}_ms', float('nan')):>12.2f}",
               f"{row['aicc_error64'] / max(row['eager_error64'], 1e-12):>11.2f}", f"{row['externs']:>9} {row['kernels']:>7}  "]
     cells.append(", ".join(f"{row[f'{p}_compile_s']:.1f}" if f"{p}_compile_s" in row else "failed" for p in ["aicc", *peers]))
     return " ".join(cells) + ("  WRONG" if _is_wrong(row) else "")
@@ -248,6 +229,9 @@ def _summary(rows: list[dict[str, Any]], peers: Sequence[str]) -> None:
     for name in ["aicc", *peers]:
         common = [r["eager_ms"] / r[f"{name}_ms"] for r in rows if f"{name}_ms" in r]
         print(f"geometric mean over eager, {name}: {geometric_mean(common):.2f}x of {len(common)} cases")
+    direct = [_best_peer(r, peers) / r[f"{contenders.DIRECT}_ms"] for r in rows if f"{contenders.DIRECT}_ms" in r]
+    if direct:
+        print(f"best peer of each case over {contenders.DIRECT}: geometric mean {geometric_mean(direct):.2f}x of {len(direct)} cases")
     ratios = [_best_peer(r, peers) / r["aicc_ms"] for r in rows]
     if rows:
         worst = min(zip(ratios, (r["case"] for r in rows), strict=True))

@@ -6,7 +6,9 @@
 Per row: seconds and bytes that the planner predicts with the calibrated cluster (`passes/shard/step.py`), bytes that the compiled programs say
 before they run (`compiler/distributed/memory.py`), and what was measured: the median step, and the allocator's peak on GPUs or the peak of
 the process's resident memory on CPUs. Every plan runs in processes of its own. `--jobs` of them build side by side; they measure one after
-another, on CPUs on the first cores that are allowed, which the others leave alone.
+another, on CPUs on the first cores that are allowed, which the others leave alone. With `--gate` nothing is measured before all rows are built
+(or `--gate SECONDS` have passed): building keeps the host and the GPUs busy. `--detail` adds where memory goes, as the planner and as the programs
+say, and on GPUs where the time of a step went.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,10 +36,12 @@ import torch.distributed as dist
 from aicc.passes.shard import from_transformers, load_cluster, predict_step
 from aicc.runtime.arena import shared_pool
 from aicc.runtime.outputs import shared_outputs
+from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-SIZES = {"tiny": (128, 2, 512, 64, 8), "small": (384, 4, 2048, 256, 8), "large": (2048, 4, 32000, 1024, 8)}
-"""Width, layers, vocabulary, sequence length, batch."""
+SIZES = {"tiny": (128, 2, 512, 64, 8), "small": (384, 4, 2048, 256, 8), "large": (2048, 4, 32000, 1024, 8),
+         "wide": (3072, 4, 32000, 2048, 8)}
+"""Width, layers, vocabulary, sequence length, batch. On GPUs a step of `large` passes mostly on the host, one of `wide` on the GPU."""
 PLANS: dict[str, dict[str, Any]] = {
     "one": {}, "one full": {"recompute": "full"}, "one accumulated": {"micro_batch": 2},
     "dp2": {"dp": 2}, "zero2": {"dp": 2, "zero": 2}, "zero3": {"dp": 2, "zero": 3}, "tp2": {"tp": 2}, "tp2+sp": {"tp": 2, "sp": True},
@@ -107,7 +113,11 @@ def worker(model: str, name: str, size: str, device: str, steps: int, turn: str)
             torch.cuda.synchronize()
         return time.perf_counter() - began
     step()
+    if on_gpu:
+        torch.cuda.empty_cache()
     os.sched_setaffinity(0, cores(not on_gpu, rank))
+    if rank == 0:
+        Path(f"{turn}.built.{model}.{name}").touch()
     with open(turn, "w") as file:
         wait_for_turn(file)
         step()
@@ -119,13 +129,42 @@ def worker(model: str, name: str, size: str, device: str, steps: int, turn: str)
             times.append(step())
         held = sum(x.numel() * x.element_size() for x in tensors(sharded))
         measured = torch.cuda.max_memory_allocated() if on_gpu else held + growth(step)
+        where = spent(step) if on_gpu else {}
         dist.barrier()
     said = sharded.memory()
     row = torch.tensor([sorted(times)[len(times) // 2], float(measured), float(said.total)], dtype=torch.float64, device=device)
     dist.all_reduce(row, dist.ReduceOp.MAX)
     if rank == 0:
-        print("ROW " + json.dumps(row.tolist()), flush=True)
+        kinds = {f.name: getattr(said, f.name) / 1e6 for f in fields(said)}
+        print("ROW " + json.dumps([*row.tolist(), {"memory": kinds, "time": where, "held": held / 1e6}]), flush=True)
     dist.destroy_process_group()
+
+
+def spent(step: Any) -> dict[str, float]:
+    """Milliseconds of one step on this rank's GPU: computing, communicating, both at a time, neither."""
+    dist.barrier()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        step()
+    events = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    compute, sent, either = (covered([e for e in events if keep("nccl" in e.name)]) for keep in (lambda x: not x, lambda x: x, lambda x: True))
+    kinds = {"attention": ("attn", "attention", "flash", "fmha"), "products": ("gemm", "nvjet", "cutlass", "cublas", "mm")}
+    by = {k: covered([e for e in events if any(w in e.name.lower() for w in words)]) for k, words in kinds.items()}
+    span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
+    total: Counter[str] = Counter()
+    for e in events:
+        total[e.name[:60]] += e.device_time_total / 1e3
+    by |= dict(total.most_common(5))
+    return {"computing": compute, "communicating": sent, "both": compute + sent - either, "neither": span / 1e3 - either, **by,
+            "kernels": float(len(events))}
+
+
+def covered(events: list[Any]) -> float:
+    """Milliseconds during which at least one of the kernels ran."""
+    total, end = 0.0, float("-inf")
+    for e in sorted(events, key=lambda e: e.time_range.start):
+        total += max(0.0, e.time_range.end - max(end, e.time_range.start))
+        end = max(end, e.time_range.end)
+    return total / 1e3
 
 
 def wait_for_turn(file: Any) -> None:
@@ -173,16 +212,32 @@ def row(model: str, name: str, a: argparse.Namespace, size: str, turn: str) -> s
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.devices), __file__, "--device", a.device,
                "--size", size, "--steps", str(a.steps), "--worker", model, name, turn]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    Path(f"{turn}.built.{model}.{name}").touch()
     found = next((line for line in done.stdout.splitlines() if line.startswith("ROW ")), None)
     if found is None:
         lines = [x for x in done.stderr.splitlines() if "Error" in x and "ChildFailed" not in x] or done.stderr.strip().splitlines() or ["no message"]
         return f"| {model} | {name} | failed: {lines[-1][:200]} |"
-    seconds, measured, said = json.loads(found[4:])
+    seconds, measured, said, detail = json.loads(found[4:])
     report = predict_step(sizes, plan, load_cluster(a.cluster, mesh=aicc.Mesh.parse(f"1x{plan.devices}")), batch, f"aicc-{sizes.dtype}")
     planned = report.peak_memory - report.memory[0].reserved
     parts = ", ".join(f"{k} {1e3 * v:.3g}" for k, v in report.breakdown().items() if v > 0.005 * report.seconds)
-    return (f"| {model} | {name} | {1e3 * report.seconds:.1f} | {1e3 * seconds:.1f} | {report.seconds / seconds - 1:+.0%} | {planned / 1e6:.0f} | "
+    text = (f"| {model} | {name} | {1e3 * report.seconds:.1f} | {1e3 * seconds:.1f} | {report.seconds / seconds - 1:+.0%} | {planned / 1e6:.0f} | "
             f"{said / 1e6:.0f} | {measured / 1e6:.0f} | {planned / measured - 1:+.0%} | {said / measured - 1:+.0%} | {parts} |")
+    if a.detail:
+        fullest = max(report.memory, key=lambda m: m.total)
+        plain = {f.name: getattr(fullest, f.name) / 1e6 for f in fields(fullest)}
+        for what, values in {"planner MB": plain, "programs MB": detail["memory"], "step ms": detail["time"]}.items():
+            text += f"\n    {what}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+    return text
+
+
+def open_gate(gate: Path, rows: list[tuple[str, str]], seconds: float) -> None:
+    """Removes the gate once all rows are built, or after so many seconds."""
+    end = time.monotonic() + seconds
+    name = str(gate).removesuffix(".gate")
+    while time.monotonic() < end and not all(Path(f"{name}.built.{m}.{p}").exists() for m, p in rows):
+        time.sleep(0.2)
+    gate.unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -194,17 +249,24 @@ def main() -> None:
     parser.add_argument("--size", default="", choices=["", *SIZES])
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--jobs", type=int, default=1, help="rows that are built side by side")
-    parser.add_argument("--turn", default="", help="a file that is locked while measuring; nothing is measured while FILE.gate exists")
+    parser.add_argument("--turn", default="", help="a file that is locked while measuring; nothing is measured while FILE.gate is there")
+    parser.add_argument("--gate", type=float, default=0.0, metavar="SECONDS", help="build all rows before any is measured, for so long at the most")
+    parser.add_argument("--detail", action="store_true")
     parser.add_argument("--worker", nargs=3, metavar=("MODEL", "PLAN", "TURN"))
     a = parser.parse_args()
-    size = a.size or ("large" if a.device == "cuda" else "small")
+    size = a.size or ("wide" if a.device == "cuda" else "small")
     if a.worker:
         return worker(a.worker[0], a.worker[1], size, a.device, a.steps, a.worker[2])
     print("| model | plan | predicted ms | measured ms | error | planner MB | programs MB | measured MB | planner | programs | predicted, ms |")
     print("|---" * 11 + "|", flush=True)
-    with tempfile.NamedTemporaryFile() as own, ThreadPoolExecutor(a.jobs) as pool:
-        turn = a.turn or own.name
-        for made in [pool.submit(row, model, name, a, size, turn) for name in a.plans.split(",") for model in a.models.split(",")]:
+    rows = [(model, name) for name in a.plans.split(",") for model in a.models.split(",")]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(rows) + 1 if a.gate else a.jobs) as pool:
+        turn = a.turn or f"{folder}/turn"
+        if a.gate:
+            gate = Path(f"{turn}.gate")
+            gate.touch()
+            pool.submit(open_gate, gate, rows, a.gate)
+        for made in as_completed([pool.submit(row, model, name, a, size, turn) for model, name in rows]):
             print(made.result(), flush=True)
 
 

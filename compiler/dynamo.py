@@ -31,6 +31,7 @@ from ..frontend.common_subexpressions import merge_common_subexpressions
 from ..frontend.decompositions import decomposition_table
 from ..frontend.flex import expand_flex
 from ..frontend.linear_loss import chunk_losses, expand_losses
+from ..frontend.mended_losses import mend_losses
 from ..frontend.random import random_decompositions, share_seeds
 from ..frontend.recompute import permute_transposes, recompute_attention
 from ..frontend.recompute_activations import recompute_activations
@@ -91,6 +92,7 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
         if isinstance(gm, Graph):  # not torch's wrapper that takes nested inputs apart: what it wraps was here before
             expand_recurrent(gm)
             mend_gradients(gm)
+            mend_losses(gm)
             if not as_rounded:
                 write_out_attention(gm, drops=not fallback_random)
             write_out_bags(gm)

@@ -16,8 +16,9 @@ def invalidate(what: torch.nn.Module | torch.Tensor | Iterable[torch.Tensor] | C
     """Forgets packed copies of parameters; the next call of the compiled code packs them anew. How many graphs that concerns.
 
     `what` is a module (compiled or not), a tensor or several; a compiled function or None stands for all graphs of the process.
-    Needed after writes to single elements that torch does not count, such as through numpy, raw pointers or `p.data`: in-place
-    operations, optimizers and `load_state_dict` are seen without it. TypeError for anything else.
+    Needed after writes to a few elements of a parameter of more than 64 KiB that torch does not count, such as through numpy, raw pointers
+    or `p.data`. In-place operations, optimizers, `load_state_dict`, writes to whole rows and to smaller parameters are seen without it.
+    TypeError for anything else.
     """
     if isinstance(what, torch.nn.Module):
         return forget_packed([*what.parameters(), *what.buffers()])

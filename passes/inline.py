@@ -18,6 +18,7 @@ from ..ir.passes import Pass, PassContext, register
 from .narrow_results import note_rounding, rounding
 from .structured import EXPENSIVE, body_ops, identity_map, inline_into, inline_into_gather, is_contraction, is_pointwise
 from .tiling.contraction import roles_of
+from .unpack import UNPACKS
 
 LITTLE, SMALLER = 8, 64
 """Ops that are done again rather than stored where all operands are so many times smaller than the result."""
@@ -96,6 +97,8 @@ class Inline(Pass):
                 len(producer.operands) != 1 or any(o.name != "arith.cast" for o in body_ops(producer))
                 or fill_of(producer, 0) is not None or producer["maps"][0] != identity_map(len(producer["dims"]))):
             return False  # packed and padded operands are there on purpose
+        if reader.attributes.get(UNPACKS):
+            return False  # and narrow panels
         if reader.attributes.get("_widened"):
             return False  # so is one that was converted before the inner loop
         if is_contraction(reader) and rounding(producer) is not None and not _is_batched(reader):

@@ -25,6 +25,7 @@ from ..ir.types import i64
 from .structured import constant_values, in_order, is_contraction, plain_dims, space_bounds
 from .tiling.contraction import GROUPS, MATRIX, Roles, roles_of
 from .tiling.cpu_tiles import contraction_tile, is_depthwise, multiplies_matrices, multiplies_pairs
+from .unpack import unpacked_in_kernel
 
 SMALL_M = 4
 """With fewer rows, packing an operand that is used once costs more than it saves."""
@@ -62,7 +63,7 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     v, m = op.operands[i], op["maps"][i]
     m_size, n_size = _size(op, roles.m), _size(op, roles.n)
     k_order = sorted(roles.k, key=lambda d: -_stride(op, roles.left, d))  # the loop that walks the left operand contiguously is innermost
-    _, nr, _ = contraction_tile(op, roles, ctx.target)
+    mr, nr, _ = contraction_tile(op, roles, ctx.target)
     form = _deep_form(op, roles, k_order[-1], m_size, n_size, nr, ctx)
     if form == "matrices":
         nr = MATRIX[1]
@@ -97,7 +98,8 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     fill = 0 if ragged else fill_of(op, i)
     b = Builder.before_op(op)
     body = _packing_body(len(batch), lane, nr, n_size) if ragged else (lambda bb, x: x)
-    packed = b.generic([v], [source_map], dims, body, fills=[fill], name=f"{v.name or 'b'}_packed")
+    unpacked = None if form or not is_constant else unpacked_in_kernel(v, source_map, dims, m_size, mr, constant, body, fill, b)
+    packed = unpacked or b.generic([v], [source_map], dims, body, fills=[fill], name=f"{v.name or 'b'}_packed").result
     flat = contiguous_linear([sym(f"d{d}") for d in roles.n], n_dims)
     op_bounds = space_bounds(op["dims"])
     k_at: list[Dim] = [sym(f"d{d}") for d in k_order]
@@ -105,11 +107,12 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     if form:
         k_at[-1:], within = [k_at[-1] // side], [k_at[-1] % side]
     new_map = (*(sym(f"d{d}") for d in batch), simplify(flat // nr, op_bounds), *k_at, simplify(flat % nr, op_bounds), *within)
-    _set_operand(op, i, packed.result, new_map)
+    _set_operand(op, i, packed, new_map)
     op.attributes["_packed"] = form or True
-    if is_constant:
-        constant.add(packed.result)
-    ctx.remark("done", f"right operand {product(v.type.shape)} packed in panels of {nr}" + (", once" if is_constant else ""), op.location)  # type: ignore[attr-defined]
+    if is_constant and unpacked is None:
+        constant.add(packed)
+    how = ", once" if unpacked is None else ", as it is stored, once"
+    ctx.remark("done", f"right operand {product(v.type.shape)} packed in panels of {nr}" + (how if is_constant else ""), op.location)  # type: ignore[attr-defined]
 
 
 def _deep_form(op: Operation, roles: Roles, last_k: int, m: Dim, n: Dim, nr: int, ctx: PassContext) -> str:

@@ -17,6 +17,7 @@ from .exact import matrix_unit_type
 from .structured import EXPENSIVE, body_ops, is_pointwise, plain_dims
 from .tiling.contraction import ROWS, roles_of
 from .tiling.gpu_tiles import gemm_tile_gpu, product_bytes
+from .unpack import UNPACKS
 
 __all__ = ["makes_rows", "unpacks"]
 
@@ -56,6 +57,8 @@ def makes_rows(maker: Operation, contraction: Operation, target: Target) -> bool
 
 def unpacks(maker: Operation, contraction: Operation, target: Target) -> bool:
     """`maker` makes an operand for `contraction` alone, from fewer bytes, and is best computed inside of it."""
+    if not target.is_gpu and maker.attributes.get(UNPACKS):
+        return True
     if not target.is_gpu or not is_pointwise(maker) or len(maker.results) != 1 or any(m is None for m in maker["maps"]):
         return False
     out = maker.result

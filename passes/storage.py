@@ -13,7 +13,7 @@ from ..ir.expr import Dim, as_int, ceildiv, evaluate, free_symbols, maximum
 from ..ir.ranges import Bounds
 from ..ir.types import BufferType, TensorType
 
-__all__ = ["ALIGNMENT", "align", "is_dense", "representative_symbols", "size_at", "storage_bytes", "symbol_bounds"]
+__all__ = ["ALIGNMENT", "align", "is_dense", "representative_symbols", "size_at", "sizes_exist", "storage_bytes", "symbol_bounds"]
 
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector."""
@@ -57,12 +57,30 @@ def symbol_bounds(func: Operation) -> Bounds:
 
 
 def representative_symbols(func: Operation) -> dict[str, int]:
-    """A value inside the range of each symbol, to compare symbolic plans by (never to decide what is correct)."""
-    chosen = {}
-    for name, (low, high) in func["symbols"].items():
-        value = max(as_int(low), REPRESENTATIVE_SIZE)
-        chosen[name] = value if high is None else min(value, as_int(high))
-    return chosen
+    """A value inside the range of each symbol, to compare symbolic plans by (never to decide what is correct): the usual one, or the first of
+    its doubles for which the function's sizes are defined. ValueError if they are not for any below 2^40."""
+    for doubled in range(32 if func["symbols"] else 1):
+        chosen = {}
+        for name, (low, high) in func["symbols"].items():
+            value = max(as_int(low), REPRESENTATIVE_SIZE << doubled)
+            chosen[name] = value if high is None else min(value, as_int(high))
+        if not chosen or sizes_exist(func, chosen):
+            return chosen
+    raise ValueError(f"the sizes of '{func['sym_name']}' are not defined for any value of its symbols {dict(func['symbols'])}: each that was tried "
+                     "divides by a size of zero")
+
+
+def sizes_exist(func: Operation, symbols: Mapping[str, Any]) -> bool:
+    """Whether the function's sizes are defined for these symbol values: a view of n elements as [n // (n // 3), n // 3] has no n below 3."""
+    try:
+        size_at(func["stats"].get("arena_bytes", 0), symbols)
+        for op in func.body:
+            for v in (*op.operands, *op.results):
+                if isinstance(v.type, TensorType | BufferType):
+                    size_at(storage_bytes(v.type), symbols)
+    except ZeroDivisionError:
+        return False
+    return True
 
 
 class _Default(dict):

@@ -11,11 +11,11 @@ from typing import Any
 from ..ir import Block, Builder, Dim, DType, Expr, Operation, Region, ScalarType, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of
 from ..ir.expr import fold, free_symbols, product, substitute
-from ..ir.ranges import Bounds, contiguous_linear, simplify
+from ..ir.ranges import Bounds, contiguous_linear, known_less, simplify
 from ..ir.types import i64
 
 __all__ = ["EXPENSIVE", "PARTIAL", "PLAIN", "body_ops", "composed_map", "constant_values", "identity_map", "identity_of", "in_order", "index_value",
-           "inline_into", "inline_into_gather", "is_contraction", "is_identity_view", "is_pointwise",
+           "inline_into", "inline_into_gather", "inline_padded", "is_contraction", "is_identity_view", "is_pointwise",
            "map_bounds", "plain_dims", "rebuild", "reshape_like", "space_bounds"]
 
 EXPENSIVE = frozenset(f"arith.{n}" for n in (
@@ -218,6 +218,44 @@ def inline_into(consumer: Operation, producer: Operation) -> Operation:
         attrs["fills"] = tuple(fills)
     made = Builder.before_op(consumer).create(consumer.name, [*consumer.operands[:lead], *operands], attrs,
                                               [r.type for r in consumer.results], [Region([block])])
+    for old, new in zip(consumer.results, made.results, strict=True):
+        new.name = old.name
+        old.replace_all_uses_with(new)
+    consumer.erase()
+    return made
+
+
+def inline_padded(consumer: Operation, i: int) -> Operation:
+    """Merges the pointwise maker of operand i, which the pointwise `consumer` may read out of bounds, into it, and replaces the consumer: where
+    a read is out of bounds the fill is chosen, whatever the maker's own operands (which are read with a fill of 0) give there."""
+    v, m, fill = consumer.operands[i], consumer["maps"][i], fill_of(consumer, i)
+    producer, bounds = v.defining_op, map_bounds(consumer)
+    assert producer is not None and isinstance(v.type, TensorType)
+    count = len(producer.operands)
+    operands, maps = list(consumer.operands), list(consumer["maps"])
+    fills = [fill_of(consumer, j) for j in range(len(operands))]
+    operands[i:i + 1] = producer.operands
+    maps[i:i + 1] = [composed_map(m, pm, bounds) for pm in producer["maps"]]
+    fills[i:i + 1] = [None if fill is None else 0] * count
+    block = Block([ScalarType(element_type(x.type)) for x in operands])
+    b = Builder(block, None, consumer.location)
+    local: dict[Value, Value] = dict(zip(producer.body.args, block.args[i:i + count], strict=True))
+    _copy_body(producer, b, local, dict(enumerate(m)), bounds)
+    y = local[producer.body.terminator.operands[producer.results.index(v)]]  # type: ignore[arg-type]
+    if fill is not None:
+        for e, size in zip(m, v.type.shape, strict=True):
+            for low, high in ((e, size), (-1, e)):  # -1 < e < size
+                if not known_less(low, high, bounds):
+                    sides = [x if isinstance(x, int) else index_value(b, x, consumer) for x in (low, high)]
+                    y = b.arith("select", b.arith("lt", *sides), y, fill)  # type: ignore[arg-type]
+    outer = [*block.args[:i], y, *block.args[i + count:]]
+    renamed: dict[Value, Value] = dict(zip(consumer.body.args, outer, strict=True))
+    _copy_body(consumer, b, renamed, None, bounds)
+    b.create("tensor.yield", [renamed[x] for x in consumer.body.terminator.operands])
+    attrs = {**{k: x for k, x in consumer.attributes.items() if k not in ("maps", "fills")}, "maps": tuple(maps)}
+    if any(f is not None for f in fills):
+        attrs["fills"] = tuple(fills)
+    made = Builder.before_op(consumer).create("tensor.generic", operands, attrs, [r.type for r in consumer.results], [Region([block])])
     for old, new in zip(consumer.results, made.results, strict=True):
         new.name = old.name
         old.replace_all_uses_with(new)

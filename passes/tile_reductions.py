@@ -31,7 +31,7 @@ from .tiling.cpu_tiles import contraction_tile, is_depthwise
 
 __all__ = ["TileReductions"]
 
-DEEP = 32
+DEEP = 64
 """Fewest steps of K: with fewer, folding a tile costs as much as making it."""
 LARGE = 1 << 15
 """Fewest elements of the result: fewer are read again from the first-level cache."""
@@ -128,7 +128,8 @@ def _place(op: Operation, space: Space) -> dict[int, int] | None:
         if made not in space:
             continue
         dims = plain_dims(op["maps"][i]) if op["maps"][i] is not None and fill_of(op, i) is None else None
-        if dims is None or any(place.setdefault(d, space[made][j]) != space[made][j] for j, d in enumerate(dims)):  # type: ignore[index]
+        own = space[made]  # type: ignore[index]  # without dimensions of size one, which need not be the contraction's
+        if dims is None or any(place.setdefault(d, own[j]) != own[j] for j, d in enumerate(dims) if j in own):
             return None
     whole = all(d in place or size == 1 for d, size in enumerate(op["dims"])) and len(set(place.values())) == len(place)
     return place if whole and place and all(fill_of(op, i) is None for i in range(len(op.operands))) else None

@@ -1,8 +1,13 @@
-"""A quick look at memory that should not have changed: a hash of a few elements of each tensor.
+"""A quick look at memory that should not have changed: hashes of what some CPU tensors hold.
 
 torch counts in-place writes in a tensor's version, but not those through `p.data`, numpy views or raw pointers (a soft update
-`target.data.copy_(...)`, say). Sampling `SAMPLES` elements per tensor natively costs nanoseconds each and sees every write to a whole
-tensor; a write to single elements that bypasses torch can still go unseen.
+`target.data.copy_(...)`, a padding row `p.data[0] = 0`, pruning with `p.data[mask] = 0`). So the values are looked at too, natively:
+
+- of a tensor of up to `WHOLE` bytes, every byte: any change is seen;
+- of a larger one, one word of every row (of every stretch between two elements of its outermost dimension), at another place in each row; at
+  most `ROWS` in all, evenly spread. A write to a whole row is seen, and one to a share f of all elements but with probability (1 - f) ** rows.
+
+A write to a few elements of a large tensor that bypasses torch's counter can still go unseen.
 """
 
 from __future__ import annotations
@@ -16,83 +21,169 @@ from llvmlite import binding
 
 from .loader import NativeLibrary, initialize, load_object
 
-__all__ = ["SAMPLES", "Samples"]
+__all__ = ["ROWS", "WHOLE", "Fingerprint"]
 
-SAMPLES = 8
+WHOLE = 1 << 16
+ROWS = 1 << 10
 
-_IR = """
-define i64 @sample(ptr %addresses, i64 %count) {
+_LANES = "<8 x i32>"
+_PRIME = f"{_LANES} <{', '.join(['i32 16777619'] * 8)}>"
+
+
+def _ir() -> str:
+    """`i64 fingerprint(ptr ranges, i64 count)`: a range is four i64: address, bytes, stride between the rows to read (0: all bytes), width of a row.
+
+    Every step is a bijection of the hash for a given word and of the word for a given hash: one changed word always shows.
+    """
+    wide = [f"""
+  %at{i} = getelementptr i8, ptr %place, i64 {32 * i}
+  %words{i} = load {_LANES}, ptr %at{i}, align 1
+  %xored{i} = xor {_LANES} %lanes{i}, %words{i}
+  %mixed{i} = mul {_LANES} %xored{i}, {_PRIME[len(_LANES) + 1:]}""" for i in range(4)]
+    carried = [f"  %lanes{i} = phi {_LANES} [ zeroinitializer, %all ], [ %mixed{i}, %wide ]\n"
+               f"  %last{i} = phi {_LANES} [ zeroinitializer, %all ], [ %mixed{i}, %wide ]" for i in range(4)]
+    joined, name = [], "%last0"
+    for i in range(1, 4):
+        joined.append(f"  %times{i} = mul {_LANES} {name}, {_PRIME[len(_LANES) + 1:]}\n  %join{i} = xor {_LANES} %times{i}, %last{i}")
+        name = f"%join{i}"
+    joined.append(f"  %quarters = bitcast {_LANES} {name} to <4 x i64>")
+    hashed = "%hash"
+    for i in range(4):
+        joined.append(f"  %quarter{i} = extractelement <4 x i64> %quarters, i32 {i}\n  %q{i} = xor i64 {hashed}, %quarter{i}\n"
+                      f"  %r{i} = mul i64 %q{i}, 1099511628211")
+        hashed = f"%r{i}"
+    lines = "".join(wide)
+    return f"""
+define i64 @fingerprint(ptr %ranges, i64 %count) {{
 entry:
   %empty = icmp eq i64 %count, 0
-  br i1 %empty, label %done, label %loop
-loop:
-  %i = phi i64 [ 0, %entry ], [ %next, %loop ]
-  %hash = phi i64 [ 1469598103934665603, %entry ], [ %mixed, %loop ]
-  %slot = getelementptr i64, ptr %addresses, i64 %i
-  %address = load i64, ptr %slot
-  %place = inttoptr i64 %address to ptr
-  %word = load i32, ptr %place, align 1
-  %wide = zext i32 %word to i64
-  %xored = xor i64 %hash, %wide
-  %mixed = mul i64 %xored, 1099511628211
+  br i1 %empty, label %done, label %range
+range:
+  %i = phi i64 [ 0, %entry ], [ %next, %ended ]
+  %hash = phi i64 [ 1469598103934665603, %entry ], [ %ended_hash, %ended ]
+  %slot = mul i64 %i, 4
+  %p0 = getelementptr i64, ptr %ranges, i64 %slot
+  %p1 = getelementptr i64, ptr %p0, i64 1
+  %p2 = getelementptr i64, ptr %p0, i64 2
+  %p3 = getelementptr i64, ptr %p0, i64 3
+  %address = load i64, ptr %p0
+  %bytes = load i64, ptr %p1
+  %stride = load i64, ptr %p2
+  %width = load i64, ptr %p3
+  %base = inttoptr i64 %address to ptr
+  %is_whole = icmp eq i64 %stride, 0
+  br i1 %is_whole, label %all, label %rows
+all:
+  %full = and i64 %bytes, -128
+  %has_full = icmp ne i64 %full, 0
+  br i1 %has_full, label %wide, label %tail_head
+wide:
+  %offset = phi i64 [ 0, %all ], [ %further, %wide ]
+{chr(10).join(c.splitlines()[0] for c in carried)}
+  %place = getelementptr i8, ptr %base, i64 %offset{lines}
+  %further = add i64 %offset, 128
+  %more = icmp ult i64 %further, %full
+  br i1 %more, label %wide, label %tail_head
+tail_head:
+{chr(10).join(c.splitlines()[1] for c in carried)}
+{chr(10).join(joined)}
+  %has_tail = icmp ult i64 %full, %bytes
+  br i1 %has_tail, label %tail, label %ended
+tail:
+  %byte_at = phi i64 [ %full, %tail_head ], [ %byte_next, %tail ]
+  %tail_hash = phi i64 [ {hashed}, %tail_head ], [ %tail_mixed, %tail ]
+  %byte_place = getelementptr i8, ptr %base, i64 %byte_at
+  %byte = load i8, ptr %byte_place
+  %byte_wide = zext i8 %byte to i64
+  %tail_xored = xor i64 %tail_hash, %byte_wide
+  %tail_mixed = mul i64 %tail_xored, 1099511628211
+  %byte_next = add i64 %byte_at, 1
+  %tail_more = icmp ult i64 %byte_next, %bytes
+  br i1 %tail_more, label %tail, label %ended
+rows:
+  %row_start = phi i64 [ 0, %range ], [ %row_next, %rows ]
+  %turn = phi i32 [ 0, %range ], [ %turn_next, %rows ]
+  %row_hash = phi i64 [ %hash, %range ], [ %row_mixed, %rows ]
+  %fraction = zext i32 %turn to i64
+  %scaled = mul i64 %fraction, %width
+  %within = lshr i64 %scaled, 32
+  %unaligned = add i64 %row_start, %within
+  %aligned = and i64 %unaligned, -8
+  %final = sub i64 %bytes, 8
+  %beyond = icmp ugt i64 %aligned, %final
+  %word_at = select i1 %beyond, i64 %final, i64 %aligned
+  %word_place = getelementptr i8, ptr %base, i64 %word_at
+  %word = load i64, ptr %word_place, align 1
+  %row_xored = xor i64 %row_hash, %word
+  %row_mixed = mul i64 %row_xored, 1099511628211
+  %turn_next = add i32 %turn, -1640531527
+  %row_next = add i64 %row_start, %stride
+  %row_more = icmp ult i64 %row_next, %bytes
+  br i1 %row_more, label %rows, label %ended
+ended:
+  %ended_hash = phi i64 [ {hashed}, %tail_head ], [ %tail_mixed, %tail ], [ %row_mixed, %rows ]
   %next = add i64 %i, 1
-  %more = icmp ult i64 %next, %count
-  br i1 %more, label %loop, label %done
+  %another = icmp ult i64 %next, %count
+  br i1 %another, label %range, label %done
 done:
-  %result = phi i64 [ 0, %entry ], [ %mixed, %loop ]
+  %result = phi i64 [ 0, %entry ], [ %ended_hash, %ended ]
   ret i64 %result
-}
+}}
 """
 
 
 @cache
 def _library() -> NativeLibrary:
     initialize()
-    machine = binding.Target.from_default_triple().create_target_machine(opt=2, reloc="pic", codemodel="default")
-    module = binding.parse_assembly(_IR)
+    machine = binding.Target.from_default_triple().create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=2, reloc="pic", codemodel="default")
+    module = binding.parse_assembly(_ir())
     module.triple = machine.triple
     module.data_layout = str(machine.target_data)
-    return load_object(machine.emit_object(module), ["sample"])
+    return load_object(machine.emit_object(module), ["fingerprint"])
 
 
 @cache
-def _sample() -> Callable[[int, int], int]:
-    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)(_library().address("sample"))
+def _function() -> Callable[[int, int], int]:
+    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)(_library().address("fingerprint"))
 
 
-class Samples:
-    """Addresses of elements spread over some CPU tensors; `read()` hashes what is there now. The tensors must be alive."""
+class Fingerprint:
+    """What some tensors hold now (CPU tensors; others are passed over), and whether they still do. The tensors must be alive.
 
-    __slots__ = ("_addresses", "_at", "_count", "_function", "hash")
+    `each` has the hash of every tensor alone, 0 for those passed over.
+    """
+
+    __slots__ = ("_at", "_count", "_ranges", "_read", "each", "hash")
 
     def __init__(self, tensors: Sequence[torch.Tensor]):
-        places = [a for t in tensors if t.device.type == "cpu" for a in _places(t)]
-        self._addresses = (ctypes.c_uint64 * len(places))(*places)
-        self._at = ctypes.addressof(self._addresses)
-        self._count = len(places)
-        self._function = _sample()
+        found = [_range(t) if t.device.type == "cpu" else None for t in tensors]
+        flat = [n for r in found if r is not None for n in r]
+        self._ranges = (ctypes.c_int64 * len(flat))(*flat)
+        self._at = ctypes.addressof(self._ranges)
+        self._count = len(flat) // 4
+        self._read = _function()
+        places = iter(range(self._at, self._at + 8 * len(flat), 32))
+        self.each = [0 if r is None else int(self._read(next(places), 1)) for r in found]
         self.hash = self.read()
 
     def read(self) -> int:
-        return int(self._function(self._at, self._count))
+        return int(self._read(self._at, self._count))
 
     def unchanged(self) -> bool:
         return self.read() == self.hash
 
 
-def _places(t: torch.Tensor) -> list[int]:
-    """Addresses from which four bytes of the tensor can be read."""
-    count = t.numel()
+def _range(t: torch.Tensor) -> tuple[int, int, int, int]:
+    """Address, bytes from the first to behind the last element, bytes between rows to look at (0: everything), bytes of a row."""
+    if not t.numel():
+        return 0, 0, 0, 0
     width = t.element_size()
-    span = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) * width + width if count else 0
-    if span < 4:
-        return []
-    base = t.data_ptr()
-    found = []
-    for k in range(min(SAMPLES, count)):
-        linear, offset = k * (count - 1) // max(1, min(SAMPLES, count) - 1), 0
-        for n, s in zip(reversed(t.shape), reversed(t.stride()), strict=True):
-            offset += linear % n * s
-            linear //= n
-        found.append(base + min(offset * width, span - 4))
-    return found
+    dims = sorted((s, n) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1)
+    span = sum((n - 1) * s for s, n in dims) * width + width
+    if span <= WHOLE:
+        return t.data_ptr(), span, 0, 0
+    row = sum((n - 1) * s for s, n in dims[:-1]) * width + width
+    stride = dims[-1][0] * width
+    fewest = -(-span // ROWS)  # of more rows than `ROWS`, every second, or third, ...
+    return t.data_ptr(), span, stride * -(-fewest // stride), row

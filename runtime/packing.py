@@ -6,10 +6,10 @@ A parameter counts as unchanged while all of these hold, compared with the time 
   and `torch.no_grad()` included;
 - the size symbols have the same values, where the packing depends on them.
 
-- a few elements spread over it are the same (`fingerprint.py`): that sees writes to a whole tensor that torch does not count, through
-  `p.data`, numpy views or raw pointers.
+- what it holds is the same: all of it up to 64 KiB, a word of every row beyond (`fingerprint.py`). That sees writes that torch does not
+  count, through `p.data`, numpy views or raw pointers, to small tensors, to whole rows and to more than a few elements.
 
-What cannot be seen: an uncounted write to single elements. After such a write call `aicc.invalidate(module)`.
+What cannot be seen: an uncounted write to a few elements of a large tensor. After such a write call `aicc.invalidate(module)`.
 Inference tensors (made under `torch.inference_mode()`) have no version counter. They are packed anew in every call, with one
 warning: slower, never stale. Parameters made outside of inference mode and only used inside it have a counter, and are cached.
 
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .fingerprint import Samples
+from .fingerprint import Fingerprint
 from .huge_pages import prefer_huge_pages
 from .loader import NativeFunction
 from .sizes import Size, evaluate_size
@@ -56,10 +56,10 @@ class PersistentBuffer:
 class Packed:
     """One consistent state of all persistent buffers. Immutable once published."""
 
-    __slots__ = ("keys", "memory", "pointers", "refs", "samples", "storages", "symbols", "versions", "where")
+    __slots__ = ("fingerprint", "keys", "memory", "pointers", "refs", "storages", "symbols", "versions", "where")
 
     def __init__(self, where: Sequence[int], versions: list[object], symbols: tuple[int, ...], keys: list[object],
-                 memory: list[torch.Tensor | None], refs: list[StorageWeakRef], samples: Samples):
+                 memory: list[torch.Tensor | None], refs: list[StorageWeakRef], fingerprint: Fingerprint):
         self.where = where        # addresses of all guarded arguments
         self.versions = versions  # and their version counters
         self.symbols = symbols    # symbol values, or () when no packing depends on them
@@ -67,12 +67,12 @@ class Packed:
         self.memory = memory
         self.refs = refs          # weak references: they keep the storage's identity, not its data
         self.storages = [r.cdata for r in refs]
-        self.samples = samples
+        self.fingerprint = fingerprint
         self.pointers = [0 if m is None else m.data_ptr() for m in memory]
 
     def is_current(self, pointers: Sequence[int], versions: list[object], symbols: tuple[int, ...]) -> bool:
         return (self.versions == versions and self.where == pointers and self.symbols == symbols
-                and not any(map(_expired, self.storages)) and self.samples.unchanged())
+                and not any(map(_expired, self.storages)) and self.fingerprint.unchanged())
 
 
 class PackedMemory:
@@ -151,15 +151,14 @@ class PackedMemory:
             if other is not self:
                 other._forget_if_dead()
         refs = [StorageWeakRef(t.untyped_storage()) for t in guarded]
-        samples = Samples(guarded)  # before packing, so that a later write is seen
-        hashes = [Samples([t]).hash for t in guarded]
+        fingerprint = Fingerprint(guarded)  # before packing, so that a later write is seen
         values = list((ctypes.c_int64 * len(symbols)).from_address(symbol_address)) if self.symbolic else []
         keys: list[object] = []
         memory: list[torch.Tensor | None] = []
         stale: list[int] = []
         for i, b in enumerate(self.buffers):
             places = [self._place[g] for g in b.guards]
-            key = (tuple((where[p], versions[p], hashes[p]) for p in places), symbols if b.symbolic else ())
+            key = (tuple((where[p], versions[p], fingerprint.each[p]) for p in places), symbols if b.symbolic else ())
             keys.append(key)
             same = old is not None and old.keys[i] == key and not any(_expired(old.storages[p]) for p in places)
             if same and not b.transient:
@@ -175,7 +174,7 @@ class PackedMemory:
             stale = []  # nobody needs them
         self._pack(stale, memory, pointers, symbol_address)
         lasting = [None if b.transient else m for b, m in zip(self.buffers, memory, strict=True)]
-        self._current = packed = Packed(where, versions, symbols, keys, lasting, refs, samples)
+        self._current = packed = Packed(where, versions, symbols, keys, lasting, refs, fingerprint)
         return packed
 
     def _allocate(self, size: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from ...ir.types import DTYPES, TensorType
 
 __all__ = ["collective_order", "lower_collectives"]
 
-_COLLECTIVES = ("dist.all_reduce", "dist.all_gather", "dist.reduce_scatter", "dist.all_to_all")
+_COLLECTIVES = ("dist.all_reduce", "dist.all_gather", "dist.reduce_scatter", "dist.all_to_all", "dist.shift")
 
 
 def collective_order(module: Operation) -> list[str]:
@@ -43,10 +43,26 @@ def lower_collectives(module: Operation, mesh: Mesh, rank: int, groups: Mapping[
             if op.name.startswith("dist."):
                 _Lowering(op, at, groups).run()
             op.attributes.pop("_sharding", None)
+        _choose(func)
         func.attributes["arg_attrs"] = tuple({k: v for k, v in a.items() if k != "sharding"} for a in func["arg_attrs"])
     for op in module.body.ops:
         if op.name == "dist.mesh":
             op.erase()
+
+
+def _choose(func: Operation) -> None:
+    """Selects whose condition compares this rank's place with a number give what they choose; what the other branch needs is dead then."""
+    for op in func.body.ops:
+        condition = op.operands[0].defining_op if op.name == "graph.select" else None
+        if condition is None or condition.name != "graph.ge" or not all(
+                v.defining_op is not None and v.defining_op.name == "graph.full" for v in condition.operands):
+            continue
+        here, bound = (v.defining_op["value"] for v in condition.operands)  # type: ignore[index]
+        chosen = op.operands[1 if here >= bound else 2]
+        if chosen.type != op.result.type:
+            chosen = Builder.before_op(op).op("graph.expand", chosen, type=op.result.type)
+        op.result.replace_all_uses_with(chosen)
+        op.erase()
 
 
 class _Lowering:
@@ -90,7 +106,7 @@ class _Lowering:
         shape, t = _shape(x), op.result.type
         assert isinstance(t, TensorType)
         c = shape[d] // (n * parts)
-        r = self.at[op["axis"]]
+        r = (self.at[op["axis"]] - op["shift"]) % n
         if parts == 1:
             starts = tuple(r * c if i == d else 0 for i in range(len(shape)))
             return self.b.op("graph.slice", x, type=TensorType(t.shape, t.dtype), starts=starts, steps=(1,) * len(shape))
@@ -171,9 +187,18 @@ class _Lowering:
         sizes = (_count(x) // n,) * n
         return self._reshape(moved, [_count(x)]), "all_to_all_single", (sizes, sizes), [_count(x)]
 
+    def _shift(self) -> tuple[Value, str, tuple[Any, ...], list[int]]:
+        """An all-to-all in which each rank sends to the next alone: torch's functional collectives have no other message between two ranks."""
+        op = self.op
+        (x,) = op.operands
+        n, here, count = op["ranks"], self.at[op["axis"]], _count(x)
+        come, go = (tuple(count if r == other % n else 0 for r in range(n)) for other in (here - 1, here + 1))
+        return self._reshape(x, [count]), "all_to_all_single", (come, go), [count]
+
 
 _FORMS = {"dist.all_reduce": _Lowering._all_reduce, "dist.all_gather": _Lowering._all_gather,
-          "dist.reduce_scatter": _Lowering._reduce_scatter, "dist.all_to_all": _Lowering._all_to_all}
+          "dist.reduce_scatter": _Lowering._reduce_scatter, "dist.all_to_all": _Lowering._all_to_all,
+          "dist.shift": _Lowering._shift}
 
 
 def _shape(v: Value) -> tuple[int, ...]:

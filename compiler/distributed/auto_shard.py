@@ -62,7 +62,7 @@ class ShardingPlan:
 
     def joint(self) -> Joint:
         """Forward and backward in one graph."""
-        return make_joint(self.exported, device=self.device)
+        return make_joint(self.exported, device=self.device, whole=self.plan.rings)
 
     def layout(self, joint: Joint) -> Layout:
         """Where every argument, gradient and output of the joint graph lies."""

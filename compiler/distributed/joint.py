@@ -25,10 +25,12 @@ from torch.utils import _pytree as pytree
 from ... import passes  # noqa: F401  (registers the passes of `_CLEAN`)
 from ...frontend.decompositions import decomposition_table
 from ...frontend.importer import import_graph
+from ...frontend.whole_attention import ATTENTION, whole_attention
 from ...ir.core import Operation
 from ...ir.passes import PassContext, parse_pipeline, run_pipeline
 from ..errors import UserError
 from .experts import dispatch_experts
+from .masks import simplify_masks
 
 __all__ = ["Argument", "Exported", "Joint", "export_model", "flatten_inputs", "make_joint", "model_tensors"]
 
@@ -132,6 +134,7 @@ def export_model(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(wrapped, given, strict=False)
+    simplify_masks(program.graph_module)
     arguments, constants = _arguments(program, model, tensors)
     changed = [s.target for s in program.graph_signature.output_specs if s.kind.name in ("BUFFER_MUTATION", "USER_INPUT_MUTATION")]
     if changed:
@@ -178,13 +181,22 @@ def _arguments(program: Any, model: torch.nn.Module, tensors: Mapping[str, torch
     return arguments, constants
 
 
-def make_joint(exported: Exported, *, differentiable_inputs: Sequence[int] = (), device: str = "cpu") -> Joint:
-    """Differentiates the graph with respect to its trained parameters and the inputs named (indices into the arguments)."""
+class _WholeAttention(torch.fx.Interpreter):
+    """Runs a graph with attention as one operator (`frontend/whole_attention.py`)."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return whole_attention(*args, **kwargs) if target in ATTENTION else super().call_function(target, args, kwargs)
+
+
+def make_joint(exported: Exported, *, differentiable_inputs: Sequence[int] = (), device: str = "cpu", whole: bool = False) -> Joint:
+    """Differentiates the graph with respect to its trained parameters and the inputs named (indices into the arguments). whole: attention and its
+    gradient stay one operator each.
+    """
     trained = {i for i, a in enumerate(exported.arguments) if a.trained} | set(differentiable_inputs)
 
     def run(*flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with fx_traceback.preserve_node_meta():
-            made = torch.fx.Interpreter(exported.graph).run(*flat)
+            made = (_WholeAttention if whole else torch.fx.Interpreter)(exported.graph).run(*flat)
             return tuple(x.clone() for x in made)  # no output is a view, or an argument
 
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():

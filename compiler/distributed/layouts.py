@@ -2,7 +2,8 @@
 
 The mesh of a plan is (pp, dp, cp, tp), outermost first; without context parallelism it has no `cp`. Parameters lie on `tp` as the graph
 suggests (`passes/spmd/seeds.py`), inputs are cut along their first dimension over `dp` and along the second, the sequence, over `cp`
-(for attention, heads are exchanged for the sequence and back: DeepSpeed-Ulysses, Jacobs et al. 2023). The ZeRO stage says what else `dp`
+(for attention, heads are exchanged for the sequence and back, DeepSpeed-Ulysses, Jacobs et al. 2023; or keys and values go round, ring
+attention, Liu et al. 2023: the plan's `context`). The ZeRO stage says what else `dp`
 cuts: 1 the optimizer's state, 2 gradients too, 3 parameters too. Expert parallelism cuts stacked expert weights over `dp`: tokens then
 travel, not weights. ZeRO cuts the first dimension that comes out even and that `tp` leaves alone; a tensor without one is replicated.
 """
@@ -40,9 +41,6 @@ def check_supported(plan: Plan) -> None:
     """UserError for what plans can say and no rank can run yet."""
     if plan.ep > 1 and plan.ep != plan.dp:
         raise UserError(f"expert groups run over the data ranks: ep must be 1 or dp = {plan.dp}, the plan has ep = {plan.ep}")
-    if plan.cp > 1 and plan.context == "ring":
-        raise UserError("ring attention can be planned but not run: give the plan context = 'ulysses' (`aicc shard --fix context=ulysses` "
-                        "searches with it)")
 
 
 def read_plan(plan: Plan | str | Path) -> Plan:
@@ -118,6 +116,6 @@ def layout_of(joint: Joint, plan: Plan, mesh: Mesh, *, batch: int | None,
         shape = v.type.shape  # type: ignore[attr-defined]
         cut = batch is not None and plan.dp > 1 and len(shape) > 0 and shape[0] == batch
         outputs.append({DATA: shard(0)} if cut else {})
-    context = [Policy(CONTEXT, "data", sequence=True)] if plan.cp > 1 else []
+    context = [Policy(CONTEXT, "data", sequence=True, ring=plan.rings)] if plan.cp > 1 else []
     policies = (Policy(TENSOR, "tensor", sequence=plan.sp, rows=plan.dp == 1), Policy(DATA, "data", pinned=frozenset(pinned)), *context)
     return Layout(policies, tuple(placements), tuple(gradients), tuple(outputs), plan.recompute)

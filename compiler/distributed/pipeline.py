@@ -133,7 +133,7 @@ def build_pipeline(model: torch.nn.Module, exported: Exported, plan: Plan, batch
         if steps.rank_of[p] != here:
             continue
         count = len(part.exported.arguments)
-        joint = make_joint(part.exported, differentiable_inputs=range(count - part.received, count), device=device)
+        joint = make_joint(part.exported, differentiable_inputs=range(count - part.received, count), device=device, whole=plan.rings)
         layout = layout_of(joint, plan, mesh, batch=batch, overrides=overrides)
         program = build_program(joint, layout, mesh, place, groups, options, halves=halves)
         skeleton = shard_model(model, joint.arguments, layout.arguments, mesh, layout.order, sub_mesh, init, rank=place, only=True)

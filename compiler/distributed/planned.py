@@ -96,7 +96,7 @@ def compile_planned(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], opt
     agree("the plan and the graph", f"{plan.label} {hashlib.sha256(gm.code.encode()).hexdigest()}")
     wanted = [i for i, (a, x) in enumerate(zip(arguments, example_inputs, strict=True)) if a.kind == "input" and x.requires_grad]
     outputs = len(next(n for n in gm.graph.nodes if n.op == "output").args[0])
-    joint = make_joint(Exported(gm, arguments, {}, outputs), differentiable_inputs=wanted, device=device)
+    joint = make_joint(Exported(gm, arguments, {}, outputs), differentiable_inputs=wanted, device=device, whole=plan.rings)
     layout = layout_of(joint, plan, mesh, batch=batch)
     layout = replace(layout, outputs=({},) * joint.outputs, gradients=({},) * len(joint.gradients))
     device_mesh = init_device_mesh(device, mesh.shape, mesh_dim_names=mesh.names)

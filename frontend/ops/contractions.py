@@ -222,6 +222,23 @@ def sdpa(c: Context, q: Value, k: Value, v: Value, attn_mask: Value | None = Non
     return _attention(c, q, k, v, attn_mask, is_causal, scale, typeof(q).shape[:-1])[0]
 
 
+def whole(c: Context, q: Value, k: Value, v: Value, mask: Value | None, causal: bool, scale: float) -> tuple[Value, ...]:
+    """`aicc::attention`, which is never left to the library."""
+    q_type, masks = typeof(q), [] if mask is None else [c.cast(mask, typeof(q).dtype)]
+    made = c.b.create("graph.attention", [q, k, v, *masks], {"scale": float(scale), **({"causal": True} if causal else {})},
+                      [TensorType((*q_type.shape[:-1], typeof(v).shape[-1]), q_type.dtype), TensorType(q_type.shape[:-1], F32)])
+    return tuple(made.results)
+
+
+def whole_backward(c: Context, grad: Value, q: Value, k: Value, v: Value, result: Value, lse: Value, mask: Value | None, causal: bool,
+                   scale: float) -> tuple[Value, ...]:
+    masks = [] if mask is None else [c.cast(mask, typeof(q).dtype)]
+    attrs = {"scale": float(scale), **({"causal": True} if causal else {})}
+    made = c.b.create("graph.attention_backward", [grad, q, k, v, result, lse, *masks], attrs,
+                      [TensorType(typeof(x).shape, typeof(x).dtype) for x in (q, k, v)])
+    return tuple(made.results)
+
+
 def _seeds(c: Context, start: int) -> tuple[Any, ...]:
     """The remaining results: random state that nothing reads without dropout."""
     made: list[Any] = []
@@ -254,4 +271,6 @@ ROWS: dict[str, Lower] = {
     "aten._scaled_dot_product_cudnn_attention.default": cudnn,
     "aten._scaled_dot_product_fused_attention_overrideable.default": overrideable,
     "aten.scaled_dot_product_attention.default": sdpa,
+    "aicc.attention.default": whole,
+    "aicc.attention_backward.default": whole_backward,
 }

@@ -67,7 +67,8 @@ define("dist.mesh", "the device mesh of the module", results=(), traits=[Trait.S
        attrs={"sym_name": attr(), "shape": attr("ranks per axis"), "axes": attr("names, outermost first")})
 define("dist.coordinate", "a 0-d i64: where this rank is along `axis`", attrs={"axis": attr(), "ranks": attr()}, traits=[Trait.Pure])
 define("dist.shard", "this rank's piece of a replicated tensor along `dim`; no communication", operands="x",
-       attrs={"axis": attr(), "ranks": attr(), "dim": attr(), "parts": optional(1)}, traits=[Trait.Pure],
+       attrs={"axis": attr(), "ranks": attr(), "dim": attr(), "parts": optional(1),
+                                                        "shift": optional(0, "the piece of the rank so many places before")}, traits=[Trait.Pure],
        verify=_verify_scaled("down"))  # type: ignore[arg-type]
 define("dist.all_reduce", "combines over `axis`; every rank gets the result", operands="x", traits=_C,
        attrs={**_AXIS, "kind": _REDUCE}, verify=_verify_same)
@@ -77,4 +78,6 @@ define("dist.reduce_scatter", "combines over `axis`; each rank keeps its piece a
        attrs={**_AXIS, "dim": attr(), "parts": optional(1), "kind": _REDUCE}, verify=_verify_scaled("down"))  # type: ignore[arg-type]
 define("dist.all_to_all", "cuts along `split`, sends the r-th piece to rank r, joins what comes along `concat`", operands="x", traits=_C,
        attrs={**_AXIS, "split": attr(), "concat": attr()}, verify=_verify_all_to_all)
+define("dist.shift", "what the rank one place before has (the first: the last one's); once for every rank of `axis`, it is home again", operands="x",
+       attrs=_AXIS, traits=_C, verify=_verify_same)
 define("dist.wait", "the result `started` of a collective on `operand`, complete", operands="started operand", traits=_C)

@@ -127,6 +127,9 @@ define("graph.conv_weight_grad", "gradient of conv to its weight: grad [B, O, *]
 define("graph.attention", "softmax(q @ k^T * scale + mask) @ v over [B, H, S, D]; k and v may have fewer heads (H a multiple)",
        operands="q k v mask*", results="result lse", attrs={"scale": attr("float"), "causal": optional(False)},
        traits=[P, Trait.Contraction])
+define("graph.attention_backward", "gradients of attention to q, k and v: from that of its result, its operands, its result and its lse",
+       operands="grad q k v result lse mask*", results="dq dk dv", attrs={"scale": attr("float"), "causal": optional(False)},
+       traits=[P, Trait.Contraction])
 
 # -- reductions -------------------------------------------------------------------------------------------------------
 _DIMS = {"dims": attr("dimensions combined, ascending"), "keepdim": optional(False)}

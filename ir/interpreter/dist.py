@@ -51,12 +51,16 @@ def _all_to_all(op: Operation, xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _shard(op: Operation, xs: Sequence[Tensor]) -> list[Tensor]:
-    return [piece(x, r, len(xs), op["dim"], op["parts"]) for r, x in enumerate(xs)]
+    return [piece(x, (r - op["shift"]) % len(xs), len(xs), op["dim"], op["parts"]) for r, x in enumerate(xs)]
+
+
+def _shift(op: Operation, xs: Sequence[Tensor]) -> list[Tensor]:
+    return [xs[r - 1] for r in range(len(xs))]
 
 
 _GROUP: dict[str, Callable[[Operation, Sequence[Tensor]], list[Tensor]]] = {
     "dist.all_reduce": _all_reduce, "dist.all_gather": _all_gather, "dist.reduce_scatter": _reduce_scatter,
-    "dist.all_to_all": _all_to_all, "dist.shard": _shard, "dist.wait": lambda op, xs: list(xs),
+    "dist.all_to_all": _all_to_all, "dist.shard": _shard, "dist.shift": _shift, "dist.wait": lambda op, xs: list(xs),
 }
 
 

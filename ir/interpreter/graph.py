@@ -192,6 +192,23 @@ def _attention(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     return _typed(ctx, op, weights @ v, lse.reshape(ctx.shape(op.results[1].type)))
 
 
+def _attention_backward(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
+    """P = exp(S - lse), dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)): Dao 2023, section 3.1.2. P and dS are multiplied in the operands' type."""
+    grad, q, k, v, result, lse = (_wide(x) for x in xs[:6])
+    groups, repeat = k.shape[1], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    scores = q @ k.transpose(-1, -2) * op["scale"]
+    if len(xs) > 6:
+        scores = scores + xs[6].to(scores.dtype)
+    if op["causal"]:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+    p = torch.exp(scores - lse.unsqueeze(-1)).masked_fill(scores == float("-inf"), 0.0)
+    ds = p * (grad @ v.transpose(-1, -2) - (grad * result).sum(-1, keepdim=True)) * op["scale"]
+    ds, p = _wide(ds.to(xs[1].dtype)), _wide(p.to(xs[3].dtype))
+    dk, dv = (x.transpose(-1, -2) @ y for x, y in ((ds, q), (p, grad)))
+    return _typed(ctx, op, ds @ k, dk.unflatten(1, (groups, repeat)).sum(2), dv.unflatten(1, (groups, repeat)).sum(2))
+
+
 # -- reductions -------------------------------------------------------------------------------------------------------
 
 def _over(dims: tuple[int, ...], x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -391,6 +408,7 @@ HANDLERS: dict[str, Handler] = {
     "graph.remap": _remap, "graph.cat": _cat, "graph.pad": _pad,
     "graph.matmul": _matmul, "graph.conv": _conv, "graph.conv_transpose": _conv_transpose,
     "graph.conv_weight_grad": _conv_weight_grad, "graph.attention": _attention,
+    "graph.attention_backward": _attention_backward,
     **{f"graph.{name}": _reduction(function) for name, function in _REDUCTIONS.items()},
     "graph.argmax": _arg_extreme(True), "graph.argmin": _arg_extreme(False), "graph.var_mean": _var_mean, "graph.scan": _scan,
     "graph.sort": _sort,

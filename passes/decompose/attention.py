@@ -9,10 +9,11 @@ h // (H / Hkv). A row that is masked throughout has result 0 and lse 0, as in to
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ...ir import Builder, Dim, Operation, Value, element_type
 from ...ir.expr import floordiv
-from .common import I1, Rule, broadcast_map, computing, d, identity, index, pointwise, reduce, shape_of, tensor_type
+from .common import I1, Rule, broadcast_map, computing, convert, d, identity, index, pointwise, reduce, shape_of, tensor_type
 
 __all__ = ["RULES"]
 
@@ -23,9 +24,8 @@ def _key_head(heads: Dim, key_heads: Dim) -> Dim:
     return floordiv(d(1), floordiv(heads, key_heads)) if heads != key_heads else d(1)
 
 
-def _scores(b: Builder, op: Operation) -> Value:
+def _scores(b: Builder, op: Operation, q: Value, k: Value, mask: Sequence[Value]) -> Value:
     """[B, H, S, T] in the computing type: scaled, masked."""
-    q, k, _, *mask = op.operands
     (batch, heads, length, width), (_, key_heads, keys, _) = shape_of(q), shape_of(k)
     space = (batch, heads, length, keys)
     products = reduce(b, space, (width,), (q, k), ((d(0), d(1), d(2), d(4)), (d(0), _key_head(heads, key_heads), d(3), d(4))),
@@ -45,12 +45,12 @@ def _scores(b: Builder, op: Operation) -> Value:
 
 
 def _attention(b: Builder, op: Operation) -> list[Value | None]:
-    q, _, v, *mask = op.operands
+    q, k, v, *mask = op.operands
     (batch, heads, length, _), (_, value_heads, keys, width) = shape_of(q), shape_of(v)
     rows, wide = (batch, heads, length), computing(tensor_type(q).dtype)
     row = identity(3)
 
-    scores = _scores(b, op)
+    scores = _scores(b, op, q, k, mask)
     m = reduce(b, rows, (keys,), [scores], [identity(4)], lambda _, s: s, "max")
     e = pointwise(b, (*rows, keys), [scores, m], lambda i, s, x: i.arith("exp", i.arith("sub", s, x)), wide,
                   maps=(identity(4), row))
@@ -73,4 +73,34 @@ def _attention(b: Builder, op: Operation) -> list[Value | None]:
     return [out, lse]
 
 
-RULES: dict[str, Rule] = {"graph.attention": _attention}
+def _attention_backward(b: Builder, op: Operation) -> list[Value]:
+    """The weights again from the scores and lse; three products of them (Dao 2023, section 3.1.2). Gradients of a key head sum over its queries'."""
+    grad, q, k, v, result, lse, *mask = op.operands
+    (batch, heads, length, width), (_, key_heads, keys, wide_v) = shape_of(q), shape_of(v)
+    space, rows, wide = (batch, heads, length, keys), (batch, heads, length), computing(tensor_type(q).dtype)
+    row, key_head = identity(3), _key_head(heads, key_heads)
+    scores = _scores(b, op, q, k, mask)
+
+    def weight(i: Builder, s: Value, x: Value) -> Value:
+        return i.arith("select", i.arith("eq", s, -math.inf), 0, i.arith("exp", i.arith("sub", s, x)))
+
+    p = pointwise(b, space, [scores, convert(b, lse, wide)], weight, wide, maps=(identity(4), row))
+    delta = reduce(b, rows, (wide_v,), [grad, result], [identity(4), identity(4)], lambda i, x, y: i.arith("mul", x, y), "sum")
+    dp = reduce(b, space, (wide_v,), (grad, v), ((d(0), d(1), d(2), d(4)), (d(0), key_head, d(3), d(4))), lambda i, x, y: i.arith("mul", x, y),
+                "sum")
+    ds = pointwise(b, space, [p, dp, delta], lambda i, x, y, z: i.arith("mul", i.arith("mul", x, i.arith("sub", y, z)), op["scale"]),
+                   tensor_type(q).dtype, maps=(identity(4), identity(4), row))
+    dq = reduce(b, (batch, heads, length, width), (keys,), (ds, k), ((d(0), d(1), d(2), d(4)), (d(0), key_head, d(4), d(3))),
+                lambda i, x, y: i.arith("mul", x, y), "sum")
+    group = floordiv(heads, key_heads)
+
+    def of_keys(x: Value, y: Value, into: Value) -> Value:
+        """sum over queries, and over the query heads of a key head, of x[.., s, t] * y[.., s, d]."""
+        head, s, over = (d(1), d(4), (length,)) if group == 1 else (d(1) * group + d(4), d(5), (group, length))
+        made = reduce(b, shape_of(into), over, (x, y), ((d(0), head, s, d(2)), (d(0), head, s, d(3))), lambda i, a, c: i.arith("mul", a, c), "sum")
+        return convert(b, made, tensor_type(into).dtype)
+
+    return [convert(b, dq, tensor_type(q).dtype), of_keys(ds, q, k), of_keys(convert(b, p, tensor_type(v).dtype), grad, v)]
+
+
+RULES: dict[str, Rule] = {"graph.attention": _attention, "graph.attention_backward": _attention_backward}

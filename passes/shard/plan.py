@@ -61,7 +61,12 @@ class Plan:
 
     @property
     def shard(self) -> Shard:
-        return Shard(self.tp, self.sp, self.cp, self.ep, self.cp > 1 and self.context == "ring")
+        return Shard(self.tp, self.sp, self.cp, self.ep, self.rings)
+
+    @property
+    def rings(self) -> bool:
+        """Whether keys and values go round."""
+        return self.cp > 1 and self.context == "ring"
 
     @property
     def label(self) -> str:

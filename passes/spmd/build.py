@@ -84,8 +84,8 @@ class LocalBuilder:
     def coordinate(self) -> Value:
         return self.b.op("dist.coordinate", type=TensorType((), I64), axis=self.axis, ranks=self.ranks)
 
-    def shard(self, x: Value, to: Placement) -> Value:
-        extra = {"parts": to.parts} if to.parts > 1 else {}
+    def shard(self, x: Value, to: Placement, shift: int = 0) -> Value:
+        extra = {**({"parts": to.parts} if to.parts > 1 else {}), **({"shift": shift} if shift else {})}
         return self.b.op("dist.shard", x, type=scaled(tensor_type(x), to.dim, 1, self.ranks), axis=self.axis, ranks=self.ranks,
                          dim=to.dim, **extra)
 
@@ -102,6 +102,11 @@ class LocalBuilder:
         extra = {"parts": to.parts} if to.parts > 1 else {}
         return self.b.op("dist.reduce_scatter", x, type=scaled(tensor_type(x), to.dim, 1, self.ranks), axis=self.axis,
                          ranks=self.ranks, dim=to.dim, kind=kind, **extra)
+
+    def shift(self, x: Value) -> Value:
+        """What the rank before has."""
+        t = tensor_type(x)
+        return self.b.op("dist.shift", x, type=TensorType(t.shape, t.dtype), axis=self.axis, ranks=self.ranks)
 
     def all_to_all(self, x: Value, split: int, concat: int) -> Value:
         t = scaled(scaled(tensor_type(x), split, 1, self.ranks), concat, self.ranks)

@@ -73,7 +73,7 @@ def _merge_equal(func: Operation) -> int:
 def _fold_pairs(func: Operation) -> int:
     count = 0
     for op in func.body:
-        if op.name != "dist.shard":
+        if op.name != "dist.shard" or op["shift"]:
             continue
         source = op.operands[0].defining_op
         if source is None or source.attributes.get("axis") != op["axis"] or source.attributes.get("stage"):
@@ -258,7 +258,7 @@ class OverlapCollectives(Pass):
         return first_read[gathers[0]] if total > self.ahead and len(gathers) > 1 else 0
 
 
-_STARTED = ("dist.all_reduce", "dist.all_gather", "dist.reduce_scatter", "dist.all_to_all")
+_STARTED = ("dist.all_reduce", "dist.all_gather", "dist.reduce_scatter", "dist.all_to_all", "dist.shift")
 
 
 def _separate(op: Operation) -> None:

@@ -91,6 +91,7 @@ def _wrong_order(op: Operation) -> bool:
 
 _KINDS: dict[str, tuple[Callable[[Operation], bool], Callable[[Operation], bool]]] = {
     "dropped all-reduce": (lambda op: op.name == "dist.all_reduce", _drop),
+    "dropped shift": (lambda op: op.name == "dist.shift", _drop),
     "wrong reduce operator": (lambda op: op.name in ("dist.all_reduce", "dist.reduce_scatter") and op["kind"] == "sum", _wrong_operator),
     "gathered in the wrong order": (lambda op: op.name == "dist.all_gather", _wrong_order),
     "swapped gradients": (lambda op: op.name == "return", _swap),

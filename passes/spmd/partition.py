@@ -29,6 +29,7 @@ from ...ir.sharding import REPLICATE, Mesh, Placement, local_shape, partial
 from ...ir.types import DTYPES, TensorType
 from ...ir.verifier import verify
 from .build import I1, I64, LocalBuilder, tensor_type
+from .ring import ring_strategy
 from .rules import Strategy, strategies
 from .special import PROGRAMS
 
@@ -42,6 +43,7 @@ class Policy:
     """How an axis is used. role: 'data' or 'tensor'. pinned: arguments whose pieces are never gathered if it can be helped
     (on a tensor axis: all sharded ones). sequence: partial sums may be left cut along the sequence (dimension 1 of 3 or more). rows: along
     dimension 0 instead, the batch, where that comes out even: pieces are then contiguous. No other axis may cut it.
+    ring: attention that is cut along the sequence sends keys and values round (`ring.py`).
     """
 
     axis: str
@@ -49,6 +51,7 @@ class Policy:
     pinned: frozenset[int] = frozenset()
     sequence: bool = False
     rows: bool = False
+    ring: bool = False
 
 
 @dataclass
@@ -221,6 +224,10 @@ class _AxisPartitioner:
     def _op(self, op: Operation) -> None:
         if all(set(self.forms[v]) == {REPLICATE} or v in self.free for v in op.operands):
             self._clone(op, _replicated(op))  # nothing is cut (or only parameters that are gathered): nothing is to be gained
+            return
+        ring = ring_strategy(op, self.ranks) if self.policy.ring else None
+        if ring is not None:
+            self._clone(op, ring)
             return
         parts = {p.parts for v in op.operands for p in self.forms[v] if p.kind == "shard"}
         found = strategies(op, self.ranks, parts)

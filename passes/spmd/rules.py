@@ -259,6 +259,15 @@ def _attention(q: Query) -> list[Strategy]:
                     [["b", "h", rows, None], lse])
 
 
+def _attention_backward(q: Query) -> list[Strategy]:
+    """Batch and heads, which every operand has; of a mask, where it is not repeated."""
+    op = q.op
+    masks: list[Dims] = [[f if size != 1 else None for f, size in zip(["b", "h", None, None][4 - len(shape):], shape, strict=True)]
+                         for shape in (shape_of(v) for v in op.operands[6:])]
+    whole: Dims = ["b", "h", None, None]
+    return _factors(q, [*[whole] * 5, whole[:3], *masks], [whole] * 3)
+
+
 def _conv(q: Query) -> list[Strategy]:
     op = q.op
     rest: list[str | None] = [None] * (len(shape_of(op.result)) - 2)
@@ -470,7 +479,7 @@ RULES: dict[str, Rule] = {
     **{f"graph.{name}": _elementwise for name in (*BY_NAME, "select", "cast", "relu", "silu", "gelu")},
     "graph.reshape": _reshape, "graph.permute": _permute, "graph.expand": _expand, "graph.slice": _slice, "graph.flip": _flip,
     "graph.remap": _remap, "graph.cat": _cat, "graph.pad": _pad,
-    "graph.matmul": _matmul, "graph.attention": _attention,
+    "graph.matmul": _matmul, "graph.attention": _attention, "graph.attention_backward": _attention_backward,
     **{f"graph.{name}": _conv for name in ("conv", "conv_transpose", "conv_weight_grad")},
     **{f"graph.{name}": _reduction for name in ("sum", "prod", "amax", "amin", "any", "all", "mean", "argmax", "argmin")},
     "graph.var_mean": _var_mean, "graph.scan": _along, "graph.softmax": _softmax, "graph.log_softmax": _softmax,
@@ -478,6 +487,6 @@ RULES: dict[str, Rule] = {
     "graph.group_norm": _batch_only, "graph.max_pool": _batch_only, "graph.avg_pool": _batch_only,
     "graph.embedding": _embedding, "graph.gather": _gather, "graph.take": _take, "graph.index": _index,
     "graph.index_put": _index_put, "graph.scatter": _scatter, "graph.extern": _extern,
-    **{f"dist.{name}": _collective for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "shard")},
+    **{f"dist.{name}": _collective for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "shift", "shard")},
 }
 """Op name -> its rule. Ops without a row (constants, iota, random externs, ...) run replicated."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from ...ir.core import Operation, Value
 from ...ir.types import TensorType
 from .build import I1, I64, LocalBuilder, tensor_type
+from .ring import ring_attention, ring_attention_backward
 
 __all__ = ["PROGRAMS"]
 
@@ -96,5 +97,5 @@ def _slice_parts(b: LocalBuilder, op: Operation, xs: Sequence[Value]) -> list[Va
 
 PROGRAMS: dict[str, Callable[[LocalBuilder, Operation, Sequence[Value]], list[Value]]] = {
     "embedding": _embedding, "gather": _gather, "index_put": _index_put, "scatter_one": _scatter_one, "softmax": _softmax,
-    "mean": _mean, "slice_parts": _slice_parts,
+    "mean": _mean, "slice_parts": _slice_parts, "ring_attention": ring_attention, "ring_attention_backward": ring_attention_backward,
 }

@@ -12,7 +12,7 @@ from .build import tensor_type
 
 __all__ = ["traffic"]
 
-_COLLECTIVES = ("dist.all_reduce", "dist.all_gather", "dist.reduce_scatter", "dist.all_to_all")
+_COLLECTIVES = ("dist.all_reduce", "dist.all_gather", "dist.reduce_scatter", "dist.all_to_all", "dist.shift")
 
 
 def traffic(module: Operation) -> Counter[tuple[str, str]]:

@@ -9,7 +9,7 @@ The right operand should be contiguous along N; `passes/pack.py` sees to that on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -22,7 +22,7 @@ from ...ir.types import index
 from ..structured import PARTIAL, space_bounds
 from .bodies import evaluate_body
 from .emit import Emitter, Pair, fill_masks
-from .partial import Program, fold
+from .partial import Block, Program, fold
 from .rows import RowBlock, make_rows
 
 __all__ = ["COLUMNS", "GROUPS", "K_BLOCK", "MATRIX", "ROWS", "Contraction", "Roles", "as_tile", "emit_contraction", "is_row_major", "offset_of",
@@ -108,11 +108,14 @@ def rows_in_block(m: Dim, mr: int, most: int) -> int:
 
 def emit_contraction(products: list[Operation], epilogue: list[Operation], outputs: list[Value], target: Target, e: Emitter,
                      buffers: dict[Value, Value], tile: tuple[int, int, int], limits: Limits = (0, 0, 0),
-                     prologue: Operation | None = None) -> list[Dim]:
+                     prologue: Sequence[Operation] = ()) -> list[Dim]:
     """Writes the body of a CPU kernel; returns the grid. Products beside the first are its siblings (`passes/siblings.py`); `prologue` is what
-    makes the left operand (`passes/prologue.py`)."""
+    makes operands: the rows of the left one (`passes/prologue.py`), or vectors of a right one (`passes/unpack.py`)."""
     first, *others = (Contraction(p, epilogue, outputs, e, buffers, tile, limits) for p in products)
-    return first.cpu(target, others, prologue)
+    for c in (first, *others):
+        c.unpacking = next((x for x in prologue if x is c.op.operands[c.roles.right].defining_op), None)
+    rows = next((x for x in prologue if x is first.op.operands[first.roles.left].defining_op), None)
+    return first.cpu(target, others, rows)
 
 
 class Contraction:
@@ -126,6 +129,7 @@ class Contraction:
         found = replace(found, k=tuple(sorted(found.k, key=lambda d: -_walk(op, right, d))))
         self.op, self.epilogue, self.outputs, self.e, self.buffers, self.roles = op, epilogue, outputs, e, buffers, found
         self.partial = [x for x in epilogue if PARTIAL in x.attributes]
+        self.kept: Block | None = None  # for partial reductions of columns
         for kind, size in (x[PARTIAL] for x in self.partial):  # what a part is, the op that merges the parts knows
             limits = (size, *limits[1:]) if kind == "rows" else (*limits[:2], size)
         self.tile, self.limits = tile, limits
@@ -135,6 +139,7 @@ class Contraction:
         self.m, self.n = product(self.m_sizes), product(self.n_sizes)
         self.acc_type = TileType((tile[0], tile[1]), element_type(op.result.type))
         self.block: RowBlock | None = None
+        self.unpacking: Operation | None = None
         self.depth = DEPTHS.get(op.attributes.get("_packed"), 1)  # type: ignore[arg-type]
         if self.depth > 1:  # elements of the last K dimension in one step
             self.k_sizes[-1] = self.k_sizes[-1] // self.depth
@@ -175,26 +180,13 @@ class Contraction:
         """Applies the elementwise members to the accumulator (and those of contractions of the same space), stores the outputs, and folds
         the tile into the partial reductions of its `program`."""
         bounds = e.bounds()
-        base = self.positions(batch, m, n, [0] * len(self.k_sizes), e)
-        frame = [base[f"d{d}"] for d in range(len(parallel_dims(self.op)))]
+        frame = self._frame(e, batch, m, n)
         sums = {self.op: acc, **(siblings or {})}
         values: dict[Value, Value] = {op.result: v for op, v in sums.items()}
         loads: dict[Any, Value] = {}
-        place = {op: list(range(len(frame))) for op in sums}
+        place = self._places(sums)
         for op in (x for x in self.epilogue if x not in self.partial):
-            dims: list[Any] = [None] * len(op["dims"])
-            for v, mp in zip(op.operands, op["maps"], strict=True):
-                if v in values and mp is not None:
-                    for x, f in zip(mp, place[v.defining_op], strict=True):  # type: ignore[index]
-                        if isinstance(x, int):
-                            continue
-                        dims[int(str(x)[1:])] = f
-            for j, f in enumerate(dims):
-                if f is None:
-                    used = {x for x in dims if x is not None}
-                    dims[j] = next(f for f in range(len(frame)) if f not in used and self.op["dims"][f] == op["dims"][j])
-            place[op] = dims
-            at = {f"d{j}": frame[f] for j, f in enumerate(dims)}
+            at = {f"d{j}": frame[f] for j, f in enumerate(place[op])}
             with e.builder.at(op.location):
                 self._member(e, op, at, values, loads, mask, bounds)
         for out in self.outputs:
@@ -207,10 +199,37 @@ class Contraction:
             for x, stride in zip(index_of, out.type.layout, strict=True):
                 offset = offset + x * stride
             e.store(self.buffers[out], values[out], simplify(offset, bounds), e.needed(mask))
-        if self.partial:
+        if program is not None and self.kept is not None:
+            self.kept.keep(e, values, program.place)
+        of_rows = [op for op in self.partial if op[PARTIAL][0] == "rows"]
+        if of_rows:
             assert program is not None
             where = {op: [frame[f] for f in dims] for op, dims in place.items()}
-            fold(e, self.partial, where, program, lambda op, at: self._member(e, op, at, values, loads, mask, bounds), values, self.buffers)
+            fold(e, of_rows, where, program, lambda op, at: self._member(e, op, at, values, loads, mask, bounds), values, self.buffers)
+
+    def _frame(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim) -> list[Dim]:
+        """Positions of the parallel dimensions."""
+        base = self.positions(batch, m, n, [0] * len(self.k_sizes), e)
+        return [base[f"d{d}"] for d in range(len(parallel_dims(self.op)))]
+
+    def _places(self, products: Iterable[Operation]) -> dict[Operation, list[int]]:
+        """The contraction's dimension for each dimension of the products and of the elementwise members."""
+        count = len(parallel_dims(self.op))
+        place = {op: list(range(count)) for op in products}
+        for op in (x for x in self.epilogue if x not in self.partial):
+            dims: list[Any] = [None] * len(op["dims"])
+            for v, mp in zip(op.operands, op["maps"], strict=True):
+                if v.defining_op in place and mp is not None:
+                    for x, f in zip(mp, place[v.defining_op], strict=True):  # type: ignore[index]
+                        if isinstance(x, int):
+                            continue
+                        dims[int(str(x)[1:])] = f
+            for j, f in enumerate(dims):
+                if f is None:
+                    used = {x for x in dims if x is not None}
+                    dims[j] = next(f for f in range(count) if f not in used and self.op["dims"][f] == op["dims"][j])
+            place[op] = dims
+        return place
 
     def _member(self, e: Emitter, op: Operation, at: dict[str, Dim], values: dict[Value, Value], loads: dict[Any, Value], mask: list[Pair],
                 bounds: Any) -> None:
@@ -317,11 +336,15 @@ class Contraction:
             safe_m = m if isinstance(self.m, int) and self.m % mr == 0 else minimum(m, self.m - 1)
             return m, safe_m, n, (i - start + sym("t0")) * (together * nr) + (panel - first_panel) * nr + sym("t1")
 
+        of_columns = [op for op in self.partial if op[PARTIAL][0] == "columns"]
+        if of_columns:
+            made = [r for op in (*(c.op for c in products), *self.epilogue) if op not in self.partial for r in op.results]
+            self.kept = Block(e, of_columns, made, rows, together * nr)
+
         def program(i: Dim, panel: Dim) -> Program:
             """Where the tile of row i and this panel lies in what the program makes."""
-            return Program({"columns": p_column, "rows": p_block}, {"columns": panel * nr + sym("t1"), "rows": i + sym("t0")},
-                           {"columns": (first_panel, panel), "rows": (start, i)}, (i + sym("t0"), upper), (panel * nr + sym("t1"), self.n),
-                           self.tile[:2])
+            m, _, n, place = at(e, i, panel)
+            return Program(p_block, (m, upper), (n, self.n), (start, i), self.tile[:2], place)
 
         def tiles(inner: Emitter, body: Any) -> None:
             def panel_loop(deeper: Emitter, q: Dim, _: list[Value]) -> list[Value]:
@@ -393,6 +416,13 @@ class Contraction:
         else:
             k_nest(e, [])
             tiles(e, last_step)
+        if self.kept is not None:
+            place = self._places(c.op for c in products)
+
+            def where(x: Emitter, m: Dim, n: Dim) -> dict[Operation, list[Dim]]:
+                frame = self._frame(x, batch, m, n)
+                return {op: [frame[f] for f in dims] for op, dims in place.items()}
+            self.kept.reduce(e, start, upper, first_panel * nr, p_column, nr * (2 - together % 2), where, self.buffers)
         return [*(self.op["dims"][d] for d in self.roles.batch), columns, blocks]
 
     def _prefetch(self, e: Emitter, batch: list[Dim], panel: Dim, ks: list[Dim], d: int, first: Dim, length: Dim, row: Dim,
@@ -400,7 +430,7 @@ class Contraction:
         """Asks for the panel after this one, a share in each row tile of a block and each of its steps of K (`length` from `first` on along
         dimension d, all of those after it)."""
         inside = [length, *self.k_sizes[d + 1:]]
-        if not self.op.attributes.get("_packed") or not isinstance(self.k_sizes[d], int) or rows <= self.tile[0]:
+        if not self.op.attributes.get("_packed") or not isinstance(self.k_sizes[d], int) or rows <= self.tile[0] or self.unpacking is not None:
             return  # a stream: the processor sees by itself what comes next
         (mr, nr, _), right, bounds = self.tile, self.roles.right, e.bounds()
         v = self.op.operands[right]
@@ -422,9 +452,21 @@ class Contraction:
         at = self.positions(batch, m, n, ks, e)
         left = self.read(e, self.roles.left, at, []) if self.block is None else self.convert(e, self.roles.left, self.block.read(e, m, ks[0]))
         packed = bool(self.op.attributes.get("_packed"))  # zero-padded to whole panels: reading past N is in bounds
-        right = self.read(e, self.roles.right, at, [] if packed else [(n, self.n)])
+        right = self.read(e, self.roles.right, at, [] if packed else [(n, self.n)]) if self.unpacking is None else self._unpacked(
+            e, self.unpacking, at)
         left, right = as_tile(e, left, (self.tile[0], 1)), as_tile(e, right, (1, self.tile[1]))
         return e.builder.op("tile.dot", left, right, acc, type=self.acc_type)
+
+    def _unpacked(self, e: Emitter, maker: Operation, at: dict[str, Dim]) -> Value:
+        """What `maker` makes of the right operand, at a position."""
+        right, bounds = self.roles.right, e.bounds()
+        place = {f"d{j}": simplify(substitute(x, at), bounds) for j, x in enumerate(self.op["maps"][right])}
+
+        def operand(i: int) -> Value:
+            v = maker.operands[i]
+            return e.load(self.buffers[v], offset_of(v, maker["maps"][i], place, bounds))
+        value, = evaluate_body(e, maker, place, operand, self.buffers, [])
+        return self.convert(e, right, value)
 
     def _deep_products(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim, ks: list[Dim], acc: Value) -> Value:
         """Several elements along K in one product; the packed right operand has those of a column (or each two) side by side."""

@@ -189,7 +189,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
                 chosen = CpuTile(*fused["tile"])
                 gemm, limits = (chosen.rows, chosen.columns, gemm[2]), (chosen.block_rows, chosen.block_steps, chosen.block_columns)
             grid = emit_contraction(products, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges, coarse=coarse), buffers, gemm, limits,
-                                    prologue[0] if prologue else None)
+                                    prologue)
     else:
         frame = analyse(fused, ranges)
         choice = choose_tile(frame, _loop_lanes(members, target), gpu=target.is_gpu)

@@ -40,17 +40,26 @@ def test_zero_3(tmp_path: Path) -> None:
     assert results[0]["held"] < 0.55 * results[0]["all"]
 
 
+def test_ring_attention(tmp_path: Path) -> None:
+    """Keys and values of the layer go round forward, and backward with their gradients: two messages forward, two and two and two backward."""
+    results = train(tmp_path, "llama", {"cp": 2, "context": "ring", "micro_batch": 2}, 3, layers=1)
+    block = 2 * 32 * 16 * 4 // 2  # bytes of one rank's keys: micro-batch, width, sequence, float32
+    assert results[0]["bytes"]["shift"] == 4 * 8 * block
+    assert results[0]["bytes"].get("all_to_all", 0) < block  # of labels, which are shifted by one
+
+
 TWO = {
     "dp": {"dp": 2, "micro_batch": 4}, "accumulated": {"dp": 2, "micro_batch": 1},
     "tp": {"tp": 2, "micro_batch": 8}, "tp+sp": {"tp": 2, "sp": True, "micro_batch": 8},
     "zero1": {"dp": 2, "zero": 1, "micro_batch": 4}, "zero2": {"dp": 2, "zero": 2, "micro_batch": 4}, "zero3": {"dp": 2, "zero": 3, "micro_batch": 4},
     "pp": {"pp": 2, "micro_batch": 2, "schedule": "1f1b"}, "zb-h1": {"pp": 2, "micro_batch": 2, "schedule": "zb-h1"},
-    "cp": {"cp": 2, "micro_batch": 1}, "tp+sp recompute": {"tp": 2, "sp": True, "micro_batch": 8, "recompute": "full"},
+    "cp": {"cp": 2, "micro_batch": 1}, "cp ring": {"cp": 2, "context": "ring", "micro_batch": 2}, "tp+sp recompute": {"tp": 2, "sp": True, "micro_batch": 8, "recompute": "full"},
     "zero2 recompute offload": {"dp": 2, "zero": 2, "micro_batch": 4, "recompute": "selective", "offload": True},
 }
 FOUR = {
     "tp4": {"tp": 4, "micro_batch": 8}, "dp2 tp2+sp zero3": {"dp": 2, "tp": 2, "sp": True, "zero": 3, "micro_batch": 4},
     "dp4 zero2": {"dp": 4, "zero": 2, "micro_batch": 2}, "pp2 dp2 zero1": {"pp": 2, "dp": 2, "zero": 1, "micro_batch": 1, "schedule": "1f1b"},
+    "dp2 cp2 ring zero1": {"dp": 2, "cp": 2, "context": "ring", "zero": 1, "micro_batch": 2},
     "pp2 tp2": {"pp": 2, "tp": 2, "micro_batch": 2, "schedule": "1f1b"},
 }
 EXPERTS = {"ep2": {"dp": 2, "ep": 2, "micro_batch": 4}, "dp2 tp2 ep2 zero2": {"dp": 2, "tp": 2, "ep": 2, "zero": 2, "micro_batch": 4},

@@ -37,7 +37,8 @@ class CountBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         space, _, name = func._schema.name.partition("::")
         if space == "_c10d_functional" and name in self.NAMES:
-            self.bytes[self.NAMES[name]] += args[0].numel() * args[0].element_size()
+            to_one = name == "all_to_all_single" and sum(n > 0 for n in args[2]) == 1  # how a shift is sent
+            self.bytes["shift" if to_one else self.NAMES[name]] += args[0].numel() * args[0].element_size()
         return func(*args, **(kwargs or {}))
 
 

@@ -4,7 +4,7 @@
     ... two_gpu_check.py --only correct | --only speed   --layers 16 --width 2048 --steps 10  --peers fsdp2,dtensor-tp  --plans tp2,zero3,pp2
 
 Correctness: a small float32 model, three steps of SGD under every plan of `plans` (tensor parallelism with and without sequences, ZeRO-3, pipelines of
-four schedules, context parallelism, offload), losses and parameters compared with eager PyTorch on one GPU. Speed: bfloat16, AdamW, tokens per second over
+four schedules, context parallelism of two kinds, offload), losses and parameters compared with eager PyTorch on one GPU. Speed: bfloat16, AdamW, tokens per second over
 both GPUs, peak memory per GPU and milliseconds until the host has enqueued a step, for aicc's plans and for FSDP2 and DTensor tensor parallelism compiled
 with Inductor, all in this run. With `--turn FILE` several of these may run at a time: they build side by side and measure one after another.
 Plain torch; nothing is downloaded.
@@ -122,6 +122,7 @@ def plans(batch: int) -> dict[str, aicc.Plan]:
             "pp2": aicc.Plan(pp=2, micro_batch=quarter, schedule="1f1b"), "zb-h1": aicc.Plan(pp=2, micro_batch=quarter, schedule="zb-h1"),
             "zb-v": aicc.Plan(pp=2, micro_batch=quarter, schedule="zb-v"),
             "dualpipe-v": aicc.Plan(pp=2, micro_batch=quarter, schedule="dualpipe-v"), "cp2": aicc.Plan(cp=2, micro_batch=1),
+            "ring2": aicc.Plan(cp=2, context="ring", micro_batch=max(1, batch // 4)),
             "offload": aicc.Plan(dp=2, zero=2, micro_batch=half, offload=True),
             "full": aicc.Plan(dp=2, zero=1, micro_batch=half, recompute="full")}
 

@@ -338,17 +338,44 @@ def test_parameters_that_torch_sees_change() -> None:
     agree()
 
 
+def test_parameters_that_torch_does_not_see_change() -> None:
+    """Through `.data` and numpy, between two calls: single elements of small parameters; rows and pruning of large ones."""
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 700)).eval()
+    compiled = _compile(model)
+    x = torch.randn(8, 64)
+    small, large = model[0].weight, model[2].weight
+
+    def agree() -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+    agree()
+    version = small._version, large._version
+    small.data[17, 23] = 50
+    agree()
+    small.data[3:5] = 7
+    agree()
+    small.detach().numpy()[95, 63] = -40
+    agree()
+    large.data[333] = 0
+    agree()
+    large.data[large.data.abs() < 0.01] = 0
+    large.data[5, 5] += 100
+    agree()
+    assert (small._version, large._version) == version
+
+
 @pytest.mark.parametrize("what", ["module", "compiled", "tensor", "list", "everything", "compiled function"])
 def test_invalidate(what: str, graphs: list[Compilation]) -> None:
     """A write that nobody can see is seen after `aicc.invalidate`; other models keep what they packed."""
-    model, other = nn.Linear(64, 48).eval(), nn.Linear(64, 32).eval()
+    model, other = nn.Linear(64, 480).eval(), nn.Linear(64, 32).eval()
     compiled, beside = _compile(model), _compile(other)
     x = torch.randn(8, 64)
     with torch.no_grad():
         compiled(x), beside(x)
         kept, others = (c.graph for c in graphs)
         assert kept is not None and others is not None and kept.memory["persistent"] and others.memory["persistent"]
-        model.weight.detach().numpy()[17, 23] += 100  # not counted, and between the samples that are compared
+        model.weight.detach().numpy()[17, 23] += 100  # not counted, and beside the word of its row that is compared
         given = {"module": model, "compiled": compiled, "tensor": model.weight, "list": [model.weight], "everything": None, "compiled function": _compile(lambda x: x)}[what]
         several = what in ("everything", "compiled function")
         assert aicc.invalidate(given) >= 2 if several else aicc.invalidate(given) == 1

@@ -146,11 +146,19 @@ def collect(samples: int = 3) -> dict[OpOverload, list[Call]]:
         if not calls[op]:
             torch.manual_seed(0)
             calls[op] = [Call(op, *arguments) for arguments in written()]
+    for op, written in BESIDE.items():
+        torch.manual_seed(0)
+        calls[op] += [Call(op, *arguments) for arguments in written()]
     return {op: calls[op] for op in core_overloads()}
 
 
 def _r(*shape: int) -> torch.Tensor:
     return torch.randn(*shape)
+
+
+def _ranks(rows: int, columns: int) -> torch.Tensor:
+    """Each row in an order of its own, without equal elements: among those, eager's choice is free."""
+    return torch.stack([torch.randperm(columns) for _ in range(rows)])
 
 
 aten = torch.ops.aten
@@ -204,6 +212,13 @@ BY_HAND: dict[OpOverload, Callable[[], list[tuple[tuple[Any, ...], dict[str, Any
     aten.embedding_dense_backward.default: lambda: [((_r(3, 4), torch.tensor([0, 2, 2]), 5, -1, False), {}),
                                                     ((_r(3, 4), torch.tensor([0, 2, 2]), 5, 0, True), {})],
 }
+
+BESIDE: dict[OpOverload, Callable[[], list[tuple[tuple[Any, ...], dict[str, Any]]]]] = {
+    aten.topk.default: lambda: [((_r(3, 1000), 1), {}), ((_r(3, 1000), 8), {}), ((_r(2, 3, 2000), 64, -1, False), {}),
+                                ((_ranks(4, 700), 5), {}), ((_ranks(3, 250).bfloat16(), 8), {}), ((_r(3, 1000), 200), {})],
+    aten.sort.default: lambda: [((_r(3, 1000),), {}), ((_ranks(4, 700), 0, True), {})],
+}
+"""Calls besides those of OpInfo, whose samples have five elements: what is compiled differs with the length of the rows."""
 
 
 # -- compiling ---------------------------------------------------------------------------------------------------------

@@ -81,6 +81,77 @@ def test_batches_of_rows() -> None:
     torch.testing.assert_close(result, layer(x * s).relu(), rtol=1e-4, atol=1e-5)
 
 
+def _bytes_weight(n: int, k: int) -> tuple[Any, list[Tensor]]:
+    return lambda q, s: q.float() * s, [quantised(n, k), torch.rand(n, 1)]
+
+
+def _zero_points(n: int, k: int) -> tuple[Any, list[Tensor]]:
+    return lambda q, z, s: (q.float() - z.float()) * s, [quantised(n, k), quantised(n, 1), torch.rand(n, 1)]
+
+
+def _groups(n: int, k: int) -> tuple[Any, list[Tensor]]:
+    return lambda q, s: (q.float() * s).reshape(n, k), [quantised(n, k).view(n, k // 32, 32), torch.rand(n, k // 32, 1)]
+
+
+def _stacked_nibbles(n: int, k: int) -> tuple[Any, list[Tensor]]:
+    def weight(q: Tensor, s: Tensor) -> Tensor:
+        numbers = torch.stack([(q & 15).to(torch.int8) - 8, (q >> 4).to(torch.int8) - 8], -1).reshape(n, k // 32, 32)
+        return (numbers.float() * s).reshape(n, k)
+    return weight, [torch.randint(0, 256, (n, k // 2), dtype=torch.uint8), torch.rand(n, k // 32, 1)]
+
+
+def _shifted_nibbles(n: int, k: int) -> tuple[Any, list[Tensor]]:
+    def weight(q: Tensor, shifts: Tensor, s: Tensor) -> Tensor:
+        return (((q[:, :, None] >> shifts) & 15).float().reshape(n, k) - 8) * s
+    return weight, [torch.randint(0, 256, (n, k // 2), dtype=torch.uint8), torch.tensor([0, 4], dtype=torch.uint8), torch.rand(n, 1)]
+
+
+# how a parameter is dequantised -> the function and its inputs; and bits that are kept for each element, scales included
+WEIGHTS = {"bytes": (_bytes_weight, 8.5), "zero points": (_zero_points, 9), "groups": (_groups, 9.5), "nibbles, stacked": (_stacked_nibbles, 5.5),
+           "nibbles, shifted": (_shifted_nibbles, 5)}
+
+
+class Dequantised(nn.Module):
+    def __init__(self, name: str, n: int, k: int):
+        super().__init__()
+        self.weight, tensors = WEIGHTS[name][0](n, k)
+        self.stored = nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in tensors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight(*self.stored)).relu()
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("m,n", [(1, 448), (1, 300), (4, 320)])
+def test_few_rows_read_the_weight_as_it_is_stored(name: str, m: int, n: int) -> None:
+    """Its bytes are packed and kept, and dequantised in the product's kernel."""
+    torch.manual_seed(m)
+    k = 256
+    model, x = Dequantised(name, n, k), R(m, k)
+    result, c = run(model, (x,))
+    assert c.stats["launches"] == 1 and c.graph is not None
+    assert c.graph.memory["persistent"] <= (n + 40) * k * WEIGHTS[name][1] / 8
+    torch.testing.assert_close(result, model(x), rtol=1e-4, atol=1e-4 * result.abs().max().item())
+
+
+def test_more_rows_keep_it_dequantised() -> None:
+    model, x = Dequantised("bytes", 320, 256), R(40, 256)
+    result, c = run(model, (x,))
+    assert c.graph is not None and c.graph.memory["persistent"] == 320 * 256 * 4
+    torch.testing.assert_close(result, model(x), rtol=1e-4, atol=1e-4 * result.abs().max().item())
+
+
+def test_a_weight_that_is_written_to_is_packed_again() -> None:
+    model, x = Dequantised("groups", 96, 64), R(2, 64)
+    compiled = torch.compile(model, backend="aicc", options={"cache": False})
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-2)
+            model.stored[0].copy_(quantised(96, 64).view(96, 2, 32))
+            model.stored[1].mul_(3)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-2)
+
+
 EPILOGUES: dict[str, Callable[..., Any]] = {
     "bias": lambda y, r: y,
     "activation": lambda y, r: F.gelu(y),

@@ -206,6 +206,11 @@ for _name in ("f32", "bf16"):
     _attention_case(_name, 2, 4, 2, 5, 5, None, True)
     _attention_case(_name, 2, 4, 1, 3, 6, t(_name, 1, 1, 3, 6), False)
     _attention_case(_name, S0, 4, 2, S1, S2, t("i1", S0, 1, S1, S2), False)
+for _name, _kv, _s, _keys, _masks, _causal in (("f32", 4, 5, 7, [], False), ("f32", 2, 5, 5, [], True), ("bf16", 1, 3, 6, [t("bf16", 1, 1, 3, 6)], False),
+                                               ("f64", 2, S0, S0, [], True)):
+    _q, _k, _v = t(_name, 2, 4, _s, 8), t(_name, 2, _kv, _keys, 8), t(_name, 2, _kv, _keys, 6)
+    _out = t(_name, 2, 4, _s, 6)
+    case("attention_backward", [_out, _q, _k, _v, _out, t("f32", 2, 4, _s), *_masks], [_q, _k, _v], scale=0.37, causal=_causal)
 _attention_case("f32", S0, 2, 2, S1, S1, t("f32", S1), True)
 _attention_case("f32", 2, 2, 2, 5, 4, t("f32", 2, 1, 5, 4), False, special=(-INF, NAN))
 CASES.append(Case("graph.attention", (t("f32", 1, 2, 3, 4),) * 3 + (t("i1", 3, 3),), (t("f32", 1, 2, 3, 4), t("f32", 1, 2, 3)),

@@ -371,3 +371,37 @@ def test_wrong_symbolic_plans_are_found() -> None:
     slots[0].attributes["offset"] = slots[1]["offset"]
     with pytest.raises(IRError, match="overwrites"):
         check_plan(func, kernels)
+
+
+DIVIDED = """module {{level = "host"}} {{
+  ^():{kernels}
+  func @main {{arg_attrs = [{{kind = "input"}}, {{kind = "output"}}], symbols = {{s0 = [0, {most}]}}, stats = {{arena_bytes = (64 * (s0 // (s0 // {by})))}}}} {{
+    ^(%x: buffer<16xf32>, %y: buffer<16xf32>):
+      %a = host.slot() {{offset = 0, bytes = 64}} : buffer<16xf32>
+      %b = host.slot() {{offset = {second}, bytes = 64}} : buffer<16xf32>
+      host.launch(%x, %a) {{kernel = @k1, outputs = 1}}
+      host.launch(%a, %b) {{kernel = @k1, outputs = 1}}
+      host.launch(%a, %y) {{kernel = @k1, outputs = 1}}
+      return()
+  }}
+}}"""
+
+
+@pytest.mark.parametrize(("by", "most", "checked"), [(3, "none", 4), (3, "5", 2), (50, "none", 4), (5000, "none", 1)])
+def test_sizes_that_small_symbols_do_not_have_are_raised(by: int, most: str, checked: int) -> None:
+    """n // (n // 3) exists from 3 on: what would be tried at 0 and 1 is tried at 3, not left out."""
+    m = parse_module(DIVIDED.format(kernels=KERNELS, by=by, most=most, second=64))
+    kernels = {op["sym_name"]: op for op in m.body if op.name == "tile.kernel"}
+    assert check_plan(function(m), kernels) == checked
+    m = parse_module(DIVIDED.format(kernels=KERNELS, by=by, most=most, second=0))
+    with pytest.raises(IRError, match="overwrites input"):
+        check_plan(function(m), kernels)
+
+
+def test_sizes_that_exist_for_large_symbols_only_are_planned() -> None:
+    m = chain("k1", 3, "(s0 // (s0 // 5000))x16", "symbols = {s0 = [0, none]}")
+    run_pipeline(m, [*parse_pipeline("bufferize"), PlanMemory(outputs=False)], PassContext())
+    assert not any(op.name == "host.alloc" for op in function(m).body)
+    m = chain("k1", 3, "(s0 // (s0 // 3))x16", "symbols = {s0 = [0, 2]}")
+    with pytest.raises(ValueError, match="not defined for any value of its symbols"):
+        run_pipeline(m, [*parse_pipeline("bufferize"), PlanMemory(outputs=False)], PassContext())
