@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .networks import BertEncoder
 
-__all__ = ["Bert", "Gpt", "Llama", "LlamaDecode", "LlamaDecodeFunctional", "ResNet50", "mlp"]
+__all__ = ["Bert", "Gpt", "Inception", "Llama", "LlamaDecode", "LlamaDecodeFunctional", "ResNet50", "Towers", "TwoEncoders", "mlp"]
 
 
 class RMSNorm(nn.Module):
@@ -205,3 +205,65 @@ def mlp(*widths: int) -> nn.Module:
     for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+class InceptionBlock(nn.Module):
+    """Four branches side by side, concatenated along the channels (Szegedy et al. 2014, with batch norm)."""
+
+    def __init__(self, channels: int, one: int, three: tuple[int, int], five: tuple[int, int], pooled: int) -> None:
+        super().__init__()
+
+        def unit(inputs: int, outputs: int, size: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+        self.branches = nn.ModuleList([
+            unit(channels, one, 1),
+            nn.Sequential(unit(channels, three[0], 1), unit(three[0], three[1], 3)),
+            nn.Sequential(unit(channels, five[0], 1), unit(five[0], five[1], 5)),
+            nn.Sequential(nn.MaxPool2d(3, 1, 1), unit(channels, pooled, 1)),
+        ])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
+class Inception(nn.Module):
+    """Three of GoogLeNet's blocks (3a, 3b, and 3b again): `[b, 192, h, w]` to `[b, 480, h, w]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(InceptionBlock(192, 64, (96, 128), (16, 32), 32), InceptionBlock(256, 128, (128, 192), (32, 96), 64),
+                                    InceptionBlock(480, 128, (128, 192), (32, 96), 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.blocks(x)
+        return y
+
+
+class Towers(nn.Module):
+    """Towers of their own widths over one input, whose results are added: `[b, width]` to `[b, width]`."""
+
+    def __init__(self, towers: int, width: int, depth: int) -> None:
+        super().__init__()
+        inner = [width * (1 + i % 3) for i in range(towers)]
+        self.towers = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, n), nn.GELU(), *[m for _ in range(depth - 2) for m in (nn.Linear(n, n), nn.LayerNorm(n), nn.GELU())],
+                          nn.Linear(n, width)) for n in inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.towers[0](x)
+        for tower in self.towers[1:]:
+            y = y + tower(x)
+        return y
+
+
+class TwoEncoders(nn.Module):
+    """A picture's and a text's encoder (twelve layers each, as in CLIP) and how well their means fit: `[b, 197, 768]`, `[b, 77, 512]` to `[b]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.picture, self.text = BertEncoder(768, 12, 12), BertEncoder(512, 12, 8)
+        self.project = nn.Linear(768, 512)
+
+    def forward(self, picture: Tensor, text: Tensor) -> Tensor:
+        a, b = self.project(self.picture(picture).mean(1)), self.text(text).mean(1)
+        return F.cosine_similarity(a.float(), b.float(), -1)

@@ -13,6 +13,7 @@ change must be compiled again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -111,9 +112,8 @@ def compile(model: Callable[..., Any], *args: Any, mode: str | None = None, opti
         with functorch_config.patch({name: False for name in _BUNDLES if hasattr(functorch_config, name)}):
             return _Compiled(aicc(gm, inputs, mode=mode, options=options))
 
-    hooked = isinstance(model, torch.nn.Module) and (model._forward_hooks or model._forward_pre_hooks)
-    function = model.forward if isinstance(model, torch.nn.Module) and not hooked else model
-    if hooked:
+    function = model
+    if not isinstance(model, FunctionType):  # a module, with its hooks; a method
         def function(*args: Any, **kwargs: Any) -> Any:
             return model(*args, **kwargs)
     compiled = torch.compile(function, backend=compile_graph, fullgraph=True, dynamic=False)

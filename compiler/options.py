@@ -34,6 +34,7 @@ class Options:
     plan                      a plan file: the ranks of the process group share the work (see docs/distributed.md); "" for none
     loss_bytes                logits of a cross-entropy over a linear layer that take more bytes are computed in parts; 0: never
     activation_bytes          training: the most that the forward pass keeps for the backward pass, the rest is computed again; 0: no bound
+    streams                   CUDA streams that a graph may use beside each other: 2, or 1 for the caller's alone
     cudagraphs                replay a graph's launches from a CUDA graph (mode="reduce-overhead" means the same)
     """
 
@@ -52,6 +53,7 @@ class Options:
     fast_math: bool = False
     loss_bytes: int = 256 << 20
     activation_bytes: int = 0
+    streams: int = 2
     cudagraphs: bool = False
     plan: str = ""
 
@@ -86,4 +88,4 @@ class Options:
     def key(self) -> str:
         """The part of the options that changes the code."""
         cpu = f"{self.pack_parameters},{self.winograd},{self.winograd_budget},{self.nontemporal}"
-        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse},{self.fast_math},{cpu},{self.replays}"
+        return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse},{self.fast_math},{cpu},{self.replays},{self.streams}"

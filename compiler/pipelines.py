@@ -22,6 +22,8 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
     choices = ["epilogues=false"] * options.emulate_precision_casts + ["replayed=true"] * options.replays
     fuse = "fuse{by-columns=true}" if target.is_gpu else "fuse"
     library = "library" + (f"{{{' '.join(choices)}}}" if choices else "")
+    streams = "" if options.streams < 2 or not options.fuse else "two-streams{replayed=true}," if options.replays else "two-streams,"
+    merging = f"{{{' '.join(['streams=2'] * (options.streams > 1) + ['replayed=true'] * options.replays)}}}".replace("{}", "")
     return {
         # Still named ops: what is cheap to see here is folded before it is spelled out.
         "graph": f"canonicalize{relax},cse,fold-constants,dce",
@@ -61,11 +63,11 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
         ]),
         # Kernels are simplified once more: bodies merged by fusion share index arithmetic.
         # On GPUs small ones that are independent of each other are launched together then.
-        "tile": f"{tile},cse,dce" + (",merge-launches" if target.is_gpu and options.fuse else ""),
+        "tile": f"{tile},cse,dce" + (f",merge-launches{merging}" if target.is_gpu and options.fuse else ""),
+        # On GPUs, chains of launches that do not depend on each other run on two streams, if that pays.
         # A CUDA graph wants few kernels to use the memory of outputs, whose address is another one in each call.
         # On CPUs what is too small for several threads shares them with what does not depend on it; then memory is planned for that. Last, as
         # it is known where everything lies: what is written past the caches.
-        "host": "schedule,overlap,bufferize,plan-memory{outputs=false}" if options.replays and target.is_gpu else
-                "schedule,overlap,bufferize,plan-memory" if target.is_gpu else
+        "host": "schedule,overlap,bufferize," + streams + "plan-memory" + "{outputs=false}" * options.replays if target.is_gpu else
                 "schedule,overlap,bufferize,side-by-side,plan-memory" + ",nontemporal" * options.nontemporal,
     }[stage]

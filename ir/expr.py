@@ -20,6 +20,7 @@ Semantics of `//` and `%` are Python's (round toward minus infinity); denominato
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, Union
 
 __all__ = [
@@ -449,8 +450,15 @@ _DIM_OPS: dict[str, Callable[..., Any]] = {
 
 def substitute(e: Dim, env: Mapping[str, Dim]) -> Dim:
     """`e` with each symbol named in `env` replaced by an expression."""
-    if isinstance(e, int) or not (free_symbols(e) & env.keys()):
+    if isinstance(e, int):
         return e
+    found = free_symbols(e) & env.keys()
+    return _substituted(e, tuple((name, env[name]) for name in sorted(found))) if found else e
+
+
+@lru_cache(maxsize=1 << 14)
+def _substituted(e: Expr, values: tuple[tuple[str, Dim], ...]) -> Dim:
+    env = dict(values)
     return fold(e, lambda name: env[name] if name in env else sym(name), lambda n: n, _DIM_OPS)
 
 

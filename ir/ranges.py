@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 
 from .expr import (
     _DIM_OPS,
@@ -114,6 +115,13 @@ def simplify(e: Dim, bounds: Bounds) -> Dim:
     """
     if isinstance(e, int) or all(isinstance(a, Sym) for m, _ in e.terms for a in m):
         return e
+    return _simplified(e, tuple((s, bounds[s]) for s in sorted(free_symbols(e)) if s in bounds))
+
+
+@lru_cache(maxsize=1 << 14)
+def _simplified(e: Expr, ranges: tuple[tuple[str, tuple[Dim | None, Dim | None]], ...]) -> Dim:
+    """`simplify`, with the ranges of the expression's own symbols: layers of one shape ask the same again and again."""
+    bounds = dict(ranges)
 
     def divide(a: Dim, b: Dim) -> Dim:
         a = _rejoin(a)

@@ -38,6 +38,7 @@ from . import (
     tile_reductions,
     tiling,
     turn_streams,
+    two_streams,
     unpad_concatenations,
     winograd,
 )

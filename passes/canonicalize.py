@@ -180,7 +180,7 @@ def _splat(v: Value) -> Any:
 
 def _scatter_of_numbers(op: Operation, rewriter: Rewriter) -> None:
     """One number per row written into a tensor that holds one number (the gradient of a loss over classes): a comparison of positions, which
-    fuses with its readers. An index out of range sets nothing."""
+    fuses with its readers. An index out of range makes the call fail, as in the scatter."""
     x, index, src = op.operands
     t, d = x.type, op["dim"]
     assert isinstance(t, TensorType) and isinstance(index.type, TensorType)
@@ -190,9 +190,19 @@ def _scatter_of_numbers(op: Operation, rewriter: Rewriter) -> None:
     b, row, number = rewriter.builder(op), tuple(t.shape[d] if i == d else 1 for i in range(t.rank)), TensorType((), t.dtype)
     places = b.op("graph.iota", type=TensorType((t.shape[d],), index.type.dtype))
     places = b.op("graph.reshape", places, type=TensorType(row, index.type.dtype)) if t.rank > 1 else places
-    here = b.op("graph.eq", places, index, type=TensorType(t.shape, DTYPES["i1"]))
+    here = b.op("graph.eq", places, _within(b, index, t.shape[d]), type=TensorType(t.shape, DTYPES["i1"]))
     values = [b.op("graph.full", type=number, value=_splat(v)) for v in (src, x)]
     rewriter.replace(op, [b.op("graph.select", here, *values, type=t)])
+
+
+def _within(b: Builder, index: Value, size: Dim) -> Value:
+    """`index`, checked to be from 0 to `size` - 1."""
+    t = index.type
+    assert isinstance(t, TensorType)
+    flags, number = TensorType(t.shape, DTYPES["i1"]), TensorType((), t.dtype)
+    least, end = b.op("graph.full", type=number, value=0), b.op("graph.sym", type=number, expr=size)
+    inside = b.op("graph.and", b.op("graph.ge", index, least, type=flags), b.op("graph.lt", index, end, type=flags), type=flags)
+    return b.op("graph.require", inside, index, type=t, message="scatter: an index is out of range")
 
 
 def _identity_view(op: Operation, rewriter: Rewriter) -> None:

@@ -5,7 +5,8 @@
 It shares nothing with the planner: no live ranges, no groups. A buffer is a `host.slot`, an argument, or a view of an output
 (scratch); writing marks the byte range as that buffer's, reading demands that the whole range still is. Within a launch an
 output may touch an input's bytes only where the kernel says so (`inplace`) and the ranges are equal. Of launches side by side
-(`beside`), which stand next to each other, none may touch bytes that another writes. At the end all outputs
+(`beside`), which stand next to each other, none may touch bytes that another writes; nor of launches on two streams, unless a `host.wait`
+for the other's stream lies between. Stream 1 must have been waited for before an operator call and at the end. At the end all outputs
 must hold their own data. Symbolic plans are run at several symbol values within their ranges; where a size is not defined (it divides
 by a size that is zero there), at the next larger ones for which all are. Slots must be aligned and inside the arena, views inside the output.
 """
@@ -94,7 +95,7 @@ def _check(func: Operation, kernels: Mapping[str, Operation], symbols: Mapping[s
             outputs.append(arg)
         elif kind not in ("extern", "late"):
             memory.write(slots[arg])
-    beside = _Beside()
+    beside, streams = _Beside(), _Streams()
     for op in func.body:
         if op.name == "host.alloc":
             raise IRError(f"'host.alloc' of '{op.result.name}' is left after planning")
@@ -116,10 +117,14 @@ def _check(func: Operation, kernels: Mapping[str, Operation], symbols: Mapping[s
                 slots[op.result] = slots[source]
         elif op.name in _SPLIT:
             read, written = _SPLIT[op.name](op)
-            beside.check(op, [slots[op.operands[i]] for i in read if op.operands[i] in slots],
-                         [slots[op.operands[i]] for i in written if op.operands[i] in slots])
+            touched = tuple([slots[op.operands[i]] for i in which if op.operands[i] in slots] for which in (read, written))
+            beside.check(op, *touched)
+            streams.check(op, *touched)
             _check_access(op, kernels, [(i, slots[op.operands[i]]) for i in read if op.operands[i] in slots],
                           [(i, slots[op.operands[i]]) for i in written if op.operands[i] in slots], memory, symbols)
+        elif op.name == "host.wait":
+            streams.wait(op["stream"])
+    streams.check_joined("at the end")
     for arg in outputs:
         if arg.uses and not memory.has(slots[arg]):
             raise IRError(f"{slots[arg]} does not hold the result at the end; sizes {dict(symbols)}")
@@ -131,7 +136,7 @@ class _Beside:
     def __init__(self) -> None:
         self.number = 0
         self.done: set[int] = set()
-        self.members: list[tuple[Operation, list[_Slot], list[_Slot]]] = []
+        self.members: list[_Access] = []
 
     def check(self, op: Operation, read: list[_Slot], written: list[_Slot]) -> None:
         number = op.attributes.get("beside", 0)
@@ -142,12 +147,46 @@ class _Beside:
             return
         if number in self.done:
             raise IRError(f"launches of group {number} are not next to each other: '{op.name}' {op.attributes.get('kernel', '')} is apart")
-        for other, reads, writes in self.members:
-            for mine, theirs in ((written, reads + writes), (read, writes)):
-                for a, b in ((a, b) for a in mine for b in theirs if a.overlaps(b)):
-                    raise IRError(f"'{op.name}' {op.attributes.get('kernel', '')} and '{other.name}' {other.attributes.get('kernel', '')} run side "
-                                  f"by side, but {a} and {b} overlap and one is written")
+        for other in self.members:
+            _check_apart((op, read, written), other, "run side by side")
         self.members.append((op, read, written))
+
+
+class _Streams:
+    """What has been launched on each of two streams since the other one waited for it."""
+
+    def __init__(self) -> None:
+        self.unknown: tuple[list[_Access], list[_Access]] = ([], [])
+
+    def check(self, op: Operation, read: list[_Slot], written: list[_Slot]) -> None:
+        if op.attributes.get("cached"):
+            return
+        stream = op.attributes.get("stream", 0)
+        if op.name == "host.extern":
+            self.check_joined(f"at '{op['target']}'")
+        for other in self.unknown[1 - stream]:
+            _check_apart((op, read, written), other, "may run at the same time")
+        self.unknown[stream].append((op, read, written))
+
+    def wait(self, stream: int) -> None:
+        self.unknown[1 - stream].clear()
+
+    def check_joined(self, where: str) -> None:
+        if self.unknown[1]:
+            raise IRError(f"'{self.unknown[1][0][0].name}' on stream 1 may still run {where}: a 'host.wait' of stream 0 is missing")
+
+
+_Access = tuple[Operation, list[_Slot], list[_Slot]]
+"""A step, what it reads and what it writes."""
+
+
+def _check_apart(one: _Access, other: _Access, why: str) -> None:
+    """Raises IRError if either writes bytes that the other touches."""
+    (op, read, written), (op2, reads, writes) = one, other
+    for mine, theirs in ((written, reads + writes), (read, writes)):
+        for a, b in ((a, b) for a in mine for b in theirs if a.overlaps(b)):
+            raise IRError(f"'{op.name}' {op.attributes.get('kernel', '')} and '{op2.name}' {op2.attributes.get('kernel', '')} {why}, but {a} "
+                          f"and {b} overlap and one is written")
 
 
 def _launch(op: Operation) -> tuple[range, range]:

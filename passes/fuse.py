@@ -203,8 +203,7 @@ class Fuse(Pass):
             if other is None or other is into or other.contraction is not None or into.contraction is not None or not _is_loop(other):
                 continue
             merged = self._union(other, into, op, v)
-            if merged is None or any(_makes_cycle(other, m, of, position) for m in into.members) or any(
-                    _makes_cycle(into, m, of, position) for m in other.members):
+            if merged is None or _meet_outside(other, into, of, position):
                 continue
             into.frame, into.places = merged
             into.members = sorted([*other.members, *into.members], key=position.__getitem__)
@@ -221,11 +220,12 @@ class Fuse(Pass):
         for u, m in zip(op.operands, op["maps"], strict=True):
             if u is not v:
                 continue
-            dims = plain_dims(m) if m is not None else None
-            if dims is None:
+            wide = None if m is None else [(e, f) for e, f in zip(m, other.places[producer], strict=False) if other.frame[f] != 1]
+            dims = plain_dims([e for e, _ in wide]) if wide is not None else None
+            if wide is None or dims is None:
                 return None
-            for j, d in enumerate(dims):
-                a, b = other.places[producer][j], into.places[op][d]
+            for (_, a), d in zip(wide, dims, strict=True):
+                b = into.places[op][d]
                 if to.setdefault(a, b) != b or other.frame[a] != into.frame[b]:
                     return None
         free = [i for i in range(len(into.frame)) if i not in to.values()]
@@ -240,7 +240,10 @@ class Fuse(Pass):
         for m in other.members:
             places[m] = tuple(to[i] for i in other.places[m])
         members = [*other.members, *into.members]
-        if len(members) > self.max_members or not _reads_agree(members, places) or split_frame(into.frame, members, places) is None:
+        values = set().union(*(m.operands for m in members)) | other.values | into.values
+        if len(members) > self.max_members or len(values) > 2 * self.max_values:
+            return None
+        if not _reads_agree(members, places) or split_frame(into.frame, members, places) is None:
             return None
         if not self._keeps_parallelism(into.frame, members, places):
             return None
@@ -407,6 +410,26 @@ def _makes_cycle(g: Group, op: Operation, of: dict[Operation, Group], position: 
                 if v in g.values:
                     return True
                 stack.append(v.defining_op)
+    return False
+
+
+def _meet_outside(one: Group, two: Group, of: dict[Operation, Group], position: dict[Operation, int]) -> bool:
+    """True if a path leaves the two groups and comes back: as one kernel they would need what is made from their own results."""
+    inside = {*one.everything, *two.everything}
+    first = min(position[m] for m in inside)
+    stack = [v.defining_op for m in inside for v in m.operands if v.defining_op is not None and v.defining_op not in inside]
+    seen: set[Operation] = set()
+    while stack:
+        p = stack.pop()
+        if p in inside:
+            return True
+        if p in seen or (position[p] < first and p not in of):
+            continue
+        group = of.get(p)
+        around = group.everything if group is not None else [p]
+        seen.update(around)
+        if max(position[m] for m in around) >= first:
+            stack += [v.defining_op for m in around for v in m.operands if v.defining_op is not None]
     return False
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ..ir import Target
 from .tiling.gpu_tiles import gemm_tile_gpu, tile_rate
 
-__all__ = ["Work", "generated_seconds", "library_seconds", "turning_pays", "unpack_seconds"]
+__all__ = ["BYTES", "LAUNCH", "TILE", "Work", "generated_seconds", "library_seconds", "memory_rate", "peak_rate", "turning_pays", "unpack_seconds"]
 
 LAUNCH = 2e-6
 """Seconds that one more kernel costs the device: its start and end overlap with nothing."""
@@ -69,6 +69,17 @@ TURNED_SHARE = 0.17
 """What a generated kernel reaches whose operand is contiguous along neither the summed dimensions nor one walk of the others (H100)."""
 
 
+def memory_rate(target: Target) -> float:
+    """Bytes/s that kernels reach."""
+    return MEMORY_SHARE * _rates(target).bandwidth
+
+
+def peak_rate(target: Target, kind: str, library: bool = False) -> float:
+    """FLOP/s that generated kernels (or the library's) reach on the whole device, by the type in which they compute."""
+    known = kind if kind in GENERATED_SHARE else "f32"
+    return (LIBRARY_SHARE if library else GENERATED_SHARE)[known] * _rates(target).flops[known] * max(1, target.multiprocessors)
+
+
 def turning_pays(target: Target, kind: str, flops: float, moved: float) -> bool:
     """Whether copying `moved` bytes (read and written) costs less than computing at `TURNED_SHARE` instead of by the library."""
     rates = _rates(target)
@@ -97,10 +108,27 @@ def generated_seconds(target: Target, work: Work) -> float:
         rows, columns, rate, most = tile.rows, tile.columns, tile_rate(target, tile.rows, tile.columns), float("inf")
     else:
         rows, columns, rate, most = 128, 128, 1.0, 8.0
-    rounds = -(-batch * -(-m // rows) * -(-n // columns) // processors)
-    whole = rows * columns * rounds * processors / max(1, work.elements)  # whole tiles, and multiprocessors that wait, count as busy
+    tiles = batch * -(-m // rows) * -(-n // columns)
+    parts = _parts(work, tiles, processors)
+    rounds = -(-tiles * parts // processors)
+    whole = rows * columns * rounds * processors / max(1, work.elements * parts)  # whole tiles, and multiprocessors that wait, count as busy
     made = LAUNCH + _product(target, work, GENERATED_SHARE[work.kind], min(whole, most) / rate)
+    if parts > 1:  # the reader adds the parts up
+        made += 8 * parts * work.elements / (MEMORY_SHARE * _rates(target).bandwidth)
     return max(made, 0 if work.replayed else HOST_GENERATED) + extra
+
+
+PARTS, LEAST = 8, 256
+"""Most parts that the model reckons with, and the least that each of them sums."""
+
+
+def _parts(work: Work, tiles: int, processors: int) -> int:
+    """Into how many parts `split-reductions` takes the sum of a product of few tiles (16 bits; it does not so for others that keep a reader)."""
+    batch, m, n, k = work.sizes
+    if 2 * tiles > processors or BYTES[work.kind] > 2:
+        return 1
+    affordable = batch * (m * k + k * n) * BYTES[work.kind] // max(1, 8 * work.elements)
+    return max(1, min(-(-2 * processors // tiles), PARTS, k // LEAST, affordable))
 
 
 def unpack_seconds(target: Target, read: int, made: int) -> float:

@@ -13,6 +13,7 @@ from functools import cached_property
 from ..ir.core import Operation, Value
 from ..ir.expr import Dim
 from .storage import align
+from .stream_order import concurrent, uses_streams
 
 __all__ = ["Group", "base_of", "buffer_bytes", "find_groups", "inplace_pairs", "live_ranges", "spans"]
 
@@ -50,7 +51,10 @@ def base_of(v: Value) -> Value:
 
 
 def spans(func: Operation) -> list[tuple[int, int]]:
-    """For each position of the body: the first and last position of the ops that run side by side with the one there."""
+    """For each position of the body: the first and last position of the ops that run side by side with the one there, or may at the same time on
+    another stream."""
+    if uses_streams(func):
+        return concurrent(func)
     ops = func.body.ops
     found: dict[int, tuple[int, int]] = {}
     for at, op in enumerate(ops):

@@ -7,7 +7,7 @@ left of several.
 
 Two launches are merged if neither needs the other's results, even by way of others, if both are small (SMALL bytes; products, which
 keep their registers for a long loop, PRODUCT bytes, of which they make MADE, and only with products of the same warps), and if at most WINDOW
-launches lie between them.
+launches lie between them. Launches of long chains that are to run on two streams are merged within their chain alone.
 Elementwise kernels that read nothing but arguments (and a few numbers) and make nothing but what the caller gets are merged whatever their size: the
 steps of an optimizer over a hundred parameters. Nobody waits for them within the program, so that no cached result and no memory is lost by
 moving them, and every launch saved is a device that does not run empty (two to four microseconds).
@@ -16,7 +16,7 @@ Before: `tile` has made kernels. After: the merged ones have a `tile.part` for e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +25,7 @@ from ..ir.expr import product
 from ..ir.passes import Pass, PassContext, register
 from .tiling.lower import KernelNames
 from .topology import topological_sort
+from .two_streams import lanes
 
 __all__ = ["MergeLaunches"]
 
@@ -45,16 +46,19 @@ BUFFERS = 160
 @register
 @dataclass(frozen=True)
 class MergeLaunches(Pass):
-    """See the module docstring."""
+    """See the module docstring. `streams`: 2 if chains may run on two (`two_streams.py`); `replayed`: from CUDA graphs."""
 
     name: ClassVar[str] = "merge-launches"
+    streams: int = 1
+    replayed: bool = False
 
     def run(self, module: Operation, ctx: PassContext) -> None:
         kernels = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
         names = KernelNames.of(module)
         merged = 0
         for func in [f for f in module.body if f.name == "func"]:
-            groups = [g for g in _Finder(func, kernels, ctx.target.multiprocessors).groups() if len(g.members) > 1]
+            apart = lanes(func, kernels, ctx.target, self.replayed) if self.streams > 1 else {}
+            groups = [g for g in _Finder(func, kernels, ctx.target.multiprocessors, apart).groups() if len(g.members) > 1]
             for g in groups:
                 _merge(func, g.members, kernels, names)
                 merged += len(g.members)
@@ -77,8 +81,9 @@ class _Group:
 
 
 class _Finder:
-    def __init__(self, func: Operation, kernels: dict[str, Operation], multiprocessors: int):
-        self.func, self.kernels, self.room = func, kernels, max(1, multiprocessors)
+    def __init__(self, func: Operation, kernels: dict[str, Operation], multiprocessors: int,
+                 lanes: Mapping[Operation, tuple[int, int]]):
+        self.func, self.kernels, self.room, self.lanes = func, kernels, max(1, multiprocessors), lanes
         self.of: dict[Operation, _Group] = {}
 
     def groups(self) -> list[_Group]:
@@ -89,6 +94,7 @@ class _Finder:
             kind = self._kind(op)
             if kind is None:
                 continue
+            kind = (*kind, self.lanes.get(op))
             home = next((g for g in self._near(found, kind, at) if self._fits(g, op) and not self._depends(op, g, position)), None)
             if home is None:
                 home = _Group(kind, [], at)

@@ -63,7 +63,7 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     v, m = op.operands[i], op["maps"][i]
     m_size, n_size = _size(op, roles.m), _size(op, roles.n)
     k_order = sorted(roles.k, key=lambda d: -_stride(op, roles.left, d))  # the loop that walks the left operand contiguously is innermost
-    _, nr, _ = contraction_tile(op, roles, ctx.target)
+    mr, nr, _ = contraction_tile(op, roles, ctx.target)
     form = _deep_form(op, roles, k_order[-1], m_size, n_size, nr, ctx)
     if form == "matrices":
         nr = MATRIX[1]
@@ -98,7 +98,7 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     fill = 0 if ragged else fill_of(op, i)
     b = Builder.before_op(op)
     body = _packing_body(len(batch), lane, nr, n_size) if ragged else (lambda bb, x: x)
-    unpacked = None if form or not is_constant else unpacked_in_kernel(v, source_map, dims, m_size, constant, body, fill, b)
+    unpacked = None if form or not is_constant else unpacked_in_kernel(v, source_map, dims, m_size, mr, constant, body, fill, b)
     packed = unpacked or b.generic([v], [source_map], dims, body, fills=[fill], name=f"{v.name or 'b'}_packed").result
     flat = contiguous_linear([sym(f"d{d}") for d in roles.n], n_dims)
     op_bounds = space_bounds(op["dims"])

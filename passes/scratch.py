@@ -34,9 +34,9 @@ def find_scratch(func: Operation, kernels: Mapping[str, Operation], groups: Sequ
                 outputs.append((storage_bytes(arg.type), arg, *first))  # type: ignore[arg-type]
     outputs.sort(key=lambda row: (-row[0] if isinstance(row[0], int) else 0, row[1].index))
     waiting = sorted(groups, key=lambda g: (-g.bytes if isinstance(g.bytes, int) else 0, g.start))
-    for size, arg, at, op in outputs:
+    for size, arg, at, last, op in outputs:
         inside: list[tuple[Group, int]] = []
-        successor = _taken_over(op, arg, kernels, waiting, at, size)
+        successor = _taken_over(op, arg, kernels, waiting, at, size) if at == last else None
         if successor is not None:
             inside.append((successor, 0))
         for g in waiting:
@@ -49,21 +49,21 @@ def find_scratch(func: Operation, kernels: Mapping[str, Operation], groups: Sequ
     return hosted
 
 
-def _first_write(func: Operation, arg: BlockArg) -> tuple[int, Operation] | None:
-    """The first use of an output, which writes it, and its position (that of the first op beside it); None if it is not used, or seen
+def _first_write(func: Operation, arg: BlockArg) -> tuple[int, int, Operation] | None:
+    """The first use of an output, which writes it, and the positions of the first and last op that may run beside it; None if it is not used, or seen
     through a view."""
     if any(op.name == "host.view" for op in arg.users):
         return None
-    for (first, _), op in zip(spans(func), func.body, strict=True):
+    for (first, last), op in zip(spans(func), func.body, strict=True):
         if arg in op.operands:
-            return first, op
+            return first, last, op
     return None
 
 
 def _taken_over(op: Operation, arg: BlockArg, kernels: Mapping[str, Operation], groups: Sequence[Group], at: int,
                 size: Dim) -> Group | None:
-    """The group that dies at `op` and that `op` may overwrite with the output."""
-    if op.name != "host.launch" or op["kernel"].name not in kernels or op.operands.count(arg) > 1 or op["beside"]:
+    """The group that dies at `op`, beside which nothing runs, and that `op` may overwrite with the output."""
+    if op.name != "host.launch" or op["kernel"].name not in kernels or op.operands.count(arg) > 1:
         return None
     out = op.operands.index(arg)
     for i, j in kernels[op["kernel"].name]["inplace"]:

@@ -25,6 +25,8 @@ from .structured import is_contraction, rebuild, space_bounds
 from .tiling.contraction import is_row_major, roles_of
 from .tiling.gpu_tiles import COLUMNS, gemm_tile_gpu, product_bytes
 
+ADDED = 8
+"""Parts of a product that are added up element by element, and not by a reduction."""
 SPLITTABLE = frozenset({"sum", "prod", "max", "min", "any", "all"})
 
 
@@ -136,12 +138,27 @@ def _split(op: Operation, d: int, parts: int) -> None:
     partial = _partial(op, b, _Space.of(op, d, parts))
     rounds = partial.attributes.pop(ROUNDS, None)
     dims, rank = op["dims"], len(op["dims"]) - op["reductions"]
+    if is_contraction(op) and parts <= ADDED and len(op.results) == 1 and op["combine"] == ("sum",):
+        _take_place(op, _added(partial, b, dims[:rank], parts))
+        return
     read = (sym(f"d{rank}"), *(sym(f"d{j}") for j in range(rank)))
     made = b.generic(list(partial.results), [read] * len(partial.results), [*dims[:rank], parts], lambda _, *xs: xs,
                      reductions=1, combine=op["combine"])
     if rounds is not None:
         made.attributes[ROUNDS] = rounds
     _take_place(op, made)
+
+
+def _added(partial: Operation, b: Builder, dims: Sequence[Dim], parts: int) -> Operation:
+    """The sum of a few parts as a pointwise op, which any reader takes in: a norm sums up what it normalises."""
+    outer = tuple(sym(f"d{j}") for j in range(len(dims)))
+
+    def total(i: Builder, *xs: Value) -> Value:
+        found = xs[0]
+        for x in xs[1:]:
+            found = i.arith("add", found, x)
+        return found
+    return b.generic([partial.result] * parts, [(p, *outer) for p in range(parts)], list(dims), total)
 
 
 def _take_place(op: Operation, made: Operation) -> None:

@@ -3,7 +3,7 @@
     w = (q - zero) * scale;  y = x @ w      ->      panels of q, zero and scale;  w a vector at a time, as the product reads it
 
 Such a product waits for its parameter to come from memory: 8 or 4 bits of it instead of 32, and no copy of the dequantised parameter is
-kept. With more rows, which would dequantise again, `pack` keeps the dequantised panels.
+kept. With more rows, whose tiles would dequantise again, `pack` keeps the dequantised panels.
 
 Each operand is packed in panels of the product's columns, with as few steps of K as tell its elements apart: a byte of two 4-bit numbers
 serves two steps, a group's scale as many as the group has. The op that dequantises has `_unpacks`; `fuse` puts it into the product's kernel.
@@ -26,17 +26,17 @@ UNPACKS = "_unpacks"
 OPS = 24
 """Most ops per element, those that choose among them by position included."""
 ROWS = 4
-"""Most rows."""
+"""Most rows, if not all are of one register tile."""
 GROUPS = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2)
 """Steps of K that may share an element of an operand."""
 
 
-def unpacked_in_kernel(v: Value, source: Sequence[Dim], dims: Sequence[Dim], rows: Dim, constant: set[Value],
+def unpacked_in_kernel(v: Value, source: Sequence[Dim], dims: Sequence[Dim], rows: Dim, tile_rows: int, constant: set[Value],
                        body: Callable[..., Any], fill: Any, b: Builder) -> Value | None:
     """The panels [panels, k, columns] of `v`, read at `source` from their space `dims`, as an op that makes them from narrower panels; None where
     that does not pay. `body` and `fill` make panels of any operand: with nothing past the last column."""
     maker = v.defining_op
-    if not isinstance(rows, int) or rows > ROWS or len(dims) != 3 or not all(isinstance(n, int) for n in dims):
+    if not isinstance(rows, int) or rows > max(ROWS, tile_rows) or len(dims) != 3 or not all(isinstance(n, int) for n in dims):
         return None
     if element_type(v.type).name != "f32" or not _may_be_copied(maker, constant):
         return None

@@ -7,13 +7,16 @@
 
     kernels     name -> {blob, symbol, threads, shared, parameters, buffers, symbols, grid, checks, digest,
                 descriptors}
-    functions   name -> [["launch", kernel, [place, ...], line] | ["copy", source place, target place, bytes, line]
-                         | ["product", {role: place}, shape, line], ...]
+    functions   name -> [["launch", kernel, [place, ...], stream, line] | ["copy", source place, target place, bytes, stream, line]
+                         | ["product", {role: place}, shape, stream, line] | ["wait", stream], ...]
     constants   base64
     host        {blob, imports}: object code of the functions, made by `backends/triton/native.py`, whose docstring says what they take
                 and return
 
 A place is ["table", slot, byte offset] or ["constant", number, byte offset]; sizes are as in `sizes.py`. The table is the executor's.
+
+Steps of stream 1 run on a stream of the library's own, beside the caller's; "wait" makes one wait for the other. Each call has a stream and an event
+to itself (`SideStream`), so that calls of several threads do not take each other's events for their own.
 
 The native function computes sizes and addresses, and calls `cuLaunchKernel` for each launch on torch's current stream; the functions
 it calls are linked in by address. It keeps nothing between calls, so several threads may run it at once. A failed check in a kernel is
@@ -34,14 +37,14 @@ from .cublaslt import ProductPlans, load_cublaslt
 from .cuda_driver import CudaError, Driver, KernelNode, driver
 from .loader import load_object
 
-__all__ = ["MISALIGNED", "CudaError", "CudaFunction", "CudaLibrary", "Device"]
+__all__ = ["MISALIGNED", "CudaError", "CudaFunction", "CudaLibrary", "Device", "SideStream"]
 
 MISALIGNED = TOO_LARGE = 4095  # see backends/triton/native.py
 STEP_BITS = 12
 STATE = "aicc_state"
 _STICKY = range(700, 800)
 """Results that a kernel of an earlier launch may have caused."""
-_PROTOTYPE = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 4, ctypes.c_int32, ctypes.c_int32)
+_PROTOTYPE = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 5, ctypes.c_int32, ctypes.c_int32)
 
 
 class Device(Protocol):
@@ -60,7 +63,10 @@ class Device(Protocol):
     def plans(self, shapes: Sequence[Mapping[str, Any]], symbols: Mapping[str, int]) -> ProductPlans: ...
     def capturing(self) -> bool: ...
     def capture(self, launch: Callable[[int], Any]) -> int: ...
-    def kernel_nodes(self, graph: int) -> list[tuple[int, KernelNode]]: ...
+    def create_side(self) -> tuple[int, int]: ...
+    def destroy_side(self, stream: int, event: int) -> None: ...
+    def captured_node(self, stream: int) -> int: ...
+    def node_params(self, node: int) -> KernelNode: ...
     def instantiate(self, graph: int) -> int: ...
     def set_node(self, executable: int, node: int, params: KernelNode) -> None: ...
     def launch_graph(self, executable: int, stream: int) -> int: ...
@@ -81,15 +87,20 @@ class CudaDevice:
         self.capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing
         self.load_module, self.unload, self.kernel = self.driver.load_module, self.driver.unload, self.driver.kernel
         self.describe = self.driver.describe
-        self.kernel_nodes, self.instantiate = self.driver.kernel_nodes, self.driver.instantiate
+        self.captured_node, self.node_params, self.instantiate = self.driver.captured_node, self.driver.node_params, self.driver.instantiate
         self.set_node, self.launch_graph = self.driver.set_node, self.driver.launch_graph
         self.destroy_graph = self.driver.destroy_graph
+        self.destroy_side = self.driver.destroy_side
 
     def context(self) -> int:
         return self._context
 
     def address(self, name: str) -> int:
         return load_cublaslt().address(name) if name.startswith("cublas") else self.driver.address(name)
+
+    def create_side(self) -> tuple[int, int]:
+        with torch.cuda.device(self.device):
+            return self.driver.create_side()
 
     def capture(self, launch: Callable[[int], Any]) -> int:
         """The graph of what `launch` puts on the stream that it is given."""
@@ -167,31 +178,67 @@ def _upload(text: str, device: torch.device) -> torch.Tensor:
     return (torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)).to(device)
 
 
+class SideStream:
+    """A stream and an event, for the second stream of one call at a time. `address` is that of both as native code reads them."""
+
+    def __init__(self, on: Device):
+        self._on = on
+        self.stream, self._event = on.create_side()
+        self._words = (ctypes.c_uint64 * 2)(self.stream, self._event)
+        self.address = ctypes.addressof(self._words)
+
+    def __del__(self) -> None:
+        if "address" in self.__dict__:
+            try:
+                self._on.destroy_side(self.stream, self._event)
+            except CudaError:  # the context may be gone at exit
+                return
+
+
 class CudaFunction:
     """One list of launches, callable with the addresses of the table and of the symbol values.
 
-    `native(table, symbols, stream, plans, 0, count)` is the machine code itself, and `plan(symbols)` what it wants for its matrix products.
+    `native(table, symbols, stream, plans, side, 0, count)` is the machine code itself, `plan(symbols)` what it wants for its matrix products, and
+    `borrow()` for its second stream.
     """
 
     def __init__(self, library: CudaLibrary, name: str, native: Callable[..., int]):
         self.library, self.name, self.native = library, name, native
         self.steps: list[list[Any]] = library.program["functions"][name]
         self.count = len(self.steps)
+        self.two_streams = any(step[0] == "wait" for step in self.steps)
         self.stream = library.on.stream
         shapes = [step[2] for step in self.steps if step[0] == "product"]
         self._plans = library.on.plans(shapes, library.positions) if shapes else None
         self.fixed_plan: int | None = 0 if self._plans is None else self._plans.fixed
+        self._sides: list[SideStream] = []
 
     def plan(self, symbols: int) -> int:
         """The address of the plans of the matrix products, for the symbol values at this address."""
         return self.fixed_plan if self.fixed_plan is not None else self._plans.at(symbols)  # type: ignore[union-attr]
+
+    def borrow(self) -> SideStream | None:
+        """For one call, to be handed to `give_back` afterwards. None where everything goes to the caller's stream: in programs of one stream,
+        and within a capture of the user's (a stream that it reaches stays in it until its end)."""
+        if not self.two_streams or self.library.on.capturing():
+            return None
+        try:
+            return self._sides.pop()
+        except IndexError:
+            return SideStream(self.library.on)
+
+    def give_back(self, side: SideStream | None) -> None:
+        if side is not None:
+            self._sides.append(side)
 
     def __call__(self, table: int, symbols: int) -> int:
         """Launches everything on the current stream of the library's device. 0, or the code of a failed check in an earlier launch.
 
         CudaError if a launch fails.
         """
-        code = self.native(table, symbols, self.stream(), self.plan(symbols), 0, self.count)
+        side = self.borrow()
+        code = self.native(table, symbols, self.stream(), self.plan(symbols), side.address if side else 0, 0, self.count)
+        self.give_back(side)
         if code >= MISALIGNED:
             raise self.failure(code)
         return code
@@ -205,6 +252,9 @@ class CudaFunction:
             return CudaError(f"making the context of {self.library.device} current for '{self.name}': {self.library.on.describe(result)}")
         step = self.steps[at]
         kind = step[0]
+        if kind == "wait":
+            return CudaError(f"letting one stream wait for the other (step {at + 1} of {len(self.steps)} of '{self.name}'): "
+                             f"{self.library.on.describe(result)}")
         what = {"launch": f"kernel '{step[1]}'", "copy": "a copy", "product": "a matrix product by cuBLASLt"}[kind]
         line = f", from {step[-1]}" if step[-1] else ""
         where = f"launching {what} (step {at + 1} of {len(self.steps)} of '{self.name}'{line})"

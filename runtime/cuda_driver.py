@@ -22,7 +22,9 @@ STATIC_SHARED = 48 * 1024
 """Shared memory above this must be asked for."""
 _SET_MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-_KERNEL_NODE = 0  # CU_GRAPH_NODE_TYPE_KERNEL
+_CAPTURING = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
 _POINTER, _INT, _SIZE, _U64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint64
 _OUT = ctypes.POINTER(ctypes.c_void_p)
@@ -53,22 +55,20 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuModuleUnload": [_POINTER],
     "cuModuleGetFunction": [_OUT, _POINTER, ctypes.c_char_p],
     "cuFuncSetAttribute": [_POINTER, _INT, _INT],
+    "cuStreamCreate": [_OUT, ctypes.c_uint],
+    "cuStreamDestroy_v2": [_POINTER],
+    "cuEventCreate": [_OUT, ctypes.c_uint],
+    "cuEventDestroy_v2": [_POINTER],
+    "cuStreamGetCaptureInfo_v2": [_POINTER, *[_POINTER] * 5],
+    "cuStreamGetCaptureInfo_v3": [_POINTER, *[_POINTER] * 6],
     "cuStreamBeginCapture_v2": [_POINTER, _INT],
     "cuStreamEndCapture": [_POINTER, _OUT],
-    "cuGraphGetNodes": [_POINTER, _OUT, ctypes.POINTER(_SIZE)],
-    "cuGraphNodeGetType": [_POINTER, ctypes.POINTER(_INT)],
-    "cuGraphNodeGetDependencies": [_POINTER, _OUT, ctypes.POINTER(_SIZE)],
-    "cuGraphNodeGetDependencies_v2": [_POINTER, _OUT, _POINTER, ctypes.POINTER(_SIZE)],
     "cuGraphKernelNodeGetParams_v2": [_POINTER, ctypes.POINTER(KernelNode)],
     "cuGraphInstantiateWithFlags": [_OUT, _POINTER, ctypes.c_ulonglong],
     "cuGraphExecKernelNodeSetParams_v2": [_POINTER, _POINTER, _POINTER],
     "cuGraphExecDestroy": [_POINTER],
     "cuGraphDestroy": [_POINTER],
 }
-
-
-EDGE_BYTES = 8
-"""Of a CUgraphEdgeData: two ports, a type, and five bytes that are kept for later."""
 
 
 class Driver:
@@ -140,6 +140,17 @@ class Driver:
             self.call("cuFuncSetAttribute")(handle, _SET_MAX_SHARED, shared)
         return handle
 
+    # -- streams
+
+    def create_side(self) -> tuple[int, int]:
+        """A stream that waits for no other by itself, and an event that takes no time."""
+        return self._get("cuStreamCreate", _NON_BLOCKING), self._get("cuEventCreate", _NO_TIMING)
+
+    def destroy_side(self, stream: int, event: int) -> None:
+        """What was launched on the stream runs to its end."""
+        self.call("cuEventDestroy_v2")(event)
+        self.call("cuStreamDestroy_v2")(stream)
+
     # -- graphs
 
     def capture(self, stream: int, launch: Callable[[], Any]) -> int:
@@ -157,49 +168,23 @@ class Driver:
         self.call("cuStreamEndCapture")(stream, ctypes.byref(out))
         return int(out.value or 0)
 
-    def kernel_nodes(self, graph: int) -> list[tuple[int, KernelNode]]:
-        """The kernels of a graph that is one chain, in order, with their parameters."""
-        count = _SIZE(0)
-        self.call("cuGraphGetNodes")(graph, None, ctypes.byref(count))
-        nodes = (ctypes.c_void_p * count.value)()
-        self.call("cuGraphGetNodes")(graph, nodes, ctypes.byref(count))
-        kinds = ctypes.c_int()
-        found: list[tuple[int, KernelNode]] = []
-        for node in self._in_order([int(n or 0) for n in nodes]):
-            self.call("cuGraphNodeGetType")(node, ctypes.byref(kinds))
-            if kinds.value == _KERNEL_NODE:
-                params = KernelNode()
-                self.call("cuGraphKernelNodeGetParams_v2")(node, ctypes.byref(params))
-                found.append((node, params))
-        return found
+    def captured_node(self, stream: int) -> int:
+        """The node that was captured last on a stream that is being captured. CudaError if it is not one (after a wait for another stream, say)."""
+        with_data = hasattr(self._lib, "cuStreamGetCaptureInfo_v3")
+        name = "cuStreamGetCaptureInfo_v3" if with_data else "cuStreamGetCaptureInfo_v2"
+        status, number, graph, count = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p(), _SIZE(0)
+        nodes, edges = ctypes.POINTER(ctypes.c_void_p)(), ctypes.c_void_p()
+        self.call(name)(stream, ctypes.byref(status), ctypes.byref(number), ctypes.byref(graph), ctypes.byref(nodes),
+                        *[ctypes.byref(edges)] * with_data, ctypes.byref(count))
+        if status.value != _CAPTURING or count.value != 1:
+            raise CudaError(f"the stream has {count.value} last nodes (status of its capture: {status.value})")
+        return int(nodes[0] or 0)
 
-    def _in_order(self, nodes: Sequence[int]) -> list[int]:
-        """The chain from its first node on. CudaError if it is none."""
-        after: dict[int, int] = {}
-        for node in nodes:
-            before = self._before(node)
-            if before in after:
-                raise CudaError("the captured launches are no chain")
-            after[before] = node
-        order, at = [], 0
-        while at in after:
-            at = after[at]
-            order.append(at)
-        return order
-
-    def _before(self, node: int) -> int:
-        """The node that this one waits for, 0 for the first of a graph. Launches that may begin before the one in front has ended (cuBLAS makes such)
-        have edges with data, which the driver tells to those alone who ask for it."""
-        with_data = hasattr(self._lib, "cuGraphNodeGetDependencies_v2")
-        ask = self.call("cuGraphNodeGetDependencies_v2" if with_data else "cuGraphNodeGetDependencies")
-        count = _SIZE(0)
-        ask(node, None, *[None] * with_data, ctypes.byref(count))
-        if count.value > 1:
-            raise CudaError("the captured launches are no chain")
-        before, data = (ctypes.c_void_p * 1)(), (ctypes.c_uint8 * EDGE_BYTES)()
-        if count.value:
-            ask(node, before, *[data] * with_data, ctypes.byref(count))
-        return int(before[0] or 0)
+    def node_params(self, node: int) -> KernelNode:
+        """What a kernel of a graph is launched with."""
+        params = KernelNode()
+        self.call("cuGraphKernelNodeGetParams_v2")(node, ctypes.byref(params))
+        return params
 
     def instantiate(self, graph: int) -> int:
         return self._get("cuGraphInstantiateWithFlags", graph, 0)

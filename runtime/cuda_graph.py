@@ -120,6 +120,7 @@ class CudaGraph(CompiledGraph):
         count, pick, static, checked = self._arg_count, self._pick, self._static, bool(self._input_specs)
         frames, fill, empty, plain = self._frames, self._fill, self._allocate, self._plain and not self._mutated
         launch, stream, plan, steps = native.native, native.stream, native.plan, native.count
+        two = native.two_streams
         if self._wants_replay:
             self.replay = Replay(native, self._input_count)
         self._native_alignment = True
@@ -143,7 +144,12 @@ class CudaGraph(CompiledGraph):
                 except IndexError:
                     frame = self._new_frame()
                 fill(frame[0], 0, *pointers, 0 if arena is None else arena.data_ptr())
-                code = launch(frame[1], sizes.address, stream(), plan(sizes.address), 0, steps)
+                if two:
+                    side = native.borrow()
+                    code = launch(frame[1], sizes.address, stream(), plan(sizes.address), side.address if side else 0, 0, steps)
+                    native.give_back(side)
+                else:
+                    code = launch(frame[1], sizes.address, stream(), plan(sizes.address), 0, 0, steps)
                 frames.append(frame)
             self.calls += 1
             if code:

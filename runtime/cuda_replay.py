@@ -22,7 +22,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from operator import itemgetter
 from typing import Any
@@ -190,8 +190,11 @@ class Replay:
 
     def _run(self, table: Sequence[int], sizes: Any, stream: int) -> int:
         array = (ctypes.c_uint64 * len(table))(*table)
-        return self.function.native(ctypes.addressof(array), sizes.address, stream, self.function.plan(sizes.address),
-                                    0, self.function.count)
+        side = self.function.borrow()
+        code = self.function.native(ctypes.addressof(array), sizes.address, stream, self.function.plan(sizes.address),
+                                    side.address if side else 0, 0, self.function.count)
+        self.function.give_back(side)
+        return code
 
     def _give_up(self, reason: str) -> None:
         self.off = reason
@@ -206,8 +209,9 @@ class Replay:
             if self.captures >= PATIENCE and self.launches < 4 * self.captures:
                 self._give_up(f"{self.captures} captures for {self.launches} replays; the addresses of what its matrix products use keep changing")
                 return None
-            graph = self.on.capture(lambda stream: self._launch_into(table, sizes, stream))
-            nodes = self._nodes(graph, table, sizes.values)
+            found: dict[int, int] = {}
+            graph = self.on.capture(lambda stream: self._launch_into(table, sizes, stream, found))
+            nodes = self._nodes(found, table, sizes.values)
             made = _Captured(graph, nodes, _Variant(self.on.instantiate(graph), [n.copy() for n in nodes], list(table)))
             self.captures += 1
             if len(self._captured) >= LIMIT:
@@ -220,31 +224,42 @@ class Replay:
             captured.gone = True
             self.on.destroy_graph(captured.graph, [v.executable for v in captured.variants])
 
-    def _launch_into(self, table: Sequence[int], sizes: Any, stream: int) -> None:
-        code = self._run(table, sizes, stream)
-        if code:
-            raise self.function.failure(code) if code >= MISALIGNED else CudaError("a check in a kernel failed")
+    def _launch_into(self, table: Sequence[int], sizes: Any, stream: int, found: dict[int, int]) -> None:
+        """Launches step by step, and notes for each of our kernels that takes addresses as they are which node it became."""
+        function = self.function
+        array = (ctypes.c_uint64 * len(table))(*table)
+        side = function.borrow()
+        streams = (stream, side.stream if side else stream)
+        plan = function.plan(sizes.address)
+        for i, step in enumerate(function.steps):
+            code = function.native(ctypes.addressof(array), sizes.address, stream, plan, side.address if side else 0, i, i + 1)
+            if code:  # a stream whose capture has failed is of no use any more
+                raise function.failure(code) if code >= MISALIGNED else CudaError("a check in a kernel failed")
+            if self._is_flexible(step) and self._extent(step, sizes.values) > 0:
+                found[i] = self.on.captured_node(streams[step[3]])
+        function.give_back(side)
 
-    def _nodes(self, graph: int, table: Sequence[int], values: Sequence[int]) -> list[_Node]:
-        """Our own kernels among the graph's, in order: those with their handles (libraries put others in between)."""
-        library, found = self.function.library, iter(self.on.kernel_nodes(graph))
-        nodes = []
-        for step in self.function.steps:
-            if step[0] != "launch" or step[1] in self._mapped:
-                continue
+    def _is_flexible(self, step: Sequence[Any]) -> bool:
+        return step[0] == "launch" and step[1] not in self._mapped
+
+    def _extent(self, step: Sequence[Any], values: Sequence[int]) -> int:
+        """Programs of a launch."""
+        extent = 1
+        for g in self.function.library.program["kernels"][step[1]]["grid"]:
+            extent *= evaluate_size(compile_size(g, self.function.library.positions), values)
+        return extent
+
+    def _nodes(self, found: Mapping[int, int], table: Sequence[int], values: Sequence[int]) -> list[_Node]:
+        """Our own kernels among the graph's, from the nodes that steps became."""
+        library, nodes = self.function.library, []
+        for i, node in found.items():
+            step = self.function.steps[i]
+            params = self.on.node_params(node)
+            if params.function != library.entries[step[1]]:
+                raise CudaError(f"the captured graph has another node in the place of '{step[1]}'")
             row = library.program["kernels"][step[1]]
-            extent = 1
-            for g in row["grid"]:
-                extent *= evaluate_size(compile_size(g, library.positions), values)
-            if extent <= 0:
-                continue
             cells, places = self._cells(row, step[2], table, values)
-            for node, params in found:
-                if params.function == library.entries[step[1]]:
-                    nodes.append(_Node(node, cells, places, params, extent, row))
-                    break
-            else:
-                raise CudaError(f"the captured graph has no node for the launch of '{step[1]}'")
+            nodes.append(_Node(node, cells, places, params, self._extent(step, values), row))
         return nodes
 
     def _cells(self, row: Any, buffers: Sequence[Any], table: Sequence[int], values: Sequence[int]) -> tuple[list[int], Any]:
@@ -272,5 +287,7 @@ class Replay:
 
 def _slots(step: Sequence[Any]) -> list[int]:
     """The table slots that a copy, a product or a kernel uses."""
+    if step[0] == "wait":
+        return []
     places = step[1].values() if step[0] == "product" else step[2] if step[0] == "launch" else step[1:3]
     return [slot for kind, slot, _ in places if kind == "table"]

@@ -25,7 +25,7 @@ from ...ir.core import IRError, Operation
 from ...ir.expr_json import expr_to_json
 from ...ir.target import Target
 from .compile import CompiledKernel, compile_kernel, triton_cache
-from .host import Copy, Launch, Program, Step, build_program
+from .host import Copy, Launch, Program, Step, Wait, build_program
 from .native import NativeHost, emit_native
 from .printer import KernelSource, print_kernel
 from .warp_groups import print_warp_groups
@@ -46,6 +46,8 @@ __all__ = [
 
 TENSOR_MAPS = 90
 """The compute capability whose kernels read matrices by tensor maps."""
+PROGRAMMATIC = 90
+"""From this one on, a kernel may be launched before the one in front of it has ended, and waits for that by itself."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = N
             if not sources[name].registers:
                 raise
             warnings.warn(f"kernel '{name}' is compiled in its plain, slower form: {str(error)[:300]}", RuntimeWarning, stacklevel=2)
-            sources[name] = print_kernel(program.kernels[name])
+            sources[name] = print_kernel(program.kernels[name], dependent=target.capability >= PROGRAMMATIC)
             return compile_kernel(sources[name], target, divisible=divisible, cache_dir=cache_dir)
 
     with triton_cache(cache_dir), ThreadPoolExecutor(threads) as pool:
@@ -97,7 +99,8 @@ def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = N
 def _source(kernel: Operation, target: Target, divisible: Sequence[bool]) -> KernelSource:
     """The kernel in the form that suits the target best."""
     made = print_warp_groups(kernel, target, divisible)
-    return print_kernel(kernel, divisible if target.capability == TENSOR_MAPS else ()) if isinstance(made, str) else made
+    maps = divisible if target.capability == TENSOR_MAPS else ()
+    return print_kernel(kernel, maps, dependent=target.capability >= PROGRAMMATIC) if isinstance(made, str) else made
 
 
 def program_json(
@@ -125,6 +128,7 @@ def program_json(
                 "parameters": k.parameters,
                 "descriptors": list(k.descriptors),
                 "programs": source.programs,
+                "dependent": source.dependent,
                 "digest": hashlib.sha256(k.cubin).hexdigest()[:16],
             }
         kernels[name] = row
@@ -136,8 +140,10 @@ def program_json(
 
 
 def _step(step: Step) -> list[Any]:
+    if isinstance(step, Wait):
+        return ["wait", step.stream]
     if isinstance(step, Launch):
-        return ["launch", step.kernel, [p.to_json() for p in step.buffers], step.line]
+        return ["launch", step.kernel, [p.to_json() for p in step.buffers], step.stream, step.line]
     if isinstance(step, Copy):
-        return ["copy", step.source.to_json(), step.target.to_json(), expr_to_json(step.bytes), step.line]
-    return ["product", {name: p.to_json() for name, p in step.places.items()}, dict(step.shape), step.line]
+        return ["copy", step.source.to_json(), step.target.to_json(), expr_to_json(step.bytes), step.stream, step.line]
+    return ["product", {name: p.to_json() for name, p in step.places.items()}, dict(step.shape), step.stream, step.line]

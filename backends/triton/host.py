@@ -1,7 +1,7 @@
 """Host functions -> lists of launches, as `runtime/cuda.py` runs them.
 
     program = build_program(module)         # a module at the host level
-    program.functions["main_0"]             # [Launch | Copy | MatMul, ...] in order
+    program.functions["main_0"]             # [Launch | Copy | MatMul | Wait, ...] in order
 
 Functions have the names and the table that every backend agrees on (`compiler/manifest.py`): each maximal run of launches
 and copies between
@@ -22,7 +22,7 @@ from ...ir.expr_json import expr_to_json
 from ...ir.ranges import delinearize
 from ...ir.types import BufferType, TileType, element_type, index
 
-__all__ = ["Copy", "Launch", "Loop", "MatMul", "Place", "Program", "Step", "build_program"]
+__all__ = ["Copy", "Launch", "Loop", "MatMul", "Place", "Program", "Step", "Wait", "build_program"]
 
 ALIGNMENT = 16
 COPY_TILE = 1024
@@ -49,6 +49,7 @@ class Launch:
     kernel: str
     buffers: tuple[Place, ...]
     line: str = ""
+    stream: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,14 @@ class Copy:
     target: Place
     bytes: Dim
     line: str = ""
+    stream: int = 0
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What is launched on `stream` from here on waits for all that was launched on the other one before. 0 is the caller's stream."""
+
+    stream: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class MatMul:
     bias: Place | None = None
     c: Place | None = None
     line: str = ""
+    stream: int = 0
 
     @property
     def places(self) -> dict[str, Place]:
@@ -102,7 +112,7 @@ class Loop:
     line: str = ""
 
 
-Step = Launch | Copy | MatMul
+Step = Launch | Copy | MatMul | Wait
 
 
 @dataclass
@@ -163,6 +173,8 @@ class _Builder:
                 steps.append(self._copy(op))
             elif op.name == "host.library":
                 steps.append(self._product(op))
+            elif op.name == "host.wait":
+                steps.append(Wait(op["stream"]))
             elif op.name == "host.loop" and op["body"].name in self.bodies:
                 steps.append(self._loop(op))  # type: ignore[arg-type]  # only where `loops` was asked for
             elif op.name == "host.extern":
@@ -214,7 +226,7 @@ class _Builder:
                 else f"kernel '@{name}' takes {len(kernel.body.args)} buffers, but is launched on {len(op.operands)}"
             )
         self.program.kernels[name] = kernel
-        return Launch(name, tuple(self.places[v] for v in op.operands), _line(op) or _line(kernel))
+        return Launch(name, tuple(self.places[v] for v in op.operands), _line(op) or _line(kernel), op["stream"])
 
     def _product(self, op: Operation) -> MatMul:
         if op["library"] != "cublaslt":
@@ -227,7 +239,7 @@ class _Builder:
             places[name] = Place(p.slot, p.offset + moved, p.constant, p.aligned and isinstance(moved, int) and moved % ALIGNMENT == 0)
         align = {name: ALIGNMENT if places[name].aligned else sizes[name] for name in ("a", "b", "d")}
         align["c"] = ALIGNMENT if "c" not in places or places["c"].aligned else sizes["c"]
-        return MatMul({**_json(shape), "align": align}, **places, line=_line(op))
+        return MatMul({**_json(shape), "align": align}, **places, line=_line(op), stream=op["stream"])
 
     def _loop(self, op: Operation) -> Loop:
         body = self.bodies[op["body"].name]
@@ -242,18 +254,20 @@ class _Builder:
         assert isinstance(source, BufferType) and isinstance(target, BufferType)
         places = self.places[op.operands[0]], self.places[op.operands[1]]
         if source.layout == target.layout == BufferType(source.shape, source.dtype).layout:
-            return Copy(*places, source.numel * source.dtype.bytes, _line(op))
+            return Copy(*places, source.numel * source.dtype.bytes, _line(op), op["stream"])
         if (source, target) not in self.copies:
             name = f"copy_layout{len(self.copies)}"
             while name in self.kernels or name in self.program.kernels:
                 name += "_"
             self.copies[source, target] = name
             self.program.kernels[name] = copy_kernel(name, source, target, self.func["symbols"])
-        return Launch(self.copies[source, target], places, _line(op))
+        return Launch(self.copies[source, target], places, _line(op), op["stream"])
 
 
 def _places(step: Step | Loop) -> tuple[Place, ...]:
     """The addresses that a step uses."""
+    if isinstance(step, Wait):
+        return ()
     if isinstance(step, (Launch, Loop)):
         return step.buffers
     return (step.source, step.target) if isinstance(step, Copy) else tuple(step.places.values())

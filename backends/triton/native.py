@@ -5,15 +5,19 @@
 
 Each function of the program becomes
 
-    i32 NAME(ptr table, ptr symbols, ptr stream, ptr plans, i32 first, i32 end)
+    i32 NAME(ptr table, ptr symbols, ptr stream, ptr plans, ptr side, i32 first, i32 end)
 
 It evaluates addresses and grid sizes from the symbol values into cells on its own stack (so it may run in several threads at once) and runs
-the steps from `first` up to `end`, which is no more than there are (a profiler asks for one at a time). The calls are `cuLaunchKernel`,
-`cuMemcpyDtoDAsync_v2` and `cublasLtMatmul`. The order is data: a loop walks a table of steps, so that thousands of launches compile as fast
-as one. The functions called are imported; what only the process knows (handles of kernels, addresses of constants) is read from the exported
-global `STATE`, an array of 64-bit words:
+the steps from `first` up to `end`, which is no more than there are (a profiler asks for one at a time). The calls are `cuLaunchKernel`
+(or `cuLaunchKernelEx`, where kernels may begin before the step in front of them has ended: they wait for it themselves),
+`cuMemcpyDtoDAsync_v2`, `cublasLtMatmul` and, between streams, `cuEventRecord` and `cuStreamWaitEvent`. The order is data: a loop walks a
+table of steps, so that thousands of launches compile as fast as one. The functions called are imported; what only the process knows (handles
+of kernels, addresses of constants) is read from the exported global `STATE`, an array of 64-bit words:
 
     [address of the word for failed checks, context, kernels in the program's order..., constants...]
+
+`side` is the address of two words, a stream and an event of this call alone, for programs with steps on a second stream (`host.wait`); 0: everything
+goes to the one stream. Whatever the result, `stream` waits for the other one in the end.
 
 A tensor map (`descriptors.py`) is encoded at the start of the call, on the function's stack, for the address that its buffer has then.
 
@@ -42,7 +46,7 @@ from ..llvm.compile import emit_object, optimize, parse
 from ..llvm.scalars import ScalarEmitter
 from ..llvm.target import make_target
 from ..llvm.values import I1, I32, I64, PTR, stack_slot
-from .host import Copy, Launch, Place, Program, Step
+from .host import Copy, Launch, MatMul, Place, Program, Step, Wait
 
 __all__ = ["MISALIGNED", "PLAN", "STATE", "TOO_LARGE", "NativeHost", "emit_native"]
 
@@ -63,7 +67,10 @@ _IMPORTS = {
     "cuCtxGetCurrent": [PTR],
     "cuCtxSetCurrent": [PTR],
     "cuLaunchKernel": [PTR, *[I32] * 7, PTR, PTR, PTR],
+    "cuLaunchKernelEx": [PTR, PTR, PTR, PTR],
     "cuMemcpyDtoDAsync_v2": [I64, I64, I64, PTR],
+    "cuEventRecord": [PTR, PTR],
+    "cuStreamWaitEvent": [PTR, PTR, I32],
     "cuTensorMapEncodeTiled": [PTR, I32, I32, PTR, PTR, PTR, PTR, PTR, I32, I32, I32, I32],
     "cublasLtMatmul": [*[PTR] * 14, I64, PTR],
     "cublasLtMatmulDescSetAttribute": [PTR, I32, PTR, I64],
@@ -91,12 +98,20 @@ MAP_ALIGNMENT = 8
 PROMOTION = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 ERRORS = Place(-1, 0, constant=True)
 """Stands for the address of the word for failed checks."""
-LAUNCH, COPY, PRODUCT = range(3)
+CONFIG_WORDS, STREAM_WORD, ATTRIBUTES_WORD, COUNT_WORD = 7, 4, 5, 6
+"""CUlaunchConfig in 64-bit words: sizes of the grid and of a block and shared bytes (32 bits each), the stream, attributes, their number."""
+ATTRIBUTE_WORDS = 9
+PROGRAMMATIC = (6, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, allowed
+LAUNCH, COPY, PRODUCT, WAIT = range(4)
+STREAM = 1 << 8
+"""Added to the kind of a step that runs on the second stream."""
 ROW = 8
-"""32-bit words of a row of the table of steps:
-    LAUNCH   kernel, threads, shared bytes, parameters, the first of them in the list of parameter cells, cell of the grid's size
+"""32-bit words of a row of the table of steps, the kind and:
+    LAUNCH   kernel, threads, shared bytes, parameters, the first of them in the list of parameter cells, cell of the grid's size,
+             1 if it may begin before the step in front of it has ended
     COPY     cells of target, source and bytes
     PRODUCT  cells of a, b, c, d, bias (or -1) and temporary memory, number of the plan
+    WAIT     nothing: the stream waits for the other one
 """
 
 
@@ -151,7 +166,7 @@ class _Emitter:
         return made
 
     def function(self, name: str) -> None:
-        f = ir.Function(self.module, ir.FunctionType(I32, [PTR] * 4 + [I32] * 2), name)
+        f = ir.Function(self.module, ir.FunctionType(I32, [PTR] * 5 + [I32] * 2), name)
         f.attributes.add("nounwind")
         program = self.program
         _Function(self, f, program.functions[name], program.symbols[name], program.inputs[name]).emit()
@@ -169,6 +184,7 @@ class _Function:
         self.parameters: list[int] = []  # cells of the parameters of all launches
         self.rows: list[int] = []
         self.products = 0
+        self.before_step: list[Step | None] = [None, None]
         for step in steps:
             row = self._row(step)
             self.rows += row + [0] * (ROW - len(row))
@@ -197,6 +213,13 @@ class _Function:
         return made
 
     def _row(self, step: Step) -> list[int]:
+        if isinstance(step, Wait):
+            self.before_step[step.stream] = step
+            return [WAIT + STREAM * step.stream]
+        kind, *words = self._words(step)
+        return [kind + STREAM * step.stream, *words]
+
+    def _words(self, step: Launch | Copy | MatMul) -> list[int]:
         if isinstance(step, Copy):
             return [COPY, self._cell(step.target), self._cell(step.source), self._cell(step.bytes)]
         if isinstance(step, Launch):
@@ -218,7 +241,14 @@ class _Function:
             raise IRError(f"kernel '{step.kernel}' takes {row['parameters']} parameters, not {len(cells)}")
         first = len(self.parameters)
         self.parameters += [self._cell(c) for c in cells]
-        return [LAUNCH, self.owner.numbers[step.kernel], row["threads"], row["shared"], len(cells), first, self._cell(extent)]
+        number, early = self.owner.numbers[step.kernel], self._may_begin(step, row)
+        return [LAUNCH, number, row["threads"], row["shared"], len(cells), first, self._cell(extent), early]
+
+    def _may_begin(self, step: Launch, row: Mapping[str, Any]) -> int:
+        """Whether a launch may be programmatic: not the first of its stream after a wait for the other one."""
+        before = self.before_step[step.stream]
+        self.before_step[step.stream] = step
+        return int(bool(row.get("dependent")) and not isinstance(before, Wait))
 
     # -- the function
 
@@ -229,20 +259,40 @@ class _Function:
         self.frame = stack_slot(b, ir.ArrayType(I64, max(1, self.words)), 8 * MAP_ALIGNMENT)
         self.params = stack_slot(b, ir.ArrayType(PTR, max([1, *(r["parameters"] for r in rows)])), 16)
         self.scratch = stack_slot(b, ir.ArrayType(I64, DESCRIPTOR_BYTES // 8 + 1), 16)
+        self.programmatic = any(r.get("dependent") for r in rows)
+        if self.programmatic:
+            self._prepare_config()
+        self.two = any(isinstance(s, Wait) for s in self.steps)
+        self.streams = stack_slot(b, ir.ArrayType(PTR, 2), 16)
+        b.store(f.args[2], self._at(self.streams, 0, PTR))
         self.done, self.restore = ir.Block(f, "done"), ir.Block(f, "restore")
         self.table = owner.table(f"{f.name}.steps", I32, self.rows)
         self.lists = owner.table(f"{f.name}.parameters", I32, self.parameters)
         if any(r["checks"] for r in rows):
             self._take_error()
         self._check_alignment()
+        if self.two:
+            b.store(f.args[2], self._at(self.streams, 1, PTR))
+            self._if(self._has_side(), self._take_side)
         self.context = self._state(CONTEXT, PTR)
         self.before = self._enter()
         values = {s: self._load(f.args[1], i, I64) for i, s in enumerate(self.symbols)}
         with self.scalars.scope(values, "cells"):
             self._fill()
-            self._loop(b.sub(f.args[5], f.args[4]), lambda i: self._step(b.add(f.args[4], i)))
+            self._loop(b.sub(f.args[6], f.args[5]), lambda i: self._step(b.add(f.args[5], i)))
             self._leave(I32(0))
         self._finish()
+
+    def _prepare_config(self) -> None:
+        """What all launches have in common."""
+        b = self.b
+        self.config = stack_slot(b, ir.ArrayType(I64, CONFIG_WORDS), 16)
+        attribute = stack_slot(b, ir.ArrayType(I64, ATTRIBUTE_WORDS), 16)
+        for i, word in enumerate(PROGRAMMATIC):
+            b.store(I64(word), self._at(attribute, i, I64))
+        for i in (1, 2, 4, 5):  # y and z of grid and block
+            b.store(I32(1), self._at(self.config, i, I32))
+        b.store(attribute, self._at(self.config, ATTRIBUTES_WORD, PTR))
 
     def _take_error(self) -> None:
         """Leaves with the word that kernels of earlier calls wrote to, if it is not 0."""
@@ -286,17 +336,32 @@ class _Function:
         code = b.phi(I32)
         for value, block in self.late:
             code.add_incoming(value, block)
+        if self.two:
+            self._if(b.and_(b.icmp_signed("!=", code, I32(0)), self._has_side()), self._join)
         before, context = b.ptrtoint(self.before, I64), b.ptrtoint(self.context, I64)
         other = b.and_(b.icmp_unsigned("!=", before, context), b.icmp_unsigned("!=", before, I64(0)))
+        last = b.block
         b.cbranch(other, back, self.done)
         b.position_at_end(back)
         b.call(self.owner.imports("cuCtxSetCurrent"), [self.before])
         b.branch(self.done)
         b.position_at_end(self.done)
         result = b.phi(I32)
-        for value, block in [*self.early, (code, self.restore), (code, back)]:
+        for value, block in [*self.early, (code, last), (code, back)]:
             result.add_incoming(value, block)
         b.ret(result)
+
+    def _has_side(self) -> ir.Value:
+        return self.b.icmp_unsigned("!=", self.b.ptrtoint(self.f.args[4], I64), I64(0))
+
+    def _take_side(self) -> None:
+        self.b.store(self._load(self.f.args[4], 0, PTR), self._at(self.streams, 1, PTR))
+
+    def _join(self) -> None:
+        """After a failure: the caller's stream waits for the other one, so that memory which the call used is free when the caller thinks so."""
+        event = self._load(self.f.args[4], 1, PTR)
+        self.b.call(self.owner.imports("cuEventRecord"), [event, self._load(self.streams, 1, PTR)])
+        self.b.call(self.owner.imports("cuStreamWaitEvent"), [self.f.args[2], event, I32(0)])
 
     # -- control
 
@@ -407,15 +472,18 @@ class _Function:
         """One row of the table: the kinds that the program has, by comparison."""
         b = self.b
         row = self._at(self.table, b.mul(step, I32(ROW)), I32)
-        kind = b.load(row, typ=I32)
-        for which, emit in ((LAUNCH, self._launch), (COPY, self._copy), (PRODUCT, self._product)):
-            if which in self.rows[::ROW]:
+        number = b.load(row, typ=I32)
+        kind, self.side = b.and_(number, I32(STREAM - 1)), b.lshr(number, I32(8))
+        self.stream = self._load(self.streams, self.side, PTR) if self.two else self.f.args[2]
+        kinds = {r % STREAM for r in self.rows[::ROW]}
+        for which, emit in ((LAUNCH, self._launch), (COPY, self._copy), (PRODUCT, self._product), (WAIT, self._wait)):
+            if which in kinds:
                 words = [self._load(row, i, I32) for i in range(1, ROW)]
                 self._if(b.icmp_signed("==", kind, I32(which)), lambda emit=emit, words=words: emit(step, words))  # type: ignore[misc]
 
     def _launch(self, step: ir.Value, words: Sequence[ir.Value]) -> None:
         b = self.b
-        kernel, threads, shared, count, first, extent = words[:6]
+        kernel, threads, shared, count, first, extent, early = words
         size = self._value(extent)
         self._if(b.icmp_signed(">", size, I64(MAX_GRID)), lambda: self._leave(self._code(step, I32(TOO_LARGE))))
 
@@ -426,14 +494,27 @@ class _Function:
         def launch() -> None:
             self._loop(count, parameter)
             one = I32(1)
-            self._call("cuLaunchKernel", [self._state(kernel, PTR), b.trunc(size, I32), one, one, threads, one, one, shared, self.f.args[2],
+            if self.programmatic:
+                for i, value in ((0, b.trunc(size, I32)), (3, threads), (6, shared), (2 * COUNT_WORD, early)):
+                    b.store(value, self._at(self.config, i, I32))
+                b.store(self.stream, self._at(self.config, STREAM_WORD, PTR))
+                self._call("cuLaunchKernelEx", [self.config, self._state(kernel, PTR), self.params, NULL], step)
+                return
+            self._call("cuLaunchKernel", [self._state(kernel, PTR), b.trunc(size, I32), one, one, threads, one, one, shared, self.stream,
                                           self.params, NULL], step)
         self._if(b.icmp_signed(">", size, I64(0)), launch)
+
+    def _wait(self, step: ir.Value, words: Sequence[ir.Value]) -> None:
+        def wait() -> None:
+            event, other = self._load(self.f.args[4], 1, PTR), self._load(self.streams, self.b.sub(I32(1), self.side), PTR)
+            self._call("cuEventRecord", [event, other], step)
+            self._call("cuStreamWaitEvent", [self.stream, event, I32(0)], step)
+        self._if(self._has_side(), wait)
 
     def _copy(self, step: ir.Value, words: Sequence[ir.Value]) -> None:
         target, source, size = (self._value(w) for w in words[:3])
         self._if(self.b.icmp_signed(">", size, I64(0)),
-                 lambda: self._call("cuMemcpyDtoDAsync_v2", [target, source, size, self.f.args[2]], step))
+                 lambda: self._call("cuMemcpyDtoDAsync_v2", [target, source, size, self.stream], step))
 
     def _product(self, step: ir.Value, words: Sequence[ir.Value]) -> None:
         """The transposed product: cuBLASLt's first operand is our second (see `runtime/cublaslt.py`)."""
@@ -453,7 +534,7 @@ class _Function:
             up = b.and_(b.add(self._value(workspace), I64(WORKSPACE_ALIGNMENT - 1)), I64(-WORKSPACE_ALIGNMENT))
             self._call("cublasLtMatmul", [p["handle"], descriptor, p["alpha"], self._pointer(right), p["a"], self._pointer(left), p["b"],
                                           p["beta"], self._pointer(c), p["c"], self._pointer(d), p["d"], p["algorithm"],
-                                          b.inttoptr(up, PTR), p["workspace_bytes"], self.f.args[2]], step)
+                                          b.inttoptr(up, PTR), p["workspace_bytes"], self.stream], step)
         self._if(b.icmp_unsigned("!=", b.ptrtoint(plan, I64), I64(0)), call)
 
 

@@ -35,13 +35,15 @@ __all__ = ["KernelSource", "Printer", "identifier", "loaded_buffers", "print_ker
 SMALL = 1 << 30
 """Sizes below this leave room for a tile's overhang in 32 bits."""
 ERROR = "err"
+GDC_IMPORT = "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
 
 
 @dataclass(frozen=True)
 class KernelSource:
     """A kernel as Triton text. `tile` is the number of elements of its largest tile, `dot` whether it multiplies matrices;
     `num_warps` and `num_stages` are 0 where the compiler may choose. `descriptors` are the last parameters.
-    `registers`, if not 0, says that it is Gluon, and bounds those of a thread; then `programs` of them are launched, whatever the grid."""
+    `registers`, if not 0, says that it is Gluon, and bounds those of a thread; then `programs` of them are launched, whatever the grid.
+    `dependent`: it may be launched before the kernel in front of it has ended (it waits by itself)."""
 
     name: str
     text: str
@@ -56,12 +58,13 @@ class KernelSource:
     descriptors: tuple[TensorMap, ...] = ()
     registers: int = 0
     programs: int = 0
+    dependent: bool = False
 
 
-def print_kernel(kernel: Operation, aligned: Sequence[bool] = ()) -> KernelSource:
+def print_kernel(kernel: Operation, aligned: Sequence[bool] = (), dependent: bool = False) -> KernelSource:
     """The Triton source of a `tile.kernel`. `aligned`: where the target reads matrices by tensor maps, which buffers always start at a multiple of
-    16 bytes. IRError names an op that Triton cannot express."""
-    return Printer(kernel, aligned=tuple(aligned)).run()
+    16 bytes. `dependent`: for a programmatic launch, of targets that have those. IRError names an op that Triton cannot express."""
+    return Printer(kernel, aligned=tuple(aligned), dependent=dependent).run()
 
 
 @dataclass
@@ -72,7 +75,7 @@ class Printer:
     lines: list[str] = field(default_factory=list)
     names: dict[Value, str] = field(default_factory=dict)
     ranges: dict[Value, Range] = field(default_factory=dict)
-    taken: set[str] = field(default_factory=lambda: {ERROR, "tl", "triton", "libdevice", "float", *HELPERS})
+    taken: set[str] = field(default_factory=lambda: {ERROR, "tl", "triton", "libdevice", "float", "gdc_wait", "gdc_launch_dependents", *HELPERS})
     aranges: dict[tuple[int, int, int], str] = field(default_factory=dict)
     written: set[Value] = field(default_factory=set)  # buffers stored to since the last barrier
     read: set[Value] = field(default_factory=set)  # buffers loaded from since the last barrier
@@ -81,6 +84,7 @@ class Printer:
     indent: int = 1
     first: int = 0  # number of the program that is the first of the part being printed
     aligned: tuple[bool, ...] = ()
+    dependent: bool = False
     maps: dict[tuple[object, ...], TensorMap] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -110,7 +114,7 @@ class Printer:
         helpers = used_helpers(body)
         function = f"@triton.jit\ndef {name}({', '.join(signature)}):\n{body}\n"
         libdevice = "from triton.language.extra import libdevice\n" if "libdevice." in body + "".join(helpers) else ""
-        imports = "import triton\nimport triton.language as tl\n" + libdevice
+        imports = "import triton\nimport triton.language as tl\n" + libdevice + GDC_IMPORT * self.dependent
         text = "\n\n".join(["\n".join(header) + "\n" + imports, *(h.rstrip() + "\n" for h in helpers), function])
         tiles = [
             as_int(product(v.type.shape))
@@ -130,6 +134,7 @@ class Printer:
             kernel["num_warps"],
             kernel["num_stages"],
             tuple(self.maps.values()),
+            dependent=self.dependent,
         )
 
     # -- names
@@ -160,8 +165,10 @@ class Printer:
         return self.aranges[key]
 
     def _prologue(self, symbols: Sequence[str]) -> list[str]:
-        """Size symbols and position vectors, which the body turned out to need."""
-        lines = [f"    {s} = {s}.to(tl.int64)" for s in symbols]
+        """Size symbols and position vectors, which the body turned out to need. A kernel that was launched early waits here, before it touches
+        memory, and only then lets the next one come: so what is before the one in front of it has ended too."""
+        lines = ["    gdc_wait()", "    gdc_launch_dependents()"] * self.dependent
+        lines += [f"    {s} = {s}.to(tl.int64)" for s in symbols]
         for (axis, size, rank), name in self.aranges.items():
             place = f"[{', '.join(':' if k == axis else 'None' for k in range(rank))}]" if rank > 1 else ""
             lines.append(f"    {name} = tl.arange(0, {size}){'.to(tl.int64)' if self.wide else ''}{place}")

@@ -196,6 +196,8 @@ def power(c: Context, a: Any, b: Any) -> Value:
     """The exponents that eager treats specially are written out: they are exact there, and cheap."""
     work = F32 if c.dtype.name in ("bf16", "f16") and not (isinstance(a, Value) and isinstance(b, Value)) else c.dtype
     exponent = c.constant_of(b) if not (isinstance(b, Value) and typeof(b).rank) else None
+    if c.dtype.is_integer and exponent is not None and exponent < 0:
+        raise Unsupported("integers to a negative power")  # ATen refuses them, unless they are a tensor's
     rule = _POWERS.get(float(exponent)) if exponent is not None else None
     if c.dtype.name == "f16" and exponent in (0.5, -0.5):
         rule = None  # eager takes no roots here: they differ for -0.0 and -inf

@@ -12,6 +12,8 @@ from ..opdef import Trait, attr, define, optional
 _NONTEMPORAL = {"nontemporal": optional((), "operands that are written past the caches, by number (CPUs)"),
                 "excess": optional(0, "Dim: only in calls where this is not negative")}
 
+_STREAM = {"stream": optional(0, "on which stream it is launched (GPUs): 0, the caller's, or 1 (see `host.wait`)")}
+
 define("host.alloc", "a temporary buffer, before memory planning", attrs={"bytes": attr("Dim")})
 define("host.slot", "a buffer at a fixed place of the arena", attrs={"offset": attr("Dim, bytes"), "bytes": attr("Dim")}, traits=[Trait.Pure])
 define("host.persistent", "a buffer that outlives the call; `guards` lists the arguments whose data it was made from",
@@ -23,7 +25,7 @@ define("host.launch", "runs a kernel on buffers (inputs, then outputs)", operand
        attrs={"kernel": attr("@name"), "outputs": attr("how many trailing buffers are written"),
               "cached": optional(False, "runs only when a guard of its persistent output changed"),
               "beside": optional(0, "neighbours with the same number (not 0) may run at the same time: none touches what another writes"),
-              **_NONTEMPORAL},
+              **_NONTEMPORAL, **_STREAM},
        traits=[Trait.ReadsMemory, Trait.WritesMemory])
 define("host.loop", "runs function @body once per trip, on row-major buffers (see `loop`): carried, sliced, invariant; then what is written: the "
        "carried values' end, stacked results, scratch of two places per carried value and the body's arena", operands="buffers*", results=(),
@@ -32,11 +34,13 @@ define("host.loop", "runs function @body once per trip, on row-major buffers (se
                "beside": optional(0, "as of `host.launch`")},
        traits=[Trait.ReadsMemory, Trait.WritesMemory])
 define("host.copy", "copies `source` to `target` (same shape and element type, any strides)", operands="source target", results=(),
-       attrs=_NONTEMPORAL, traits=[Trait.ReadsMemory, Trait.WritesMemory])
+       attrs={**_NONTEMPORAL, **_STREAM}, traits=[Trait.ReadsMemory, Trait.WritesMemory])
+define("host.wait", "what is launched on `stream` from here on begins when all that was launched on stream `on` before has ended", operands="",
+       results=(), attrs={"stream": attr("0 or 1"), "on": attr("the other one")}, traits=[Trait.ReadsMemory, Trait.WritesMemory])
 define("host.library", "a call of a vendor's library on buffers; `roles` names them (a, b, bias, c are read; d and workspace are written)",
        operands="buffers*", results=(),
        attrs={"library": attr("such as cublaslt"), "roles": attr(), "outputs": attr("how many trailing buffers are written"),
-              "shape": attr("sizes, strides and types, as runtime/cublaslt.py describes them"), "why": optional("")},
+              "shape": attr("sizes, strides and types, as runtime/cublaslt.py describes them"), "why": optional(""), **_STREAM},
        traits=[Trait.ReadsMemory, Trait.WritesMemory])
 define("host.extern", "an ATen operator on buffers: `inputs` operands are read, the rest receive its tensor results in order",
        operands="buffers*", results=(),

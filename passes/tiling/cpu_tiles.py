@@ -99,7 +99,7 @@ def _register_tile(registers: int, lanes: int, m: int | None, n: int | None) -> 
     Accumulators, a row of B and one broadcast element of A fit the registers. Few rows that are done in one pass take wide tiles: such a
     product waits for memory or, with few accumulators, for its own multiply-adds.
     """
-    best = (float("inf"), 0, (1, 1))
+    best: tuple[float, float, tuple[int, int]] = (float("inf"), 0, (1, 1))
     four = lanes == 4 and registers >= 32  # Arm's multiply-add takes an element of a register: LLVM loads a row's four steps of K at once
     for rows in range(1, (14 if registers >= 32 else 6) + 1):
         for vectors in range(1, 9):
@@ -110,7 +110,7 @@ def _register_tile(registers: int, lanes: int, m: int | None, n: int | None) -> 
             cycles = max(rows * vectors / MULTIPLY_ADDS, LATENCY) + LOAD_CYCLES * (rows + vectors)
             down = 1 / rows if m is None else -(-m // rows)
             across = 1 / vectors if n is None else -(-n // (vectors * lanes))
-            best = min(best, (down * across * cycles, rows, (rows, vectors)))
+            best = min(best, (round(down * across * cycles, 9), down, (rows, vectors)))  # of equals, that which passes a panel least often
     return best[2]
 
 

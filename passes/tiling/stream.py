@@ -41,7 +41,7 @@ LOG2_E = 1.4426950408889634
 _COARSE = {"arith.exp": "exp", "arith.tanh": "tanh", "arith.div": "div"}
 """Methods that compute an op in the cheap way that suits 16-bit inputs."""
 
-__all__ = ["GpuStream", "Scope", "StreamLowering", "stream_tile", "stream_tiles", "suits_warp_groups", "with_shape"]
+__all__ = ["GpuStream", "Scope", "StreamLowering", "offset_in", "stream_tile", "stream_tiles", "suits_warp_groups", "with_shape"]
 
 
 def stream_tile(s: Stream, target: Target) -> GpuTile:
@@ -139,7 +139,7 @@ class StreamLowering:
         place |= {f"d{len(self.s.position[op]) + k}": x for k, x in enumerate(reduced)}
         fill = fill_of(op, i)
         pairs, low = fill_masks(m, v.type.shape, place, bounds) if fill is not None else ([], [])  # type: ignore[attr-defined]
-        value = e.load(self.buffers[v], _offset(v, m, place, bounds), [*pairs, *e.needed(mask)], low, 0 if fill is None else fill)
+        value = e.load(self.buffers[v], offset_in(v, m, place, bounds), [*pairs, *e.needed(mask)], low, 0 if fill is None else fill)
         return self._casts(e, op, i, value) if cast else value
 
     def _casts(self, e: Emitter, op: Operation, i: int, value: Value) -> Value:
@@ -201,7 +201,7 @@ class StreamLowering:
         v, m, e = op.operands[i], op["maps"][i], scope.e
         bounds = e.bounds()
         fill = fill_of(op, i)
-        offset = _offset(v, m, at, bounds)
+        offset = offset_in(v, m, at, bounds)
         key = (v, offset, repr(fill), m if fill is not None else None)
         if key not in scope.loads:
             pairs, low = fill_masks(m, v.type.shape, at, bounds) if fill is not None else ([], [])  # type: ignore[attr-defined]
@@ -327,7 +327,7 @@ def _least(a: Dim, b: Dim, bounds: Any) -> Dim:
     return b if known_less(b, a + 1, bounds) else a if known_less(a, b + 1, bounds) else minimum(a, b)
 
 
-def _offset(v: Value, m: tuple[Dim, ...], at: dict[str, Dim], bounds: Any) -> Dim:
+def offset_in(v: Value, m: tuple[Dim, ...], at: dict[str, Dim], bounds: Any) -> Dim:
     assert isinstance(v.type, TensorType)
     total: Dim = 0
     for x, stride in zip(m, v.type.layout, strict=True):
@@ -391,7 +391,7 @@ class GpuStream(StreamLowering):
     def load(self, scope: Scope, op: Operation, i: int, at: dict[str, Dim]) -> Value:
         """A row's own value is read once, before the loops."""
         v, m, e = op.operands[i], op["maps"][i], scope.e
-        offset = _offset(v, m, at, e.bounds())
+        offset = offset_in(v, m, at, e.bounds())
         if fill_of(op, i) is not None or free_symbols(offset) - {"t0", *self.e.variables}:
             return super().load(scope, op, i, at)
         if (v, offset) not in self.row_values:

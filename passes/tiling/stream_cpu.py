@@ -2,8 +2,8 @@
 
 One program computes a block of rows. For each block of the stream, row tile by row tile:
 
-  scores     [rows, steps] by rank-1 updates, a register tile at a time, into scratch; their running maximum
-  weights    the pointwise members, in place of the scores; their running sums
+  scores     [rows, steps] by rank-1 updates, a register tile at a time, into scratch
+  weights    row by row: the running maxima; then the pointwise members, in place of the scores, and their running sums
   products   each second contraction, read from scratch, rescaled, updated, written back
 
 The right operand of a first contraction is packed along the stream (`passes/pack.py`), that of a second is contiguous along its columns.
@@ -14,13 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...ir import BufferType, Dim, Operation, Target, TileType, Value, element_type, sym
-from ...ir.expr import ceildiv, floordiv, free_symbols, minimum, mod, product
-from ...ir.ranges import delinearize
+from ...ir.dialects.tensor import fill_of
+from ...ir.expr import ceildiv, floordiv, free_symbols, minimum, mod, product, substitute
+from ...ir.ranges import delinearize, simplify, split_linear
 from ...ir.types import index
 from ..stream_access import packed, reduced_order, stream_side
+from ..stream_form import Stream
 from ..structured import identity_of
 from .emit import COMBINE_OPS, Emitter
-from .stream import Scope, StreamLowering, with_shape
+from .stream import Scope, StreamLowering, offset_in, with_shape
 
 __all__ = ["CpuStream"]
 
@@ -29,7 +31,11 @@ class CpuStream(StreamLowering):
     """See the module docstring. `tile` is the register tile."""
 
     row_tiles = 4
-    panels = 4
+
+    def __init__(self, s: Stream, outputs: Sequence[Value], e: Emitter, buffers: dict[Value, Value], tile: tuple[int, int], relaxed: bool = True):
+        super().__init__(s, outputs, e, buffers, tile, relaxed)
+        # Long blocks visit the second contractions' sums less often, but where steps are masked they make more that nobody needs.
+        self.panels = 4 if s.alive.pairs or len(s.firsts) > 1 else 16
 
     def emit(self, target: Target) -> list[Dim]:
         s, e, (mr, nr) = self.s, self.e, self.tile
@@ -45,6 +51,7 @@ class CpuStream(StreamLowering):
         self.columns = product(s.columns)
         self.running = [*s.reductions, *s.seconds]
         self.state = {op: self._scratch(element_type(op.result.type), self._padded_columns() if op in s.seconds else 1) for op in self.running}
+        self.alphas = {op.result: self._scratch(element_type(op.result.type), 1) for op in s.reductions if op.result in s.shifts.values()}
         self.scores = {op: self._scratch(element_type(op.result.type), self.steps) for op in s.firsts}
         self.weights = {op: self.scores[s.streamed(op).defining_op] if s.streamed(op).defining_op in s.firsts else  # type: ignore[index]
                         self._scratch(element_type(s.streamed(op).type), self.steps) for op in s.seconds}
@@ -114,76 +121,122 @@ class CpuStream(StreamLowering):
 
     def _block(self, e: Emitter, r: Dim, j: Dim, stop: Dim, masked: bool) -> None:
         """One row tile against block j of the stream."""
-        s, nr, b = self.s, self.tile[1], e.builder
+        s, (mr, nr) = self.s, self.tile
         m, base = self._row(r), j * self.steps
         left = minimum(self.steps, stop - base) if masked else self.steps
-        known = {} if masked else dict(s.alive.known)
-        tops = [op for op in s.reductions if op.result in s.shifts.values()]
-        others = [op for op in s.reductions if op not in tops]
-        before = {op: e.load(self.state[op], self._place(r, 1, 0)) for op in s.reductions}
 
-        def scope(inner: Emitter, q: Dim) -> Scope:
-            t = base + q * nr + sym("t1")
-            at = Scope(inner, self.frame_at(m, t), [(t, s.length)], known=known)
-            self.without_scales(at)
-            return at
-
-        def score(inner: Emitter, q: Dim, carried: list[Value]) -> list[Value]:
+        def score(inner: Emitter, q: Dim, _: list[Value]) -> list[Value]:
             ee = with_shape(inner, self.tile)
-            here = scope(ee, q)
+            self._ask_ahead(ee, r, base + q * nr)
             for op in s.firsts:
                 with ee.builder.at(op.location):
-                    here.values[op.result] = self._first(ee, op, m, base + q * nr)
-                    ee.store(self.scores[op], here.values[op.result], self._place(r, self.steps, q * nr + sym("t1")))
+                    ee.store(self.scores[op], self._first(ee, op, m, base + q * nr), self._place(r, self.steps, q * nr + sym("t1")))
+            return []
+
+        e.loop(0, ceildiv(left, nr), 1, [], score)
+        if s.reductions or any(s.streamed(op).defining_op not in s.firsts for op in s.seconds):
+            def one(inner: Emitter, k: Dim, _: list[Value]) -> list[Value]:
+                self._weigh(inner, r + k, base, left, masked)
+                return []
+            e.loop(0, mr, 1, [], one)
+        alpha: dict[Value, Value] = {v: e.load(scratch, self._place(r, 1, 0)) for v, scratch in self.alphas.items()}
+        for op in s.seconds:
+            with e.builder.at(op.location):
+                self._second(e, op, r, base, left, alpha)
+
+    def _ask_ahead(self, e: Emitter, r: Dim, t: Dim) -> None:
+        """Asks for what the members read at every point of a tile (a mask, a bias), while its scores are computed: rows far apart, of which a
+        block is too short a piece for the processor to see it coming."""
+        s, bounds = self.s, e.bounds()
+        frame = {f: sym(f) for f in s.sizes}
+        for op in (*s.full, *s.reductions):
+            along = [sym(f) for f in s.stream] if op in s.reductions else []
+            for v, m in zip(op.operands, op["maps"], strict=True):
+                if m is None or s.kind_of(v) or fill_of(op, list(op.operands).index(v)) is not None:
+                    continue
+                place = {f"d{j}": substitute(x, frame) for j, x in enumerate((*s.position[op], *along))}
+                offset = offset_in(v, m, place, bounds)
+                walk = split_linear(offset, s.stream[-1])
+                if not free_symbols(offset) & set(s.rows) or walk is None or walk[0] != 1:
+                    continue
+                for k in range(self.tile[0]):
+                    at = self.frame_at(minimum(self.start + r + k, s.row_count - 1), t)
+                    e.prefetch(self.buffers[v], simplify(substitute(offset, at), bounds))
+
+    def _weigh(self, e: Emitter, row: Dim, base: Dim, left: Dim, masked: bool) -> None:
+        """The pointwise members of one row of a block, and its reductions, along the row: a few vectors at a time, for those of a whole tile
+        would not fit the registers beside what an exponential needs."""
+        s, nr, b = self.s, self.tile[1], e.builder
+        known = {} if masked else dict(s.alive.known)
+        m = self.start + row
+        if not (isinstance(s.row_count, int) and s.row_count % self.tile[0] == 0):
+            m = minimum(m, s.row_count - 1)
+        tops = [op for op in s.reductions if op.result in s.shifts.values()]
+        others = [op for op in s.reductions if op not in tops]
+        line = with_shape(e, (1, nr))
+        before = {op: e.load(self.state[op], row) for op in s.reductions}
+
+        def scope(x: Emitter, q: Dim) -> Scope:
+            t = base + q * nr + sym("t1")
+            here = Scope(x, self.frame_at(m, t), [(t, s.length)], known=known)
+            self.without_scales(here)
+            for op in s.firsts:
+                here.values[op.result] = x.load(self.scores[op], row * self.steps + q * nr + sym("t1"))
+            return here
+
+        def reduced(ops: Sequence[Operation], totals: Sequence[Value]) -> list[Value]:
+            return [b.arith(COMBINE_OPS[op["combine"][0]], first, b.op(
+                "tile.reduce", total, type=TileType((1, 1), element_type(total.type)), axis=1, kind=op["combine"][0]))
+                for op, total, first in zip(ops, totals, firsts, strict=True)]
+
+        def largest(x: Emitter, q: Dim, carried: list[Value]) -> list[Value]:
+            here = scope(x, q)
             return [self._combined(here, op, acc, masked) for op, acc in zip(tops, carried, strict=True)]
 
         tiles = ceildiv(left, nr)
-        made = e.loop(0, tiles, 1, [before[op] for op in tops], score)
         rows: dict[Value, Value] = {}
         alpha: dict[Value, Value] = {}
-        for op, top in zip(tops, made, strict=True):
-            with b.at(op.location):
-                rows[op.result] = self.safe(e, top)
-                alpha[op.result] = self.exp(e, b.arith("sub", before[op], rows[op.result]))
-                e.store(self.state[op], top, self._place(r, 1, 0))
+        if tops:
+            firsts = [before[op] for op in tops]
+            made = line.loop(0, tiles, 1, [self.neutral(line, op, (1, nr)) for op in tops], largest)
+            for op, top in zip(tops, reduced(tops, made), strict=True):
+                with b.at(op.location):
+                    rows[op.result] = self.safe(e, top)
+                    alpha[op.result] = self.exp(e, b.arith("sub", before[op], rows[op.result]))
+                    e.store(self.alphas[op.result], alpha[op.result], row)
+                    e.store(self.state[op], top, row)
 
-        def weigh(inner: Emitter, q: Dim, carried: list[Value]) -> list[Value]:
-            ee = with_shape(inner, self.tile)
-            here = scope(ee, q)
+        def weigh(x: Emitter, q: Dim, carried: list[Value]) -> list[Value]:
+            here = scope(x, q)
             here.values |= rows
-            for op in s.firsts:
-                here.values[op.result] = ee.load(self.scores[op], self._place(r, self.steps, q * nr + sym("t1")))
             out = [self._combined(here, op, acc, masked) for op, acc in zip(others, carried, strict=True)]
             for op in s.seconds:
                 streamed = s.streamed(op)
                 if streamed.defining_op not in s.firsts:
-                    ee.store(self.weights[op], self.value(here, streamed), self._place(r, self.steps, q * nr + sym("t1")))
+                    x.store(self.weights[op], self.value(here, streamed), row * self.steps + q * nr + sym("t1"))
             return out
 
-        start = []
-        for op in others:
-            shift = s.shifts[op]
-            start.append(before[op] if shift is None else b.arith("mul", before[op], alpha[shift]))
         if others or any(s.streamed(op).defining_op not in s.firsts for op in s.seconds):
-            for op, total in zip(others, e.loop(0, tiles, 1, start, weigh), strict=True):
-                e.store(self.state[op], total, self._place(r, 1, 0))
-        for op in s.seconds:
-            with b.at(op.location):
-                self._second(e, op, r, base, left, alpha)
+            firsts = []
+            for op in others:
+                shift = s.shifts[op]
+                firsts.append(before[op] if shift is None else b.arith("mul", before[op], alpha[shift]))
+            made = line.loop(0, tiles, 1, [self.neutral(line, op, (1, nr)) for op in others], weigh)
+            for op, total in zip(others, reduced(others, made), strict=True):
+                e.store(self.state[op], total, row)
 
     def _combined(self, scope: Scope, op: Operation, acc: Value, masked: bool) -> Value:
-        """acc [rows, 1] combined with this tile's contribution to a reduction."""
-        s, e, mr = self.s, scope.e, self.tile[0]
+        """acc [1, steps of a register tile] combined with this one's contribution to a reduction."""
+        s, e = self.s, scope.e
         b, kind = e.builder, op["combine"][0]
         with b.at(op.location):
             x, = self.body(scope, op, [sym(f) for f in s.stream])
-            if not isinstance(x.type, TileType) or x.type.shape != self.tile:
-                x = e.broadcast(x, self.tile)
+            if not isinstance(x.type, TileType) or x.type.shape != e.shape:
+                x = e.broadcast(x, e.shape)
             lanes = e.mask_value([p for p in scope.active if "t1" in free_symbols(p[0])]) if masked else None
             if lanes is not None:
                 x = b.arith("select", lanes, x, identity_of(kind, element_type(x.type)))
-            part = b.op("tile.reduce", x, type=TileType((mr, 1), element_type(x.type)), axis=1, kind=kind)
-            return b.arith(COMBINE_OPS[kind], acc, part)
+            return b.arith(COMBINE_OPS[kind], acc, x)
 
     def _first(self, e: Emitter, op: Operation, m: Dim, t: Dim) -> Value:
         """A register tile of scores: rank-1 updates over the whole width."""

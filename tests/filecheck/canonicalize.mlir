@@ -124,12 +124,13 @@ module { func @empty { ^(%x: tensor<0x4xf32>):
 } }
 // -----
 
-// One number per row into a tensor of one number is a comparison of positions; other scatters stay.
+// One number per row into a tensor of one number is a comparison of positions, which are checked; other scatters stay.
 // CHECK-LABEL: func @numbers
 // CHECK-NEXT: ^(
 // CHECK-NOT: graph.scatter
 // CHECK: %[[P:.*]] = graph.reshape(%{{.*}}) : tensor<1x8xi64>
-// CHECK: %[[E:.*]] = graph.eq(%[[P]], %i) : tensor<4x8xi1>
+// CHECK: %[[I:.*]] = graph.require(%{{.*}}, %i) {message = "scatter: an index is out of range"} : tensor<4x1xi64>
+// CHECK: %[[E:.*]] = graph.eq(%[[P]], %[[I]]) : tensor<4x8xi1>
 // CHECK: graph.select(%[[E]], %{{.*}}, %{{.*}}) : tensor<4x8xf32>
 // CHECK: return
 module { func @numbers { ^(%i: tensor<4x1xi64>):

@@ -5,7 +5,7 @@
     device.calls        # ("launch", handle, grid, threads, shared, stream, parameters) | ("copy", ...) | ("product", ...)
 
 Kernel handles are 100, 101, ... in the order of loading. `fail_at` makes the call of that number fail with result `fail_with`. Graphs
-are lists of calls: a launched one adds its calls, with the parameters that they have by then.
+are lists of calls in the order in which they were captured, on whatever stream: a launched one adds its calls, with the parameters that they have by then.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from aicc.runtime.cuda_driver import KernelNode
 
 _P, _U32, _U64 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64
 _LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int32, _P, *[_U32] * 7, _P, _P, _P)
+_LAUNCH_EX = ctypes.CFUNCTYPE(ctypes.c_int32, _P, _P, _P, _P)
 _COPY = ctypes.CFUNCTYPE(ctypes.c_int32, _U64, _U64, _U64, _P)
 _PRODUCT = ctypes.CFUNCTYPE(ctypes.c_int32, *[_P] * 14, _U64, _P)
 _ATTRIBUTE = ctypes.CFUNCTYPE(ctypes.c_int32, _P, ctypes.c_int32, _P, _U64)
 _ENCODE = ctypes.CFUNCTYPE(ctypes.c_int32, _P, _U32, _U32, _P, _P, _P, _P, _P, _U32, _U32, _U32, _U32)
+_RECORD, _WAIT = ctypes.CFUNCTYPE(ctypes.c_int32, _P, _P), ctypes.CFUNCTYPE(ctypes.c_int32, _P, _P, _U32)
 _CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int32, _P)
 CAPTURE_STREAM = 999
 
@@ -50,12 +52,21 @@ class FakeDevice:
         self._parameters = parameters
         self._handles = 0
         self._bias: list[int] = []
+        self.capture_streams: set[int] = set()
+        self.events: dict[int, int] = {}  # event -> the stream on which it was recorded last
+        self.last: dict[int, int] = {}  # stream -> its last captured node
+        self.sides = 0
+        self.early: list[bool] = []  # of each launch by `cuLaunchKernelEx`: whether it may begin early
+        self.sides_destroyed: list[tuple[int, int]] = []
         self._keep = {
             "cuLaunchKernel": _LAUNCH(self._launch),
+            "cuLaunchKernelEx": _LAUNCH_EX(self._launch_ex),
             "cuMemcpyDtoDAsync_v2": _COPY(self._copy),
             "cublasLtMatmul": _PRODUCT(self._product),
             "cublasLtMatmulDescSetAttribute": _ATTRIBUTE(self._attribute),
             "cuTensorMapEncodeTiled": _ENCODE(self._encode),
+            "cuEventRecord": _RECORD(self._record_event),
+            "cuStreamWaitEvent": _WAIT(self._wait_event),
             "cuCtxGetCurrent": _CONTEXT(self._get_context),
             "cuCtxSetCurrent": _CONTEXT(self._set_context),
         }
@@ -66,8 +77,21 @@ class FakeDevice:
         self.count += 1
         if self.count - 1 == self.fail_at:
             return self.fail_with
-        (self.captured if stream == CAPTURE_STREAM else self.calls).append(call)
+        (self.captured if stream in self.capture_streams else self.calls).append(call)
+        self.last[stream] = len(self.captured) - 1
         return 0
+
+    def _record_event(self, event: int, stream: int | None) -> int:
+        result = self._record(stream or 0, ("record", event, stream or 0))
+        self.events[event] = stream or 0
+        return result
+
+    def _wait_event(self, stream: int | None, event: int, flags: int) -> int:
+        """A stream that waits for one that is captured is captured from then on."""
+        assert flags == 0
+        if self.events[event] in self.capture_streams:
+            self.capture_streams.add(stream or 0)
+        return self._record(stream or 0, ("wait", stream or 0, event))
 
     def _launch(self, f: int, x: int, y: int, z: int, tx: int, ty: int, tz: int, shared: int, stream: int, params: int, extra: int) -> int:
         n = self._parameters(f)
@@ -75,6 +99,16 @@ class FakeDevice:
         values = [ctypes.c_uint64.from_address(c).value for c in cells]
         assert (ty, tz, extra) == (1, 1, None)
         return self._record(stream, ("launch", f, (x, y, z), tx, shared, stream, values))
+
+    def _launch_ex(self, config: int, f: int, params: int, extra: int) -> int:
+        """CUlaunchConfig, with at most one attribute: programmatic stream serialisation."""
+        x, y, z, tx, ty, tz, shared = (_U32 * 7).from_address(config)
+        stream, attributes = (_U64 * 2).from_address(config + 32)
+        count = _U32.from_address(config + 48).value
+        if count:
+            assert count == 1 and _U32.from_address(attributes).value == 6 and ctypes.c_int32.from_address(attributes + 8).value == 1
+        self.early.append(bool(count))
+        return self._launch(f, x, y, z, tx, ty, tz, shared, stream, params, extra)
 
     def _copy(self, target: int, source: int, size: int, stream: int) -> int:
         return self._record(stream, ("copy", target, source, size, stream))
@@ -146,13 +180,28 @@ class FakeDevice:
         return self.user_captures
 
     def capture(self, launch: Callable[[int], Any]) -> int:
-        self.captured = []
-        launch(CAPTURE_STREAM)
+        self.captured, self.capture_streams = [], {CAPTURE_STREAM}
+        try:
+            launch(CAPTURE_STREAM)
+        finally:
+            self.capture_streams = set()
         self.graphs[len(self.graphs) + 1] = self.captured
         return len(self.graphs)
 
-    def kernel_nodes(self, graph: int) -> list[tuple[int, KernelNode]]:
-        return [(i, KernelNode(c[1])) for i, c in enumerate(self.graphs[graph]) if c[0] == "launch"]
+    def create_side(self) -> tuple[int, int]:
+        """Streams 1001, 1002, ... with events 2001, 2002, ..."""
+        self.sides += 1
+        return 999 + self.sides + 1, 1999 + self.sides + 1
+
+    def destroy_side(self, stream: int, event: int) -> None:
+        self.sides_destroyed.append((stream, event))
+
+    def captured_node(self, stream: int) -> int:
+        assert stream in self.capture_streams
+        return self.last[stream]
+
+    def node_params(self, node: int) -> KernelNode:
+        return KernelNode(self.captured[node][1])
 
     def instantiate(self, graph: int) -> int:
         self.executables[len(self.executables) + 1] = list(self.graphs[graph])

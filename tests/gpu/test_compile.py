@@ -145,3 +145,22 @@ def test_a_race_of_python_while_parsing_is_tried_again(tmp_path: Path, monkeypat
     failures.append("something else")
     with pytest.raises(IRError, match="something else"):
         compile_all(*case.build(), SM90, tmp_path)
+
+
+def test_kernels_for_hopper_wait_for_the_kernel_in_front_of_them() -> None:
+    """Before they touch memory; those for older devices, and the text that the interpreter runs, do not."""
+    found: list[str] = []
+
+    def keep(module: Operation, gm: torch.fx.GraphModule, args: list[Any]) -> Any:
+        for target in (SM90, SM80):
+            compiled = compile_gpu(module, target)
+            (source,) = compiled.sources.values()
+            found.append(source)
+            (row,) = compiled.program["kernels"].values()
+            assert row["dependent"] == (target is SM90)
+            assert ("cuLaunchKernelEx" if target is SM90 else "cuLaunchKernel") in compiled.program["host"]["imports"]
+        return gm.forward(*args)
+
+    capture(lambda a: a * 2, (torch.randn(300),), keep, until="host")
+    early, plain = found
+    assert early.index("gdc_wait()") < early.index("gdc_launch_dependents()") < early.index("tl.load(") and "gdc" not in plain

@@ -155,6 +155,35 @@ def test_a_misaligned_argument_is_noticed_by_a_replay() -> None:
     assert parameters[0] != base[1:].data_ptr() and parameters[0] % 16 == 0
 
 
+def branches(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    for _ in range(2):
+        x, y = torch.tanh(x).cumsum(1), torch.sigmoid(y).cumsum(1)
+    return x + y.flip(1)
+
+
+def test_two_streams_are_captured_and_patched() -> None:
+    """Chains of scans that do not depend on each other; each kernel is found in the graph on whatever stream it was captured."""
+    manifest, blobs = build(branches, torch.randn(30, 40000), torch.randn(30, 40000))
+    (steps,) = manifest["cuda"]["functions"].values()
+    assert [s[1] for s in steps if s[0] == "wait"] == [1, 0]
+    assert {s[3] for s in steps if s[0] == "launch"} == {0, 1}
+    device = device_for(manifest)
+    graph = CudaGraph(manifest, blobs, on=device, cudagraphs=True)
+    for _ in range(3):
+        x, y = torch.randn(30, 40000), torch.randn(30, 40000)
+        plain = [c for c in device.calls if c[0] == "launch"]
+        (out,) = graph(x, y)
+    kind, _, stream, calls = device.calls[-1]
+    launched = [c for c in calls if c[0] == "launch"]
+    assert kind == "graph" and stream == 77 and len(launched) == len(plain) == sum(s[0] == "launch" for s in steps)
+    assert [c[0] for c in calls if c[0] != "launch"] == ["record", "wait", "record", "wait"]
+    reads = {p for c in launched for p in c[6]}
+    assert {x.data_ptr(), y.data_ptr(), out.data_ptr()} <= reads
+    for step, call in zip([s for s in steps if s[0] == "launch"], launched, strict=True):
+        assert call[1] == graph.cuda.entries[step[1]], "each kernel keeps its own node"
+    assert graph.replay is not None and graph.replay.captures == 1
+
+
 def test_a_failing_capture_falls_back_with_a_warning() -> None:
     manifest, blobs = build(lambda a: a * 2, torch.randn(64))
     device = device_for(manifest)

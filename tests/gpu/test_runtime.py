@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import gc
 import threading
 from typing import Any
 
 import pytest
-from aicc.backends.triton.host import Copy, Launch, MatMul, Place, Program, Step
+from aicc.backends.triton.host import Copy, Launch, MatMul, Place, Program, Step, Wait
 from aicc.backends.triton.native import MISALIGNED, emit_native
 from aicc.ir import Operation, sym
 from aicc.ir.core import Block, IRError, Region
@@ -46,10 +48,12 @@ def load(steps: list[Step], device: FakeDevice, *, grid: tuple[Dim, ...] = (ceil
 
 def step_json(step: Step) -> list[Any]:
     if isinstance(step, Launch):
-        return ["launch", step.kernel, [p.to_json() for p in step.buffers], step.line]
+        return ["launch", step.kernel, [p.to_json() for p in step.buffers], step.stream, step.line]
     if isinstance(step, Copy):
-        return ["copy", step.source.to_json(), step.target.to_json(), expr_to_json(step.bytes), step.line]
-    return ["product", {n: p.to_json() for n, p in step.places.items()}, dict(step.shape), step.line]
+        return ["copy", step.source.to_json(), step.target.to_json(), expr_to_json(step.bytes), step.stream, step.line]
+    if isinstance(step, Wait):
+        return ["wait", step.stream]
+    return ["product", {n: p.to_json() for n, p in step.places.items()}, dict(step.shape), step.stream, step.line]
 
 
 def run(library: CudaLibrary, table: list[int], symbols: list[int]) -> int:
@@ -149,7 +153,7 @@ def test_a_misaligned_input_is_noticed_before_anything_is_launched() -> None:
     symbols = (ctypes.c_int64 * 2)(1, 64)
     for table, code in (((4096, 4100, 4112), 0), ((4096, 4096, 4104), MISALIGNED), ((4097, 4096, 4096), MISALIGNED)):
         t = (ctypes.c_uint64 * 3)(*table)
-        assert function.native(ctypes.addressof(t), ctypes.addressof(symbols), 0, 0, 0, function.count) == code
+        assert function.native(ctypes.addressof(t), ctypes.addressof(symbols), 0, 0, 0, 0, function.count) == code
     assert len(device.calls) == 1
 
 
@@ -202,6 +206,85 @@ def test_several_threads_may_run_one_function() -> None:
     for _, _, grid, _, _, _, parameters in device.calls:
         n = parameters[0] // 16
         assert parameters[1:3] == [(1 << 20) + n, 64 * n] and grid == (3 * n, 1, 1)
+
+
+def two_streams() -> list[Step]:
+    k = Launch("k", (Place(0, 0), Place(1, 0)))
+    return [k, Wait(1), k, dataclasses.replace(k, stream=1), Wait(0), k]
+
+
+def test_programmatic_launches_begin_early_but_not_after_a_wait() -> None:
+    device = FakeDevice()
+    library = load(two_streams(), device, row={"dependent": True})
+    run(library, [16, 32], [0, 64])
+    launches = [c for c in device.calls if c[0] == "launch"]
+    assert [c[5] for c in launches] == [77, 77, 1001, 77] and device.early == [True, True, False, False]
+    assert all(c[1:5] == (100, (3, 1, 1), 128, 256) for c in launches) and launches[0][6][:3] == [16, 32, 64]
+
+
+def streams_of(device: FakeDevice) -> list[Any]:
+    """What was asked, by stream."""
+    return [("launch", c[5]) if c[0] == "launch" else c for c in device.calls]
+
+
+def test_steps_of_the_second_stream_run_between_events() -> None:
+    device = FakeDevice()
+    library = load(two_streams(), device)
+    for _ in range(2):
+        device.calls.clear()
+        assert run(library, [16, 32], [0, 64]) == 0
+        assert streams_of(device) == [("launch", 77), ("record", 2001, 77), ("wait", 1001, 2001), ("launch", 77), ("launch", 1001),
+                                      ("record", 2001, 1001), ("wait", 77, 2001), ("launch", 77)]
+    assert device.sides == 1, "calls one after the other share a stream"
+
+
+def test_within_a_capture_of_the_user_there_is_one_stream() -> None:
+    device = FakeDevice()
+    library = load(two_streams(), device)
+    device.user_captures = True
+    run(library, [16, 32], [0, 64])
+    assert streams_of(device) == [("launch", 77)] * 4
+
+
+def test_a_failure_on_two_streams_leaves_the_caller_s_waiting_for_the_other() -> None:
+    device = FakeDevice()
+    library = load(two_streams(), device)
+    device.fail_at, device.fail_with = 4, 9
+    with pytest.raises(CudaError, match=r"launching kernel 'k' \(step 4 of 6"):
+        run(library, [16, 32], [0, 64])
+    assert streams_of(device)[-2:] == [("record", 2001, 1001), ("wait", 77, 2001)]
+    device.count, device.fail_at = 0, 1
+    with pytest.raises(CudaError, match=r"letting one stream wait for the other \(step 2 of 6 of 'main_0'\): result 9"):
+        run(library, [16, 32], [0, 64])
+
+
+def test_calls_of_several_threads_have_streams_and_events_of_their_own() -> None:
+    device = FakeDevice()
+    library = load(two_streams(), device)
+    function = library.function("main_0")
+    at_once = threading.Barrier(3)
+    native = function.native
+
+    def together(*args: int) -> int:
+        at_once.wait()
+        return native(*args)
+    function.native = together
+    table, symbols = (ctypes.c_uint64 * 2)(16, 32), (ctypes.c_int64 * 2)(0, 64)
+    threads = [threading.Thread(target=function, args=(ctypes.addressof(table), ctypes.addressof(symbols))) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    del t, threads
+    assert device.sides == 3
+    used: dict[int, set[int]] = {}
+    for call in device.calls:
+        if call[0] == "wait":
+            used.setdefault(call[2], set()).add(call[1])
+    assert used == {2000 + n: {1000 + n, 77} for n in (1, 2, 3)}
+    del function, library
+    gc.collect()
+    assert sorted(device.sides_destroyed) == [(1000 + n, 2000 + n) for n in (1, 2, 3)]
 
 
 def test_kernels_that_do_not_fit_and_missing_parts_are_errors() -> None:

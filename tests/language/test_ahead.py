@@ -25,6 +25,23 @@ def test_is_what_eager_gives() -> None:
         assert not y.requires_grad
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x).relu()
+        return x
+
+
+def test_a_class_and_a_method() -> None:
+    m, x = Residual(), torch.randn(5, 16)
+    for function in (m, m.forward):
+        torch.testing.assert_close(aicc.compile(function, x, options={"cache": False})(x), m(x))
+
+
 def test_does_not_enter_dynamo() -> None:
     """Guards are what would notice that the module is another one."""
     m, x = model(), torch.randn(5, 16)

@@ -38,6 +38,7 @@ BAD: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     **{f"put {i}": (lambda x, i: x.put(i, ROW[0, :1]), (X, at(i))) for i in (20, -21)},
     **{f"scatter {i}": (lambda x, i: x.scatter(0, i, ONE), (X, spot(i))) for i in (4, -1)},
     **{f"scatter of a number {i}": (lambda x, i: x.scatter(0, i, 1.0), (X, spot(i))) for i in (4, -1)},
+    **{f"scatter of a number into one {i}": (lambda i: torch.zeros(4, 5).scatter(1, i, 1.0), (at(0, 4, i, 1)[:, None],)) for i in (5, -1)},
     **{f"scatter_add {i}": (lambda x, i: x.scatter_add(0, i, ONE), (X, spot(i))) for i in (4, -1)},
     **{f"scatter_reduce {how} {i}": (lambda x, i, how=how: x.scatter_reduce(0, i, ONE, how), (X, spot(i)))
        for how in ("amax", "mean") for i in (4, -1)},
@@ -53,6 +54,7 @@ BAD: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
        for t in (torch.int64, torch.int32, torch.uint8)
        for name, f in {"//": lambda a, b: a // b, "%": lambda a, b: a % b, "fmod": torch.fmod,
                        "trunc": lambda a, b: torch.div(a, b, rounding_mode="trunc")}.items()},
+    "integers to a negative power": (lambda a: a ** -1, (at(1, 2),)),
     "% 0": (lambda a: a % 0, (at(1, 2),)),
     "// in a reduction": (lambda a, b: (a // b).sum(0), (at(*range(40)).reshape(8, 5), torch.zeros(8, 5, dtype=torch.int64))),
     "// that is not selected": (lambda a, b: torch.where(b != 0, a // b, 0), (at(1, 2), at(1, 0))),

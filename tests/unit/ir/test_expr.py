@@ -317,3 +317,11 @@ def test_errors() -> None:
     for tree in (True, 1.5, ["add", 1], ["pow", "s0", 2], None):
         with pytest.raises(ValueError, match="not a size expression"):
             json_to_expr(tree)
+
+
+def test_remembered_simplifications_keep_ranges_apart() -> None:
+    """The same expression under other ranges is another question."""
+    e = (sym("d0") * 3 + sym("d1")) // 3
+    assert str(simplify(e, {"d0": (0, 4), "d1": (0, 2)})) == "d0"
+    assert simplify(e, {"d0": (0, 4), "d1": (0, 5)}) != sym("d0")
+    assert substitute(e, {"d0": 2, "d1": 1}) == 2 and substitute(e, {"d0": 2, "d1": 4}) == 3

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 import pytest
-from aicc.ir import DTYPES, Block, Builder, Dense, Operation, Region, SymbolRef, TensorType, Value, make_func, make_module, sym
+from aicc.ir import DTYPES, Block, Builder, Dense, Operation, Region, SymbolRef, Target, TensorType, Value, make_func, make_module, sym
 from aicc.ir.expr import evaluate
 from aicc.ir.passes import PassContext, run_pipeline
 from aicc.ir.types import BufferType
@@ -21,11 +21,13 @@ from aicc.passes.plan_memory import PlanMemory
 from aicc.passes.schedule import Schedule, peak_bytes
 from aicc.passes.side_by_side import SideBySide
 from aicc.passes.storage import size_at, storage_bytes
+from aicc.passes.two_streams import TwoStreams
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis import target as aim
 
 F32 = DTYPES["f32"]
+GPU = Target(kind="cuda", name="sm_90", capability=90, multiprocessors=132)
 SHAPES: dict[str, list[tuple[Any, ...]]] = {
     "static": [(4,), (16,), (16, 4), (100,), (8, 33), (1000,)],
     "dynamic": [(4,), (sym("s0"),), (sym("s0"), 16), (sym("s0"), sym("s1")), (sym("s1"), 4), (sym("s0") + 3,), (100,)],
@@ -54,7 +56,7 @@ class Program:
         kernel = Operation.create("tile.kernel", (),
                                   {"sym_name": name, "grid": (1,), "outputs": len(types), "inplace": tuple(inplace),
                                                       "symbols": symbols,
-                                   "bytes": 100_000 if self.kernels % 3 else 1000}, (), [Region([inner])])
+                                   "bytes": 100_000 if self.kernels % 3 else 1000, "flops": 0}, (), [Region([inner])])
         self.block.insert_before(self.func, kernel)
         attrs: dict[str, Any] = {"kernel": SymbolRef(name), **({"cached": True} if cached else {})}
         op = Builder.at_end(self.body).create("tile.launch", inputs, attrs, types)
@@ -163,10 +165,28 @@ def backwards(ops: list[Operation]) -> list[Operation]:
     return [*(op for op in ops if op.name not in _STEPS), *found]
 
 
+def late_or_early(ops: list[Operation], late: int) -> list[Operation]:
+    """An order in which a device may run the steps of two streams: stream `late` as late as the waits allow, the other one as early."""
+    queues: list[list[Operation]] = [[], []]
+    found = [op for op in ops if op.name not in _STEPS and op.name != "host.wait"]
+    for op in ops:
+        if op.name == "host.wait":
+            found += queues[op["on"]]
+            queues[op["on"]] = []
+        elif op.name in _STEPS:
+            stream = op.attributes.get("stream", 0)
+            if stream == late:
+                queues[late].append(op)
+            else:
+                found.append(op)
+    return [*found, *queues[0], *queues[1]]
+
+
 _STEPS = ("host.launch", "host.copy", "host.extern", "host.loop")
 
 
-def evaluate_host(func: Operation, inputs: int, symbols: dict[str, int], turned: bool = False) -> tuple[list[Any], list[Any], list[str]]:
+def evaluate_host(func: Operation, inputs: int, symbols: dict[str, int], turned: bool = False,
+                  order: list[Operation] | None = None) -> tuple[list[Any], list[Any], list[str]]:
     memory = Memory()
     places: dict[Value, tuple[Any, int, int]] = {}
     for i, a in enumerate(func.body.args):
@@ -174,7 +194,7 @@ def evaluate_host(func: Operation, inputs: int, symbols: dict[str, int], turned:
         if i < inputs:
             memory.write(places[a], f"arg{i}")
     effects = []
-    for op in backwards(func.body.ops) if turned else func.body:
+    for op in order if order is not None else backwards(func.body.ops) if turned else func.body:
         if op.name == "host.constant":
             places[op.result] = (op, 0, 1)
             memory.write((op, 0, 1), ("constant", op["value"].shape))
@@ -205,8 +225,8 @@ def evaluate_host(func: Operation, inputs: int, symbols: dict[str, int], turned:
 CASES = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
-def check(module: Operation, values: list[dict[str, int]], beside: bool = False) -> int:
-    """The number of launches that run side by side."""
+def check(module: Operation, values: list[dict[str, int]], beside: bool = False, streams: bool = False) -> int:
+    """The number of launches that run side by side, or on a second stream."""
     func = function(module)
     inputs = len(func.body.args)
     want = evaluate_values(func)
@@ -214,15 +234,17 @@ def check(module: Operation, values: list[dict[str, int]], beside: bool = False)
     run_pipeline(module, [Schedule()], PassContext())
     assert peak_bytes(module, func) <= before
     assert evaluate_values(func) == want
-    run_pipeline(module, [Bufferize(), *([SideBySide()] if beside else []), PlanMemory(check=True)], PassContext())
+    run_pipeline(module, [Bufferize(), *([SideBySide()] if beside else []), *([TwoStreams(replayed=True)] if streams else []), PlanMemory(check=True)], PassContext(target=GPU))
     stats = func["stats"]
     for symbols in values:
         assert evaluate_host(func, inputs, symbols) == want
         if beside:
             assert evaluate_host(func, inputs, symbols, turned=True) == want
+        for late in (0, 1) if streams else ():
+            assert evaluate_host(func, inputs, symbols, order=late_or_early(func.body.ops, late)) == want
         arena, bound, unplanned = (size_at(stats[k], symbols) for k in ("arena_bytes", "lower_bound", "unplanned_bytes"))
         assert bound <= arena <= unplanned
-    return sum(bool(op.attributes.get("beside")) for op in func.body)
+    return sum(bool(op.attributes.get("beside") or op.attributes.get("stream")) for op in func.body)
 
 
 @CASES
@@ -242,6 +264,13 @@ def test_dynamic_programs(module: Operation) -> None:
 def test_launches_side_by_side_in_any_order(module: Operation) -> None:
     """Memory is planned so that members of a group may come in the opposite order."""
     aim(float(check(module, [{}], beside=True)))
+
+
+@CASES
+@given(programs("static"))
+def test_two_streams_in_any_order(module: Operation) -> None:
+    """Memory is planned so that either stream may be as late as the waits between them allow."""
+    aim(float(check(module, [{}], streams=True)))
 
 
 def test_contents_differ_when_a_buffer_is_clobbered() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from aicc.compiler.dynamo import aot_backend
@@ -77,7 +76,17 @@ def test_sizes_of_one_do_not_part_a_product_from_its_readers() -> None:
     assert len(launches(module)) == 1
 
 
-@pytest.mark.xfail(reason="the norm's result is computed again here instead of kept, and one sum along rows is a kernel of its own then: three readings", strict=True)
+def test_the_parts_of_a_long_product_of_few_rows_are_added_up_by_the_norm() -> None:
+    """As in an encoder's second linear layer at batch 1: too few tiles for the device, so the sum is taken in parts, and the library is not asked."""
+    def f(x: Tensor, w: Tensor, b: Tensor, r: Tensor, n: Tensor) -> Tensor:
+        return F.rms_norm(F.linear(x, w, b) + r, (768,), n)
+
+    (module,) = lowered(f, rand(128, 3072), rand(768, 3072), rand(768), rand(128, 768), rand(768))
+    assert len(launches(module)) == 2 and not any(op.name == "tensor.library" for op in module.walk())
+    parts, _ = [op for op in module.body if op.name == "tile.kernel"]
+    assert parts["grid"][0] * parts["grid"][-1] > 64
+
+
 def test_the_backward_of_a_norm_reads_its_gradient_twice() -> None:
     """Once along rows, for the input's gradient, and once along columns, for the weights'."""
     def f(x: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
