@@ -1,4 +1,4 @@
-"""More faults to plant (see `planted.py`): where products end and results are stored, in calls of a vendor's library, and in the order of launches."""
+"""More faults to plant (see `planted.py`): where products end and results are stored, and in the order of launches."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from aicc.backends.llvm import nontemporal as llvm_nontemporal
-from aicc.ir import Operation
-from aicc.passes import library, narrow_results, nontemporal, schedule, tile_reductions
+from aicc.passes import nontemporal, schedule, tile_reductions
 from aicc.passes.tiling import contraction
 from llvmlite import ir
 from planted import Planted, r
@@ -39,12 +38,6 @@ def sums_of_exponentials(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return y.exp().sum(-1)
 
 
-def rounded(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    h = x @ w
-    a = h.softmax(-1)
-    return a.t() @ h
-
-
 def products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     z = x @ y
     return z.sin() * 2
@@ -68,25 +61,6 @@ def _last_part_too_long(m: pytest.MonkeyPatch) -> None:
     m.setattr(tile_reductions, "_leave_out", lambda made, parts, combine: None)
 
 
-def _rounded_and_turned(m: pytest.MonkeyPatch) -> None:
-    true = narrow_results.identity_map
-    m.setattr(narrow_results, "identity_map", lambda rank: true(rank)[::-1])
-
-
-def _library_takes_the_wrong_side(m: pytest.MonkeyPatch) -> None:
-    """All products go to the library, with their operands exchanged."""
-    true = library._Chain.outline
-
-    def wrong(self: Any, why: str) -> Operation:
-        made = true(self, why)
-        a, b = made.operands[:2]
-        made.set_operand(0, b)
-        made.set_operand(1, a)
-        return made
-    m.setattr(library._Chain, "outline", wrong)
-    m.setattr(library, "generated_seconds", lambda target, work: 1.0)
-
-
 def _lanes_reversed(m: pytest.MonkeyPatch) -> None:
     """Vectors that are stored past the caches, of everything that is larger than 4 KB."""
     true = llvm_nontemporal.Nontemporal.store
@@ -108,7 +82,5 @@ def plant_a_wrong_order(m: pytest.MonkeyPatch) -> None:
 PLANTED_KERNELS: dict[str, Planted] = {
     "tile (behind a product)": Planted("tile", "", Normalised(), (r(2, 8, 9, 9),), _one_channel_for_all, 12),
     "tile-reductions": Planted("tile-reductions", "", sums_of_exponentials, (r(64, 64), r(64, 600)), _last_part_too_long, 6),
-    "narrow-results": Planted("narrow-results", "", rounded, (r(32, 32).bfloat16(), r(32, 32).bfloat16()), _rounded_and_turned, 12, target="cuda:90"),
-    "library": Planted("library", "x @ y", products, (r(32, 32), r(32, 32)), _library_takes_the_wrong_side, 4, target="cuda:90"),
     "program (past the caches)": Planted("program", "", pointwise, (r(64, 512),), _lanes_reversed, 6),
 }
