@@ -18,7 +18,6 @@ import argparse
 import copy
 import importlib
 import importlib.util
-import json
 import sys
 import time
 import traceback
@@ -38,6 +37,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from . import networks
+from .suite import parse
 from .timing import environment, first_call, geometric_mean, measure_blocks
 
 TOLERANCE = 1e-4
@@ -118,59 +118,37 @@ CASES = {c.name: c for c in (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", help="names, or parts of them, separated by commas; measured in this order")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--peers", default="all", help=f"'all' that are installed, 'none', or some of {','.join(contenders.PEERS)}")
-    parser.add_argument("--seconds", type=float, default=1.5, help="how long each contender is measured per case")
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="begin no further case after this many seconds")
     parser.add_argument("--cpu-time", action="store_true", help="count this thread's CPU time, not wall time: for one thread on a busy machine")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a chart of speed over eager (`pip install aicc[plot]`)")
-    options = parser.parse_args()
-    names = _cases(options.cases)
-    if not names:
-        parser.error(f"no case matches; there are {', '.join(CASES)}")
-    peers = contenders.choose(options.peers)
-    if isinstance(peers, str):
-        parser.error(peers)
+    suite = parse(parser, CASES, "all", 1.5)
+    peers, options = suite.peers, suite.given
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("matplotlib is missing: pip install aicc[plot]")
-    if options.cpu_time and ("openvino" in peers or options.threads != [1]):
+    if options.cpu_time and ("openvino" in peers or suite.threads != [1]):
         parser.error("--cpu-time counts the calling thread alone: one thread, and no OpenVINO, which computes in threads of its own")
     clock = time.thread_time if options.cpu_time else time.perf_counter
     contenders.warm_up(["aicc", *(p for p in peers if p == "inductor")])
-    about, rows, start = environment(), [], time.perf_counter()
-    for threads in options.threads:
-        torch.set_num_threads(threads)
+    about = environment()
+    for threads, names in suite.runs():
         print(f"{about['cpu']}, torch {about['torch']}, {threads} of {about['cores']} cores, load {environment()['load']}, float32\n")
         print(_line({"case": "case"}, peers), flush=True)
         here = []
         for name in names:
-            if time.perf_counter() - start > options.budget:
-                print(f"{name:<28} not measured: out of time")
-                continue
             try:
-                row = measure(CASES[name], peers, options.seconds, clock)
+                row = measure(CASES[name], peers, suite.seconds, clock)
             except Exception as e:  # one case that fails must not cost the table
                 traceback.print_exc(file=sys.stderr)
                 row = {"case": name, "failure": f"{type(e).__name__}: {e}".splitlines()[0]}
             here.append({**row, "threads": threads})
             print(_line(row, peers), flush=True)
-            if options.json:
-                options.json.write_text(json.dumps({"environment": about, "rows": rows + here}, indent=2) + "\n")
+            suite.add(here[-1], environment=about)
         _summary([r for r in here if "failure" not in r], peers)
-        if threads == options.threads[0]:  # later ones find caches filled
+        if threads == suite.threads[0]:  # later ones find caches filled
             _compile_summary([r for r in here if "failure" not in r], peers)
-        rows += here
     print(f"load at the end {environment()['load']}")
     if options.plot:
-        plot(rows, ["aicc", *peers], options.plot)
-    sys.exit(any(_is_wrong(r) for r in rows))
-
-
-def _cases(text: str | None) -> list[str]:
-    """Cases whose names contain the parts, in the order of the parts."""
-    return list(dict.fromkeys(n for part in (text or "").split(",") for n in CASES if part in n))
+        plot(suite.rows, ["aicc", *peers], options.plot)
+    sys.exit(any(_is_wrong(r) for r in suite.rows))
 
 
 @torch.no_grad()

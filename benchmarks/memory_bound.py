@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from . import contenders  # first: it names the caches before torch reads them
@@ -26,6 +23,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 from . import networks
+from .suite import parse
 from .timing import environment, geometric_mean, measure_blocks
 
 __all__ = ["CASES", "Case", "copy_bandwidth", "least_bytes", "measure"]
@@ -144,25 +142,9 @@ def measure(case: Case, peers: Sequence[str], seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", help="names, or parts of them, separated by commas")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--peers", default="none", help=f"'all' that are installed, 'none', or some of {','.join(contenders.PEERS)}")
-    parser.add_argument("--seconds", type=float, default=0.5, help="how long each contender is measured per case")
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="begin no further case after this many seconds")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--list", action="store_true", help="print the cases and end")
-    options = parser.parse_args()
-    names = [n for n in CASES if any(part in n for part in (options.cases or "").split(","))]
-    if options.list or not names:
-        parser.exit(0 if options.list else 2, "\n".join(CASES) + "\n")
-    peers = contenders.choose(options.peers)
-    if isinstance(peers, str):
-        parser.error(peers)
-    rows: list[dict[str, Any]] = []
-    start = time.perf_counter()
-    for threads in options.threads:
-        torch.set_num_threads(threads)
+    suite = parse(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter), CASES, "none", 0.5)
+    peers = suite.peers
+    for threads, names in suite.runs():
         ways = copy_bandwidth()
         copy = max(ways.values())
         about = environment()
@@ -171,25 +153,20 @@ def main() -> None:
         print(" ".join([f"{'case':<28}", *(f"{n + ' ms':>16}" for n in ["eager", *peers, "aicc"]), "   MB", "  % of copy  (eager)  best peer/aicc"]))
         here = []
         for name in names:
-            if time.perf_counter() - start > options.budget:
-                print(f"{name:<28} not measured: out of time")
-                continue
             try:
-                row = measure(CASES[name], peers, options.seconds)
+                row = measure(CASES[name], peers, suite.seconds)
             except Exception as e:  # one case that fails must not cost the table
                 print(f"{name:<28} FAILED: {type(e).__name__}: {e}"[:200])
                 continue
             row |= {"threads": threads, "copy": copy, "percent": 100 * row["bytes"] / (row["aicc_ms"] / 1e3) / copy}
             here.append(row)
             print(_line(row, peers), flush=True)
-            if options.json:
-                options.json.write_text(json.dumps({"environment": about, "copies": ways, "rows": rows + here}, indent=2) + "\n")
+            suite.add(row, environment=about, copies=ways)
         if here:
             short = [r for r in here if r["percent"] < TARGET]
             print(f"{len(here) - len(short)} of {len(here)} cases at {TARGET:.0f} % of the copy or more; best peer over aicc: geometric mean "
                   f"{geometric_mean([_ratio(r, peers) for r in here]):.2f}x, below 0.95: "
                   + (", ".join(r["case"] for r in here if _ratio(r, peers) < 0.95) or "none") + "\n")
-        rows += here
 
 
 def _ratio(row: dict[str, Any], peers: Sequence[str]) -> float:

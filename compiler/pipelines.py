@@ -56,7 +56,8 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             *([f"stream{relax}"] if options.fuse else []),
             # What is left of a product's readers: reductions of its tiles join its kernel.
             *(["tile-reductions"] if options.fuse and not target.is_gpu else []),
-            *(["split-reductions", "split-dimensions"] if target.is_gpu and options.fuse else []),
+            *(["split-reductions"] if options.fuse else []),
+            *(["split-dimensions"] if target.is_gpu and options.fuse else []),
             fuse if options.fuse else "fuse{max-members=1}",
             # What crosses from kernel to kernel is known now.
             *(["narrow-results"] if target.is_gpu else []),

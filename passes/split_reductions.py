@@ -1,11 +1,11 @@
-"""Long reductions to few elements in two steps, so that every multiprocessor has work.
+"""Long reductions to few elements in two steps, so that every multiprocessor (CPUs: every thread) has work.
 
     sum over K of f        ->        sum over S of (sum over K / S of f)
 
 The first step makes S partial results in parallel (split-K, for a contraction); the second is small and fuses with what reads it.
 A sum and the sum of squares about its mean (a variance: batch norm) are split together, each part about its own mean, so that the first step stays
 one pass over memory (see `rescale.about_mean` for the formula by which parts merge).
-Only dimensions that S divides are split. The order of additions is fixed: results are the same in every run.
+Only dimensions that S divides are split. The order of additions is fixed: results are the same in every run, and with any number of threads.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ from ..ir.ranges import simplify, split_linear
 from .narrow_results import ROUNDS
 from .rescale import about_mean
 from .structured import is_contraction, rebuild, space_bounds
+from .tiling.columns import COLUMNS as LOOP_COLUMNS
 from .tiling.contraction import is_row_major, roles_of
 from .tiling.gpu_tiles import COLUMNS, gemm_tile_gpu, product_bytes
 
+CPU_PARTS = 16
+"""Programs that a reduction on a CPU is split into at most."""
+CPU_POINTS = 1 << 18
+"""Points of a part: some 50 microseconds."""
 ADDED = 8
 """Parts of a product that are added up element by element, and not by a reduction."""
 SPLITTABLE = frozenset({"sum", "prod", "max", "min", "any", "all"})
@@ -48,9 +53,7 @@ class SplitReductions(Pass):
                     continue
                 if not set(op["combine"]) <= SPLITTABLE or 0 in op["dims"]:
                     continue
-                programs, room = _programs(op, ctx.target), ctx.target.multiprocessors
-                wanted = 4 if not is_contraction(op) and reduces_rows(op) else 2  # programs per multiprocessor, as measured
-                parts, d = self._parts(op, -(-wanted * room // programs)) if 2 * programs <= room else (1, 0)
+                parts, d = self._on_gpu(op, ctx.target) if ctx.target.is_gpu else self._on_cpu(op)
                 if parts > 1:
                     squares = _squares_about_mean(op)
                     if squares is None:
@@ -58,6 +61,20 @@ class SplitReductions(Pass):
                     else:
                         _split_moments(op, squares, d, parts)
                     ctx.remark("done", f"a reduction of {op['dims'][d]} elements in {parts} parts", op.location)
+
+    def _on_gpu(self, op: Operation, target: Target) -> tuple[int, int]:
+        programs, room = _programs(op, target), target.multiprocessors
+        wanted = 4 if not is_contraction(op) and reduces_rows(op) else 2  # programs per multiprocessor, as measured
+        return self._parts(op, -(-wanted * room // programs)) if 2 * programs <= room else (1, 0)
+
+    def _on_cpu(self, op: Operation) -> tuple[int, int]:
+        """Few parts, each worth a thread's while: how many depends on nothing but the sizes, so that results do not depend on the machine."""
+        if is_contraction(op):
+            return 1, 0
+        made = as_int(product(parallel_dims(op)))
+        programs = max(1, made if reduces_rows(op) else made // LOOP_COLUMNS)
+        points = as_int(product(op["dims"]))
+        return self._parts(op, min(CPU_PARTS // programs, points // CPU_POINTS))
 
     def _parts(self, op: Operation, wanted: int) -> tuple[int, int]:
         """How many parts, and of which dimension: the largest divisor up to what is wanted."""

@@ -20,10 +20,12 @@ from llvmlite import ir
 
 from ...ir.core import Operation
 from ...ir.expr import Dim, free_symbols, substitute, sym
+from ...ir.ranges import split_linear
 from ...ir.types import BufferType, DType, TileType
 from .atomics import emit_atomic
 from .intrinsics import call, suffix
 from .masks import LaneChunk
+from .shapes import emit_transpose
 from .symbolic import position
 from .values import (
     I1,
@@ -278,7 +280,21 @@ def emit_load(k: KernelEmitter, op: Operation) -> Tile | ir.Value:
     if not isinstance(t, TileType):
         return _Loader(k, op, (1,)).run()[0][0]
     widths = k.layout(op.result)
-    return Tile(t.shape, t.dtype, widths, _Loader(k, op, widths).run())  # type: ignore[arg-type]
+    loader = _Loader(k, op, widths)
+    return _columns(loader, k.lanes) or Tile(t.shape, t.dtype, widths, loader.run())  # type: ignore[arg-type]
+
+
+def _columns(x: _Loader, lanes: int) -> Tile | None:
+    """A tile whose columns lie in one piece in memory, whose rows do not: columns are read as vectors, and turned in registers. None for others."""
+    if len(x.shape) != 2 or x.gaps or x._gathered or x.dtype.name == "i1" or any(n % lanes for n in x.shape) or lanes == 1:
+        return None
+    down, across = (split_linear(x.offset, position(d)) for d in (0, 1))
+    if down is None or across is None or down[0] != 1 or across[0] == 1:
+        return None
+    rows, columns = x.shape
+    starts = [substitute(x.offset, {position(0): 0, position(1): c}) for c in range(columns)]
+    read = [[x._contiguous(start + r, lanes, None, None) for r in range(0, rows, lanes)] for start in starts]
+    return emit_transpose(x.b, Tile((columns, rows), x.dtype, (lanes,) * (rows // lanes), read), x.widths)
 
 
 # -- stores -------------------------------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ SAMPLED = 256
 """Rows shorter than this are read without a sample's bound."""
 BUFFER = 4
 """Records of the selection's buffer, in multiples of what is kept."""
+LONGEST = (1 << 31) - 1
+"""Elements of a row: places and counters have 32 bits. Longer ones of constant size are left to the library; others make the call fail."""
 SLACK = 320
 """Records of room more in each buffer: for a sample, and for what enters before the buffer is found full."""
 
@@ -130,6 +132,10 @@ def sort_rows(k: KernelEmitter, op: Operation) -> None:
     work = k.scratch.private(("sort", room * record.bytes), 2 * room * record.bytes)
     row = scalars.address(source, memory_type(dtype), start)
     length, count = scalars.emit(n), scalars.emit(keep)
+    if not isinstance(n, int):
+        fits = b.icmp_signed("<=", length, I64(LONGEST))
+        k.report(op, fits)
+        length, count = (b.select(fits, x, I64(0)) for x in (length, count))
     spare = scalars.address(work, ir.IntType(8), room * record.bytes)
     if partly:
         made = b.call(_select(k.module, keys), [row, length, count, work, spare])

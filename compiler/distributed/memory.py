@@ -9,6 +9,7 @@ pipeline's schedule says how many). Not counted are a library's own buffers (NCC
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ...runtime.dtypes import torch_dtype
 from ...runtime.executor import CompiledGraph
 from .module import ShardedModule
 from .optimizer import ShardedOptimizer
+from .program import ShardedProgram, local_size
 
 __all__ = ["StepMemory", "alive_micro_batches", "program_memory", "step_memory"]
 
@@ -73,7 +75,6 @@ def program_memory(graph: CompiledGraph) -> tuple[int, int]:
 def step_memory(modules: Sequence[ShardedModule], optimizer: ShardedOptimizer | None, alive: Sequence[int]) -> StepMemory:
     """alive: for each module, how many micro-batches are between its forward and backward at most."""
     local = [_local(p) for m in modules for p in m.parameters()]
-    trained = [_local(p) for m in modules for p in m.parameters() if p.requires_grad]
     kept, running = 0, 0
     gradients = 0
     for module, count in zip(modules, alive, strict=True):
@@ -85,9 +86,9 @@ def step_memory(modules: Sequence[ShardedModule], optimizer: ShardedOptimizer | 
         backward = max(program_memory(g)[0] for g in parts)
         made = sum(program_memory(g)[1] for g in parts)
         running = max(running, forward - results, backward - (made if count == 1 else 0))
-        gradients += made
+        gradients += _gradients(module.program)
     state = 0 if optimizer is None else optimizer.state_bytes()
-    return StepMemory(sum(local), max(gradients, sum(trained)), state, kept, running)
+    return StepMemory(sum(local), gradients, state, kept, running)
 
 
 def alive_micro_batches(steps: Schedule, stage: int) -> int:
@@ -104,6 +105,16 @@ def _bytes(row: dict[str, Any]) -> int:
     total = torch_dtype(row["dtype"]).itemsize
     for s in row["shape"]:
         total *= int(s)
+    return total
+
+
+def _gradients(program: ShardedProgram) -> int:
+    """Bytes of this rank's pieces of the parameters' gradients."""
+    total = 0
+    for k in program.which("param"):
+        a = program.joint.arguments[program.joint.gradients[k]]
+        piece = local_size(a.shape, program.layout.gradients[k], program.mesh, program.layout.order)
+        total += math.prod(piece) * a.dtype.itemsize
     return total
 
 

@@ -27,6 +27,24 @@ from .workload import BlockWork, Kernel, block_work
 __all__ = ["SOFTWARE", "BlockCost", "Placement", "Software", "block_cost", "kernel_seconds", "with_gather"]
 
 
+@dataclass(frozen=True)
+class Working:
+    """Memory of a compiled step beside parameters, gradients, state and kept values; fitted to what programs of Llama and GPT-2 say.
+
+    loss: bytes per logit of a micro-batch. streams: tensors of the size of the residual stream at the peak; tensor, sequence: how many more under
+    tensor parallelism without and with sequence parallelism, and again more where MLPs are not gated; pipeline: how many more in a pipeline.
+    in_flight: the share of a rank's gradients (under ZeRO-3 of its gathered parameters too) that is in collectives at the peak; the largest
+    parameter at the least.
+    """
+
+    loss: float
+    streams: float
+    tensor: tuple[float, float]
+    sequence: tuple[float, float]
+    pipeline: float
+    in_flight: float
+
+
 @hash_once
 @dataclass(frozen=True)
 class Software:
@@ -41,6 +59,9 @@ class Software:
     optimizer_bytes: state per parameter (master copy and two moments, all fp32; of a model in fp32 the master is the parameter).
     optimizer_traffic: bytes per parameter through memory in an update: read gradient, unscale and norm (10), read and write master and two
     moments (24), write the 16-bit parameter (2), clear the gradient (2).
+
+    elementwise_again: nothing is kept that element-wise ops make again. working: what a program needs beside what is kept; None: the formulas of
+    Megatron-LM and DeepSpeed (one block's recomputed activations, two blocks' gathered parameters).
     """
 
     name: str = "aicc"
@@ -55,13 +76,17 @@ class Software:
     overlap_loss: float = 0.15
     optimizer_bytes: int = 12
     optimizer_traffic: int = 38
+    elementwise_again: bool = False
+    working: Working | None = None
 
 
 SOFTWARE: dict[str, Software] = {s.name: s for s in (
     Software(),
     # `ShardingPlan.compile` with torch's AdamW: gradients and both moments have the parameters' type, an update reads four tensors and writes three.
-    Software("aicc-bf16", gradient_bytes=2, optimizer_bytes=4, optimizer_traffic=14),
-    Software("aicc-fp32", gradient_bytes=4, optimizer_bytes=8, optimizer_traffic=28),
+    Software("aicc-bf16", gradient_bytes=2, optimizer_bytes=4, optimizer_traffic=14, elementwise_again=True,
+             working=Working(loss=2, streams=3, tensor=(5, 3.5), sequence=(9, 11), pipeline=8, in_flight=0.0)),
+    Software("aicc-fp32", gradient_bytes=4, optimizer_bytes=8, optimizer_traffic=28, elementwise_again=True,
+             working=Working(loss=12, streams=0, tensor=(7.5, 0), sequence=(15, 0), pipeline=0, in_flight=1.0)),
     # Megatron-LM as of SC'21: everything in sequence, fp16 gradients added by a separate kernel.
     Software("megatron-2021", overlap_tensor=False, overlap_gradients=False, overlap_parameters=False, overlap_p2p=False,
              fused_accumulation=False, gradient_bytes=2),
@@ -266,10 +291,10 @@ def block_cost(config: ModelConfig, kind: str, micro_batch: int, recompute: str,
         flops_again = sum(k.flops / k.scale for k in work.kernels if k.core)
     backward_input, backward_weight = back + sent_back + lost_back + again, sum(times.weight)
     sent_back += resent
-    kept = work.saved_bytes(recompute)
+    kept, most = (work.saved_bytes(r, placement.software.elementwise_again) for r in (recompute, "none"))
     flops = 3 * work.counted_flops
     cost = BlockCost(forward, backward_input, backward_weight, sent, sent_back, alltoall, alltoall_back + alltoall_again,
-                     again - resent, kept, max(0.0, work.saved_bytes("none") - kept), flops, flops + flops_again)
+                     again - resent, kept, max(0.0, most - kept), flops, flops + flops_again)
     return with_gather(cost, config, kind, placement) if gather else cost
 
 

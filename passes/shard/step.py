@@ -177,9 +177,9 @@ def _local_params(config: ModelConfig, kind: str, tp: int, ep: int) -> tuple[flo
 
 
 def stage_memory(config: ModelConfig, plan: Plan, layout: PartLayout, rank: int, activations: float, working: float,
-                 device: Device, software: Software) -> MemoryReport:
+                 device: Device, software: Software, micro_batches: int = 0) -> MemoryReport:
     """Memory of one pipeline rank's fullest device; `activations` at the schedule's peak, `working` of the running
-    block.
+    block. micro_batches of a step, where they are known.
     """
     dense, expert = _parameters(config, plan, layout, rank)
     dp, edp = plan.dp * plan.cp, plan.devices // plan.pp // plan.ep
@@ -189,13 +189,30 @@ def stage_memory(config: ModelConfig, plan: Plan, layout: PartLayout, rank: int,
         return per_param * (dense / dp + expert / edp if plan.zero >= since else dense + expert)
 
     bucket = 0.0
-    if plan.zero >= 2:
+    if software.working is not None:
+        bucket = _program_working(config, plan, software, dense + expert, micro_batches)
+    elif plan.zero >= 2:
         # Two blocks' parameters (gathered ahead) and one block's gradients are whole at a time.
         biggest = max(sum(_local_params(config, kind, plan.tp, plan.ep)) for kind, _ in config.runs)
         bucket = biggest * (software.gradient_bytes + (2 * unit if plan.zero == 3 else 0))
     optimizer = 0.0 if plan.offload else sharded(software.optimizer_bytes if unit < 4 else min(8, software.optimizer_bytes), 1)
     return MemoryReport(sharded(unit, 3), sharded(software.gradient_bytes, 2), optimizer, activations, working + bucket,
                         device.reserved_bytes)
+
+
+def _program_working(config: ModelConfig, plan: Plan, software: Software, parameters: float, micro_batches: int) -> float:
+    """What `Working` says, of a rank with so many parameters (before ZeRO); all ranks of a pipeline are taken for the one with the loss."""
+    assert software.working is not None
+    w, unit, rows = software.working, ELEMENT[config.dtype], plan.micro_batch * config.seq / plan.cp
+    gated, plain = (0.0, 0.0) if plan.tp == 1 else w.sequence if plan.sp else w.tensor
+    streams = w.streams + gated + (0.0 if config.gated else plain) + (w.pipeline if plan.pp > 1 else 0.0)
+    total = w.loss * rows * config.vocab / plan.tp + streams * rows * config.hidden * unit
+    if plan.dp * plan.cp > 1:
+        flying = parameters * (software.gradient_bytes + (unit if plan.zero == 3 else 0))
+        total += max(w.in_flight * flying, config.vocab * config.hidden / plan.tp * unit)
+    if plan.pp > 1 or micro_batches > 1:  # a micro-batch's gradients beside their sum
+        total += parameters * software.gradient_bytes
+    return total
 
 
 def data_parallel_seconds(config: ModelConfig, plan: Plan, layout: PartLayout, rank: int, place: Placement,
@@ -275,7 +292,7 @@ def assemble(config: ModelConfig, plan: Plan, cluster: Cluster, global_batch: in
     known: dict[tuple[int, ...], tuple[float, float, float]] = {}
     for rank, device in enumerate(devices):
         working = max(c.working for c in held[rank])
-        memory.append(stage_memory(config, plan, layout, rank, timing.peak_bytes[rank], working, device, software))
+        memory.append(stage_memory(config, plan, layout, rank, timing.peak_bytes[rank], working, device, software, micro_batches))
         key = (id(device), *map(id, held[rank]), *map(id, held[-1 - rank]))
         if key not in known:
             known[key] = tail_seconds(config, plan, layout, rank, places[id(device)], micro_batches, held[rank])

@@ -21,6 +21,10 @@ from .model import ELEMENT, ModelConfig, Shard
 
 __all__ = ["BlockWork", "Comm", "Kernel", "Saved", "block_work", "model_flops"]
 
+WRITTEN_OUT = 4096
+"""Classes from which a loss keeps its logits and not their log-softmax (`frontend/formulas.py`)."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One kernel of the forward pass and what its backward does.
@@ -63,11 +67,13 @@ class Comm:
 
 @dataclass(frozen=True)
 class Saved:
-    """Activation bytes kept for backward. `core` ones go under selective recomputation."""
+    """Activation bytes kept for backward. `core` ones go under selective recomputation. again: bytes that are kept by a program that makes with
+    element-wise ops again what they give (None: all of them)."""
 
     name: str
     nbytes: float
     core: bool = False
+    again: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,11 +95,15 @@ class BlockWork:
         """FLOPs of the forward pass as utilisation counts them: the whole score matrix, masked or not."""
         return sum(k.flops / k.scale for k in self.kernels)
 
-    def saved_bytes(self, recompute: str) -> float:
-        """Bytes kept per micro-batch under `none`, `selective` or `full` recomputation."""
+    def saved_bytes(self, recompute: str, elementwise_again: bool = False) -> float:
+        """Bytes kept per micro-batch under `none`, `selective` or `full` recomputation. elementwise_again: by a program that keeps nothing that
+        element-wise ops make of what else is kept (`passes/spmd/recompute.py`)."""
+        def kept(s: Saved) -> float:
+            return s.again if elementwise_again and s.again is not None else s.nbytes
         if recompute == "full":
-            return self.input_bytes
-        return sum(s.nbytes for s in self.saved if recompute == "none" or not s.core)
+            loss = [s for s in self.saved if s.name == "softmax" and s.again is not None] if elementwise_again else []
+            return self.input_bytes - sum(s.nbytes - kept(s) for s in loss)
+        return sum(kept(s) for s in self.saved if recompute == "none" or not s.core)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -162,7 +172,8 @@ def _head(z: _Sizes) -> BlockWork:
     # Vocabulary-parallel: the input is gathered (sp) or there already, the output stays cut.
     comms = [c for c in _tp_pair(z, "head") if c.name not in ("head_out", "head_dy")]
     # Kept: norm input, GEMM input, 16-bit logits and their fp32 softmax.
-    saved = (Saved("norm_input", u * z.thin * h), Saved("logits_input", u * z.thin * h), Saved("softmax", (4 + u) * logits))
+    saved = (Saved("norm_input", u * z.thin * h), Saved("logits_input", u * z.thin * h, again=_normed(z)),
+             Saved("softmax", (4 + u) * logits, again=(u if z.config.vocab >= WRITTEN_OUT else 4) * logits))
     return BlockWork(kernels, tuple(comms), saved, u * z.thin * h + (4 + u) * logits)
 
 
@@ -193,6 +204,11 @@ def _norm(z: _Sizes, name: str) -> tuple[Kernel, Saved]:
     return Kernel(name, forward=2 * width, backward=3 * width, core=z.streaming), Saved(f"{name}_input", width)
 
 
+def _normed(z: _Sizes) -> float:
+    """Bytes of a norm's result that are kept beside its input: layer norm is one op, RMS norm is made of element-wise ones."""
+    return 0.0 if z.config.gated else z.unit * z.thin * z.config.hidden
+
+
 def _residual(z: _Sizes, name: str) -> tuple[Kernel, tuple[Saved, ...]]:
     """Bias, dropout and residual addition, in one kernel forward; backward adds the two gradients of the residual
     stream.
@@ -220,7 +236,7 @@ def _attention(z: _Sizes) -> tuple[list[Kernel], list[Comm], list[Saved]]:
     # Splitting the packed projection into contiguous q, k, v (and turning them, with rotary) is one pass over them.
     layout = Kernel("qkv_layout", forward=2 * u * z.rows * (heads * score_dim + kv_width) + rotary,
                     backward=2 * u * z.rows * (heads * score_dim + kv_width) + rotary)
-    saved = [norm_saved, Saved("qkv_input", u * z.thin * c.hidden, core=z.streaming), *latents,
+    saved = [norm_saved, Saved("qkv_input", u * z.thin * c.hidden, core=z.streaming, again=_normed(z)), *latents,
              Saved("q", u * z.rows * heads * score_dim), Saved("k", u * z.rows * kv_heads * score_dim),
              Saved("v", u * z.rows * kv_heads * value_dim), Saved("projection_input", u * z.rows * heads * value_dim), *mask]
     if c.attention == "flash":
@@ -281,7 +297,7 @@ def _dense(z: _Sizes) -> BlockWork:
     mlp_kernels, mlp_saved = _mlp(z, z.config.ffn / z.shard.tp, z.rows, "mlp")
     norm, norm_saved = _norm(z, "mlp_norm")
     residual, mask = _residual(z, "mlp_residual")
-    saved += [norm_saved, Saved("mlp_input", z.unit * z.thin * z.config.hidden, core=z.streaming), *mlp_saved, *mask]
+    saved += [norm_saved, Saved("mlp_input", z.unit * z.thin * z.config.hidden, core=z.streaming, again=_normed(z)), *mlp_saved, *mask]
     return BlockWork((*kernels, norm, *mlp_kernels, residual), (*comms, *_tp_pair(z, "mlp")), tuple(saved),
                      z.unit * z.thin * z.config.hidden)
 
@@ -294,7 +310,7 @@ def _mlp(z: _Sizes, width: float, rows: float, name: str, batch: float = 1.0) ->
                Kernel(f"{name}_act", forward=(fan + 1) * u * elements, backward=(2 * fan + 1) * u * elements,
                       core=z.streaming),
                Kernel(f"{name}_down", (batch, rows, c.hidden, width), backward=_bias(z, batch * rows * c.hidden), weight=True)]
-    return kernels, [Saved(f"{name}_up", fan * u * elements), Saved(f"{name}_act", u * elements, core=z.streaming)]
+    return kernels, [Saved(f"{name}_up", fan * u * elements), Saved(f"{name}_act", u * elements, core=z.streaming, again=0.0)]
 
 
 def _experts(z: _Sizes) -> BlockWork:
@@ -313,7 +329,7 @@ def _experts(z: _Sizes) -> BlockWork:
     kernels += [norm, Kernel("router", (1, own, moe.experts, c.hidden), weight=True),
                 Kernel("permute", forward=wide, backward=wide), *routed,
                 Kernel("unpermute", forward=wide, backward=wide), residual]
-    saved += [norm_saved, Saved("mlp_input", u * z.thin * c.hidden, core=z.streaming),
+    saved += [norm_saved, Saved("mlp_input", u * z.thin * c.hidden, core=z.streaming, again=_normed(z)),
               Saved("expert_input", u * received * c.hidden), *routed_saved, Saved("combine_input", u * sent * c.hidden), *mask]
     if moe.shared_ffn:
         shared, shared_saved = _mlp(z, moe.shared_ffn / z.shard.tp, z.rows, "shared")

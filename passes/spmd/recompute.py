@@ -30,6 +30,8 @@ _KEPT = ("graph.extern", "graph.attention", "graph.conv", "graph.conv_transpose"
          "graph.random_bits")
 LONGEST = 24
 """Element-wise ops in a row that are run again: they fuse, and the kept values that they start from are read anyway."""
+SMALL = 64
+"""A value that takes so many times less is kept beside another without a thought."""
 _SOURCES = ("graph.iota", "graph.sym", "dist.coordinate", "dist.shard")
 _REDUCING = ("dist.all_reduce", "dist.reduce_scatter", "dist.all_to_all")
 
@@ -56,12 +58,56 @@ def derivation(v: Value, kept: Collection[Value]) -> list[Operation] | None:
         op = x.defining_op
         if op is None or x in kept or op in found:
             continue
-        free = op.has_trait(Trait.ViewLike) or op.has_trait(Trait.ConstantLike) or op.name in _SOURCES
+        free = op.has_trait(Trait.ViewLike) or op.has_trait(Trait.ConstantLike) or op.name in _SOURCES or _gathers_parameter(op)
         if len(found) == LONGEST or not (free or op.has_trait(Trait.Elementwise)):
             return None
         found[op] = None
         wanted.extend(op.operands)
     return list(found)
+
+
+def cheaper_roots(kept: Sequence[Value]) -> list[Value]:
+    """Values that element-wise ops make kept ones of, and that take less memory than those: to be kept in their place. (The three values that the
+    gradient of a tanh-GELU reads are made of one, the product that goes into it; what a loss reads in float32 may be a product of 16 bits
+    and the largest of each row.) Of a value's origins, one may be of its own size; the others are small, or kept already.
+    """
+    there = set(kept)
+    made_of: dict[Value, list[Value]] = {}
+    small: dict[Value, list[Value]] = {}
+    for v in kept:
+        missing = [r for r in _roots(v) or [v] if r not in there]
+        large = [r for r in missing if SMALL * _bytes(r) > _bytes(v)]
+        if len(large) == 1:
+            made_of.setdefault(large[0], []).append(v)
+            small.setdefault(large[0], []).extend(r for r in missing if r is not large[0])
+    chosen = [r for r, made in made_of.items() if _bytes(r) + sum(map(_bytes, dict.fromkeys(small[r]))) < sum(map(_bytes, made))]
+    return [x for r in chosen for x in (r, *small[r])]
+
+
+def _roots(v: Value) -> list[Value] | None:
+    """The values, but for arguments and constants, that views and element-wise ops make `v` of; None if that takes too many ops."""
+    found: dict[Operation, None] = {}
+    roots: dict[Value, None] = {}
+    wanted = [v]
+    while wanted:
+        x = wanted.pop()
+        op = x.defining_op
+        if op is None or op in found:
+            continue
+        free = op.has_trait(Trait.ViewLike) or op.has_trait(Trait.ConstantLike) or op.name in _SOURCES or _gathers_parameter(op)
+        if not (free or op.has_trait(Trait.Elementwise)):
+            roots[x] = None
+            continue
+        if len(found) == LONGEST:
+            return None
+        found[op] = None
+        wanted.extend(op.operands)
+    return list(roots)
+
+
+def _bytes(v: Value) -> int:
+    t = tensor_type(v)
+    return int(t.numel) * t.dtype.bytes  # type: ignore[arg-type, call-overload]
 
 
 def blocks_of(ops: Sequence[Operation]) -> dict[Operation, int]:
@@ -84,6 +130,11 @@ def _free(op: Operation) -> bool:
     if op.name == "graph.cast":
         return tensor_type(op.result).dtype.bytes >= tensor_type(op.operands[0]).dtype.bytes
     return op.name in (*_SOURCES, "dist.all_gather")
+
+
+def _gathers_parameter(op: Operation) -> bool:
+    """A gather of an argument, which the backward pass makes again for the gradient anyway."""
+    return op.name == "dist.all_gather" and isinstance(op.operands[0], BlockArg)
 
 
 def _random(op: Operation) -> bool:

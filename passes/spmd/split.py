@@ -22,7 +22,7 @@ from typing import Any
 from ...ir.core import Block, BlockArg, Operation, Region, Value
 from ...ir.types import TensorType
 from ...ir.verifier import verify
-from .recompute import derivation, recomputable
+from .recompute import cheaper_roots, derivation, recomputable
 from .seeds import forward_ops
 
 __all__ = ["Split", "split"]
@@ -66,6 +66,7 @@ def split(module: Operation, outputs: int, tangents: int, *, recompute: str = "n
             kept[v] = None
             continue
         wanted.extend(op.operands)
+    kept.update(dict.fromkeys(cheaper_roots([v for v in kept if not isinstance(v, BlockArg)])))
     order: dict[Value, int] = {r: i for i, r in enumerate(r for op in func.body for r in op.results)}
     for v in sorted((v for v in kept if not isinstance(v, BlockArg)), key=lambda v: -order[v]):
         del kept[v]

@@ -64,9 +64,10 @@ def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
     if gpu:
         return _gpu_tile(frame, vector, size)
     across = None if frame.inner else _transposed(frame, vector)
-    if across is not None and not (isinstance(size, int) and size < CACHED_LINES):
+    if across is not None and not (isinstance(size, int) and size < LINE_ELEMENTS):
         # Whole lines of what is read along the other dimension are used while they are in the first cache, where a row of lines would not stay.
-        return TileChoice(vector, across, (LINE_ELEMENTS, lanes), max(lanes, 256 // lanes * lanes))
+        columns = max(lanes, LINE_ELEMENTS)  # lines of what is written are whole too
+        return TileChoice(vector, across, (LINE_ELEMENTS, columns), max(columns, 256 // columns * columns))
     width = lanes * (2 if heavy > 24 else 4)
     if isinstance(size, int):
         size = max(size, 1)

@@ -5,7 +5,7 @@ GPUs), grid axes (the other outer dimensions) and scalar loops (the other inner 
 the vector dimension lies:
   no inner dimensions       pointwise: each program covers a run of the vector dimension
   vector is an inner one    row reduction: loops over the row, one per stage, then a reduction across the tile
-  vector is an outer one    column reduction: a tile of columns is accumulated over the inner loops
+  vector is an outer one    column reduction: a tile of columns is accumulated over the inner loops, or many of them (`columns.py`)
 Reductions that depend on earlier ones are stages: one loop each, recomputing what is cheap; an expensive value that a later stage needs again is kept
 (`keeping.py`). When a row fits one tile there are no loops and nothing is recomputed.
 """
@@ -19,9 +19,10 @@ from typing import Any
 from ...ir import Builder, Dim, IRError, Operation, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
 from ...ir.expr import ceildiv, free_symbols, minimum, product, substitute
-from ...ir.ranges import simplify
+from ...ir.ranges import simplify, split_linear
 from ...ir.types import DTYPES, index
 from ..structured import body_ops
+from .columns import emit_columns, sums_columns
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
 from .frame import Frame, make_online
 from .keeping import Home, choose_homes
@@ -36,7 +37,7 @@ PART = 256
 
 
 @dataclass
-class _Scope:
+class Scope:
     """One iteration point: where the emitter stands, the position of each frame dimension, active-lane masks, and values made here."""
 
     e: Emitter
@@ -48,7 +49,7 @@ class _Scope:
     sums: dict[Operation, tuple[Value, Value, Value]] = field(default_factory=dict)  # of a sum: before and after, and what was added
 
 
-class _Lowering:
+class Lowering:
     def __init__(self, frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], gpu: bool, private_bytes: int):
         self.private_bytes = private_bytes
         self.frame, self.tile, self.e, self.buffers, self.gpu = frame, tile, e, buffers, gpu
@@ -60,6 +61,7 @@ class _Lowering:
         self.bounds = frame.bounds(e.symbols)
         # Reductions over dimensions of size 1 have accumulators too, though the frame has no inner dimension.
         self.staged = bool(frame.inner) or any(op["reductions"] for op in frame.members)
+        self.by_columns = sums_columns(self)
 
     # -- the loop nest ------------------------------------------------------------------------------------------------
 
@@ -68,9 +70,9 @@ class _Lowering:
         axes = []
         t = self.tile
         # On GPUs programs of successive numbers run together: along contiguous memory they share its pages.
-        for f in sorted(self.frame.outer, key=lambda f: f == t.vector) if self.gpu else self.frame.outer:
+        for f in sorted(self.frame.outer, key=lambda f: f == t.vector) if self.gpu else self._as_read():
             if f == t.vector:
-                per = t.shape[1] if self.staged else t.chunk
+                per = t.shape[1] if self.staged and not self.by_columns else t.chunk
                 axes.append((f, ceildiv(self.frame.sizes[f], per), per))
             elif f == t.row:
                 axes.append((f, ceildiv(self.frame.sizes[f], t.shape[0]), t.shape[0]))
@@ -78,9 +80,23 @@ class _Lowering:
                 axes.append((f, self.frame.sizes[f], 1))
         return axes
 
+    def _as_read(self) -> list[str]:
+        """The outer dimensions in the order in which the largest operand lies in memory, if nothing is summed: short runs are read one behind the
+        other and written apart (heads that move past positions), which costs less than the other way round. Transposing tiles go along the lines that
+        they read, so that neighbours use the same pages."""
+        outer = self.frame.outer
+        if self.tile.row is not None and not self.staged:
+            return sorted(outer, key=lambda f: f == self.tile.row)
+        reads = [(x.weight * x.bytes, x.offset) for x in self.frame.accesses if not x.is_store and isinstance(x.weight, int)]
+        if self.staged or not reads:
+            return outer
+        walked = [split_linear(max(reads, key=lambda x: x[0])[1], f) for f in outer]
+        strides = {f: s[0] for f, s in zip(outer, walked, strict=True) if s is not None and isinstance(s[0], int) and s[0] > 0}
+        return sorted(outer, key=lambda f: -strides[f]) if len(strides) == len(outer) else outer
+
     def emit(self) -> list[Dim]:
         axes = self.grid()
-        top = _Scope(self.e, {}, {})
+        top = Scope(self.e, {}, {})
         for k, (f, programs, per) in enumerate(axes):
             pid = self.e.builder.op("tile.program_id", type=index, axis=k)
             p = self.e.fresh(pid, 0, programs - 1)
@@ -90,15 +106,21 @@ class _Lowering:
             if t is not None:
                 top.active[f] = (top.at[f], self.frame.sizes[f])
         vector = self.tile.vector
-        if self.staged:
+        if self.by_columns:
+            emit_columns(self, top)
+        elif self.staged:
             self._stages(top)
         elif vector is not None and self.tile.chunk > self.tile.shape[1]:
             self._pointwise_loop(top, vector)
         else:
-            self._stage(top, self.frame.members)
+            self.stage(top, self.frame.members)
         return [programs for _, programs, _ in axes]
 
-    def _pointwise_loop(self, top: _Scope, vector: str) -> None:
+    def scope(self, e: Emitter, at: dict[str, Dim], active: dict[str, Pair]) -> Scope:
+        """Another point, with nothing computed yet."""
+        return Scope(e, at, active)
+
+    def _pointwise_loop(self, top: Scope, vector: str) -> None:
         size, (_, width) = self.frame.sizes[vector], self.tile.shape
         start = top.at[vector] - sym("t1")
         upper = minimum(size, start + self.tile.chunk)
@@ -108,13 +130,13 @@ class _Lowering:
             upper = start + self.tile.chunk
 
         def body(inner: Emitter, i: Dim, _: list[Value]) -> list[Value]:
-            scope = _Scope(inner, {**top.at, vector: i + sym("t1")}, {**top.active, vector: (i + sym("t1"), upper)})
-            self._stage(scope, self.frame.members)
+            scope = Scope(inner, {**top.at, vector: i + sym("t1")}, {**top.active, vector: (i + sym("t1"), upper)})
+            self.stage(scope, self.frame.members)
             return []
 
         self.e.loop(start, upper, width, [], body)
 
-    def _inner_order(self) -> list[str]:
+    def inner_order(self) -> list[str]:
         """Inner dimensions, outermost loop first; the tiled one last."""
         names = [f for f in self.frame.sizes if f in self.frame.inner]
         tiled = [f for f in (self.tile.row, self.tile.vector) if f in names]
@@ -127,13 +149,13 @@ class _Lowering:
         """The inner space fits one tile: no loops, every value stays in registers."""
         return all(isinstance(self.frame.sizes[f], int) and self.frame.sizes[f] <= self._extent(f) for f in self.frame.inner)  # type: ignore[operator]
 
-    def _stages(self, top: _Scope) -> None:
+    def _stages(self, top: Scope) -> None:
         last = max(self.frame.stage.values())
         persistent = self.is_persistent()
         if not persistent and not self.frame.online:
             inner = self.tile.vector is None or self.tile.vector in self.frame.inner
-            self.homes = choose_homes(self.frame, self.stores, self.buffers, self.e, self._inner_order(), self.private_bytes if inner else 0)
-        shared = _Scope(top.e, dict(top.at), dict(top.active))
+            self.homes = choose_homes(self.frame, self.stores, self.buffers, self.e, self.inner_order(), self.private_bytes if inner else 0)
+        shared = Scope(top.e, dict(top.at), dict(top.active))
         for f in self.frame.inner:
             t = "t1" if f == self.tile.vector else "t0" if f == self.tile.row else None
             shared.at[f] = sym(t) if t else 0
@@ -150,14 +172,14 @@ class _Lowering:
             keys = [(op, k) for op in reductions for k in range(len(op.results))]
             inits = [v for op, k in keys for v in self._initial(op, k)]
             if persistent:
-                carried = self._stage(shared, roots, keys, inits)
+                carried = self.stage(shared, roots, keys, inits)
             else:
-                carried = self._nest(top, self._inner_order(), roots, keys, inits)
+                carried = self._nest(top, self.inner_order(), roots, keys, inits)
             self._finish(top, keys, carried)
 
-    def _nest(self, scope: _Scope, loops: list[str], roots: list[Operation], keys: list[Any], inits: list[Value]) -> list[Value]:
+    def _nest(self, scope: Scope, loops: list[str], roots: list[Operation], keys: list[Any], inits: list[Value]) -> list[Value]:
         if not loops:
-            return self._stage(scope, roots, keys, inits)
+            return self.stage(scope, roots, keys, inits)
         f, rest = loops[0], loops[1:]
         size, step = self.frame.sizes[f], self._extent(f)
         t = "t1" if f == self.tile.vector else "t0" if f == self.tile.row else None
@@ -165,7 +187,7 @@ class _Lowering:
         def body(inner: Emitter, i: Dim, carried: list[Value]) -> list[Value]:
             at = i + sym(t) if t else i
             active = {**scope.active, f: (at, size)} if t else scope.active
-            return self._nest(_Scope(inner, {**scope.at, f: at}, active), rest, roots, keys, carried)
+            return self._nest(Scope(inner, {**scope.at, f: at}, active), rest, roots, keys, carried)
 
         unroll = 4 if t is None and not rest and self.tile.vector not in self.frame.inner else 1
         span = self._span(size, step, keys)
@@ -200,7 +222,7 @@ class _Lowering:
 
     # -- one iteration ------------------------------------------------------------------------------------------------
 
-    def _stage(self, scope: _Scope, roots: Sequence[Operation], keys: Sequence[Any] = (), carried: Sequence[Value] = ()) -> list[Value]:
+    def stage(self, scope: Scope, roots: Sequence[Operation], keys: Sequence[Any] = (), carried: Sequence[Value] = ()) -> list[Value]:
         """Computes the roots at one point: stores what leaves the kernel, and returns the updated accumulators."""
         pending: list[tuple[Value, Value]] = []
         for op in roots:
@@ -208,7 +230,7 @@ class _Lowering:
                 continue
             for r in op.results:
                 if r in self.stores or (r in self.homes and r not in self.kept):
-                    pending.append((r, self._value(scope, r)))
+                    pending.append((r, self.value(scope, r)))
         out: list[Value] = []
         slot = 0
         for op, k in keys:
@@ -218,10 +240,10 @@ class _Lowering:
         for made, value in pending:
             home = self.homes.get(made)
             if made in self.stores:
-                self._store(scope, self.buffers[made], self.stores[made], value)
+                self.store(scope, self.buffers[made], self.stores[made], value)
             if home is not None and made not in self.kept:
                 if home.private or made not in self.stores:
-                    self._store(scope, home.buffer, home.offset, value)
+                    self.store(scope, home.buffer, home.offset, value)
                 self.kept.add(made)
         return out
 
@@ -229,7 +251,7 @@ class _Lowering:
         """Accumulators of a reduction: an extreme has its position too, a second moment the number of elements."""
         return 2 if op["combine"][k] in ("argmax", "argmin") or op in self.frame.moments else 1
 
-    def _value(self, scope: _Scope, v: Value) -> Value:
+    def value(self, scope: Scope, v: Value) -> Value:
         """The tile of an internal value at the scope's point, computed at most once per scope."""
         if v in scope.values:
             return scope.values[v]
@@ -246,14 +268,14 @@ class _Lowering:
             scope.values[r] = out
         return scope.values[v]
 
-    def _at(self, scope: _Scope, e: Dim) -> Dim:
+    def _at(self, scope: Scope, e: Dim) -> Dim:
         return simplify(substitute(e, scope.at), scope.e.bounds())
 
-    def _active(self, scope: _Scope, offset: Dim) -> list[Pair]:
+    def _active(self, scope: Scope, offset: Dim) -> list[Pair]:
         """Lane masks for the tile dimensions that `offset` moves along."""
         return [pair for pair in scope.active.values() if {"t0", "t1"} & free_symbols(pair[0]) & free_symbols(offset)]
 
-    def _body(self, scope: _Scope, op: Operation) -> list[Value]:
+    def _body(self, scope: Scope, op: Operation) -> list[Value]:
         """Evaluates a member's body at the scope's point."""
         e = scope.e
         positions = {f"d{j}": self._at(scope, p) for j, p in enumerate(self.frame.position[op])}
@@ -262,12 +284,12 @@ class _Lowering:
             for i, (v, m, arg) in enumerate(zip(op.operands, op["maps"], op.body.args, strict=True)):
                 if m is None:
                     continue
-                local[arg] = self._value(scope, v) if v in self.made else self._load(scope, v, m, positions, fill_of(op, i))
+                local[arg] = self.value(scope, v) if v in self.made else self._load(scope, v, m, positions, fill_of(op, i))
             for inner in body_ops(op):
                 local[inner.result] = self._inner(scope, op, inner, local, positions)
         return [local[v] for v in op.body.terminator.operands]
 
-    def _inner(self, scope: _Scope, op: Operation, inner: Operation, local: dict[Value, Value], positions: dict[str, Dim]) -> Value:
+    def _inner(self, scope: Scope, op: Operation, inner: Operation, local: dict[Value, Value], positions: dict[str, Dim]) -> Value:
         e = scope.e
         if inner.name == "tensor.index":
             return e.index_value(positions[f"d{inner['dim']}"])
@@ -281,7 +303,7 @@ class _Lowering:
             return e.require(inner, [local[v] for v in inner.operands], list(scope.active.values()))
         return e.arith(inner, [local[v] for v in inner.operands])
 
-    def _load(self, scope: _Scope, v: Value, m: tuple[Dim, ...], positions: dict[str, Dim], fill: Any) -> Value:
+    def _load(self, scope: Scope, v: Value, m: tuple[Dim, ...], positions: dict[str, Dim], fill: Any) -> Value:
         assert isinstance(v.type, TensorType)
         e = scope.e
         bounds = e.bounds()
@@ -300,7 +322,7 @@ class _Lowering:
         scope.loads[key] = value
         return value
 
-    def _store(self, scope: _Scope, buffer: Value, place: Dim, value: Value) -> None:
+    def store(self, scope: Scope, buffer: Value, place: Dim, value: Value) -> None:
         offset = self._at(scope, place)
         mask = [p for p in scope.active.values() if free_symbols(p[0]) & {"t0", "t1"} & free_symbols(offset)]
         scope.e.store(buffer, value, offset, scope.e.needed(mask))
@@ -319,7 +341,7 @@ class _Lowering:
                     e.broadcast(e.builder.constant((1 << 63) - 1, I64), self.tile.shape)]
         return [e.broadcast(e.builder.constant(identity_of(kind, dtype), dtype), self.tile.shape)]
 
-    def _combine(self, scope: _Scope, op: Operation, k: int, acc: list[Value]) -> list[Value]:
+    def _combine(self, scope: Scope, op: Operation, k: int, acc: list[Value]) -> list[Value]:
         """One step of a reduction: lanes outside the inner space contribute the neutral element."""
         e, b = scope.e, scope.e.builder
         key = op.body.terminator.operands[k]
@@ -355,7 +377,7 @@ class _Lowering:
         rows, columns = self.tile.shape
         return (1 if self.tile.row in self.frame.inner else rows, 1 if self.tile.vector in self.frame.inner else columns)
 
-    def _combine_online(self, scope: _Scope, op: Operation, value: Value, acc: Value) -> Value:
+    def _combine_online(self, scope: Scope, op: Operation, value: Value, acc: Value) -> Value:
         """A running maximum, or a running sum that is rescaled when the maximum moves (see `stream.py` for the guard against -inf)."""
         e, b, kind = scope.e, scope.e.builder, op["combine"][0]
         if not isinstance(value.type, TileType) or value.type.shape != self.tile.shape:
@@ -373,7 +395,7 @@ class _Lowering:
     def _inner_axes(self) -> list[int]:
         return [a for a, f in ((0, self.tile.row), (1, self.tile.vector)) if f in self.frame.inner]
 
-    def _combine_arg(self, scope: _Scope, op: Operation, value: Value, acc: list[Value], mask: Value | None, kind: str) -> list[Value]:
+    def _combine_arg(self, scope: Scope, op: Operation, value: Value, acc: list[Value], mask: Value | None, kind: str) -> list[Value]:
         """Carries (best value, its position): better is strictly larger, or NaN over a number; ties keep the earlier position."""
         e, b = scope.e, scope.e.builder
         n = op["reductions"]
@@ -393,7 +415,7 @@ class _Lowering:
         new_best, new_at = b.arith("select", better, value, best), b.arith("select", better, position, at)
         return [new_best, new_at]
 
-    def _finish(self, top: _Scope, keys: Sequence[Any], carried: Sequence[Value]) -> None:
+    def _finish(self, top: Scope, keys: Sequence[Any], carried: Sequence[Value]) -> None:
         """Reduces accumulators across the tile and stores those that leave the kernel."""
         e, b = self.e, self.e.builder
         axes = self._inner_axes()
@@ -421,8 +443,8 @@ class _Lowering:
             self.outer_values[r] = value
             if r in self.stores:
                 with b.at(op.location):
-                    here = _Scope(e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner})
-                    self._store(here, self.buffers[r], self.stores[r], value)
+                    here = Scope(e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner})
+                    self.store(here, self.buffers[r], self.stores[r], value)
 
     def _reduce(self, value: Value, axis: int, kind: str, b: Builder | None = None) -> Value:
         t = value.type
@@ -450,13 +472,13 @@ class _Lowering:
 
     # -- members computed once per outer point -----------------------------------------------------
 
-    def _outer_members(self, top: _Scope, members: list[Operation]) -> None:
-        scope = _Scope(self.e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner})
+    def _outer_members(self, top: Scope, members: list[Operation]) -> None:
+        scope = Scope(self.e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner})
         for op in members:
             for r, value in zip(op.results, self._body(scope, op), strict=True):
                 self.outer_values[r] = value
                 if r in self.stores:
-                    self._store(scope, self.buffers[r], self.stores[r], value)
+                    self.store(scope, self.buffers[r], self.stores[r], value)
 
 
 def emit_extract(e: Emitter, buffer: Value, source: Value, indices: Sequence[Value], check: bool, active: Sequence[Pair]) -> Value:
@@ -488,7 +510,7 @@ def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, 
     over memory costs more than computing a value twice."""
     if len(frame.sizes) == 0 and frame.inner:
         raise IRError("a frame without dimensions cannot have inner ones")
-    lowering = _Lowering(frame, tile, e, buffers, gpu, private_bytes)
+    lowering = Lowering(frame, tile, e, buffers, gpu, private_bytes)
     if gpu and not lowering.is_persistent():
         make_online(frame)
     return lowering.emit()

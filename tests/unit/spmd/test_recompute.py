@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from aicc.compiler.distributed.auto_shard import ShardingPlan, auto_shard
@@ -49,6 +51,26 @@ def kept_elements(recompute: str) -> int:
     program = sharding(recompute).program()
     func = next(op for op in program.cut.forward.body if op.name == "func")
     return sum(int(v.type.numel) for v in func.body.terminator.operands[program.joint.outputs:]) // (BATCH * LENGTH)  # type: ignore[attr-defined]
+
+
+def kept_by(function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype = torch.float32) -> list[str]:
+    """What the forward pass keeps of function(x @ w.T), as types."""
+    net = nn.Sequential(nn.Linear(WIDTH, 64, bias=False)).to(dtype)
+    plan = auto_shard(net, (X.to(dtype),), mesh=1, plan=Plan(micro_batch=BATCH), loss_fn=function, optimizer=torch.optim.SGD, device="cpu")
+    program = plan.program()
+    func = next(op for op in program.cut.forward.body if op.name == "func")
+    return [str(v.type) for v in func.body.terminator.operands[program.joint.outputs:]]
+
+
+def test_one_value_is_kept_for_several_that_are_made_of_it() -> None:
+    assert kept_by(lambda y: nn.functional.gelu(y, approximate="tanh").square().mean()) == ["tensor<32x64xf32>"]
+
+
+def test_the_16_bit_value_is_kept_and_not_what_is_made_of_it() -> None:
+    def loss(y: torch.Tensor) -> torch.Tensor:
+        wide = y.float()
+        return (wide - wide.amax(-1, keepdim=True)).exp().square().mean()
+    assert sorted(kept_by(loss, torch.bfloat16)) == ["tensor<32x64xbf16>", "tensor<4x8x1xf32>"]
 
 
 def test_kept_values() -> None:

@@ -1,0 +1,30 @@
+"""Copies that move dimensions: tiles turned in registers, and the order in which programs walk memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.stages import AVX2, GENERIC, capture, check_levels, lowered
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.bool], ids=str)
+@pytest.mark.parametrize("shape", [(256, 272), (130, 77), (64, 4000)])
+def test_transposes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = torch.randint(0, 99, shape).to(dtype)
+    for f in (lambda x: x.t().contiguous(), lambda x: x.t().logical_not() if dtype == torch.bool else x.t() * 2):
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(f, backend="aicc", options={"strict": True})(x), f(x))
+
+
+@pytest.mark.parametrize("target", [GENERIC, AVX2], ids=["generic", "avx2"])
+def test_levels(target) -> None:  # type: ignore[no-untyped-def]
+    check_levels(capture(lambda x, y: x.t() + y, (torch.randn(96, 130), torch.randn(130, 96))), target)
+    check_levels(capture(lambda x: x.transpose(1, 2).contiguous(), (torch.randn(3, 20, 5, 64),)), target)
+    check_levels(capture(lambda x: x.permute(0, 2, 3, 1).contiguous(), (torch.randn(2, 32, 9, 11),)), target)
+
+
+def test_programs_follow_what_they_read() -> None:
+    """Heads that move past positions: the grid's fastest axis is that of neighbours in the operand, the heads."""
+    module = lowered(capture(lambda x: x.transpose(1, 2).contiguous(), (torch.randn(3, 512, 16, 64),)), AVX2, "tile")
+    kernel, = [op for op in module.body if op.name == "tile.kernel"]
+    assert kernel["grid"] == (3, 512, 16, 1) or kernel["grid"] == (3, 512, 16)
