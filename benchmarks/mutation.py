@@ -40,6 +40,8 @@ _MEMORY = ("tests/unit/passes/test_host_passes.py", "tests/unit/passes/test_memo
 TESTS: dict[str, tuple[str, ...]] = {
     "passes/decompose/": (_FILECHECK, _PASSES),
     "passes/tiling/": (_FILECHECK, _FUSION, _PASSES, _LLVM, "tests/gpu/test_printer.py", "tests/gpu/test_warp_groups.py"),
+    "passes/tiling/stream": (_FILECHECK, _FUSION, _PASSES, "tests/language/test_control_flow.py", "tests/gpu/test_printer.py",
+                             "tests/gpu/test_warp_groups.py"),
     "passes/fuse.py": (_FILECHECK, _FUSION, _PASSES),
     "passes/inline.py": (_FILECHECK, _FUSION, _PROGRAMS),
     "passes/layout.py": (_FILECHECK, _FUSION, _PASSES, _RUN),

@@ -186,7 +186,7 @@ def _results_of_parts_swapped(m: pytest.MonkeyPatch) -> None:
     m.setattr(merge_launches, "_merged_kernel", wrong)
 
 
-_QKV = (r(1, 264, 16), r(1, 264, 16), r(1, 264, 16))  # smaller ones are not streamed on CPUs
+_QKV = (r(1, 264, 32), r(1, 264, 32), r(1, 264, 32))  # smaller and narrower ones are not streamed on CPUs
 
 PLANTED_LATER: dict[str, Planted] = {
     "simplify-loops": Planted("simplify-loops", "", backwards, (r(4, 6), r(5, 4, 6)), _reversal_forgotten, 4),

@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).parent))
 
 from planted import PLANTED, Planted, r
+from planted_kernels import PLANTED_KERNELS, plant_a_wrong_order, products
 from planted_later import PLANTED_LATER
 
-ALL = PLANTED | PLANTED_LATER
+ALL = PLANTED | PLANTED_LATER | PLANTED_KERNELS
 
 OPTIONS = Options(strict=True, cache=False)
 
@@ -73,12 +74,13 @@ def test_nothing_is_found_in_the_same_programs_without_faults() -> None:
             assert report.finding is None, (case.where, report.finding)
 
 
-_QUIET = [pytest.param(name, marks=[pytest.mark.slow] * ("stream" in name)) for name, case in PLANTED_LATER.items() if case.target == "cpu"]
+_QUIET = [pytest.param(name, marks=[pytest.mark.slow] * ("stream" in name)) for name, case in (PLANTED_LATER | PLANTED_KERNELS).items()
+          if case.target == "cpu"]
 
 
 @pytest.mark.parametrize("name", _QUIET)
 def test_loops_and_streams_without_faults_are_right(name: str) -> None:
-    for report in bisect_planted(PLANTED_LATER[name]):
+    for report in bisect_planted(ALL[name]):
         assert report.finding is None, report.finding
 
 
@@ -126,6 +128,12 @@ def test_a_pass_that_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = only_finding(bisect(lambda x: (x * 2).tanh().exp() + x.sin(), (r(9),)))
     assert (finding.name, finding.verdict.kind) == ("canonicalize", "crash")
     assert "ZeroDivisionError" in finding.verdict.text and "tanh" in finding.op
+
+
+def test_an_order_that_breaks_the_flow_of_data_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant_a_wrong_order(monkeypatch)
+    finding = only_finding(bisect(lambda x, y: products(products(x, y), y), (r(24, 24), r(24, 24))))
+    assert (finding.name, finding.verdict.kind) == ("schedule", "crash"), finding.verdict
 
 
 def test_dynamic_sizes_and_operators_of_aten() -> None:
