@@ -13,6 +13,8 @@ from .env import Environment, read_environment
 __all__ = ["MODES", "Options"]
 
 MODES = ("default", "reduce-overhead", "max-autotune")
+_SPELLINGS = {"max-autotune-no-cudagraphs": "max-autotune"}
+"""torch's modes that are one of ours: tuning here replays no CUDA graphs."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,6 @@ class Options:
     def from_user(mode: str | None = None, options: Mapping[str, Any] | None = None, environment: Environment | None = None) -> Options:
         """Options from what torch.compile hands over; the environment gives defaults. ValueError for unknown names (with the nearest)."""
         env = environment or read_environment()
-        if mode is not None and mode not in MODES:
-            raise ValueError(f"unknown mode '{mode}'; aicc knows {', '.join(MODES)}")
         fields = {f.name: f for f in dataclasses.fields(Options)}
         given: dict[str, Any] = {"mode": mode or "default", "strict": env.strict, "cache": env.cache, "verify": env.verify, "features": env.features}
         for key, value in (options or {}).items():
@@ -70,13 +70,21 @@ class Options:
             if name not in fields:
                 near = difflib.get_close_matches(name, fields, 1)
                 raise ValueError(f"unknown option '{key}'" + (f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(fields)}"))
-            if name == "features" and value is not None:
-                value = tuple(value.split(",") if isinstance(value, str) else value)
+            if name == "features":
+                if not (value is None or isinstance(value, (str, tuple, list)) and all(isinstance(f, str) for f in value)):
+                    raise ValueError(f"option '{key}' must be names of CPU features, such as \"avx2,fma\", or None; got {value!r}")
+                if value is not None:
+                    value = tuple(f.strip() for f in (value.split(",") if isinstance(value, str) else value) if f.strip())
             elif name == "plan":
                 value = str(value)
-            elif name != "features" and not isinstance(value, type(fields[name].default)):
+            elif type(value) is not type(fields[name].default):  # True is no number of bytes
                 raise ValueError(f"option '{key}' must be a {type(fields[name].default).__name__}, got {value!r}")
+            elif isinstance(value, int) and value < 0:
+                raise ValueError(f"option '{key}' must not be negative, got {value!r}")
             given[name] = value
+        given["mode"] = _SPELLINGS.get(given["mode"], given["mode"])
+        if given["mode"] not in MODES:
+            raise ValueError(f"unknown mode '{given['mode']}'; aicc knows {', '.join(MODES)}")
         return Options(**given)
 
     @property
