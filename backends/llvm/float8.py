@@ -2,7 +2,8 @@
 
 float8_e4m3fn has 4 bits of exponent (bias 7) and no infinity; float8_e5m2 has 5 (bias 15) and is the upper byte of a float16. To float32 is
 exact. From float32 rounds to nearest even; what is too large, infinity included, becomes 448 (e4m3fn) as in torch since 2.13, where 2.11 gives
-NaN, or infinity (e5m2). Sources: the OFP8 specification (Open Compute Project, 2023); c10/util/Float8_e4m3fn.h and Float8_e5m2.h for what torch does at the ends.
+NaN, or infinity (e5m2). Sources: the OFP8 specification (Open Compute Project, 2023); c10/util/Float8_e4m3fn.h and Float8_e5m2.h for what
+torch does at the ends.
 """
 
 from __future__ import annotations
