@@ -17,6 +17,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from torch.utils import _pytree as pytree
 
@@ -32,6 +33,8 @@ __all__ = ["Program", "compile"]
 
 _BUNDLES = ("bundled_autograd_cache", "force_autograd_cache", "strict_autograd_cache")
 """Settings of torch's ahead-of-time compilation under which it takes Inductor's artifacts alone."""
+_ENABLED = ("enable_aot_compile",)
+"""Off by default before torch 2.12."""
 
 
 class _Compiled(SerializableCallable):
@@ -116,9 +119,10 @@ def compile(model: Callable[..., Any], *args: Any, mode: str | None = None, opti
     if not isinstance(model, FunctionType):  # a module, with its hooks; a method
         def function(*args: Any, **kwargs: Any) -> Any:
             return model(*args, **kwargs)
-    compiled = torch.compile(function, backend=compile_graph, fullgraph=True, dynamic=False)
-    if not hasattr(compiled, "aot_compile"):
-        raise UserError(f"torch {torch.__version__} has no ahead-of-time compilation (torch.compile(...).aot_compile); use torch.compile")
-    with torch.no_grad():
-        made = compiled.aot_compile((tuple(args), dict(kwargs)))
+    with dynamo_config.patch({name: True for name in _ENABLED if hasattr(dynamo_config, name)}):
+        compiled = torch.compile(function, backend=compile_graph, fullgraph=True, dynamic=False)
+        if not hasattr(compiled, "aot_compile"):
+            raise UserError(f"torch {torch.__version__} has no ahead-of-time compilation (torch.compile(...).aot_compile); use torch.compile")
+        with torch.no_grad():
+            made = compiled.aot_compile((tuple(args), dict(kwargs)))
     return Program(made.fn, args, kwargs)

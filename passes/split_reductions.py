@@ -69,7 +69,7 @@ class SplitReductions(Pass):
 
     def _on_cpu(self, op: Operation) -> tuple[int, int]:
         """Few parts, each worth a thread's while: how many depends on nothing but the sizes, so that results do not depend on the machine."""
-        if is_contraction(op):
+        if is_contraction(op) or _shares_a_pass(op):
             return 1, 0
         made = as_int(product(parallel_dims(op)))
         programs = max(1, made if reduces_rows(op) else made // LOOP_COLUMNS)
@@ -84,6 +84,15 @@ class SplitReductions(Pass):
         least = self.least_row if not is_contraction(op) and reduces_rows(op) else self.least
         limit = min(wanted, self.most, int(length) // least, _affordable(op))  # type: ignore[arg-type]
         return next((p for p in range(limit, 1, -1) if op["dims"][d] % p == 0), 1), d
+
+
+def _shares_a_pass(op: Operation) -> bool:
+    """What it reads is made or also read by pointwise code, in one pass over memory with which it may be one kernel: its parts could not."""
+    for v in op.operands:
+        others = [u for u in (v.defining_op, *v.users) if u is not None and u is not op and u.name == "tensor.generic"]
+        if any(not is_contraction(u) and (u["dims"] != op["dims"] or not set(u["combine"]) <= SPLITTABLE) for u in others):
+            return True
+    return False
 
 
 def _programs(op: Operation, target: Target) -> int:

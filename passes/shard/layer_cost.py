@@ -86,7 +86,7 @@ SOFTWARE: dict[str, Software] = {s.name: s for s in (
     Software("aicc-bf16", gradient_bytes=2, optimizer_bytes=4, optimizer_traffic=14, elementwise_again=True,
              working=Working(loss=2, streams=3, tensor=(5, 3.5), sequence=(9, 11), pipeline=8, in_flight=0.0)),
     Software("aicc-fp32", gradient_bytes=4, optimizer_bytes=8, optimizer_traffic=28, elementwise_again=True,
-             working=Working(loss=12, streams=0, tensor=(7.5, 0), sequence=(15, 0), pipeline=0, in_flight=1.0)),
+             working=Working(loss=12, streams=0, tensor=(7.5, 0), sequence=(15, 0), pipeline=0, in_flight=0.9)),
     # Megatron-LM as of SC'21: everything in sequence, fp16 gradients added by a separate kernel.
     Software("megatron-2021", overlap_tensor=False, overlap_gradients=False, overlap_parameters=False, overlap_p2p=False,
              fused_accumulation=False, gradient_bytes=2),

@@ -42,8 +42,9 @@ def row(model: str, plan: dict[str, Any], layers: int, steps: int) -> tuple[bool
             return False, f"failed: not done after {e.timeout:.0f} s"
         if done.returncode != 0:
             lines = [x for x in done.stderr.splitlines() if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception): ", x)]
-            raised = [x for x in lines if "closed by peer" not in x and "ChildFailed" not in x] or lines or ["no message"]
-            return False, f"failed: {' / '.join(dict.fromkeys(x[:200] for x in raised[:2]))}"
+            crashed = [x.strip() for x in done.stderr.splitlines() if re.search(r"Fatal Python error|what\(\):|exitcode +: -|Signal|^  File .*line", x)]
+            raised = [x for x in lines if "closed by peer" not in x and "ChildFailed" not in x] or crashed[:6] or lines or ["no message"]
+            return False, f"failed: {' / '.join(dict.fromkeys(x[:200] for x in raised[:6]))}"
         results = [json.loads(Path(f"{out}.{r}.json").read_text()) for r in range(ranks)]
     loss = max(abs(a - b) / abs(b) for r in results for a, b in zip(r["losses"], r["expected"], strict=True))
     worst = max(r["worst"] for r in results)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import faulthandler
 import json
 import sys
 from collections import Counter
@@ -48,6 +49,7 @@ def optimizer(parameters: Any) -> torch.optim.Optimizer:
 
 def main() -> None:
     name, plan_text, steps, layers, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     rank = dist.get_rank()
@@ -77,6 +79,7 @@ def main() -> None:
     result = {"losses": losses, "expected": expected, "worst": worst, "bytes": dict(counted.bytes), "said": dict(said),
               "held": sum(p.to_local().numel() for m in sharded.modules for p in m.parameters()), "all": sum(p.numel() for p in whole.parameters())}
     Path(f"{out}.{rank}.json").write_text(json.dumps(result))
+    dist.barrier()  # none leaves while another is at work
     dist.destroy_process_group()
 
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+pytestmark = pytest.mark.skipif(not hasattr(torch._dynamo, "aot_compile") and not hasattr(torch._dynamo.config, "enable_aot_compile"),
+                                reason="this torch has no ahead-of-time compilation")
+
 
 def model() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.LayerNorm(24), nn.Linear(24, 8), nn.Softmax(-1)).eval()

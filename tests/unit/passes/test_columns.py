@@ -68,3 +68,14 @@ def test_long_reductions_are_parts_for_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_parts_do_not_cost_another_pass() -> None:
+    """A gradient that is stored and summed is read once: the sum stays with the code that makes it."""
+    def f(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        made = g * x
+        return made, made.sum(0)
+
+    x, y = _normal((4096, 1024), (4096, 1024))
+    module = lowered(capture(f, [x, y]), AVX2, "tile")
+    assert len([op for op in module.body if op.name == "tile.kernel"]) == 1

@@ -73,3 +73,10 @@ def test_a_mean_is_no_factor() -> None:
     program = capture(layer_norm, _inputs(*ONE))
     assert len([op for func in lowered(program, CUDA, "tensor").body for op in func.body if op.name == "tensor.fused"]) == 2
     check_levels(program, CUDA)
+
+
+def test_many_rows_read_the_finished_vector() -> None:
+    """The norm's weight would be read once more for each of them."""
+    program = capture(three_tokens, _inputs((1, 2048), (2048,), (16000, 2048), dtype=torch.bfloat16))
+    made = [op["kernel"] for func in lowered(program, CUDA, "tensor").body for op in func.body if op.name == "tensor.fused"]
+    assert len(made) == 2 and "rsqrt" in made[0] and "rsqrt" not in made[1]
