@@ -4,8 +4,9 @@
 
 AOTAutograd hands over `flex_attention(q, k, v, score_mod, block_mask, ...)` as one node with the score modification as a graph within
 the graph. A dense form of it is traced here and takes the node's place, so that what follows streams like any other attention
-written by hand, forward and backward: torch's own for the backward pass, for the forward one of ours, whose row values (the maximum, the
-sum, whether a row is masked throughout) are found in one pass over the scores.
+written by hand, forward and backward. The forms are ours: row values of the forward pass (the maximum, the sum, whether a row is masked
+throughout) are found in one pass over the scores, and results take their order of dimensions by a permutation, not by writes into memory of
+that order.
 """
 
 from __future__ import annotations
@@ -18,17 +19,12 @@ import torch
 import torch.fx as fx
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._guards import detect_fake_mode
-from torch._higher_order_ops.flex_attention import (
-    _math_attention_inner,
-    _permute_strides,
-    flex_attention,
-    flex_attention_backward,
-    sdpa_dense_backward,
-)
+from torch._higher_order_ops.flex_attention import _math_attention_inner, flex_attention, flex_attention_backward
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention.flex_attention import _vmap_for_bhqkv
 from torch.utils import _pytree as pytree
 
-__all__ = ["dense", "expand_flex"]
+__all__ = ["dense", "dense_backward", "expand_flex"]
 
 Tensor = torch.Tensor
 
@@ -44,10 +40,58 @@ def dense(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor
     dead = top == -math.inf
     out = torch.where(dead.unsqueeze(-1), 0.0, (weights.to(value.dtype) @ value).to(scores.dtype) / total.unsqueeze(-1)).to(query.dtype)
     lse = torch.where(dead, -math.inf, top + torch.log(total))
-    return _permute_strides(out, query.stride()), lse / math.log(2), top / math.log(2)
+    return _in_the_order_of(out, query), lse / math.log(2), top / math.log(2)
 
 
-_DENSE: dict[Any, Callable[..., Any]] = {flex_attention: dense, flex_attention_backward: sdpa_dense_backward}
+def dense_backward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, grad_out: Tensor | None, grad_logsumexp: Tensor | None,
+                   fw_graph: Callable[..., Any], joint_graph: Callable[..., Any], block_mask: tuple[Any, ...], scale: float,
+                   kernel_options: Mapping[str, Any], score_mod_other_buffers: tuple[Any, ...],
+                   mask_mod_other_buffers: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]:
+    """The gradients of query, key and value, and of what the score modification captures, as `flex_attention_backward` the operator has them.
+
+    logsumexp and its gradient are to the base 2. With P = exp(S' - L) for the modified scores S': dV = P^T dO, dS' = P * (dO V^T - sum(O * dO) + dL),
+    and `joint_graph` takes dS' to dS (and to the captured buffers)."""
+    batches, groups = key.size(0), query.size(1) // key.size(1)
+    wide_key, wide_value = (x.expand(query.size(0), *x.shape[1:]).repeat_interleave(groups, 1) for x in (key, value))
+    scores, changed = _math_attention_inner(query, wide_key, wide_value, fw_graph, block_mask, scale, kernel_options,  # type: ignore[arg-type]
+                                            score_mod_other_buffers, mask_mod_other_buffers)
+    wide = scores.dtype
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    low = logsumexp.unsqueeze(-1) * math.log(2)
+    weights = torch.where(low == -math.inf, 0.0, torch.exp(changed - low))
+    rows = (out.to(wide) * grad_out.to(wide)).sum(-1, keepdim=True)
+    if grad_logsumexp is not None:
+        rows = rows - grad_logsumexp.unsqueeze(-1) / math.log(2)
+    grad_changed = weights * (grad_out.to(wide) @ wide_value.to(wide).transpose(-2, -1) - rows)
+    at = [torch.arange(n, device=query.device) for n in scores.shape]
+    captured = (None,) * len(score_mod_other_buffers)
+    joint = _vmap_for_bhqkv(joint_graph, prefix=(0,), suffix=(0, *captured), out_dims=[0, None, None, None, None, *captured])  # type: ignore[arg-type]
+    mask = _vmap_for_bhqkv(block_mask[-1], prefix=(), suffix=(None,) * len(mask_mod_other_buffers))
+    grad_scores, _, _, _, _, *others = joint(scores, *at, grad_changed, *score_mod_other_buffers)
+    grad_scores = torch.where(mask(*at, *mask_mod_other_buffers), (grad_scores * scale).to(query.dtype), 0.0)
+    grad_query = grad_scores @ wide_key
+    grad_key = grad_scores.transpose(-2, -1) @ query
+    grad_value = weights.to(query.dtype).transpose(-2, -1) @ grad_out
+
+    def of_shared(x: Tensor, like: Tensor) -> Tensor:
+        """Summed over the heads, and batches, that read one key."""
+        x = x.unflatten(1, (-1, groups)).sum(2) if groups > 1 else x
+        return _in_the_order_of(x.sum(0, keepdim=True) if batches != x.size(0) else x, like)
+
+    captures = tuple(x.contiguous() if isinstance(x, Tensor) else None for x in others)
+    return _in_the_order_of(grad_query, query), of_shared(grad_key, key), of_shared(grad_value, value), captures
+
+
+def _in_the_order_of(x: Tensor, like: Tensor) -> Tensor:
+    """`x` densely in memory, its dimensions from outermost to innermost as those of `like`, the last one innermost."""
+    strides = like.stride()
+    order = [*sorted(range(x.dim() - 1), key=lambda d: (-strides[d], d)), x.dim() - 1]
+    if order == list(range(x.dim())):
+        return x.contiguous()
+    return x.permute(order).contiguous().permute([order.index(d) for d in range(x.dim())])
+
+
+_DENSE: dict[Any, Callable[..., Any]] = {flex_attention: dense, flex_attention_backward: dense_backward}
 
 
 def expand_flex(gm: fx.GraphModule, decompositions: Mapping[Any, Callable[..., Any]]) -> bool:

@@ -45,10 +45,8 @@ _DIGITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat
 
 # -- the operators, in ATen's integer arithmetic -------------------------------------------------------------------------------
 
-def _words(seed: Tensor, size: Sequence[Any], stream: int) -> list[Tensor]:
-    """The four 32-bit words for each element, in i64. Products of two 32-bit numbers wrap in i64, whose bits are still right."""
-    count = math.prod(size)
-    index = torch.arange(count, device=seed.device).reshape(tuple(size))
+def _words(seed: Tensor, index: Tensor, stream: int) -> list[Tensor]:
+    """The four 32-bit words for each counter, in i64. Products of two 32-bit numbers wrap in i64, whose bits are still right."""
     c = [index & _LOW, index >> 32, torch.full_like(index, stream), torch.zeros_like(index)]
     key = [seed & _LOW, (seed >> 32) & _LOW]
     for _ in range(10):
@@ -65,14 +63,29 @@ def _unit(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
     return bits.to(dtype) * 2.0**-digits
 
 
+def _index(seed: Tensor, size: Sequence[Any]) -> Tensor:
+    """The number of each element."""
+    return torch.arange(math.prod(size), device=seed.device).reshape(tuple(size))
+
+
+def _word(seed: Tensor, size: Sequence[Any], stream: int) -> Tensor:
+    """32 bits for each element. Four in a row share a counter: where a thread computes them side by side, they share its ten rounds."""
+    index = _index(seed, size)
+    w, which = _words(seed, index >> 2, stream), index & 3
+    return torch.where(which < 2, torch.where(which == 0, w[0], w[1]), torch.where(which == 2, w[2], w[3]))
+
+
 def _uniform(seed: Tensor, size: Sequence[Any], stream: int, dtype: torch.dtype) -> Tensor:
-    w = _words(seed, size, stream)
-    return _unit(w[1], w[0], dtype) if dtype == torch.float64 else _unit(w[0], w[0], dtype)
+    if dtype == torch.float64:
+        w = _words(seed, _index(seed, size), stream)
+        return _unit(w[1], w[0], dtype)
+    word = _word(seed, size, stream)
+    return _unit(word, word, dtype)
 
 
 def _normal(seed: Tensor, size: Sequence[Any], stream: int, dtype: torch.dtype) -> Tensor:
     """Box and Muller: the first number of the pair."""
-    w = _words(seed, size, stream)
+    w = _words(seed, _index(seed, size), stream)
     if dtype == torch.float64:
         radius, angle = 1 - _unit(w[1], w[0], dtype), _unit(w[3], w[2], dtype)
     else:
@@ -81,9 +94,10 @@ def _normal(seed: Tensor, size: Sequence[Any], stream: int, dtype: torch.dtype) 
 
 
 def _integers(seed: Tensor, size: Sequence[Any], low: int, high: int, stream: int) -> Tensor:
-    w, span = _words(seed, size, stream), high - low
+    span = high - low
     if span <= 1 << 32:
-        return low + (((w[0] * span) >> 32) & _LOW)
+        return low + (((_word(seed, size, stream) * span) >> 32) & _LOW)
+    w = _words(seed, _index(seed, size), stream)
     wide = (w[1] << 31) | (w[0] >> 1)  # 63 bits
     return low + wide % span
 

@@ -65,8 +65,8 @@ define("graph.constant", "a constant tensor", attrs={"value": attr("Dense")}, tr
 define("graph.iota", "start + step * i along the only dimension", attrs={"start": optional(0), "step": optional(1)}, traits=[P])
 define("graph.sym", "a 0-d i64 tensor that holds a size expression", attrs={"expr": attr("Expr or int")}, traits=[P])
 
-define("graph.random_bits", "u32 or u64 random bits of element i: words 2 * pair and 2 * pair + 1 (low, high) of Philox 4x32-10 at counter "
-       "(i low, i high, stream, 0) with the halves of the i64 `seed` as key", operands="seed",
+define("graph.random_bits", "random bits of element i from Philox 4x32-10 with the halves of the i64 `seed` as key: u64, words 2 * pair and "
+       "2 * pair + 1 (low, high) at counter (i low, i high, stream, 0); u32, word i % 4 at the counter of i // 4", operands="seed",
        attrs={"stream": attr("number of the random tensor in its graph"), "pair": optional(0)}, traits=[P])
 
 # -- views: elements moved or repeated ---------------------------------------------------------------------------------

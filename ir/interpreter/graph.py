@@ -62,17 +62,19 @@ def _random_bits(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     t = op.result.type
     shape = ctx.shape(t)
     seed, low = int(xs[0].item()) & (1 << 64) - 1, np.uint64(0xFFFFFFFF)
-    index = np.arange(int(np.prod(shape, dtype=np.int64)), dtype=np.uint64).reshape(shape)
-    half = np.uint64(32)
+    element = np.arange(int(np.prod(shape, dtype=np.int64)), dtype=np.uint64).reshape(shape)
+    half, wide = np.uint64(32), t.dtype.name == "u64"  # type: ignore[attr-defined]
+    index = element if wide else element // np.uint64(4)
     c = [index & low, index >> half, np.full_like(index, op["stream"]), np.zeros_like(index)]
     keys = [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(10):
         p, q = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
         c = [(q >> half) ^ c[1] ^ np.uint64(keys[0]), q & low, (p >> half) ^ c[3] ^ np.uint64(keys[1]), p & low]
         keys = [(k + step) & 0xFFFFFFFF for k, step in zip(keys, (0x9E3779B9, 0xBB67AE85), strict=True)]
-    words = c[2 * op["pair"]:2 * op["pair"] + 2]
-    wide = t.dtype.name == "u64"  # type: ignore[attr-defined]
-    return [torch.from_numpy(np.asarray(words[0] | words[1] << half if wide else words[0].astype(np.uint32)))]
+    if wide:
+        low_word, high_word = c[2 * op["pair"]:2 * op["pair"] + 2]
+        return [torch.from_numpy(np.asarray(low_word | high_word << half))]
+    return [torch.from_numpy(np.asarray(np.choose((element % np.uint64(4)).astype(np.int64), c).astype(np.uint32)))]
 
 
 def _sym(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:

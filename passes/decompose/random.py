@@ -1,4 +1,5 @@
-"""Random bits: Philox 4x32-10 (Salmon et al., SC 2011) in integer arithmetic, a counter per element.
+"""Random bits: Philox 4x32-10 (Salmon et al., SC 2011) in integer arithmetic, a counter per element, or per four elements that want 32 bits each:
+a GPU's thread has them side by side, and then they share its ten rounds.
 
 The four words of the state are held in u64, of which only the lower 32 bits count: a product of two masked words is exact, its upper
 half is the high word, and its lower bits are cleaned by the mask before the next product.
@@ -22,10 +23,14 @@ def _random_bits(b: Builder, op: Operation) -> list[Value]:
     dtype = t.dtype
 
     def body(i: Builder, seed: Value) -> Value:
-        words = _philox(i, i.cast(seed, U64), i.cast(_linear(i, t.shape), U64), op["stream"])
-        low, high = words[2 * op["pair"]:2 * op["pair"] + 2]
+        position = _linear(i, t.shape)
         if dtype == U32:
-            return i.cast(low, U32)
+            a, c, d, e = (i.cast(w, U32) for w in _philox(i, i.cast(seed, U64), i.cast(i.arith("shr", position, 2), U64), op["stream"]))
+            which = i.arith("and", position, 3)
+            upper = i.arith("select", i.arith("eq", which, 2), d, e)
+            return i.arith("select", i.arith("eq", which, 0), a, i.arith("select", i.arith("eq", which, 1), c, upper))
+        words = _philox(i, i.cast(seed, U64), i.cast(position, U64), op["stream"])
+        low, high = words[2 * op["pair"]:2 * op["pair"] + 2]
         return i.arith("or", i.arith("shl", high, 32), i.arith("and", low, 0xFFFFFFFF))
 
     return [pointwise(b, t.shape, [op.operands[0]], body, dtype)]

@@ -11,7 +11,8 @@ import torch
 from aicc.compiler import driver
 from aicc.compiler.dynamo import aicc as backend
 from aicc.frontend.foreach import foreach_table
-from torch import nn
+from support.stages import CUDA, capture, lowered
+from torch import Tensor, nn
 
 TABLE = foreach_table()
 
@@ -90,3 +91,18 @@ def test_a_step_of_adamw_is_native() -> None:
     assert seen and not any(c.stats["externs"] for c in seen)
     for a, b in zip(expected.parameters(), found.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_of_many_parameters_are_one_kernel_each() -> None:
+    """Means, squares and parameters come as lists, so that what belongs together is hundreds of ops apart."""
+    count = 80
+
+    def step(*given: Tensor) -> list[Tensor]:
+        p, g, m, v = (given[k * count:(k + 1) * count] for k in range(4))
+        m = [a * 0.9 + b * 0.1 for a, b in zip(m, g, strict=True)]
+        v = [a * 0.99 + b * b * 0.01 for a, b in zip(v, g, strict=True)]
+        return [*m, *v, *(a - 0.1 * b / (c.sqrt() + 1e-8) for a, b, c in zip(p, m, v, strict=True))]
+
+    program = capture(step, [torch.rand(40 + k % count) for k in range(4 * count)])
+    kernels = [op for op in lowered(program, CUDA, "tensor").walk() if op.name == "tensor.fused"]
+    assert len(kernels) == count

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from aicc.compiler.pipelines import pipeline
-from aicc.frontend.flex import dense
+from aicc.frontend.flex import dense, dense_backward
 from aicc.frontend.formulas import flash_attention_backward
 from aicc.ir import Operation
 from aicc.ir.expr import evaluate, free_symbols
@@ -19,7 +19,6 @@ from aicc.ir.interpreter import interpret
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
 from support.stages import AVX2, CUDA, EXACT_CASTS, OPTIONS, capture, check_levels, compare, copied, lowered
 from torch import Tensor
-from torch._higher_order_ops.flex_attention import sdpa_dense_backward
 
 NEVER = float("-inf")
 
@@ -296,7 +295,7 @@ def flex_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     def pull(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, g: Tensor) -> list[Any]:
         return [g * (1 - torch.tanh(s / 20)**2), None, None, None, None]
 
-    return sdpa_dense_backward(q, k, v, out, lse / math.log(2), grad, None, change, pull, _causal_blocks(), 0.2, {}, (), ())[:3]
+    return dense_backward(q, k, v, out, lse / math.log(2), grad, None, change, pull, _causal_blocks(), 0.2, {}, (), ())[:3]
 
 
 def _causal_blocks() -> tuple[Any, ...]:
