@@ -226,6 +226,9 @@ BESIDE: dict[OpOverload, Callable[[], list[tuple[tuple[Any, ...], dict[str, Any]
 _ONE_RESULT = (aten._embedding_bag.default,)
 """Operators whose other results eager leaves uninitialised where its own backward does not need them."""
 
+_FREE_PLACES = (aten.topk.default,)
+"""Operators that may take any of several equal elements: what lies at the places that they give is compared."""
+
 
 def compile_call(call: Call, seconds: int = 60) -> tuple[list[dict[str, str]], str]:
     """(the ATen calls left in the compiled graph, what went wrong: empty if the result is eager's)."""
@@ -236,6 +239,8 @@ def compile_call(call: Call, seconds: int = 60) -> tuple[list[dict[str, str]], s
         rest = iter(given)
         args, kwargs = tree_unflatten([next(rest) if isinstance(x, torch.Tensor) else x for x in leaves], spec)
         made = call.op(*args, **kwargs)
+        if call.op in _FREE_PLACES:
+            return made[0], args[0].gather(args[2] if len(args) > 2 else -1, made[1])
         return made[0] if call.op in _ONE_RESULT else made
 
     def exact() -> Any:

@@ -192,7 +192,7 @@ def _runner(op: OpInfo, sample: SampleInput, backward: bool, dtype: torch.dtype)
         torch.manual_seed(1)
         if not backward:
             with torch.no_grad():
-                return transform(plain)(*arguments)
+                return _held(op, arguments, transform(plain)(*arguments))
         result = transform(plain)(*arguments)
         finished = sample.output_process_fn_grad(result)
         outputs = [t for t in tree_leaves(finished) if isinstance(t, torch.Tensor) and t.requires_grad]
@@ -203,6 +203,22 @@ def _runner(op: OpInfo, sample: SampleInput, backward: bool, dtype: torch.dtype)
         return result, gradients
 
     return run
+
+
+_PLACES = {"sort": 0, "argsort": 0, "topk": 1, "kthvalue": 1}
+"""Operators that say where in a row elements lie, and which argument behind the tensor is the row's dimension."""
+
+
+def _held(op: OpInfo, arguments: Any, result: Any) -> Any:
+    """Among equal elements the order is free unless `stable` is asked for: of the places, what lies there and that no two are the same are compared."""
+    x, args, kwargs = arguments
+    if op.name not in _PLACES or kwargs.get("stable") or x.dim() == 0:
+        return result
+    first = _PLACES[op.name]
+    dim = kwargs.get("dim", args[first] if len(args) > first else -1)
+    values, places = (x, result) if isinstance(result, torch.Tensor) else result
+    wide = places if places.dim() == x.dim() else places.unsqueeze(dim)
+    return values, x.gather(dim, wide), wide.sort(dim)[0].diff(dim=dim) > 0, torch.empty_like(places).zero_()
 
 
 def _compile(function: Callable[..., Any], backend: str, dynamic: bool, **options: Any) -> Callable[..., Any]:
