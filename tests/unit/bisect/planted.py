@@ -188,12 +188,12 @@ def _operands_swapped(m: pytest.MonkeyPatch) -> None:
 
 
 def _reduction_unmasked(m: pytest.MonkeyPatch) -> None:
-    m.setattr(loops._Lowering, "_active", lambda self, scope, offset: [])
-    true = loops._Lowering._load
+    m.setattr(loops.Lowering, "_active", lambda self, scope, offset: [])
+    true = loops.Lowering._load
 
     def wrong(self: Any, scope: Any, v: Any, m_: Any, positions: Any, fill: Any) -> Value:
         return true(self, scope, v, m_, {**positions, "d1": 0}, fill)
-    m.setattr(loops._Lowering, "_load", wrong)
+    m.setattr(loops.Lowering, "_load", wrong)
 
 
 def _writes_too_early(m: pytest.MonkeyPatch) -> None:
