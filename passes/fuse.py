@@ -205,8 +205,8 @@ class Fuse(Pass):
             merged = self._union(other, into, op, v)
             if merged is None or _meet_outside(other, into, of, position):
                 continue
-            if any(m["reductions"] for m in (*other.members, *into.members)) and (
-                    any(_makes_cycle(other, m, of, position) for m in into.members) or any(_makes_cycle(into, m, of, position) for m in other.members)):
+            reduces = any(m["reductions"] for m in (*other.members, *into.members))
+            if reduces and any(_makes_cycle(a, m, of, position) for a, b in ((other, into), (into, other)) for m in b.members):
                 continue  # a row's statistics and what is made from them stay apart: else a loss in parts keeps the gradients of all its parts
             into.frame, into.places = merged
             into.members = sorted([*other.members, *into.members], key=position.__getitem__)
