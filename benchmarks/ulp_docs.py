@@ -85,7 +85,10 @@ PROSE = """Eager's large errors are places where its vector code gives up precis
 
 bfloat16 and float16 are computed in float32 and rounded once at the end of a fused kernel (or where eager rounds, with
 `options={"emulate_precision_casts": True}`), float64 functions are the C library's, one call per lane. On GPUs, functions are libdevice's. Special
-values of every operator are compared with eager in `tests/ops/test_special_values.py`.""".split("\n")
+values of every operator are compared with eager in `tests/ops/test_special_values.py`.
+
+Where eager has NaN or gives up and the exact result exists, aicc has the exact result: `fmod` and `remainder` whose quotient overflows,
+`gelu` of infinity, denormal numbers in `log1p` and `erf`. `tests/ops/test_special_values.py` has these rows in its table `EAGER`.""".split("\n")
 
 
 if __name__ == "__main__":
