@@ -9,7 +9,7 @@ Along one dimension m neighbouring outputs come from m + 2 products instead of 3
 Which of the forms, or none, is decided per convolution by estimated cycles (`_cycles`): products, the bytes of u, which every call streams, and
 reads of the transforms.
 
-Error: `budget` is the most that a form may be away from float64, as a multiple of eager's distance, by what was measured (`NOISE`). With the
+Error: `budget` is the most that a form may be away from float64, as a multiple of eager's distance, by what was measured (`noise`). With the
 default of 2, F(4 x 4, 3 x 3), which is 2.1 to 2.4 times as far as eager, is not taken; with `options={"winograd_budget": 3.0}` it is, where it
 pays. What is not finite spreads to the outputs of its tile.
 Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016), sections 4 and 5.
@@ -37,7 +37,7 @@ from ..ir.passes import Pass, PassContext, register
 from ..ir.ranges import known_nonnegative, lower_bound, simplify, upper_bound
 from ..ir.types import DTYPES, i64
 from .structured import constant_values, in_order, is_contraction, plain_dims, space_bounds
-from .winograd_forms import NOISE, TAPS, Form, Sparse, form
+from .winograd_forms import TAPS, Form, Sparse, form, noise
 
 __all__ = ["Winograd"]
 
@@ -157,7 +157,7 @@ def _choose(op: Operation, found: _Site, budget: float, target: Target) -> tuple
     choices = []
     for outputs in combinations((1, 2, 4), repeat=len(found.rows)):
         used = tuple(n for n in outputs if n > 1)
-        if used and NOISE[used] > budget:
+        if used and noise(used, target.lanes(32)) > budget:
             continue
         rows = tuple(_Row(r.out, r.tap, r.axis, r.start, form(n)) for r, n in zip(found.rows, outputs, strict=True) if n > 1)
         site = _Site(found.x, found.w, found.channel, found.own, rows)

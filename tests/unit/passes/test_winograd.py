@@ -7,10 +7,13 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from aicc.backends.llvm import host_target
 from aicc.compiler.driver import Compilation, watching
 from aicc.ir.expr import evaluate, sym
-from aicc.passes.winograd_forms import NOISE, Sparse, form
+from aicc.passes.winograd_forms import Sparse, form, noise
 from torch import nn
+
+LANES = host_target(None).lanes(32)
 
 
 def compiled(layer: nn.Module, x: torch.Tensor, **options: object) -> tuple[torch.Tensor, list[str]]:
@@ -57,24 +60,28 @@ def test_shapes(size: tuple[int, int], padding: int, stride: int, kernel: int, b
     layer = nn.Sequential(nn.Conv2d(34, 37, kernel, stride, padding), nn.ReLU()).eval()
     x = torch.randn(2, 34, *size)
     y, messages = compiled(layer, x, winograd_budget=budget)
-    assert len(messages) == 1 and ("outputs" in messages[0] or budget < 2), messages
-    assert error(y, layer, x) < 2e-6
+    assert len(messages) == 1 and ("outputs" in messages[0] or budget < max(2, noise((2,), LANES))), messages
+    assert error(y, layer, x) < (1e-6 if budget < 2 else 2e-6)  # the wider forms are farther, by up to their budget
 
 
 @pytest.mark.parametrize("budget", [0.9, 2.0, 3.0])
 def test_stays_in_its_budget(budget: float) -> None:
-    """On average over seeds, against the direct form's own distance from float64 (eager's differs from processor to processor)."""
+    """On average over seeds, against eager's own distance from float64; where no form is in it, sums are direct."""
     found, forms = [], set()
     for seed in range(3):
         torch.manual_seed(seed)
         layer, x = nn.Conv2d(128, 128, 3, padding=1), torch.randn(1, 128, 28, 28).relu()
         y, messages = compiled(layer, x, winograd_budget=budget)
-        direct, _ = compiled(layer, x, winograd_budget=0.1)
         forms.add(messages[0].partition(" outputs")[0])
-        found.append(rms(y, layer, x) / rms(direct, layer, x))
-    mean, (sizes,) = sum(found) / len(found), forms
-    assert NOISE[int(sizes[0]), int(sizes[-1])] <= budget
-    assert mean <= NOISE[int(sizes[0]), int(sizes[-1])] * 1.15, "the table is out of date"
+        with torch.no_grad():
+            found.append(rms(y, layer, x) / rms(layer(x), layer, x))
+    (sizes,) = forms
+    if "stay products" in sizes:
+        assert LANES >= 16 and budget < 1
+        return
+    mean, expected = sum(found) / len(found), noise((int(sizes[0]), int(sizes[-1])), LANES)
+    assert expected <= budget and mean <= budget
+    assert mean <= expected * 1.15, "the table is out of date"
 
 
 def rms(y: torch.Tensor, layer: nn.Module, x: torch.Tensor) -> float:
