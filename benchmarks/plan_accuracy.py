@@ -36,6 +36,7 @@ import torch.distributed as dist
 from aicc.passes.shard import from_transformers, load_cluster, predict_step
 from aicc.runtime.arena import shared_pool
 from aicc.runtime.outputs import shared_outputs
+from aicc.tests.gpu.two_gpu_check import covered
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -156,15 +157,6 @@ def spent(step: Any) -> dict[str, float]:
     by |= dict(total.most_common(5))
     return {"computing": compute, "communicating": sent, "both": compute + sent - either, "neither": span / 1e3 - either, **by,
             "kernels": float(len(events))}
-
-
-def covered(events: list[Any]) -> float:
-    """Milliseconds during which at least one of the kernels ran."""
-    total, end = 0.0, float("-inf")
-    for e in sorted(events, key=lambda e: e.time_range.start):
-        total += max(0.0, e.time_range.end - max(end, e.time_range.start))
-        end = max(end, e.time_range.end)
-    return total / 1e3
 
 
 def wait_for_turn(file: Any) -> None:
