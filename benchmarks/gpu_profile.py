@@ -111,11 +111,15 @@ def table(found: dict[str, Any], rows: int) -> list[str]:
     """Lines of text."""
     kernels = [Kernels(**k) for k in found["kernels"]]
     short, middle, long = found["gaps"]
-    lines = [f"{found['row']} {found['contender']}: {found['ms']:.3f} ms a call ({found['first_calls_s']:.0f} s until ready); traced: span "
-             f"{found['span']:.0f} us, busy {found['busy']:.0f}, {found['launches']:.0f} kernels; idle in gaps up to 2 us {short:.0f}, up to 10 us {middle:.0f}, longer {long:.0f}"]
-    sums = {name: [k for k in kernels if k.family == name] for name in dict.fromkeys(name for name, _ in CLASSES)}
-    lines.append("   " + "; ".join(f"{name} {sum(k.microseconds for k in of):.0f} us in {sum(k.count for k in of):.0f}" for name, of in sums.items() if of))
-    lines += [f"   {k.microseconds:8.1f} us {k.count:5.1f} x {k.microseconds / k.count:7.1f}  {k.family[:5]:5s} {k.name[:110]}" for k in kernels[:rows]]
+    lines = [
+        f"{found['row']} {found['contender']}: {found['ms']:.3f} ms a call ({found['first_calls_s']:.0f} s until ready); traced: span "
+        f"{found['span']:.0f} us, busy {found['busy']:.0f}, {found['launches']:.0f} kernels; idle in gaps up to 2 us {short:.0f}, "
+        f"up to 10 us {middle:.0f}, longer {long:.0f}"]
+    sums = {family: [k for k in kernels if k.family == family] for family in dict.fromkeys(name for name, _ in CLASSES)}
+    lines.append("   " + "; ".join(f"{family} {sum(k.microseconds for k in of):.0f} us in {sum(k.count for k in of):.0f}"
+                                   for family, of in sums.items() if of))
+    for k in kernels[:rows]:
+        lines.append(f"   {k.microseconds:8.1f} us {k.count:5.1f} x {k.microseconds / k.count:7.1f}  {k.family[:5]:5s} {k.name[:110]}")
     return lines
 
 
@@ -137,22 +141,27 @@ def main() -> int:
     begin = time.time()
     command = [sys.executable, "-m", "aicc.benchmarks.gpu_profile", "--one"]
     wanted = [(row, peer) for row in options.only.split(",") for peer in options.peers.split(",")]
-    running = [(row, peer, subprocess.Popen([*command, row, peer], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)) for row, peer in wanted]
-    for row, peer, p in running:
-        try:
-            out, errors = p.communicate(timeout=max(0.1, begin + options.seconds - time.time()))
-        except subprocess.TimeoutExpired:
-            p.kill()
-            print(f"{row} {peer}: not ready after {time.time() - begin:.0f} s", flush=True)
-            continue
-        if p.returncode:
-            print(f"{row} {peer} failed: {errors[-1500:]}", flush=True)
-            continue
-        text = out.strip().splitlines()[-1]
-        print("\n".join(table(json.loads(text), options.rows)), flush=True)
-        if options.json:
-            with options.json.open("a") as f:
-                f.write(text + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for row, peer in wanted:
+            base = Path(folder) / f"{row}-{peer}"
+            with base.with_suffix(".out").open("w") as told, base.with_suffix(".err").open("w") as said:  # pipes would fill up
+                running.append((row, peer, base, subprocess.Popen([*command, row, peer], stdout=told, stderr=said)))
+        for row, peer, base, p in running:
+            try:
+                p.wait(max(0.1, begin + options.seconds - time.time()))
+            except subprocess.TimeoutExpired:
+                p.kill()
+                print(f"{row} {peer}: not ready after {time.time() - begin:.0f} s", flush=True)
+                continue
+            if p.returncode:
+                print(f"{row} {peer} failed: {base.with_suffix('.err').read_text()[-1500:]}", flush=True)
+                continue
+            text = base.with_suffix(".out").read_text().strip().splitlines()[-1]
+            print("\n".join(table(json.loads(text), options.rows)), flush=True)
+            if options.json:
+                with options.json.open("a") as f:
+                    f.write(text + "\n")
     return 0
 
 
