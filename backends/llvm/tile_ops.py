@@ -34,7 +34,7 @@ __all__ = ["LOWERINGS", "elementwise"]
 
 INDEX = DTYPES["index"]
 SIDE_BY_SIDE = frozenset({"exp", "exp2", "expm1", "sigmoid", "tanh", "sinh", "cosh", "log", "log2", "log10", "log1p", "erf"})
-"""Long chains of dependent operations, without a branch: one chunk's do not fill the processor, so that those of several are woven into each other."""
+"""Long chains of dependent operations, without a branch: one chunk's do not fill the processor, so those of several are woven into each other."""
 CHUNKS = 4
 
 

@@ -1,8 +1,8 @@
 """Asking for the next program's rows while this one computes.
 
-A kernel that passes over a row several times (a norm, a softmax) waits for memory in its first pass alone and leaves memory idle in the others, whose
-loops find the row in the caches. So the last loop that reads an operand (or, if only the first does, the last of all) asks, line by line, for what the
-next program will read first.
+A kernel that passes over a row several times (a norm, a softmax) waits for memory in its first pass alone and leaves memory idle in the others,
+whose loops find the row in the caches. So the last loop that reads an operand (or, if only the first does, the last of all) asks, line by line,
+for what the next program will read first.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ class Leaf:
 
 
 def ask_ahead(leaves: Mapping[int, Leaf], reads: Sequence[tuple[Access, Value, set[int]]], program: str, width: int) -> int:
-    """Adds prefetches to the bodies of loops; gives for how many operands. `leaves` is by stage; `reads` are accesses with their buffers and the stages that
-    load them; `program` is the loop variable of the grid's fastest axis, `width` the elements of a loop's step. Operands that do not move with the program (a
-    norm's weights) are in the caches already; others are only asked for along contiguous memory."""
+    """Adds prefetches to the bodies of loops; gives for how many operands.
+
+    `leaves` is by stage; `reads` are accesses with their buffers and the stages that load them; `program` is the loop variable of the grid's fastest
+    axis, `width` the elements of a loop's step. Operands that do not move with the program (a norm's weights) are in the caches already; others are
+    only asked for along contiguous memory.
+    """
     asked: set[tuple[Value, Dim]] = set()
     for access, buffer, stages in reads:
         later = [s for s in stages if s > min(stages)] or [s for s in leaves if s > min(stages)]
