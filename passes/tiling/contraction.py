@@ -468,14 +468,15 @@ class Contraction:
         if self.depth > 1:
             return self._deep_products(e, batch, m, n, ks, acc)
         at = self.positions(batch, m, n, ks, e)
-        left = self.read(e, self.roles.left, at, []) if self.block is None else self.convert(e, self.roles.left, self.block.read(e, m, self._step(ks)))
+        i = self.roles.left
+        left = self.read(e, i, at, []) if self.block is None else self.convert(e, i, self.block.read(e, m, self._number_of(ks)))
         packed = bool(self.op.attributes.get("_packed"))  # zero-padded to whole panels: reading past N is in bounds
         right = self.read(e, self.roles.right, at, [] if packed else [(n, self.n)]) if self.unpacking is None else self._unpacked(
             e, self.unpacking, at)
         left, right = as_tile(e, left, (self.tile[0], 1)), as_tile(e, right, (1, self.tile[1]))
         return e.builder.op("tile.dot", left, right, acc, type=self.acc_type)
 
-    def _step(self, ks: list[Dim]) -> Dim:
+    def _number_of(self, ks: list[Dim]) -> Dim:
         """The number of a step of K."""
         step: Dim = 0
         for k, size in zip(ks, self.k_sizes, strict=True):

@@ -103,8 +103,8 @@ def make_rows(e: Emitter, maker: Operation, buffers: Mapping[Value, Value], m_si
 
 def copy_turned(e: Emitter, read: Callable[[Emitter, Dim, Dim, list[Pair]], Value], dtype: DType, start: Dim, upper: Dim, rows: int, steps: int,
                 tile_rows: int, lanes: int) -> TurnedBlock:
-    """Rows `start` to `upper`, at most `rows`, of an operand of `steps` steps whose rows lie next to each other in memory: `read(emitter, m, k, mask)`
-    gives some at one step.
+    """Rows `start` to `upper`, at most `rows`, of an operand of `steps` steps whose rows lie next to each other in memory: some at one step
+    are `read(emitter, m, k, mask)`.
 
     Whole vectors are written, past the rows of a tile: there the next step's go, or what a tile has to spare."""
     length = steps + -(-lanes // tile_rows)
