@@ -3,8 +3,10 @@
     python -m aicc.benchmarks.gpu_profile --only gpt-train-b8,resnet50-train-b64 --peers inductor,aicc --rows 25
 
 Rows are those of `gpu_models.py`. Each (row, contender) compiles in a process of its own, all at once; when all are ready (or `--compile-seconds` are
-over, for those that are), they take turns on the device. torch's profiler (CUPTI) sees the kernels of every contender alike, also in CUDA graphs. Times are microseconds per call; `span` is from the first kernel of
-a call to the first of the next (calls follow each other without waiting), `busy` the time in which at least one kernel runs.
+over, for those that are), they take turns on the device. torch's profiler (CUPTI) sees the kernels of every contender alike, also in CUDA graphs.
+Times are microseconds per call; `span` is from the first kernel of a call to the first of the next (calls follow each other without waiting), `busy`
+the time in which at least one kernel runs. A kernel that is launched programmatically starts while the one before still runs, and waits: its time
+contains that, so times of single kernels may add up to more than `busy`.
 """
 
 from __future__ import annotations
