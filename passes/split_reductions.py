@@ -167,7 +167,7 @@ class _Space:
         dims, d, parts = list(op["dims"]), cut.dim, cut.parts
         if cut.again > 1:
             chunk = dims[d + 1] // cut.again
-            place = {j: sym(f"d{j + 1}") for j in range(len(dims))}
+            place: dict[int, Dim] = {j: sym(f"d{j + 1}") for j in range(len(dims))}
             place[d] = sym("d0") // cut.again + sym(f"d{d + 1}")
             place[d + 1] = sym("d0") % cut.again * chunk + sym(f"d{d + 2}")
             return _Space([parts, *dims[:d], 1, chunk, *dims[d + 2:]], place)
