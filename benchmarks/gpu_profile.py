@@ -5,8 +5,8 @@
 Rows are those of `gpu_models.py`. Each (row, contender) compiles in a process of its own, all at once; when all are ready (or `--compile-seconds` are
 over, for those that are), they take turns on the device. torch's profiler (CUPTI) sees the kernels of every contender alike, also in CUDA graphs.
 Times are microseconds per call; `span` is from the first kernel of a call to the first of the next (calls follow each other without waiting), `busy`
-the time in which at least one kernel runs. A kernel that is launched programmatically starts while the one before still runs, and waits: its time
-contains that, so times of single kernels may add up to more than `busy`.
+the time in which at least one kernel runs. A kernel that is launched programmatically starts while the one before still runs, and waits for it: to a
+kernel counts only the time in which no kernel runs that started before it, so that the kernels' times add up to `busy`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CALLS = 4
 
 @dataclass(frozen=True)
 class Kernels:
-    """All kernels of one name in one call (the mean over calls): how many, and their microseconds."""
+    """All kernels of one name in one call (the mean over calls): how many, and the microseconds in which none that started before them ran."""
 
     name: str
     count: float
@@ -101,8 +101,10 @@ def measure(row: str, name: str, turn: Path) -> dict[str, Any]:
     events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     intervals = [(e.time_range.start, e.time_range.end) for e in events]
     named: dict[str, list[float]] = {}
-    for e in events:
-        named.setdefault(e.name, []).append(e.time_range.end - e.time_range.start)
+    end = float("-inf")
+    for e in sorted(events, key=lambda e: e.time_range.start):
+        named.setdefault(e.name, []).append(max(0.0, e.time_range.end - max(e.time_range.start, end)))
+        end = max(end, e.time_range.end)
     kernels = sorted((Kernels(k, len(v) / CALLS, sum(v) / CALLS) for k, v in named.items()), key=lambda k: -k.microseconds)
     span, busy = span_and_busy(intervals)
     return {"row": row, "contender": name, "ms": ms, "first_calls_s": compiled, "span": span / CALLS, "busy": busy / CALLS,
