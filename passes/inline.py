@@ -166,7 +166,7 @@ def _reads_less(producer: Operation, readers: Sequence[Operation]) -> bool:
     real = [o for o in body_ops(producer) if o.name not in TRIVIAL]
     if len(real) > FEW or any(o.name in EXPENSIVE or o.name == "tensor.extract" for o in real) or len(producer.results) != 1:
         return False
-    if any(is_contraction(u) or not _visits_once(producer, u) for u in readers):
+    if any(u.name != "tensor.generic" or is_contraction(u) or not _visits_once(producer, u) for u in readers):
         return False
     made, read = _bytes(producer.result), [_bytes(v) for v in producer.operands]
     if made is None or any(b is None for b in read):

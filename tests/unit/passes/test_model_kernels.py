@@ -91,6 +91,14 @@ def test_the_mask_of_a_gradient_that_two_kernels_read_is_not_stored() -> None:
     assert made_of_size(module, 16 * 64 * 32 * 32) == 1 and len(launches(module)) == 3
 
 
+def test_a_gradient_that_a_scatter_and_a_sum_read_compiles() -> None:
+    """An embedding's gradient, where a pointwise op has readers of another kind than loops."""
+    def f(t: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return torch.tanh(F.embedding(t, w) + b)
+
+    lowered(f, torch.randint(0, 500, (64, 32)), rand(500, 64, grad=True), rand(64, grad=True), backward=True)
+
+
 def test_a_masked_gradient_that_also_goes_to_a_shortcut_is_not_stored() -> None:
     def f(x: Tensor, w: Tensor, b: Tensor, s: Tensor) -> Tensor:
         return F.relu(F.batch_norm(x, None, None, w, b, training=True) + s * s)
