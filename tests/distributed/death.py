@@ -18,8 +18,21 @@ def describe(stderr: str) -> str:
     signals = [x.strip() for x in lines if re.search(r"exitcode +: (?!.*\bN/A)|Signal \d+|Fatal Python error|terminate called|what\(\):", x)]
     phases = sorted({m.group(1): m.group(0) for x in lines for m in re.finditer(r"rank (\d+) (?:reached|left) [\w ]+", x)}.values())
     stack = [x.strip() for x in lines if re.match(r"\s+File .* line \d+ in ", x)]  # faulthandler's form
-    parts = [" / ".join(dict.fromkeys(x[:300] for x in group[:4])) for group in (own, signals, phases, stack) if group]
+    stack += _native(lines)
+    parts = [" / ".join(dict.fromkeys(x[:300] for x in group[:8])) for group in (own, signals, phases, stack) if group]
     return "; ".join([*parts, *([] if own else [_host()])]) or "no message"
+
+
+def _native(lines: list[str]) -> list[str]:
+    """The frames of the thread that got the signal, as torch's handler prints them."""
+    at = next((i for i, x in enumerate(lines) if "fatalSignalHandler(" in x), len(lines))
+    found = []
+    for line in lines[at + 1:]:
+        m = re.match(r"frame #\d+: (.*?) \(0x[0-9a-f]+ in (\S+)\)", line.strip())
+        if m is None:
+            break
+        found.append(f"{m.group(1)} in {m.group(2).rsplit('/', 1)[-1]}")
+    return found[1:7]
 
 
 def _host() -> str:

@@ -31,3 +31,18 @@ def test_an_error_is_enough() -> None:
     said = describe("[rank1]: RuntimeError: Connection closed by peer\n[rank0]: AssertionError\n" + SIGNAL)
     assert said.startswith("[rank0]: AssertionError") and "closed by peer" not in said and "GiB free" not in said
     assert describe("[rank1]: RuntimeError: Connection closed by peer\n").startswith("[rank1]: RuntimeError: Connection closed by peer")
+
+
+def test_the_thread_that_got_the_signal() -> None:
+    native = """SIGSEGV(11), PID: 9, Thread 9: 
+ frame #0: c10::FatalSignalHandler::stacktraceSignalHandler(bool) + 0x8f (0x7f4a in /x/libc10.so)
+frame #1: pthread_cond_wait + 0x1e8 (0x7f4b in /lib/libc.so.6)
+
+SIGSEGV(11), PID: 9, Thread 11: 
+ frame #0: c10::FatalSignalHandler::stacktraceSignalHandler(bool) + 0x8f (0x7f4a in /x/libc10.so)
+frame #1: c10::FatalSignalHandler::fatalSignalHandler(int, siginfo_t*) + 0x2da (0x7f4c in /x/libc10.so)
+frame #2: <unknown function> + 0x3c050 (0x7f4d in /lib/libc.so.6)
+frame #3: gloo::alltoallv(int) + 0x9 (0x7f4e in /x/libtorch_cpu.so)
+
+"""
+    assert "gloo::alltoallv(int) + 0x9 in libtorch_cpu.so" in describe(native) and "pthread_cond_wait" not in describe(native)

@@ -55,6 +55,7 @@ def reached(phase: str) -> None:
 def main() -> None:
     name, plan_text, steps, layers, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     faulthandler.enable()
+    torch._C._set_print_stack_traces_on_fatal_signal(True)  # of threads that run no Python too
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     rank = dist.get_rank()
