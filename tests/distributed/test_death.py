@@ -34,11 +34,11 @@ def test_an_error_is_enough() -> None:
 
 
 def test_the_thread_that_got_the_signal() -> None:
-    native = """SIGSEGV(11), PID: 9, Thread 9: 
+    native = """SIGSEGV(11), PID: 9, Thread 9:
  frame #0: c10::FatalSignalHandler::stacktraceSignalHandler(bool) + 0x8f (0x7f4a in /x/libc10.so)
 frame #1: pthread_cond_wait + 0x1e8 (0x7f4b in /lib/libc.so.6)
 
-SIGSEGV(11), PID: 9, Thread 11: 
+SIGSEGV(11), PID: 9, Thread 11:
  frame #0: c10::FatalSignalHandler::stacktraceSignalHandler(bool) + 0x8f (0x7f4a in /x/libc10.so)
 frame #1: c10::FatalSignalHandler::fatalSignalHandler(int, siginfo_t*) + 0x2da (0x7f4c in /x/libc10.so)
 frame #2: <unknown function> + 0x3c050 (0x7f4d in /lib/libc.so.6)
