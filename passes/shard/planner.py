@@ -450,8 +450,10 @@ def _no_plan(problem: Problem) -> str:
     if not pins:
         return text
     named = Plan(**{"micro_batch": 1, **pins})
+    open_still = ("the mesh has", "the stage's")  # other degrees may fill the mesh, or give experts their devices
     wrong = [f"{named.devices} devices do not divide the mesh of {size}"] if size % named.devices else []
-    wrong += [w for w in plan_problems(named, problem.config, problem.cluster, problem.global_batch) if "the mesh has" not in w and "stage's" not in w]
+    wrong += [w for w in plan_problems(named, problem.config, problem.cluster, problem.global_batch)
+              if not any(part in w for part in open_still)]
     return f"{text} with {', '.join(f'{k}={v}' for k, v in pins.items())}" + (f": {'; '.join(wrong)}" if wrong else "")
 
 
