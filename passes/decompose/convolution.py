@@ -84,6 +84,8 @@ def _conv_transpose(b: Builder, op: Operation) -> list[Value]:
 
     Input position (y + padding - k*dilation) / stride, where that is whole and within the input; elsewhere nothing is added.
     """
+    if op["groups"] == 1 and all(s == 1 for s in op["stride"]):
+        return [_with_turned_taps(b, op)]
     if op["groups"] == 1 and all(x == 1 for x in op["dilation"]) and any(s != 1 for s in op["stride"]):
         return [_by_phase(b, op)]
     x, w = op.operands
@@ -125,6 +127,21 @@ def _conv_transpose(b: Builder, op: Operation) -> list[Value]:
     zero = 0.0 if tensor_type(x).dtype.is_float else 0
     total = reduce(b, out, space.sizes, (x, w), (read_x, read_w), body, "sum", fills=(zero, None))
     return [convert(b, total, want)]
+
+
+def _with_turned_taps(b: Builder, op: Operation) -> Value:
+    """A conv_transpose of stride 1 as a convolution whose taps are read backwards: what makes those fast, fits it."""
+    x, w = op.operands
+    out, (channels_in, _, *kernel) = shape_of(op.result), shape_of(w)
+    space = _Reduction(len(out))
+    o = space.add(channels_in)
+    ks = [space.add(k) for k in kernel]
+    steps = list(zip(ks, kernel, op["padding"], op["dilation"], strict=True))
+    read_x = [d(2 + i) + padding - (size - 1) * dilation + k * dilation for i, (k, size, padding, dilation) in enumerate(steps)]
+    taps = [size - 1 - k for k, size, _, _ in steps]
+    inside = all(k == 1 and padding == 0 for k, padding in zip(kernel, op["padding"], strict=True)) and shape_of(x)[2:] == out[2:]
+    zero = 0.0 if tensor_type(x).dtype.is_float else 0
+    return contract(b, op, out, space.sizes, (x, w), ((d(0), o, *read_x), (o, d(1), *taps)), () if inside else (zero, None))
 
 
 def _by_phase(b: Builder, op: Operation) -> Value:
