@@ -144,7 +144,21 @@ def _choose_columns(op: Operation, constant: set[Value], ctx: PassContext) -> No
             op.attributes["_columns"] = tuple(others)
         else:
             op.attributes["_windows"] = i
+            _turn_positions(op, roles, ctx)
         return
+
+
+def _turn_positions(op: Operation, roles: Roles, ctx: PassContext) -> None:
+    """The left operand of a weight's gradient with its channels outermost and positions innermost: what a row meets lies in one piece."""
+    i = roles.left
+    v, m = op.operands[i], op["maps"][i]
+    assert isinstance(v.type, TensorType)
+    row = next(j for j, e in enumerate(m) if e == sym(f"d{roles.m[0]}"))
+    order = [row, *(j for j in range(v.type.rank) if j != row)]
+    source = tuple(sym(f"d{order.index(j)}") for j in range(v.type.rank))
+    turned = Builder.before_op(op).generic([v], [source], [v.type.shape[j] for j in order], lambda bb, x: x, name=f"{v.name or 'g'}_turned")
+    _set_operand(op, i, turned.result, tuple(m[j] for j in order))
+    ctx.remark("done", "left operand turned: positions innermost", op.location)
 
 
 def _pack_windows(op: Operation, roles: Roles, nr: int, ctx: PassContext) -> None:

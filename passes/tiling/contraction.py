@@ -438,6 +438,8 @@ class Contraction:
         inside = [length, *self.k_sizes[d + 1:]]
         if not self.op.attributes.get("_packed") or not isinstance(self.k_sizes[d], int) or rows <= self.tile[0] or self.unpacking is not None:
             return  # a stream: the processor sees by itself what comes next
+        if "_columns" in self.op.attributes:
+            return  # the next panel is another tap's: most of it was just read
         (mr, nr, _), right, bounds = self.tile, self.roles.right, e.bounds()
         v = self.op.operands[right]
         step: Dim = ks[d] - first
