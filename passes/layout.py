@@ -40,7 +40,7 @@ class Layout(Pass):
             for op in func.body:
                 if op.name != "tensor.generic" or len(parallel_dims(op)) < 3:
                     continue
-                order = _contraction_order(op, constant) if is_contraction(op) else _inherited_order(op)
+                order = _contraction_order(op, constant) if is_contraction(op) else _inherited_order(op, folded=not ctx.target.is_gpu)
                 if order is not None:
                     for r in op.results:
                         assert isinstance(r.type, TensorType)
@@ -75,14 +75,14 @@ def _contraction_order(op: Operation, constant: set[Value]) -> list[int] | None:
     return None
 
 
-def _inherited_order(op: Operation) -> list[int] | None:
+def _inherited_order(op: Operation, folded: bool) -> list[int] | None:
     """The order in which the largest operand with a layout of its own is walked."""
     best: tuple[int, list[int]] | None = None
     for v, m in zip(op.operands, op["maps"], strict=True):
         t = v.type
         if m is None or not isinstance(t, TensorType):
             continue
-        order = walk_order(op, t, m)
+        order = walk_order(op, t, m, folded)
         if order is not None and (best is None or t.rank > best[0]):
             best = (t.rank, order)
             if t.strides is None:
@@ -90,8 +90,9 @@ def _inherited_order(op: Operation) -> list[int] | None:
     return best[1] if best is not None and best[1] != list(range(len(best[1]))) else None
 
 
-def walk_order(op: Operation, t: TensorType, m: tuple[Dim, ...]) -> list[int] | None:
-    """Parallel dimensions from the one with the largest stride in `t` to the smallest; None unless every one has a known stride."""
+def walk_order(op: Operation, t: TensorType, m: tuple[Dim, ...], folded: bool = False) -> list[int] | None:
+    """Parallel dimensions from the one with the largest stride in `t` to the smallest; None unless every one has a known stride. `folded`: of a
+    dimension that is divided (read at d1 // 2, say) the stride on average counts."""
     offset: Dim = 0
     for e, stride in zip(m, t.layout, strict=True):
         offset = offset + e * stride
@@ -102,6 +103,9 @@ def walk_order(op: Operation, t: TensorType, m: tuple[Dim, ...]) -> list[int] | 
             strides[d] = 0
             continue
         split = split_linear(offset, f"d{d}")
+        if split is None and folded and isinstance(size, int):
+            ends = [evaluate(offset, {**dict.fromkeys(free_symbols(offset), 0), f"d{d}": at}) for at in (0, size - 1)]
+            split = (max(1, int(ends[1] - ends[0]) // (size - 1)), 0)
         if split is None or split[0] == 0:
             return None
         value = split[0] if isinstance(split[0], int) else _estimate(split[0])

@@ -12,7 +12,7 @@ from typing import Any
 from ..ir import Block, Builder, Dim, DType, Expr, Operation, Region, ScalarType, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import fold, free_symbols, product, substitute
-from ..ir.ranges import Bounds, contiguous_linear, known_less, simplify
+from ..ir.ranges import Bounds, contiguous_linear, known_less, simplify, split_linear
 from ..ir.types import i64
 
 __all__ = ["EXPENSIVE", "PARTIAL", "PLAIN", "body_ops", "composed_map", "constant_values", "identity_map", "identity_of", "in_order", "index_value",
@@ -327,18 +327,16 @@ def uses_dims(op: Operation) -> set[int]:
 
 
 def tap_dims(m: Sequence[Dim]) -> list[int] | None:
-    """The dims that an operand is read along, forwards or backwards (`size - 1 - d`), none twice; None if it is read in another way."""
+    """The dims that an operand is read along, each by itself (backwards or in steps, too) and none twice; None if it is read in another way."""
     found: list[int] = []
     for e in m:
-        named = [s for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()]
-        if not named and isinstance(e, int):
+        named = free_symbols(e)
+        if not named:
             continue
-        if len(named) != 1 or len(free_symbols(e)) != 1:
+        d = next(iter(named))
+        if len(named) != 1 or d[0] != "d" or not d[1:].isdigit() or split_linear(e, d) is None:
             return None
-        d = sym(named[0])
-        if e != d and not isinstance(e + d, int):
-            return None
-        found.append(int(named[0][1:]))
+        found.append(int(d[1:]))
     return found if len(set(found)) == len(found) else None
 
 
