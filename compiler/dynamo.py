@@ -193,9 +193,9 @@ def _note_layouts(gm: Graph, inputs: Sequence[Any]) -> None:
     """Saved tensors come in the layouts that the forward graph gave them, which AOTAutograd tells by `inputs` alone."""
     for node, given in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         traced = node.meta.get("val")
-        if all(isinstance(x, torch.Tensor) and not any(isinstance(n, torch.SymInt) for n in (*x.shape, *x.stride())) for x in (traced, given)):
-            if traced.shape == given.shape and traced.stride() != given.stride():
-                node.meta["val"] = given
+        known = all(isinstance(x, torch.Tensor) and not any(isinstance(n, torch.SymInt) for n in (*x.shape, *x.stride())) for x in (traced, given))
+        if known and traced.shape == given.shape and traced.stride() != given.stride():
+            node.meta["val"] = given
 
 
 def _write_repro(gm: torch.fx.GraphModule, error: Exception) -> Path:

@@ -16,7 +16,8 @@ Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (201
 
 The gradient of a convolution by its input is one with the taps read backwards, and is taken as well; its taps are transformed in every call.
 
-Only for float32 on CPUs, parameters or what is read like one as taps, stride and dilation one along those dimensions, known sizes, and CHANNELS on both sides.
+Only for float32 on CPUs, parameters or what is read like one as taps, stride and dilation one along those dimensions, known sizes, and
+CHANNELS on both sides.
 After: such convolutions have no three-tap dimensions in a contraction.
 """
 
