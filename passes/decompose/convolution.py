@@ -92,7 +92,8 @@ def _conv_transpose(b: Builder, op: Operation) -> list[Value]:
         return [_with_turned_taps(b, op)]
     known = all(isinstance(n, int) for v in (*op.operands, op.result) for n in shape_of(v))
     if op["groups"] == 1 and all(x == 1 for x in op["dilation"]) and any(s != 1 for s in op["stride"]):
-        return [_phases_apart(b, op) if prod(op["stride"]) <= APART and known else _by_phase(b, op)]
+        ragged = any(k % stride != 0 for k, stride in zip(shape_of(op.operands[1])[2:], op["stride"], strict=True))
+        return [_phases_apart(b, op) if ragged and known and prod(op["stride"]) <= APART else _by_phase(b, op)]
     x, w = op.operands
     out, (channels_in, per_group, *kernel) = shape_of(op.result), shape_of(w)
     groups = op["groups"]
@@ -154,7 +155,7 @@ APART = 4
 
 
 def _phases_apart(b: Builder, op: Operation) -> Value:
-    """A strided conv_transpose as one convolution of stride 1 per phase, with the taps that it meets (none: zeros), and a pointwise op that takes
+    """A strided conv_transpose whose phases have different numbers of taps as one convolution of stride 1 per phase, with the taps that it meets (none: zeros), and a pointwise op that takes
     each result position from its phase.
 
     With y + padding = i*stride + r, position i of phase r sums kernel elements r + stride*t at input positions i - t.
@@ -193,7 +194,7 @@ def _phases_apart(b: Builder, op: Operation) -> Value:
 
 
 def _by_phase(b: Builder, op: Operation) -> Value:
-    """A strided conv_transpose as one contraction without wasted products.
+    """A strided conv_transpose as one contraction, without wasted products where strides divide the kernel.
 
     With y + padding = i*stride + r, only kernel elements r + stride*t meet result position y, at input position i - t. So the contraction's
     dimensions are (b, c, i, r per spatial dimension; o, t per spatial dimension), and the result is read back at ((y + padding) // stride,
