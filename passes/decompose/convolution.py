@@ -155,7 +155,8 @@ APART = 4
 
 
 def _phases_apart(b: Builder, op: Operation) -> Value:
-    """A strided conv_transpose whose phases have different numbers of taps as one convolution of stride 1 per phase, with the taps that it meets (none: zeros), and a pointwise op that takes
+    """A strided conv_transpose whose phases have different numbers of taps as one convolution of stride 1 per phase, with the
+    taps that it meets (none: zeros), and a pointwise op that takes
     each result position from its phase.
 
     With y + padding = i*stride + r, position i of phase r sums kernel elements r + stride*t at input positions i - t.
