@@ -146,15 +146,15 @@ def soft_cap_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def documents(b: int, s: int) -> Tensor:
-    """The number of each position's document: eight of random length per sequence, the same ones every time."""
+    """The number of each position's document: eight of random length per sequence, the same ones every time [b, s]."""
     g = torch.Generator().manual_seed(0)
     cuts = [torch.randperm(s - 1, generator=g)[:7].add(1).sort().values for _ in range(b)]
-    return torch.stack([torch.searchsorted(c, torch.arange(s), right=True) for c in cuts]).cuda()
+    return torch.stack([torch.searchsorted(c, torch.arange(s), right=True) for c in cuts])
 
 
 def pairs(doc: Tensor, causal: bool) -> float:
     """How many pairs of positions a mask of documents leaves."""
-    n = torch.stack([torch.bincount(d, minlength=8) for d in doc.cpu()]).double()
+    n = torch.stack([torch.bincount(d, minlength=8) for d in doc]).double()
     return float((n * (n + 1) / 2 if causal else n * n).sum())
 
 
@@ -218,15 +218,15 @@ def _attention() -> Iterator[Case]:
     yield Case("softcap-window1024", "attention", lambda: (soft_cap_window, qkv()), flops=window)
     yield Case("sdpa-causal", "attention", lambda: (sdpa(True), qkv()), flops=flops / 2)
     yield Case("sdpa-full", "attention", lambda: (sdpa(False), qkv()), flops=flops)
-    doc = documents(b, s) if torch.cuda.is_available() else torch.zeros(b, s, dtype=torch.int64)
+    doc = documents(b, s)
     for name, causal in (("documents-causal", True), ("documents-full", False)):
-        yield Case(name, "attention", lambda causal=causal: (within_documents(causal), (*qkv(), doc)), flops=4 * h * d * pairs(doc, causal))
-    yield Case("documents-flex", "attention", lambda: (flex_documents(doc), qkv()), flops=4 * h * d * pairs(doc, True))
+        yield Case(name, "attention", lambda causal=causal: (within_documents(causal), (*qkv(), doc.cuda())), flops=4 * h * d * pairs(doc, causal))
+    yield Case("documents-flex", "attention", lambda: (flex_documents(doc.cuda()), qkv()), flops=4 * h * d * pairs(doc, True))
     steps = 3.5 * 4 * h * d * pairs(doc, True)
     yield Case("plain-causal-step", "attention-training", lambda: (plain_causal, qkv()), flops=3.5 * flops / 2, trains=True)
-    yield Case("documents-step", "attention-training", lambda: (within_documents(True), (*qkv(), doc)), flops=steps, trains=True)
-    yield Case("documents-flex-step", "attention-training", lambda: (flex_documents(doc), qkv()), flops=steps, trains=True)
-    yield Case("sdpa-documents-step", "attention-training", lambda: (sdpa_documents, (*qkv(), doc)), flops=steps, trains=True)
+    yield Case("documents-step", "attention-training", lambda: (within_documents(True), (*qkv(), doc.cuda())), flops=steps, trains=True)
+    yield Case("documents-flex-step", "attention-training", lambda: (flex_documents(doc.cuda()), qkv()), flops=steps, trains=True)
+    yield Case("sdpa-documents-step", "attention-training", lambda: (sdpa_documents, (*qkv(), doc.cuda())), flops=steps, trains=True)
     yield Case("sdpa-causal-hd64", "attention", lambda: (sdpa(True), tuple(rand(b, 32, s, 64) for _ in range(3))), flops=flops / 2)
 
 
