@@ -4,7 +4,7 @@
 
 A table per number of threads, a row per case: milliseconds per call (the best block's median, see `timing.py`), how much slower the worst block
 of aicc was (spread), the best peer's time over aicc's, the distance of aicc's result from float64 as a multiple of eager's, and seconds from
-nothing (for ONNX Runtime and OpenVINO: from the exported file) to the first result.
+nothing to the first result: for ONNX Runtime and OpenVINO from the exported file, and last those of the export, which they need beside.
 A row whose result is further from eager's than `TOLERANCE` (of the largest value), or further from float64 than `ACCURACY` times eager,
 is marked WRONG and the exit code is 1. float32, batch 1 unless the name says more.
 `aicc-direct` is the same code by `aicc.compile`, without Dynamo's guards, which the sessions of ONNX Runtime and OpenVINO do not have either; its
@@ -127,7 +127,7 @@ def main() -> None:
     if options.cpu_time and ("openvino" in peers or suite.threads != [1]):
         parser.error("--cpu-time counts the calling thread alone: one thread, and no OpenVINO, which computes in threads of its own")
     clock = time.thread_time if options.cpu_time else time.perf_counter
-    contenders.warm_up(["aicc", *(p for p in peers if p == "inductor")])
+    contenders.warm_up(["aicc", *(p for p in peers if p in ("inductor", *contenders.FROM_ONNX))])
     about = environment()
     for threads, names in suite.runs():
         print(f"{about['cpu']}, torch {about['torch']}, {threads} of {about['cores']} cores, load {environment()['load']}, float32\n")
@@ -168,7 +168,9 @@ def measure(case: Case, peers: Sequence[str], seconds: float, clock: Callable[[]
     for name in ["aicc", contenders.DIRECT, *peers]:
         try:
             if name in contenders.FROM_ONNX and not path:
+                start = time.perf_counter()
                 path = contenders.export(function, args)
+                row["export_s"] = time.perf_counter() - start
             start = time.perf_counter()
             with watching(compiled=compilations.append if name == "aicc" else None):
                 call = contenders.PEERS[name](path if name in contenders.FROM_ONNX else function, args, torch.get_num_threads())
@@ -217,11 +219,13 @@ def _line(row: dict[str, Any], peers: Sequence[str]) -> str:
     for name in ["eager", *peers, contenders.DIRECT, "aicc"]:
         cells.append(f"{name:>12}" if heading else f"{row.get(f'{name}_ms', float('nan')):>12.3f}")
     if heading:
-        return " ".join([*cells, "spread  peer/aicc  peer/direct  err/eager's  externs kernels  compile s:", ", ".join(["aicc", *peers])])
+        return " ".join([*cells, "spread  peer/aicc  peer/direct  err/eager's  externs kernels  compile s:", ", ".join(["aicc", *peers]), "+ export"])
     cells += [f"{100 * row['aicc_spread']:>4.0f} %", f"{_best_peer(row, peers) / row['aicc_ms']:>10.2f}",
               f"{_best_peer(row, peers) / row.get(f'{contenders.DIRECT}_ms', float('nan')):>12.2f}",
               f"{row['aicc_error64'] / max(row['eager_error64'], 1e-12):>11.2f}", f"{row['externs']:>9} {row['kernels']:>7}  "]
     cells.append(", ".join(f"{row[f'{p}_compile_s']:.1f}" if f"{p}_compile_s" in row else "failed" for p in ["aicc", *peers]))
+    if "export_s" in row:
+        cells.append(f"+ {row['export_s']:.1f}")
     return " ".join(cells) + ("  WRONG" if _is_wrong(row) else "")
 
 
@@ -240,10 +244,11 @@ def _summary(rows: list[dict[str, Any]], peers: Sequence[str]) -> None:
 
 def _compile_summary(rows: list[dict[str, Any]], peers: Sequence[str]) -> None:
     for p in peers:
-        ratios = [r["aicc_compile_s"] / r[f"{p}_compile_s"] for r in rows if f"{p}_compile_s" in r]
-        if ratios:
-            print(f"seconds to the first result, aicc over {p}: geometric mean {geometric_mean(ratios):.2f} of {len(ratios)} cases, "
-                  f"most {max(ratios):.2f}")
+        for exported in (False, True) if p in contenders.FROM_ONNX else (False,):
+            ratios = [r["aicc_compile_s"] / (r[f"{p}_compile_s"] + (r["export_s"] if exported else 0)) for r in rows if f"{p}_compile_s" in r]
+            if ratios:
+                print(f"seconds to the first result, aicc over {p}{' with the export' if exported else ''}: geometric mean "
+                      f"{geometric_mean(ratios):.2f} of {len(ratios)} cases, most {max(ratios):.2f}")
 
 
 def plot(rows: list[dict[str, Any]], names: Sequence[str], path: Path) -> None:

@@ -113,6 +113,14 @@ def copy_bandwidth(seconds: float = 1.0) -> dict[str, float]:
     return {name: 2 * 4 * COPY_ELEMENTS / t.seconds for name, t in zip(ways, times, strict=True)}
 
 
+def read_bandwidth(seconds: float = 1.0) -> float:
+    """Bytes per second of the fastest way to read 128 MiB and write nothing: torch's sum and largest, and aicc's sums of all and over rows."""
+    x = torch.randn(COPY_ELEMENTS)
+    ours = torch.compile(lambda a: a.sum(), backend="aicc")
+    rows, columns = torch.compile(lambda a: a.sum(0), backend="aicc"), x.view(-1, 4096)
+    return 4 * COPY_ELEMENTS / min(t.seconds for t in measure_blocks([x.sum, x.amax, lambda: ours(x), lambda: rows(columns)], seconds))
+
+
 @torch.no_grad()
 def measure(case: Case, peers: Sequence[str], seconds: float) -> dict[str, Any]:
     """One row: milliseconds of each contender and the bytes that must move. A peer that cannot run the case is left out."""
@@ -122,9 +130,12 @@ def measure(case: Case, peers: Sequence[str], seconds: float) -> dict[str, Any]:
     expected = function(*args)
     calls: dict[str, Callable[[], Any]] = {"eager": lambda: function(*args)}
     row: dict[str, Any] = {"case": case.name, "bytes": least_bytes(case, args, expected)}
+    path = ""
     for name in ["aicc", *peers]:
         try:
-            call = contenders.PEERS[name](function, args, torch.get_num_threads())
+            if name in contenders.FROM_ONNX and not path:
+                path = contenders.export(function, args)
+            call = contenders.PEERS[name](path if name in contenders.FROM_ONNX else function, args, torch.get_num_threads())
             found = call()
         except Exception as e:
             if name == "aicc":

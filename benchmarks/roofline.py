@@ -1,12 +1,14 @@
-"""Each kernel of a case of the CPU suite against the roofline of this machine.
+"""Each kernel of a case of the CPU suite, or of `memory_bound.py`, against the roofline of this machine.
 
     python -m aicc.benchmarks.roofline bert-b1-s128 softmax-2048x4096 [--threads 1] [--calls 20] [--plot roof.png] [--json roof.json]
 
-The roof is the measured peak of float32 multiply-adds and the measured bandwidth of a copy, both on as many threads. Of each launch the IR tells
-the operations and the least bytes (each buffer that it is given once, or less where the kernel says that it reads less), and the program is
-compiled once more with every launch a step of its own, whose best of `--calls` calls counts (with Python's part of a step, a microsecond).
-`roof` is the time that the roof allows over the time that it took; data that lies in the caches can pass 100 %. Launches of one kernel are
-added up.
+The roof is the measured peak of float32 multiply-adds, the measured bandwidth of a copy (bytes in both directions) and of reading alone, all on as
+many threads, and the rate of vector instructions, which is that of multiply-adds: two in a cycle on most processors. Of each launch the IR tells
+the operations of products, the least bytes (each buffer that it is given once, or less where the kernel says that it reads less) and the vector
+instructions (`vector_work.py`: an exponential is some twenty). `limit` names which of the four takes longest: compute, memory, read or vector.
+The program is compiled once more with every launch a step of its own, whose best of `--calls` calls counts (with Python's part of a step, a
+microsecond). `roof` is the time that the roof allows over the time that it took; data that lies in the caches can pass 100 %. Launches of one
+kernel are added up.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,12 +39,14 @@ from aicc.runtime.executor import CompiledGraph
 from aicc.runtime.segments import Segments
 from torch import nn
 
-from .cpu import CASES
+from . import cpu, memory_bound
 from .gemm_kernel import make_peak
-from .memory_bound import copy_bandwidth
 from .timing import environment
+from .vector_work import vector_instructions
 
-__all__ = ["Point", "Roof", "launches", "least_bytes", "profile"]
+__all__ = ["CASES", "Point", "Roof", "launches", "least_bytes", "profile"]
+
+CASES = {**memory_bound.CASES, **cpu.CASES}
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,14 @@ class Roof:
 
     peak: float
     bandwidth: float
+    read: float = math.inf
+    """Bytes per second where nothing is written: a core waits for what it reads, so this may be little more than half of a copy's."""
+    instructions: float = math.inf
+    """Vector instructions per second."""
 
-    def seconds(self, flops: float, nbytes: float) -> float:
-        """The least time: as long as the longer of both takes."""
-        return max(flops / self.peak, nbytes / self.bandwidth)
+    def seconds(self, flops: float, nbytes: float, read: float = 0, instructions: float = 0) -> float:
+        """The least time: as long as the longest of them takes."""
+        return max(flops / self.peak, nbytes / self.bandwidth, read / self.read, instructions / self.instructions)
 
     @property
     def ridge(self) -> float:
@@ -63,23 +72,32 @@ class Roof:
 
 @dataclass(frozen=True)
 class Point:
-    """A kernel: operations, least bytes and seconds of all its launches in one call."""
+    """A kernel: operations, least bytes and seconds of all its launches in one call; the part of the bytes that is read, and vector instructions."""
 
     name: str
     launches: int
     flops: int
     bytes: int
     seconds: float
+    read: int = 0
+    instructions: int = 0
 
     @property
     def intensity(self) -> float:
         return self.flops / max(self.bytes, 1)
 
     def limit(self, roof: Roof) -> str:
-        return "compute" if self.intensity >= roof.ridge else "memory"
+        """What the roof is made of here."""
+        times = {"memory": self.bytes / roof.bandwidth, "compute": self.flops / roof.peak, "read": self.read / roof.read,
+                 "vector": self.instructions / roof.instructions}
+        return max(times, key=lambda name: times[name])
+
+    def least(self, roof: Roof) -> float:
+        """Seconds."""
+        return roof.seconds(self.flops, self.bytes, self.read, self.instructions)
 
     def percent(self, roof: Roof) -> float:
-        return 100 * roof.seconds(self.flops, self.bytes) / self.seconds
+        return 100 * self.least(roof) / self.seconds
 
 
 def launches(module: Operation) -> list[Operation]:
@@ -134,9 +152,14 @@ def profile(function: Callable[..., Any], args: tuple[Any, ...], calls: int) -> 
         for op, seen in zip(ops, times, strict=True):
             name = op["kernel"].name if op.name == "host.launch" else op.name
             kernel = kernels.get(name)
-            flops = kernel["flops"] if kernel is not None and isinstance(kernel["flops"], int) else 0
+            multiplies = kernel is not None and any(inner.name == "tile.dot" for inner in kernel.walk())
+            flops = kernel["flops"] if kernel is not None and isinstance(kernel["flops"], int) and multiplies else 0
+            moved, work = least_bytes(op, kernel), 0 if kernel is None else vector_instructions(kernel, host_target())
+            written = sum(s for v in op.operands[len(op.operands) - op.attributes.get("outputs", 1):]
+                          if isinstance(v.type, BufferType) and isinstance(s := storage_bytes(v.type), int))
             old = points.get(name, Point(name, 0, 0, 0, 0.0))
-            points[name] = Point(name, old.launches + 1, old.flops + flops, old.bytes + least_bytes(op, kernel), old.seconds + min(seen))
+            points[name] = Point(name, old.launches + 1, old.flops + flops, old.bytes + moved, old.seconds + min(seen),
+                                 old.read + max(0, moved - written), old.instructions + work)
     return sorted(points.values(), key=lambda p: -p.seconds)
 
 
@@ -156,14 +179,14 @@ def _timed(native: Callable[[int, int], int], times: list[list[float]]) -> Calla
 def table(points: Sequence[Point], roof: Roof) -> list[str]:
     """Lines, the slowest kernel first, then the whole."""
     total = sum(p.seconds for p in points)
-    lines = [f"{'kernel':<44} {'launches':>8} {'ms':>9} {'share':>6} {'Mops':>9} {'MB':>8} {'op/byte':>8} {'GOP/s':>7} {'GB/s':>6} "
+    lines = [f"{'kernel':<44} {'launches':>8} {'ms':>9} {'share':>6} {'Mops':>9} {'MB':>8} {'op/byte':>8} {'GOP/s':>7} {'GB/s':>6} {'Ginst/s':>7} "
              f"limit   {'roof':>6}"]
     for p in points:
         lines.append(f"{p.name[:44]:<44} {p.launches:>8} {p.seconds * 1e3:>9.3f} {100 * p.seconds / total:>5.1f}% {p.flops / 1e6:>9.1f} "
                      f"{p.bytes / 1e6:>8.2f} {p.intensity:>8.2f} {p.flops / p.seconds / 1e9:>7.1f} {p.bytes / p.seconds / 1e9:>6.1f} "
-                     f"{p.limit(roof):<7} {p.percent(roof):>5.0f}%")
-    allowed = sum(roof.seconds(p.flops, p.bytes) for p in points)
-    return [*lines, f"{'all':<44} {sum(p.launches for p in points):>8} {total * 1e3:>9.3f} {'':>62} {100 * allowed / total:>12.0f}%"]
+                     f"{p.instructions / p.seconds / 1e9:>7.2f} {p.limit(roof):<7} {p.percent(roof):>5.0f}%")
+    allowed = sum(p.least(roof) for p in points)
+    return [*lines, f"{'all':<44} {sum(p.launches for p in points):>8} {total * 1e3:>9.3f} {'':>70} {100 * allowed / total:>12.0f}%"]
 
 
 def plot(groups: dict[str, list[Point]], roof: Roof, path: Path) -> None:
@@ -199,10 +222,12 @@ def main() -> None:
         parser.error("matplotlib is missing: pip install aicc[plot]")
     torch.set_num_threads(options.threads)
     peak = make_peak(host_target())
-    roof = Roof(max(peak() for _ in range(5)) * 1e9 * options.threads, max(copy_bandwidth(0.4).values()))
+    fastest = max(peak() for _ in range(5)) * 1e9 * options.threads
+    copies = memory_bound.copy_bandwidth(0.4)
+    roof = Roof(fastest, max(copies.values()), memory_bound.read_bandwidth(0.4), fastest / 2 / host_target().lanes(32))
     about = environment()
-    print(f"{about['cpu']}, {options.threads} threads, load {about['load']}: {roof.peak / 1e9:.0f} GFLOP/s, {roof.bandwidth / 1e9:.1f} GB/s, "
-          f"ridge at {roof.ridge:.1f} operations per byte")
+    print(f"{about['cpu']}, {options.threads} threads, load {about['load']}: {roof.peak / 1e9:.0f} GFLOP/s, {roof.bandwidth / 1e9:.1f} GB/s copied, "
+          f"{roof.read / 1e9:.1f} read, {roof.instructions / 1e9:.1f}e9 vector instructions/s, ridge at {roof.ridge:.1f} operations per byte")
     groups: dict[str, list[Point]] = {}
     for case in options.cases:
         torch.manual_seed(0)

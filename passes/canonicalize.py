@@ -195,6 +195,18 @@ def _scatter_of_numbers(op: Operation, rewriter: Rewriter) -> None:
     rewriter.replace(op, [b.op("graph.select", here, *values, type=t)])
 
 
+def _sum_with_scattered(op: Operation, rewriter: Rewriter) -> None:
+    """x + (values added up in a tensor of zeros) adds the values to x: the gradient of an embedding that is the output layer's weight as well."""
+    for x, made in (op.operands, reversed(op.operands)):
+        put = made.defining_op
+        if put is None or put.name != "graph.index_put" or not put["accumulate"] or len(made.uses) != 1 or x is made:
+            continue
+        if x.type == made.type == op.result.type and _splat(put.operands[0]) == 0:
+            sums = rewriter.builder(op).op(put.name, x, *put.operands[1:], type=op.result.type, dims=put["dims"], accumulate=True)
+            rewriter.replace(op, [sums])
+            return
+
+
 def _within(b: Builder, index: Value, size: Dim) -> Value:
     """`index`, checked to be from 0 to `size` - 1."""
     t = index.type
@@ -332,7 +344,8 @@ def _both(name: str, *patterns: Pattern) -> dict[str, list[Pattern]]:
 
 
 _PATTERNS: dict[str, list[Pattern]] = {
-    **_both("add", _right_identity(_neutral_of_add, True)), **_both("sub", _right_identity(_zero, False)),
+    "arith.add": [_right_identity(_neutral_of_add, True)], "graph.add": [_right_identity(_neutral_of_add, True), _sum_with_scattered],
+    **_both("sub", _right_identity(_zero, False)),
     **_both("mul", _right_identity(_is_one, True)), **_both("div", _right_identity(_is_one, False), _divide_by_power_of_two),
     **_both("floordiv", _right_identity(lambda v: _is_one(v) and not element_type(v.type).is_float, False)),
     **_both("neg", _involution), **_both("bitnot", _involution),

@@ -22,29 +22,32 @@ class CommonSubexpressionElimination(Pass):
     name: ClassVar[str] = "cse"
 
     def run(self, module: Operation, ctx: PassContext) -> None:
-        ctx.remark("done", f"{_in_op(module, {})} ops merged")
+        ctx.remark("done", f"{_in_op(module, ())} ops merged")
 
 
-def _in_op(op: Operation, known: dict[Any, list[Operation]]) -> int:
+_Known = dict[Any, list[Operation]]
+
+
+def _in_op(op: Operation, outer: tuple[_Known, ...]) -> int:
+    """`outer`: what the blocks around compute, from the inside out."""
+    inherited = () if op.has_trait(Trait.IsolatedFromAbove) else outer
+    return sum(_in_block(block, inherited) for region in op.regions for block in region.blocks)
+
+
+def _in_block(block: Block, outer: tuple[_Known, ...]) -> int:
     count = 0
-    for region in op.regions:
-        for block in region.blocks:
-            inherited = {} if op.has_trait(Trait.IsolatedFromAbove) else {k: list(v) for k, v in known.items()}
-            count += _in_block(block, inherited)
-    return count
-
-
-def _in_block(block: Block, known: dict[Any, list[Operation]]) -> int:
-    count = 0
+    known: _Known = {}
+    scopes = (known, *outer)
     for op in block:
         if op.regions:
-            count += _in_op(op, known)
+            count += _in_op(op, scopes)
         if not op.has_trait(Trait.Pure) or not op.results:
             continue
-        candidates = known.setdefault(_key(op), [])
+        key = _key(op)
+        candidates = (c for scope in scopes for c in scope.get(key, ()))
         twin = next((c for c in candidates if not op.regions or equivalent(c, op)), None)
         if twin is None:
-            candidates.append(op)
+            known.setdefault(key, []).append(op)
             continue
         for old, new in zip(op.results, twin.results, strict=True):
             old.replace_all_uses_with(new)

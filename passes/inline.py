@@ -7,10 +7,11 @@ After: no pointwise generic has a single structured reader that could have compu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ir import Operation, TensorType
+from ..ir import Operation, TensorType, Value
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import free_symbols, product
 from ..ir.opdef import Trait
@@ -22,6 +23,8 @@ from .unpack import UNPACKS
 
 LITTLE, SMALLER = 8, 64
 """Ops that are done again rather than stored where all operands are so many times smaller than the result."""
+FEW = 4
+"""Simple ops that hide behind the loads of a kernel on a GPU."""
 TRIVIAL = frozenset({"arith.cast", "arith.constant", "tensor.index", "tensor.sym"})
 
 
@@ -73,6 +76,7 @@ class Inline(Pass):
         for reader in eligible:
             if _trivial(producer) or (single and _visits_once(producer, reader)) or (
                     len(eligible) == len(readers) and _cheap(producer) and _visits(producer, reader) <= (self.repeats if single else 1)) or (
+                    gpu and len(eligible) == len(readers) and _reads_less(producer, readers)) or (
                     gpu and single and reader.name == "tensor.scatter" and _few_ops(producer)):
                 inline_into(reader, producer)
                 merged += 1
@@ -154,6 +158,31 @@ def _cheap(producer: Operation) -> bool:
         return False
     full = [v for v in producer.operands if getattr(v.type, "numel", 0) == product(parallel_dims(producer))]
     return len(full) <= 1
+
+
+def _reads_less(producer: Operation, readers: Sequence[Operation]) -> bool:
+    """A few simple ops whose operands, read again by each kernel of readers, are fewer bytes than writing the result once and reading it as often.
+    Each reader walks all of the result once; reductions of the same space will be one kernel."""
+    real = [o for o in body_ops(producer) if o.name not in TRIVIAL]
+    if len(real) > FEW or any(o.name in EXPENSIVE or o.name == "tensor.extract" for o in real) or len(producer.results) != 1:
+        return False
+    if any(u.name != "tensor.generic" or is_contraction(u) or not _visits_once(producer, u) for u in readers):
+        return False
+    made, read = _bytes(producer.result), [_bytes(v) for v in producer.operands]
+    if made is None or any(b is None for b in read):
+        return False
+    kernels: dict[object, set[Value]] = {}
+    for u in readers:
+        kernels.setdefault((u["dims"], u["reductions"]) if u["reductions"] else u, set()).update(u.operands)
+    again = sum(b for known in kernels.values() for v, b in zip(producer.operands, read, strict=True) if b is not None and v not in known)
+    return again < sum(b for b in read if b is not None) + made * (1 + len(kernels))
+
+
+def _bytes(v: Value) -> int | None:
+    """Of a tensor; None where its size is symbolic."""
+    t = v.type
+    assert isinstance(t, TensorType)
+    return t.numel * t.dtype.bytes if isinstance(t.numel, int) else None
 
 
 def _reads_little(producer: Operation) -> bool:

@@ -10,7 +10,9 @@ keep their registers for a long loop, PRODUCT bytes, of which they make MADE, an
 launches lie between them. Launches of long chains that are to run on two streams are merged within their chain alone.
 Elementwise kernels that read nothing but arguments (and a few numbers) and make nothing but what the caller gets are merged whatever their size: the
 steps of an optimizer over a hundred parameters. Nobody waits for them within the program, so that no cached result and no memory is lost by
-moving them, and every launch saved is a device that does not run empty (two to four microseconds).
+moving them, and every launch saved is a device that does not run empty (two to four microseconds). Large ones and small ones stay apart: a merged
+kernel holds as many registers as its hungriest part needs (a step's powers, beside four thousand numbers of a bias: 113 for a loop that wants 40),
+and the loads of a large one need the programs that would not fit.
 Before: `tile` has made kernels. After: the merged ones have a `tile.part` for each of theirs; kernels that nobody launches are gone.
 """
 
@@ -117,7 +119,7 @@ class _Finder:
             few = little and product(kernel["grid"]) <= 2 * self.room  # type: ignore[operator]
             return ("product", kernel["num_warps"], kernel["num_stages"]) if kernel["bytes"] <= PRODUCT and few else None
         if _is_elementwise(kernel) and self._on_arguments(op):
-            return ("arguments", kernel["num_warps"])
+            return ("arguments", kernel["num_warps"], kernel["bytes"] <= SMALL)
         if kernel["bytes"] <= SMALL:
             return ("loops", kernel["num_warps"])
         rows = any(o.name == "tile.reduce" for o in kernel.walk()) and not any(o.name == "tile.for" for o in kernel.walk())

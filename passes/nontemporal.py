@@ -6,7 +6,8 @@ the operands that are written so; where sizes are symbolic, `excess` too, in byt
 An ordinary store reads the line that it writes: a copy moves three bytes for each two that it needs. A nontemporal store does not, but its
 line is in no cache afterwards. So it pays where the line would be thrown out before anybody reads it again:
 - a result that no later op of the function reads: if the launch moves more bytes than the last cache holds;
-- one that is read again: if `DISTANCE` times that much is touched from the write up to the read.
+- one that is read again: if `DISTANCE` times that much is touched from the write up to the read;
+- packed parameters, which are all made before the program begins: if together they are `DISTANCE` times that much.
 
 A kernel is left alone if it computes products (its tiles are not whole lines), reads what it writes (then the line is there already), or writes
 less than whole lines in a row. So are buffers that take over the memory of an operand, and what the caller owns, whose address may be odd.
@@ -62,14 +63,16 @@ class _Function:
         self.func, self.kernels, self.cache = func, kernels, cache
         self.bounds = symbol_bounds(func)
         self.ops = [op for op in func.body if op.name.startswith("host.") and not op.results]
+        self._packed: Dim = sum((self._moved(op) for op in self.ops if op.name == "host.launch" and op["cached"]), 0)
 
     def run(self) -> int:
         count = 0
         for at, op in enumerate(self.ops):
-            if op.name not in ("host.launch", "host.copy") or op.attributes.get("cached") or op.attributes.get("beside"):
+            if op.name not in ("host.launch", "host.copy") or op.attributes.get("beside"):
                 continue
             written = self._candidates(op)
-            excess = [(k, self._excess(at, op.operands[k])) for k in written]
+            packs = op.name == "host.launch" and op["cached"]
+            excess = [(k, self._packed - DISTANCE * self.cache if packs else self._excess(at, op.operands[k])) for k in written]
             chosen = [(k, e) for k, e in excess if self._possible(e)]
             if not chosen:
                 continue
@@ -113,7 +116,7 @@ class _Function:
             return False
         if isinstance(root, BlockArg):
             return bool(self.func["arg_attrs"]) and self.func["arg_attrs"][root.index].get("kind") == "output"
-        return root.defining_op is not None and root.defining_op.name == "host.slot"
+        return root.defining_op is not None and root.defining_op.name in ("host.slot", "host.persistent")
 
     def _excess(self, at: int, v: Value) -> Dim:
         """Bytes by which what is touched until `v` is read again (or, if it is not, by the op that writes it) exceeds the caches."""

@@ -63,6 +63,7 @@ class Device(Protocol):
     def plans(self, shapes: Sequence[Mapping[str, Any]], symbols: Mapping[str, int]) -> ProductPlans: ...
     def capturing(self) -> bool: ...
     def capture(self, launch: Callable[[int], Any]) -> int: ...
+    def record(self, run: Callable[[], list[torch.Tensor]], stream: int) -> tuple[Callable[[], None], list[torch.Tensor]]: ...
     def create_side(self) -> tuple[int, int]: ...
     def destroy_side(self, stream: int, event: int) -> None: ...
     def captured_node(self, stream: int) -> int: ...
@@ -79,6 +80,7 @@ class CudaDevice:
     def __init__(self, device: torch.device):
         self.device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
         self.driver: Driver = driver()
+        self._pools: dict[int, Any] = {}  # a stream -> the memory of its recordings
         with torch.cuda.device(self.device):
             self._context = self.driver.context(self.device.index)
             self.error = torch.zeros(1, dtype=torch.int32, pin_memory=True)
@@ -107,6 +109,32 @@ class CudaDevice:
         with torch.cuda.device(self.device):
             stream = torch.cuda.Stream(self.device)
             return self.driver.capture(stream.cuda_stream, lambda: launch(stream.cuda_stream))
+
+    def record(self, run: Callable[[], list[torch.Tensor]], stream: int) -> tuple[Callable[[], None], list[torch.Tensor]]:
+        """What `run` does on the device as something that does it again on the current stream, and its results: the same tensors every time.
+        Recordings for one `stream` share memory, for they run one after the other.
+
+        `run` calls torch's operators too, so torch's own graph takes it, whose allocator and generator know of it; not by `torch.cuda.graph`,
+        which empties the allocator's cache: then the next call's tensors would lie elsewhere.
+        """
+        graph = torch.cuda.CUDAGraph()
+        pool = self._pools.setdefault(stream, torch.cuda.graph_pool_handle())
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                made = run()
+            except BaseException:
+                self._abandon(graph, pool)
+                raise
+            graph.capture_end()
+        return graph.replay, made
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+        """Ends a recording that has failed."""
+        try:
+            graph.capture_end()
+        except RuntimeError:  # its cause is known; torch leaves the allocator in the recording's memory then
+            torch._C._cuda_endAllocateToPool(self.device.index, pool)
 
     def plans(self, shapes: Sequence[Mapping[str, Any]], symbols: Mapping[str, int]) -> ProductPlans:
         with torch.cuda.device(self.device):

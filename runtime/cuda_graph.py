@@ -7,7 +7,7 @@ Kernels take inputs to start at multiples of 16 bytes, as torch's allocator give
 say), and then it is copied for the call, and back if the program writes to it. Numbers that live on the CPU (0-d tensors) are brought over.
 
 Where the whole program is one native function, a call is: addresses of the arguments, allocations of the outputs and the arena, one native
-call. With `cudagraphs` the launches are replayed from a CUDA graph instead (`cuda_replay.py`).
+call. With `cudagraphs` the launches are replayed from a CUDA graph instead (`cuda_replay.py`; programs with operator calls: `cuda_record.py`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import torch
 
 from .cuda import MISALIGNED, CudaFunction, CudaLibrary, Device
 from .cuda_profile import Profile
+from .cuda_record import Record, refusal
 from .cuda_replay import Replay
 from .executor import CompiledGraph
 from .extern_call import ALIGNMENT
 from .loader import NativeFunction
+from .segments import Segments
 
 __all__ = ["CudaGraph"]
 
@@ -55,6 +57,7 @@ class CudaGraph(CompiledGraph):
         library = CudaLibrary(manifest["cuda"], blobs, device, on=on)
         self.cuda = library
         self.replay: Replay | None = None
+        self.record: Record | None = None
         self.profile: Profile | None = None
         self._wants_replay = cudagraphs
         self._allocate = _allocator(library.device)
@@ -64,10 +67,14 @@ class CudaGraph(CompiledGraph):
         self._written = {int(manifest["inputs"][i]["position"]) for i in manifest["mutated"]}
         self._foreign: list[int] | None = None
         if cudagraphs and self.replay is None:
-            self._decline("it calls operators that are not compiled")
+            reason = refusal(manifest)
+            if reason:
+                self._decline(reason)
+            else:
+                self.record = Record(self)
 
     def _decline(self, reason: str) -> None:
-        self.replay = None
+        self.replay = self.record = None
         warnings.warn(f"'{self.name}' runs without CUDA graphs: {reason}", RuntimeWarning, stacklevel=3)
 
     def __call__(self, *args: Any) -> list[Any]:
@@ -90,7 +97,7 @@ class CudaGraph(CompiledGraph):
         if len(args) != self._arg_count:
             raise self._wrong_count(args)
         foreign = [i for i in self._places if args[i].device != self.device]
-        if foreign and self.replay is not None:
+        if foreign and (self.replay is not None or self.record is not None):
             self._decline(f"argument {foreign[0]} is on {args[foreign[0]].device}")
         self._foreign = foreign
 
@@ -112,6 +119,20 @@ class CudaGraph(CompiledGraph):
             for t, made in back:
                 t.copy_(made)
         return outputs
+
+    def _run_steps(self, args: Sequence[Any], segments: Segments | None = None) -> list[Any]:
+        if self.record is None or segments is not None:
+            return super()._run_steps(args, segments)
+        tensors, sizes, buffers = self._begin(args)
+        code = self.cuda.take_error()
+        if code:
+            self._fail(code)
+        if not self.record(tensors, sizes, buffers):
+            arena = self.arenas.acquire(sizes.arena) if sizes.arena else None
+            code, _ = self._walk(tensors, buffers, sizes, arena)
+            if code:
+                self._fail(code)
+        return self._finish(tensors, buffers, sizes.values)
 
     def _one_call(self, native: NativeFunction) -> Callable[[Sequence[Any]], list[Any]]:
         """How to run a program that is one native call: as the base class does, with fewer steps for a device."""

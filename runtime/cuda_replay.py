@@ -51,12 +51,16 @@ class GraphMemory:
 
     def get(self, device: torch.device, stream: int, size: int) -> int:
         """The address of `size` bytes, aligned to 512."""
+        return self.block(device, stream, size).data_ptr()
+
+    def block(self, device: torch.device, stream: int, size: int) -> torch.Tensor:
+        """At least `size` bytes, aligned to 512."""
         block = self._blocks.get((device, stream))
         if block is None or block.nbytes < size:
             self._blocks.pop((device, stream), None)
             block = None  # given back first; work that is under way on this stream comes before whatever gets it next
             block = self._blocks[device, stream] = torch.empty(size, dtype=torch.uint8, device=device)
-        return block.data_ptr()
+        return block
 
     def release(self) -> None:
         """Gives all blocks back to torch's allocator."""

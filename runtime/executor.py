@@ -261,31 +261,42 @@ class CompiledGraph:
 
     def _run_steps(self, args: Sequence[Any], segments: Segments | None = None) -> list[Any]:
         """`segments` stands in for the program's own steps (a profiler's)."""
+        tensors, sizes, buffers = self._begin(args)
+        arena = self.arenas.acquire(sizes.arena) if sizes.arena else None
+        code, symbols = self._walk(tensors, buffers, sizes, arena, segments)
+        if arena is not None:  # after an exception it is simply freed
+            self.arenas.release(arena)
+        if code:
+            self._fail(code)
+        return self._finish(tensors, buffers, symbols)
+
+    def _begin(self, args: Sequence[Any]) -> tuple[Sequence[torch.Tensor], _Sizes, list[Any]]:
+        """What a call works on: tensors, sizes, and the buffers, of which those are made that exist from the start."""
         if len(args) != self._arg_count:
             raise self._wrong_count(args)
         tensors = args if self._pick is None else self._pick(args)
-        pointers = list(map(_data_ptr, tensors))
         sizes = self._static or self._sizes(self._symbol_values(args, tensors))
         if self._input_specs:
             self._check_inputs(tensors, sizes.values)
-        packed = None if self._packed is None else self._packed.get(tensors, pointers, sizes.values, sizes.address)
         buffers: list[Any] = [None] * self._buffer_count
         for i, spec in zip(self._early, sizes.outputs, strict=True):
             buffers[i] = sizes.empty(*spec)
-        arena = self.arenas.acquire(sizes.arena) if sizes.arena else None
+        return tensors, sizes, buffers
+
+    def _walk(self, tensors: Sequence[torch.Tensor], buffers: list[Any], sizes: _Sizes, arena: torch.Tensor | None,
+              segments: Segments | None = None) -> tuple[int, list[int]]:
+        """Runs the steps, filling in the buffers; an error code or 0, and the values of the symbols, which externs may define."""
+        pointers = list(map(_data_ptr, tensors))
+        packed = None if self._packed is None else self._packed.get(tensors, pointers, sizes.values, sizes.address)
         table, address = self._new_frame()
         self._fill(table, 0, *pointers, *[0 if b is None else b.data_ptr() for b in buffers],
                    *(packed.pointers if packed is not None else ()), arena.data_ptr() if arena is not None else 0)
         symbols = list(sizes.values)
-        array = (ctypes.c_int64 * max(1, len(symbols)))(*symbols)  # of this call alone: externs may define symbols
+        array = (ctypes.c_int64 * max(1, len(symbols)))(*symbols)  # of this call alone
         calls, externs, code = (segments or self._segments).run(tensors, buffers, packed, arena, table, address, symbols, array)
-        if arena is not None:  # after an exception it is simply freed
-            self.arenas.release(arena)
         self.calls += calls
         self.extern_calls += externs
-        if code:
-            self._fail(code)
-        return self._finish(tensors, buffers, symbols)
+        return code, symbols
 
     def _new_frame(self) -> tuple[Any, int]:
         """A pointer table and its address."""

@@ -25,7 +25,7 @@ from .masks import LaneChunk
 from .shapes import emit_reduce, emit_reshape, emit_transpose
 from .sort import sort_rows
 from .symbolic import position
-from .values import I32, Tile, chunk_type, constant, memory_type, register_type, splat, with_widths
+from .values import I32, Tile, chunk_type, concat, constant, memory_type, register_type, slice_chunk, splat, with_widths
 
 if TYPE_CHECKING:
     from .kernel import KernelEmitter
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["LOWERINGS", "elementwise"]
 
 INDEX = DTYPES["index"]
+SIDE_BY_SIDE = frozenset({"exp", "exp2", "expm1", "sigmoid", "tanh", "sinh", "cosh", "log", "log2", "log10", "log1p", "erf"})
+"""Long chains of dependent operations, without a branch: one chunk's do not fill the processor, so those of several are woven into each other."""
+CHUNKS = 4
 
 
 def elementwise(k: KernelEmitter, op: Operation) -> None:
@@ -71,16 +74,20 @@ def elementwise(k: KernelEmitter, op: Operation) -> None:
             splats[key] = splat(k.b, x, widths[c])
         return splats[key]
 
+    together = CHUNKS if name in SIDE_BY_SIDE and source.bits <= 32 else 1
     rows = []
     for at in row_coordinates(shape):
-        row = []
-        for c in range(len(widths)):
-            xs = [chunk(x, at, c) for x in operands]
-            key = tuple(map(id, xs))
-            if key not in memo:
-                memo[key] = apply(*xs)
-            row.append(memo[key])
-        rows.append(row)
+        given = [[chunk(x, at, c) for x in operands] for c in range(len(widths))]
+        new = {tuple(map(id, xs)): (c, xs) for c, xs in enumerate(given) if tuple(map(id, xs)) not in memo}
+        for width in dict.fromkeys(widths):
+            keys = [key for key, (c, _) in new.items() if widths[c] == width]
+            for n in range(0, len(keys), together):
+                part = keys[n:n + together]
+                part = part if width > 1 and len(part) in (2, CHUNKS) else []
+                made = apply(*(concat(k.b, xs) for xs in zip(*(new[key][1] for key in part), strict=True))) if part else None
+                for i, key in enumerate(part or keys[n:n + together]):
+                    memo[key] = apply(*new[key][1]) if made is None else slice_chunk(k.b, made, i * width, width)
+        rows.append([memo[tuple(map(id, xs))] for xs in given])
     k.env[op.result] = Tile(shape, target, widths, rows)
 
 

@@ -75,7 +75,7 @@ def aminmax(c: Context, x: Value, *, dim: int | None = None, keepdim: bool = Fal
 # -- moments ----------------------------------------------------------------------------------------------------------
 
 
-def _var_mean(c: Context, x: Value, dims: Any, correction: Any, keepdim: bool) -> tuple[Value, Value]:
+def _var_mean(c: Context, x: Value, dims: Any, correction: Any, keepdim: bool, exact: bool) -> tuple[Value, Value]:
     t = typeof(x)
     if not t.dtype.is_float:
         raise Unsupported(f"variance of {t.dtype}")
@@ -83,15 +83,18 @@ def _var_mean(c: Context, x: Value, dims: Any, correction: Any, keepdim: bool) -
     if not axes:
         raise Unsupported("variance of a 0-d tensor")
     shape = tuple(1 if i in axes else s for i, s in enumerate(t.shape) if keepdim or i not in axes)
-    attrs = {"dims": axes, "correction": float(correction), **({"keepdim": True} if keepdim else {})}
+    attrs = {"dims": axes, "correction": float(correction), **({"keepdim": True} if keepdim else {}), **({"exact": True} if exact else {})}
     made = c.b.create("graph.var_mean", [x], attrs, [TensorType(shape, t.dtype)] * 2)
     return made.results[0], made.results[1]
 
 
 def variance(root: bool, mean: bool, unbiased: bool) -> Lower:
-    """var, std, var_mean and std_mean. Overloads differ in how the correction is said: a flag, or a number (1 when none)."""
+    """var, std, var_mean and std_mean. Overloads differ in how the correction is said: a flag, or a number (1 when none).
+
+    A variance alone is a result that somebody looks at; one with its mean is a norm's, whose square root forgives a rounding.
+    """
     def finish(c: Context, x: Value, dims: Any, correction: Any, keepdim: bool) -> Any:
-        var, average = _var_mean(c, x, dims, 1 if correction is None else correction, keepdim)
+        var, average = _var_mean(c, x, dims, 1 if correction is None else correction, keepdim, exact=not mean and c.dtype.name == "f32")
         var = c.ew("sqrt", var) if root else var
         return (var, average) if mean else var
 

@@ -140,7 +140,8 @@ for _name in ("argmax", "argmin"):
     define(f"graph.{_name}", "index (i64) of the first extreme element along `dims` (one, or all: flat index); the first NaN wins",
            operands="x", attrs=_DIMS, traits=[P, R])
 define("graph.var_mean", "variance with `correction`, and mean, over `dims`", operands="x", results="var mean",
-       attrs={**_DIMS, "correction": optional(1.0)}, traits=[P, R])
+       attrs={**_DIMS, "correction": optional(1.0), "exact": optional(False, "CPUs compute those of float32 in float64, as eager does")},
+       traits=[P, R])
 define("graph.scan", "running combination along `dim`: kind is sum, prod, max, min or logsumexp", operands="x",
        attrs={"dim": attr(), "kind": attr()}, traits=[P])
 define("graph.sort", "the first `keep` elements along `dim` in stable sorted order, and their i64 positions; NaN is the largest", operands="x",

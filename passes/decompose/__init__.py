@@ -48,6 +48,8 @@ class Decompose(Pass):
                 continue
             for op in func.body:
                 if op.opdef.dialect == "graph":
+                    if ctx.target.is_gpu:
+                        op.attributes.pop("exact", None)
                     _rewrite(op)
         module.attributes["level"] = "tensor"
 

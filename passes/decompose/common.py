@@ -38,7 +38,7 @@ Body = Callable[..., Value]
 Map = tuple[Dim, ...]
 Shape = Sequence[Dim]
 
-I1, I64, F32 = DTYPES["i1"], DTYPES["i64"], DTYPES["f32"]
+I1, I64, F32, F64 = DTYPES["i1"], DTYPES["i64"], DTYPES["f32"], DTYPES["f64"]
 
 
 # -- types and maps ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ...ir import Builder, Dim, DType, Operation, TensorType, Value, element_type
 from ...ir.expr import product
 from .common import (
+    F64,
     I1,
     Map,
     Rule,
@@ -101,7 +102,7 @@ def _var_mean(b: Builder, op: Operation) -> list[Value]:
     """Two passes: the mean, then the squares of what is left."""
     x, space = op.operands[0], _space(op)
     t = tensor_type(op.results[0])
-    wide, correction = computing(t.dtype), float(op["correction"])
+    wide, correction = F64 if op["exact"] else computing(t.dtype), float(op["correction"])
     mean = _mean_of(b, x, space, wide)
 
     def square(i: Builder, v: Value, centre: Value) -> Value:

@@ -45,7 +45,7 @@ def why_not(problem: Problem, result: SearchResult, pins: Mapping[str, Any]) -> 
     try:
         found = search(replace(problem, space=problem.space.pin(**pins)))
     except Infeasible as error:
-        reasons = plan_problems(changed, problem.config, problem.cluster, problem.global_batch)
+        reasons = [r for r in plan_problems(changed, problem.config, problem.cluster, problem.global_batch) if r not in str(error)]
         return f"{wanted}: not possible: {error}" + (f" ({'; '.join(reasons)})" if reasons else "")
     return f"{wanted}: best is {found.plan.label}\n" + diff(result.best, found.best)
 

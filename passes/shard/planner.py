@@ -145,9 +145,7 @@ def search(problem: Problem) -> SearchResult:
         if _static_bytes(problem, plan, state) <= problem.capacity(problem.cluster.device):
             state.push(_skeleton_bound(problem, plan, state), plan, _expand)
     if not state.considered:
-        pins = ", ".join(f"{k}={v}" for k, v in problem.space.pins)
-        raise Infeasible(f"no plan exists for {problem.cluster.size} devices and global batch {problem.global_batch}"
-                         + (f" with {pins}" if pins else ""))
+        raise Infeasible(_no_plan(problem))
     lower = state.heap[0][0] if state.heap else 0.0
     _dive(problem, state, began + problem.budget_s / 2)
     proved = True
@@ -445,6 +443,20 @@ def _simulate(problem: Problem, plan: Plan, _bound: float, state: _State) -> Non
             state.offer(report)
 
 
+def _no_plan(problem: Problem) -> str:
+    """That no combination exists, and what the pins alone, with all else at one, make impossible."""
+    pins, size = dict(problem.space.pins), problem.cluster.size
+    text = f"no plan exists for {size} devices and global batch {problem.global_batch}"
+    if not pins:
+        return text
+    named = Plan(**{"micro_batch": 1, **pins})
+    open_still = ("the mesh has", "the stage's")  # other degrees may fill the mesh, or give experts their devices
+    wrong = [f"{named.devices} devices do not divide the mesh of {size}"] if size % named.devices else []
+    wrong += [w for w in plan_problems(named, problem.config, problem.cluster, problem.global_batch)
+              if not any(part in w for part in open_still)]
+    return f"{text} with {', '.join(f'{k}={v}' for k, v in pins.items())}" + (f": {'; '.join(wrong)}" if wrong else "")
+
+
 def _infeasible(problem: Problem, state: _State) -> Infeasible:
     """Look for the smallest memory: every skeleton's static bytes and one micro-batch of activations give the order to
     try.
@@ -465,7 +477,7 @@ def _infeasible(problem: Problem, state: _State) -> Infeasible:
                 if smallest is None or report.peak_memory < smallest.peak_memory:
                     smallest = report
     if smallest is None:
-        return Infeasible(f"no plan exists for {problem.cluster.size} devices and global batch {problem.global_batch}")
+        return Infeasible(_no_plan(problem))
     worst = max(smallest.memory, key=lambda m: m.total)
     binding = max(("parameters", "gradients", "optimizer", "activations", "working"), key=lambda f: getattr(worst, f))
     limit = problem.capacity(problem.cluster.device)

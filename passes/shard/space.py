@@ -14,7 +14,7 @@ from typing import Any
 
 from .cluster import Cluster
 from .model import ModelConfig
-from .plan import RECOMPUTE, Plan, plan_problems
+from .plan import CONTEXT, RECOMPUTE, Plan, plan_problems
 from .schedules import SCHEDULES, schedule_problem
 from .tables import ConfigError, nearest
 
@@ -40,11 +40,14 @@ class Space:
     pins: tuple[tuple[str, Any], ...] = ()
 
     def pin(self, **pins: Any) -> Space:
-        """This space with more pins (later ones win). Raises ConfigError for an unknown field."""
+        """This space with more pins (later ones win). Raises ConfigError for an unknown field, or an unknown name of a choice."""
         known = [f.name for f in fields(Plan)]
-        for name in pins:
+        for name, value in pins.items():
             if name not in known:
                 raise ConfigError(f"'{name}' is not a field of a plan; {nearest(name, known)}")
+            choices = {"schedule": SCHEDULES, "recompute": RECOMPUTE, "context": CONTEXT}.get(name)
+            if choices is not None and value not in choices:
+                raise ConfigError(f"{name} '{value}' is unknown; {nearest(str(value), list(choices))}")
         return replace(self, pins=tuple({**dict(self.pins), **pins}.items()))
 
     def values(self, field: str, usual: tuple[Any, ...]) -> tuple[Any, ...]:

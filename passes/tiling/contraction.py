@@ -23,7 +23,7 @@ from ..structured import PARTIAL, space_bounds
 from .bodies import evaluate_body
 from .emit import Emitter, Pair, fill_masks
 from .partial import Block, Program, fold
-from .rows import RowBlock, make_rows
+from .rows import Rows, copy_turned, make_rows
 
 __all__ = ["COLUMNS", "GROUPS", "K_BLOCK", "MATRIX", "ROWS", "Contraction", "Roles", "as_tile", "emit_contraction", "is_row_major", "offset_of",
            "roles_of", "rows_in_block", "with_shape"]
@@ -92,6 +92,8 @@ K_BLOCK = 1024
 """Most steps of K between two visits to a tile's sums in memory: more gain nothing, as one visit then costs under one percent."""
 PART = 256
 """Most steps of K that are summed by themselves: the error of a long sum grows with its length, that of sums of sums hardly."""
+TURNED = 64
+"""Columns of a program, and steps of K, from which on a left operand that lies with its rows side by side is copied first."""
 PROGRAMS = 8
 """Programs that a launch should have at least, to share out among threads."""
 Limits = tuple[int, int, int]
@@ -138,7 +140,7 @@ class Contraction:
         self.k_sizes = [dims[d] for d in found.k]
         self.m, self.n = product(self.m_sizes), product(self.n_sizes)
         self.acc_type = TileType((tile[0], tile[1]), element_type(op.result.type))
-        self.block: RowBlock | None = None
+        self.block: Rows | None = None
         self.unpacking: Operation | None = None
         self.depth = DEPTHS.get(op.attributes.get("_packed"), 1)  # type: ignore[arg-type]
         if self.depth > 1:  # elements of the last K dimension in one step
@@ -328,6 +330,11 @@ class Contraction:
         products = [self, *siblings]
         if prologue is not None:
             self.block = make_rows(e, prologue, self.buffers, self.m_sizes, start, upper, rows, target.lanes(32))
+        elif not siblings and self._is_turned(rows, together * nr, target):
+            def slice_of_rows(x: Emitter, m: Dim, k: Dim, mask: list[Pair]) -> Value:
+                return self.read(x, self.roles.left, self.positions(batch, m, 0, delinearize(k, self.k_sizes), x), mask, cast=False)
+            dtype, steps = element_type(self.op.operands[self.roles.left].type), prod(self.k_sizes)  # type: ignore[arg-type]
+            self.block = copy_turned(e, slice_of_rows, dtype, start, upper, rows, steps, mr, target.lanes(dtype.bits))
         sums = {c: e.builder.op("tile.alloca", type=BufferType((rows, together * nr), self.acc_type.dtype)) for c in products if cut is not None}
 
         def at(inner: Emitter, i: Dim, panel: Dim) -> tuple[Dim, Dim, Dim, Dim]:
@@ -358,10 +365,11 @@ class Contraction:
         def multiply(c: Contraction, inner: Emitter, i: Dim, panel: Dim, ks: list[Dim], within: tuple[Dim, Dim], acc: Value, steps: Dim) -> Value:
             """acc + products over the range `within` of K, of `steps` steps or fewer."""
             safe_m, n = at(inner, i, panel)[1:3]
+            row = safe_m if c.block is None else i
 
             def step(ke: Emitter, at_k: list[Dim], a: Value) -> Value:
                 c._prefetch(ke, batch, panel, at_k, len(ks), within[0], steps, i - start, rows)
-                return c._rank1(ke, batch, safe_m, n, at_k, a)
+                return c._rank1(ke, batch, row, n, at_k, a)
             return self._k_loops(inner, acc, step, ks, within)
 
         def in_parts(c: Contraction, inner: Emitter, i: Dim, panel: Dim, ks: list[Dim], within: tuple[Dim, Dim], most: Dim) -> Value:
@@ -425,6 +433,16 @@ class Contraction:
             self.kept.reduce(e, start, upper, first_panel * nr, p_column, nr * (2 - together % 2), where, self.buffers)
         return [*(self.op["dims"][d] for d in self.roles.batch), columns, blocks]
 
+    def _is_turned(self, rows: int, columns: int, target: Target) -> bool:
+        """The left operand lies with its rows side by side, and a program reads it often enough to copy its part first."""
+        op, i = self.op, self.roles.left
+        of_rows = [d for d in self.roles.m if op["dims"][d] != 1]
+        if len(of_rows) != 1 or _walk(op, i, of_rows[0]) != 1 or fill_of(op, i) is not None or self.depth > 1 or rows <= self.tile[0]:
+            return False
+        steps = prod(self.k_sizes) if all(isinstance(s, int) for s in self.k_sizes) else 0
+        size = rows * steps * element_type(op.operands[i].type).bytes
+        return columns >= TURNED and steps >= TURNED and size <= target.l2 * 3 // 4
+
     def _prefetch(self, e: Emitter, batch: list[Dim], panel: Dim, ks: list[Dim], d: int, first: Dim, length: Dim, row: Dim,
                   rows: int) -> None:
         """Asks for the panel after this one, a share in each row tile of a block and each of its steps of K (`length` from `first` on along
@@ -450,12 +468,20 @@ class Contraction:
         if self.depth > 1:
             return self._deep_products(e, batch, m, n, ks, acc)
         at = self.positions(batch, m, n, ks, e)
-        left = self.read(e, self.roles.left, at, []) if self.block is None else self.convert(e, self.roles.left, self.block.read(e, m, ks[0]))
+        i = self.roles.left
+        left = self.read(e, i, at, []) if self.block is None else self.convert(e, i, self.block.read(e, m, self._number_of(ks)))
         packed = bool(self.op.attributes.get("_packed"))  # zero-padded to whole panels: reading past N is in bounds
         right = self.read(e, self.roles.right, at, [] if packed else [(n, self.n)]) if self.unpacking is None else self._unpacked(
             e, self.unpacking, at)
         left, right = as_tile(e, left, (self.tile[0], 1)), as_tile(e, right, (1, self.tile[1]))
         return e.builder.op("tile.dot", left, right, acc, type=self.acc_type)
+
+    def _number_of(self, ks: list[Dim]) -> Dim:
+        """The number of a step of K."""
+        step: Dim = 0
+        for k, size in zip(ks, self.k_sizes, strict=True):
+            step = step * size + k
+        return step
 
     def _unpacked(self, e: Emitter, maker: Operation, at: dict[str, Dim]) -> Value:
         """What `maker` makes of the right operand, at a position."""

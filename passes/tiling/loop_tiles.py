@@ -63,7 +63,8 @@ def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
     heavy = sum(len(op.body) for op in frame.members)
     if gpu:
         return _gpu_tile(frame, vector, size)
-    across = None if frame.inner else _transposed(frame, vector)
+    panel = isinstance(size, int) and size % LINE_ELEMENTS == 0  # of a product's packed operand: whole lines
+    across = None if frame.inner else _transposed(frame, vector, LINE_ELEMENTS if panel else 64)
     if across is not None and not (isinstance(size, int) and size < LINE_ELEMENTS):
         # Whole lines of what is read along the other dimension are used while they are in the first cache, where a row of lines would not stay.
         columns = max(lanes, LINE_ELEMENTS)  # lines of what is written are whole too
@@ -117,14 +118,15 @@ def _columns(frame: Frame) -> int:
     return COLUMNS if points >= 1 << 22 else 64 if points >= 1 << 18 else 32
 
 
-def _transposed(frame: Frame, vector: str) -> str | None:
-    """Another dimension along which a large access that does not walk `vector` contiguously does so; None if either is short."""
+def _transposed(frame: Frame, vector: str, least: int = 64) -> str | None:
+    """Another dimension along which a large access that does not walk `vector` contiguously does so; None if either is short: of fewer than 64,
+    or `least` along `vector`."""
     def walks(x: Any, f: str) -> bool:
         linear = split_linear(x.offset, f)
         return linear is not None and linear[0] == 1
     points = [x for x in frame.accesses if not walks(x, vector) and vector in free_symbols(x.offset)]
     for f in frame.sizes:
-        long = all(not isinstance(frame.sizes[d], int) or frame.sizes[d] >= 64 for d in (f, vector))  # type: ignore[operator]
+        long = all(not isinstance(frame.sizes[d], int) or frame.sizes[d] >= (64 if d == f else least) for d in (f, vector))  # type: ignore[operator]
         if f != vector and long and any(walks(x, f) for x in points):
             return f
     return None

@@ -22,6 +22,7 @@ from ...ir.expr import ceildiv, free_symbols, minimum, product, substitute
 from ...ir.ranges import simplify, split_linear
 from ...ir.types import DTYPES, index
 from ..structured import body_ops
+from .ahead import Leaf, ask_ahead
 from .columns import emit_columns, sums_columns
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
 from .frame import Frame, make_online
@@ -58,6 +59,9 @@ class Lowering:
         self.homes: dict[Value, Home] = {}       # of values that are kept between stages
         self.kept: set[Value] = set()            # those already written there
         self.outer_values: dict[Value, Value] = {}
+        self.now = 0                             # the stage that is written
+        self.leaves: dict[int, Leaf] = {}        # the innermost loop of each stage
+        self.loaded: dict[Value, set[int]] = {}  # in which stages' loops an operand is read
         self.bounds = frame.bounds(e.symbols)
         # Reductions over dimensions of size 1 have accumulators too, though the frame has no inner dimension.
         self.staged = bool(frame.inner) or any(op["reductions"] for op in frame.members)
@@ -171,14 +175,29 @@ class Lowering:
             reductions = [op for op in roots if op["reductions"]]
             keys = [(op, k) for op in reductions for k in range(len(op.results))]
             inits = [v for op, k in keys for v in self._initial(op, k)]
+            self.now = s
             if persistent:
                 carried = self.stage(shared, roots, keys, inits)
             else:
                 carried = self._nest(top, self.inner_order(), roots, keys, inits)
             self._finish(top, keys, carried)
+        if len(self.leaves) > 1:
+            self._ask_ahead(top)
+
+    def _ask_ahead(self, top: Scope) -> None:
+        """On a CPU, rows of up to the caches' part that a program may fill are asked for while the program before is in its later stages."""
+        inner = product(self.frame.sizes[f] for f in self.frame.inner)
+        axes = self.grid()
+        if self.gpu or self.tile.vector not in self.frame.inner or not axes or not isinstance(inner, int):
+            return
+        reads = [(x, self.buffers[x.value], self.loaded[x.value]) for x in self.frame.accesses if not x.is_store and x.value in self.loaded]
+        (program,) = free_symbols(top.at[axes[-1][0]])
+        if sum(inner * x.bytes for x, _, _ in reads) <= self.private_bytes:
+            ask_ahead(self.leaves, reads, program, self.tile.shape[1])
 
     def _nest(self, scope: Scope, loops: list[str], roots: list[Operation], keys: list[Any], inits: list[Value]) -> list[Value]:
         if not loops:
+            self.leaves[self.now] = Leaf(scope.e, scope.at)
             return self.stage(scope, roots, keys, inits)
         f, rest = loops[0], loops[1:]
         size, step = self.frame.sizes[f], self._extent(f)
@@ -311,6 +330,7 @@ class Lowering:
         for expr, stride in zip(m, v.type.layout, strict=True):
             offset = offset + substitute(expr, positions) * stride
         offset = simplify(offset, bounds)
+        self.loaded.setdefault(v, set()).add(self.now)
         key = (v, offset, repr(fill), m if fill is not None else None)
         if key in scope.loads:
             return scope.loads[key]

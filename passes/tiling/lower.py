@@ -27,7 +27,7 @@ from .frame import Frame, analyse, is_expensive
 from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
 from .loop_tiles import choose_tile, loop_tiles, resized
 from .loops import emit_loops, traffic, work
-from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel
+from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel, starts_as_copy
 from .sort import OPS_PER_ELEMENT, emit_sort
 from .stream import GpuStream, stream_tile, stream_tiles, suits_warp_groups
 from .stream_cpu import CpuStream
@@ -142,9 +142,15 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
     first = members[0]
     if first.name == "tensor.scatter" and scatters_in_parallel(first, target):
         grid = emit_parallel_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result])
-        inplace = updates = ((next(i for i, v in enumerate(fused.body.args) if v is first.operands[0]), len(fused.operands)),)
+        inplace = updates = _of_init(first, fused)
     elif first.name == "tensor.scatter":
-        grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes)
+        there = starts_as_copy(first)
+        grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes, there)
+        if there:
+            inplace = updates = _of_init(first, fused)
+            t = first.result.type
+            assert isinstance(t, TensorType)
+            bytes_moved = bytes_moved - 2 * (t.numel - product(first["dims"])) * t.dtype.bytes
     elif first.name == "tensor.sort":
         grid = emit_sort(first, Emitter(builder, (1, 4 * lanes), ranges, coarse=coarse), buffers, [buffers.get(r) for r in first.results])
         flops = product(first["dims"]) * OPS_PER_ELEMENT
@@ -311,6 +317,11 @@ def _attribute_symbols(value: Any) -> frozenset[str]:
     if isinstance(value, tuple):
         return frozenset().union(*map(_attribute_symbols, value))
     return free_symbols(value)
+
+
+def _of_init(scatter: Operation, fused: Operation) -> tuple[tuple[int, int], ...]:
+    """What the result of a scatter starts from, and the result."""
+    return ((next(i for i, v in enumerate(fused.body.args) if v is scatter.operands[0]), len(fused.operands)),)
 
 
 def _inplace_pairs(frame: Frame, fused: Operation) -> tuple[tuple[int, int], ...]:

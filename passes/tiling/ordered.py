@@ -1,10 +1,10 @@
 """Scatters and scans as kernels: computations whose points depend on each other's order.
 
-Scatter: the result is first a copy of `init`; then points are visited in row-major order. Result dimensions that the body indexes by a plain
-iteration position of their own (the feature dimension of an embedding gradient, say) carry no collisions: they are split over programs and
-vectors, each program copying and updating its own slice. The other points run in order inside the program.
-On GPUs, where eager promises no order either, all points run in parallel instead, and combine atomically with a result that holds a copy of `init`
-when the kernel starts (`updates`).
+Scatter: the result holds a copy of `init` when the kernel starts (`updates`; where nobody else wants `init` it is made there and nothing is copied),
+or, where the two lie in different order, the kernel copies it first. Then points are visited in row-major order. Result dimensions that the body
+indexes by a plain iteration position of their own (the feature dimension of an embedding gradient, say) carry no collisions: they are split over
+programs and vectors, each program updating its own slice. The other points run in order inside the program.
+On GPUs, where eager promises no order either, all points run in parallel instead, and combine atomically.
 Scan: one program per row, the running value carried through a loop along the last dimension; on GPUs, a tile at a time.
 """
 
@@ -22,7 +22,7 @@ from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
 from .gpu_tiles import padded
 from .loops import emit_extract
 
-__all__ = ["body_values", "dot_of", "emit_parallel_scatter", "emit_scan", "emit_scatter", "scatters_in_parallel"]
+__all__ = ["body_values", "dot_of", "emit_parallel_scatter", "emit_scan", "emit_scatter", "scatters_in_parallel", "starts_as_copy"]
 
 _ATOMIC = {"add": ("f32", "f64", "i32", "i64"), "max": ("i32", "i64"), "min": ("i32", "i64")}
 """What GPUs combine atomically."""
@@ -74,8 +74,8 @@ def _own_dims(op: Operation) -> dict[int, int]:
     return own
 
 
-def emit_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, lanes: int) -> list[Dim]:
-    """Writes the kernel into `e`; returns the grid. `out` is the buffer of the result."""
+def emit_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, lanes: int, there: bool) -> list[Dim]:
+    """Writes the kernel into `e`; returns the grid. `out` is the buffer of the result; `there`: it holds `init` already."""
     result, init = op.result.type, op.operands[0]
     assert isinstance(result, TensorType) and isinstance(init.type, TensorType)
     init_layout = init.type.layout
@@ -106,7 +106,8 @@ def emit_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Va
         value = inner.load(buffers[init], dot_of(index_of, init_layout, inner), inner.needed(active))
         inner.store(out, value, dot_of(index_of, result.layout, inner), inner.needed(active))
 
-    copy(e, [j for j in range(result.rank) if j not in fixed], dict(fixed))
+    if not there:
+        copy(e, [j for j in range(result.rank) if j not in fixed], dict(fixed))
     position = {own[j]: fixed[j] for j in own}
 
     def visit(inner: Emitter, todo: list[int], at: dict[int, Dim]) -> None:
@@ -128,12 +129,19 @@ def _columns(lanes: int, size: Dim) -> int:
     return next((lanes * n for n in (8, 4, 2) if isinstance(size, int) and size >= PROGRAMS * lanes * n), lanes)
 
 
-def scatters_in_parallel(op: Operation, target: Target) -> bool:
-    """The points may run in any order on this target, and its result may start as a plain copy of `init`."""
+def starts_as_copy(op: Operation) -> bool:
+    """A scatter's result may start as a plain copy of `init`."""
     init, result = op.operands[0].type, op.result.type
     assert isinstance(result, TensorType) and isinstance(init, TensorType)
-    if not target.is_gpu or "deterministic" in target.features or init.layout != result.layout or result.strides is not None:
+    return init.layout == result.layout and result.strides is None
+
+
+def scatters_in_parallel(op: Operation, target: Target) -> bool:
+    """The points may run in any order on this target, and its result may start as a plain copy of `init`."""
+    if not target.is_gpu or "deterministic" in target.features or not starts_as_copy(op):
         return False
+    result = op.result.type
+    assert isinstance(result, TensorType)
     return op["combine"] == "set" or result.dtype.name in _ATOMIC.get(op["combine"], ())
 
 

@@ -47,9 +47,15 @@ def optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
 
+def reached(phase: str) -> None:
+    """Says where this rank is, so that the end of a process that dies without an error has a place."""
+    print(f"rank {dist.get_rank()} reached {phase}", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     name, plan_text, steps, layers, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     faulthandler.enable()
+    torch._C._set_print_stack_traces_on_fatal_signal(True)  # of threads that run no Python too
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     rank = dist.get_rank()
@@ -57,6 +63,7 @@ def main() -> None:
     plan = aicc.Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(plan_text).items()})
     sharding = aicc.auto_shard(model, {"input_ids": data[0], "labels": data[0]}, mesh=plan.devices, optimizer=optimizer, plan=plan)
     sharded = sharding.compile(model)
+    reached("training")
     whole = copy.deepcopy(model)
     update = optimizer(whole.parameters())
     losses, expected, counted = [], [], CountBytes()
@@ -71,6 +78,7 @@ def main() -> None:
         loss.backward()
         update.step()
         expected.append(loss.item())
+    reached("the end of training")
     parameters = dict(whole.named_parameters())
     worst = max((float((gathered(p) - parameters[n].detach()).abs().max()) for m in sharded.modules for n, p in m.named_parameters()), default=0.0)
     said: Counter[str] = Counter()
@@ -79,8 +87,11 @@ def main() -> None:
     result = {"losses": losses, "expected": expected, "worst": worst, "bytes": dict(counted.bytes), "said": dict(said),
               "held": sum(p.to_local().numel() for m in sharded.modules for p in m.parameters()), "all": sum(p.numel() for p in whole.parameters())}
     Path(f"{out}.{rank}.json").write_text(json.dumps(result))
+    reached("its results")
     dist.barrier()  # none leaves while another is at work
+    reached("the barrier")
     dist.destroy_process_group()
+    print(f"rank {rank} left its groups", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -152,3 +152,26 @@ module { func @not_numbers { ^(%x: tensor<4x8xf32>, %i: tensor<4x1xi64>, %j: ten
   %t = graph.scatter(%z, %j, %n) {dim = 1} : tensor<4x8xf32>
   return(%s, %t)
 } }
+// -----
+
+// What is added up in zeros and then added to something is added up there; not if the sums are wanted by others, or written instead of added.
+// CHECK-LABEL: func @sum_with_scattered
+// CHECK: graph.index_put(%x, %v, %i) {dims = [0], accumulate = true}
+// CHECK-NEXT: return
+// CHECK-LABEL: func @sums_kept
+// CHECK: graph.add
+// CHECK: graph.add
+module { func @sum_with_scattered { ^(%x: tensor<9x8xf32>, %v: tensor<4x8xf32>, %i: tensor<4xi64>):
+  %z = graph.full() {value = 0.0} : tensor<9x8xf32>
+  %s = graph.index_put(%z, %v, %i) {dims = [0], accumulate = true} : tensor<9x8xf32>
+  %y = graph.add(%s, %x) : tensor<9x8xf32>
+  return(%y)
+}
+func @sums_kept { ^(%x: tensor<9x8xf32>, %v: tensor<4x8xf32>, %i: tensor<4xi64>):
+  %z = graph.full() {value = 0.0} : tensor<9x8xf32>
+  %s = graph.index_put(%z, %v, %i) {dims = [0], accumulate = true} : tensor<9x8xf32>
+  %w = graph.index_put(%z, %v, %i) {dims = [0]} : tensor<9x8xf32>
+  %y = graph.add(%s, %x) : tensor<9x8xf32>
+  %u = graph.add(%w, %x) : tensor<9x8xf32>
+  return(%s, %y, %u)
+} }

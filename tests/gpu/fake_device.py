@@ -56,6 +56,7 @@ class FakeDevice:
         self.events: dict[int, int] = {}  # event -> the stream on which it was recorded last
         self.last: dict[int, int] = {}  # stream -> its last captured node
         self.sides = 0
+        self.recordings = 0
         self.early: list[bool] = []  # of each launch by `cuLaunchKernelEx`: whether it may begin early
         self.sides_destroyed: list[tuple[int, int]] = []
         self._keep = {
@@ -187,6 +188,16 @@ class FakeDevice:
             self.capture_streams = set()
         self.graphs[len(self.graphs) + 1] = self.captured
         return len(self.graphs)
+
+    def record(self, run: Callable[[], list[torch.Tensor]], stream: int) -> tuple[Callable[[], None], list[torch.Tensor]]:
+        """What is run again writes to the results of the first time, as it does on a device."""
+        made, self.recordings = run(), self.recordings + 1
+
+        def replay() -> None:
+            self.calls.append(("replay", stream))
+            for t, again in zip(made, run(), strict=True):
+                t.copy_(again)
+        return replay, made
 
     def create_side(self) -> tuple[int, int]:
         """Streams 1001, 1002, ... with events 2001, 2002, ..."""

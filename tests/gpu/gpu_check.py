@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,8 @@ os.environ.setdefault("AICC_CACHE_DIR", tempfile.mkdtemp())
 import torch  # noqa: E402
 from aicc.compiler import driver  # noqa: E402
 from aicc.compiler.dynamo import aicc as aicc_backend  # noqa: E402
+from aicc.runtime import cuda_record  # noqa: E402
+from torch import nn  # noqa: E402
 
 from gpu.cases import CASES, Case, error, tensors  # noqa: E402
 
@@ -280,6 +283,8 @@ def behaviour() -> None:
         "mutation": _mutation,
         "launch_cost": _launch_cost,
         "bad_index": _bad_index,
+        "recorded": _recorded,
+        "recording_that_fails": _recording_fails,
     }
     for name, check in checks.items():
         try:
@@ -288,6 +293,55 @@ def behaviour() -> None:
         except Exception as e:
             traceback.print_exc()
             row("behaviour", name, False, error=f"{type(e).__name__}: {str(e).splitlines()[0][:150]}")
+
+
+def _recorded() -> dict[str, Any]:
+    """Training steps whose convolutions' gradients are ATen calls: in CUDA graphs they give the losses that they give without."""
+    layers = [nn.Conv2d(3, 32, 3, stride=2), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.BatchNorm2d(64), nn.ReLU()]
+    first = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).cuda()
+    batches = [(torch.randn(16, 3, 32, 32, device="cuda"), torch.randint(0, 10, (16,), device="cuda")) for _ in range(8)]
+
+    def losses(mode: str) -> list[float]:
+        torch._dynamo.reset()
+        model = copy.deepcopy(first)
+        run = torch.compile(model, backend="aicc", mode=mode)
+        optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), []
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(run(x), y)
+            loss.backward()
+            optimizer.step()
+            found.append(loss.detach())
+        return torch.stack(found).tolist()
+
+    plain = losses("default")
+    replays: list[int] = []
+    replay = torch.cuda.CUDAGraph.replay
+    torch.cuda.CUDAGraph.replay = lambda graph: (replays.append(1), replay(graph))[1]  # type: ignore[assignment, method-assign]
+    try:
+        recorded = losses("reduce-overhead")
+    finally:
+        torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign]
+    worst = max(abs(a - b) for a, b in zip(plain, recorded, strict=True))
+    return {"ok": worst < 1e-3 and len(replays) >= 4, "max_error": worst, "replays": len(replays)}
+
+
+def _recording_fails() -> dict[str, Any]:
+    """An operator that waits for the device ends a recording: a warning, the right result, and the allocator is as before."""
+    allowed = cuda_record.RECORDABLE
+    cuda_record.RECORDABLE = allowed | {"aten.linalg_eig.default"}
+    try:
+        run = torch.compile(lambda a: torch.linalg.eigvals(a).abs() * 2, backend="aicc", mode="reduce-overhead")
+        a = torch.eye(6, device="cuda") * 3
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = [run(a) for _ in range(4)]
+    finally:
+        cuda_record.RECORDABLE = allowed
+    torch.cuda.empty_cache()
+    again = torch.empty(1 << 20, device="cuda").fill_(1).sum().item() == 1 << 20
+    told = [str(w.message) for w in said if "CUDA graphs" in str(w.message)]
+    return {"ok": all(torch.allclose(f, torch.full_like(f, 6)) for f in found) and again and len(told) == 1, "said": (told or [""])[0][:120]}
 
 
 def _misaligned() -> dict[str, Any]:

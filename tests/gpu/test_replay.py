@@ -211,9 +211,9 @@ def test_within_a_capture_of_the_user_launches_are_plain() -> None:
     assert [c[0] for c in device.calls] == ["launch", "graph", "launch", "graph"]
 
 
-def test_operators_and_foreign_arguments_decline_graphs_with_a_warning() -> None:
+def test_operators_that_may_wait_and_foreign_arguments_decline_graphs_with_a_warning() -> None:
     manifest, blobs = build(lambda a: torch.linalg.inv(a) * 2, torch.eye(4))
-    with pytest.warns(RuntimeWarning, match="operators that are not compiled"):
+    with pytest.warns(RuntimeWarning, match=r"without CUDA graphs: it calls aten\.linalg_inv"):
         CudaGraph(manifest, blobs, on=device_for(manifest), cudagraphs=True)
 
 

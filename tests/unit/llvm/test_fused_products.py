@@ -179,3 +179,33 @@ def test_prologue_and_epilogue_at_once() -> None:
     result, c = run(lambda t, i, r: r + F.relu(layer(t[i] * 2)), (t, i, r))
     assert launches(c) == 1
     torch.testing.assert_close(result, r + F.relu(layer(t[i] * 2)), rtol=1e-4, atol=1e-4)
+
+
+TURNED = [(250, 100, 130), (96, 64, 64), (240, 513, 300), (7, 200, 128), (66, 1600, 70)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("m,k,n", TURNED)
+def test_turned_left_operand(m: int, k: int, n: int, dtype: torch.dtype) -> None:
+    """Rows side by side in memory, as in the gradient of a weight: right whatever the remainders, plain and in a batch."""
+    torch.manual_seed(k)
+    for a, b in ((R(k, m), R(k, n)), (R(3, k, m), R(3, k, n))):
+        a, b = a.to(dtype), b.to(dtype)
+        result, _ = run(lambda a, b: a.mT @ b + 1, (a, b))
+        wide = a.double().mT @ b.double() + 1
+        limit = {torch.float32: 1e-6, torch.float64: 1e-15, torch.bfloat16: 8e-3}[dtype] * wide.abs().max().item() * (k / 16) ** 0.5
+        assert (result.double() - wide).abs().max().item() <= limit
+
+
+def test_turned_left_operand_is_copied_by_its_program() -> None:
+    """The tiles then read six rows of each step from one piece, not from a line and page of each step; where little is read it is not worth it."""
+    for (m, k, n), copied in (((240, 512, 256), True), ((240, 512, 16), False), ((240, 32, 256), False)):
+        kernels: list[str] = []
+
+        def observe(stage: str, p: Any, module: Any, kernels: list[str] = kernels) -> None:
+            if stage == "tile" and p is None:
+                kernels.append(str(module))
+        torch._dynamo.reset()
+        with torch.no_grad(), watching(observe=observe):
+            torch.compile(lambda a, b: a.t() @ b, backend="aicc", options={"cache": False})(R(k, m), R(k, n))
+        assert ("tile.alloca" in kernels[-1]) == copied, (m, k, n)

@@ -106,6 +106,20 @@ def test_what_is_updated_in_place_is_not_streamed(monkeypatch: pytest.MonkeyPatc
     assert "nontemporal !" not in found[0].llvm_ir
 
 
+def test_packed_parameters_are_streamed_if_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are packed before any is read: together they leave the caches, although each would stay."""
+    layers = torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(4)))
+    x, size = torch.randn(32, 64), 64 * 64 * 4
+    for cache, streamed in ((2 * size, True), (8 * size, False)):
+        monkeypatch.setattr(nontemporal, "cache_bytes", lambda target, cache=cache: cache)
+        found: list[Compilation] = []
+        torch._dynamo.reset()
+        with torch.no_grad(), watching(compiled=found.append):
+            result = torch.compile(layers, backend="aicc", options={"strict": True, "cache": False})(x)
+        torch.testing.assert_close(result, layers(x))
+        assert ("nontemporal !" in found[0].llvm_ir) == streamed
+
+
 def test_private_memory_holds_what_a_later_stage_needs() -> None:
     """The result of a softmax is written once: its exponentials wait in a buffer of the program's own while the row fits."""
     text = """module {{level = "graph"}} {{ func @main {{ ^(%x: tensor<{rows}x{n}xf32>):

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from aicc.backends.llvm import host_target
 from aicc.benchmarks.roofline import Point, Roof, plot, profile, table
+from aicc.benchmarks.vector_work import function_instructions, vector_instructions
+from aicc.compiler.driver import watching
+from aicc.ir import Operation
 
 ROOF = Roof(peak=100e9, bandwidth=20e9)
 
@@ -40,3 +45,33 @@ def test_profile_of_a_program() -> None:
 def test_plot(tmp_path: Path) -> None:
     plot({"case": [Point("add", 1, 10**6, 10**7, 1e-3)]}, ROOF, tmp_path / "roof.png")
     assert (tmp_path / "roof.png").stat().st_size > 1000
+
+
+def test_the_limit_has_a_name() -> None:
+    """Reading alone may be slower than the copy's bytes, and an exponential is not one instruction."""
+    roof = Roof(peak=100e9, bandwidth=30e9, read=16e9, instructions=6e9)
+    total = Point("sum", 1, 0, 16 * 10**6, 2e-3, read=16 * 10**6, instructions=10**6)
+    assert total.limit(roof) == "read" and total.percent(roof) == pytest.approx(50)
+    gelu = Point("gelu", 1, 0, 6 * 10**6, 10e-3, read=3 * 10**6, instructions=48 * 10**6)
+    assert gelu.limit(roof) == "vector" and gelu.percent(roof) == pytest.approx(80)
+    assert Point("copy", 1, 0, 3 * 10**7, 1e-3, read=15 * 10**6).limit(roof) == "memory"
+
+
+def test_vector_instructions() -> None:
+    """Of sixteen registers: one each for a sum, and an exponential as many as its code has."""
+    target = host_target()
+    n = 16 * target.lanes(32)
+    counts = {}
+    for name, function in (("add", lambda x: x + x), ("exp", lambda x: x.exp())):
+        torch._dynamo.reset()
+        kernels: list[Operation] = []
+
+        def observe(stage: str, p: Any, module: Operation) -> None:
+            if stage == "tile" and p is None:
+                kernels.extend(op.clone() for op in module.body if op.name == "tile.kernel")  # noqa: B023
+        with watching(observe), torch.no_grad():
+            torch.compile(function, backend="aicc", options={"strict": True, "cache": False})(torch.randn(n))
+        counts[name] = sum(vector_instructions(k, target) for k in kernels)
+    assert counts["add"] == 16
+    each = function_instructions("exp", 1, target.lanes(32), frozenset(target.features), False)
+    assert 10 <= each <= 30 and counts["exp"] == 16 * each

@@ -81,15 +81,18 @@ def test_a_merged_kernel_prints_and_parses_and_branches_on_its_program() -> None
     assert "if tl.program_id(0) < " in source and "elif tl.program_id(0) < " in source
 
 
-def test_an_optimizers_step_is_one_launch_whatever_its_size() -> None:
+def test_an_optimizers_step_is_one_launch_of_all_large_parameters_and_one_of_the_small() -> None:
+    """Apart, for a kernel takes as many registers as its hungriest part."""
     def step(*given: Tensor) -> None:
-        for p, g, m in zip(given[:3], given[3:6], given[6:], strict=True):
+        for p, g, m in zip(given[:4], given[4:8], given[8:], strict=True):
             m.mul_(0.9).add_(g, alpha=0.1)
             p.sub_(m / (m * m + 1).sqrt())
 
-    shapes = ((1024, 2048), (300, 7), (1024, 2048))
+    shapes = ((1024, 2048), (300, 7), (1024, 2048), (5,))
     module = lowered(step, *(torch.randn(s) for _ in range(3) for s in shapes))
-    assert parts(module) == [3]
+    assert parts(module) == [2, 2]
+    wide = [{v.type.numel > 2100 for v in op.results} for op in launches(module)]  # type: ignore[attr-defined]
+    assert wide == [{True}, {False}]
 
 
 def test_large_elementwise_kernels_on_temporaries_stay_alone() -> None:

@@ -72,6 +72,42 @@ def test_a_pointwise_op_of_channels_joins_the_convolution_and_not_their_statisti
     assert "matmul" in second and "max" in second and "matmul" not in first and not wide_buffers(module, 2 * 32 * 144)
 
 
+def last(*shape: int) -> Tensor:
+    return rand(*shape).to(memory_format=torch.channels_last).requires_grad_()
+
+
+def made_of_size(module: Operation, elements: int) -> int:
+    """Tensors of so many elements that launches write."""
+    return sum(r.type.numel == elements for op in module.walk() if op.name == "tile.launch" for r in op.results)  # type: ignore[attr-defined]
+
+
+def test_the_mask_of_a_gradient_that_two_kernels_read_is_not_stored() -> None:
+    """ReLU's gradient, for a batch norm's statistics and for the norm's input: to read both operands twice is less than to write it and read it
+    twice."""
+    def f(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(x, None, None, w, b, training=True))
+
+    _, module = lowered(f, last(16, 64, 32, 32), rand(64, grad=True), rand(64, grad=True), backward=True)
+    assert made_of_size(module, 16 * 64 * 32 * 32) == 1 and len(launches(module)) == 3
+
+
+def test_a_gradient_that_a_scatter_and_a_sum_read_compiles() -> None:
+    """An embedding's gradient, where a pointwise op has readers of another kind than loops."""
+    def f(t: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return torch.tanh(F.embedding(t, w) + b)
+
+    lowered(f, torch.randint(0, 500, (64, 32)), rand(500, 64, grad=True), rand(64, grad=True), backward=True)
+
+
+def test_a_masked_gradient_that_also_goes_to_a_shortcut_is_not_stored() -> None:
+    def f(x: Tensor, w: Tensor, b: Tensor, s: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(x, None, None, w, b, training=True) + s * s)
+
+    inputs = last(16, 64, 32, 32), rand(64, grad=True), rand(64, grad=True), last(16, 64, 32, 32)
+    _, module = lowered(f, *inputs, backward=True)
+    assert made_of_size(module, 16 * 64 * 32 * 32) == 2 and len(launches(module)) == 3
+
+
 def test_sizes_of_one_do_not_part_a_product_from_its_readers() -> None:
     (module,) = lowered(lambda x, w, b: F.gelu(F.linear(x, w, b)), rand(1, 64, 320), rand(256, 320), rand(256))
     assert len(launches(module)) == 1

@@ -28,3 +28,24 @@ def test_programs_follow_what_they_read() -> None:
     module = lowered(capture(lambda x: x.transpose(1, 2).contiguous(), (torch.randn(3, 512, 16, 64),)), AVX2, "tile")
     kernel, = [op for op in module.body if op.name == "tile.kernel"]
     assert kernel["grid"] == (3, 512, 16, 1) or kernel["grid"] == (3, 512, 16)
+
+
+@pytest.mark.parametrize("rows,columns", [(96, 80), (130, 72), (16, 64), (50, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_weight(rows: int, columns: int, dtype: torch.dtype) -> None:
+    """Ragged panels and steps too."""
+    torch.manual_seed(rows)
+    layer, x = torch.nn.Linear(columns, rows).to(dtype), torch.randn(40, columns, dtype=dtype)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, backend="aicc", options={"cache": False})(x), layer(x))
+
+
+def test_a_weight_is_packed_by_turning_tiles() -> None:
+    """Panels of 16 columns are as narrow as a line: what is read along the weight's rows is turned in registers, 16 by 16."""
+    graph = capture(lambda x, w: x @ w.t(), (torch.randn(40, 80), torch.randn(96, 80)))
+    module = lowered(graph, AVX2, "tile")
+    packing, _ = [op for op in module.body if op.name == "tile.kernel"]
+    assert [op["shape"] for op in packing.walk() if op.name == "tile.load"] == [(16, 16)]
+    check_levels(graph, AVX2)
+    check_levels(capture(lambda x, w: x @ w.t(), (torch.randn(40, 70), torch.randn(50, 70))), AVX2)

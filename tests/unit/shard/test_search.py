@@ -141,7 +141,8 @@ def test_infeasible_names_the_binding_memory():
         search(Problem(huge, load_cluster("a100-80gb-sxm"), 8, space=Space(max_micro_batch=1, max_context=1)))
     assert caught.value.smallest is not None
     assert caught.value.smallest.peak_memory > 85e9
-    with pytest.raises(Infeasible, match="no plan exists for 8 devices and global batch 8 with tp=3"):
+    with pytest.raises(Infeasible, match="no plan exists for 8 devices and global batch 8 with tp=3: 3 devices do not divide the mesh of 8; "
+                                         "tp 3 does not divide 8 heads"):
         search(Problem(SMALL, load_cluster("a100-80gb-sxm"), 8, space=Space().pin(tp=3)))
 
 
@@ -155,6 +156,8 @@ def test_pins_hold_and_are_checked():
             parse_pins(bad)
     with pytest.raises(ConfigError, match="did you mean 'micro_batch'"):
         Space().pin(micro_bach=1)
+    with pytest.raises(ConfigError, match="schedule 'zb-w' is unknown; did you mean 'zb-v'"):
+        Space().pin(schedule="zb-w")
 
 
 def test_explanations():

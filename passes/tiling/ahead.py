@@ -1,0 +1,54 @@
+"""Asking for the next program's rows while this one computes.
+
+A kernel that passes over a row several times (a norm, a softmax) waits for memory in its first pass alone and leaves memory idle in the others,
+whose loops find the row in the caches. So the last loop that reads an operand (or, if only the first does, the last of all) asks, line by line,
+for what the next program will read first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ...ir import Builder, Dim, Value
+from ...ir.expr import substitute, sym
+from ...ir.ranges import simplify, split_linear
+from .emit import Emitter
+from .frame import Access
+
+__all__ = ["Leaf", "ask_ahead"]
+
+LINE = 64
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """The innermost loop of a stage, complete: `e` writes to its body, `at` is the position of each dimension of the frame in it."""
+
+    e: Emitter
+    at: Mapping[str, Dim]
+
+
+def ask_ahead(leaves: Mapping[int, Leaf], reads: Sequence[tuple[Access, Value, set[int]]], program: str, width: int) -> int:
+    """Adds prefetches to the bodies of loops; gives for how many operands.
+
+    `leaves` is by stage; `reads` are accesses with their buffers and the stages that load them; `program` is the loop variable of the grid's fastest
+    axis, `width` the elements of a loop's step. Operands that do not move with the program (a norm's weights) are in the caches already; others are
+    only asked for along contiguous memory.
+    """
+    asked: set[tuple[Value, Dim]] = set()
+    for access, buffer, stages in reads:
+        later = [s for s in stages if s > min(stages)] or [s for s in leaves if s > min(stages)]
+        if not later:
+            continue
+        leaf = leaves[max(later)]
+        here = simplify(substitute(access.offset, leaf.at), leaf.e.bounds())
+        along, down = split_linear(here, "t1"), split_linear(here, program)
+        if along is None or along[0] != 1 or down is None or down[0] == 0 or (buffer, here) in asked:
+            continue
+        asked.add((buffer, here))
+        e = Emitter(Builder.before_op(leaf.e.builder.block.terminator), leaf.e.shape, leaf.e.symbols, leaf.e.variables, leaf.e.ranges)
+        ahead = substitute(here, {"t1": 0, program: sym(program) + 1})
+        for n in range(0, width, max(1, LINE // access.bytes)):
+            e.prefetch(buffer, ahead + n)
+    return len(asked)
