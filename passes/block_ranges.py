@@ -9,7 +9,8 @@ smallest and largest value in a block of rows (or of steps) says what the condit
     a < b      can hold if  min a < max b                                must hold if  max a < min b
 
 and "and", "or", "not" of conditions follow. No mask is known by name: documents, padding, prefixes and lengths are all this. A mask that is itself a
-tensor over rows and steps has smallest and largest values of whole tiles. Two small kernels find the ranges: blocks' smallest and largest values, then for each block of rows
+tensor over rows and steps has smallest and largest values of whole tiles. Two small kernels find the ranges: blocks' smallest and largest values,
+then for each block of rows
 
     first, end          the steps (in blocks) outside of which no condition can hold: the loops leave them out
     full_first, full_end    within them, a run of blocks in which every condition must hold: no mask is needed there
