@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 from ..ir import DTYPES, Builder, Dim, ScalarType, Value, element_type, sym
-from ..ir.expr import ceildiv, minimum, product, substitute
+from ..ir.expr import as_int, ceildiv, minimum, product, substitute
 from ..ir.ranges import delinearize, simplify, split_linear
 from .mask_tree import COMPARISONS, Tree, loads_data, parts_of, symbols_of
 from .stream_form import Stream
@@ -57,7 +57,7 @@ def worth_ranges(s: Stream) -> bool:
     work, rows = 2 * width * product(s.sizes.values()), s.row_count
     if not s.alive.data or len(s.stream) != 1 or not isinstance(work, int) or not isinstance(rows, int):
         return False
-    read = sum(product(s.sizes[f] for f in symbols_of(t) if f in s.sizes) for t in _whole_masks(s))
+    read = sum(as_int(product(s.sizes[f] for f in symbols_of(t) if f in s.sizes)) for t in _whole_masks(s))
     return work >= max(LEAST_WORK, WORK_OF_A_POINT * read) and rows >= FEWEST_ROWS
 
 
