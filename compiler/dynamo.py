@@ -37,6 +37,7 @@ from ..frontend.recompute import permute_transposes, recompute_attention
 from ..frontend.recompute_activations import recompute_activations
 from ..frontend.recurrent import expand_recurrent
 from ..frontend.scan import mend_gradients, unstack_invariants
+from ..runtime.executor import CompiledGraph
 from .activations import within_budget
 from .control_flow import compile_pieces
 from .distributed.planned import compile_planned
@@ -81,6 +82,7 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
             return compile_one(gm, inputs)
 
         def compile_later(gm: Graph, inputs: Sequence[Any]) -> Callable:  # when the first gradient is wanted, outside of Dynamo
+            _note_layouts(gm, inputs)
             expand_losses(gm, table)
             return disable(compile_one(gm, inputs), reason="compiled code")
 
@@ -154,9 +156,12 @@ def _compile(gm: Graph, options: Options, role: str, table: Mapping[Any, Callabl
     kinds = dict(zip(placeholders, arg_kinds(role, len(placeholders)), strict=True))
 
     def compile_piece(piece: Graph, name: str, origins: list[torch.fx.Node | None]) -> Callable:
-        return compile_fx(piece, (), options, name=f"{role}_{name}" if name else role, observe=observe,
-                          saved_from=first_saved(role) if piece is gm else None,
+        saved = first_saved(role) if piece is gm else None
+        made = compile_fx(piece, (), options, name=f"{role}_{name}" if name else role, observe=observe, saved_from=saved,
                           arg_kinds=["input" if n is None else kinds[n] for n in origins])
+        if saved is not None:
+            _report_strides(made, saved)
+        return made
 
     return compile_pieces(gm, compile_piece, table)
 
@@ -174,6 +179,23 @@ def first_saved(role: str) -> int | None:
     context = TracingContext.try_get() if role == "forward" else None
     count = getattr(getattr(context, "fw_metadata", None), "num_forward", None)
     return count if isinstance(count, int) else None
+
+
+def _report_strides(made: CompiledGraph, saved: int) -> None:
+    """Tells AOTAutograd in which layouts the results are that are saved for the backward graph, which is compiled for those."""
+    context = TracingContext.try_get()
+    told = getattr(context, "output_strides", None)
+    if told is not None and not told:  # a list that waits for one entry per result; None: as eager has it
+        told.extend(None if i < saved else strides for i, strides in enumerate(made.result_strides))
+
+
+def _note_layouts(gm: Graph, inputs: Sequence[Any]) -> None:
+    """Saved tensors come in the layouts that the forward graph gave them, which AOTAutograd tells by `inputs` alone."""
+    for node, given in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        traced = node.meta.get("val")
+        known = all(isinstance(x, torch.Tensor) and not any(isinstance(n, torch.SymInt) for n in (*x.shape, *x.stride())) for x in (traced, given))
+        if known and traced.shape == given.shape and traced.stride() != given.stride():
+            node.meta["val"] = given
 
 
 def _write_repro(gm: torch.fx.GraphModule, error: Exception) -> Path:

@@ -4,8 +4,10 @@ Index maps are logical, so a layout is only the strides of a tensor's type. Rule
   1. a contraction with a parameter (a convolution, say) puts the parameter's own dimensions innermost: output channels become contiguous, so
      that a vector of them is computed at once from packed weights and stored at once;
      where the parameter has none (a depthwise convolution) the result keeps the order of the other operand;
+     a convolution whose taps are no parameter (a gradient's) does the same: the operand that is read with windows is the other one;
   2. an op that reads a value in such a layout, and walks all its dimensions, gives its result the same order;
-  3. a value that the function returns gets the strides that eager would have given it.
+  3. a value that the function returns gets the strides that eager would have given it, unless it is only saved for the backward pass: then it
+     keeps its own, and the compiler of the backward pass is told (`compiler/dynamo.py`).
 Before: every tensor is row-major except function arguments. After: some types carry strides. No op is added.
 """
 
@@ -19,7 +21,7 @@ from ..ir.dialects.tensor import parallel_dims
 from ..ir.expr import evaluate, free_symbols
 from ..ir.passes import Pass, PassContext, register
 from ..ir.ranges import simplify, split_linear
-from .structured import constant_values, in_order, is_contraction, space_bounds
+from .structured import constant_values, in_order, is_contraction, space_bounds, windowed_operand
 
 __all__ = ["Layout", "set_type", "walk_order"]
 
@@ -38,13 +40,13 @@ class Layout(Pass):
             for op in func.body:
                 if op.name != "tensor.generic" or len(parallel_dims(op)) < 3:
                     continue
-                order = _contraction_order(op, constant) if is_contraction(op) else _inherited_order(op)
+                order = _contraction_order(op, constant) if is_contraction(op) else _inherited_order(op, folded=not ctx.target.is_gpu)
                 if order is not None:
                     for r in op.results:
                         assert isinstance(r.type, TensorType)
                         set_type(r, in_order(r.type, order))
                     changed += 1
-            _match_outputs(func)
+            _match_outputs(func, free=not ctx.target.is_gpu)
         ctx.remark("done", f"{changed} tensors in another order than row-major")
 
 
@@ -62,9 +64,10 @@ def _contraction_order(op: Operation, constant: set[Value]) -> list[int] | None:
     """Row-major, but the dimensions that only a parameter has come last (none: the other operand's order); None if that changes nothing."""
     rank = len(parallel_dims(op))
     reads = [{int(s[1:]) for e in m for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()} for m in op["maps"]]
+    window = windowed_operand(op) if not constant.intersection(op.operands) else None
     for i, v in enumerate(op.operands):
         own = [d for d in range(rank) if d in reads[i] and d not in reads[1 - i]]
-        if v in constant and op.operands[1 - i] not in constant:
+        if (v in constant and op.operands[1 - i] not in constant) or window == 1 - i:
             other = op.operands[1 - i].type
             assert isinstance(other, TensorType)
             order = [d for d in range(rank) if d not in own] + own if own else walk_order(op, other, op["maps"][1 - i])
@@ -72,14 +75,14 @@ def _contraction_order(op: Operation, constant: set[Value]) -> list[int] | None:
     return None
 
 
-def _inherited_order(op: Operation) -> list[int] | None:
+def _inherited_order(op: Operation, folded: bool) -> list[int] | None:
     """The order in which the largest operand with a layout of its own is walked."""
     best: tuple[int, list[int]] | None = None
     for v, m in zip(op.operands, op["maps"], strict=True):
         t = v.type
         if m is None or not isinstance(t, TensorType):
             continue
-        order = walk_order(op, t, m)
+        order = walk_order(op, t, m, folded)
         if order is not None and (best is None or t.rank > best[0]):
             best = (t.rank, order)
             if t.strides is None:
@@ -87,8 +90,9 @@ def _inherited_order(op: Operation) -> list[int] | None:
     return best[1] if best is not None and best[1] != list(range(len(best[1]))) else None
 
 
-def walk_order(op: Operation, t: TensorType, m: tuple[Dim, ...]) -> list[int] | None:
-    """Parallel dimensions from the one with the largest stride in `t` to the smallest; None unless every one has a known stride."""
+def walk_order(op: Operation, t: TensorType, m: tuple[Dim, ...], folded: bool = False) -> list[int] | None:
+    """Parallel dimensions from the one with the largest stride in `t` to the smallest; None unless every one has a known stride. `folded`: of a
+    dimension that is divided (read at d1 // 2, say) the stride on average counts."""
     offset: Dim = 0
     for e, stride in zip(m, t.layout, strict=True):
         offset = offset + e * stride
@@ -99,6 +103,9 @@ def walk_order(op: Operation, t: TensorType, m: tuple[Dim, ...]) -> list[int] | 
             strides[d] = 0
             continue
         split = split_linear(offset, f"d{d}")
+        if split is None and folded and isinstance(size, int):
+            ends = [evaluate(offset, {**dict.fromkeys(free_symbols(offset), 0), f"d{d}": at}) for at in (0, size - 1)]
+            split = (max(1, int(ends[1] - ends[0]) // (size - 1)), 0)
         if split is None or split[0] == 0:
             return None
         value = split[0] if isinstance(split[0], int) else _estimate(split[0])
@@ -112,19 +119,31 @@ def _estimate(e: Dim) -> int:
     return int(evaluate(e, dict.fromkeys(free_symbols(e), 64)))
 
 
-def _match_outputs(func: Operation) -> None:
-    """Returned values take eager's strides when these describe a dense tensor."""
-    attrs = func["result_attrs"]
+def _match_outputs(func: Operation, free: bool) -> None:
+    """Returned values take eager's strides when these describe a dense tensor; `free`: but for those that are only saved, which keep theirs."""
+    attrs = list(func["result_attrs"])
     if not attrs:
         return
-    tensors = [a for a in attrs if a.get("kind", "tensor") in ("tensor", "int")]  # those with an operand
-    for v, a in zip(func.body.terminator.operands, tensors, strict=True):
-        op, wanted = v.defining_op, a.get("strides")
-        if op is None or op.name not in ("tensor.generic", "tensor.scatter", "tensor.scan") or wanted is None or not isinstance(v.type, TensorType):
+    tensors = [i for i, a in enumerate(attrs) if a.get("kind", "tensor") in ("tensor", "int")]  # those with an operand
+    operands = func.body.terminator.operands
+    seen = {v for v, i in zip(operands, tensors, strict=True) if not attrs[i].get("saved")}
+    for v, i in zip(operands, tensors, strict=True):
+        op, wanted = v.defining_op, attrs[i].get("strides")
+        if op is None or op.name not in ("tensor.generic", "tensor.scatter", "tensor.scan") or not isinstance(v.type, TensorType):
+            continue
+        if free and attrs[i].get("saved") and v not in seen and op.name == "tensor.generic" and _is_known(v.type) and "view" not in attrs[i]:
+            attrs[i] = {**attrs[i], "strides": v.type.layout}
+            continue
+        if wanted is None:
             continue
         order = _dense_order(v.type.shape, tuple(wanted))
         if order is not None:
             set_type(v, v.type.with_strides(tuple(wanted)))
+    func.attributes["result_attrs"] = tuple(attrs)
+
+
+def _is_known(t: TensorType) -> bool:
+    return all(isinstance(n, int) for n in (*t.shape, *t.layout))
 
 
 def _dense_order(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> list[int] | None:

@@ -7,6 +7,9 @@ Where the target multiplies pairs of bf16 the panels hold them so: packed[.., n 
 (`factors`).
 Other operands that are contiguous along n already are packed when columns are ragged, or when a panel's rows lie far apart.
 Padded (convolution) left operands are materialised with their padding, so that the inner loop tests no bounds.
+The gradient of a convolution's parameter reads its input with windows over summed positions. Its columns are the taps, and channels innermost, so
+that a panel is one tap's: the input is packed once, padding included, and each tap reads that at its own offset. With other numbers of channels
+(an image's three) columns are the output channels, and the windows are read in place as the left operand.
 
 After: every contraction that will run as a GEMM reads its right operand contiguously along n.
 """
@@ -16,8 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..ir import Builder, Dim, Operation, TensorType, Value, sym
-from ..ir.dialects.tensor import fill_of
+from ..ir import Builder, Dim, Operation, TensorType, Value, element_type, sym
+from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import ceildiv, evaluate, free_symbols, product, substitute
 from ..ir.passes import Pass, PassContext, register
 from ..ir.ranges import contiguous_linear, delinearize, known_nonnegative, lower_bound, simplify, split_linear, upper_bound
@@ -50,6 +53,7 @@ class Pack(Pass):
             constant = constant_values(func)
             for op in list(func.body):
                 if is_contraction(op):
+                    _choose_columns(op, constant, ctx)
                     roles = roles_of(op)
                     if is_depthwise(op):
                         _turn_window(op, constant, ctx)
@@ -64,6 +68,9 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     m_size, n_size = _size(op, roles.m), _size(op, roles.n)
     k_order = sorted(roles.k, key=lambda d: -_stride(op, roles.left, d))  # the loop that walks the left operand contiguously is innermost
     mr, nr, _ = contraction_tile(op, roles, ctx.target)
+    if i == op.attributes.get("_windows"):
+        _pack_windows(op, roles, nr, ctx)
+        return
     form = _deep_form(op, roles, k_order[-1], m_size, n_size, nr, ctx)
     if form == "matrices":
         nr = MATRIX[1]
@@ -113,6 +120,70 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
         constant.add(packed)
     how = ", once" if unpacked is None else ", as it is stored, once"
     ctx.remark("done", f"right operand {product(v.type.shape)} packed in panels of {nr}" + (how if is_constant else ""), op.location)  # type: ignore[attr-defined]
+
+
+def _choose_columns(op: Operation, constant: set[Value], ctx: PassContext) -> None:
+    """Which dimensions are the columns of a weight's gradient, and whether its windows are packed."""
+    parallel = len(parallel_dims(op))
+    if constant.intersection(op.operands) or any(not isinstance(n, int) for n in op["dims"]) or element_type(op.result.type).bits != 32:
+        return
+    reads = [[{int(s[1:]) for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()} for e in m] for m in op["maps"]]
+    for i in range(2):
+        windows = [r for r in reads[i] if len(r) == 2 and min(r) < parallel <= max(r)]
+        own = [min(r) for r in reads[i] if len(r) == 1 and min(r) < parallel]
+        others = [d for d in range(parallel) if any(d in r for r in reads[1 - i])]
+        taps = [min(r) for r in windows]
+        if not windows or len(own) != 1 or len(others) != 1 or {*own, *others, *taps} != set(range(parallel)):
+            continue
+        if any(op["dims"][min(r)] > op["dims"][max(r)] for r in windows) or sum(len(r) for r in reads[1 - i]) != 1 + len(op["dims"]) - parallel:
+            continue
+        op.attributes["_columns"] = (*sorted(taps), *own)
+        roles = roles_of(op)
+        assert roles is not None
+        if op["dims"][own[0]] % contraction_tile(op, roles, ctx.target)[1]:
+            op.attributes["_columns"] = tuple(others)
+        else:
+            op.attributes["_windows"] = i
+            _turn_positions(op, roles, ctx)
+        return
+
+
+def _turn_positions(op: Operation, roles: Roles, ctx: PassContext) -> None:
+    """The left operand of a weight's gradient with its channels outermost and positions innermost: what a row meets lies in one piece."""
+    i = roles.left
+    v, m = op.operands[i], op["maps"][i]
+    assert isinstance(v.type, TensorType)
+    row = next(j for j, e in enumerate(m) if e == sym(f"d{roles.m[0]}"))
+    order = [row, *(j for j in range(v.type.rank) if j != row)]
+    source = tuple(sym(f"d{order.index(j)}") for j in range(v.type.rank))
+    turned = Builder.before_op(op).generic([v], [source], [v.type.shape[j] for j in order], lambda bb, x: x, name=f"{v.name or 'g'}_turned")
+    _set_operand(op, i, turned.result, tuple(m[j] for j in order))
+    ctx.remark("done", "left operand turned: positions innermost", op.location)
+
+
+def _pack_windows(op: Operation, roles: Roles, nr: int, ctx: PassContext) -> None:
+    """packed[channel // nr, ..., channel % nr] of the right operand, the other dimensions as they lie in memory, padding included."""
+    i = roles.right
+    v, m = op.operands[i], op["maps"][i]
+    assert isinstance(v.type, TensorType)
+    bounds, channel = space_bounds(op["dims"]), sym(f"d{roles.n[-1]}")
+    axis = next(j for j, e in enumerate(m) if e == channel)
+    order = [j for j in sorted(range(v.type.rank), key=lambda j: -_stride_estimate(v.type.layout[j])) if j != axis]  # type: ignore[attr-defined]
+    dims: list[Dim] = [op["dims"][roles.n[-1]] // nr]
+    source: list[Dim] = [0] * v.type.rank
+    source[axis] = sym("d0") * nr + sym(f"d{len(order) + 1}")
+    read: list[Dim] = [channel // nr]
+    for j in order:
+        low, high = lower_bound(m[j], bounds), upper_bound(m[j], bounds)
+        assert isinstance(low, int) and isinstance(high, int), "known sizes have known bounds"
+        source[j] = sym(f"d{len(dims)}") + low
+        dims.append(high + 1 - low)
+        read.append(m[j] - low)
+    b = Builder.before_op(op)
+    packed = b.generic([v], [tuple(source)], [*dims, nr], lambda bb, x: x, fills=[fill_of(op, i)], name=f"{v.name or 'x'}_packed")
+    _set_operand(op, i, packed.result, (*read, channel % nr))
+    op.attributes["_packed"] = True
+    ctx.remark("done", f"right operand {product(v.type.shape)} packed in panels of {nr} channels, for all taps", op.location)
 
 
 def _deep_form(op: Operation, roles: Roles, last_k: int, m: Dim, n: Dim, nr: int, ctx: PassContext) -> str:

@@ -6,17 +6,18 @@ Everything that fusion does to the algebra of an op is here; *whether* to do it 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 from ..ir import Block, Builder, Dim, DType, Expr, Operation, Region, ScalarType, TensorType, Value, element_type, sym
-from ..ir.dialects.tensor import fill_of
+from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import fold, free_symbols, product, substitute
-from ..ir.ranges import Bounds, contiguous_linear, known_less, simplify
+from ..ir.ranges import Bounds, contiguous_linear, known_less, simplify, split_linear
 from ..ir.types import i64
 
 __all__ = ["EXPENSIVE", "PARTIAL", "PLAIN", "body_ops", "composed_map", "constant_values", "identity_map", "identity_of", "in_order", "index_value",
            "inline_into", "inline_into_gather", "inline_padded", "is_contraction", "is_identity_view", "is_pointwise",
-           "map_bounds", "plain_dims", "rebuild", "reshape_like", "space_bounds"]
+           "map_bounds", "plain_dims", "rebuild", "reshape_like", "space_bounds", "tap_dims", "windowed_operand"]
 
 EXPENSIVE = frozenset(f"arith.{n}" for n in (
     "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh",
@@ -323,3 +324,38 @@ def constant_values(func: Operation) -> set[Value]:
 def uses_dims(op: Operation) -> set[int]:
     """Dimensions whose position the body asks for (tensor.index)."""
     return {o["dim"] for o in op.body if o.name == "tensor.index"}
+
+
+def tap_dims(m: Sequence[Dim]) -> list[int] | None:
+    """The dims that an operand is read along, each by itself (backwards or in steps, too) and none twice; None if it is read in another way."""
+    found: list[int] = []
+    for e in m:
+        named = free_symbols(e)
+        if not named:
+            continue
+        d = next(iter(named))
+        if len(named) != 1 or d[0] != "d" or not d[1:].isdigit() or split_linear(e, d) is None:
+            return None
+        found.append(int(d[1:]))
+    return found if len(set(found)) == len(found) else None
+
+
+def windowed_operand(op: Operation) -> int | None:
+    """The operand of a contraction that is read as a convolution reads its input: at a parallel and a shorter summed dimension together (in that
+    of a weight's gradient the summed one is the longer), or, without a window, in a layout with a summed dimension innermost that is not its
+    last. The other operand is read at each of its dims by itself."""
+    parallel = len(parallel_dims(op))
+    for i in range(2):
+        t = op.operands[i].type
+        if tap_dims(op["maps"][1 - i]) is None or not isinstance(t, TensorType):
+            continue
+        reads = [{int(s[1:]) for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()} for e in op["maps"][i]]
+        windows = [(op["dims"][min(r)], op["dims"][max(r)]) for r in reads if len(r) == 2 and min(r) < parallel <= max(r)]
+        if windows:
+            if all(isinstance(n, int) for w in windows for n in w) and prod(w[0] for w in windows) > prod(w[1] for w in windows):
+                return i
+            continue
+        inner = [r for r, stride in zip(reads, t.layout, strict=True) if stride == 1]
+        if t.rank > 2 and t.layout[-1] != 1 and len(inner) == 1 and inner[0] and min(inner[0]) >= parallel:
+            return i
+    return None

@@ -14,14 +14,17 @@ default of 2, F(4 x 4, 3 x 3), which is 2.1 to 2.4 times as far as eager, is not
 pays. What is not finite spreads to the outputs of its tile.
 Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016), sections 4 and 5.
 
-Only for float32 on CPUs, parameters as taps, stride and dilation one along those dimensions, known sizes, and CHANNELS on both sides.
+The gradient of a convolution by its input is one with the taps read backwards, and is taken as well; its taps are transformed in every call.
+
+Only for float32 on CPUs, parameters or what is read like one as taps, stride and dilation one along those dimensions, known sizes, and
+CHANNELS on both sides.
 After: such convolutions have no three-tap dimensions in a contraction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product as combinations
 from math import prod
 from typing import ClassVar
@@ -36,7 +39,7 @@ from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
 from ..ir.ranges import known_nonnegative, lower_bound, simplify, upper_bound
 from ..ir.types import DTYPES, i64
-from .structured import constant_values, in_order, is_contraction, plain_dims, space_bounds
+from .structured import constant_values, in_order, is_contraction, space_bounds, tap_dims, windowed_operand
 from .winograd_forms import TAPS, Form, Sparse, form, noise
 
 __all__ = ["Winograd"]
@@ -48,6 +51,9 @@ BYTES_PER_CYCLE = 5
 """Of parameters from memory, one core."""
 READ = 1.2
 """Cycles of a transform per vector that it reads: measured, 1.05 to 1.4."""
+
+TAP_CYCLES = 14
+"""Of a vector of transformed taps in double precision, where they are made anew in each call."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +69,15 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Site:
-    """A convolution to rewrite: operand numbers of the input and the parameter, reduction dimension of the channels, output channels' dimension, and
-    the rows."""
+    """A convolution to rewrite: operand numbers of the input and the parameter, reduction dimension of the channels, output channels' dimension, the
+    rows, and whether the parameter is transformed once only."""
 
     x: int
     w: int
     channel: int
     own: int
     rows: tuple[_Row, ...]
+    kept: bool
 
     @property
     def products(self) -> int:
@@ -116,11 +123,6 @@ def _dims_in(m: tuple[Dim, ...]) -> list[set[int]]:
     return [{int(s[1:]) for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()} for e in m]
 
 
-def _taps(m: tuple[Dim, ...]) -> list[int] | None:
-    """The dims that the parameter is read along; those of size 1 are left out."""
-    return plain_dims([e for e in m if e != 0])
-
-
 def _site_of(op: Operation, constant: set[Value]) -> _Site | None:
     """A convolution with dimensions that a transform fits, the rows not chosen yet: those in the order of the input's dimensions."""
     dims, parallel = op["dims"], len(parallel_dims(op))
@@ -129,8 +131,10 @@ def _site_of(op: Operation, constant: set[Value]) -> _Site | None:
     if any(u["maps"][i - (u.name == "tensor.scatter")] is None for u, i in op.result.uses if u.has_trait(Trait.Structured)):
         return None  # a reader's body holds the tensor whole, with its layout
     for x, w in ((0, 1), (1, 0)):
-        taps = _taps(op["maps"][w])
-        if op.operands[w] not in constant or op.operands[x] in constant or taps is None or fill_of(op, w) is not None:
+        taps = tap_dims(op["maps"][w])
+        if op.operands[x] in constant or taps is None or fill_of(op, w) is not None:
+            continue
+        if op.operands[w] not in constant and windowed_operand(op) != x:
             continue
         own = [d for d in taps if d < parallel]
         if len(own) != 1 or set(taps) - set(own) != set(range(parallel, len(dims))) or fill_of(op, x) not in (None, 0):
@@ -148,7 +152,7 @@ def _site_of(op: Operation, constant: set[Value]) -> _Site | None:
             if isinstance(start, int):
                 rows.append(_Row(out, tap, axis, start, form(2)))
         if rows:
-            return _Site(x, w, channels[0], own[0], tuple(rows[-2:]))
+            return _Site(x, w, channels[0], own[0], tuple(rows[-2:]), op.operands[w] in constant)
     return None
 
 
@@ -160,7 +164,7 @@ def _choose(op: Operation, found: _Site, budget: float, target: Target) -> tuple
         if used and noise(used, target.lanes(32)) > budget:
             continue
         rows = tuple(_Row(r.out, r.tap, r.axis, r.start, form(n)) for r, n in zip(found.rows, outputs, strict=True) if n > 1)
-        site = _Site(found.x, found.w, found.channel, found.own, rows)
+        site = replace(found, rows=rows)
         choices.append((_cycles(op, site, target), len(rows), outputs, site))
     cycles, _, _, site = min(choices, key=lambda c: c[:3])
     return site, cycles, choices[0][0]
@@ -180,6 +184,8 @@ def _cycles(op: Operation, site: _Site, target: Target) -> float:
         before, after = prod(r.form.inputs.reads for r in site.rows), prod(r.form.results.reads for r in site.rows)
         cycles += site.products * points * channels * (READ * before + 2) / lanes
         cycles += prod(op["dims"][:parallel]) * (READ * after + 2) / lanes + site.products * points * own * 2 / lanes
+        if not site.kept:
+            cycles += site.products * sums * own * TAP_CYCLES * 2 / lanes
     return cycles
 
 
@@ -194,12 +200,15 @@ def _rewrite(op: Operation, site: _Site) -> None:
     kept = [d for d in range(len(dims)) if d not in gone]
     new = [site.products, *(tiles.get(d, dims[d]) for d in kept)]
     renamed: dict[str, Dim] = {f"d{d}": sym(f"d{1 + k}") for k, d in enumerate(kept)}
-    read_u = (sym("d0"), *(renamed[f"d{d}"] for d in _taps(op["maps"][site.w]) or [] if d not in gone))
+    read_u = (sym("d0"), *(renamed[f"d{d}"] for d in tap_dims(op["maps"][site.w]) or [] if d not in gone))
     maps = [(sym("d0"), *(substitute(e, renamed) for e in read_v)), read_u]
     made = b.generic([v, u], [tuple(simplify(e, space_bounds(new)) for e in m) for m in maps], new, lambda i, a, c: i.arith("mul", a, c),
                      reductions=len(new) - 1 - parallel, combine=("sum",), name=op.result.name)
     joined = _joined(b, op, site, made.result)
-    assert isinstance(joined.type, TensorType)
+    assert isinstance(joined.type, TensorType) and isinstance(made.result.type, TensorType)
+    if not site.kept:  # nothing tells `layout` that u takes the place of a parameter
+        last = 1 + [d for d in range(parallel) if d not in gone].index(site.own)
+        made.result.type = in_order(made.result.type, [d for d in range(made.result.type.rank) if d != last] + [last])
     joined.type = in_order(joined.type, [d for d in range(parallel) if d != site.own] + [site.own])
     op.result.replace_all_uses_with(joined)
     op.erase()
@@ -276,7 +285,7 @@ def _transformed_taps(b: Builder, op: Operation, site: _Site) -> Value:
     w = op.operands[site.w]
     read = op["maps"][site.w]
     gone = [f"d{r.tap}" for r in site.rows]
-    kept = [d for d in _taps(read) or () if f"d{d}" not in gone]
+    kept = [d for d in tap_dims(read) or () if f"d{d}" not in gone]
     dims: list[Dim] = [site.products, *(op["dims"][d] for d in kept)]
     env: dict[str, Dim] = {f"d{d}": sym(f"d{1 + i}") for i, d in enumerate(kept)}
     maps = [tuple(substitute(e, {**env, **dict(zip(gone, taps, strict=True))}) for e in read)

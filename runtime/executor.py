@@ -119,6 +119,12 @@ class CompiledGraph:
         except (KeyError, TypeError, IndexError, AttributeError, SizeError, ValueError) as error:
             raise ArtifactError(f"malformed manifest: {type(error).__name__}: {error}") from error
 
+    @property
+    def result_strides(self) -> list[tuple[int, ...] | None]:
+        """The strides of each result that has memory of its own and known sizes, else None."""
+        rows = (self.manifest["buffers"][r["buffer"]]["strides"] if r["kind"] == "buffer" else None for r in self.manifest["results"])
+        return [tuple(s) if s is not None and all(isinstance(n, int) for n in s) else None for s in rows]
+
     # -- reading the manifest
 
     def _read(self, manifest: dict[str, Any], code: bytes, check_inputs: bool) -> None:

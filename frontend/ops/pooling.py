@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product as combinations
 from typing import Any
 
 from ...ir.core import Value
-from ...ir.expr import Dim, product, sym
+from ...ir.expr import Dim, floordiv, product, sym
 from ...ir.types import TensorType
 from ..context import F32, I64, Context, like, typeof
 from ..errors import Unsupported
@@ -51,6 +52,12 @@ def max_pool_backward(n: int) -> Lower:
     def lower(c: Context, grad: Value, x: Value, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool,
               indices: Value) -> Value:
         shape = typeof(x).shape
+        size, pads = _window(kernel, n), _window(padding, n)
+        steps = _window(stride, n, size)
+        covering = tuple(-(-k // s) for k, s in zip(size, steps, strict=True))
+        known = all(isinstance(s, int) for s in (*shape, *typeof(grad).shape))
+        if known and math.prod(covering) <= GATHERED and all(d == 1 for d in _window(dilation, n)):
+            return _gathered(c, grad, indices, shape, steps, pads, covering)
         lead, area = shape[:-n], product(shape[-n:])
         points = product(typeof(grad).shape[-n:])
         base = c.full((*lead, area), 0, typeof(grad).dtype)
@@ -59,6 +66,34 @@ def max_pool_backward(n: int) -> Lower:
                       reduce="add")
         return c.reshape(made, shape)
     return lower
+
+
+GATHERED = 4
+"""Most windows around an input position that are asked whether it won; with more of them, gradients are scattered."""
+
+
+def _gathered(c: Context, grad: Value, indices: Value, shape: Sequence[Dim], steps: Sequence[int], pads: Sequence[int],
+              covering: Sequence[int]) -> Value:
+    """The sum of the gradients of those windows, at most `covering` along each dimension, whose winner is at the position. [*, *spatial], known
+    sizes."""
+    n, lead = len(steps), len(shape) - len(steps)
+    out = typeof(grad).shape[lead:]
+    work = F32 if typeof(grad).dtype.name in ("bf16", "f16") else typeof(grad).dtype
+    reach = [max(0, (h - 1 + p) // s + 1 - o) for h, p, s, o in zip(shape[lead:], pads, steps, out, strict=True)]  # type: ignore[operator, type-var]
+    low, high = [0] * lead + [t - 1 for t in covering], [0] * lead + reach
+    winners, given = c.pad(indices, low, high, -1), c.pad(grad, low, high, 0)
+    flat = c.positions(shape, lead)
+    for i in range(1, n):
+        flat = c.ew("add", c.ew("mul", flat, shape[lead + i]), c.positions(shape, lead + i))
+    total = None
+    for ts in combinations(*(reversed(range(t)) for t in covering)):  # in the order of the windows, as a loop over them would add
+        places: list[Dim] = [sym(f"d{i}") for i in range(lead)]
+        places += [floordiv(sym(f"d{lead + i}") + pads[i], steps[i]) + (covering[i] - 1 - t) for i, t in enumerate(ts)]
+        mine = c.ew("eq", c.remap(winners, shape, places), flat)
+        share = c.ew("select", mine, c.cast(c.remap(given, shape, places), work), c.scalar(0, work))
+        total = share if total is None else c.ew("add", total, share)
+    assert total is not None
+    return c.cast(total, typeof(grad).dtype)
 
 
 def avg_pool(n: int) -> Lower:

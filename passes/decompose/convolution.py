@@ -8,9 +8,13 @@ With groups the channel read is that of the output channel's group.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from functools import reduce as reduce_pairs
+from itertools import product as combinations
+from math import prod
 
 from ...ir import Builder, Dim, Operation, Value
-from ...ir.expr import ceildiv, floordiv, mod
+from ...ir.expr import as_int, ceildiv, floordiv, mod
 from .common import Map, Rule, convert, d, index, move, reduce, shape_of, tensor_type, to_dtype
 from .contraction import contract
 
@@ -84,8 +88,12 @@ def _conv_transpose(b: Builder, op: Operation) -> list[Value]:
 
     Input position (y + padding - k*dilation) / stride, where that is whole and within the input; elsewhere nothing is added.
     """
+    if op["groups"] == 1 and all(s == 1 for s in op["stride"]):
+        return [_with_turned_taps(b, op)]
+    known = all(isinstance(n, int) for v in (*op.operands, op.result) for n in shape_of(v))
     if op["groups"] == 1 and all(x == 1 for x in op["dilation"]) and any(s != 1 for s in op["stride"]):
-        return [_by_phase(b, op)]
+        ragged = any(k % stride != 0 for k, stride in zip(shape_of(op.operands[1])[2:], op["stride"], strict=True))
+        return [_phases_apart(b, op) if ragged and known and prod(op["stride"]) <= APART else _by_phase(b, op)]
     x, w = op.operands
     out, (channels_in, per_group, *kernel) = shape_of(op.result), shape_of(w)
     groups = op["groups"]
@@ -127,8 +135,67 @@ def _conv_transpose(b: Builder, op: Operation) -> list[Value]:
     return [convert(b, total, want)]
 
 
+def _with_turned_taps(b: Builder, op: Operation) -> Value:
+    """A conv_transpose of stride 1 as a convolution whose taps are read backwards: what makes those fast, fits it."""
+    x, w = op.operands
+    out, (channels_in, _, *kernel) = shape_of(op.result), shape_of(w)
+    space = _Reduction(len(out))
+    o = space.add(channels_in)
+    ks = [space.add(k) for k in kernel]
+    steps = list(zip(ks, kernel, op["padding"], op["dilation"], strict=True))
+    read_x = [d(2 + i) + padding - (size - 1) * dilation + k * dilation for i, (k, size, padding, dilation) in enumerate(steps)]
+    taps = [size - 1 - k for k, size, _, _ in steps]
+    inside = all(k == 1 and padding == 0 for k, padding in zip(kernel, op["padding"], strict=True)) and shape_of(x)[2:] == out[2:]
+    zero = 0.0 if tensor_type(x).dtype.is_float else 0
+    return contract(b, op, out, space.sizes, (x, w), ((d(0), o, *read_x), (o, d(1), *taps)), () if inside else (zero, None))
+
+
+APART = 4
+"""Most phases of a strided conv_transpose that are contractions of their own."""
+
+
+def _phases_apart(b: Builder, op: Operation) -> Value:
+    """A strided conv_transpose whose phases have different numbers of taps as one convolution of stride 1 per phase, with the
+    taps that it meets (none: zeros), and a pointwise op that takes
+    each result position from its phase.
+
+    With y + padding = i*stride + r, position i of phase r sums kernel elements r + stride*t at input positions i - t.
+    """
+    x, w = op.operands
+    (batch, channels, *size), (channels_in, _, *kernel) = shape_of(op.result), shape_of(w)
+    steps = list(zip(op["stride"], op["padding"], kernel, size, strict=True))
+    out = [batch, channels, *(ceildiv(extent + padding, stride) for stride, padding, _, extent in steps)]
+    zero = 0.0 if tensor_type(x).dtype.is_float else 0
+    made: dict[tuple[int, ...], Value] = {}
+    for phase in combinations(*(range(stride) for stride, *_ in steps)):
+        counts = [as_int(ceildiv(max(0, as_int(k) - r), stride)) for r, (stride, _, k, _) in zip(phase, steps, strict=True)]
+        if 0 in counts:
+            continue
+        space = _Reduction(len(out))
+        o = space.add(channels_in)
+        taps = [space.add(n) for n in counts]
+        at_x = [d(2 + i) - (n - 1) + t for i, (t, n) in enumerate(zip(taps, counts, strict=True))]
+        at_w = [r + stride * (n - 1 - t) for r, t, n, (stride, *_) in zip(phase, taps, counts, steps, strict=True)]
+        made[phase] = contract(b, op, out, space.sizes, (x, w), ((d(0), o, *at_x), (o, d(1), *at_w)), (zero, None))
+
+    def body(i: Builder, *values: Value) -> Value:
+        at = []
+        for n, (stride, padding, _, _) in enumerate(steps):
+            y = i.arith("add", index(i, 2 + n), padding) if padding else index(i, 2 + n)
+            at.append(i.arith("mod", y, stride) if stride != 1 else None)
+        total = i.constant(zero, tensor_type(op.result).dtype)
+        for phase, v in zip(made, values, strict=True):
+            here = [i.arith("eq", y, r) for r, y in zip(phase, at, strict=True) if y is not None]
+            total = i.arith("select", reduce_pairs(partial(i.arith, "and"), here), v, total)
+        return total
+
+    read = (d(0), d(1), *(floordiv(d(2 + n) + padding, stride) if stride != 1 else d(2 + n) + padding
+                          for n, (stride, padding, _, _) in enumerate(steps)))
+    return b.generic(list(made.values()), [read] * len(made), shape_of(op.result), body, name=op.result.name).result
+
+
 def _by_phase(b: Builder, op: Operation) -> Value:
-    """A strided conv_transpose as one contraction without wasted products.
+    """A strided conv_transpose as one contraction, without wasted products where strides divide the kernel.
 
     With y + padding = i*stride + r, only kernel elements r + stride*t meet result position y, at input position i - t. So the contraction's
     dimensions are (b, c, i, r per spatial dimension; o, t per spatial dimension), and the result is read back at ((y + padding) // stride,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product as combinations
 
 from ...ir import Builder, Dim, Operation, Value, element_type
+from ...ir.expr import as_int
+from ...ir.types import DTYPES
 from .common import (
     I64,
     Map,
@@ -63,6 +66,9 @@ def _max_pool(b: Builder, op: Operation) -> list[Value | None]:
     wide = computing(t.dtype)
     dims = (*out, *(a.kernel for a in axes))
     with_place = bool(op.results[1].uses)
+    known = all(isinstance(a.size, int) for a in axes) and math.prod(as_int(a.size) for a in axes) < 1 << 31
+    if with_place and known and t.dtype.is_float and math.prod(a.kernel for a in axes) <= WRITTEN_OUT and all(a.dilation == 1 for a in axes):
+        return list(_written_out(b, op, axes))
 
     def body(i: Builder, v: Value) -> tuple[Value, ...]:
         v = promote(i, v)
@@ -77,6 +83,48 @@ def _max_pool(b: Builder, op: Operation) -> list[Value | None]:
     if with_place:
         values[1] = pointwise(b, out, [combined.results[1]], lambda i, place: _flat_position(i, place, axes), I64)
     return values
+
+
+WRITTEN_OUT = 16
+"""Largest window whose maximum and place are a chain of comparisons in one pointwise op, with places in 32 bits."""
+
+
+def _written_out(b: Builder, op: Operation, axes: Sequence[_Axis]) -> tuple[Value, Value]:
+    """The maximum and its place as `_max_pool` has them, by comparing the elements of each window one after the other."""
+    x, out = op.operands[0], shape_of(op.results[0])
+    t = tensor_type(x)
+    taps = list(combinations(*(range(a.kernel) for a in axes)))
+    maps = [simplified((d(0), d(1), *(d(2 + n) * a.stride - a.padding + k for n, (a, k) in enumerate(zip(axes, ks, strict=True)))), out)
+            for ks in taps]
+    outside = _reads_outside(op)
+
+    def body(i: Builder, *values: Value) -> tuple[Value, Value]:
+        best: Value | None = None
+        place: Value | None = None
+        for ks, given in zip(taps, values, strict=True):
+            v, at = promote(i, given), _place_of(i, axes, ks, outside and best is None)
+            if best is None or place is None:
+                best, place = v, at
+                continue
+            number = i.arith("bitnot", i.arith("isnan", best))
+            more = i.arith("or", i.arith("gt", v, best), i.arith("and", i.arith("isnan", v), number))
+            best, place = i.arith("select", more, v, best), i.arith("select", more, at, place)
+        assert best is not None and place is not None
+        return i.cast(best, t.dtype), i.cast(place, I64)
+
+    made = b.generic([x] * len(maps), maps, out, body, fills=(lowest(t.dtype),) * len(maps) if outside else ())
+    return made.results[0], made.results[1]
+
+
+def _place_of(i: Builder, axes: Sequence[_Axis], ks: Sequence[int], clamped: bool) -> Value:
+    """The row-major spatial index of a window's element, i32; `clamped`: of one in the padding, the first one inside."""
+    flat: Value | None = None
+    for n, (a, k) in enumerate(zip(axes, ks, strict=True)):
+        at = i.arith("add", i.arith("mul", index(i, 2 + n), a.stride), k - a.padding)
+        at = i.arith("max", at, 0) if clamped else at
+        flat = at if flat is None else i.arith("add", i.arith("mul", flat, as_int(a.size)), at)
+    assert flat is not None
+    return i.cast(flat, DTYPES["i32"])
 
 
 def _flat_position(i: Builder, place: Value, axes: Sequence[_Axis]) -> Value:

@@ -42,9 +42,15 @@ class Roles:
 
 
 def roles_of(op: Operation) -> Roles | None:
-    """The roles, with the right operand chosen so that N holds the result's contiguous dimension; None if an operand reads no own dimension."""
+    """The roles, with the right operand chosen so that N holds the result's contiguous dimension, or what `passes/pack.py` has chosen for N;
+    None if an operand reads no own dimension."""
     parallel = len(parallel_dims(op))
     reads = [{int(s[1:]) for e in m for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()} for m in op["maps"]]
+    columns: tuple[int, ...] | None = op.attributes.get("_columns")  # type: ignore[assignment]
+    if columns is not None:
+        right = 0 if columns[0] in reads[0] else 1
+        rows = tuple(d for d in range(parallel) if d in reads[1 - right])
+        return Roles((), rows, columns, tuple(range(parallel, len(op["dims"]))), 1 - right, right)
     result = op.result.type
     assert isinstance(result, TensorType)
     innermost = min((d for d in range(parallel) if result.shape[d] != 1), key=lambda d: _stride_key(result.layout[d]), default=parallel - 1)
@@ -450,6 +456,8 @@ class Contraction:
         inside = [length, *self.k_sizes[d + 1:]]
         if not self.op.attributes.get("_packed") or not isinstance(self.k_sizes[d], int) or rows <= self.tile[0] or self.unpacking is not None:
             return  # a stream: the processor sees by itself what comes next
+        if "_columns" in self.op.attributes:
+            return  # the next panel is another tap's: most of it was just read
         (mr, nr, _), right, bounds = self.tile, self.roles.right, e.bounds()
         v = self.op.operands[right]
         step: Dim = ks[d] - first

@@ -1,0 +1,100 @@
+"""Gradients of convolutions and of max pooling against float64, and what their code looks like."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from aicc.compiler.driver import Compilation, watching
+from torch import nn
+
+LAYERS = {
+    "3x3": (nn.Conv2d(32, 48, 3, 1, 1), (2, 32, 9, 10)),
+    "dilated": (nn.Conv2d(32, 48, 3, 1, 2, dilation=2), (2, 32, 9, 9)),
+    "strided": (nn.Conv2d(32, 48, 3, 2, 1), (2, 32, 15, 14)),
+    "strided 1x1": (nn.Conv2d(32, 48, 1, 2), (2, 32, 15, 14)),
+    "strided rows": (nn.Conv2d(32, 32, (3, 5), (2, 1), 0), (2, 32, 12, 11)),
+    "stride 3": (nn.Conv2d(32, 48, 3, 3, 1), (2, 32, 15, 14)),
+    "image": (nn.Conv2d(3, 64, 7, 2, 3), (2, 3, 33, 34)),
+    "odd channels": (nn.Conv2d(19, 21, 3, 1, 1), (2, 19, 9, 9)),
+    "groups": (nn.Conv2d(32, 64, 3, 1, 1, groups=4), (2, 32, 9, 9)),
+    "depthwise": (nn.Conv2d(32, 32, 3, 2, 1, groups=32), (2, 32, 9, 9)),
+    "transposed": (nn.ConvTranspose2d(32, 48, 4, 2, 1), (2, 32, 9, 9)),
+    "one dimension": (nn.Conv1d(32, 48, 3, 1, 1), (2, 32, 30)),
+    "max pool": (nn.Sequential(nn.Conv2d(32, 32, 1), nn.MaxPool2d(3, 2, 1)), (2, 32, 12, 13)),
+    "max pool, cropped": (nn.Sequential(nn.Conv2d(32, 32, 1), nn.MaxPool2d(2)), (2, 32, 13, 12)),
+    "max pool, ceil": (nn.Sequential(nn.Conv2d(32, 32, 1), nn.MaxPool2d(3, 2, 1, ceil_mode=True)), (2, 32, 12, 13)),
+    "max pool, stride 1": (nn.Sequential(nn.Conv2d(32, 32, 1), nn.MaxPool2d(3, 1, 1)), (2, 32, 7, 8)),
+    "max pool of volumes": (nn.Sequential(nn.MaxPool3d(2)), (2, 4, 6, 6, 6)),
+    "chain": (nn.Sequential(nn.Conv2d(32, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.Softplus(), nn.Conv2d(64, 32, 3, 1, 1), nn.Softplus()), (4, 32, 9, 11)),
+}
+
+
+def gradients(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    x = x.detach().clone().requires_grad_()
+    layer(x).square().sum().backward()
+    assert x.grad is not None
+    return [x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients(name: str) -> None:
+    layer, shape = LAYERS[name]
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    truth = gradients(copy.deepcopy(layer).double(), x.double())
+    torch._dynamo.reset()
+    module = copy.deepcopy(layer)
+    given = x.clone().requires_grad_()
+    torch.compile(module, backend="aicc", options={"cache": False})(given).square().sum().backward()
+    assert given.grad is not None
+    scale = max(t.abs().max().item() for t in truth)
+    for t, g in zip(truth, [given.grad, *(p.grad for p in module.parameters() if p.grad is not None)], strict=True):
+        assert g.stride() == torch.empty_like(t).stride() and g.shape == t.shape
+        assert (g.double() - t).abs().max().item() <= 2e-5 * max(t.abs().max().item(), 1e-3 * scale), name
+
+
+def training(layer: nn.Module, x: torch.Tensor) -> list[Compilation]:
+    """The forward and the backward graph."""
+    torch._dynamo.reset()
+    seen: list[Compilation] = []
+    with watching(compiled=seen.append):
+        torch.compile(layer, backend="aicc", options={"cache": False})(x).square().sum().backward()
+    return seen
+
+
+def test_saved_activations_keep_their_layout() -> None:
+    """Channels innermost on both sides: the only copy is the user's result."""
+    layer = nn.Sequential(nn.Conv2d(32, 64, 3, 1, 1), nn.Softplus(), nn.Conv2d(64, 32, 3, 1, 1))
+    forward, backward = training(layer, torch.randn(2, 32, 12, 12))
+    assert forward.graph is not None and backward.graph is not None
+    saved = [b["strides"] for b in forward.graph.manifest["buffers"] if b["shape"] == [2, 64, 12, 12]]
+    taken = [i["strides"] for i in backward.graph.manifest["inputs"] if i["shape"] == [2, 64, 12, 12]]
+    assert saved and saved == taken and all(s[1] == 1 for s in saved)
+
+
+def test_windows_are_not_spread() -> None:
+    """The packed input of a weight's gradient is as large as the input, not nine times that."""
+    _, backward = training(nn.Sequential(nn.Conv2d(32, 64, 3, 1, 1)), torch.randn(2, 32, 12, 12))
+    messages = [r.message for r in backward.remarks if r.pass_name == "pack"]
+    assert any("for all taps" in m for m in messages), messages
+    planned = backward.stats["memory"]
+    assert max(v for v in planned.values() if isinstance(v, int)) < 9 * 2 * 32 * 14 * 14 * 4
+
+
+def test_data_gradients_take_winograd() -> None:
+    layer = nn.Sequential(nn.Conv2d(64, 64, 3, 1, 1), nn.Softplus(), nn.Conv2d(64, 64, 3, 1, 1))
+    _, backward = training(layer, torch.randn(4, 64, 28, 28))
+    assert any("outputs of 3 taps" in r.message for r in backward.remarks if r.pass_name == "winograd")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_max_pool_chooses_as_eager(dtype: torch.dtype) -> None:
+    """Places too, with ties, padding and rows of the lowest value."""
+    x = torch.randint(0, 3, (2, 5, 9, 8)).to(dtype)
+    x[0, 0], x[1, 1, :4] = float("-inf"), float("-inf")
+    layer = nn.MaxPool2d(3, 2, 1, return_indices=True)
+    torch._dynamo.reset()
+    for got, want in zip(torch.compile(layer, backend="aicc", options={"cache": False})(x), layer(x), strict=True):
+        assert torch.equal(got, want)
