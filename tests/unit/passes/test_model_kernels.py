@@ -108,9 +108,14 @@ def test_a_masked_gradient_that_also_goes_to_a_shortcut_is_not_stored() -> None:
     assert made_of_size(module, 16 * 64 * 32 * 32) == 2 and len(launches(module)) == 3
 
 
-def test_the_gradient_of_pooling_lies_as_what_it_is_made_of() -> None:
+def test_a_scatter_lies_as_what_it_adds() -> None:
     """Channels last: the scatter's additions and what reads them walk memory along channels."""
-    _, module = lowered(lambda x: F.max_pool2d(F.relu(x * x), 3, 2, 1), last(4, 64, 56, 56), backward=True)
+    def f(x: Tensor, i: Tensor) -> Tensor:
+        return torch.zeros(4, 64, 3136).scatter_add(2, i.flatten(2), x.flatten(2).float()) * 2
+
+    places = torch.zeros(4, 64, 28, 28, dtype=torch.int64).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        (module,) = lowered(f, last(4, 64, 28, 28), places)
     (scatter,) = [op for op in module.walk() if op.name == "tile.launch" and "scatter" in op["kernel"].name]
     assert scatter.results[0].type.layout == (64 * 3136, 1, 64)  # type: ignore[attr-defined]
     kernel = next(op for op in module.body if op.name == "tile.kernel" and op["sym_name"] == scatter["kernel"].name)
