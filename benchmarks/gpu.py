@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from aicc.compiler.dynamo import aicc as aicc_backend
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 BF16 = torch.bfloat16
 Function = Callable[..., Any]
@@ -36,13 +37,16 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Case:
-    """`build()` gives a function and its inputs; `bytes` must move, `flops` must be done at least."""
+    """`build()` gives a function and its inputs; `bytes` must move, `flops` must be done at least. `error(result, inputs)` stands for the distance
+    from eager's result where that is a random one. `trains`: timed with the backward pass, for the gradients of the first three inputs."""
 
     name: str
     group: str
     build: Callable[[], tuple[Function, tuple[Tensor, ...]]]
     bytes: float = 0
     flops: float = 0
+    error: Callable[[Any, tuple[Tensor, ...]], float] | None = None
+    trains: bool = False
 
 
 def rand(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -68,6 +72,24 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
+DROPPED = 0.1
+
+
+def dropout_error(got: Tensor, inputs: tuple[Tensor, ...]) -> float:
+    """How far the share of zeros is from what was asked, in units of six standard deviations, where that is above 1; else the error of the rest."""
+    x, = inputs
+    kept = got != 0
+    share = abs(float((~kept).double().mean()) - DROPPED) / (6 * (DROPPED * (1 - DROPPED) / x.numel()) ** 0.5)
+    rest = (x.float() / (1 - DROPPED) - got.float())[kept].abs().max() / x.float().abs().max()
+    return share if share > 1 else float(rest)
+
+
+def norm_error(got: Tensor, inputs: tuple[Tensor, ...]) -> float:
+    """How far the rows' mean squares are from those that the weights ask, on average."""
+    wide = (got.float() / inputs[2].float()).square().mean()
+    return abs(float(wide) - 1)
+
+
 def _memory() -> Iterator[Case]:
     n, d = 16384, 4096
     mb = 2 * n * d
@@ -86,6 +108,9 @@ def _memory() -> Iterator[Case]:
                4 * 16 * 512 * 64 * 64)
     yield Case("cumsum-f32", "memory", lambda: (lambda x: x.cumsum(-1), (rand(n, d, dtype=torch.float32),)), 8 * n * d)
     yield Case("full-sum", "memory", lambda: (lambda x: x.float().sum(), (rand(n, d),)), mb)
+    yield Case("dropout", "memory", lambda: (lambda x: F.dropout(x, DROPPED), (rand(n, d),)), 2 * mb, error=dropout_error)
+    yield Case("dropout-residual-norm", "memory", lambda: (
+        lambda x, r, w: F.layer_norm(r + F.dropout(x, DROPPED), (d,), w), (rand(n, d), rand(n, d), rand(d))), 3 * mb, error=norm_error)
 
 
 # -- attention -------------------------------------------------------------------------------------------------------------------
@@ -120,6 +145,61 @@ def soft_cap_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return s.masked_fill((j > i) | (i - j >= 1024), float("-inf")).softmax(-1) @ v
 
 
+def documents(b: int, s: int) -> Tensor:
+    """The number of each position's document: eight of random length per sequence, the same ones every time [b, s]."""
+    g = torch.Generator().manual_seed(0)
+    cuts = [torch.randperm(s - 1, generator=g)[:7].add(1).sort().values for _ in range(b)]
+    return torch.stack([torch.searchsorted(c, torch.arange(s), right=True) for c in cuts])
+
+
+def pairs(doc: Tensor, causal: bool) -> float:
+    """How many pairs of positions a mask of documents leaves."""
+    n = torch.stack([torch.bincount(d, minlength=8) for d in doc]).double()
+    return float((n * (n + 1) / 2 if causal else n * n).sum())
+
+
+def within_documents(causal: bool) -> Function:
+    """Plain attention within documents; `doc` [batch, positions]."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, doc: Tensor) -> Tensor:
+        s = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        i, j = _positions(s)
+        alive = doc[:, None, :, None] == doc[:, None, None, :]
+        return s.masked_fill(~(alive & (j <= i)) if causal else ~alive, float("-inf")).softmax(-1) @ v
+
+    return attention
+
+
+def sdpa_documents(q: Tensor, k: Tensor, v: Tensor, doc: Tensor) -> Tensor:
+    """The same, causal, by name with a boolean mask."""
+    i, j = _positions(doc.new_empty(doc.shape[1], doc.shape[1]))
+    alive = (doc[:, None, :, None] == doc[:, None, None, :]) & (j <= i)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=alive)
+
+
+def flex_documents(doc: Tensor) -> Function:
+    """The same, causal, by flex_attention (its mask of blocks is made here, outside of what is timed)."""
+
+    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (doc[b, i] == doc[b, j]) & (j <= i)
+
+    blocks = create_block_mask(mask, doc.shape[0], None, doc.shape[1], doc.shape[1], device=str(doc.device))
+    return lambda q, k, v: flex_attention(q, k, v, block_mask=blocks)
+
+
+def forward_and_backward(function: Function) -> Function:
+    """The gradients of the first three inputs; that of the result is the result."""
+
+    def step(*inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+            out = function(*leaves, *inputs[3:])
+            out.backward(out.detach())
+        return tuple(x.grad for x in leaves)  # type: ignore[misc]
+
+    return step
+
+
 def sdpa(causal: bool) -> Function:
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
@@ -138,6 +218,15 @@ def _attention() -> Iterator[Case]:
     yield Case("softcap-window1024", "attention", lambda: (soft_cap_window, qkv()), flops=window)
     yield Case("sdpa-causal", "attention", lambda: (sdpa(True), qkv()), flops=flops / 2)
     yield Case("sdpa-full", "attention", lambda: (sdpa(False), qkv()), flops=flops)
+    doc = documents(b, s)
+    for name, causal in (("documents-causal", True), ("documents-full", False)):
+        yield Case(name, "attention", lambda causal=causal: (within_documents(causal), (*qkv(), doc.cuda())), flops=4 * h * d * pairs(doc, causal))
+    yield Case("documents-flex", "attention", lambda: (flex_documents(doc.cuda()), qkv()), flops=4 * h * d * pairs(doc, True))
+    steps = 3.5 * 4 * h * d * pairs(doc, True)
+    yield Case("plain-causal-step", "attention-training", lambda: (plain_causal, qkv()), flops=3.5 * flops / 2, trains=True)
+    yield Case("documents-step", "attention-training", lambda: (within_documents(True), (*qkv(), doc.cuda())), flops=steps, trains=True)
+    yield Case("documents-flex-step", "attention-training", lambda: (flex_documents(doc.cuda()), qkv()), flops=steps, trains=True)
+    yield Case("sdpa-documents-step", "attention-training", lambda: (sdpa_documents, (*qkv(), doc.cuda())), flops=steps, trains=True)
     yield Case("sdpa-causal-hd64", "attention", lambda: (sdpa(True), tuple(rand(b, 32, s, 64) for _ in range(3))), flops=flops / 2)
 
 
@@ -289,16 +378,17 @@ def run(case: Case, peers: list[str], copy: float, gemm: float) -> dict[str, Any
     row: dict[str, Any] = {"case": case.name, "group": case.group}
     calls: dict[str, Callable[[], Any]] = {}
     with torch.no_grad():
-        true = function(*inputs)
+        timed = forward_and_backward if case.trains else lambda f: f
+        true = timed(function)(*inputs)
         for peer in peers:
             try:
                 start = time.perf_counter()
-                made = compiled(function, peer)
+                made = timed(compiled(function, peer))
                 got = made(*inputs)
                 torch.cuda.synchronize()
                 row[f"{peer}_compile_s"] = round(time.perf_counter() - start, 2)
                 if peer == "aicc":
-                    row["error"] = _error(got, true)
+                    row["error"] = case.error(got, inputs) if case.error else _error(got, true)
                 calls[peer] = lambda made=made: made(*inputs)
             except Exception as e:
                 row[f"{peer}_failed"] = f"{type(e).__name__}: {str(e)[:300]}"

@@ -23,8 +23,6 @@ LIBRARY_POINTS = 1 << 20
 """Scores per head from which, on GPUs and in 16 bits, cuDNN's and FlashAttention's kernels beat the streaming one by more than a call costs."""
 TILE = 128
 """Rows, and steps, of the tiles of the Hopper schedule (`backends/triton/warp_groups.py`)."""
-LOW = -1e30
-"""Stands for the score -inf under a mask: a row that is masked throughout has weights and gradients of 0, and no NaN on the way."""
 
 Tensor = torch.Tensor
 
@@ -58,12 +56,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, 
         scores = torch.where(columns <= rows[:, None], scores, -math.inf)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         alive = attn_mask
-        scores = torch.where(alive, scores, LOW)
+        scores = torch.where(alive, scores, -math.inf)
     elif attn_mask is not None:
         alive = attn_mask != -math.inf
-        scores = torch.where(alive, scores + attn_mask, LOW)
+        scores = torch.where(alive, scores + attn_mask, -math.inf)
     weights = torch.softmax(scores, -1)
-    if alive is not None:
+    if alive is not None:  # a row that is masked throughout has weights of NaN, and gradients: neither passes a mask
         weights = torch.where(alive, weights, 0.0)
     if dropout_p > 0:
         weights = torch.dropout(weights, dropout_p, True)

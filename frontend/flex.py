@@ -57,8 +57,9 @@ def dense_backward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsu
                                             score_mod_other_buffers, mask_mod_other_buffers)
     wide = scores.dtype
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    low = logsumexp.unsqueeze(-1) * math.log(2)
-    weights = torch.where(low == -math.inf, 0.0, torch.exp(changed - low))
+    # A row that is masked throughout has -inf here; with +inf its weights are exp(-inf) = 0, and no tile asks for such rows.
+    low = torch.where(logsumexp == -math.inf, math.inf, logsumexp * math.log(2)).unsqueeze(-1)
+    weights = torch.exp(changed - low)
     rows = (out.to(wide) * grad_out.to(wide)).sum(-1, keepdim=True)
     if grad_logsumexp is not None:
         rows = rows - grad_logsumexp.unsqueeze(-1) / math.log(2)

@@ -114,6 +114,8 @@ class _Reader:
             return self._of(op, args[0], "low")
         if name == "mul":
             return self._of(op, args[0], want) | self._of(op, args[1], want)
+        if name in ("add", "sub"):
+            return self._of(op, args[0], want) & self._of(op, args[1], want)
         return self._of(op, args[0], want) if name in ("div", "neg") else frozenset()
 
     def _select(self, op: Operation, inner: Operation, want: str) -> frozenset[Pair | Tree]:

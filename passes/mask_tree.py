@@ -21,7 +21,7 @@ from ..ir.expr import free_symbols, substitute
 if TYPE_CHECKING:
     from .stream_form import Stream
 
-__all__ = ["COMPARISONS", "UNKNOWN", "Tree", "loads_data", "symbols_of", "tree_of"]
+__all__ = ["COMPARISONS", "UNKNOWN", "Tree", "loads_data", "parts_of", "symbols_of", "tree_of"]
 
 Tree = tuple[Any, ...]
 UNKNOWN: Tree = ("unknown",)
@@ -102,22 +102,23 @@ def _is_whole(v: Value) -> bool:
     return t.kind in ("int", "bool") or (t.kind == "uint" and t.bits < 64)
 
 
-def _parts(t: Tree) -> Iterator[Any]:
+def parts_of(t: Tree) -> Iterator[Any]:
+    """The tree and all trees within."""
     yield t
     for x in t:
         if isinstance(x, tuple) and x and isinstance(x[0], str):
-            yield from _parts(x)
+            yield from parts_of(x)
 
 
 def loads_data(t: Tree) -> bool:
     """Whether anything in the tree is read from memory."""
-    return any(x[0] in ("load", "extract") for x in _parts(t))
+    return any(x[0] in ("load", "extract") for x in parts_of(t))
 
 
 def symbols_of(t: Tree) -> set[str]:
     """Symbols in the positions of a tree."""
     found: set[str] = set()
-    for x in _parts(t):
+    for x in parts_of(t):
         exprs: tuple[Dim, ...] = x[2] if x[0] == "load" else (x[1],) if x[0] == "at" else ()
         found |= set().union(*(free_symbols(e) for e in exprs))
     return found

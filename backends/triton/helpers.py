@@ -101,6 +101,9 @@ def exp2_approx(x):
 def tanh_approx(x):
     return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
+def log_approx(x):
+    return 0.6931471805599453 * tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
 def digamma(x):
     # reflection below 0, recurrence up to 10, then the asymptotic series (Cephes psi)
     whole = (x == tl.floor(x)) & (x <= 0)

@@ -74,7 +74,8 @@ def run_kernel(
     function = load_function(source, folder)
     scope = function.fn.__globals__
     scope["libdevice"] = Libdevice()
-    scope["tanh_approx"], scope["exp2_approx"] = Libdevice().tanh, Libdevice().exp2  # instructions that the interpreter has not
+    for name in ("tanh", "exp2", "log"):  # instructions that the interpreter has not
+        scope[f"{name}_approx"] = getattr(Libdevice(), name)
     maps = [TensorDescriptor(buffers[m.buffer], [m.rows, m.columns], [m.stride, 1], list(m.block)) for m in source.descriptors]
     error = torch.zeros(1, dtype=torch.int32)
     if programs:

@@ -38,7 +38,7 @@ from .turned import turned
 F32 = DTYPES["f32"]
 LOG2_E = 1.4426950408889634
 
-_COARSE = {"arith.exp": "exp", "arith.tanh": "tanh", "arith.div": "div"}
+_COARSE = {"arith.exp": "exp", "arith.tanh": "tanh", "arith.div": "div", "arith.log": "log"}
 """Methods that compute an op in the cheap way that suits 16-bit inputs."""
 
 __all__ = ["GpuStream", "Scope", "StreamLowering", "offset_in", "stream_tile", "stream_tiles", "suits_warp_groups", "with_shape"]
@@ -251,6 +251,11 @@ class StreamLowering:
         """By the hardware: within 2^-11 of tanh, relatively, which is what inputs of 16 bits leave of it."""
         return e.builder.op("arith.tanh", x, type=x.type, **({"_approximate": True} if element_type(x.type).name == "f32" else {}))
 
+    def log(self, e: Emitter, x: Value) -> Value:
+        """By the hardware. The library's is a function that is called: beside it, the Hopper schedule keeps its accumulators in memory, four times
+        slower."""
+        return e.builder.op("arith.log", x, type=x.type, **({"_approximate": True} if element_type(x.type).name == "f32" else {}))
+
     def div(self, e: Emitter, x: Value, y: Value) -> Value:
         """By a constant: a multiplication, 1 ulp away."""
         by = y.defining_op
@@ -411,7 +416,8 @@ class GpuStream(StreamLowering):
             value = e.load(buffer, at + numbers[0] * layout[-1])
             for n in numbers[1:]:
                 value = e.builder.arith(combine, value, e.load(buffer, at + n * layout[-1]))
-            found.append(e.named(maximum(e.fresh(value, None, None), 0), ceildiv(s.length, BLOCK)) * BLOCK)
+            most = ceildiv(s.length, BLOCK)  # said once more, so that positions are known to fit 32 bits
+            found.append(e.named(minimum(maximum(e.fresh(value, None, None), 0), most), most) * BLOCK)
         first, end, full_first, full_end = found
         if BLOCK % step == 0:
             return first, minimum(end, s.length), full_first, full_end
@@ -476,10 +482,19 @@ class GpuStream(StreamLowering):
                 if op.result in s.shifts.values():
                     scope.values[op.result] = self.safe(e, out[op])
                     alpha[op.result] = self.rescale(e, now[op], scope.values[op.result])
-        for op in s.seconds:
+        for op in self._soonest_first():
             with b.at(op.location):
                 out[op] = self._second(scope, op, i, now[op], alpha, lanes)
         return [out[op] for op in now]
+
+    def _soonest_first(self) -> list[Operation]:
+        """The second contractions by how much is computed for their weights: what is done with early leaves its registers to what comes late."""
+        s = self.s
+        needs: dict[Operation, set[Operation]] = {}
+        for op in [*s.firsts, *s.full]:  # in program order
+            made = {v.defining_op for v in op.operands if v.defining_op in needs}
+            needs[op] = {op, *(x for m in made for x in needs[m])}  # type: ignore[index]
+        return sorted(s.seconds, key=lambda op: len(needs[s.streamed(op).defining_op]))  # type: ignore[index]
 
     def _fix(self, scope: Scope) -> None:
         """Maxima that a bound stands for."""

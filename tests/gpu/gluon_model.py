@@ -188,7 +188,7 @@ def _language(program: int, programs: int) -> dict[str, Any]:
         return torch.as_tensor(x)
 
     def assembly(text: str, constraints: str, args: Sequence[Tensor], **_: Any) -> Tensor:
-        return {"tanh": torch.tanh, "ex2": torch.exp2}[text.partition(".")[0]](args[0])
+        return {"tanh": torch.tanh, "ex2": torch.exp2, "lg2": torch.log2}[text.partition(".")[0]](args[0])
 
     gl = SimpleNamespace(
         program_id=lambda axis: torch.tensor(program, dtype=torch.int32), num_programs=lambda axis: programs, constexpr=lambda x: x,

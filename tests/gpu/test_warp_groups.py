@@ -12,6 +12,7 @@ import pytest
 import torch
 from aicc.backends.triton import compile_gpu, print_kernel, stream_shape, warp_groups
 from aicc.backends.triton.warp_groups import print_warp_groups
+from aicc.frontend.attention import attention
 from aicc.ir import Operation
 from aicc.ir.interpreter import interpret
 from aicc.ir.interpreter.memory import Memory, extent
@@ -70,6 +71,11 @@ def documents(q: Tensor, k: Tensor, v: Tensor, doc: Tensor) -> Tensor:
     return s.masked_fill((j > i) | (doc[:, None, :, None] != doc[:, None, None, :]), -math.inf).softmax(-1) @ v
 
 
+def documents_by_name(q: Tensor, k: Tensor, v: Tensor, doc: Tensor) -> Tensor:
+    i, j = torch.arange(q.shape[-2])[:, None], torch.arange(k.shape[-2])[None, :]
+    return attention(q, k, v, (doc[:, None, :, None] == doc[:, None, None, :]) & (j <= i))
+
+
 def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return (scores(q, k) + bias).softmax(-1) @ v
 
@@ -97,12 +103,14 @@ FORMS: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]]
 }
 
 
-def module_of(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], until: str = "tile", target: Any = FEW) -> tuple[Operation, list[Tensor]]:
+def module_of(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], until: str = "tile", target: Any = FEW, *,
+              computes: bool = True) -> tuple[Operation, list[Tensor]]:
+    """The module and its arguments. computes: eager's result is wanted too."""
     found: list[Any] = []
 
     def run(module: Operation, gm: torch.fx.GraphModule, args: list[Any]) -> Any:
         found.append((module, args))
-        return gm.forward(*args)
+        return gm.forward(*args) if computes else [torch.empty_like(inputs[0])]
 
     capture(f, inputs, run, until=until, target=target)
     return found[0]
@@ -220,6 +228,22 @@ def test_what_data_exclude_is_neither_computed_nor_copied(monkeypatch: pytest.Mo
     assert error(got, f(*(x.double() if x.is_floating_point() else x for x in make()))) < 6e-3
     loader = text[text.index("_loader("):text.index("_group(")]
     assert loader.count("gl.load(") == text[text.index("_group("):].count("gl.load(") - 3 == 8, "four ranges of two blocks; groups read documents too"
+
+
+@pytest.mark.parametrize("form", ["plain", "by name"])
+def test_masks_of_documents_keep_the_form_and_skip(form: str) -> None:
+    """Nothing set aside for small inputs: what a GPU of 64 multiprocessors runs for four heads of 2048."""
+    target = dataclasses.replace(SM90, multiprocessors=64)
+    q, k, v = heads(1, 4, 2048, 128)
+    doc = torch.arange(2048).div(300, rounding_mode="floor").expand(1, 2048).contiguous()
+    f = documents if form == "plain" else documents_by_name
+    module, _ = module_of(f, (q, k, v, doc), target=target, computes=False)
+    kernel = stream_of(module)
+    source = print_warp_groups(kernel, target, [True] * len(kernel.body.args))
+    assert not isinstance(source, str), source
+    assert source.programs == 64 and source.text.count("tma_load(k_map") == 3, "a loop without masks between two with"
+    loader = source.text[source.text.index("_loader("):source.text.index("_group(")]
+    assert loader.count("gl.load(") == 8, "the steps that the data leave"
 
 
 def test_exponentials_are_one_instruction(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ DOCUMENT = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENG
 @pytest.fixture(autouse=True)
 def _small_streams_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_ranges, "LEAST_WORK", 0)
+    monkeypatch.setattr(block_ranges, "WORK_OF_A_POINT", 0)
 
 
 def masked(condition: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -75,6 +76,20 @@ def alive_keys() -> Tensor:
     return alive
 
 
+def given(i: Tensor, j: Tensor, mask: Tensor) -> Tensor:
+    return mask
+
+
+def given_causal(i: Tensor, j: Tensor, mask: Tensor) -> Tensor:
+    return mask[:, None] & (j <= i)
+
+
+def picture(batch: int) -> Tensor:
+    """Documents, with holes."""
+    same = (DOCUMENT[:, None] == DOCUMENT[None, :]) & (torch.rand(batch, N, N, generator=torch.Generator().manual_seed(3)) < 0.9)
+    return same if batch > 1 else same[0]
+
+
 MASKS = {
     "documents": (same, DOCUMENT),
     "documents_causal": (same_causal, DOCUMENT),
@@ -86,6 +101,8 @@ MASKS = {
     "lengths": (lengths, torch.tensor([90, 400])),
     "padding": (padding, alive_keys()),
     "prefix": (prefix, torch.tensor([70, 5])),
+    "a_tensor": (given, picture(1)),
+    "a_tensor_of_each_sequence": (given_causal, picture(2)),
 }
 
 
@@ -177,6 +194,14 @@ def test_gradients_skip_too() -> None:
     found, tile = products(capture(gradients, [q, k, v, grad, *rows, DOCUMENT]))
     # tiles over the queries are as many: the picture is turned
     assert found == (3 + 4) * needed(same_causal, DOCUMENT, tile)
+
+
+def test_a_mask_that_no_heads_share_is_not_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks' extremes would cost as much as what they save."""
+    monkeypatch.setattr(block_ranges, "WORK_OF_A_POINT", 300)
+    for mask, kernels in ((picture(1), 3), (picture(1).expand(2, 2, N, N).contiguous(), 1)):
+        module = lowered(capture(masked(given), [*heads(), mask]), CUDA, "tile")
+        assert sum(op.name == "tile.launch" for op in module.walk()) == kernels
 
 
 def test_one_pass_over_the_numbers_serves_rows_and_steps() -> None:
