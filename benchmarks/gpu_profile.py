@@ -2,15 +2,16 @@
 
     python -m aicc.benchmarks.gpu_profile --only gpt-train-b8,resnet50-train-b64 --peers inductor,aicc --rows 25
 
-Rows are those of `gpu_models.py`. Each (row, contender) compiles in a process of its own, all at once; then they take turns on the device. torch's
-profiler (CUPTI) sees the kernels of every contender alike, also in CUDA graphs. Times are microseconds per call; `span` is from the first kernel of
-a call to the first of the next (calls follow each other without waiting), `busy` the time in which at least one kernel runs.
+Rows are those of `gpu_models.py`. Each (row, contender) compiles in a process of its own, all at once; when all are ready (or `--compile-seconds` are
+over, for those that are), they take turns on the device. torch's profiler (CUPTI) sees the kernels of every contender alike, also in CUDA graphs.
+Times are microseconds per call; `span` is from the first kernel of a call to the first of the next (calls follow each other without waiting), `busy`
+the time in which at least one kernel runs. A kernel that is launched programmatically starts while the one before still runs, and waits for it: to a
+kernel counts only the time in which no kernel runs that started before it, so that the kernels' times add up to `busy`.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import re
@@ -47,7 +48,7 @@ CALLS = 4
 
 @dataclass(frozen=True)
 class Kernels:
-    """All kernels of one name in one call (the mean over calls): how many, and their microseconds."""
+    """All kernels of one name in one call (the mean over calls): how many, and the microseconds in which none that started before them ran."""
 
     name: str
     count: float
@@ -77,8 +78,8 @@ def gaps(intervals: Sequence[tuple[float, float]], bounds: Sequence[float] = (2.
     return found
 
 
-def measure(row: str, name: str) -> dict[str, Any]:
-    """Kernels of a contender's calls. Compiles first, then waits for its turn on the device."""
+def measure(row: str, name: str, turn: Path) -> dict[str, Any]:
+    """Kernels of a contender's calls. Compiles first, then says so (`turn`.ready) and waits for its turn on the device (`turn`.go)."""
     subject = Subject(next(r for r in ROWS if r.name == row))
     start = time.perf_counter()
     made = contender(subject.model, name)
@@ -86,21 +87,24 @@ def measure(row: str, name: str) -> dict[str, Any]:
         subject.call(made)
     torch.cuda.synchronize()
     compiled = time.perf_counter() - start
-    with open(Path(tempfile.gettempdir()) / f"aicc-profile-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (ms,) = milliseconds([lambda: subject.call(made)], 100)
-        with profile(activities=[ProfilerActivity.CUDA]):  # the tracer itself warms up
+    turn.with_suffix(".ready").touch()
+    while not turn.with_suffix(".go").exists():
+        time.sleep(0.05)
+    (ms,) = milliseconds([lambda: subject.call(made)], 100)
+    with profile(activities=[ProfilerActivity.CUDA]):  # the tracer itself warms up
+        subject.call(made)
+        torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(CALLS):
             subject.call(made)
-            torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            for _ in range(CALLS):
-                subject.call(made)
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
     events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     intervals = [(e.time_range.start, e.time_range.end) for e in events]
     named: dict[str, list[float]] = {}
-    for e in events:
-        named.setdefault(e.name, []).append(e.time_range.end - e.time_range.start)
+    end = float("-inf")
+    for e in sorted(events, key=lambda e: e.time_range.start):
+        named.setdefault(e.name, []).append(max(0.0, e.time_range.end - max(e.time_range.start, end)))
+        end = max(end, e.time_range.end)
     kernels = sorted((Kernels(k, len(v) / CALLS, sum(v) / CALLS) for k, v in named.items()), key=lambda k: -k.microseconds)
     span, busy = span_and_busy(intervals)
     return {"row": row, "contender": name, "ms": ms, "first_calls_s": compiled, "span": span / CALLS, "busy": busy / CALLS,
@@ -128,15 +132,17 @@ def main() -> int:
     parser.add_argument("--only", default="gpt-train-b8,bert-train-b32,resnet50-train-b64", help="rows, separated by commas")
     parser.add_argument("--peers", default="inductor,aicc", help="contenders, separated by commas")
     parser.add_argument("--rows", type=int, default=20, help="kernels to print for each")
+    parser.add_argument("--compile-seconds", type=float, default=600, help="how long to wait for all before the first is measured")
     parser.add_argument("--seconds", type=float, default=1e9, help="what is not ready after this is left out")
     parser.add_argument("--json", type=Path, help="where the kernels of all go, one line of JSON for each contender of a row")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device", file=sys.stderr)
         return 1
     if options.one:
-        print(json.dumps(measure(*options.one)), flush=True)
+        row, peer, turn = options.one
+        print(json.dumps(measure(row, peer, Path(turn))), flush=True)
         return 0
     begin = time.time()
     command = [sys.executable, "-m", "aicc.benchmarks.gpu_profile", "--one"]
@@ -146,8 +152,12 @@ def main() -> int:
         for row, peer in wanted:
             base = Path(folder) / f"{row}-{peer}"
             with base.with_suffix(".out").open("w") as told, base.with_suffix(".err").open("w") as said:  # pipes would fill up
-                running.append((row, peer, base, subprocess.Popen([*command, row, peer], stdout=told, stderr=said)))
-        for row, peer, base, p in running:
+                running.append((row, peer, base, subprocess.Popen([*command, row, peer, str(base)], stdout=told, stderr=said)))
+        while time.time() - begin < options.compile_seconds and any(
+                p.poll() is None and not base.with_suffix(".ready").exists() for *_, base, p in running):
+            time.sleep(0.1)
+        for row, peer, base, p in sorted(running, key=lambda r: not r[2].with_suffix(".ready").exists()):
+            base.with_suffix(".go").touch()
             try:
                 p.wait(max(0.1, begin + options.seconds - time.time()))
             except subprocess.TimeoutExpired:

@@ -6,7 +6,9 @@ Index maps are logical, so a layout is only the strides of a tensor's type. Rule
      where the parameter has none (a depthwise convolution) the result keeps the order of the other operand;
      a convolution whose taps are no parameter (a gradient's) does the same: the operand that is read with windows is the other one;
   2. an op that reads a value in such a layout, and walks all its dimensions, gives its result the same order;
-  3. a value that the function returns gets the strides that eager would have given it, unless it is only saved for the backward pass: then it
+  3. on GPUs, what a scatter adds to a constant takes the order of what it adds (the gradient of max pooling, channels last), where the contiguous
+     dimension is one of the scatter's points;
+  4. a value that the function returns gets the strides that eager would have given it, unless it is only saved for the backward pass: then it
      keeps its own, and the compiler of the backward pass is told (`compiler/dynamo.py`).
 Before: every tensor is row-major except function arguments. After: some types carry strides. No op is added.
 """
@@ -22,6 +24,7 @@ from ..ir.expr import evaluate, free_symbols
 from ..ir.passes import Pass, PassContext, register
 from ..ir.ranges import simplify, split_linear
 from .structured import constant_values, in_order, is_contraction, space_bounds, windowed_operand
+from .tiling.ordered import own_dims
 
 __all__ = ["Layout", "set_type", "walk_order"]
 
@@ -38,6 +41,8 @@ class Layout(Pass):
         for func in [f for f in module.body if f.name == "func"]:
             constant = constant_values(func)
             for op in func.body:
+                if op.name == "tensor.scatter" and ctx.target.is_gpu:
+                    changed += _order_scatter(op)
                 if op.name != "tensor.generic" or len(parallel_dims(op)) < 3:
                     continue
                 order = _contraction_order(op, constant) if is_contraction(op) else _inherited_order(op, folded=not ctx.target.is_gpu)
@@ -73,6 +78,29 @@ def _contraction_order(op: Operation, constant: set[Value]) -> list[int] | None:
             order = [d for d in range(rank) if d not in own] + own if own else walk_order(op, other, op["maps"][1 - i])
             return None if order == list(range(rank)) else order
     return None
+
+
+def _order_scatter(op: Operation) -> bool:
+    """Gives the result, and the fill that it starts from, the contiguous dimension of what is read."""
+    fill, t = op.operands[0].defining_op, op.result.type
+    assert isinstance(t, TensorType)
+    if fill is None or fill.name != "tensor.generic" or fill.operands or len(fill.results) != 1 or len(fill.result.uses) != 1:
+        return False
+    read = [(v.type.numel, v.type, m) for v, m in zip(op.operands[1:], op["maps"], strict=True)
+            if m is not None and isinstance(v.type, TensorType) and isinstance(v.type.numel, int)]
+    if not read or t.strides is not None:
+        return False
+    _, largest, m = max(read, key=lambda r: r[0])
+    bounds = space_bounds(op["dims"])
+    offset = simplify(sum((e * stride for e, stride in zip(m, largest.layout, strict=True)), 0), bounds)
+    for j, d in own_dims(op).items():
+        linear = split_linear(offset, f"d{d}")
+        if linear is not None and linear[0] == 1 and op["dims"][d] != 1 and j != t.rank - 1:
+            order = [*(i for i in range(t.rank) if i != j), j]
+            set_type(fill.result, in_order(t, order))
+            set_type(op.result, in_order(t, order))
+            return True
+    return False
 
 
 def _inherited_order(op: Operation, folded: bool) -> list[int] | None:

@@ -5,7 +5,8 @@
 The first step makes S partial results in parallel (split-K, for a contraction); the second is small and fuses with what reads it.
 A sum and the sum of squares about its mean (a variance: batch norm) are split together, each part about its own mean, so that the first step stays
 one pass over memory (see `rescale.about_mean` for the formula by which parts merge).
-Only dimensions that S divides are split. The order of additions is fixed: results are the same in every run, and with any number of threads.
+Only dimensions that S divides are split; on GPUs, where the outermost summed dimension (a batch) has too few elements, each of these again, along the
+next. The order of additions is fixed: results are the same in every run, and with any number of threads.
 """
 
 from __future__ import annotations
@@ -53,37 +54,58 @@ class SplitReductions(Pass):
                     continue
                 if not set(op["combine"]) <= SPLITTABLE or 0 in op["dims"]:
                     continue
-                parts, d = self._on_gpu(op, ctx.target) if ctx.target.is_gpu else self._on_cpu(op)
-                if parts > 1:
+                cut = self._on_gpu(op, ctx.target) if ctx.target.is_gpu else self._on_cpu(op)
+                if cut.parts > 1:
                     squares = _squares_about_mean(op)
                     if squares is None:
-                        _split(op, d, parts)
+                        _split(op, cut)
                     else:
-                        _split_moments(op, squares, d, parts)
-                    ctx.remark("done", f"a reduction of {op['dims'][d]} elements in {parts} parts", op.location)
+                        _split_moments(op, squares, cut)
+                    ctx.remark("done", f"a reduction of {op['dims'][cut.dim]} elements in {cut.parts} parts", op.location)
 
-    def _on_gpu(self, op: Operation, target: Target) -> tuple[int, int]:
+    def _on_gpu(self, op: Operation, target: Target) -> _Cut:
         programs, room = _programs(op, target), target.multiprocessors
-        wanted = 4 if not is_contraction(op) and reduces_rows(op) else 2  # programs per multiprocessor, as measured
-        return self._parts(op, -(-wanted * room // programs)) if 2 * programs <= room else (1, 0)
+        if 2 * programs > room:
+            return _Cut(0, 1)
+        by_rows = not is_contraction(op) and reduces_rows(op)
+        wanted = -(-(4 if by_rows else 2) * room // programs)  # programs per multiprocessor, as measured
+        cut = self._parts(op, wanted)
+        if is_contraction(op) or by_rows:
+            return cut
+        first, limit = len(parallel_dims(op)), self._limit(op, wanted)
+        whole, rest = op["dims"][first], op["dims"][first + 1:first + 2]
+        if not rest or whole * 2 > limit or whole == 1:
+            return cut
+        again = next((p for p in range(limit // whole, 0, -1) if rest[0] % p == 0), 1)
+        return _Cut(first, whole * again, again) if whole * again > cut.parts else cut
 
-    def _on_cpu(self, op: Operation) -> tuple[int, int]:
+    def _on_cpu(self, op: Operation) -> _Cut:
         """Few parts, each worth a thread's while: how many depends on nothing but the sizes, so that results do not depend on the machine."""
         if is_contraction(op) or _shares_a_pass(op):
-            return 1, 0
+            return _Cut(0, 1)
         made = as_int(product(parallel_dims(op)))
         programs = max(1, made if reduces_rows(op) else made // LOOP_COLUMNS)
         points = as_int(product(op["dims"]))
         return self._parts(op, min(CPU_PARTS // programs, points // CPU_POINTS))
 
-    def _parts(self, op: Operation, wanted: int) -> tuple[int, int]:
+    def _parts(self, op: Operation, wanted: int) -> _Cut:
         """How many parts, and of which dimension: the largest divisor up to what is wanted."""
-        first = len(parallel_dims(op))
-        d = max(range(first, len(op["dims"])), key=lambda i: op["dims"][i])
-        length = product(op["dims"][first:])
+        d = max(range(len(parallel_dims(op)), len(op["dims"])), key=lambda i: op["dims"][i])
+        return _Cut(d, next((p for p in range(self._limit(op, wanted), 1, -1) if op["dims"][d] % p == 0), 1))
+
+    def _limit(self, op: Operation, wanted: int) -> int:
+        length = product(op["dims"][len(parallel_dims(op)):])
         least = self.least_row if not is_contraction(op) and reduces_rows(op) else self.least
-        limit = min(wanted, self.most, int(length) // least, _affordable(op))  # type: ignore[arg-type]
-        return next((p for p in range(limit, 1, -1) if op["dims"][d] % p == 0), 1), d
+        return min(wanted, self.most, int(length) // least, _affordable(op))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """`parts` of dimension `dim`; or, where `again` is not 1, each of its elements in so many parts of the next dimension."""
+
+    dim: int
+    parts: int
+    again: int = 1
 
 
 def _shares_a_pass(op: Operation) -> bool:
@@ -141,10 +163,16 @@ class _Space:
     place: dict[int, Dim]
 
     @staticmethod
-    def of(op: Operation, d: int, parts: int) -> _Space:
-        dims = list(op["dims"])
+    def of(op: Operation, cut: _Cut) -> _Space:
+        dims, d, parts = list(op["dims"]), cut.dim, cut.parts
+        if cut.again > 1:
+            chunk = dims[d + 1] // cut.again
+            place: dict[int, Dim] = {j: sym(f"d{j + 1}") for j in range(len(dims))}
+            place[d] = sym("d0") // cut.again + sym(f"d{d + 1}")
+            place[d + 1] = sym("d0") % cut.again * chunk + sym(f"d{d + 2}")
+            return _Space([parts, *dims[:d], 1, chunk, *dims[d + 2:]], place)
         chunk = dims[d] // parts
-        place: dict[int, Dim] = {j: sym(f"d{j + 1}") for j in range(len(dims))}
+        place = {j: sym(f"d{j + 1}") for j in range(len(dims))}
         place[d] = sym("d0") * chunk + sym(f"d{d + 1}")
         return _Space([parts, *dims[:d], chunk, *dims[d + 1:]], place)
 
@@ -159,9 +187,9 @@ def _partial(op: Operation, b: Builder, space: _Space) -> Operation:
     return rebuild(op, b, op.operands, [space.map(m) for m in op["maps"]], fills, space.dims, space.place, op["reductions"])
 
 
-def _split(op: Operation, d: int, parts: int) -> None:
-    b = Builder.before_op(op)
-    partial = _partial(op, b, _Space.of(op, d, parts))
+def _split(op: Operation, cut: _Cut) -> None:
+    b, parts = Builder.before_op(op), cut.parts
+    partial = _partial(op, b, _Space.of(op, cut))
     rounds = partial.attributes.pop(ROUNDS, None)
     dims, rank = op["dims"], len(op["dims"]) - op["reductions"]
     if is_contraction(op) and parts <= ADDED and len(op.results) == 1 and op["combine"] == ("sum",):
@@ -215,9 +243,9 @@ def _same_read(a: Operation, i: int, b: Operation, j: int) -> bool:
     return same and repr(fill_of(a, i)) == repr(fill_of(b, j))
 
 
-def _split_moments(total: Operation, squares: Operation, d: int, parts: int) -> None:
+def _split_moments(total: Operation, squares: Operation, cut: _Cut) -> None:
     """Sums, and squares about the mean of each part; then m2 = sum over parts of m2_i + n * (mean_i - mean)^2."""
-    space = _Space.of(total, d, parts)
+    space, parts = _Space.of(total, cut), cut.parts
     rank = len(total["dims"]) - total["reductions"]
     count = as_int(product(total["dims"][rank:])) // parts
     b = Builder.before_op(total)

@@ -8,6 +8,7 @@ object or other process uses a remembered one any more, it is used again. Everyt
 from __future__ import annotations
 
 import math
+import os
 import sys
 from functools import cache
 
@@ -20,6 +21,9 @@ __all__ = ["LARGE", "OutputPool", "shared_outputs"]
 LARGE = 1 << 17
 """Results from this many bytes on are remembered; smaller ones come quickly from the allocator."""
 
+KEEP = (1 << 28, 1 << 32)
+"""The pool of the process remembers a sixteenth of the machine's memory, within these bounds: the gradients of a model that trains there."""
+
 _use_count = torch._C._storage_Use_Count
 Shape = tuple[int, ...]
 
@@ -27,7 +31,7 @@ Shape = tuple[int, ...]
 class OutputPool:
     """Remembers at most `keep_bytes`, used or not. Threads may share it: a storage is out of the pool while it is looked at."""
 
-    def __init__(self, keep_bytes: int = 1 << 28):
+    def __init__(self, keep_bytes: int = KEEP[0]):
         self.keep_bytes = keep_bytes
         self._known: dict[int, list[tuple[torch.UntypedStorage, int]]] = {}  # with their addresses
         self._bytes = 0
@@ -85,4 +89,5 @@ def is_large(shape: Shape, strides: Shape, dtype: torch.dtype) -> bool:
 @cache
 def shared_outputs() -> OutputPool:
     """The pool of the process."""
-    return OutputPool()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return OutputPool(max(KEEP[0], min(memory // 16, KEEP[1])))

@@ -355,7 +355,7 @@ class Lowering:
         if op in self.frame.online or op in self.frame.online.values():
             return [e.broadcast(e.builder.constant(identity_of(kind, dtype), dtype), self._row_shape())]
         if op in self.frame.moments:
-            return [e.broadcast(e.builder.constant(0, dtype), self.tile.shape), initial_count(e, dtype, self._ragged(), self.tile.shape)]
+            return [e.broadcast(e.builder.constant(0, dtype), self.tile.shape), initial_count(e, dtype, self._ragged(), self._inner_shape())]
         if kind in ("argmax", "argmin"):
             return [e.broadcast(e.builder.constant(identity_of(kind[3:], dtype), dtype), self.tile.shape),
                     e.broadcast(e.builder.constant((1 << 63) - 1, I64), self.tile.shape)]
@@ -396,6 +396,11 @@ class Lowering:
         """The tile reduced along the inner dimensions."""
         rows, columns = self.tile.shape
         return (1 if self.tile.row in self.frame.inner else rows, 1 if self.tile.vector in self.frame.inner else columns)
+
+    def _inner_shape(self) -> tuple[int, int]:
+        """The tile along the inner dimensions alone: what their masks have."""
+        rows, columns = self.tile.shape
+        return (rows if self.tile.row in self.frame.inner else 1, columns if self.tile.vector in self.frame.inner else 1)
 
     def _combine_online(self, scope: Scope, op: Operation, value: Value, acc: Value) -> Value:
         """A running maximum, or a running sum that is rescaled when the maximum moves (see `stream.py` for the guard against -inf)."""

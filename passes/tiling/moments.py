@@ -13,7 +13,8 @@ __all__ = ["add_second_moment", "initial_count", "spread_of_means"]
 
 
 def initial_count(e: Emitter, dtype: DType, ragged: bool, shape: tuple[int, int]) -> Value:
-    """n before the first element: a number, or a tile where lanes may see different numbers of elements (`ragged`)."""
+    """n before the first element: a number, or a tile of `shape` (one that spreads over a tile) where lanes may see different numbers of elements
+    (`ragged`)."""
     zero = e.builder.constant(0, dtype)
     return e.broadcast(zero, shape) if ragged else zero
 

@@ -22,7 +22,7 @@ from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
 from .gpu_tiles import padded
 from .loops import emit_extract
 
-__all__ = ["body_values", "dot_of", "emit_parallel_scatter", "emit_scan", "emit_scatter", "scatters_in_parallel", "starts_as_copy"]
+__all__ = ["body_values", "dot_of", "emit_parallel_scatter", "emit_scan", "emit_scatter", "own_dims", "scatters_in_parallel", "starts_as_copy"]
 
 _ATOMIC = {"add": ("f32", "f64", "i32", "i64"), "max": ("i32", "i64"), "min": ("i32", "i64")}
 """What GPUs combine atomically."""
@@ -62,7 +62,7 @@ def body_values(e: Emitter, op: Operation, buffers: dict[Value, Value], at: dict
     return [local[v] for v in op.body.terminator.operands]
 
 
-def _own_dims(op: Operation) -> dict[int, int]:
+def own_dims(op: Operation) -> dict[int, int]:
     """Result dimension -> iteration dimension, where the body's index is that plain position, from 0 to the whole size."""
     result = op.result.type
     assert isinstance(result, TensorType)
@@ -79,7 +79,7 @@ def emit_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Va
     result, init = op.result.type, op.operands[0]
     assert isinstance(result, TensorType) and isinstance(init.type, TensorType)
     init_layout = init.type.layout
-    own = _own_dims(op)
+    own = own_dims(op)
     vector = next((j for j in sorted(own, reverse=True) if result.layout[j] == 1), None)
     lanes = _columns(lanes, result.shape[vector]) if vector is not None else lanes
     e = Emitter(e.builder, (1, lanes), e.symbols, e.variables, e.ranges, e.coarse)
@@ -137,17 +137,17 @@ def starts_as_copy(op: Operation) -> bool:
 
 
 def scatters_in_parallel(op: Operation, target: Target) -> bool:
-    """The points may run in any order on this target, and its result may start as a plain copy of `init`."""
-    if not target.is_gpu or "deterministic" in target.features or not starts_as_copy(op):
+    """The points may run in any order on this target, and its result may start as a copy of the bytes of `init`."""
+    init, result = op.operands[0].type, op.result.type
+    assert isinstance(result, TensorType) and isinstance(init, TensorType)
+    if not target.is_gpu or "deterministic" in target.features or init.layout != result.layout:
         return False
-    result = op.result.type
-    assert isinstance(result, TensorType)
     return op["combine"] == "set" or result.dtype.name in _ATOMIC.get(op["combine"], ())
 
 
 def emit_parallel_scatter(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value) -> list[Dim]:
     """Writes the kernel into `e`; returns the grid. The buffer `out` of the result holds `init`."""
-    dims, own = op["dims"], _own_dims(op)
+    dims, own = op["dims"], own_dims(op)
     result = op.result.type
     assert isinstance(result, TensorType)
     vector = next((d for j, d in own.items() if result.layout[j] == 1), len(dims) - 1)

@@ -385,6 +385,18 @@ CASES: dict[str, Case] = {
     "attention_training_window": Case(_plain(_window), _normal((2, 1, 100, 32), (2, 1, 100, 32), (2, 1, 100, 32), grad=True), backward=True),
     "attention_training_bf16": Case(_plain(_causal), lambda g: tuple(torch.randn(1, 2, 130, 32, generator=g).bfloat16().requires_grad_() for _ in range(3)),
                                     backward=True, tolerance=3e-2),
+    "pool_backward_last": Case(  # channels last: the scatter's result is too
+        _plain(lambda a: F.max_pool2d((a * a).relu(), 3, 2, 1)),
+        lambda g: (torch.randn(2, 32, 9, 12, generator=g).to(memory_format=torch.channels_last).requires_grad_(),),
+        backward=True,
+    ),
+    "batch_norm_last": Case(  # statistics of a batch's pixels in parts of images, and the gradient's mask in both of its readers
+        _plain(lambda a, w, b: F.relu(F.batch_norm(a, None, None, w, b, training=True))),
+        lambda g: (torch.randn(5, 16, 34, 30, generator=g).to(memory_format=torch.channels_last).requires_grad_(),
+                   torch.randn(16, generator=g).requires_grad_(), torch.randn(16, generator=g).requires_grad_()),
+        backward=True,
+        tolerance=2e-5,
+    ),
     "conv_backward": Case(
         _module(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2)), train=True),
         _normal((2, 3, 12, 13), grad=True),

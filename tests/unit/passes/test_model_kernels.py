@@ -108,6 +108,16 @@ def test_a_masked_gradient_that_also_goes_to_a_shortcut_is_not_stored() -> None:
     assert made_of_size(module, 16 * 64 * 32 * 32) == 2 and len(launches(module)) == 3
 
 
+def test_the_gradient_of_pooling_lies_as_what_it_is_made_of() -> None:
+    """Channels last: the scatter's additions and what reads them walk memory along channels."""
+    _, module = lowered(lambda x: F.max_pool2d(F.relu(x * x), 3, 2, 1), last(4, 64, 56, 56), backward=True)
+    (scatter,) = [op for op in module.walk() if op.name == "tile.launch" and "scatter" in op["kernel"].name]
+    assert scatter.results[0].type.layout == (64 * 3136, 1, 64)  # type: ignore[attr-defined]
+    kernel = next(op for op in module.body if op.name == "tile.kernel" and op["sym_name"] == scatter["kernel"].name)
+    (store,) = [op for op in kernel.walk() if op.name == "tile.store"]
+    assert store["atomic"] == "add" and str(store["offset"]).endswith("+ t1")
+
+
 def test_sizes_of_one_do_not_part_a_product_from_its_readers() -> None:
     (module,) = lowered(lambda x, w, b: F.gelu(F.linear(x, w, b)), rand(1, 64, 320), rand(256, 320), rand(256))
     assert len(launches(module)) == 1

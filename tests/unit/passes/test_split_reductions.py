@@ -43,6 +43,8 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor], int]] = {
     "position": (lambda a: (a * torch.arange(2048)[:, None]).sum(0), _normal((2048, 16)), 1),
     "variance": (lambda a: torch.var_mean(a + 30, 0), _normal((2048, 16)), 1),
     "batch_norm": (lambda a: F.batch_norm(a.permute(0, 3, 1, 2), None, None, training=True), _normal((16, 32, 8, 5)), 1),
+    "images": (lambda a: torch.var_mean(a + 30, (0, 1, 2)), _normal((3, 28, 28, 16)), 1),
+    "images_of_many": (lambda a: (a.amax((0, 1, 2)), a.sum((0, 1, 2))), _normal((3, 32, 16, 16)), 2),
     "two_dims": (lambda a: a.sum((0, 2)), _normal((4, 8, 2048)), 0),
     "convolution_like": (lambda a, b: torch.einsum("ksa,skb->ab", a, b), _normal((40, 16, 6), (16, 40, 5)), 1),
     "odd_divisor": (lambda a, b: a @ b, _normal((4, 2187), (2187, 4)), 1),
@@ -85,7 +87,17 @@ def test_symbols_are_not_split() -> None:
 
 
 def test_a_variance_is_one_pass_over_memory() -> None:
-    """Sums and squares of the parts in one loop of one kernel; their merging is small."""
-    module = lowered(capture(lambda a: torch.var_mean(a, 0), _normal((2048, 16))), SMALL)
-    readers = [k for k in module.body if k.name == "tile.kernel" and any(str(a.type).startswith("buffer<2048x16x") for a in k.body.args)]
+    """Sums and squares of the parts by one load, in one loop of one kernel; their merging is small."""
+    module = lowered(capture(lambda a: torch.var_mean(a, 0), _normal((8192, 16))), SMALL)
+    readers = [k for k in module.body if k.name == "tile.kernel" and any(str(a.type).startswith("buffer<8192x16x") for a in k.body.args)]
     assert len(readers) == 1 and sum(op.name == "tile.for" for op in readers[0].body) == 1
+    assert sum(op.name == "tile.load" for op in readers[0].walk()) == 1
+
+
+def test_a_small_batch_is_split_along_the_next_dimension_too() -> None:
+    """Statistics of channels, channels last: images, and rows of pixels of each; where a part is in memory stays one product."""
+    module = lowered(capture(lambda a: torch.var_mean(a, (0, 1, 2)), _normal((8, 30, 30, 16))), SMALL)
+    reader = next(k for k in module.body if k.name == "tile.kernel" and any(str(a.type).startswith("buffer<8x30x30x16x") for a in k.body.args))
+    assert reader["grid"][0] == 16
+    (load,) = [op for op in reader.walk() if op.name == "tile.load"]
+    assert "i0*7200" in str(load["offset"]) and "//" not in str(load["offset"])
