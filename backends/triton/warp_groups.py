@@ -420,11 +420,12 @@ class _Groups(Printer):
         self._define(op, f"gl.load({self._name(op.operands[0])} + ({text(op['offset'])}){masked})")
 
     def store(self, op: Operation) -> None:
-        """Through shared memory, to a layout in which a thread writes 16 bytes."""
+        """Through shared memory, to a layout in which a thread writes 16 bytes. Values of rows too: stored from where they are, Triton 3.6 keeps
+        half of the accumulators in memory."""
         value = op.operands[1]
         require(not op["atomic"] and isinstance(value.type, TileType), "an atomic store, or one of a number")
         assert isinstance(value.type, TileType)
-        wide = value.type.shape[1] == self.columns
+        wide = value.type.shape[1] in (1, self.columns)
         self.store_layout = wide
         text = self._text(op.operands[2:], value.type.shape)  # type: ignore[arg-type]
         mask, _ = self._mask(op["mask"], op.attributes.get("mask_low", ()), op.operands[2:], text)
