@@ -58,7 +58,8 @@ def aicc(gm: Graph, example_inputs: Sequence[Any], *, mode: str | None = None, o
 def backend(options: Options, observe: Observer | None = None) -> Callable:
     """A Dynamo backend with fixed options; `observe` sees every module after every pass (for dump-ir)."""
     def compiler(role: str) -> Callable:
-        return lambda gm, _: _guarded(gm, options, role, _decompositions(options.fallback_random), observe)
+        chosen = options if role == "inference" else options.for_gradients()
+        return lambda gm, _: _guarded(gm, chosen, role, _decompositions(options.fallback_random), observe)
 
     return aot_backend(compiler, fallback_random=options.fallback_random, loss_bytes=options.loss_bytes, activation_bytes=options.activation_bytes,
                        as_rounded=options.emulate_precision_casts)

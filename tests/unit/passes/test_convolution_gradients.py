@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -55,12 +56,12 @@ def test_gradients(name: str) -> None:
         assert (g.double() - t).abs().max().item() <= 2e-5 * max(t.abs().max().item(), 1e-3 * scale), name
 
 
-def training(layer: nn.Module, x: torch.Tensor) -> list[Compilation]:
+def training(layer: nn.Module, x: torch.Tensor, **options: Any) -> list[Compilation]:
     """The forward and the backward graph."""
     torch._dynamo.reset()
     seen: list[Compilation] = []
     with watching(compiled=seen.append):
-        torch.compile(layer, backend="aicc", options={"cache": False})(x).square().sum().backward()
+        torch.compile(layer, backend="aicc", options={"cache": False, **options})(x).square().sum().backward()
     return seen
 
 
@@ -83,10 +84,17 @@ def test_windows_are_not_spread() -> None:
     assert max(v for v in planned.values() if isinstance(v, int)) < 9 * 2 * 32 * 14 * 14 * 4
 
 
-def test_data_gradients_take_winograd() -> None:
+def test_data_gradients_take_winograd_where_the_budget_allows() -> None:
     layer = nn.Sequential(nn.Conv2d(64, 64, 3, 1, 1), nn.Softplus(), nn.Conv2d(64, 64, 3, 1, 1))
-    _, backward = training(layer, torch.randn(4, 64, 28, 28))
+    _, backward = training(layer, torch.randn(4, 64, 28, 28), winograd_budget=8.0)
     assert any("outputs of 3 taps" in r.message for r in backward.remarks if r.pass_name == "winograd")
+
+
+def test_neither_direction_takes_it_by_default() -> None:
+    """Sums over all positions, as in gradients of norms, do not average out what Winograd rounds alike at each."""
+    layer = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.SiLU(), nn.Conv2d(64, 64, 3, padding=1))
+    messages = [r.message for made in training(layer, torch.randn(4, 64, 28, 28)) for r in made.remarks if r.pass_name == "winograd"]
+    assert messages and all("stay products" in m for m in messages)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
