@@ -8,6 +8,9 @@ ahead parameters are gathered). Waits come right before the first reader.
 The order is made start by start: first what the next start needs, in the given order; whatever is not needed for it, such as gradients of weights,
 is put off until a wait would leave the device idle, and fills that gap for as long as the collective is modelled to take. At most `most` ops are
 put off, for they keep their operands alive; results that are only returned are waited for when more than `open` of them are on the way.
+
+On CPUs every wait is right behind its start instead: gloo's threads take the cores that compute, and processes have died in them with several
+collectives on the way (docs/distributed.md).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class Rates:
     flops: float
 
 
-GPU, CPU = Rates(150e9, 2.5e12, 600e12), Rates(1e9, 10e9, 50e9)
+GPU = Rates(150e9, 2.5e12, 600e12)
 
 
 def is_start(op: Operation) -> bool:
@@ -60,18 +63,33 @@ class Overlap(Pass):
         for func in module.body:
             if func.name != "func" or not any(is_start(op) for op in func.body):
                 continue
-            order = _Order(self, func, GPU if ctx.target.is_gpu else CPU)
-            ops = order.run()
             terminator = func.body.terminator
-            for op in ops:
+            if not ctx.target.is_gpu:
+                for op in _one_at_a_time(func.body.ops[:-1]):
+                    op.move_before(terminator)
+                ctx.remark("declined", f"'{func['sym_name']}': gloo moves bytes on the cores that compute, and has not survived several collectives "
+                                       "at once: each ends where it starts")
+                continue
+            order = _Order(self, func)
+            for op in order.run():
                 op.move_before(terminator)
             ctx.remark("done", f"'{func['sym_name']}': {order.filled} ops moved between starts and waits; modelled to wait for "
                                f"{order.idle * 1e3:.3g} ms of {order.busy * 1e3:.3g} ms of collectives")
 
 
+def _one_at_a_time(ops: Sequence[Operation]) -> Iterator[Operation]:
+    """The ops in their order, every wait right behind its start."""
+    waits = {op.operands[0].defining_op: op for op in ops if is_wait(op)}
+    for op in ops:
+        if not is_wait(op):
+            yield op
+            if op in waits:
+                yield waits[op]
+
+
 class _Order:
-    def __init__(self, options: Overlap, func: Operation, rates: Rates):
-        self.options, self.rates = options, rates
+    def __init__(self, options: Overlap, func: Operation):
+        self.options, self.rates = options, GPU
         self.ops = func.body.ops[:-1]
         self.at = {op: i for i, op in enumerate(self.ops)}
         self.symbols = representative_symbols(func)
