@@ -9,7 +9,7 @@ Index maps are logical, so a layout is only the strides of a tensor's type. Rule
   3. on GPUs, what a scatter adds to a constant takes the order of what it adds (the gradient of max pooling, channels last), where the contiguous
      dimension is one of the scatter's points;
   4. a value that the function returns gets the strides that eager would have given it, unless it is only saved for the backward pass: then it
-     keeps its own, and the compiler of the backward pass is told (`compiler/dynamo.py`).
+     keeps its own if one was chosen for it, and the compiler of the backward pass is told (`compiler/dynamo.py`).
 Before: every tensor is row-major except function arguments. After: some types carry strides. No op is added.
 """
 
@@ -148,7 +148,8 @@ def _estimate(e: Dim) -> int:
 
 
 def _match_outputs(func: Operation, free: bool) -> None:
-    """Returned values take eager's strides when these describe a dense tensor; `free`: but for those that are only saved, which keep theirs."""
+    """Returned values take eager's strides when these describe a dense tensor; `free`: but for those that are only saved and have a layout
+    that was chosen for them, which keep it."""
     attrs = list(func["result_attrs"])
     if not attrs:
         return
@@ -159,7 +160,8 @@ def _match_outputs(func: Operation, free: bool) -> None:
         op, wanted = v.defining_op, attrs[i].get("strides")
         if op is None or op.name not in ("tensor.generic", "tensor.scatter", "tensor.scan") or not isinstance(v.type, TensorType):
             continue
-        if free and attrs[i].get("saved") and v not in seen and op.name == "tensor.generic" and _is_known(v.type) and "view" not in attrs[i]:
+        chosen = v.type.strides is not None and _is_known(v.type) and op.name == "tensor.generic" and "view" not in attrs[i]
+        if free and chosen and attrs[i].get("saved") and v not in seen:
             attrs[i] = {**attrs[i], "strides": v.type.layout}
             continue
         if wanted is None:

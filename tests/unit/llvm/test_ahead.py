@@ -39,10 +39,11 @@ def asked(kernel: Operation) -> list[tuple[int, int, str]]:
 
 
 def test_layer_norm_asks_for_its_next_row() -> None:
-    """Both lines of each step of the last of its three passes; its weights, the same for each row, are not asked for."""
+    """Every line of each step of the last of its three passes; its weights, the same for each row, are not asked for."""
     (kernel,), code = kernels(lambda x, w, b: F.layer_norm(x, (1024,), w, b), torch.randn(8, 1024), torch.randn(1024), torch.randn(1024))
-    assert asked(kernel) == [(2, 0, "i0*1024 + i1 + 1024"), (2, 0, "i0*1024 + i1 + 1040")]
-    assert code.count("call void @\"llvm.prefetch") == 2
+    lines = asked(kernel)
+    assert lines == [(2, 0, f"i0*1024 + i1 + {1024 + 16 * n}") for n in range(len(lines))] and len(lines) >= 2
+    assert code.count("call void @\"llvm.prefetch") == len(lines)
 
 
 def test_softmax_asks_where_it_reads_last() -> None:
