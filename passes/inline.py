@@ -101,8 +101,8 @@ class Inline(Pass):
                 len(producer.operands) != 1 or any(o.name != "arith.cast" for o in body_ops(producer))
                 or fill_of(producer, 0) is not None or producer["maps"][0] != identity_map(len(producer["dims"]))):
             return False  # packed and padded operands are there on purpose
-        if reader.attributes.get(UNPACKS):
-            return False  # and narrow panels
+        if reader.attributes.get("_turned") or reader.attributes.get(UNPACKS):
+            return False  # and turned windows, and narrow panels
         if reader.attributes.get("_widened"):
             return False  # so is one that was converted before the inner loop
         if is_contraction(reader) and rounding(producer) is not None and not _is_batched(reader):

@@ -212,6 +212,7 @@ def _turn_window(op: Operation, constant: set[Value], ctx: PassContext) -> None:
                                                name=f"{v.name or 'w'}_turned")
         _set_operand(op, i, turned.result, tuple(sym(f"d{d}") for d in order))
         constant.add(turned.result)
+        op.attributes["_turned"] = True
         ctx.remark("done", "the window's parameter turned to the result's layout, once", op.location)
 
 

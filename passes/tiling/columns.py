@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...ir import BufferType, Dim, Operation, Value, element_type, sym
-from ...ir.expr import free_symbols, minimum
+from ...ir.expr import free_symbols, minimum, product
+from ..structured import is_contraction
 from .emit import COMBINE_OPS, Emitter, identity_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ __all__ = ["COLUMNS", "emit_columns", "sums_columns"]
 
 COLUMNS = 4096
 """Most columns of a program: 16 KB of sums."""
+WINDOW = 128
+"""Most products of a convolution's window that are summed in registers."""
 ROWS = 8
 SPAN = 512
 
@@ -37,6 +40,9 @@ def sums_columns(low: Lowering) -> bool:
     size = frame.sizes[tile.vector]
     if isinstance(size, int) and size <= tile.shape[1]:
         return False
+    summed = product(frame.sizes[d] for d in frame.inner)
+    if isinstance(summed, int) and summed <= WINDOW and any(is_contraction(op) for op in frame.members):
+        return False  # the taps of a depthwise convolution: a tile of columns stays in registers for all of them
     for op in frame.members:
         if op["reductions"]:
             if frame.stage[op] > 0 or any(kind in ("argmax", "argmin") for kind in op["combine"]):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from aicc.compiler.driver import watching
 from aicc.compiler.options import Options
 from aicc.compiler.pipelines import pipeline
 from aicc.frontend.decompositions import decomposition_table
@@ -154,3 +155,21 @@ def test_few_choices_turn_less() -> None:
         if found != best:
             excess[seed] = found - best
     assert excess == {1: 1}
+
+
+def test_depthwise_of_many_channels_stays_in_registers() -> None:
+    """Its taps are turned once so that channels are innermost, and a tile of channels keeps its sums for all taps."""
+    kernels: list[Operation] = []
+
+    def observe(stage: str, p: Any, module: Operation) -> None:
+        if stage == "tile" and p is None:
+            kernels[:] = [op.clone() for op in module.body if op.name == "tile.kernel"]
+    layer = nn.Sequential(nn.Conv2d(192, 192, 3, padding=1, groups=192, bias=False), nn.BatchNorm2d(192), nn.ReLU6()).eval()
+    x = torch.randn(1, 192, 14, 14).to(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    with watching(observe), torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, backend="aicc", options={"cache": False})(x), layer(x))
+    (kernel,) = [k for k in kernels if "matmul" in str(k["sym_name"])]
+    names = [op.name for op in kernel.walk()]
+    loads = [str(op["offset"]) for op in kernel.walk() if op.name == "tile.load"]
+    assert "tile.alloca" not in names and loads and not any("t1*" in offset for offset in loads)
