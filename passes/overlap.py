@@ -27,16 +27,8 @@ from .storage import representative_symbols, size_at, storage_bytes
 __all__ = ["Overlap", "is_start", "is_wait"]
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What the times are modelled with: bytes/s of a collective and of memory, FLOP/s of products."""
-
-    link: float
-    memory: float
-    flops: float
-
-
-GPU = Rates(150e9, 2.5e12, 600e12)
+LINK, MEMORY, FLOPS = 150e9, 2.5e12, 600e12
+"""What the times on a GPU are modelled with: bytes/s of a collective and of memory, FLOP/s of products."""
 
 
 def is_start(op: Operation) -> bool:
@@ -89,7 +81,7 @@ def _one_at_a_time(ops: Sequence[Operation]) -> Iterator[Operation]:
 
 class _Order:
     def __init__(self, options: Overlap, func: Operation):
-        self.options, self.rates = options, GPU
+        self.options = options
         self.ops = func.body.ops[:-1]
         self.at = {op: i for i, op in enumerate(self.ops)}
         self.symbols = representative_symbols(func)
@@ -171,7 +163,7 @@ class _Order:
             self.idle += max(0.0, self.ends[start] - self.clock)
             self.clock = max(self.clock, self.ends[start])
         elif is_start(op):
-            took = sum(map(self._bytes, (*op.operands, *op.results))) / 2 / self.rates.link
+            took = sum(map(self._bytes, (*op.operands, *op.results))) / 2 / LINK
             self.link_free = max(self.clock, self.link_free) + took
             self.busy += took
             self.ends[op] = self.link_free
@@ -198,8 +190,8 @@ class _Order:
         return float(size_at(storage_bytes(v.type), self.symbols)) if isinstance(v.type, TensorType) else 0.0
 
     def _seconds(self, op: Operation) -> float:
-        moved = sum(map(self._bytes, (*op.operands, *op.results))) / self.rates.memory
-        return max(moved, self._products(op) / self.rates.flops)
+        moved = sum(map(self._bytes, (*op.operands, *op.results))) / MEMORY
+        return max(moved, self._products(op) / FLOPS)
 
     def _products(self, op: Operation) -> float:
         """FLOPs of a matrix product: from the sizes of its three tensors, for [m, k] * [k, n] -> [m, n] has 2 sqrt(mk * kn * mn)."""

@@ -71,7 +71,8 @@ class CudaGraph(CompiledGraph):
             if reason:
                 self._decline(reason)
             else:
-                self.record = Record(self)
+                leaves = {row["buffer"] for row in manifest["results"] if "buffer" in row} - set(self._early)
+                self.record = Record(self.name, library.on, sorted(leaves), self._walk)
 
     def _decline(self, reason: str) -> None:
         self.replay = self.record = None
@@ -120,19 +121,12 @@ class CudaGraph(CompiledGraph):
                 t.copy_(made)
         return outputs
 
-    def _run_steps(self, args: Sequence[Any], segments: Segments | None = None) -> list[Any]:
-        if self.record is None or segments is not None:
-            return super()._run_steps(args, segments)
-        tensors, sizes, buffers = self._begin(args)
-        code = self.cuda.take_error()
-        if code:
-            self._fail(code)
-        if not self.record(tensors, sizes, buffers):
-            arena = self.arenas.acquire(sizes.arena) if sizes.arena else None
-            code, _ = self._walk(tensors, buffers, sizes, arena)
-            if code:
-                self._fail(code)
-        return self._finish(tensors, buffers, sizes.values)
+    def _launch(self, tensors: Sequence[torch.Tensor], buffers: list[Any], sizes: Any, segments: Segments | None) -> tuple[int, Sequence[int]]:
+        if self.record is not None and segments is None:
+            code = self.cuda.take_error()
+            if code or self.record(tensors, sizes, buffers):
+                return code, sizes.values
+        return super()._launch(tensors, buffers, sizes, segments)
 
     def _one_call(self, native: NativeFunction) -> Callable[[Sequence[Any]], list[Any]]:
         """How to run a program that is one native call: as the base class does, with fewer steps for a device."""

@@ -1,6 +1,6 @@
 """CUDA graphs of programs that call ATen operators between their launches.
 
-    record = Record(graph)                        # a `CudaGraph`; `refusal(manifest)` says why a program has none
+    record = Record(name, on, leaves, walk)       # `refusal(manifest)` says why a program has none
     ran = record(tensors, sizes, buffers)         # in the place of the program's steps; False: they are still to be run
 
 Operators allocate and hide the addresses that they use, so the whole program is recorded as it runs, once for each combination of the addresses
@@ -18,16 +18,13 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from .cuda import Device
 from .cuda_driver import CudaError
 from .cuda_replay import graph_memory
-from .extern_call import copied
-
-if TYPE_CHECKING:
-    from .cuda_graph import CudaGraph
 
 __all__ = ["Record", "refusal"]
 
@@ -37,10 +34,8 @@ PATIENCE = 4 * LIMIT
 """Recordings without reuse after which the program goes on without."""
 
 RECORDABLE = frozenset(f"aten.{name}.default" for name in (
-    "convolution", "convolution_backward", "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward",
-    "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_efficient_attention_backward"))
-"""Operators that neither wait for the device nor do anything on the host that a replay would miss."""
+    "convolution", "convolution_backward", "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"))
+"""Operators that neither wait for the device nor do anything on the host that a replay would miss, as was seen on one."""
 
 
 def refusal(manifest: Mapping[str, Any]) -> str:
@@ -56,29 +51,37 @@ def refusal(manifest: Mapping[str, Any]) -> str:
 
 
 class _Recording:
-    """A recorded program: `replay()` runs it on the current stream and leaves what operators made for the caller in `made`, by buffer."""
+    """A recorded program: `replay()` runs it on the current stream and leaves what operators made for the caller in `made`."""
 
-    def __init__(self, replay: Callable[[], None], made: dict[int, torch.Tensor]):
+    def __init__(self, replay: Callable[[], None], made: list[torch.Tensor]):
         self.replay, self.made = replay, made
+        self.packed = [_packed(t) for t in made]
 
-    def take(self) -> dict[int, torch.Tensor]:
-        """Copies of what operators made, in tensors of their own."""
-        plain = {i: t for i, t in self.made.items() if not any(s == 0 and n > 1 for n, s in zip(t.shape, t.stride(), strict=True))}
-        fresh = {i: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for i, t in plain.items()}
+    def run(self) -> list[torch.Tensor]:
+        """Replays, and gives copies of what operators made. All memory is there before anything runs."""
+        fresh = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in self.packed]
+        self.replay()
         if fresh:
-            torch._foreach_copy_(list(fresh.values()), list(plain.values()))
-        return {i: fresh[i] if i in fresh else copied(t, tuple(t.shape), t.stride()) for i, t in self.made.items()}
+            torch._foreach_copy_(fresh, self.packed)
+        return [f if f.shape == t.shape else f.expand(t.shape) for f, t in zip(fresh, self.made, strict=True)]
+
+
+def _packed(t: torch.Tensor) -> torch.Tensor:
+    """`t` with one element along each dimension that is expanded."""
+    for d, stride in enumerate(t.stride()):
+        if stride == 0 and t.shape[d] > 1:
+            t = t.narrow(d, 0, 1)
+    return t
 
 
 class Record:
     """See the module docstring. `captures` and `launches` count."""
 
-    def __init__(self, graph: CudaGraph):
-        self.graph, self.on = graph, graph.cuda.on
+    def __init__(self, name: str, on: Device, leaves: Sequence[int], walk: Callable[..., tuple[int, Any]]):
+        """`leaves`: the buffers made by operators that leave the program; `walk(tensors, buffers, sizes, arena)` runs its steps."""
+        self.name, self.on, self._leaves, self._walk = name, on, leaves, walk
         self.captures = self.launches = 0
         self.off = ""  # why recordings are not used any more
-        early = set(graph._early)
-        self._leaves = sorted({row["buffer"] for row in graph.manifest["results"] if "buffer" in row} - early)
         self._kept: dict[Any, _Recording] = {}  # the one used last is the last
         self._warm: set[Any] = set()
         self._lock = threading.Lock()
@@ -103,10 +106,9 @@ class Record:
             self._kept[key] = found
             if len(self._kept) > LIMIT:
                 del self._kept[next(iter(self._kept))]
-            found.replay()
-            self.launches += 1
-            for i, t in found.take().items():
+            for i, t in zip(self._leaves, found.run(), strict=True):
                 buffers[i] = t
+            self.launches += 1
         return True
 
     def _recorded(self, tensors: Sequence[torch.Tensor], sizes: Any, buffers: list[Any], arena: torch.Tensor | None,
@@ -117,7 +119,7 @@ class Record:
 
         def run() -> list[torch.Tensor]:
             given = list(buffers)
-            code, _ = self.graph._walk(tensors, given, sizes, arena)
+            code, _ = self._walk(tensors, given, sizes, arena)
             if code:
                 raise CudaError("a check in a kernel failed")
             return [given[i] for i in self._leaves]
@@ -128,9 +130,9 @@ class Record:
             self._give_up(str(error).strip().splitlines()[0])
             return None
         self.captures += 1
-        return _Recording(replay, dict(zip(self._leaves, made, strict=True)))
+        return _Recording(replay, made)
 
     def _give_up(self, reason: str) -> None:
         self.off = reason
         self._kept.clear()
-        warnings.warn(f"'{self.graph.name}' goes on without CUDA graphs: {reason}", RuntimeWarning, stacklevel=5)
+        warnings.warn(f"'{self.name}' goes on without CUDA graphs: {reason}", RuntimeWarning, stacklevel=5)

@@ -268,13 +268,18 @@ class CompiledGraph:
     def _run_steps(self, args: Sequence[Any], segments: Segments | None = None) -> list[Any]:
         """`segments` stands in for the program's own steps (a profiler's)."""
         tensors, sizes, buffers = self._begin(args)
-        arena = self.arenas.acquire(sizes.arena) if sizes.arena else None
-        code, symbols = self._walk(tensors, buffers, sizes, arena, segments)
-        if arena is not None:  # after an exception it is simply freed
-            self.arenas.release(arena)
+        code, symbols = self._launch(tensors, buffers, sizes, segments)
         if code:
             self._fail(code)
         return self._finish(tensors, buffers, symbols)
+
+    def _launch(self, tensors: Sequence[torch.Tensor], buffers: list[Any], sizes: _Sizes, segments: Segments | None) -> tuple[int, Sequence[int]]:
+        """As `_walk`, with temporary memory of this call's own."""
+        arena = self.arenas.acquire(sizes.arena) if sizes.arena else None
+        result = self._walk(tensors, buffers, sizes, arena, segments)
+        if arena is not None:  # after an exception it is simply freed
+            self.arenas.release(arena)
+        return result
 
     def _begin(self, args: Sequence[Any]) -> tuple[Sequence[torch.Tensor], _Sizes, list[Any]]:
         """What a call works on: tensors, sizes, and the buffers, of which those are made that exist from the start."""
@@ -298,7 +303,7 @@ class CompiledGraph:
         self._fill(table, 0, *pointers, *[0 if b is None else b.data_ptr() for b in buffers],
                    *(packed.pointers if packed is not None else ()), arena.data_ptr() if arena is not None else 0)
         symbols = list(sizes.values)
-        array = (ctypes.c_int64 * max(1, len(symbols)))(*symbols)  # of this call alone
+        array = (ctypes.c_int64 * max(1, len(symbols)))(*symbols)  # of this call alone: externs may define symbols
         calls, externs, code = (segments or self._segments).run(tensors, buffers, packed, arena, table, address, symbols, array)
         self.calls += calls
         self.extern_calls += externs

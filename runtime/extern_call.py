@@ -26,7 +26,7 @@ from .artifact import ArtifactError
 from .dtypes import TORCH_DTYPES, torch_dtype
 from .sizes import compile_size, compile_sizes
 
-__all__ = ["ExternCall", "TensorSpec", "copied", "resolve_operator"]
+__all__ = ["ExternCall", "TensorSpec", "resolve_operator"]
 
 Decoder = Callable[[Sequence[torch.Tensor], Sequence[int]], Any]
 """(operands, symbol values) -> the argument."""
@@ -131,10 +131,10 @@ def _laid_out(t: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...])
     """`t` itself if its strides are right wherever they matter, else a copy with these strides."""
     if t.stride() == strides or all(n == 1 or a == b for n, a, b in zip(shape, t.stride(), strides, strict=True)):
         return t
-    return copied(t, shape, strides)
+    return _copied(t, shape, strides)
 
 
-def copied(t: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+def _copied(t: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
     """A copy of `t` in memory of its own with these strides."""
     repeated = [d for d, (n, stride) in enumerate(zip(shape, strides, strict=True)) if stride == 0 and n > 1]
     for d in repeated:  # an expanded dimension: every element along it is the same memory
@@ -214,6 +214,6 @@ class ExternCall:
         if value.is_conj() or value.is_neg():
             value = value.resolve_conj().resolve_neg()
         if value.untyped_storage()._cdata in taken:
-            return copied(value, shape, strides)
+            return _copied(value, shape, strides)
         made = _laid_out(value, shape, strides)
-        return copied(made, shape, strides) if self._aligned and made.data_ptr() % ALIGNMENT else made
+        return _copied(made, shape, strides) if self._aligned and made.data_ptr() % ALIGNMENT else made

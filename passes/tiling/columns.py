@@ -22,12 +22,12 @@ from .emit import COMBINE_OPS, Emitter, identity_of
 if TYPE_CHECKING:
     from .loops import Lowering, Scope
 
-__all__ = ["COLUMNS", "emit_columns", "sums_columns"]
+__all__ = ["COLUMNS", "WINDOW", "emit_columns", "sums_columns"]
 
 COLUMNS = 4096
 """Most columns of a program: 16 KB of sums."""
 WINDOW = 128
-"""Most products of a convolution's window that are summed in registers."""
+"""Most elements of a window that is summed directly, its sums in registers."""
 ROWS = 8
 SPAN = 512
 

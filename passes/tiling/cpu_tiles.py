@@ -12,6 +12,7 @@ from ...ir.dialects.tensor import fill_of, parallel_dims
 from ...ir.expr import free_symbols, product
 from ...ir.ranges import delinearize, split_linear
 from ..structured import space_bounds
+from .columns import WINDOW
 from .contraction import MATRIX, Roles, offset_of
 
 __all__ = ["contraction_tile", "fits_registers", "gemm_tile", "is_depthwise", "multiplies_matrices", "multiplies_pairs", "square_tile"]
@@ -67,8 +68,6 @@ def contraction_tile(op: Operation, roles: Roles, target: Target) -> tuple[int, 
 
 WIDE = 1 << 20
 """Columns enough for whole panels: a stream's are all of one width."""
-WINDOW = 128
-"""Most elements of a window that is summed directly."""
 
 
 def gemm_tile(target: Target, m: Dim, n: Dim, k: Dim, *, bits: int = 32) -> tuple[int, int, int]:

@@ -22,13 +22,13 @@ from ...ir.expr import ceildiv, free_symbols, minimum, product, substitute
 from ...ir.ranges import simplify, split_linear
 from ...ir.types import DTYPES, index
 from ..structured import body_ops
-from .ahead import Leaf, ask_ahead
 from .columns import emit_columns, sums_columns
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
 from .frame import Frame, make_online
 from .keeping import Home, choose_homes
 from .loop_tiles import TileChoice
 from .moments import add_second_moment, initial_count, spread_of_means
+from .prefetch import Leaf, ask_ahead
 
 __all__ = ["emit_loops", "traffic", "work"]
 

@@ -91,6 +91,33 @@ def test_within_a_capture_of_the_user_operators_are_called() -> None:
     assert device.recordings == 1 and [c[0] for c in device.calls].count("replay") == 1
 
 
+def test_out_of_memory_replays_nothing_and_the_next_call_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, device = made(exponential, torch.eye(4))
+    a = torch.eye(4)
+    graph(a)
+    graph(a)
+    before = list(device.calls)
+
+    def full(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_strided", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            graph(a)
+    assert device.calls == before
+    torch.testing.assert_close(graph(a)[0], torch.linalg.matrix_exp(a))
+    assert len(device.calls) == len(before) + 1
+
+
+def test_an_expanded_result_stays_expanded() -> None:
+    base = torch.tensor([[1.0], [2.0]])
+    recording = cuda_record._Recording(lambda: None, [base.expand(2, 3), base])
+    first, second = recording.run()
+    assert first.stride()[1] == 0 and torch.equal(first, base.expand(2, 3)) and torch.equal(second, base)
+    assert len({base.data_ptr(), first.data_ptr(), second.data_ptr()}) == 3
+
+
 def test_results_that_the_host_reads_are_not_recorded() -> None:
     manifest, _ = build(exponential, torch.eye(4))
     assert cuda_record.refusal(manifest) == ""
