@@ -60,7 +60,7 @@ def test_softmax_asks_where_it_reads_last() -> None:
     (lambda x: x.relu() + 1, (64, 4096)),
 ])
 def test_where_nobody_asks(function: Callable[..., Any], shape: tuple[int, ...]) -> None:
-    found, _ = kernels(function, torch.randn(shape))
+    found, _ = kernels(function, torch.rand(shape))  # all of one sign: a sum near zero would be compared by what rounding leaves of it
     assert found and all(asked(k) == [] for k in found)
 
 
