@@ -32,7 +32,7 @@ from .emit import COMBINE_OPS, Emitter, Pair, fill_masks
 from .frame import is_expensive
 from .gpu_tiles import GpuTile, padded
 from .loops import emit_extract
-from .stream_tiles import other_tiles, tile_of_several
+from .stream_tiles import other_tiles, spread_rows, tile_of_several
 from .turned import turned
 
 F32 = DTYPES["f32"]
@@ -62,6 +62,9 @@ def stream_tile(s: Stream, target: Target) -> GpuTile:
     rows = 128 if narrow and not heavy else 64
     steps = (64 if heavy else 128) if narrow and width <= 128 else 32
     rows, steps = (n if not isinstance(size, int) else min(n, padded(size)) for n, size in ((rows, s.row_count), (steps, s.length)))
+    batch = product(s.sizes[f] for f in s.batch)
+    if narrow and isinstance(s.row_count, int) and isinstance(batch, int):
+        rows = spread_rows(target, rows, s.row_count, batch)
     return GpuTile(rows, steps, 0, 8 if rows * width >= 128 * 128 else 4, 3 if narrow else 2)
 
 

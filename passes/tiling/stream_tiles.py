@@ -9,7 +9,7 @@ from __future__ import annotations
 from ...ir import Dim, Target
 from .gpu_tiles import GpuTile, padded
 
-__all__ = ["other_tiles", "tile_of_several"]
+__all__ = ["other_tiles", "spread_rows", "tile_of_several"]
 
 FEW = ((16, 32, 4, 4), (16, 32, 2, 3), (16, 128, 4, 2), (16, 64, 2, 2), (16, 64, 8, 3))
 MANY = ((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2))
@@ -17,6 +17,17 @@ MANY = ((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 4, 3), (64, 1
 
 SHARED = {80: 160 << 10, 90: 220 << 10}
 """Bytes of shared memory that tiles may fill, by compute capability."""
+
+
+LEAST_ROWS = 16
+
+
+def spread_rows(target: Target, rows: int, count: int, batch: int) -> int:
+    """Rows of a tile so that `batch` times `count` rows keep as many multiprocessors busy as they can, at most `rows`: with few programs the time is
+    that of one (12 heads of 128 positions: 3.9 us with 128 rows, 2.4 with 16, on an H200)."""
+    while rows > LEAST_ROWS and batch * -(-2 * count // rows) <= target.multiprocessors:
+        rows //= 2
+    return rows
 
 
 def tile_of_several(target: Target, width: int, element: int, firsts: int, seconds: int) -> GpuTile:

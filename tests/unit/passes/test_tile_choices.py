@@ -35,6 +35,13 @@ def test_tiles_of_streams_are_such_as_triton_takes() -> None:
         assert all(map(power_of_two, (rows, steps, warps))) and min(rows, steps) >= 16 and warps <= 8 and 1 <= stages <= 4
 
 
+def test_streams_of_few_programs_take_fewer_rows() -> None:
+    """As many programs as multiprocessors, if rows allow; never more programs than that for the sake of it, nor fewer rows than 16."""
+    assert stream_tiles.spread_rows(CUDA, 128, 128, 12) == 16
+    assert stream_tiles.spread_rows(CUDA, 128, 512, 12) == 64
+    assert stream_tiles.spread_rows(CUDA, 128, 128, 16 * 32) == 128 and stream_tiles.spread_rows(CUDA, 64, 16, 1) == 16
+
+
 @pytest.mark.parametrize("target", [AVX2, AVX512], ids=lambda t: t.name)
 def test_candidates_of_products(target: Any) -> None:
     """The model's own first, without limits of its own; no other height where the product has one row, and none that registers do not hold."""
