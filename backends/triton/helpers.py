@@ -104,6 +104,11 @@ def tanh_approx(x):
 def log_approx(x):
     return 0.6931471805599453 * tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
+def fetch(p, length):
+    # into the L2 cache, where there is any length
+    text: tl.constexpr = "{ .reg .pred go; setp.gt.s32 go, $2, 0; @go cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
+    tl.inline_asm_elementwise(text, "=r,l,r", [p.to(tl.int64), length], dtype=tl.int32, is_pure=False, pack=1)
+
 def digamma(x):
     # reflection below 0, recurrence up to 10, then the asymptotic series (Cephes psi)
     whole = (x == tl.floor(x)) & (x <= 0)

@@ -95,6 +95,7 @@ class Printer:
         self.index_type = "tl.int64" if self.wide else "tl.int32"
         self.grid: Sequence[Dim] = kernel["grid"]
         self.both = stored_buffers(kernel.body) & loaded_buffers(kernel.body)
+        self.waited = not self.dependent  # for the kernel in front: before the first access to memory
 
     def run(self) -> KernelSource:
         kernel = self.kernel
@@ -165,10 +166,8 @@ class Printer:
         return self.aranges[key]
 
     def _prologue(self, symbols: Sequence[str]) -> list[str]:
-        """Size symbols and position vectors, which the body turned out to need. A kernel that was launched early waits here, before it touches
-        memory, and only then lets the next one come: so what is before the one in front of it has ended too."""
-        lines = ["    gdc_wait()", "    gdc_launch_dependents()"] * self.dependent
-        lines += [f"    {s} = {s}.to(tl.int64)" for s in symbols]
+        """Size symbols and position vectors, which the body turned out to need."""
+        lines = [f"    {s} = {s}.to(tl.int64)" for s in symbols]
         for (axis, size, rank), name in self.aranges.items():
             place = f"[{', '.join(':' if k == axis else 'None' for k in range(rank))}]" if rank > 1 else ""
             lines.append(f"    {name} = tl.arange(0, {size}){'.to(tl.int64)' if self.wide else ''}{place}")
@@ -186,6 +185,8 @@ class Printer:
         for op in parent.body:
             if op.name == "tile.yield":
                 return
+            if not self.waited and op.name != "tile.part" and _touches_memory(op):
+                self._wait()
             handler = _HANDLERS.get(op.name)
             if handler is not None:
                 handler(self, op)
@@ -193,6 +194,13 @@ class Printer:
                 self._arith(op)
             else:
                 raise IRError(f"'{op.name}' has no lowering to Triton")
+
+    def _wait(self) -> None:
+        """A kernel that was launched early waits before it touches memory, and only then lets the next one come: so what is before the one in front
+        of it has ended too, and no more than one waits (with several, programs of one kernel share a multiprocessor while others are idle)."""
+        self._write("gdc_wait()")
+        self._write("gdc_launch_dependents()")
+        self.waited = True
 
     def _arith(self, op: Operation) -> None:
         small = self.narrow.takes(op)
@@ -239,6 +247,7 @@ class Printer:
         self.indent += 1
         start = len(self.lines)
         self.written, self.read = set(), set()
+        self.waited = not self.dependent  # in each part for itself
         self._block(op)
         if len(self.lines) == start:
             self._write("pass")
@@ -361,6 +370,19 @@ class Printer:
             self.maps[key] = TensorMap(name, buffer.index, element_type(buffer.type).name, rows, columns, stride, block)  # type: ignore[attr-defined]
         at = ", ".join(f"({text(x)}).to(tl.int32)" if self.wide and free_symbols(x) else text(x) for x in op["corner"])
         return f"{self.maps[key].name}.load([{at}]){'.T' if flipped else ''}"
+
+    def prefetch(self, op: Operation) -> None:
+        """Into the L2 cache, by the bulk copy engine of devices that launch programmatically; others take no such hint, nor places in 64 bits."""
+        shape = op["shape"]
+        if not self.dependent or self.wide or not shape:
+            return
+        text = self._text(op.operands[1:], shape)
+        mask, _ = self._mask(op["mask"], (), op.operands[1:], text)
+        place = self._spread(text(op["offset"]), shape, self._reach(op["offset"], op.operands[1:], text))
+        length = f"tl.full([{', '.join(map(str, shape))}], {op['bytes']}, tl.int32)"
+        if mask:
+            length = f"tl.where({mask}, {length}, 0)"
+        self._write(f"fetch({self._name(op.operands[0])} + {_term(place)}, {length})")
 
     def require(self, op: Operation) -> None:
         """The value: eager does not look either on a GPU."""
@@ -501,6 +523,7 @@ _HANDLERS = {
     "tile.scan": Printer.scan,
     "tile.dot": Printer.dot,
     "tile.require": Printer.require,
+    "tile.prefetch": Printer.prefetch,
 }
 
 
@@ -523,6 +546,10 @@ def stored_buffers(block) -> set[Value]:  # type: ignore[no-untyped-def]
 
 def loaded_buffers(block) -> set[Value]:  # type: ignore[no-untyped-def]
     return {o.operands[0] for op in block for o in op.walk() if o.name == "tile.load" and o.result.uses}
+
+
+def _touches_memory(op: Operation) -> bool:
+    return any(x.name in ("tile.load", "tile.store") for x in op.walk())
 
 
 def _is_small(kernel: Operation) -> bool:

@@ -8,12 +8,12 @@ that it reads each byte once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ...ir import Dim, DType, Operation, ScalarType, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
-from ...ir.expr import as_int, ceildiv, free_symbols, product, substitute
+from ...ir.expr import as_int, ceildiv, free_symbols, mod, product, substitute
 from ...ir.ranges import delinearize, simplify, split_linear
 from ...ir.types import index
 from ..exact import holds, matrix_unit_type
@@ -26,16 +26,20 @@ __all__ = ["emit_gpu_contraction"]
 
 MAP_TILE = 64
 """Tiles with fewer rows or columns are read without tensor maps: what they cost is latency."""
+LEAST_ROWS, MOST_ROWS, MOST_BYTES = 32, 256, 12 << 20
+"""Products whose weights are asked for ahead: with fewer rows or larger weights the memory is busy anyway, and asking makes it slower (16 rows and
+90 MB on an H200: 26 -> 41 us); with more rows, arithmetic is."""
 INTERLEAVED = (8, 4, 2)
 """Steps of K that may lie in one element of memory."""
 
 
 def emit_gpu_contraction(ops: Sequence[Operation], prologue: Sequence[Operation], epilogue: Sequence[Operation], outputs: list[Value], e: Emitter,
-                         buffers: dict[Value, Value], tile: GpuTile, *, maps: bool = False) -> list[Dim]:
+                         buffers: dict[Value, Value], tile: GpuTile, *, maps: bool = False, settled: Collection[Value] = ()) -> list[Dim]:
     """Writes the body of the kernel; returns the grid. `ops`: the contraction, and its siblings (see `passes/siblings.py`); `prologue`: pointwise
-    members that make operands of contractions. `maps`: the target reads blocks of matrices by tensor maps."""
+    members that make operands of contractions. `maps`: the target reads blocks of matrices by tensor maps. `settled`: operands that no kernel
+    in front makes: each program asks for its part of a weight among them before it waits for that kernel."""
     first, *others = [_GpuContraction(op, prologue, list(epilogue), outputs, e, buffers, tile, maps) for op in ops]
-    return first.emit(others)
+    return first.emit(others, settled, 32 * tile.warps)
 
 
 class _GpuContraction(Contraction):
@@ -52,7 +56,7 @@ class _GpuContraction(Contraction):
         if self.makers:
             self.tile = (*tile[:2], self._step(tile[2]))
 
-    def emit(self, siblings: Sequence[_GpuContraction]) -> list[Dim]:
+    def emit(self, siblings: Sequence[_GpuContraction], settled: Collection[Value], threads: int) -> list[Dim]:
         e, (bm, bn, _) = self.e, self.tile
         batch = self._batch(e, 0)
         nb = len(batch)
@@ -79,6 +83,9 @@ class _GpuContraction(Contraction):
             return [now if p.scale is None else p._scaled(ke, batch, n, k * parts, now, before, loads)
                     for p, now, before in zip(products, found, sums, strict=True)]
 
+        for p in products:
+            if p.op.operands[p.roles.right] in settled:
+                p._ask_ahead(batch, p_n * bn, threads)
         zeros = [self._zero(e) for _ in products]
         if any(p.makers for p in products):  # by number of the step: then a scale does not depend on the place within one
             sums = e.loop(0, ceildiv(self.size, bk * parts), 1, zeros, lambda ke, i, carried: step(ke, i * bk, carried))
@@ -87,6 +94,36 @@ class _GpuContraction(Contraction):
         others = {p.op: acc for p, acc in zip(siblings, sums[1:], strict=True)}
         self.finish(e, sums[0], batch, m, n, [(m, self.m), (n, self.n)], others)
         return [*(self.op["dims"][d] for d in self.roles.batch), *grid]
+
+    def _ask_ahead(self, batch: list[Dim], first: Dim, threads: int) -> None:
+        """Asks for all of the right operand that the program reads, which is BN columns from column `first` on."""
+        e, (_, bn, _) = self.e, self.tile
+        v, i = self.op.operands[self.roles.right], self.roles.right
+        assert isinstance(v.type, TensorType)
+        width = v.type.dtype.bytes
+        if not all(isinstance(x, int) for x in (self.m, self.size, v.type.numel)) or not LEAST_ROWS <= self.m <= MOST_ROWS:  # type: ignore[operator]
+            return
+        if v.type.numel * width > MOST_BYTES or self.op["fills"] or v in self.makers:  # type: ignore[operator]
+            return
+
+        def place(x: Emitter, n: Dim, k: Dim) -> Dim:
+            return offset_of(v, self.op["maps"][i], self.positions(batch, 0, n, delinearize(k, self.k_sizes), x), x.bounds())
+
+        whole = with_shape(e, (bn, self.size))
+        found = place(whole, first + sym("t0"), sym("t1"))
+        by_k, by_n = split_linear(found, "t1"), split_linear(found, "t0")
+        if by_k is not None and by_k[0] == 1 and _is_aligned(by_k[1], width, whole):
+            pieces = next((c for c in (8, 4, 2, 1) if c * bn <= max(threads, bn) and self.size % c == 0 and self.size // c * width % 16 == 0), 0)
+            inner, n = with_shape(e, (bn, pieces)), first + sym("t0")
+            if pieces:
+                length = self.size // pieces
+                inner.prefetch(self.buffers[v], place(inner, n, sym("t1") * length), inner.needed([(n, self.n)]), length * width)
+        elif by_n is not None and by_n[0] == 1 and _is_aligned(by_n[1], width, whole) and isinstance(self.n, int) and self.n % bn == 0:
+            def rows(x: Emitter, k: Dim, _: list[Value]) -> list[Value]:
+                inner, at = with_shape(x, (threads, 1)), k + sym("t0")
+                inner.prefetch(self.buffers[v], place(inner, first, at), inner.needed([(at, self.size)]), bn * width)
+                return []
+            e.loop(0, self.size, threads, [], rows)
 
     def _product(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim, k: Dim, parts: int, part: int, acc: Value,
                  loads: dict[Any, Value]) -> Value:
@@ -280,6 +317,11 @@ def _cast(e: Emitter, value: Value, dtype: DType) -> Value:
         return value
     made = TileType(value.type.shape, dtype) if isinstance(value.type, TileType) else ScalarType(dtype)
     return e.builder.op("arith.cast", value, type=made)
+
+
+def _is_aligned(offset: Dim, width: int, e: Emitter) -> bool:
+    """A multiple of 16 bytes, in elements of `width` bytes."""
+    return simplify(mod(offset, max(1, 16 // width)), e.bounds()) == 0
 
 
 def _row_group(blocks_m: Dim, blocks_n: Dim) -> int:

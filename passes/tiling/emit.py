@@ -120,10 +120,15 @@ class Emitter:
             attrs["atomic"] = atomic
         self.builder.create("tile.store", [buffer, value, *operands], attrs)
 
-    def prefetch(self, buffer: Value, offset: Dim) -> None:
-        """Asks for the cache line at `offset`, which may lie outside the buffer."""
-        operands, names = self._operands([offset])
-        self.builder.create("tile.prefetch", [buffer, *operands], {"offset": substitute(offset, names)})
+    def prefetch(self, buffer: Value, offset: Dim, mask: Sequence[Pair] = (), length: int = 0) -> None:
+        """Asks for the cache line at `offset`, which may lie outside the buffer; or for `length` bytes from each place of the tile on."""
+        operands, names = self._operands([offset, *(x for p in mask for x in p)])
+        attrs: dict[str, Any] = {"offset": substitute(offset, names)}
+        if length:
+            attrs |= {"shape": self.tile_shape([offset]), "bytes": length}
+        if mask:
+            attrs["mask"] = tuple((substitute(a, names), substitute(b, names)) for a, b in mask)
+        self.builder.create("tile.prefetch", [buffer, *operands], attrs)
 
     def broadcast(self, value: Value, shape: tuple[int, ...]) -> Value:
         return self.builder.op("tile.full", value, type=TileType(shape, element_type(value.type)))

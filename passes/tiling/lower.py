@@ -188,7 +188,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
         if target.is_gpu:
             hint = GpuTile(*fused["tile"]) if fused["tile"] else candidate_tiles(fused, target)[0]
             at = Emitter(builder, (hint.rows, hint.columns), ranges, coarse=coarse)
-            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, at, buffers, hint, maps=target.capability == 90)
+            settled = [inner for inner, outer in zip(fused.body.args, fused.operands, strict=False) if outer.defining_op is None]
+            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, at, buffers, hint, maps=target.capability == 90, settled=settled)
         else:
             gemm, limits = contraction_tile(contraction, roles, target), (0, 0, 0)
             if fused["tile"]:

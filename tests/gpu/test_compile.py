@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 from aicc.backends.triton import CompiledGpu, compile_gpu
+from aicc.backends.triton.printer import print_kernel
 from aicc.compiler.manifest import build_manifest
 from aicc.ir import IRError, Operation, Target
 
@@ -164,3 +165,25 @@ def test_kernels_for_hopper_wait_for_the_kernel_in_front_of_them() -> None:
     capture(lambda a: a * 2, (torch.randn(300),), keep, until="host")
     early, plain = found
     assert early.index("gdc_wait()") < early.index("gdc_launch_dependents()") < early.index("tl.load(") and "gdc" not in plain
+
+
+def test_products_ask_for_their_weights_before_they_wait() -> None:
+    """Along the summed dimension or across it, as the weight lies in memory; not for what a kernel in front of them makes, nor with many rows."""
+    found: list[str] = []
+
+    def keep(module: Operation, gm: torch.fx.GraphModule, args: list[Any]) -> Any:
+        found.append("\n".join(print_kernel(op, dependent=True).text for op in module.body if op.name == "tile.kernel"))
+        return gm.forward(*args)
+
+    def asked(f: Any, *shapes: tuple[int, int]) -> list[str]:
+        capture(f, tuple(torch.randn(s, dtype=torch.float16) for s in shapes), keep, until="host", target=SM90)
+        lines = [line.strip() for line in found[-1].split("gdc_wait()")[0].splitlines()]
+        assert "fetch(" not in found[-1].partition("gdc_wait()")[2]
+        return [line for line in lines if line.startswith("fetch(")]
+
+    (along,) = asked(torch.nn.functional.linear, (64, 96), (200, 96))
+    assert "< 200" in along and "48" in along  # a quarter of a row at a time
+    (across,) = asked(torch.mm, (64, 96), (96, 128))
+    assert "< 96" in across and "64" in across
+    assert not asked(torch.mm, (512, 96), (96, 128))
+    assert not asked(lambda x, y: x @ y.softmax(0), (64, 96), (96, 128))
