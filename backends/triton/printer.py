@@ -372,9 +372,10 @@ class Printer:
         return f"{self.maps[key].name}.load([{at}]){'.T' if flipped else ''}"
 
     def prefetch(self, op: Operation) -> None:
-        """Into the L2 cache, by the bulk copy engine of devices that launch programmatically; others take no such hint, nor places in 64 bits."""
-        shape = op["shape"]
-        if not self.dependent or self.wide or not shape:
+        """Into the L2 cache, by the bulk copy engine of devices that launch programmatically, which wants multiples of 16 bytes; others take no such
+        hint, nor places in 64 bits."""
+        shape, buffer = op["shape"], op.operands[0]
+        if not self.dependent or self.wide or not shape or not self.aligned or not self.aligned[buffer.index]:  # type: ignore[attr-defined]
             return
         text = self._text(op.operands[1:], shape)
         mask, _ = self._mask(op["mask"], (), op.operands[1:], text)
@@ -382,7 +383,7 @@ class Printer:
         length = f"tl.full([{', '.join(map(str, shape))}], {op['bytes']}, tl.int32)"
         if mask:
             length = f"tl.where({mask}, {length}, 0)"
-        self._write(f"fetch({self._name(op.operands[0])} + {_term(place)}, {length})")
+        self._write(f"fetch({self._name(buffer)} + {_term(place)}, {length})")
 
     def require(self, op: Operation) -> None:
         """The value: eager does not look either on a GPU."""

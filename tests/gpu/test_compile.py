@@ -172,7 +172,9 @@ def test_products_ask_for_their_weights_before_they_wait() -> None:
     found: list[str] = []
 
     def keep(module: Operation, gm: torch.fx.GraphModule, args: list[Any]) -> Any:
-        found.append("\n".join(print_kernel(op, dependent=True).text for op in module.body if op.name == "tile.kernel"))
+        kernels = [op for op in module.body if op.name == "tile.kernel"]
+        assert "fetch(" not in "".join(print_kernel(op, (False,) * len(op.body.args), dependent=True).text for op in kernels)
+        found.append("\n".join(print_kernel(op, (True,) * len(op.body.args), dependent=True).text for op in kernels))
         return gm.forward(*args)
 
     def asked(f: Any, *shapes: tuple[int, int]) -> list[str]:
