@@ -140,13 +140,12 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
     coarse = FAST if fast and not target.is_gpu else COARSE if fast or narrow else frozenset()
     hint: GpuTile | None = None
     first = members[0]
-    if first.name == "tensor.scatter":
-        parallel = scatters_in_parallel(first, target)
-        there = parallel or starts_as_copy(first)
-        if parallel:
-            grid = emit_parallel_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result])
-        else:
-            grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes, there)
+    if first.name == "tensor.scatter" and scatters_in_parallel(first, target):
+        grid = emit_parallel_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result])
+        inplace = updates = _of_init(first, fused)
+    elif first.name == "tensor.scatter":
+        there = starts_as_copy(first)
+        grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes, there)
         if there:
             inplace = updates = _of_init(first, fused)
             t = first.result.type
@@ -187,9 +186,10 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
         epilogue = [m for m in members if m not in products and m not in prologue]
         if target.is_gpu:
             hint = GpuTile(*fused["tile"]) if fused["tile"] else candidate_tiles(fused, target)[0]
-            at = Emitter(builder, (hint.rows, hint.columns), ranges, coarse=coarse)
+            gemm = (hint.rows, hint.columns, hint.step)
             settled = [inner for inner, outer in zip(fused.body.args, fused.operands, strict=False) if outer.defining_op is None]
-            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, at, buffers, hint, maps=target.capability == 90, settled=settled)
+            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, Emitter(builder, gemm[:2], ranges, coarse=coarse), buffers, gemm,
+                                        maps=target.capability == 90, settled=settled, threads=32 * hint.warps)
         else:
             gemm, limits = contraction_tile(contraction, roles, target), (0, 0, 0)
             if fused["tile"]:
