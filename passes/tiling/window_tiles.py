@@ -38,14 +38,14 @@ def window_tile(target: Target, shape: Shape, bits: int = 32) -> tuple[int, int]
 
 
 def window_candidates(target: Target, shape: Shape, bits: int = 32) -> list[tuple[int, int]]:
-    """Tiles whose sums and inputs fit the registers, by modelled cycles; of equals the one with more positions first."""
+    """Tiles whose sums and inputs fit the registers with one to spare, by modelled cycles; of equals the one with more positions first."""
     lanes = max(1, target.lanes(bits))
     if shape.channels < lanes:  # one narrow vector
         lanes = shape.channels
     found = []
     for vectors in range(1, min(MOST[1], max(1, shape.channels // lanes)) + 1):
         for rows in range(1, min(MOST[0], shape.positions or MOST[0]) + 1):
-            if _registers(shape, rows, vectors) <= target.vector_registers or rows == vectors == 1:
+            if _registers(shape, rows, vectors) < target.vector_registers or rows == vectors == 1:
                 found.append((_cycles(shape, rows, vectors, lanes), -rows, vectors))
     return [(-rows, vectors * lanes) for _, rows, vectors in sorted(found)]
 
@@ -56,9 +56,15 @@ def _columns(shape: Shape, rows: int) -> int:
 
 
 def _registers(shape: Shape, rows: int, vectors: int) -> int:
-    """Sums, a tap, and either the positions that a later tap reads again or one for what is read once."""
-    again = _columns(shape, rows) < rows * shape.along
-    return vectors * (rows + 1 + (rows if again else 0)) + (0 if again else 1)
+    """Sums, a tap, and what is read of the image and wanted again at a time, or is multiplied just now."""
+    reads = [r * shape.stride + k * shape.dilation for k in range(shape.along) for r in range(rows)]
+    first, last = {x: i for i, x in reversed(list(enumerate(reads)))}, {x: i for i, x in enumerate(reads)}
+    live, most = 0, 1
+    for i, x in enumerate(reads):
+        live += first[x] == i < last[x]
+        most = max(most, live + (first[x] == last[x]))
+        live -= first[x] < i == last[x]
+    return vectors * (rows + 1 + most)
 
 
 def _cycles(shape: Shape, rows: int, vectors: int, lanes: int) -> float:
