@@ -208,7 +208,7 @@ class _Lowering:
     def __init__(self, w: Window, outputs: Sequence[Value], target: Target, buffers: Mapping[Value, Value], tile: tuple[int, int]):
         self.w, self.outputs, self.buffers, self.tile = w, outputs, buffers, tile
         self.fused = target.multiplies_and_adds
-        self.made = {r: m for m in w.members for r in m.results}
+        self.made: dict[Value, Operation] = {r: m for m in w.members for r in m.results}
         self.dtype = element_type(w.op.result.type)
         self.channels: tuple[Dim, Dim] = (0, w.op["dims"][w.lane])
 
@@ -284,8 +284,7 @@ class _Lowering:
 
     def _tile(self, e: Emitter, at: dict[int, Dim], inside: bool) -> None:
         w = self.w
-        positions = {**at, w.along.dim: at[w.along.dim] + sym("t0")} if e.shape[0] > 1 else at  # type: ignore[index]
-        place = {f"d{d}": x for d, x in positions.items()}
+        place = {f"d{d}": x + sym("t0") if e.shape[0] > 1 and d == w.along.dim else x for d, x in at.items()}
         zero = e.broadcast(e.builder.constant(0.0, self.dtype), e.shape)
 
         def taps(x: Emitter, slides: Sequence[Slide], here: dict[str, Dim], acc: Value) -> Value:
