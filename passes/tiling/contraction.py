@@ -157,7 +157,8 @@ class Contraction:
     def positions(self, batch: list[Dim], m: Dim, n: Dim, k: list[Dim], e: Emitter) -> dict[str, Dim]:
         bounds = e.bounds()
         at: dict[str, Dim] = {}
-        for dims, values in ((self.roles.batch, batch), (self.roles.m, delinearize(m, self.m_sizes)), (self.roles.n, self._column(n)), (self.roles.k, k)):
+        for dims, values in ((self.roles.batch, batch), (self.roles.m, delinearize(m, self.m_sizes)), (self.roles.n, self._column(n)),
+                             (self.roles.k, k)):
             for d, value in zip(dims, values, strict=True):
                 at[f"d{d}"] = simplify(value, bounds)
         return at
