@@ -27,7 +27,7 @@ from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
 from .frame import Frame, make_online
 from .keeping import Home, choose_homes
 from .loop_tiles import TileChoice
-from .moments import add_second_moment, initial_count, spread_of_means
+from .moments import add_second_moment, add_shifted, initial_count, initial_shifted, spread_of_means, spread_of_shifted
 from .prefetch import Leaf, ask_ahead
 
 __all__ = ["emit_loops", "traffic", "work"]
@@ -267,8 +267,10 @@ class Lowering:
         return out
 
     def _slots(self, op: Operation, k: int) -> int:
-        """Accumulators of a reduction: an extreme has its position too, a second moment the number of elements."""
-        return 2 if op["combine"][k] in ("argmax", "argmin") or op in self.frame.moments else 1
+        """Accumulators of a reduction: an extreme has its position too, a second moment what `moments.py` says."""
+        if op in self.frame.moments:
+            return 4 if self.gpu else 2
+        return 2 if op["combine"][k] in ("argmax", "argmin") else 1
 
     def value(self, scope: Scope, v: Value) -> Value:
         """The tile of an internal value at the scope's point, computed at most once per scope."""
@@ -355,6 +357,8 @@ class Lowering:
         if op in self.frame.online or op in self.frame.online.values():
             return [e.broadcast(e.builder.constant(identity_of(kind, dtype), dtype), self._row_shape())]
         if op in self.frame.moments:
+            if self.gpu:
+                return initial_shifted(e, dtype, self._ragged(), self.tile.shape, self._inner_shape())
             return [e.broadcast(e.builder.constant(0, dtype), self.tile.shape), initial_count(e, dtype, self._ragged(), self._inner_shape())]
         if kind in ("argmax", "argmin"):
             return [e.broadcast(e.builder.constant(identity_of(kind[3:], dtype), dtype), self.tile.shape),
@@ -378,6 +382,8 @@ class Lowering:
             return self._combine_arg(scope, op, value, acc, mask, kind)
         if op in self.frame.moments:
             before, after, x = scope.sums[self.frame.moments[op]]
+            if self.gpu:
+                return add_shifted(e, x, acc, mask)
             return add_second_moment(e, x, before, after, acc, mask)
         if mask is not None:
             value = b.arith("select", mask, value, identity_of(kind, dtype))
@@ -455,9 +461,11 @@ class Lowering:
             else:
                 value = carried[slot]
                 if op in self.frame.moments:
-                    total = self.frame.moments[op]
-                    value = spread_of_means(e, value, sums[total], carried[slot + 1], self.outer_values[total.result],
-                                            product(self.frame.sizes[f] for f in self.frame.inner))
+                    total, count = self.frame.moments[op], product(self.frame.sizes[f] for f in self.frame.inner)
+                    if self.gpu:
+                        value = spread_of_shifted(e, list(carried[slot:slot + 4]), self.outer_values[total.result], count)
+                    else:
+                        value = spread_of_means(e, value, sums[total], carried[slot + 1], self.outer_values[total.result], count)
                 sums[op] = carried[slot]
                 slot += self._slots(op, k)
                 for axis in axes:
