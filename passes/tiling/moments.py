@@ -9,11 +9,14 @@ roundings of m2 itself, and n is the few elements of one lane (Chan, Golub, LeVe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ...ir import Dim, DType, TileType, Value, element_type
 from ...ir.expr import as_int
 from .emit import Emitter
 
-__all__ = ["add_second_moment", "add_shifted", "initial_count", "initial_shifted", "spread_of_means", "spread_of_shifted"]
+__all__ = ["add_second_moment", "add_shifted", "initial_count", "initial_shifted", "spread_of_means", "spread_of_shifted",
+           "sum_of_shifted"]
 
 
 def initial_count(e: Emitter, dtype: DType, ragged: bool, shape: tuple[int, int]) -> Value:
@@ -23,7 +26,7 @@ def initial_count(e: Emitter, dtype: DType, ragged: bool, shape: tuple[int, int]
     return e.broadcast(zero, shape) if ragged else zero
 
 
-def add_second_moment(e: Emitter, x: Value, before: Value, after: Value, acc: list[Value], mask: Value | None) -> list[Value]:
+def add_second_moment(e: Emitter, x: Value, before: Value, after: Value, acc: Sequence[Value], mask: Value | None) -> list[Value]:
     """(m2, n) with one more element x per lane, of which the sum went from `before` to `after`; lanes outside of `mask` do not count."""
     b, (m2, n) = e.builder, acc
     next_n = _counted(e, n, mask)
@@ -49,7 +52,7 @@ def initial_shifted(e: Emitter, dtype: DType, ragged: bool, tile: tuple[int, int
     return [zero, zero, zero, initial_count(e, dtype, ragged, shape)]
 
 
-def add_shifted(e: Emitter, x: Value, acc: list[Value], mask: Value | None) -> list[Value]:
+def add_shifted(e: Emitter, x: Value, acc: Sequence[Value], mask: Value | None) -> list[Value]:
     """The same with one more element x per lane."""
     b, (squares, sums, first, n) = e.builder, acc
     first = b.arith("select", b.arith("eq", n, 0), x, first)
@@ -59,7 +62,13 @@ def add_shifted(e: Emitter, x: Value, acc: list[Value], mask: Value | None) -> l
     return [b.arith("add", squares, b.arith("mul", d, d)), b.arith("add", sums, d), first, _counted(e, n, mask)]
 
 
-def spread_of_shifted(e: Emitter, acc: list[Value], total: Value, count: Dim) -> Value:
+def sum_of_shifted(e: Emitter, acc: Sequence[Value]) -> Value:
+    """Per lane, the sum of its elements."""
+    _, sums, first, n = acc
+    return e.builder.arith("add", sums, e.builder.arith("mul", first, n))
+
+
+def spread_of_shifted(e: Emitter, acc: Sequence[Value], total: Value, count: Dim) -> Value:
     """As `spread_of_means`."""
     b, (squares, sums, first, n) = e.builder, acc
     offset = b.arith("div", sums, b.arith("max", n, 1))  # of the lane's mean from p
