@@ -27,9 +27,11 @@ from .siblings import are_siblings
 from .split_dimensions import reshaping_view
 from .split_reductions import reduces_rows
 from .structured import PARTIAL, body_ops, is_contraction, is_pointwise, plain_dims
-from .tiling.gpu_tiles import COLUMNS
 from .topology import topological_sort
 from .unpack import UNPACKS
+
+SUMMED = 256
+"""Columns of a sum that count as one program's: elements join it only where it has enough of these."""
 
 
 @dataclass
@@ -303,7 +305,7 @@ class Fuse(Pass):
         # What few programs get through in the time of some launches stays one kernel.
         long = isinstance(total, int) and total > 16 * self.small
         if self.by_columns and long and all(isinstance(n, int) for n in frame) and not any(reduces_rows(m) for m in members if m["reductions"]):
-            outer //= COLUMNS
+            outer //= SUMMED
         return outer >= self.parallel_enough
 
     def _counts_beside(self, frame: list[Dim], members: list[Operation], places: dict[Operation, tuple[int, ...]]) -> bool:

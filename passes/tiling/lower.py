@@ -325,16 +325,19 @@ def _of_init(scatter: Operation, fused: Operation) -> tuple[tuple[int, int], ...
 
 
 def _inplace_pairs(frame: Frame, fused: Operation) -> tuple[tuple[int, int], ...]:
-    """[input, output] argument numbers that may share memory: in a one-stage kernel, where the input is read only where the output is written."""
-    if max(frame.stage.values()) > 0 or not all(is_pointwise(m) for m in frame.members):
-        return ()
+    """[input, output] argument numbers that may share memory: in a one-stage kernel, where the input is read only where the output is written; and in
+    others, of numbers of a row that one member makes from their old ones, if nothing else reads either (a running mean)."""
     n = len(fused.operands)
     pairs = []
+    one_stage = max(frame.stage.values()) == 0 and all(is_pointwise(m) for m in frame.members)
     whole = {v for m in frame.members for v, mp in zip(m.operands, m["maps"], strict=True) if mp is None}
     for i, v in enumerate(fused.body.args):
         reads = [x.offset for x in frame.accesses if x.value is v and not x.is_store]
         for j, out in enumerate(frame.outputs):
-            if not frame.is_full(out.defining_op):  # type: ignore[arg-type]
+            maker = out.defining_op
+            assert maker is not None
+            alone = not maker["reductions"] and len(out.uses) == 1 and all(m is maker for m in frame.members if v in m.operands)
+            if not (one_stage and frame.is_full(maker)) and (frame.is_full(maker) or not alone):
                 continue  # stored once, before the loops that may read the input again
             writes = [x.offset for x in frame.accesses if x.value is out and x.is_store]
             same = storage_bytes(v.type) == storage_bytes(out.type) and v.type.dtype.bytes == out.type.dtype.bytes  # type: ignore[arg-type,attr-defined]
