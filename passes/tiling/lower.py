@@ -22,7 +22,7 @@ from .contraction import emit_contraction, is_row_major, roles_of
 from .contraction_gpu import emit_gpu_contraction
 from .cpu_candidates import CpuTile, contraction_candidates, loop_candidates, stream_candidates
 from .cpu_tiles import contraction_tile, is_depthwise, square_tile
-from .emit import COARSE, FAST, Emitter
+from .emit import COARSE, FAST, NARROW, Emitter
 from .frame import Frame, analyse, is_expensive
 from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
 from .loop_tiles import choose_tile, loop_tiles, resized
@@ -137,7 +137,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
     warps = 0
     kept = [element_type(v.type) for v in (*fused.operands, *fused.results)]
     narrow = target.is_gpu and all(t.bits <= 16 for t in kept if t.is_float)  # everything in memory is
-    coarse = FAST if fast and not target.is_gpu else COARSE if fast or narrow else frozenset()
+    coarse = FAST if fast and not target.is_gpu else NARROW if narrow else COARSE if fast else frozenset()
     hint: GpuTile | None = None
     first = members[0]
     if first.name == "tensor.scatter" and scatters_in_parallel(first, target):
