@@ -2,10 +2,10 @@
 
     share_window_places(joint)    # in place, before the joint graph is partitioned; how many poolings there were
 
-torch's operator gives each maximum's position in the whole image (i64), which for 16-bit images is most of what pooling writes, and its gradient asks up
-to four times for each element. Within its window a place is a small number, `sum over dimensions of (offset * product of the spans after it)`; a
-dimension's span is what the windows around one position reach, at least the window, so that no two places have one number. The partitioner then saves
-the smaller of the two.
+torch's operator gives each maximum's position in the whole image (i64), which for 16-bit images is most of what pooling writes, and its gradient
+asks up to four times for each element. Within its window a place is a small number, `sum over dimensions of (offset * product of the spans after
+it)`; a dimension's span is what the windows around one position reach, at least the window, so that no two places have one number. The partitioner
+then saves the smaller of the two.
 
 The operators below run on any device through ATen, for graphs that are not compiled; `ops/pooling.py` has their rows.
 """
@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch import Tensor
 
 __all__ = ["GATHERED", "share_window_places", "spans"]
 
-aten, Tensor = torch.ops.aten, torch.Tensor
+aten = torch.ops.aten
 GATHERED = 4
 """Most windows around an input position that are asked whether it won; with more of them, gradients are scattered."""
 
@@ -47,7 +48,8 @@ def _starts(out: Sequence[int], stride: Sequence[int], padding: Sequence[int], d
             for i, (o, s, p) in enumerate(zip(out, stride, padding, strict=True))]
 
 
-def _window_places(indices: Tensor, size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+def _window_places(indices: Tensor, size: Sequence[int], kernel: Sequence[int], stride: Sequence[int],
+                   padding: Sequence[int]) -> Tensor:
     """Flat positions `indices` [*, *out] of maxima in images of `size` -> i8 places in their windows."""
     n, rest, factor = len(size), indices, 1
     code = torch.zeros_like(indices)
@@ -58,7 +60,8 @@ def _window_places(indices: Tensor, size: Sequence[int], kernel: Sequence[int], 
     return code.to(torch.int8)
 
 
-def _max_pool_gradient(grad: Tensor, places: Tensor, size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+def _max_pool_gradient(grad: Tensor, places: Tensor, size: Sequence[int], kernel: Sequence[int], stride: Sequence[int],
+                       padding: Sequence[int]) -> Tensor:
     """Each gradient [*, *out] at its maximum's position [*, *size], summed."""
     n, rest = len(size), places.to(torch.int64)
     starts = _starts(grad.shape[-n:], stride, padding, grad.device)

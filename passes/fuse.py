@@ -315,7 +315,8 @@ class Fuse(Pass):
             return False
         inner = split_frame(frame, members, places)
         numbers = [m for m in members if inner and not set(places[m]) & inner]
-        return any(u.name == "tensor.assign" and u.operands[1] is r and u.operands[0] in m.operands for m in numbers for r in m.results for u in r.users)
+        return any(u.name == "tensor.assign" and u.operands[1] is r and u.operands[0] in m.operands
+                   for m in numbers for r in m.results for u in r.users)
 
 
 def _made_of(g: Group, op: Operation) -> bool:

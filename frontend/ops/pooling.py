@@ -60,8 +60,8 @@ def max_pool_backward(n: int) -> Lower:
         covering = tuple(-(-k // s) for k, s in zip(size, steps, strict=True))
         known = all(isinstance(s, int) for s in (*shape, *typeof(grad).shape))
         if known and math.prod(covering) <= GATHERED and all(d == 1 for d in _window(dilation, n)):
-            flat = _flat(c, [c.positions(shape, len(shape) - n + i) for i in range(n)], shape[-n:])
-            return _gathered(c, grad, indices, shape, steps, pads, covering, lambda _: flat)
+            here = _flat(c, [c.positions(shape, len(shape) - n + i) for i in range(n)], shape[-n:])
+            return _gathered(c, grad, indices, shape, steps, pads, covering, lambda _: here)
         lead, area = shape[:-n], product(shape[-n:])
         points = product(typeof(grad).shape[-n:])
         base = c.full((*lead, area), 0, typeof(grad).dtype)
@@ -83,7 +83,8 @@ def _flat(c: Context, along: Sequence[Value], sizes: Sequence[Dim]) -> Value:
 def window_places(c: Context, indices: Value, size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Value:
     """See `frontend/window_places.py`."""
     shape, n = typeof(indices).shape, len(size)
-    rest, offsets = c.cast(indices, I32) if math.prod(size) < 1 << 31 else indices, []
+    rest = c.cast(indices, I32) if math.prod(size) < 1 << 31 else indices
+    offsets: list[Value] = []
     for i in reversed(range(n)):
         first = c.ew("sub", c.ew("mul", c.positions(shape, len(shape) - n + i), stride[i]), padding[i])
         inside = c.ew("mod", rest, size[i]) if i else rest
@@ -109,7 +110,7 @@ def _gathered(c: Context, grad: Value, winners: Value, shape: Sequence[Dim], ste
               covering: Sequence[int], mine: Callable[[Sequence[int]], Value]) -> Value:
     """The sum of the gradients of those windows, at most `covering` along each dimension, whose winner is at the position. [*, *spatial], known
     sizes. `mine(ts)`: what `winners` has for the position in the window that begins `ts` strides before the last one around it."""
-    n, lead = len(steps), len(shape) - len(steps)
+    lead = len(shape) - len(steps)
     out = typeof(grad).shape[lead:]
     work = F32 if typeof(grad).dtype.name in ("bf16", "f16") else typeof(grad).dtype
     reach = [max(0, (h - 1 + p) // s + 1 - o) for h, p, s, o in zip(shape[lead:], pads, steps, out, strict=True)]  # type: ignore[operator, type-var]

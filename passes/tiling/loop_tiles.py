@@ -91,9 +91,7 @@ def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
     elif frame.inner:
         rows, width, warps = _columns(frame)
         width = min(1 << max(0, (extent - 1).bit_length()), width)
-        rows = max(rows, 2048 // width)
-        if width == COLUMNS and isinstance(size, int) and size >= 2 * COLUMNS and sum(bool(op["reductions"]) for op in frame.members) == 1:
-            rows, width = 64, 2 * COLUMNS  # 64 elements of each thread under way; measured beside 32 x 256 with 8 warps
+        rows = max(rows, 512 * warps // width)
     else:
         width = min(1 << max(0, (extent - 1).bit_length()), 1024)
         points = product(frame.sizes.values())
@@ -112,12 +110,13 @@ def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
 
 
 def _columns(frame: Frame) -> tuple[int, int, int]:
-    """(rows, columns, warps) of the tile of a sum of columns: 16 elements to a thread, in so many programs that their loads hide each other's wait
-    (BatchNorm's statistics of 103 MB: 67 us with one program of 32 x 256 to a multiprocessor). Where there is little to do, as in adding up parts,
-    waiting is all: then a program takes few columns, and all of their elements at once."""
+    """(rows, columns, warps) of the tile of a sum of columns, in so many programs that their loads hide each other's wait (BatchNorm's statistics of
+    103 MB: 67 us with one program of 32 x 256 to a multiprocessor). As measured: 16 elements to a thread of two warps; for one sum alone, which is
+    nothing but loads, 32 to a thread of four. Where there is little to do, as in adding up parts, waiting is all: then a program takes few columns,
+    and all of their elements at once."""
     points = product(frame.sizes.values())
     if not isinstance(points, int) or points >= 1 << 18:
-        return 32, COLUMNS, 4
+        return (64, COLUMNS, 4) if sum(bool(op["reductions"]) for op in frame.members) == 1 else (16, COLUMNS, 2)
     longest = max((n for f in frame.inner if isinstance(n := frame.sizes[f], int)), default=1)
     rows = max(64, min(512, 1 << (longest - 1).bit_length()))
     width = max(16, min(32, 8192 // rows))
