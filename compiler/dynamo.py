@@ -45,7 +45,7 @@ from .distributed.planned import compile_planned
 from .driver import Observer, compile_fx
 from .options import Options
 
-__all__ = ["aicc", "aot_backend", "arg_kinds", "backend", "first_saved", "partition"]
+__all__ = ["aicc", "aot_backend", "arg_kinds", "backend", "first_saved", "partition", "written_arguments"]
 
 Graph = torch.fx.GraphModule
 
@@ -182,6 +182,13 @@ def first_saved(role: str) -> int | None:
     context = TracingContext.try_get() if role == "forward" else None
     count = getattr(getattr(context, "fw_metadata", None), "num_forward", None)
     return count if isinstance(count, int) else None
+
+
+def written_arguments() -> list[int]:
+    """The numbers of the arguments that the graph compiled last in this context writes to."""
+    context = TracingContext.try_get()
+    metadata = getattr(context, "fw_metadata", None)
+    return [i for i, info in enumerate(getattr(metadata, "input_info", ())) if info.mutates_data or info.mutates_metadata]
 
 
 def _report_strides(made: CompiledGraph, saved: int) -> None:

@@ -279,11 +279,15 @@ def contiguous_linear(index: Iterable[Dim], shape: Iterable[Dim]) -> Dim:
 
 
 def delinearize(position: Dim, shape: Iterable[Dim]) -> list[Dim]:
-    """The index in `shape` of a row-major `position`; the inverse of `contiguous_linear`."""
+    """The index in `shape` of a row-major `position`; the inverse of `contiguous_linear`.
+
+    A position past the end runs on along the first dimension that is longer than one, so that no remainder is taken there.
+    """
     sizes = list(shape)
-    index: list[Dim] = []
-    for k in range(len(sizes)):
+    first = next((k for k, size in enumerate(sizes) if size != 1), 0)
+    index: list[Dim] = [0] * first
+    for k in range(first, len(sizes)):
         below = product(sizes[k + 1:])
         i = floordiv(position, below)
-        index.append(mod(i, sizes[k]) if k else i)
+        index.append(mod(i, sizes[k]) if k > first else i)
     return index
