@@ -25,6 +25,8 @@ LINE_ELEMENTS = 16
 """Of 4 bytes in a cache line."""
 CACHED_LINES = 512
 """Lines of 64 bytes that the first cache holds."""
+MANY = (384, 768)
+"""Rows of a sum of columns, and programs, from which two warps are enough for each."""
 LARGEST = 16384
 """Elements of a tile: 32 registers of each thread of 16 warps for one value."""
 
@@ -111,12 +113,16 @@ def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
 
 def _columns(frame: Frame) -> tuple[int, int, int]:
     """(rows, columns, warps) of the tile of a sum of columns, in so many programs that their loads hide each other's wait (BatchNorm's statistics of
-    103 MB: 67 us with one program of 32 x 256 to a multiprocessor). As measured: 16 elements to a thread of two warps; for one sum alone, which is
-    nothing but loads, 32 to a thread of four. Where there is little to do, as in adding up parts, waiting is all: then a program takes few columns,
-    and all of their elements at once."""
+    103 MB: 67 us with one program of 32 x 256 to a multiprocessor). As measured: 16 elements to a thread of four warps, of two where there are many
+    programs of many rows; for one sum alone, which is nothing but loads, 32. Where there is little to do, as in adding up parts, waiting is all: then
+    a program takes few columns, and all of their elements at once."""
     points = product(frame.sizes.values())
     if not isinstance(points, int) or points >= 1 << 18:
-        return (64, COLUMNS, 4) if sum(bool(op["reductions"]) for op in frame.members) == 1 else (16, COLUMNS, 2)
+        if sum(bool(op["reductions"]) for op in frame.members) == 1:
+            return 64, COLUMNS, 4
+        rows = product(frame.sizes[f] for f in frame.inner)
+        many = isinstance(points, int) and isinstance(rows, int) and rows >= MANY[0] and points // (rows * COLUMNS) >= MANY[1]
+        return (16, COLUMNS, 2) if many else (32, COLUMNS, 4)
     longest = max((n for f in frame.inner if isinstance(n := frame.sizes[f], int)), default=1)
     rows = max(64, min(512, 1 << (longest - 1).bit_length()))
     width = max(16, min(32, 8192 // rows))

@@ -6,10 +6,11 @@ Kernels with the same body are shared: twelve transformer layers launch the same
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from ...ir import DTYPES, Block, BufferType, Builder, IRError, Operation, Region, SymbolRef, Target, TensorType, TileType, Value, element_type
+from ...ir import DTYPES, Block, BufferType, Builder, DType, IRError, Operation, Region, SymbolRef, Target, TensorType, TileType, Value, element_type
 from ...ir.expr import Dim, free_symbols, product
 from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
@@ -33,6 +34,9 @@ from .stream import GpuStream, stream_tile, stream_tiles, suits_warp_groups
 from .stream_cpu import CpuStream
 from .window import emit_window, find_window, window_shape
 from .window_tiles import window_candidates, window_tile
+
+FEW = 64
+"""So many times smaller than the largest tensor of a kernel is what does not decide how precise its functions need to be."""
 
 
 @register
@@ -137,8 +141,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
     inplace: tuple = ()
     updates: tuple = ()
     warps = 0
-    kept = [element_type(v.type) for v in (*fused.operands, *fused.results)]
-    narrow = target.is_gpu and all(t.bits <= 16 for t in kept if t.is_float)  # everything in memory is
+    narrow = target.is_gpu and all(t.bits <= 16 for t in _bulk([*fused.operands, *fused.results]) if t.is_float)
     coarse = FAST if fast and not target.is_gpu else NARROW if narrow else COARSE if fast else frozenset()
     hint: GpuTile | None = None
     first = members[0]
@@ -334,6 +337,13 @@ def _attribute_symbols(value: Any) -> frozenset[str]:
 def _of_init(scatter: Operation, fused: Operation) -> tuple[tuple[int, int], ...]:
     """What the result of a scatter starts from, and the result."""
     return ((next(i for i, v in enumerate(fused.body.args) if v is scatter.operands[0]), len(fused.operands)),)
+
+
+def _bulk(values: Sequence[Value]) -> list[DType]:
+    """The element types of nearly all of the memory that a kernel touches: not of numbers for each of many elements, a row's statistics say."""
+    sizes = [v.type.numel if isinstance(v.type, TensorType) else 1 for v in values]
+    most = max((n for n in sizes if isinstance(n, int)), default=1)
+    return [element_type(v.type) for v, n in zip(values, sizes, strict=True) if not isinstance(n, int) or n * FEW >= most]
 
 
 def _inplace_pairs(frame: Frame, fused: Operation) -> tuple[tuple[int, int], ...]:
