@@ -39,6 +39,7 @@ from ..frontend.recurrent import expand_recurrent
 from ..frontend.scan import mend_gradients, unstack_invariants
 from ..runtime.executor import CompiledGraph
 from .activations import within_budget
+from .collector import collector_off
 from .control_flow import compile_pieces
 from .distributed.planned import compile_planned
 from .driver import Observer, compile_fx
@@ -103,7 +104,8 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)
         # Dynamo does not trace into what it is given back: a wrapper that forbids it would cost each call a microsecond or two.
-        return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=split, keep_inference_input_mutations=True, **compilers)
+        with collector_off():
+            return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=split, keep_inference_input_mutations=True, **compilers)
 
     return compile_captured
 
