@@ -157,11 +157,25 @@ class Contraction:
     def positions(self, batch: list[Dim], m: Dim, n: Dim, k: list[Dim], e: Emitter) -> dict[str, Dim]:
         bounds = e.bounds()
         at: dict[str, Dim] = {}
-        for dims, values in ((self.roles.batch, batch), (self.roles.m, delinearize(m, self.m_sizes)), (self.roles.n, delinearize(n, self.n_sizes)),
+        for dims, values in ((self.roles.batch, batch), (self.roles.m, delinearize(m, self.m_sizes)), (self.roles.n, self._column(n)),
                              (self.roles.k, k)):
             for d, value in zip(dims, values, strict=True):
                 at[f"d{d}"] = simplify(value, bounds)
         return at
+
+    @property
+    def taps(self) -> int:
+        """Panels that follow each other in a weight's gradient with packed windows: the taps of the same channels. Else 1."""
+        whole = "_windows" in self.op.attributes and self.n_sizes[-1] % self.tile[1] == 0
+        return prod(self.n_sizes[:-1]) if whole else 1  # type: ignore[arg-type]
+
+    def _column(self, n: Dim) -> list[Dim]:
+        """Positions of the dimensions of N at column n. A panel of channels is met at all taps before the next one: its windows are the same
+        memory, and so is what is stored."""
+        if self.taps == 1:
+            return list(delinearize(n, self.n_sizes))
+        panel, lane = n // self.tile[1], n % self.tile[1]
+        return [*delinearize(panel % self.taps, self.n_sizes[:-1]), panel // self.taps * self.tile[1] + lane]
 
     def read(self, e: Emitter, i: int, at: dict[str, Dim], mask: list[Pair], cast: bool = True) -> Value:
         """Operand i at a position, cast as the body says (unless `cast` is off)."""
@@ -324,6 +338,8 @@ class Contraction:
             together = max(1, min(together, programs // PROGRAMS))
         if isinstance(panels, int):
             together = -(-panels // -(-panels // together))
+            if self.taps > 1 and not self.limits[2]:
+                together = together // self.taps * self.taps or next(t for t in range(together, 0, -1) if self.taps % t == 0)
         columns = ceildiv(panels, together)
         # Rows change fastest: the panels of a program stay in the outer caches for the next one, and come from memory once.
         p_column = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb), 0, columns - 1)
