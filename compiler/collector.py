@@ -1,8 +1,7 @@
 """Compiling without Python's cyclic garbage collector.
 
 A compilation makes some hundred thousand small objects that live until its end. Each collection walks over them, and over all that torch has in
-memory,
-for next to nothing: about 6 % of the time.
+memory, for next to nothing: about 6 % of the time.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Such a store wants an address that is a multiple of the vector's size. Buffers begin at multiples of 64 bytes, so an offset that is provably a
 multiple of a vector is enough; other rows have none. A loop along such a row, if computing an element twice does no harm, is emitted as
     two steps up to a line boundary, stored as usual | steps from there to another one, past the caches | two steps up to its end, as usual
-where the steps of a pair overlap each other. No line is written both ways: one that lies changed in a cache, or in a buffer on its way to memory, would
-have to be brought there and back first (320 ns per row of 4 KB). Everything else (masked stores, short rows, other layouts) is stored as usual.
+where the steps of a pair overlap each other. No line is written both ways: one that lies changed in a cache, or in a buffer on its way to memory,
+would have to be brought there and back first (320 ns per row of 4 KB). Everything else (masked stores, short rows, other layouts) is stored as usual.
 
 Nontemporal stores of a thread are ordered with nothing but a fence on x86: the kernel ends with one, before the thread says that it is done.
 """
