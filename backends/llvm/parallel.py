@@ -1,10 +1,9 @@
 """Launching a kernel over its grid: serially, or through the OpenMP runtime that torch has loaded.
 
 For a kernel `kernel.K` this adds `launch.K(ptr buffer..., i64 symbol..., ptr context)` and the outlined body that
-`GOMP_parallel` runs on every thread. Programs are parted evenly, in order, so that a thread mostly gets the rows or channels
-that it made in the launch before, which are in its core's caches. It takes chunks of its part from an atomic counter, about
-`CHUNKS` of them, and then of other parts that are not done, so that a slow core does not hold up the others. The team always
-has the full number of threads: libgomp ends the threads that a smaller team leaves out and would have to start them again.
+`GOMP_parallel` runs on every thread. Threads take chunks of programs from an atomic counter, about `CHUNKS` each, so that a
+slow core does not hold up the others. The team always has the full number of threads: libgomp ends the threads that a smaller
+team leaves out and would have to start them again.
 
 Small launches stay serial: a parallel region costs some microseconds. Several that do not depend on each other may share one
 (`emit_side_by_side`): threads take their pieces, runs of a launch's programs, from a counter, the longest first.
@@ -27,9 +26,6 @@ from .values import I32, I64, PTR, stack_slot
 __all__ = ["Piece", "emit_launcher", "emit_side_by_side"]
 
 CHUNKS = 8
-LINE = 64
-"""Bytes of a cache line: counters of different threads lie in different ones."""
-COUNTER = ir.ArrayType(I64, LINE // 8)
 PIECE_NANOSECONDS = 2_000
 """Least time of a piece of a small launch."""
 
@@ -76,17 +72,12 @@ def _emit_parallel(b: ir.IRBuilder, scalars: ScalarEmitter, launcher: ir.Functio
     nested = b.call(declare(module, "omp_in_parallel", I32, []), [])
     b.cbranch(b.and_(b.icmp_signed(">", threads, I32(1)), b.icmp_signed("==", nested, I32(0))), parallel, serial)
     b.position_at_end(parallel)
-    shared = ir.LiteralStructType([*(a.type for a in launcher.args), PTR, I64, I64, I64, I64])  # counters, chunk, total, parts, threads that came
+    shared = ir.LiteralStructType([*(a.type for a in launcher.args), I64, I64, I64])  # arguments, counter, chunk, total
     n = len(launcher.args)
     data = stack_slot(b, shared)
-    parts = b.sext(threads, I64)
-    chunk = b.sdiv(total, b.mul(parts, I64(CHUNKS)))
+    chunk = b.sdiv(total, b.mul(b.sext(threads, I64), I64(CHUNKS)))
     chunk = b.select(b.icmp_signed("<", chunk, I64(1)), I64(1), chunk)
-    counters = b.alloca(COUNTER, parts)  # the block that returns runs once
-    counters.align = LINE
-    b.call(declare(module, "llvm.memset.p0.i64", ir.VoidType(), [PTR, ir.IntType(8), I64, ir.IntType(1)]),
-           [counters, ir.IntType(8)(0), b.mul(parts, I64(LINE)), ir.IntType(1)(0)])
-    for i, v in enumerate([*launcher.args, counters, chunk, total, parts, I64(0)]):
+    for i, v in enumerate([*launcher.args, I64(0), chunk, total]):
         b.store(v, b.gep(data, [I32(0), I32(i)], source_etype=shared))
     body = _emit_body(module, launcher.name, function, shared, n)
     gomp = declare(module, "GOMP_parallel", ir.VoidType(), [PTR, PTR, I32, I32])
@@ -95,40 +86,28 @@ def _emit_parallel(b: ir.IRBuilder, scalars: ScalarEmitter, launcher: ir.Functio
 
 
 def _emit_body(module: ir.Module, name: str, function: ir.Function, shared: ir.LiteralStructType, n: int) -> ir.Function:
-    """What each thread runs: chunks of its own part of the programs, then of those that others have not begun."""
+    """What each thread runs: chunks of programs until there are none left."""
     f = ir.Function(module, ir.FunctionType(ir.VoidType(), [PTR]), f"{name}.thread")
     f.linkage = "internal"
     f.attributes.add("nounwind")
-    entry, part, loop, work, following, done = (f.append_basic_block(x) for x in ("entry", "part", "loop", "work", "following", "done"))
+    entry, loop, work, done = (f.append_basic_block(x) for x in ("entry", "loop", "work", "done"))
     b = ir.IRBuilder(entry)
 
     def field(i: int) -> ir.Value:
-        return b.load(b.gep(f.args[0], [I32(0), I32(i)], source_etype=shared), typ=shared.elements[i])
+        return b.gep(f.args[0], [I32(0), I32(i)], source_etype=shared)
 
-    args = [field(i) for i in range(n)]
-    counters, chunk, total, parts = (field(n + i) for i in range(4))
-    came = b.gep(f.args[0], [I32(0), I32(n + 4)], source_etype=shared)
-    mine = b.atomic_rmw("add", came, I64(1), "monotonic")  # the calling thread is there first, as a rule
-    b.branch(part)
-    b.position_at_end(part)
-    turn = b.phi(I64)
-    number = b.srem(b.add(mine, turn), parts)
-    first, last = (b.sdiv(b.mul(x, total), parts) for x in (number, b.add(number, I64(1))))
-    counter = b.gep(counters, [number], source_etype=COUNTER)
+    args = [b.load(field(i), typ=shared.elements[i]) for i in range(n)]
+    counter = field(n)
+    chunk, total = b.load(field(n + 1), typ=I64), b.load(field(n + 2), typ=I64)
     b.branch(loop)
     b.position_at_end(loop)
-    begin = b.add(first, b.atomic_rmw("add", counter, chunk, "monotonic"))
-    b.cbranch(b.icmp_signed("<", begin, last), work, following)
+    begin = b.atomic_rmw("add", counter, chunk, "monotonic")
+    b.cbranch(b.icmp_signed("<", begin, total), work, done)
     b.position_at_end(work)
     end = b.add(begin, chunk)
-    end = b.select(b.icmp_signed("<", end, last), end, last)
+    end = b.select(b.icmp_signed("<", end, total), end, total)
     b.call(function, [*args[:-1], begin, end, args[-1]])
     b.branch(loop)
-    b.position_at_end(following)
-    turned = b.add(turn, I64(1))
-    turn.add_incoming(I64(0), entry)
-    turn.add_incoming(turned, following)
-    b.cbranch(b.icmp_signed("<", turned, parts), part, done)
     ir.IRBuilder(done).ret_void()
     return f
 

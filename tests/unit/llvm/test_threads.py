@@ -39,59 +39,6 @@ def test_results_do_not_depend_on_threads() -> None:
     """)
 
 
-def test_a_part_for_each_thread() -> None:
-    """Each thread begins with its own part of the programs, the first with the first: a launch hands a thread what it made in the launch before. Every
-    program runs once, for any number of threads, also more than there are programs."""
-    out = run("""
-        import ctypes
-        from llvmlite import ir
-        from aicc.backends.llvm import host_target
-        from aicc.backends.llvm.parallel import emit_launcher
-        from aicc.backends.llvm.target import target_machine
-        from aicc.backends.llvm.values import I32, I64, PTR
-        from aicc import passes
-        from aicc.ir import DTYPES, Block, BufferType, Operation, Region
-        from aicc.runtime.loader import load_object
-        from llvmlite import binding
-        buffer = BufferType((64,), DTYPES["i64"])
-        kernel = Operation.create("tile.kernel", (), {"sym_name": "k", "grid": (64,), "symbols": (), "outputs": 1, "flops": 1 << 30, "bytes": 512}, (),
-                                  [Region([Block([buffer], ["out0"])])])
-        module = ir.Module("m")
-        f = ir.Function(module, ir.FunctionType(ir.VoidType(), [PTR, I64, I64, PTR]), "kernel.k")  # out[i] += (first program of the chunk) + 1
-        b = ir.IRBuilder(f.append_basic_block("entry"))
-        loop, done = f.append_basic_block("loop"), f.append_basic_block("done")
-        entry = b.block
-        b.branch(loop)
-        b.position_at_end(loop)
-        i = b.phi(I64)
-        i.add_incoming(f.args[1], entry)
-        place = b.gep(f.args[0], [i], source_etype=I64)
-        b.store(b.add(b.load(place, typ=I64), b.add(f.args[1], I64(1))), place)
-        after = b.add(i, I64(1))
-        i.add_incoming(after, loop)
-        b.cbranch(b.icmp_signed("<", after, f.args[2]), loop, done)
-        ir.IRBuilder(done).ret_void()
-        launcher = emit_launcher(module, kernel, f)
-        launcher.linkage = "external"
-        machine = target_machine(host_target())
-        parsed = binding.parse_assembly(str(module))
-        parsed.triple, parsed.data_layout = machine.triple, str(machine.target_data)
-        library = load_object(machine.emit_object(parsed), ["launch.k"])
-        call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(library.address("launch.k"))
-        import torch
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            out = (ctypes.c_int64 * 64)()
-            call(ctypes.addressof(out), None)
-            print(*out)
-    """)
-    for threads, line in zip((1, 2, 3, 5), out.splitlines(), strict=True):
-        starts = [int(n) - 1 for n in line.split()]
-        assert all(0 <= i - first < 64 for i, first in enumerate(starts)), "each program ran once"
-        parts = [t * 64 // threads for t in range(threads)]
-        assert set(parts) <= set(starts), "chunks begin where parts do"
-
-
 def test_small_launches_and_loops_side_by_side() -> None:
     """Towers of small layers, blocks of convolutions, a recurrent layer that runs both ways, and a loop whose body has branches: they share parallel regions, and
     give bit for bit the same with 1, 2 and 3 threads, call after call, and the same as one after the other."""
