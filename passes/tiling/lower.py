@@ -31,6 +31,8 @@ from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in
 from .sort import OPS_PER_ELEMENT, emit_sort
 from .stream import GpuStream, stream_tile, stream_tiles, suits_warp_groups
 from .stream_cpu import CpuStream
+from .window import emit_window, find_window, window_shape
+from .window_tiles import window_candidates, window_tile
 
 
 @register
@@ -196,6 +198,12 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
                 gemm, limits = (chosen.rows, chosen.columns, gemm[2]), (chosen.block_rows, chosen.block_steps, chosen.block_columns)
             grid = emit_contraction(products, epilogue, outputs, target, Emitter(builder, gemm[:2], ranges, coarse=coarse), buffers, gemm, limits,
                                     prologue)
+    elif not target.is_gpu and (window := find_window(fused, ranges)) is not None:
+        flops = 2 * _product(window.op, range(len(window.op["dims"])))
+        bits = element_type(window.op.result.type).bits
+        shape = tuple(fused["tile"][:2]) if fused["tile"] else window_tile(target, window_shape(window), bits)
+        ctx.remark("note", f"windows in tiles of {shape[0]} positions by {shape[1]} channels", members[0].location)
+        grid = emit_window(window, outputs, target, Emitter(builder, shape, ranges, coarse=coarse), buffers, shape)
     else:
         frame = analyse(fused, ranges)
         choice = choose_tile(frame, _loop_lanes(members, target), gpu=target.is_gpu)
@@ -245,6 +253,10 @@ def candidate_tiles_cpu(fused: Operation, target: Target, *, few: bool = True) -
         if any(PARTIAL in m.attributes for m in members):
             return []  # what a part is, the merging knows
         return contraction_candidates(contraction, contraction_tile(contraction, roles, target), target, few=few)
+    window = find_window(fused, {})
+    if window is not None:
+        tiles = window_candidates(target, window_shape(window), element_type(window.op.result.type).bits)
+        return [CpuTile(*tile) for tile in tiles[:4 if few else None]]
     frame, lanes = analyse(fused, {}), _loop_lanes(members, target)
     return loop_candidates(frame, choose_tile(frame, lanes, gpu=False), lanes, few=few)
 
