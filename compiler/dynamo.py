@@ -40,6 +40,7 @@ from ..frontend.scan import mend_gradients, unstack_invariants
 from ..frontend.window_places import share_window_places
 from ..runtime.executor import CompiledGraph
 from .activations import within_budget
+from .collector import collector_off
 from .control_flow import compile_pieces
 from .distributed.planned import compile_planned
 from .driver import Observer, compile_fx
@@ -104,7 +105,8 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)
         # Dynamo does not trace into what it is given back: a wrapper that forbids it would cost each call a microsecond or two.
-        return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=split, keep_inference_input_mutations=True, **compilers)
+        with collector_off():
+            return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=split, keep_inference_input_mutations=True, **compilers)
 
     return compile_captured
 
