@@ -215,17 +215,18 @@ class _Lowering:
     def emit(self, e: Emitter) -> list[Dim]:
         w, dims = self.w, self.w.op["dims"]
         rows = [d for d in range(len(parallel_dims(w.op))) if d not in (w.lane, w.along.dim)]
-        at = {d: e.fresh(e.builder.op("tile.program_id", type=index, axis=k), 0, dims[d] - 1) for k, d in enumerate(rows)}
         count, channels = product(dims[d] for d in rows), dims[w.lane]
         unit = -(-RUN // self.tile[1]) * self.tile[1]
         runs = min(-(-PROGRAMS // count), max(1, channels // unit)) if isinstance(count, int) and count > 0 else 1
         per = -(-channels // (runs * unit)) * unit
         runs = -(-channels // per)
+        grid = [*([runs] if runs > 1 else []), *(dims[d] for d in rows)]
+        programs = [e.fresh(e.builder.op("tile.program_id", type=index, axis=k), 0, n - 1) for k, n in enumerate(grid)]
         if runs > 1:
-            p = e.fresh(e.builder.op("tile.program_id", type=index, axis=len(rows)), 0, runs - 1)
+            p = programs.pop(0)
             self.channels = (p * per, minimum(channels, p * per + per))
-        self._row(e, at)
-        return [*(dims[d] for d in rows), *([runs] if runs > 1 else [])]
+        self._row(e, dict(zip(rows, programs, strict=True)))
+        return grid
 
     def _row(self, e: Emitter, at: dict[int, Dim]) -> None:
         """All positions of a row: tiles between, then those at the ends by themselves."""
