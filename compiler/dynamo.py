@@ -37,6 +37,7 @@ from ..frontend.recompute import permute_transposes, recompute_attention
 from ..frontend.recompute_activations import recompute_activations
 from ..frontend.recurrent import expand_recurrent
 from ..frontend.scan import mend_gradients, unstack_invariants
+from ..frontend.window_places import share_window_places
 from ..runtime.executor import CompiledGraph
 from .activations import within_budget
 from .collector import collector_off
@@ -126,6 +127,7 @@ def partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, acti
     merge_common_subexpressions(joint.graph)
     recompute_attention(joint, num_fwd_outputs)  # after equal nodes are merged, for it makes copies
     recompute_activations(joint, num_fwd_outputs)
+    share_window_places(joint)
     permute_transposes(joint.graph)
     with functorch_config.patch(cse=False, recompute_views=True):  # its own pass imports Inductor; a saved view would be a copy
         return within_budget(joint, num_fwd_outputs, activation_bytes, lambda graph: min_cut_rematerialization_partition(
