@@ -186,7 +186,7 @@ class Printer:
             if op.name == "tile.yield":
                 return
             if not self.waited and op.name != "tile.part" and _touches_memory(op):
-                self._wait()
+                self._wait_in_front()
             handler = _HANDLERS.get(op.name)
             if handler is not None:
                 handler(self, op)
@@ -195,7 +195,7 @@ class Printer:
             else:
                 raise IRError(f"'{op.name}' has no lowering to Triton")
 
-    def _wait(self) -> None:
+    def _wait_in_front(self) -> None:
         """A kernel that was launched early waits before it touches memory, and only then lets the next one come: so what is before the one in front
         of it has ended too, and no more than one waits (with several, programs of one kernel share a multiprocessor while others are idle)."""
         self._write("gdc_wait()")

@@ -105,24 +105,26 @@ class _GpuContraction(Contraction):
         if v.type.numel * width > MOST_BYTES or self.op["fills"] or v in self.makers:  # type: ignore[operator]
             return
 
+        size = as_int(self.size)
+
         def place(x: Emitter, n: Dim, k: Dim) -> Dim:
             return offset_of(v, self.op["maps"][i], self.positions(batch, 0, n, delinearize(k, self.k_sizes), x), x.bounds())
 
-        whole = with_shape(e, (bn, self.size))
+        whole = with_shape(e, (bn, size))
         found = place(whole, first + sym("t0"), sym("t1"))
         by_k, by_n = split_linear(found, "t1"), split_linear(found, "t0")
         if by_k is not None and by_k[0] == 1 and _is_aligned(by_k[1], width, whole):
-            pieces = next((c for c in (8, 4, 2, 1) if c * bn <= max(threads, bn) and self.size % c == 0 and self.size // c * width % 16 == 0), 0)
+            pieces = next((c for c in (8, 4, 2, 1) if c * bn <= max(threads, bn) and size % c == 0 and size // c * width % 16 == 0), 0)
             inner, n = with_shape(e, (bn, pieces)), first + sym("t0")
             if pieces:
-                length = self.size // pieces
+                length = size // pieces
                 inner.prefetch(self.buffers[v], place(inner, n, sym("t1") * length), inner.needed([(n, self.n)]), length * width)
         elif by_n is not None and by_n[0] == 1 and _is_aligned(by_n[1], width, whole) and isinstance(self.n, int) and self.n % bn == 0:
             def rows(x: Emitter, k: Dim, _: list[Value]) -> list[Value]:
                 inner, at = with_shape(x, (threads, 1)), k + sym("t0")
-                inner.prefetch(self.buffers[v], place(inner, first, at), inner.needed([(at, self.size)]), bn * width)
+                inner.prefetch(self.buffers[v], place(inner, first, at), inner.needed([(at, size)]), bn * width)
                 return []
-            e.loop(0, self.size, threads, [], rows)
+            e.loop(0, size, threads, [], rows)
 
     def _product(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim, k: Dim, parts: int, part: int, acc: Value,
                  loads: dict[Any, Value]) -> Value:
