@@ -247,6 +247,39 @@ def test_masks_of_documents_keep_the_form_and_skip(form: str) -> None:
     assert loader.count("gl.load(") == 16, "the steps that the data leave, read a program ahead"
 
 
+def test_positions_become_numbers_by_rows_and_columns() -> None:
+    """A conversion of each element of a tile takes as long as an exponential; those of its sides do as well, exactly."""
+    module, _ = module_of(alibi, FORMS["alibi"][1]())
+    source = print_warp_groups(stream_of(module), FEW, [True] * 5)
+    assert not isinstance(source, str)
+    assert source.text.count(".to(tl.float32) - ") == 2 == source.text.count(".to(tl.float32)") - 2, "a loop with the mask, and one without"
+
+
+def test_a_row_is_divided_once() -> None:
+    """Where the division by the sum is written out after the product, as flex_attention's is."""
+    def divided(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = scores(q, k).float()
+        weights = torch.exp(s - s.amax(-1, keepdim=True))
+        out = (weights.to(v.dtype) @ v).float()
+        return torch.where(s.amax(-1, keepdim=True) == -math.inf, 0.0, out / weights.sum(-1, keepdim=True)).to(v.dtype)
+
+    inputs = heads(1, 2, 256, 64)
+    got, text = run(divided, inputs)
+    assert error(got, full(*(x.double() for x in inputs))) < 6e-3
+    assert text.count("div_rn(") == 2 and text.count("= gl.cast(1.0, tl.float32)") == 2, "the reciprocal of a row, where results are stored"
+
+
+def test_a_program_without_a_step_gets_one_that_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that see nothing: their result is NaN, as in eager, and nothing waits for a tile that does not come."""
+    monkeypatch.setattr(block_ranges, "LEAST_WORK", 0)
+    q, k, v = heads(1, 2, 256, 64)
+    blind = torch.arange(256).ge(128).long()[None].expand(1, 256).contiguous()
+    lone = lambda q, k, v, d: (scores(q, k).masked_fill((d[:, None, :, None] == 1) | (d[:, None, None, :] == 7), -math.inf)).softmax(-1) @ v  # noqa: E731
+    got, _ = run(lone, (q, k, v, blind))
+    true = full(q.double(), k.double(), v.double())
+    assert got[:, :, 128:].isnan().all() and error(got[:, :, :128], true[:, :, :128]) < 6e-3
+
+
 def test_exponentials_are_one_instruction(tmp_path: Path) -> None:
     """Not the four that keep subnormal results."""
     module, _ = module_of(causal, heads(2, 2, 256, 64), until="host")
