@@ -4,8 +4,6 @@ In the plain order a step is scores, weights, weighted sum. In the rolling order
 step and the weighted sum of the step before are under way together, and the exponentials run beside them. The step before the first one of a
 program is the last one of the program before: its result is finished and stored there, while the other group's products go on. Before the first
 program there is a step of nothing.
-
-A number that is read from memory and bounds loops is read a program ahead.
 """
 
 from __future__ import annotations
@@ -21,8 +19,9 @@ from .stream_shape import HALF, Loop, Read, require
 
 __all__ = ["GroupSchedule"]
 
-TURNS = False
-"""Whether the groups' products take turns, by two named barriers."""
+TURNS = True
+"""Whether the groups' products take turns in the plain order, by two named barriers."""
+HIDE = True
 EARLY = 8
 """Bytes of an element up to which what needs no scores, and lies along the steps alone, is computed while the scores are under way."""
 
@@ -38,6 +37,7 @@ class GroupSchedule(GroupOps):
     programs: int
     peeled: Loop | None
     first_runs: bool
+    turns: bool
 
     def _programs(self, keep: bool = False) -> None:
         """The loop over this multiprocessor's programs: every other round runs backwards, so that each gets long and short ones alike. `keep`: `done`
@@ -46,42 +46,11 @@ class GroupSchedule(GroupOps):
         rounds, rest = divmod(self.programs, count)
         late = "gl.program_id(0)" if rounds % 2 == 0 else f"{count - 1} - gl.program_id(0)"
         self._write("steps = 0")
-        numbers = self._loaded_numbers()
-        if numbers:
-            self._numbers(numbers, "gl.program_id(0)")
         self._write(f"for turn in range(0, {rounds}{f' + ({late} < {rest}).to(gl.int32)' if rest else ''}):")
         self.indent += 1
         if keep:
             self._write("done = program")
-        number = f"*{count} + gl.where(({{0}} & 1) == 0, gl.program_id(0), {count - 1} - gl.program_id(0))"
-        if numbers:
-            for op in numbers:
-                self._write(f"{self._name(op.result)} = next_{self._name(op.result)}")
-            self._write(f"after = gl.minimum((turn + 1){number.format('(turn + 1)')}, {self.programs - 1})")
-            self._numbers(numbers, "after")
-        self._write(f"program = turn{number.format('turn')}")
-
-    def _loaded_numbers(self) -> list[Operation]:
-        """Numbers that are read from memory and bound loops: they are read while the program before is at work."""
-        found = [op for op in self._needed() if _is_number(op)]
-        return found if all(v.defining_op is not None and v.defining_op.name in ("tile.program_id", "arith.constant") for op in found
-                            for v in op.operands[1:]) else []
-
-    def _numbers(self, numbers: list[Operation], program: str) -> None:
-        """Reads them for the program numbered `program`."""
-        kept, self.program = dict(self.names), program
-        operands = {v.defining_op for op in numbers for v in op.operands[1:]}
-        for op in self.kernel.body:
-            if op in operands:
-                self.names.pop(op.result, None)
-                self._one(op)
-        for op in numbers:
-            self.names[op.result] = f"next_{self._name(op.result)}"
-            self._one(op)
-        made = {op.result: self.names[op.result] for op in numbers}
-        self.names, self.program = kept, "program"
-        for op in numbers:
-            self.names[op.result] = made[op.result].removeprefix("next_")
+        self._write(f"program = turn*{count} + gl.where((turn & 1) == 0, gl.program_id(0), {count - 1} - gl.program_id(0))")
 
     def _for(self, name: str, low: str, high: str, step: int) -> None:
         self._write(f"for {name} in range({low}, {high}, {step}):")
@@ -130,15 +99,14 @@ class GroupSchedule(GroupOps):
         for loop in loops:
             for arg, result, name in zip(loop.op.body.args[1:], loop.op.results, state, strict=True):
                 self.names[arg] = self.names[result] = name
-        if TURNS:
+        if self.turns:
             self._write("if who == 1:")
             self._write("    give_turn(who)")
         if self.peeled is not None:
             self._rolling_start(state)
         self._programs(self.peeled is not None)
-        ahead = self._loaded_numbers()
         for op in inside[:begin]:
-            if op is not self.q.op and op not in ahead:
+            if op is not self.q.op:
                 self._one(op)
         for loop in loops:
             for op in loop.hoisted:
@@ -160,17 +128,19 @@ class GroupSchedule(GroupOps):
             for op in finish:
                 self._one(op)
             self.indent -= 1
-        if TURNS:
+        if self.turns:
             self._write("if who == 0:")
             self._write("    take_turn(who)")
 
     def _turn(self, what: str) -> None:
-        if TURNS:
+        if self.turns:
             self._write(f"{what}_turn(who)")
 
     def _loop_over(self, loop: Loop, low: str, high: str) -> None:
         i = self._name(loop.op.body.args[0], "i")
         self._for(i, low, high, loop.op["step"])
+        if HIDE and any(loop.op.body.args[0] in op.operands for op in loop.between):
+            self._write(f"{i} = opaque({i})")
 
     def _scores(self, loop: Loop) -> str:
         name = self._name(loop.first.result)
