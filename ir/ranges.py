@@ -66,7 +66,7 @@ def _bound(e: Dim, bounds: Bounds, upper: bool) -> Dim | None:
         for a in m:
             lo, hi = _atom_bounds(a, bounds)
             chosen = hi if want_upper else lo
-            fixed = not free_symbols(_atom(a)) & bounds.keys()
+            fixed = bounds.keys().isdisjoint(a.symbols)
             if chosen is None and fixed:
                 chosen = _atom(a)  # made of sizes only: its own bound, compared symbolically
             if chosen is None:
@@ -254,13 +254,13 @@ def _complexity(e: Expr) -> int:
 
 def split_linear(e: Dim, name: str) -> tuple[Dim, Dim] | None:
     """(coefficient, rest) with e == coefficient*name + rest and neither containing `name`; None if `e` is not linear in it."""
-    if isinstance(e, int):
+    if isinstance(e, int) or name not in free_symbols(e):
         return 0, e
     coefficient: dict[Monomial, int] = {}
     rest: dict[Monomial, int] = {}
     for m, c in e.terms:
         count = sum(1 for a in m if isinstance(a, Sym) and a.key == name)
-        inside = any(not isinstance(a, Sym) and any(name in free_symbols(x) for x in a.args) for a in m)
+        inside = any(not isinstance(a, Sym) and name in a.symbols for a in m)
         if inside or count > 1:
             return None
         if count:
@@ -281,11 +281,15 @@ def contiguous_linear(index: Iterable[Dim], shape: Iterable[Dim]) -> Dim:
 
 
 def delinearize(position: Dim, shape: Iterable[Dim]) -> list[Dim]:
-    """The index in `shape` of a row-major `position`; the inverse of `contiguous_linear`."""
+    """The index in `shape` of a row-major `position`; the inverse of `contiguous_linear`.
+
+    A position past the end runs on along the first dimension that is longer than one, so that no remainder is taken there.
+    """
     sizes = list(shape)
-    index: list[Dim] = []
-    for k in range(len(sizes)):
+    first = next((k for k, size in enumerate(sizes) if size != 1), 0)
+    index: list[Dim] = [0] * first
+    for k in range(first, len(sizes)):
         below = product(sizes[k + 1:])
         i = floordiv(position, below)
-        index.append(mod(i, sizes[k]) if k else i)
+        index.append(mod(i, sizes[k]) if k > first else i)
     return index

@@ -33,6 +33,11 @@ class Target:
         return self.vector_bits // bits
 
     @property
+    def multiplies_and_adds(self) -> bool:
+        """A multiply-add that is rounded once is an instruction."""
+        return self.is_gpu or not {"fma", "avx512f", "neon", "sve"}.isdisjoint(self.features)
+
+    @property
     def digest(self) -> str:
         """Part of cache keys."""
         return hashlib.sha256(repr(sorted(asdict(self).items())).encode()).hexdigest()[:16]

@@ -1,7 +1,9 @@
 """Pointwise producers merge into the bodies of their readers.
 
 A producer is merged when it has one reader that visits each of its elements once, or when recomputing it is cheaper than storing it (constants,
-positions, masks, casts). Contractions take in casts only: their inner loop must stay a multiply-add.
+positions, masks, casts). Contractions take in casts only: their inner loop must stay a multiply-add. But where one reads each element of a gather
+once, and the gather is larger than what it picks from (an expert's weights for every token), it becomes a reduction that picks: nothing is used
+again that storing it would help, and the gathered copies may be more than there is memory for.
 After: no pointwise generic has a single structured reader that could have computed it in place.
 """
 
@@ -75,6 +77,7 @@ class Inline(Pass):
             note_rounding(producer)
         for reader in eligible:
             if _trivial(producer) or (single and _visits_once(producer, reader)) or (
+                    len(eligible) == len(readers) and _multiplies_gathered(producer, reader)) or (
                     len(eligible) == len(readers) and _cheap(producer) and _visits(producer, reader) <= (self.repeats if single else 1)) or (
                     gpu and len(eligible) == len(readers) and _reads_less(producer, readers)) or (
                     gpu and single and reader.name == "tensor.scatter" and _few_ops(producer)):
@@ -97,7 +100,7 @@ class Inline(Pass):
         if not reader.has_trait(Trait.Structured) or len(reader.body) + len(producer.body) > self.max_ops or (
                 len(reader.operands) + len(producer.operands) > self.max_operands):
             return False
-        if is_contraction(reader) and roles_of(reader) is not None and (
+        if is_contraction(reader) and roles_of(reader) is not None and not _multiplies_gathered(producer, reader) and (
                 len(producer.operands) != 1 or any(o.name != "arith.cast" for o in body_ops(producer))
                 or fill_of(producer, 0) is not None or producer["maps"][0] != identity_map(len(producer["dims"]))):
             return False  # packed and padded operands are there on purpose
@@ -192,6 +195,14 @@ def _reads_little(producer: Operation) -> bool:
         return False
     return isinstance(made, int) and all(isinstance(v.type, TensorType) and isinstance(v.type.numel, int) and v.type.numel * SMALLER <= made
                                          for v in producer.operands)
+
+
+def _multiplies_gathered(producer: Operation, reader: Operation) -> bool:
+    """A product that reads each element of a gather once, where that is larger than all that it is made from."""
+    if not is_contraction(reader) or not _visits_once(producer, reader) or not any(o.name == "tensor.extract" for o in body_ops(producer)):
+        return False
+    made, read = _bytes(producer.result) if len(producer.results) == 1 else None, [_bytes(v) for v in producer.operands]
+    return made is not None and all(b is not None for b in read) and sum(b for b in read if b is not None) < made
 
 
 def _visits(producer: Operation, reader: Operation) -> float:

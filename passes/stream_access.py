@@ -18,7 +18,7 @@ read weights, which want all multiprocessors)."""
 SMALL = 1 << 16
 """Points of the middle space, per batch element, below which storing them costs a CPU little."""
 
-__all__ = ["packed", "reduced_order", "stream_side", "why_slow"]
+__all__ = ["packed", "reduced_order", "stream_side", "why_slow", "why_small"]
 
 
 def reduced_order(s: Stream, op: Operation, which: int) -> list[str]:
@@ -63,17 +63,25 @@ def _splits_panels(op: Operation, i: int, target: Target) -> bool:
     return packed(op, i) and panel % columns != 0
 
 
-def _why_slow_on_cpu(s: Stream, target: Target) -> str:
-    """Why the stream would be slow on a CPU; "" if it would not."""
+def why_small(s: Stream, target: Target) -> str:
+    """Why the sizes alone make a stream slow on a CPU; "" if they do not."""
     if isinstance(s.row_count, int) and s.row_count < FEW_ROWS:
         return "too few rows"
-    if any(_splits_panels(op, i, target) for op in (*s.firsts, *s.seconds) for i in (0, 1)):
-        return "an operand is packed in panels of another width"
     points = s.row_count * s.length
     if isinstance(points, int) and points < SMALL:
         return "the middle space stays in the cache"
     if not s.reductions and isinstance(points, int) and points * 4 <= target.l3 // 2:
         return "the middle space stays in the outer cache, from which products of their own run at full speed"
+    return ""
+
+
+def _why_slow_on_cpu(s: Stream, target: Target) -> str:
+    """Why the stream would be slow on a CPU; "" if it would not."""
+    small = why_small(s, target)
+    if small:
+        return small
+    if any(_splits_panels(op, i, target) for op in (*s.firsts, *s.seconds) for i in (0, 1)):
+        return "an operand is packed in panels of another width"
     for op in s.firsts:
         i = stream_side(s, op)
         if not packed(op, i) and _stride(s, op, i, s.stream[-1]) != 1:

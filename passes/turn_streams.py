@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ir import Builder, Operation, Value, sym
+from ..ir import Builder, Operation, Target, Value, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import free_symbols, substitute
 from ..ir.passes import Pass, PassContext, register
 from .rescale import Declined
+from .stream_access import why_small
 from .stream_form import Stream
 from .stream_growth import candidates, grown
 from .stream_legality import escapes
@@ -42,14 +43,14 @@ class TurnStreams(Pass):
             return
         turned = 0
         for func in [f for f in module.body if f.name == "func"]:
-            for s in _streams(func):
+            for s in _streams(func, ctx.target):
                 for op in (*s.firsts, *s.seconds):
                     op.attributes["_streams"] = True
                 turned += _turn(s)
         ctx.remark("done", f"{turned} ops of streams turned")
 
 
-def _streams(func: Operation) -> list[Stream]:
+def _streams(func: Operation, target: Target) -> list[Stream]:
     found: list[Stream] = []
     covered: set[Operation] = set()
     for seed, which in reversed(candidates(func.body)):
@@ -58,6 +59,8 @@ def _streams(func: Operation) -> list[Stream]:
                 s = grown(seed, which)
             except Declined:
                 continue
+            if why_small(s, target):
+                continue  # turned products would be read and written across the order in which others keep the same tensors
             found.append(s)
             covered.update(s.seconds)
     members = {op for s in found for op in s.members}

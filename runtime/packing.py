@@ -39,6 +39,7 @@ from .sizes import Size, evaluate_size
 
 __all__ = ["Packed", "PackedMemory", "PersistentBuffer", "forget_packed"]
 
+_version: Callable[[torch.Tensor], int] = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 _expired = torch.UntypedStorage._expired  # type: ignore[attr-defined]
 
 
@@ -122,7 +123,7 @@ class PackedMemory:
         if not self.symbolic:
             symbols = ()
         try:
-            versions: list[object] = [t._version for t in guarded]
+            versions: list[object] = [*map(_version, guarded)]
         except RuntimeError:  # inference tensors: a new object equals nothing that was remembered
             versions = [object() if t.is_inference() else t._version for t in guarded]
             self._warn_uncounted()

@@ -29,6 +29,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write expected texts anew instead of comparing with them")
 
 
+def pytest_runtest_setup() -> None:
+    """Dynamo remembers by code object, and has one for all of torch's own layers: whatever tests came before, sizes that they used would be symbols in
+    this one, and the ninth layer of a process would run eagerly, so that a test compares eager with eager."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _CACHE is not None:
         shutil.rmtree(_CACHE, ignore_errors=True)

@@ -157,11 +157,25 @@ class Contraction:
     def positions(self, batch: list[Dim], m: Dim, n: Dim, k: list[Dim], e: Emitter) -> dict[str, Dim]:
         bounds = e.bounds()
         at: dict[str, Dim] = {}
-        for dims, values in ((self.roles.batch, batch), (self.roles.m, delinearize(m, self.m_sizes)), (self.roles.n, delinearize(n, self.n_sizes)),
+        for dims, values in ((self.roles.batch, batch), (self.roles.m, delinearize(m, self.m_sizes)), (self.roles.n, self._column(n)),
                              (self.roles.k, k)):
             for d, value in zip(dims, values, strict=True):
                 at[f"d{d}"] = simplify(value, bounds)
         return at
+
+    @property
+    def taps(self) -> int:
+        """Panels that follow each other in a weight's gradient with packed windows: the taps of the same channels. Else 1."""
+        whole = "_windows" in self.op.attributes and self.n_sizes[-1] % self.tile[1] == 0
+        return prod(self.n_sizes[:-1]) if whole else 1  # type: ignore[arg-type]
+
+    def _column(self, n: Dim) -> list[Dim]:
+        """Positions of the dimensions of N at column n. A panel of channels is met at all taps before the next one: its windows are the same
+        memory, and so is what is stored."""
+        if self.taps == 1:
+            return list(delinearize(n, self.n_sizes))
+        panel, lane = n // self.tile[1], n % self.tile[1]
+        return [*delinearize(panel % self.taps, self.n_sizes[:-1]), panel // self.taps * self.tile[1] + lane]
 
     def read(self, e: Emitter, i: int, at: dict[str, Dim], mask: list[Pair], cast: bool = True) -> Value:
         """Operand i at a position, cast as the body says (unless `cast` is off)."""
@@ -298,7 +312,7 @@ class Contraction:
         mr, step_bytes = self.tile[0], self.depth * element_type(self.op.operands[self.roles.left].type).bytes
         budget = target.l2 * 3 // 4 // step_bytes
         if not all(isinstance(s, int) for s in self.k_sizes):
-            return rows_in_block(self.m, mr, ROWS), None
+            return rows_in_block(self.m, mr, self.limits[0] or min(ROWS, budget // max(1, K_BLOCK // self.depth))), None
         sizes: list[int] = [int(s) for s in self.k_sizes]  # type: ignore[arg-type]
         most, total = max(128, (self.limits[1] or K_BLOCK) // self.depth), prod(sizes)
         few = rows_in_block(self.m, mr, ROWS)
@@ -324,6 +338,8 @@ class Contraction:
             together = max(1, min(together, programs // PROGRAMS))
         if isinstance(panels, int):
             together = -(-panels // -(-panels // together))
+            if self.taps > 1 and not self.limits[2]:
+                together = together // self.taps * self.taps or next(t for t in range(together, 0, -1) if self.taps % t == 0)
         columns = ceildiv(panels, together)
         # Rows change fastest: the panels of a program stay in the outer caches for the next one, and come from memory once.
         p_column = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb), 0, columns - 1)
@@ -384,7 +400,7 @@ class Contraction:
             exact = not self.acc_type.dtype.is_float
             if not exact and isinstance(most, int) and most > steps:  # parts of one length, none much shorter than others
                 steps = -(-most // (-(-most // steps) * UNROLL)) * UNROLL
-            if exact or len(ks) + 1 < len(self.k_sizes) or not isinstance(most, int) or most <= steps:
+            if exact or len(ks) + 1 < len(self.k_sizes) or (isinstance(most, int) and most <= steps):
                 return multiply(c, inner, i, panel, ks, within, self._zero(inner), most)
 
             def part(x: Emitter, k: Dim, carried: list[Value]) -> list[Value]:

@@ -12,7 +12,7 @@ from ...ir.ranges import Bounds, simplify, split_linear
 from ..rescale import Declined, Dependence, about_mean
 from ..structured import EXPENSIVE, body_ops, uses_dims
 
-__all__ = ["Access", "Frame", "analyse"]
+__all__ = ["Access", "Frame", "align", "analyse"]
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ def analyse(fused: Operation, symbols: Bounds) -> Frame:
     """The frame of a `tensor.fused` of generics."""
     members = [op for op in fused.body if op.name == "tensor.generic"]
     outputs = list(fused.body.terminator.operands)
-    frame = _align(members, list(fused.body.args), outputs)
+    frame = align(members, list(fused.body.args), outputs)
     _collect_accesses(frame, symbols)
     _collapse(frame, symbols)
     _assign_stages(frame)
     return frame
 
 
-def _align(members: list[Operation], inputs: list[Value], outputs: list[Value]) -> Frame:
+def align(members: list[Operation], inputs: list[Value], outputs: list[Value]) -> Frame:
     """Rebuilds the shared frame from the members' reads of each other (the fusion pass made sure that there is one)."""
     place: dict[Operation, list[str | None]] = {}
     sizes: dict[str, Dim] = {}

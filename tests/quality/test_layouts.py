@@ -21,6 +21,8 @@ from aicc.ir.expr import free_symbols
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
 from aicc.passes.layout import set_type, walk_order
 from aicc.passes.structured import constant_values, in_order, is_contraction, is_identity_view
+from aicc.passes.tiling.cpu_tiles import is_depthwise
+from aicc.passes.tiling.window import find_window
 from functorch.compile import aot_module_simplified, make_boxed_func
 from models.networks import MobileNetV2, ResNet18
 from support.stages import AVX2
@@ -173,3 +175,11 @@ def test_depthwise_of_many_channels_stays_in_registers() -> None:
     names = [op.name for op in kernel.walk()]
     loads = [str(op["offset"]) for op in kernel.walk() if op.name == "tile.load"]
     assert "tile.alloca" not in names and loads and not any("t1*" in offset for offset in loads)
+
+
+def test_every_depthwise_layer_of_a_network_is_a_window() -> None:
+    """Channels are innermost on both sides of each: products around them that will be no stream are not turned for one."""
+    fused = [op for op in tensor_level(Listed(MobileNetV2()), torch.randn(1, 3, 224, 224)).body if op.name == "tensor.fused"]
+    depthwise = [op for op in fused if any(is_contraction(m) and is_depthwise(m) for m in op.body)]
+    assert len(depthwise) == 17
+    assert not [op["kernel"] for op in depthwise if find_window(op, {}) is None]

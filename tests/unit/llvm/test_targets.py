@@ -41,6 +41,13 @@ MATMUL = """module {{level = "graph"}} {{ func @main {{arg_attrs = [{{kind = "in
 }} }}"""
 
 
+DEPTHWISE = """module {{level = "graph"}} {{ func @main {{arg_attrs = [{{kind = "input"}}, {{kind = "param"}}]}} {{
+  ^(%x: tensor<1x{c}x{n}x{n}xf32, strides=[{image}, 1, {row}, {c}]>, %w: tensor<{c}x1x{k}x{k}xf32>):
+  %y = graph.conv(%x, %w) {{stride = [1, 1], padding = [{p}, {p}], dilation = [1, 1], groups = {c}}} : tensor<1x{c}x{n}x{n}xf32>
+  return(%y)
+}} }}"""
+
+
 INTEGERS = """module {{level = "graph"}} {{ func @main {{arg_attrs = [{{kind = "input"}}, {{kind = "param"}}]}} {{ ^(%x: tensor<{m}x{k}x{t}>, %w: tensor<{k}x{n}xi8>):
   %a = graph.cast(%x) : tensor<{m}x{k}xi32>
   %b = graph.cast(%w) : tensor<{k}x{n}xi32>
@@ -50,7 +57,11 @@ INTEGERS = """module {{level = "graph"}} {{ func @main {{arg_attrs = [{{kind = "
 
 
 def lowered(target: Target, m: int, n: int, k: int, t: str, *stages: str) -> Operation:
-    module = parse_module((INTEGERS if t in ("i8", "u8") else MATMUL).format(m=m, n=n, k=k, t=t))
+    return through((INTEGERS if t in ("i8", "u8") else MATMUL).format(m=m, n=n, k=k, t=t), target, *stages)
+
+
+def through(text: str, target: Target, *stages: str) -> Operation:
+    module = parse_module(text)
     for stage in stages:
         run_pipeline(module, parse_pipeline(pipeline(stage, target, Options())), PassContext(target))
     return module
@@ -77,6 +88,23 @@ def test_float32_microkernel(name: str, instruction: str, register: str, tile: i
     lines = [line for line in inner.splitlines() if instruction in line and register in line]
     assert len(lines) == 4 * tile, inner
     assert stack not in inner and "vmovaps" not in inner, inner
+
+
+@pytest.mark.parametrize("name,instruction,stack,taps,positions,vectors", [
+    # positions of a row x vectors of channels of the register tile
+    ("avx2", "vfmadd231ps", "(%rsp)", 3, 7, 1), ("avx2", "vfmadd231ps", "(%rsp)", 7, 7, 1), ("avx512", "vfmadd231ps", "(%rsp)", 3, 5, 3),
+    ("neon", "fmla", "[sp", 5, 14, 1),
+])
+def test_window(name: str, instruction: str, stack: str, taps: int, positions: int, vectors: int) -> None:
+    """The loop over a window's rows: one multiply-add per tap and sum, each position of the image loaded once for all its taps, no spill."""
+    n = 56
+    text = DEPTHWISE.format(c=144, n=n, k=taps, p=taps // 2, image=144 * n * n, row=144 * n)
+    asm = compile_module(through(text, TARGETS[name], "graph", "tensor", "tile", "host"), TARGETS[name]).asm
+    inner = re.split(r"\n\t(?:j\w+|b\.\w+)\t", inner_loop(asm, instruction))[0]
+    assert inner.count(instruction) == taps * positions * vectors and stack not in inner, inner
+    if name != "neon":
+        loads = sum(("vmovups" in line or instruction in line) and "(%" in line for line in inner.splitlines())
+        assert loads == vectors * (taps + positions + taps - 1), inner
 
 
 @pytest.mark.parametrize("name,t,instruction", [

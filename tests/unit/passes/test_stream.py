@@ -498,6 +498,17 @@ def test_masked_tiles_are_skipped_on_cpus() -> None:
     assert ended - everything and banded - everything
 
 
+def test_a_batch_of_one_does_not_hide_the_mask() -> None:
+    """Repeated keys of one batch are read without the batch's dimension, which so is one of the rows': of size one, it leaves a row's position what it is."""
+    def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.view(1, 300, 2, 32).transpose(1, 2).repeat_interleave(2, 1) for x in (k, v))
+        return F.scaled_dot_product_attention(q.view(1, 300, 4, 32).transpose(1, 2), k, v, is_causal=True)
+    module = lowered(capture(grouped, _normal((1, 300, 128), (1, 300, 64), (1, 300, 64))), AVX2, "tile")
+    kernel = next(k for k in module.body if k.name == "tile.kernel" and k["sym_name"].startswith("stream"))
+    blocks = [op for op in kernel.body.ops if op.name == "tile.for" and any(x.name == "tile.dot" for x in op.walk())]
+    assert blocks and all(free_symbols(op["upper"]) for op in blocks)
+
+
 def test_exact_casts_leave_weights_rounded_and_stored() -> None:
     """Rounded as eager rounds them, weights that are too large before their division do not stream."""
     program = capture(large_terms, _qkv(dtype=F16))
