@@ -305,13 +305,13 @@ CASES = [*_memory(), *_attention(), *_gemm(), *_packed(), *_scatter(), *_optimiz
 # -- measuring -------------------------------------------------------------------------------------------------------------------
 
 
-def milliseconds(calls: list[Callable[[], Any]], budget_ms: float = 60) -> list[float]:
-    """Median time of each call, in blocks that take turns."""
+def milliseconds(calls: list[Callable[[], Any]], budget_ms: float = 60, least: int = 1) -> list[float]:
+    """Median time of each call, in blocks of at least `least` calls that take turns. In a block of one, the host's way to the first kernel counts."""
     counts = []
     for call in calls:
         call()
         torch.cuda.synchronize()
-        counts.append(max(1, min(200, int(budget_ms / 5 / max(1e-3, _block(call, 1))))))
+        counts.append(max(least, min(200, int(budget_ms / 5 / max(1e-3, _block(call, 1))))))
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(5):
         for call, n, found in zip(calls, counts, times, strict=True):

@@ -30,7 +30,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .gpu import milliseconds
-from .gpu_models import ROWS, Subject, contender
+from .gpu_models import ROWS, STEPS, Subject, contender
 
 CLASSES = (
     ("reduction", r"^triton_(red|per)"),
@@ -90,7 +90,7 @@ def measure(row: str, name: str, turn: Path) -> dict[str, Any]:
     turn.with_suffix(".ready").touch()
     while not turn.with_suffix(".go").exists():
         time.sleep(0.05)
-    (ms,) = milliseconds([lambda: subject.call(made)], 100)
+    (ms,) = milliseconds([lambda: subject.call(made)], 100, STEPS if subject.row.train else 1)
     with profile(activities=[ProfilerActivity.CUDA]):  # the tracer itself warms up
         subject.call(made)
         torch.cuda.synchronize()

@@ -36,6 +36,7 @@ from ..runtime.cache import ArtifactCache, cache_key
 from ..runtime.cuda_graph import CudaGraph
 from ..runtime.executor import CompiledGraph
 from .autotune import Tuner, tune_tiles
+from .collector import collector_off
 from .env import read_environment
 from .errors import SettingError
 from .gpu import compile_cuda, cuda_device, cuda_target, kernel_resources, triton_version
@@ -174,7 +175,7 @@ def compile_fx(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options:
     `saved_from`: the results from this one on are kept for the backward pass, where nobody but it sees them.
     """
     options = options or Options.from_user()
-    with _disable_current_modes():  # AOTAutograd compiles under fake tensors; constants must be folded on real ones
+    with collector_off(), _disable_current_modes():  # AOTAutograd compiles under fake tensors; constants must be folded on real ones
         start = time.perf_counter()
         if not options.pack_parameters:
             arg_kinds = None  # nothing is known to stay the same between calls

@@ -37,8 +37,10 @@ from ..frontend.recompute import permute_transposes, recompute_attention
 from ..frontend.recompute_activations import recompute_activations
 from ..frontend.recurrent import expand_recurrent
 from ..frontend.scan import mend_gradients, unstack_invariants
+from ..frontend.window_places import share_window_places
 from ..runtime.executor import CompiledGraph
 from .activations import within_budget
+from .collector import collector_off
 from .control_flow import compile_pieces
 from .distributed.planned import compile_planned
 from .driver import Observer, compile_fx
@@ -103,7 +105,8 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)
         # Dynamo does not trace into what it is given back: a wrapper that forbids it would cost each call a microsecond or two.
-        return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=split, keep_inference_input_mutations=True, **compilers)
+        with collector_off():
+            return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=split, keep_inference_input_mutations=True, **compilers)
 
     return compile_captured
 
@@ -124,6 +127,7 @@ def partition(joint: Graph, inputs: Sequence[Any], *, num_fwd_outputs: int, acti
     merge_common_subexpressions(joint.graph)
     recompute_attention(joint, num_fwd_outputs)  # after equal nodes are merged, for it makes copies
     recompute_activations(joint, num_fwd_outputs)
+    share_window_places(joint)
     permute_transposes(joint.graph)
     with functorch_config.patch(cse=False, recompute_views=True):  # its own pass imports Inductor; a saved view would be a copy
         return within_budget(joint, num_fwd_outputs, activation_bytes, lambda graph: min_cut_rematerialization_partition(

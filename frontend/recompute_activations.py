@@ -2,25 +2,21 @@
 
     recompute_activations(joint, num_fwd_outputs)    # in place, before the joint graph is partitioned; how many there were
 
-The gradient of a weight reads the layer's input: a norm's result, GELU(x), SiLU(g) * u. torch's min-cut keeps such a tensor, for a product wants it
-in memory in the backward pass too, even where x and the norm's mean are kept beside it, for the gradients of those functions. Then it is memory for
-nothing but an elementwise pass: the kernel that computes the function's gradient has read all that it needs, and writes it along. So the backward
-pass gets a copy of its own of these ops.
+The gradient of a weight reads the layer's input: GELU(x), SiLU(g) * u. torch's min-cut keeps such a tensor, for a product wants it in memory in the
+backward pass too, even where x is kept beside it, for the gradient of that function. Then it is memory for nothing but an elementwise pass: the
+kernel that computes the function's gradient has read all that it needs, and writes it along. So the backward pass gets its own copy of these ops.
+A norm's result is kept: its gradient has sums of rows, which come before all else, so that it would be a pass over memory of its own.
 
-A value is computed again if the way back from it, over pointwise ops and norms, ends at arguments and at values that the backward pass reads in other
-places as well, after at most DEPTH ops.
+A value is computed again if the way back from it, over pointwise ops, ends at arguments and at values that the backward pass reads in other places as
+well, after at most DEPTH ops.
 """
 
 from __future__ import annotations
 
-import operator
-from typing import Any
-
 import torch
 import torch.fx as fx
-from torch._guards import detect_fake_mode
 
-from .recompute import META, ancestors, is_pointwise
+from .recompute import ancestors, is_pointwise
 
 __all__ = ["recompute_activations"]
 
@@ -31,7 +27,6 @@ LEAST = 1 << 16
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.t.default, aten.transpose.int,
           aten.expand.default, aten.unsqueeze.default, aten.alias.default}
 _PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default}
-_NORMS = {aten.native_layer_norm.default, aten._fused_rms_norm.default}
 _SUMS = {aten.mean.dim, aten.sum.dim_IntList, aten.var_mean.correction, aten.var.correction}
 """Of rows, in norms that are spelled out: small values, kept if the backward pass reads them."""
 
@@ -94,15 +89,13 @@ def _cone(node: fx.Node, forward: set[fx.Node]) -> list[fx.Node]:
 def _repeats(n: fx.Node) -> bool:
     if n.op != "call_function" or n.target in _SUMS or torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()):
         return False
-    return n.target in _NORMS or n.target in _VIEWS or n.target is operator.getitem or is_pointwise(n)
+    return n.target in _VIEWS or is_pointwise(n)
 
 
 def _kept(n: fx.Node, forward: set[fx.Node], repeated: set[fx.Node]) -> bool:
     """An argument, or there in the backward pass for other readers than products' operands."""
     if n.op in ("placeholder", "get_attr"):
         return True
-    if n.target in _NORMS:
-        return False
     return any(u not in forward and u.op != "output" and not _feeds_products(u) for u in n.users)
 
 
@@ -114,42 +107,5 @@ def _copy(graph: fx.Graph, cone: list[fx.Node], family: list[fx.Node], readers: 
         with graph.inserting_after(n):
             copies[n] = graph.node_copy(n, lambda a: copies.get(a, a))
             copies[n].meta = dict(n.meta)
-        if n.target is operator.getitem and n.args[1] == 0 and n.args[0].target in _NORMS:  # type: ignore[union-attr, operator]
-            copies[n] = _from_statistics(graph, n, copies) or copies[n]
     for v, u in readers:
         u.replace_input_with(v, copies[v])
-
-
-def _from_statistics(graph: fx.Graph, result: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node | None:
-    """A norm's result from its saved mean and reciprocal deviation; None where they were rounded to 16 bits."""
-    norm = result.args[0]
-    assert isinstance(norm, fx.Node)
-    parts = {u.args[1]: u for u in norm.users if u.target is operator.getitem}
-    numbers = (1, 2) if norm.target is aten.native_layer_norm.default else (1,)
-    x, scale, shift = norm.args[0], norm.args[2], norm.args[3] if len(numbers) == 2 else None
-    assert isinstance(x, fx.Node)
-    x = copies.get(x, x)
-    wide = torch.promote_types(x.meta["val"].dtype, torch.float32)
-    if any(k not in parts or parts[k].meta["val"].dtype != wide for k in numbers):
-        return None
-    last = max((parts[k] for k in numbers), key=list(graph.nodes).index)
-    with graph.inserting_after(max((last, copies[result]), key=list(graph.nodes).index)):
-        value = at = _call(graph, result, torch.ops.prims.convert_element_type.default, (x, wide))
-    for target, other in ((aten.sub.Tensor, parts[1] if len(numbers) == 2 else None), (aten.mul.Tensor, parts[numbers[-1]]),
-                          (aten.mul.Tensor, scale), (aten.add.Tensor, shift)):
-        if other is not None:
-            with graph.inserting_after(at):
-                value = at = _call(graph, result, target, (value, other))
-    with graph.inserting_after(at):
-        return _call(graph, result, torch.ops.prims.convert_element_type.default, (value, result.meta["val"].dtype))
-
-
-def _call(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    node = graph.call_function(target, args)
-    values = fx.node.map_arg(args, lambda a: a.meta["val"])
-    mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
-    assert mode is not None
-    with mode:
-        node.meta["val"] = target(*values)
-    node.meta |= {k: v for k, v in like.meta.items() if k in META}
-    return node

@@ -47,12 +47,20 @@ Dim = Union[int, "Expr"]
 class Atom:
     """An indivisible factor of a monomial. `key` is its canonical text and its identity."""
 
-    __slots__ = ("_hash", "args", "key")
+    __slots__ = ("_hash", "_symbols", "args", "key")
 
     def __init__(self, key: str, args: tuple[Dim, ...] = ()):
         self.key = key
         self.args = args
         self._hash = hash(key)
+        self._symbols: frozenset[str] | None = None
+
+    @property
+    def symbols(self) -> frozenset[str]:
+        """Names of all symbols in it."""
+        if self._symbols is None:
+            self._symbols = frozenset((self.key,)) if isinstance(self, Sym) else frozenset().union(*map(free_symbols, self.args))
+        return self._symbols
 
     def __hash__(self) -> int:
         return self._hash
@@ -459,7 +467,23 @@ def substitute(e: Dim, env: Mapping[str, Dim]) -> Dim:
 @lru_cache(maxsize=1 << 14)
 def _substituted(e: Expr, values: tuple[tuple[str, Dim], ...]) -> Dim:
     env = dict(values)
-    return fold(e, lambda name: env[name] if name in env else sym(name), lambda n: n, _DIM_OPS)
+    names = env.keys()
+    # Most terms of an address have none of the symbols. They stay as they are, and in order.
+    same = tuple((m, c) for m, c in e.terms if all(names.isdisjoint(a.symbols) for a in m))
+    total: Dim = Expr(same, e.const) if same else e.const
+    for m, c in e.terms:
+        if all(names.isdisjoint(a.symbols) for a in m):
+            continue
+        term: Dim = c
+        for a in m:
+            if isinstance(a, Sym):
+                term = _mul(env.get(a.key, sym(a.key)), term)
+            elif names.isdisjoint(a.symbols):
+                term = _mul(_atom(a), term)
+            else:
+                term = _mul(fold(_atom(a), lambda name: env[name] if name in env else sym(name), lambda n: n, _DIM_OPS), term)
+        total = _sum(total, term, 1)
+    return total
 
 
 def free_symbols(e: Dim) -> frozenset[str]:
@@ -467,6 +491,8 @@ def free_symbols(e: Dim) -> frozenset[str]:
     if isinstance(e, int):
         return frozenset()
     if e._symbols is None:
-        atoms = [a for m, _ in e.terms for a in m]
-        e._symbols = frozenset().union(*([a.key] if isinstance(a, Sym) else frozenset().union(*map(free_symbols, a.args)) for a in atoms))
+        if len(e.terms) == 1 and len(e.terms[0][0]) == 1:
+            e._symbols = e.terms[0][0][0].symbols
+        else:
+            e._symbols = frozenset().union(*[a.symbols for m, _ in e.terms for a in m])
     return e._symbols

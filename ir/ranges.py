@@ -64,7 +64,7 @@ def _bound(e: Dim, bounds: Bounds, upper: bool) -> Dim | None:
         for a in m:
             lo, hi = _atom_bounds(a, bounds)
             chosen = hi if want_upper else lo
-            fixed = not free_symbols(_atom(a)) & bounds.keys()
+            fixed = bounds.keys().isdisjoint(a.symbols)
             if chosen is None and fixed:
                 chosen = _atom(a)  # made of sizes only: its own bound, compared symbolically
             if chosen is None:
@@ -252,13 +252,13 @@ def _complexity(e: Expr) -> int:
 
 def split_linear(e: Dim, name: str) -> tuple[Dim, Dim] | None:
     """(coefficient, rest) with e == coefficient*name + rest and neither containing `name`; None if `e` is not linear in it."""
-    if isinstance(e, int):
+    if isinstance(e, int) or name not in free_symbols(e):
         return 0, e
     coefficient: dict[Monomial, int] = {}
     rest: dict[Monomial, int] = {}
     for m, c in e.terms:
         count = sum(1 for a in m if isinstance(a, Sym) and a.key == name)
-        inside = any(not isinstance(a, Sym) and any(name in free_symbols(x) for x in a.args) for a in m)
+        inside = any(not isinstance(a, Sym) and name in a.symbols for a in m)
         if inside or count > 1:
             return None
         if count:

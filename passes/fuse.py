@@ -27,9 +27,11 @@ from .siblings import are_siblings
 from .split_dimensions import reshaping_view
 from .split_reductions import reduces_rows
 from .structured import PARTIAL, body_ops, is_contraction, is_pointwise, plain_dims
-from .tiling.gpu_tiles import COLUMNS
 from .topology import topological_sort
 from .unpack import UNPACKS
+
+SUMMED = 256
+"""Columns of a sum that count as one program's: elements join it only where it has enough of these."""
 
 
 @dataclass
@@ -248,7 +250,7 @@ class Fuse(Pass):
             return None
         if not _reads_agree(members, places) or split_frame(into.frame, members, places) is None:
             return None
-        if not self._keeps_parallelism(into.frame, members, places):
+        if not self._keeps_parallelism(into.frame, members, places) or self._counts_beside(into.frame, members, places):
             return None
         return into.frame, places
 
@@ -286,7 +288,8 @@ class Fuse(Pass):
         if g.contraction is not None:
             ok = sorted(place) == list(range(len(frame)))
         else:
-            ok = split_frame(frame, members, places) is not None and self._keeps_parallelism(frame, members, places)
+            ok = (split_frame(frame, members, places) is not None and self._keeps_parallelism(frame, members, places)
+                  and not self._counts_beside(frame, members, places))
         return (place, frame) if ok and _reads_agree(members, places) else None
 
     def _keeps_parallelism(self, frame: list[Dim], members: list[Operation], places: dict[Operation, tuple[int, ...]]) -> bool:
@@ -302,8 +305,18 @@ class Fuse(Pass):
         # What few programs get through in the time of some launches stays one kernel.
         long = isinstance(total, int) and total > 16 * self.small
         if self.by_columns and long and all(isinstance(n, int) for n in frame) and not any(reduces_rows(m) for m in members if m["reductions"]):
-            outer //= COLUMNS
+            outer //= SUMMED
         return outer >= self.parallel_enough
+
+    def _counts_beside(self, frame: list[Dim], members: list[Operation], places: dict[Operation, tuple[int, ...]]) -> bool:
+        """On GPUs: a number that takes the place of one that it is made from (the step of an optimizer) beside elements, with no sum that would need
+        one kernel. All threads of a program read the old number, so it could not be written in place, and the copy is a launch as well."""
+        if not self.by_columns or any(m["reductions"] for m in members):
+            return False
+        inner = split_frame(frame, members, places)
+        numbers = [m for m in members if inner and not set(places[m]) & inner]
+        return any(u.name == "tensor.assign" and u.operands[1] is r and u.operands[0] in m.operands
+                   for m in numbers for r in m.results for u in r.users)
 
 
 def _made_of(g: Group, op: Operation) -> bool:

@@ -47,7 +47,7 @@ class Layout(Pass):
                     changed += _order_scatter(op)
                 if op.name != "tensor.generic" or len(parallel_dims(op)) < 3:
                     continue
-                order = _contraction_order(op, constant, ctx.target) if is_contraction(op) else _inherited_order(op, folded=not ctx.target.is_gpu)
+                order = _contraction_order(op, constant, ctx.target) if is_contraction(op) else _inherited_order(op)
                 if order is not None:
                     for r in op.results:
                         assert isinstance(r.type, TensorType)
@@ -123,14 +123,14 @@ def _order_scatter(op: Operation) -> bool:
     return False
 
 
-def _inherited_order(op: Operation, folded: bool) -> list[int] | None:
+def _inherited_order(op: Operation) -> list[int] | None:
     """The order in which the largest operand with a layout of its own is walked."""
     best: tuple[int, list[int]] | None = None
     for v, m in zip(op.operands, op["maps"], strict=True):
         t = v.type
         if m is None or not isinstance(t, TensorType):
             continue
-        order = walk_order(op, t, m, folded)
+        order = walk_order(op, t, m, folded=True)
         if order is not None and (best is None or t.rank > best[0]):
             best = (t.rank, order)
             if t.strides is None:

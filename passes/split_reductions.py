@@ -40,11 +40,12 @@ SPLITTABLE = frozenset({"sum", "prod", "max", "min", "any", "all"})
 @dataclass(frozen=True)
 class SplitReductions(Pass):
     """See the module docstring. A part keeps at least `least` steps (`least_row` along contiguous memory, which one
-    program reads quickly, and which often fuses with what reads it), and there are at most `most` parts."""
+    program reads quickly, and which often fuses with what reads it; `least_column` of columns on GPUs), and there are at most `most` parts."""
 
     name: ClassVar[str] = "split-reductions"
     least: int = 256
     least_row: int = 16384
+    least_column: int = 128
     most: int = 512
 
     def run(self, module: Operation, ctx: PassContext) -> None:
@@ -65,19 +66,21 @@ class SplitReductions(Pass):
 
     def _on_gpu(self, op: Operation, target: Target) -> _Cut:
         programs, room = _programs(op, target), target.multiprocessors
-        if 2 * programs > room:
+        if is_contraction(op) or reduces_rows(op):
+            wanted = -(-(2 if is_contraction(op) else 4) * room // programs)  # programs per multiprocessor, as measured
+            return self._parts(op, wanted) if 2 * programs <= room else _Cut(0, 1)
+        wanted = -(-8 * room // programs)
+        if wanted < 3:
             return _Cut(0, 1)
-        by_rows = not is_contraction(op) and reduces_rows(op)
-        wanted = -(-(4 if by_rows else 2) * room // programs)  # programs per multiprocessor, as measured
-        cut = self._parts(op, wanted)
-        if is_contraction(op) or by_rows:
-            return cut
-        first, limit = len(parallel_dims(op)), self._limit(op, wanted)
+        limit = self._limit(op, wanted, self.least_column)
+        cut, first = self._parts(op, limit, self.least_column), len(parallel_dims(op))
         whole, rest = op["dims"][first], op["dims"][first + 1:first + 2]
-        if not rest or whole * 2 > limit or whole == 1:
-            return cut
-        again = next((p for p in range(limit // whole, 0, -1) if rest[0] % p == 0), 1)
-        return _Cut(first, whole * again, again) if whole * again > cut.parts else cut
+        again = next((p for p in range(limit // whole, 0, -1) if rest[0] % p == 0), 1) if rest and whole > 1 else 1
+        if again > 1:
+            outer = _Cut(first, whole * again, again)
+        else:
+            outer = _Cut(first, next((p for p in range(min(limit, whole), 1, -1) if whole % p == 0), 1))
+        return outer if outer.parts >= cut.parts else cut  # a part of neighbours in memory
 
     def _on_cpu(self, op: Operation) -> _Cut:
         """Few parts, each worth a thread's while: how many depends on nothing but the sizes, so that results do not depend on the machine."""
@@ -88,14 +91,15 @@ class SplitReductions(Pass):
         points = as_int(product(op["dims"]))
         return self._parts(op, min(CPU_PARTS // programs, points // CPU_POINTS))
 
-    def _parts(self, op: Operation, wanted: int) -> _Cut:
+    def _parts(self, op: Operation, wanted: int, least: int = 0) -> _Cut:
         """How many parts, and of which dimension: the largest divisor up to what is wanted."""
         d = max(range(len(parallel_dims(op)), len(op["dims"])), key=lambda i: op["dims"][i])
-        return _Cut(d, next((p for p in range(self._limit(op, wanted), 1, -1) if op["dims"][d] % p == 0), 1))
+        return _Cut(d, next((p for p in range(self._limit(op, wanted, least), 1, -1) if op["dims"][d] % p == 0), 1))
 
-    def _limit(self, op: Operation, wanted: int) -> int:
+    def _limit(self, op: Operation, wanted: int, least: int = 0) -> int:
+        """The most parts. `least`: steps that a part keeps; 0: `least`, or `least_row`."""
         length = product(op["dims"][len(parallel_dims(op)):])
-        least = self.least_row if not is_contraction(op) and reduces_rows(op) else self.least
+        least = least or (self.least_row if not is_contraction(op) and reduces_rows(op) else self.least)
         return min(wanted, self.most, int(length) // least, _affordable(op))  # type: ignore[arg-type]
 
 

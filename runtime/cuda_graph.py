@@ -60,7 +60,7 @@ class CudaGraph(CompiledGraph):
         self.record: Record | None = None
         self.profile: Profile | None = None
         self._wants_replay = cudagraphs
-        self._allocate = _allocator(library.device)
+        self._device_memory = _allocator(library.device)
         self._native_alignment = False
         super().__init__(manifest, device=library.device, library=library, check_inputs=check_inputs)
         self._places = sorted(int(x["position"]) for x in manifest["inputs"])
@@ -73,6 +73,9 @@ class CudaGraph(CompiledGraph):
             else:
                 leaves = {row["buffer"] for row in manifest["results"] if "buffer" in row} - set(self._early)
                 self.record = Record(self.name, library.on, sorted(leaves), self._walk)
+
+    def _allocator(self) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]:
+        return self._device_memory
 
     def _decline(self, reason: str) -> None:
         self.replay = self.record = None
@@ -133,7 +136,7 @@ class CudaGraph(CompiledGraph):
         if self._packed is not None or not isinstance(native, CudaFunction):
             return super()._one_call(native)
         count, pick, static, checked = self._arg_count, self._pick, self._static, bool(self._input_specs)
-        frames, fill, empty, plain = self._frames, self._fill, self._allocate, self._plain and not self._mutated
+        frames, fill, empty, plain = self._frames, self._fill, self._device_memory, self._plain and not self._mutated
         launch, stream, plan, steps = native.native, native.stream, native.plan, native.count
         two = native.two_streams
         if self._wants_replay:

@@ -108,7 +108,7 @@ class CompiledGraph:
         self._boxed_call = True
         self.device = torch.device(device)
         on_cpu = self.device.type == "cpu"
-        self._empty = _empty if on_cpu else lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
+        self._empty = _empty if on_cpu else self._allocator()
         # torch's CUDA allocator is quick, and knows on which stream memory is still in use: nothing is kept beside it.
         self.arenas = arenas or (shared_pool() if on_cpu else ArenaPool(0, self.device))
         self.library: Library | None = library
@@ -118,6 +118,10 @@ class CompiledGraph:
             self._read(manifest, code, check_inputs)
         except (KeyError, TypeError, IndexError, AttributeError, SizeError, ValueError) as error:
             raise ArtifactError(f"malformed manifest: {type(error).__name__}: {error}") from error
+
+    def _allocator(self) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]:
+        """What makes uninitialised tensors on the device."""
+        return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
 
     @property
     def result_strides(self) -> list[tuple[int, ...] | None]:

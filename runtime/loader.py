@@ -7,7 +7,7 @@ The object is linked in memory by LLVM's ORC JIT with JITLink, one JIT per libra
 that small-code-model references between them always reach, and makes stubs for calls whose target is further than
 2 GiB away (libgomp and libm usually are). Dropping the last reference to the library unmaps it.
 Symbols come from a table, not from LLVM's process-wide list: the OpenMP entry points of the very libgomp that torch has
-loaded (one thread pool, `torch.set_num_threads` obeyed), libm, and a few of libc.
+loaded (`torch.set_num_threads` obeyed), `aicc_parallel` of our own threads (`pool.py`; OpenMP's where there are none), libm, and a few of libc.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 
 from .artifact import ArtifactError
 from .forks import Forks
+from .pool import NEEDED, make_pool
 
 __all__ = ["NativeFunction", "NativeLibrary", "load_object", "openmp_library", "runtime_symbols"]
 
@@ -36,7 +37,7 @@ NativeFunction = Callable[[int, int], int]
 
 _PROTOTYPE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)
 _OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_max_threads", "omp_in_parallel", "omp_get_thread_num",
-           "omp_get_num_threads")
+           "omp_get_num_threads", "omp_set_num_threads")
 _OPENMP_NAMES = ("libgomp", "libomp", "libiomp5")
 _LIBM = ("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh",
          "cosh",
@@ -49,7 +50,6 @@ _LIBC = ("memcpy", "memmove", "memset", "memcmp", "malloc", "free", "aligned_all
 _lock = threading.Lock()
 _serial = itertools.count()
 _symbols: dict[str, int] = {}  # name -> address, filled once per process
-_initialized = False
 
 
 def _loaded_paths() -> list[str]:
@@ -96,17 +96,17 @@ def runtime_symbols() -> Mapping[str, int]:
             _symbols.update(_addresses(process, (*_LIBC, *_LIBM, *(f"{n}f" for n in _LIBM))))
             openmp = openmp_library()
             _symbols.update(_addresses(openmp, _OPENMP))
-            Forks(openmp).watch()
+            initialize()
+            pool = make_pool({**_addresses(process, NEEDED), **_symbols})
+            _symbols["aicc_parallel"] = pool.parallel if pool else _symbols["GOMP_parallel"]
+            Forks(openmp, pool).watch()
     return _symbols
 
 
+@functools.cache
 def initialize() -> None:
-    global _initialized
-    with _lock:
-        if not _initialized:
-            llvm.initialize_native_target()
-            llvm.initialize_native_asmprinter()
-            _initialized = True
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
 
 
 class NativeLibrary:

@@ -27,7 +27,7 @@ from ...ir.types import BufferType, element_type
 from .copies import copy_kernel
 from .kernel import emit_kernel
 from .loops import LoopSite, emit_loop
-from .parallel import Piece, emit_launcher, emit_side_by_side
+from .parallel import OPENMP, OWN, Piece, emit_launcher, emit_side_by_side
 from .scalars import ScalarEmitter, at_block
 from .scratch import ErrorTable
 from .values import I32, I64, PTR, memory_type, stack_slot
@@ -61,6 +61,7 @@ class ModuleEmitter:
         self.source = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
         self.functions = {op["sym_name"]: op for op in module.body if op.name == "func"}
         self.steps: dict[str, ir.Function] = {}
+        self.region = OPENMP if any(op.name == "host.extern" for f in self.functions.values() for op in f.body) else OWN
         self.llvm = ir.Module(name)
         self.errors = ErrorTable()
         self.launchers: dict[tuple[str, frozenset[int]], tuple[Operation, ir.Function]] = {}
@@ -80,7 +81,7 @@ class ModuleEmitter:
             key = f"{sorted(nontemporal)} {_structure(kernel)}"
             if key not in self.same:
                 function = emit_kernel(self.llvm, kernel, self.target, self.errors, nontemporal)
-                self.same[key] = emit_launcher(self.llvm, kernel, function), function
+                self.same[key] = emit_launcher(self.llvm, kernel, function, self.region), function
             self.launchers[name, nontemporal] = kernel, self.same[key][0]
             if not nontemporal:
                 self.functions_of[name] = self.same[key][1]
@@ -248,7 +249,7 @@ class _Segment:
             f.linkage = "internal"
             f.attributes.add("nounwind")
             pieces.append(_Segment(self.owner, self.func, f).piece(op))
-        emit_side_by_side(self.b, pieces, self.f.args[0], self.f.args[1], context)
+        emit_side_by_side(self.b, pieces, self.f.args[0], self.f.args[1], context, self.owner.region)
 
     def piece(self, op: Operation) -> Piece:
         """Emits the function as one launch, or the programs of it that it is told, or a loop."""

@@ -1,9 +1,10 @@
 """Stores past the caches, in kernels that are launched with `nontemporal` operands (`passes/nontemporal.py` chooses them).
 
 Such a store wants an address that is a multiple of the vector's size. Buffers begin at multiples of 64 bytes, so an offset that is provably a
-multiple of a vector is enough; rows of odd length have none. A loop along such a row, if computing an element twice does no harm, is emitted as
-    one step from its start, stored as usual | steps from the first line boundary in it, past the caches | one step up to its end, as usual
-where the outer steps overlap the inner ones. Everything else (masked stores, short rows, other layouts) is stored as usual.
+multiple of a vector is enough; other rows have none. A loop along such a row, if computing an element twice does no harm, is emitted as
+    two steps up to a line boundary, stored as usual | steps from there to another one, past the caches | two steps up to its end, as usual
+where the steps of a pair overlap each other. No line is written both ways: one that lies changed in a cache, or in a buffer on its way to memory,
+would have to be brought there and back first (320 ns per row of 4 KB). Everything else (masked stores, short rows, other layouts) is stored as usual.
 
 Nontemporal stores of a thread are ordered with nothing but a fence on x86: the kernel ends with one, before the thread says that it is done.
 """
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["Nontemporal", "Run"]
 
 LINE = 64
+SHORTEST = 8192
+"""Bytes of a run that is worth its parts: below, what the four steps at its ends cost is as much as the rest gains."""
 SMALLEST = 16
 """Bytes of the smallest vector that is stored so."""
 
@@ -87,7 +90,7 @@ class Nontemporal:
         """What this loop writes in order from an address that may be odd, if it may be emitted as a run."""
         k = self.k
         loop = k.resolver.loops[op]
-        if not self.buffers or self.suspended or op.results or k.cold or (loop.trips is not None and loop.trips < 4):
+        if not self.buffers or self.suspended or op.results or k.cold:
             return None
         stores = [x for x in op.body if x.name == "tile.store"]
         touched = {x.operands[0] for x in stores}
@@ -100,6 +103,8 @@ class Nontemporal:
         for x in stores:
             t = x.operands[1].type
             if x.operands[0] not in self.buffers or not isinstance(t, TileType) or loop.step * t.dtype.bytes % LINE or t.dtype.bytes > 8:
+                continue
+            if loop.trips is not None and loop.trips * loop.step * t.dtype.bytes < SHORTEST:
                 continue
             fixed: dict[str, Dim] = {position(d): 0 for d in range(t.rank)}
             whole = k.instantiate(k.facts.simplify(k.resolver.accesses[x].offset, k.resolver.accesses[x].shape))
@@ -116,40 +121,52 @@ class Nontemporal:
         return any(a.index in pair for pair in self.k.kernel["inplace"])  # type: ignore[attr-defined]
 
     def emit_run(self, op: Operation, run: Run) -> None:
-        """The loop in three parts, or as usual if it is shorter than three steps."""
+        """The loop in three parts, or as usual if it is too short for them."""
         k, b = self.k, self.k.b
         loop = k.resolver.loops[op]
         lower, upper = (k.scalars.emit(k.instantiate(e)) for e in (loop.lower, loop.upper))
         step = loop.step
         long, short, done = (b.append_basic_block(f"run.{n}") for n in ("long", "short", "end"))
-        b.cbranch(b.icmp_signed(">=", b.sub(upper, lower), I64(3 * step)), long, short)
+        dtype = element_type(run.buffer.type)
+        b.cbranch(b.icmp_signed(">=", b.sub(upper, lower), I64(max(SHORTEST // dtype.bytes, 4 * step))), long, short)
         outer = k.facts
         b.position_at_end(long)
-        k.facts = outer.inside(loop.symbol, loop.lower, loop.upper - step)
-        dtype = element_type(run.buffer.type)
-        self.suspended = True
-        with k.scalars.scope({loop.symbol: lower}, "run.head"):
-            k.iterate(op, [])
+        k.facts = whole = outer.inside(loop.symbol, loop.lower, loop.upper - step)
+        with k.scalars.scope({loop.symbol: lower}, "run.start"):
             address = b.ptrtoint(k.scalars.address(k.env[run.buffer], memory_type(dtype), run.offset), I64)
-        self.suspended = False
-        past = b.udiv(b.and_(address, I64(LINE - 1)), I64(dtype.bytes))  # elements since the line began
-        facts, k.facts = k.facts, outer
+        # From the last line boundary within the first two steps: those that write the lines before it lie one behind the other, but for an overlap.
+        past = b.udiv(b.and_(address, I64(LINE - 1)), I64(dtype.bytes))
+        boundary = b.sub(b.add(lower, I64(2 * step)), past)
+        self._two_steps(op, lower, b.sub(boundary, I64(step)), "run.head")
+        k.facts = outer
         self.aligned.append(run.offset)
-        at, _ = k.steps(op, loop, facts, b.sub(b.add(lower, I64(step)), past), k.instantiate(loop.upper) - step + 1, 1, [])
+        at, _ = k.steps(op, loop, whole, boundary, k.instantiate(loop.upper) - 2 * step + 1, 1, [])
         self.aligned.pop()
-        self.suspended = True
-        k.facts = facts
-        tail, after = b.append_basic_block("run.tail"), b.append_basic_block("run.after")
-        b.cbranch(b.icmp_signed("<", at, upper), tail, after)
-        b.position_at_end(tail)
-        with k.scalars.scope({loop.symbol: b.sub(upper, I64(step))}, "run.tail"):
-            k.iterate(op, [])
-            b.branch(after)
-        b.position_at_end(after)
+        k.facts = whole
+        self._two_steps(op, at, b.sub(upper, I64(step)), "run.tail")
         b.branch(done)
         b.position_at_end(short)
         k.facts = outer
+        self.suspended = True
         k.emit_loop(op, loop, [])
+        self.suspended = False
         b.branch(done)
         b.position_at_end(done)
+
+    def _two_steps(self, op: Operation, first: ir.Value, second: ir.Value, name: str) -> None:
+        """The loop's body at these two values of its variable, stored as usual."""
+        k, b = self.k, self.k.b
+        before, body, after = b.block, b.append_basic_block(name), b.append_basic_block(f"{name}.end")
+        b.branch(body)
+        b.position_at_end(body)
+        variable, again = b.phi(I64), b.phi(ir.IntType(1))
+        variable.add_incoming(first, before)
+        again.add_incoming(ir.IntType(1)(1), before)
+        self.suspended = True
+        with k.scalars.scope({k.resolver.loops[op].symbol: variable}, name):
+            k.iterate(op, [])
+            variable.add_incoming(second, b.block)
+            again.add_incoming(ir.IntType(1)(0), b.block)
+            b.cbranch(again, body, after)
         self.suspended = False
+        b.position_at_end(after)

@@ -1,9 +1,10 @@
-"""Launching a kernel over its grid: serially, or through the OpenMP runtime that torch has loaded.
+"""Launching a kernel over its grid: serially, or by several threads.
 
 For a kernel `kernel.K` this adds `launch.K(ptr buffer..., i64 symbol..., ptr context)` and the outlined body that
-`GOMP_parallel` runs on every thread. Threads take chunks of programs from an atomic counter, about `CHUNKS` each, so that a
-slow core does not hold up the others. The team always has the full number of threads: libgomp ends the threads that a smaller
-team leaves out and would have to start them again.
+the runtime's `aicc_parallel` (`runtime/pool.py`) runs on every thread that comes. Threads take chunks of programs from an atomic counter, about
+`CHUNKS` each, so that a slow core does not hold up the others. Programs that also call ATen use OpenMP's threads (`GOMP_parallel`), as ATen does:
+those wait actively for milliseconds after each region, in the way of any others. A team always has the full number of threads: both end the
+threads that a smaller team leaves out and would have to start them again.
 
 Small launches stay serial: a parallel region costs some microseconds. Several that do not depend on each other may share one
 (`emit_side_by_side`): threads take their pieces, runs of a launch's programs, from a counter, the longest first.
@@ -23,15 +24,17 @@ from .intrinsics import declare
 from .scalars import ScalarEmitter
 from .values import I32, I64, PTR, stack_slot
 
-__all__ = ["Piece", "emit_launcher", "emit_side_by_side"]
+__all__ = ["OPENMP", "OWN", "Piece", "emit_launcher", "emit_side_by_side"]
 
+OWN, OPENMP = "aicc_parallel", "GOMP_parallel"
+"""Functions that run a region, `(body, its data, threads, 0)`: the runtime's, and OpenMP's for programs that also call ATen."""
 CHUNKS = 8
 PIECE_NANOSECONDS = 2_000
 """Least time of a piece of a small launch."""
 
 
-def emit_launcher(module: ir.Module, kernel: Operation, function: ir.Function) -> ir.Function:
-    """The function that runs all programs of `kernel`, whose code is `function`."""
+def emit_launcher(module: ir.Module, kernel: Operation, function: ir.Function, region: str = OWN) -> ir.Function:
+    """The function that runs all programs of `kernel`, whose code is `function`; `region` names what runs it on several threads."""
     symbols = kernel["symbols"]
     buffers = len(kernel.body.args)
     types = [PTR] * buffers + [I64] * len(symbols) + [PTR]
@@ -50,7 +53,7 @@ def emit_launcher(module: ir.Module, kernel: Operation, function: ir.Function) -
         if never:
             b.branch(serial)
         else:
-            _emit_parallel(b, scalars, launcher, function, total, estimate, serial)
+            _emit_parallel(b, scalars, launcher, function, total, estimate, serial, region)
         b.position_at_end(serial)
         b.call(function, [*launcher.args[:-1], I64(0), total, launcher.args[-1]])
         b.ret_void()
@@ -62,7 +65,7 @@ def _no_opaque(symbol: str) -> ir.Value:
 
 
 def _emit_parallel(b: ir.IRBuilder, scalars: ScalarEmitter, launcher: ir.Function, function: ir.Function, total: ir.Value,
-                   estimate: Dim, serial: ir.Block) -> None:
+                   estimate: Dim, serial: ir.Block, region: str) -> None:
     module = b.module
     ask, parallel = b.append_basic_block("ask"), b.append_basic_block("parallel")
     worth = b.icmp_signed(">=", scalars.emit(estimate), I64(SERIAL_NANOSECONDS))
@@ -80,8 +83,7 @@ def _emit_parallel(b: ir.IRBuilder, scalars: ScalarEmitter, launcher: ir.Functio
     for i, v in enumerate([*launcher.args, I64(0), chunk, total]):
         b.store(v, b.gep(data, [I32(0), I32(i)], source_etype=shared))
     body = _emit_body(module, launcher.name, function, shared, n)
-    gomp = declare(module, "GOMP_parallel", ir.VoidType(), [PTR, PTR, I32, I32])
-    b.call(gomp, [body, data, I32(0), I32(0)])
+    b.call(declare(module, region, ir.VoidType(), [PTR, PTR, I32, I32]), [body, data, threads, I32(0)])
     b.ret_void()
 
 
@@ -125,7 +127,7 @@ class Piece:
     inside: bool = False
 
 
-def emit_side_by_side(b: ir.IRBuilder, pieces: Sequence[Piece], table: ir.Value, symbols: ir.Value, context: ir.Value) -> None:
+def emit_side_by_side(b: ir.IRBuilder, pieces: Sequence[Piece], table: ir.Value, symbols: ir.Value, context: ir.Value, region: str = OWN) -> None:
     """Runs all pieces, by all threads; one after the other where there is one thread, or where this is inside a parallel region.
 
     Loops whose launches are long leave more threads idle than there are loops: with more than two threads each, they run one by one.
@@ -149,7 +151,7 @@ def emit_side_by_side(b: ir.IRBuilder, pieces: Sequence[Piece], table: ir.Value,
     for i, v in enumerate([table, symbols, context, I64(0)]):
         b.store(v, b.gep(data, [I32(0), I32(i)], source_etype=shared))
     body = _emit_pieces(module, f"{pieces[0].function.name}.thread", _runs(pieces), shared)
-    b.call(declare(module, "GOMP_parallel", ir.VoidType(), [PTR, PTR, I32, I32]), [body, data, I32(0), I32(0)])
+    b.call(declare(module, region, ir.VoidType(), [PTR, PTR, I32, I32]), [body, data, threads, I32(0)])
     b.branch(after)
     b.position_at_end(after)
 

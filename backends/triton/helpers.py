@@ -104,6 +104,19 @@ def tanh_approx(x):
 def log_approx(x):
     return 0.6931471805599453 * tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
+def erf_approx(x):
+    # 1 - exp(-x^2) * g(1 / (1 + 0.55 |x|)), with g of degree 6 for the least largest error (3e-8; the form is Hastings', 1955); near 0 the series
+    t = tl.abs(x)
+    r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [t * 0.55 + 1.0], dtype=tl.float32, is_pure=True, pack=1)
+    y = t * 1.2011224087864498
+    e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [-y * y], dtype=tl.float32, is_pure=True, pack=1)
+    g = ((((0.10686823223511316 * r - 0.5162564243575846) * r + 0.7569591889188071) * r - 0.03931982137535995) * r + 0.3900470156302311) * r
+    g = (g + 0.3017017991232496) * r
+    s = x * x
+    near = x * (1.1283791670955126 + s * (s * 0.11283791670955126 - 0.37612638903183754))
+    far = (1.0 - g * e).to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & -2147483648)
+    return tl.where(t < 0.125, near, far.to(tl.float32, bitcast=True))
+
 def digamma(x):
     # reflection below 0, recurrence up to 10, then the asymptotic series (Cephes psi)
     whole = (x == tl.floor(x)) & (x <= 0)

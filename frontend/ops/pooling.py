@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product as combinations
 from typing import Any
 
 from ...ir.core import Value
 from ...ir.expr import Dim, floordiv, product, sym
-from ...ir.types import TensorType
+from ...ir.types import DTYPES, TensorType
 from ..context import F32, I64, Context, like, typeof
 from ..errors import Unsupported
+from ..window_places import GATHERED, spans
 from .table import Lower
+
+I32 = DTYPES["i32"]
 
 
 def _window(x: Any, n: int, default: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -57,7 +60,8 @@ def max_pool_backward(n: int) -> Lower:
         covering = tuple(-(-k // s) for k, s in zip(size, steps, strict=True))
         known = all(isinstance(s, int) for s in (*shape, *typeof(grad).shape))
         if known and math.prod(covering) <= GATHERED and all(d == 1 for d in _window(dilation, n)):
-            return _gathered(c, grad, indices, shape, steps, pads, covering)
+            here = _flat(c, [c.positions(shape, len(shape) - n + i) for i in range(n)], shape[-n:])
+            return _gathered(c, grad, indices, shape, steps, pads, covering, lambda _: here)
         lead, area = shape[:-n], product(shape[-n:])
         points = product(typeof(grad).shape[-n:])
         base = c.full((*lead, area), 0, typeof(grad).dtype)
@@ -68,29 +72,57 @@ def max_pool_backward(n: int) -> Lower:
     return lower
 
 
-GATHERED = 4
-"""Most windows around an input position that are asked whether it won; with more of them, gradients are scattered."""
+def _flat(c: Context, along: Sequence[Value], sizes: Sequence[Dim]) -> Value:
+    """The row-major number of an element, by its positions."""
+    flat = along[0]
+    for position, size in zip(along[1:], sizes[1:], strict=True):
+        flat = c.ew("add", c.ew("mul", flat, size), position)
+    return flat
 
 
-def _gathered(c: Context, grad: Value, indices: Value, shape: Sequence[Dim], steps: Sequence[int], pads: Sequence[int],
-              covering: Sequence[int]) -> Value:
+def window_places(c: Context, indices: Value, size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Value:
+    """See `frontend/window_places.py`."""
+    shape, n = typeof(indices).shape, len(size)
+    rest = c.cast(indices, I32) if math.prod(size) < 1 << 31 else indices
+    offsets: list[Value] = []
+    for i in reversed(range(n)):
+        first = c.ew("sub", c.ew("mul", c.positions(shape, len(shape) - n + i), stride[i]), padding[i])
+        inside = c.ew("mod", rest, size[i]) if i else rest
+        offsets.insert(0, c.ew("sub", inside, c.cast(first, typeof(rest).dtype)))
+        rest = c.ew("floordiv", rest, size[i])
+    return c.cast(_flat(c, offsets, spans(kernel, stride)), c.dtype)
+
+
+def max_pool_gradient(c: Context, grad: Value, places: Value, size: Sequence[int], kernel: Sequence[int], stride: Sequence[int],
+                      padding: Sequence[int]) -> Value:
+    """Each output gradient goes to the input position that won, which knows its place in each window around it."""
+    n, shape = len(size), (*typeof(grad).shape[:-len(size)], *size)
+    covering = tuple(-(-k // s) for k, s in zip(kernel, stride, strict=True))
+    moved = [c.ew("add", c.cast(c.positions(shape, len(shape) - n + i), I32), padding[i]) for i in range(n)]
+    offsets = [c.ew("mod", m, s) for m, s in zip(moved, stride, strict=True)]
+
+    def place(ts: Sequence[int]) -> Value:
+        return _flat(c, [c.ew("add", o, t * s) for o, t, s in zip(offsets, ts, stride, strict=True)], spans(kernel, stride))
+    return _gathered(c, grad, places, shape, stride, padding, covering, place)
+
+
+def _gathered(c: Context, grad: Value, winners: Value, shape: Sequence[Dim], steps: Sequence[int], pads: Sequence[int],
+              covering: Sequence[int], mine: Callable[[Sequence[int]], Value]) -> Value:
     """The sum of the gradients of those windows, at most `covering` along each dimension, whose winner is at the position. [*, *spatial], known
-    sizes."""
-    n, lead = len(steps), len(shape) - len(steps)
+    sizes. `mine(ts)`: what `winners` has for the position in the window that begins `ts` strides before the last one around it."""
+    lead = len(shape) - len(steps)
     out = typeof(grad).shape[lead:]
     work = F32 if typeof(grad).dtype.name in ("bf16", "f16") else typeof(grad).dtype
     reach = [max(0, (h - 1 + p) // s + 1 - o) for h, p, s, o in zip(shape[lead:], pads, steps, out, strict=True)]  # type: ignore[operator, type-var]
     low, high = [0] * lead + [t - 1 for t in covering], [0] * lead + reach
-    winners, given = c.pad(indices, low, high, -1), c.pad(grad, low, high, 0)
-    flat = c.positions(shape, lead)
-    for i in range(1, n):
-        flat = c.ew("add", c.ew("mul", flat, shape[lead + i]), c.positions(shape, lead + i))
+    winners, given = c.pad(winners, low, high, -1), c.pad(grad, low, high, 0)
     total = None
     for ts in combinations(*(reversed(range(t)) for t in covering)):  # in the order of the windows, as a loop over them would add
         places: list[Dim] = [sym(f"d{i}") for i in range(lead)]
         places += [floordiv(sym(f"d{lead + i}") + pads[i], steps[i]) + (covering[i] - 1 - t) for i, t in enumerate(ts)]
-        mine = c.ew("eq", c.remap(winners, shape, places), flat)
-        share = c.ew("select", mine, c.cast(c.remap(given, shape, places), work), c.scalar(0, work))
+        wanted = mine(ts)
+        won = c.ew("eq", c.cast(c.remap(winners, shape, places), typeof(wanted).dtype), wanted)
+        share = c.ew("select", won, c.cast(c.remap(given, shape, places), work), c.scalar(0, work))
         total = share if total is None else c.ew("add", total, share)
     assert total is not None
     return c.cast(total, typeof(grad).dtype)
@@ -218,6 +250,8 @@ ROWS: dict[str, Lower] = {
     "aten.max_pool3d_with_indices.default": max_pool(3),
     "aten.max_pool2d_with_indices_backward.default": max_pool_backward(2),
     "aten.max_pool3d_with_indices_backward.default": max_pool_backward(3),
+    "aicc.window_places.default": window_places,
+    "aicc.max_pool_gradient.default": max_pool_gradient,
     "aten.avg_pool1d.default": avg_pool(1),
     "aten.avg_pool2d.default": avg_pool(2),
     "aten.avg_pool3d.default": avg_pool(3),

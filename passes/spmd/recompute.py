@@ -3,7 +3,8 @@
     remade = recomputable(module, outputs, "selective")      # a test on forward ops
 
     none        what costs nothing: views, constants, wider copies of kept values, all-gathers (a gathered parameter of ZeRO-3 is not kept
-                between the passes, nor is a gathered activation of sequence parallelism), and what element-wise ops alone make of kept values
+                between the passes, nor is a gathered activation of sequence parallelism), what is picked from an argument and takes more memory than
+                that (an expert's weights for each token), and what element-wise ops alone make of kept values
     selective   also element-wise ops, reductions and products of two activations: norms, activation functions, plain attention. Kept are the
                 results of products with parameters, of operators that are called (streaming attention is one) and of reducing collectives
     full        everything inside a repeated block, its collectives too: of a block, what it reads is kept (Chen et al. 2016, "Training Deep
@@ -32,6 +33,7 @@ LONGEST = 24
 """Element-wise ops in a row that are run again: they fuse, and the kept values that they start from are read anyway."""
 SMALL = 64
 """A value that takes so many times less is kept beside another without a thought."""
+_PICKING = ("graph.embedding", "graph.gather", "graph.index")
 _SOURCES = ("graph.iota", "graph.sym", "dist.coordinate", "dist.shard")
 _REDUCING = ("dist.all_reduce", "dist.reduce_scatter", "dist.all_to_all")
 
@@ -129,12 +131,20 @@ def _free(op: Operation) -> bool:
         return True
     if op.name == "graph.cast":
         return tensor_type(op.result).dtype.bytes >= tensor_type(op.operands[0]).dtype.bytes
-    return op.name in (*_SOURCES, "dist.all_gather")
+    return op.name in (*_SOURCES, "dist.all_gather") or _picks_parameter(op)
 
 
 def _gathers_parameter(op: Operation) -> bool:
     """A gather of an argument, which the backward pass makes again for the gradient anyway."""
     return op.name == "dist.all_gather" and isinstance(op.operands[0], BlockArg)
+
+
+def _picks_parameter(op: Operation) -> bool:
+    """Rows of an argument, more of them than it and their numbers take: an expert's weights for each token, which are read where they lie."""
+    if op.name not in _PICKING or not _is_parameter(op.operands[0]):
+        return False
+    sizes = [t.numel * t.dtype.bytes for t in map(tensor_type, (op.result, *op.operands)) if isinstance(t.numel, int)]
+    return len(sizes) == 1 + len(op.operands) and sizes[0] > sum(sizes[1:])
 
 
 def _random(op: Operation) -> bool:

@@ -312,7 +312,7 @@ class Contraction:
         mr, step_bytes = self.tile[0], self.depth * element_type(self.op.operands[self.roles.left].type).bytes
         budget = target.l2 * 3 // 4 // step_bytes
         if not all(isinstance(s, int) for s in self.k_sizes):
-            return rows_in_block(self.m, mr, ROWS), None
+            return rows_in_block(self.m, mr, self.limits[0] or min(ROWS, budget // max(1, K_BLOCK // self.depth))), None
         sizes: list[int] = [int(s) for s in self.k_sizes]  # type: ignore[arg-type]
         most, total = max(128, (self.limits[1] or K_BLOCK) // self.depth), prod(sizes)
         few = rows_in_block(self.m, mr, ROWS)
@@ -400,7 +400,7 @@ class Contraction:
             exact = not self.acc_type.dtype.is_float
             if not exact and isinstance(most, int) and most > steps:  # parts of one length, none much shorter than others
                 steps = -(-most // (-(-most // steps) * UNROLL)) * UNROLL
-            if exact or len(ks) + 1 < len(self.k_sizes) or not isinstance(most, int) or most <= steps:
+            if exact or len(ks) + 1 < len(self.k_sizes) or (isinstance(most, int) and most <= steps):
                 return multiply(c, inner, i, panel, ks, within, self._zero(inner), most)
 
             def part(x: Emitter, k: Dim, carried: list[Value]) -> list[Value]:

@@ -22,6 +22,8 @@ __all__ = ["COMBINE_OPS", "Emitter", "Pair", "identity_of", "tile_or_scalar"]
 Pair = tuple[Dim, Dim]
 COARSE = frozenset({"arith.exp", "arith.exp2", "arith.sigmoid"})
 """Functions for which GPUs have a fast form that is wrong nowhere by more than 16-bit rounding."""
+NARROW = COARSE | {"arith.erf"}
+"""On GPUs, of kernels whose floats in memory have 16 bits."""
 FAST = COARSE | {"arith.tanh", "arith.erf", "arith.log"}
 """Functions of which backends may have a cheaper form (`fast_math`)."""
 COMBINE_OPS = {"sum": "add", "prod": "mul", "max": "max", "min": "min", "any": "or", "all": "and"}

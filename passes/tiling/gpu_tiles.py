@@ -29,8 +29,8 @@ class GpuTile:
     stages: int
 
 
-COLUMNS = 256
-"""Columns that a program sums at once: runs of 512 bytes of 16-bit floats."""
+COLUMNS = 64
+"""Columns that a program sums at once: runs of 128 bytes of 16-bit floats. Narrow, so that there are many programs, whose loads wait side by side."""
 FEW_ROWS, RUN = 16, 256
 """A product with so few rows is bound by memory: programs read RUN bytes of each of 32 columns at a time."""
 UNKNOWN = 2048

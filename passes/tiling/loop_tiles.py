@@ -25,6 +25,8 @@ LINE_ELEMENTS = 16
 """Of 4 bytes in a cache line."""
 CACHED_LINES = 512
 """Lines of 64 bytes that the first cache holds."""
+MANY = (384, 768)
+"""Rows of a sum of columns, and programs, from which two warps are enough for each."""
 LARGEST = 16384
 """Elements of a tile: 32 registers of each thread of 16 warps for one value."""
 
@@ -89,12 +91,9 @@ def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
         width = min(1 << max(0, (extent - 1).bit_length()), 8192 if extent <= 8192 else 4096)
         rows = max(1, min(16, 1024 // width))
     elif frame.inner:
-        width = min(1 << max(0, (extent - 1).bit_length()), _columns(frame))
-        rows = 32
-        if width < COLUMNS:
-            rows, warps = _rows_of_columns(frame, width)
-        elif sum(bool(op["reductions"]) for op in frame.members) == 1:
-            rows, width, warps = 64, COLUMNS // 2, 4  # 64 elements of each thread under way; measured beside 32 x 256 with 8 warps
+        rows, width, warps = _columns(frame)
+        width = min(1 << max(0, (extent - 1).bit_length()), width)
+        rows = max(rows, 512 * warps // width)
     else:
         width = min(1 << max(0, (extent - 1).bit_length()), 1024)
         points = product(frame.sizes.values())
@@ -112,20 +111,22 @@ def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
     return TileChoice(vector, row if rows > 1 else None, (rows if row is not None else 1, width), width, warps)
 
 
-def _columns(frame: Frame) -> int:
-    """How many columns a program sums: few where there is little to do, so that more programs share it."""
+def _columns(frame: Frame) -> tuple[int, int, int]:
+    """(rows, columns, warps) of the tile of a sum of columns, in so many programs that their loads hide each other's wait (BatchNorm's statistics of
+    103 MB: 67 us with one program of 32 x 256 to a multiprocessor). As measured: 16 elements to a thread of four warps, of two where there are many
+    programs of many rows; for one sum alone, which is nothing but loads, 32. Where there is little to do, as in adding up parts, waiting is all: then
+    a program takes few columns, and all of their elements at once."""
     points = product(frame.sizes.values())
-    if not isinstance(points, int):
-        return 64
-    return COLUMNS if points >= 1 << 22 else 64 if points >= 1 << 18 else 32
-
-
-def _rows_of_columns(frame: Frame, width: int) -> tuple[int, int]:
-    """(rows, warps) of a tile of few columns: what is under way at a time is what counts, 32 elements to a thread. With 32 x 64 a step took the
-    microsecond that memory needs to answer: 64 us for the statistics of 25 MB in 64 programs."""
-    points = product(frame.sizes.values())
-    warps = 8 if isinstance(points, int) and points >= 1 << 22 else 4
-    return max(32, 1024 * warps // width), warps
+    if not isinstance(points, int) or points >= 1 << 18:
+        if sum(bool(op["reductions"]) for op in frame.members) == 1:
+            return 64, COLUMNS, 4
+        rows = product(frame.sizes[f] for f in frame.inner)
+        many = isinstance(points, int) and isinstance(rows, int) and rows >= MANY[0] and points // (rows * COLUMNS) >= MANY[1]
+        return (16, COLUMNS, 2) if many else (32, COLUMNS, 4)
+    longest = max((n for f in frame.inner if isinstance(n := frame.sizes[f], int)), default=1)
+    rows = max(64, min(512, 1 << (longest - 1).bit_length()))
+    width = max(16, min(32, 8192 // rows))
+    return rows, width, max(4, rows * width // 1024)
 
 
 def _transposed(frame: Frame, vector: str, least: int = 64) -> str | None:

@@ -27,7 +27,7 @@ from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
 from .frame import Frame, make_online
 from .keeping import Home, choose_homes
 from .loop_tiles import TileChoice
-from .moments import add_second_moment, initial_count, spread_of_means
+from .moments import add_second_moment, add_shifted, initial_count, initial_shifted, spread_of_means, spread_of_shifted, sum_of_shifted
 from .prefetch import Leaf, ask_ahead
 
 __all__ = ["emit_loops", "traffic", "work"]
@@ -267,8 +267,16 @@ class Lowering:
         return out
 
     def _slots(self, op: Operation, k: int) -> int:
-        """Accumulators of a reduction: an extreme has its position too, a second moment the number of elements."""
-        return 2 if op["combine"][k] in ("argmax", "argmin") or op in self.frame.moments else 1
+        """Accumulators of a reduction: an extreme has its position too, a second moment what `moments.py` says."""
+        if op in self.frame.moments:
+            return 4 if self.gpu else 2
+        if self._shifted_by(op) is not None:
+            return 0
+        return 2 if op["combine"][k] in ("argmax", "argmin") else 1
+
+    def _shifted_by(self, total: Operation) -> Operation | None:
+        """On a GPU: the sum of squares about a mean from whose accumulators the sum follows."""
+        return next((op for op, of in self.frame.moments.items() if of is total), None) if self.gpu else None
 
     def value(self, scope: Scope, v: Value) -> Value:
         """The tile of an internal value at the scope's point, computed at most once per scope."""
@@ -354,7 +362,11 @@ class Lowering:
         dtype = element_type(op.body.terminator.operands[k].type)
         if op in self.frame.online or op in self.frame.online.values():
             return [e.broadcast(e.builder.constant(identity_of(kind, dtype), dtype), self._row_shape())]
+        if self._shifted_by(op) is not None:
+            return []
         if op in self.frame.moments:
+            if self.gpu:
+                return initial_shifted(e, dtype, self._ragged(), self.tile.shape, self._inner_shape())
             return [e.broadcast(e.builder.constant(0, dtype), self.tile.shape), initial_count(e, dtype, self._ragged(), self._inner_shape())]
         if kind in ("argmax", "argmin"):
             return [e.broadcast(e.builder.constant(identity_of(kind[3:], dtype), dtype), self.tile.shape),
@@ -369,7 +381,7 @@ class Lowering:
         if memo not in scope.loads:
             for out, made in zip(op.body.terminator.operands, self._body(scope, op), strict=True):
                 scope.loads[("yield", op, out)] = made
-            scope.loads[memo] = acc[0]
+            scope.loads[memo] = made
         value = scope.loads[("yield", op, key)]
         kind = op["combine"][k]
         dtype = element_type(key.type)
@@ -378,11 +390,16 @@ class Lowering:
             return self._combine_arg(scope, op, value, acc, mask, kind)
         if op in self.frame.moments:
             before, after, x = scope.sums[self.frame.moments[op]]
+            if self.gpu:
+                return add_shifted(e, x, acc, mask)
             return add_second_moment(e, x, before, after, acc, mask)
         if mask is not None:
             value = b.arith("select", mask, value, identity_of(kind, dtype))
         if op in self.frame.online or op in self.frame.online.values():
             return [self._combine_online(scope, op, value, acc[0])]
+        if self._shifted_by(op) is not None:
+            scope.sums[op] = value, value, value
+            return []
         made = b.arith(COMBINE_OPS[kind], acc[0], value)
         made = made if made.type == acc[0].type else e.broadcast(made, self.tile.shape)
         scope.sums[op] = acc[0], made, value
@@ -445,7 +462,11 @@ class Lowering:
         e, b = self.e, self.e.builder
         axes = self._inner_axes()
         slot = 0
-        sums: dict[Operation, Value] = {}
+        places: dict[Operation, int] = {}
+        for op, k in keys:
+            places.setdefault(op, slot)
+            slot += self._slots(op, k)
+        slot = 0
         for op, k in keys:
             kind = op["combine"][k]
             r = op.results[k]
@@ -453,12 +474,7 @@ class Lowering:
                 value = self._reduce_arg(carried[slot], carried[slot + 1], kind[3:], axes)
                 slot += 2
             else:
-                value = carried[slot]
-                if op in self.frame.moments:
-                    total = self.frame.moments[op]
-                    value = spread_of_means(e, value, sums[total], carried[slot + 1], self.outer_values[total.result],
-                                            product(self.frame.sizes[f] for f in self.frame.inner))
-                sums[op] = carried[slot]
+                value = self._lanes(op, carried, slot, places)
                 slot += self._slots(op, k)
                 for axis in axes:
                     value = self._reduce(value, axis, kind)
@@ -470,6 +486,19 @@ class Lowering:
                 with b.at(op.location):
                     here = Scope(e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner})
                     self.store(here, self.buffers[r], self.stores[r], value)
+
+    def _lanes(self, op: Operation, carried: Sequence[Value], slot: int, places: dict[Operation, int]) -> Value:
+        """What each lane adds to a reduction; `places`: the first accumulator of every op."""
+        squares = self._shifted_by(op)
+        if squares is not None:
+            return sum_of_shifted(self.e, carried[places[squares]:places[squares] + 4])
+        total = self.frame.moments.get(op)
+        if total is None:
+            return carried[slot]
+        whole, count = self.outer_values[total.result], product(self.frame.sizes[f] for f in self.frame.inner)
+        if self.gpu:
+            return spread_of_shifted(self.e, carried[slot:slot + 4], whole, count)
+        return spread_of_means(self.e, carried[slot], carried[places[total]], carried[slot + 1], whole, count)
 
     def _reduce(self, value: Value, axis: int, kind: str, b: Builder | None = None) -> Value:
         t = value.type

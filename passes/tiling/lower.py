@@ -6,10 +6,11 @@ Kernels with the same body are shared: twelve transformer layers launch the same
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from ...ir import DTYPES, Block, BufferType, Builder, IRError, Operation, Region, SymbolRef, Target, TensorType, TileType, Value, element_type
+from ...ir import DTYPES, Block, BufferType, Builder, DType, IRError, Operation, Region, SymbolRef, Target, TensorType, TileType, Value, element_type
 from ...ir.expr import Dim, free_symbols, product
 from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
@@ -22,7 +23,7 @@ from .contraction import emit_contraction, is_row_major, roles_of
 from .contraction_gpu import emit_gpu_contraction
 from .cpu_candidates import CpuTile, contraction_candidates, loop_candidates, stream_candidates
 from .cpu_tiles import contraction_tile, is_depthwise, square_tile
-from .emit import COARSE, FAST, Emitter
+from .emit import COARSE, FAST, NARROW, Emitter
 from .frame import Frame, analyse, is_expensive
 from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
 from .loop_tiles import choose_tile, loop_tiles, resized
@@ -33,6 +34,9 @@ from .stream import GpuStream, stream_tile, stream_tiles, suits_warp_groups
 from .stream_cpu import CpuStream
 from .window import emit_window, find_window, window_shape
 from .window_tiles import window_candidates, window_tile
+
+FEW = 64
+"""So many times smaller than the largest tensor of a kernel is what does not decide how precise its functions need to be."""
 
 
 @register
@@ -137,9 +141,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
     inplace: tuple = ()
     updates: tuple = ()
     warps = 0
-    kept = [element_type(v.type) for v in (*fused.operands, *fused.results)]
-    narrow = target.is_gpu and all(t.bits <= 16 for t in kept if t.is_float)  # everything in memory is
-    coarse = FAST if fast and not target.is_gpu else COARSE if fast or narrow else frozenset()
+    narrow = target.is_gpu and all(t.bits <= 16 for t in _bulk([*fused.operands, *fused.results]) if t.is_float)
+    coarse = FAST if fast and not target.is_gpu else NARROW if narrow else COARSE if fast else frozenset()
     hint: GpuTile | None = None
     first = members[0]
     if first.name == "tensor.scatter" and scatters_in_parallel(first, target):
@@ -336,17 +339,27 @@ def _of_init(scatter: Operation, fused: Operation) -> tuple[tuple[int, int], ...
     return ((next(i for i, v in enumerate(fused.body.args) if v is scatter.operands[0]), len(fused.operands)),)
 
 
+def _bulk(values: Sequence[Value]) -> list[DType]:
+    """The element types of nearly all of the memory that a kernel touches: not of numbers for each of many elements, a row's statistics say."""
+    sizes = [v.type.numel if isinstance(v.type, TensorType) else 1 for v in values]
+    most = max((n for n in sizes if isinstance(n, int)), default=1)
+    return [element_type(v.type) for v, n in zip(values, sizes, strict=True) if not isinstance(n, int) or n * FEW >= most]
+
+
 def _inplace_pairs(frame: Frame, fused: Operation) -> tuple[tuple[int, int], ...]:
-    """[input, output] argument numbers that may share memory: in a one-stage kernel, where the input is read only where the output is written."""
-    if max(frame.stage.values()) > 0 or not all(is_pointwise(m) for m in frame.members):
-        return ()
+    """[input, output] argument numbers that may share memory: in a one-stage kernel, where the input is read only where the output is written; and in
+    others, of numbers of a row that one member makes from their old ones, if nothing else reads either (a running mean)."""
     n = len(fused.operands)
     pairs = []
+    one_stage = max(frame.stage.values()) == 0 and all(is_pointwise(m) for m in frame.members)
     whole = {v for m in frame.members for v, mp in zip(m.operands, m["maps"], strict=True) if mp is None}
     for i, v in enumerate(fused.body.args):
         reads = [x.offset for x in frame.accesses if x.value is v and not x.is_store]
         for j, out in enumerate(frame.outputs):
-            if not frame.is_full(out.defining_op):  # type: ignore[arg-type]
+            maker = out.defining_op
+            assert maker is not None
+            alone = not maker["reductions"] and len(out.uses) == 1 and all(m is maker for m in frame.members if v in m.operands)
+            if not (one_stage and frame.is_full(maker)) and (frame.is_full(maker) or not alone):
                 continue  # stored once, before the loops that may read the input again
             writes = [x.offset for x in frame.accesses if x.value is out and x.is_store]
             same = storage_bytes(v.type) == storage_bytes(out.type) and v.type.dtype.bytes == out.type.dtype.bytes  # type: ignore[arg-type,attr-defined]

@@ -14,7 +14,7 @@ module { func @matmul { ^(%x: tensor<16x4096xf32>, %w: tensor<4096x64xf32>):
 
 // Positions in the body are those of the whole: index 1 becomes d0 * chunk + rest.
 // CHECK-LABEL: func @position
-// CHECK: tensor.generic(%x) {{.*}}dims = [256, 16, 256]
+// CHECK: tensor.generic(%x) {{.*}}dims = [512, 16, 128]
 // CHECK-DAG: tensor.index() {dim = 0}
 // CHECK-DAG: tensor.index() {dim = 2}
 module { func @position { ^(%x: tensor<65536x16xf32>):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from aicc import passes  # noqa: F401  (registers them)
 from aicc.backends.llvm import compile_module
+from aicc.backends.llvm import nontemporal as stores
 from aicc.backends.llvm.target import make_target
 from aicc.compiler.driver import Compilation, watching
 from aicc.compiler.options import Options
@@ -68,6 +69,7 @@ def run(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], *args: Te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_rows_of_any_length(monkeypatch: pytest.MonkeyPatch, width: int, dtype: torch.dtype) -> None:
     """Softmax keeps exponentials in the program's memory and writes each row once, wherever it begins: aligned, even, odd."""
+    monkeypatch.setattr(stores, "SHORTEST", 512)
     assert "nontemporal !" in run(monkeypatch, lambda x: x.softmax(-1), torch.randn(37, width, dtype=dtype))
 
 
@@ -79,6 +81,18 @@ def test_rows_of_any_length(monkeypatch: pytest.MonkeyPatch, width: int, dtype: 
 def test_kernels(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> None:
     for width in (160, 161):
         run(monkeypatch, function, torch.randn(64, width))
+
+
+@pytest.mark.parametrize("width", [2049, 2050, 2055, 3001, 5003])
+def test_long_rows_that_begin_anywhere(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Their ends are stored as usual, what is between past the caches; the rows before and after stay whole."""
+    text = run(monkeypatch, lambda x: x.softmax(-1), torch.randn(19, width))
+    assert "nontemporal !" in text and "run.head" in text
+
+
+def test_shorter_rows_that_begin_anywhere_are_stored_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their ends would take as long as the rest gains."""
+    assert "run.head" not in run(monkeypatch, lambda x: x.softmax(-1), torch.randn(19, 1001))
 
 
 def test_sizes_known_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,25 @@ def test_the_16_bit_value_is_kept_and_not_what_is_made_of_it() -> None:
     assert sorted(kept_by(loss, torch.bfloat16)) == ["tensor<32x64xbf16>", "tensor<4x8x1xf32>"]
 
 
+def test_weights_picked_for_each_token_are_not_kept() -> None:
+    """What is kept are the numbers of the experts, and not their weights, once per token."""
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(WIDTH, WIDTH, bias=False), nn.Parameter(torch.randn(4, WIDTH, WIDTH))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x).reshape(-1, WIDTH)
+            return torch.bmm(self.second[y.argmax(-1) % 4], y.unsqueeze(-1)).square().mean()
+
+    plan = auto_shard(Experts(), (X,), mesh=1, plan=Plan(micro_batch=BATCH), optimizer=torch.optim.SGD, device="cpu")
+    program = plan.program()
+    func = next(op for op in program.cut.forward.body if op.name == "func")
+    kept = [v.type for v in func.body.terminator.operands[program.joint.outputs:]]
+    assert all(t.numel <= BATCH * LENGTH * WIDTH for t in kept), kept  # type: ignore[attr-defined]
+    assert any(t.dtype.name == "i64" for t in kept), kept  # type: ignore[attr-defined]
+
+
 def test_kept_values() -> None:
     """full keeps what each block reads, selective what its products with parameters give; none at least that and what norms need."""
     none, selective, full = (kept_elements(kind) for kind in ("none", "selective", "full"))

@@ -1,0 +1,50 @@
+"""The text of helper functions, executed on numpy arrays: the interpreter has no inline assembly."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from aicc.backends.triton.helpers import HELPERS
+
+INSTRUCTIONS = {"rcp.approx.ftz.f32": lambda x: 1 / x, "ex2.approx.ftz.f32": np.exp2}
+
+
+class Tile(np.ndarray):
+    """float32 or int32 numbers with Triton's `to`."""
+
+    def to(self, dtype, bitcast=False):
+        return self.view(dtype) if bitcast else self.astype(dtype)
+
+
+def run(name, x):
+    """The helper on a float32 array."""
+    def assembly(text, constraints, args, **_):
+        with np.errstate(divide="ignore"):
+            return INSTRUCTIONS[text.split()[0]](args[0]).astype(np.float32)
+    tl = SimpleNamespace(abs=np.abs, where=lambda c, a, b: np.where(c, a, b).view(Tile), float32=np.float32, int32=np.int32, inline_asm_elementwise=assembly)
+    scope = {"tl": tl, "triton": SimpleNamespace(jit=lambda f: f)}
+    exec(HELPERS[name], scope)
+    return scope[name](x.astype(np.float32).view(Tile))
+
+
+def test_erf_is_close_everywhere():
+    x = np.concatenate([np.linspace(-7, 7, 100001), [0.125, np.nextafter(np.float32(0.125), np.float32(0))]])
+    true = np.array([math.erf(v) for v in x.astype(np.float32)])
+    assert np.abs(run("erf_approx", x) - true).max() < 3e-7
+
+
+def test_erf_is_relatively_close_near_zero():
+    x = 10.0 ** np.linspace(-30, 0, 1000)
+    for sign in (1, -1):
+        true = np.array([math.erf(v) for v in (sign * x).astype(np.float32)])
+        assert (np.abs(run("erf_approx", sign * x) - true) / np.abs(true)).max() < 2e-6
+
+
+@pytest.mark.parametrize(("x", "y"), [(math.inf, 1.0), (-math.inf, -1.0), (0.0, 0.0)])
+def test_erf_at_the_ends(x, y):
+    assert run("erf_approx", np.array([x])) == y
+
+
+def test_erf_of_nan():
+    assert np.isnan(run("erf_approx", np.array([math.nan])))
