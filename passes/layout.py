@@ -92,7 +92,7 @@ def channel_of(op: Operation, taps: int, target: Target) -> int | None:
     if target.is_gpu or not is_depthwise(op):
         return None
     rank, image = len(parallel_dims(op)), op["maps"][1 - taps]
-    of_taps = {int(s[1:]) for e in op["maps"][taps] for s in free_symbols(e) if int(s[1:]) < rank}
+    of_taps = {int(s[1:]) for e in op["maps"][taps] for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit() and int(s[1:]) < rank}
     if len(of_taps) != 1:
         return None
     (d,) = of_taps
