@@ -78,7 +78,7 @@ def _contraction_order(op: Operation, constant: set[Value], target: Target) -> l
         if (v in constant and op.operands[1 - i] not in constant) or window == 1 - i:
             other = op.operands[1 - i].type
             assert isinstance(other, TensorType)
-            channel = channel_of(op, i, target)
+            channel = channel_of(op, i, target) if v in constant else None
             if not own and channel is not None:
                 own = [channel]
             order = [d for d in range(rank) if d not in own] + own if own else walk_order(op, other, op["maps"][1 - i])
