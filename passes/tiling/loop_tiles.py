@@ -26,7 +26,7 @@ LINE_ELEMENTS = 16
 CACHED_LINES = 512
 """Lines of 64 bytes that the first cache holds."""
 MANY = (384, 768)
-"""Rows of a sum of columns, and programs, from which two warps are enough for each."""
+"""Rows of a sum of columns (or even ones: no masks), and programs, from which two warps are enough for each."""
 LARGEST = 16384
 """Elements of a tile: 32 registers of each thread of 16 warps for one value."""
 
@@ -121,7 +121,7 @@ def _columns(frame: Frame) -> tuple[int, int, int]:
         if sum(bool(op["reductions"]) for op in frame.members) == 1:
             return 64, COLUMNS, 4
         rows = product(frame.sizes[f] for f in frame.inner)
-        many = isinstance(points, int) and isinstance(rows, int) and rows >= MANY[0] and points // (rows * COLUMNS) >= MANY[1]
+        many = isinstance(points, int) and isinstance(rows, int) and (rows >= MANY[0] or rows % 32 == 0) and points // (rows * COLUMNS) >= MANY[1]
         return (16, COLUMNS, 2) if many else (32, COLUMNS, 4)
     longest = max((n for f in frame.inner if isinstance(n := frame.sizes[f], int)), default=1)
     rows = max(64, min(512, 1 << (longest - 1).bit_length()))
