@@ -27,6 +27,7 @@ __all__ = [
     "Dim",
     "Expr",
     "Sym",
+    "arguments",
     "as_int",
     "ceildiv",
     "evaluate",
@@ -322,7 +323,7 @@ def minimum(*args: Dim) -> Dim:
 
 def _extreme(kind: type[Atom], name: str, args: Iterable[Dim], keep_larger: bool) -> Dim:
     kept: list[Dim] = []
-    for arg in [x for a in args for x in _flattened(kind, a)]:
+    for arg in [x for a in args for x in arguments(a, kind)]:
         drop = False
         for i, other in enumerate(kept):
             gap = _sum(arg, other, -1)
@@ -339,8 +340,8 @@ def _extreme(kind: type[Atom], name: str, args: Iterable[Dim], keep_larger: bool
     return _atom(kind(f"{name}({', '.join(map(str, kept))})", tuple(kept)))
 
 
-def _flattened(kind: type[Atom], a: Dim) -> tuple[Dim, ...]:
-    """The arguments of `a` if it is itself such an extreme: max(x, max(y, z)) is max(x, y, z)."""
+def arguments(a: Dim, kind: type[Atom]) -> tuple[Dim, ...]:
+    """The arguments of `a` if it is an extreme of that kind (`Max`, `Min`): max(x, max(y, z)) is max(x, y, z). Else `a` alone."""
     if isinstance(a, Expr) and len(a.terms) == 1 and not a.const:
         (m, c), = a.terms
         if c == 1 and len(m) == 1 and type(m[0]) is kind:

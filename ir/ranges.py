@@ -47,7 +47,9 @@ def _atom_bounds(a: Atom, bounds: Bounds) -> tuple[Dim | None, Dim | None]:
         return (None if lo is None else floordiv(lo, a.args[1])), (None if hi is None else floordiv(hi, a.args[1]))
     if isinstance(a, Max):
         lows = [x for x in (lower_bound(x, bounds) for x in a.args) if isinstance(x, int)]
-        return (max(lows) if lows else None), None
+        highs2 = [upper_bound(x, bounds) for x in a.args]
+        high = max(highs2) if all(isinstance(x, int) for x in highs2) else None  # type: ignore[type-var]
+        return (max(lows) if lows else None), high
     highs = [x for x in (upper_bound(x, bounds) for x in a.args) if isinstance(x, int)]
     lows2 = [lower_bound(x, bounds) for x in a.args]
     low = min(lows2) if all(isinstance(x, int) for x in lows2) else None  # type: ignore[type-var]

@@ -3,7 +3,8 @@
 Index maps are logical, so a layout is only the strides of a tensor's type. Rules, in program order:
   1. a contraction with a parameter (a convolution, say) puts the parameter's own dimensions innermost: output channels become contiguous, so
      that a vector of them is computed at once from packed weights and stored at once;
-     where the parameter has none (a depthwise convolution) the result keeps the order of the other operand;
+     where the parameter has none (a depthwise convolution) the result keeps the order of the other operand, but on CPUs channels are innermost
+     (`passes/pack.py` turns an image that lies otherwise);
      a convolution whose taps are no parameter (a gradient's) does the same: the operand that is read with windows is the other one;
   2. an op that reads a value in such a layout, and walks all its dimensions, gives its result the same order;
   3. on GPUs, what a scatter adds to a constant takes the order of what it adds (the gradient of max pooling, channels last), where the contiguous
@@ -18,15 +19,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ir import Dim, Operation, TensorType, Trait, Value
+from ..ir import Dim, Operation, Target, TensorType, Trait, Value, sym
 from ..ir.dialects.tensor import parallel_dims
 from ..ir.expr import evaluate, free_symbols
 from ..ir.passes import Pass, PassContext, register
 from ..ir.ranges import simplify, split_linear
 from .structured import constant_values, in_order, is_contraction, space_bounds, windowed_operand
+from .tiling.cpu_tiles import is_depthwise
 from .tiling.ordered import own_dims
 
-__all__ = ["Layout", "set_type", "walk_order"]
+__all__ = ["Layout", "channel_of", "set_type", "walk_order"]
 
 
 @register
@@ -45,7 +47,7 @@ class Layout(Pass):
                     changed += _order_scatter(op)
                 if op.name != "tensor.generic" or len(parallel_dims(op)) < 3:
                     continue
-                order = _contraction_order(op, constant) if is_contraction(op) else _inherited_order(op)
+                order = _contraction_order(op, constant, ctx.target) if is_contraction(op) else _inherited_order(op)
                 if order is not None:
                     for r in op.results:
                         assert isinstance(r.type, TensorType)
@@ -65,8 +67,9 @@ def set_type(v: Value, t: TensorType) -> None:
                 user.body.args[i - lead].type = t
 
 
-def _contraction_order(op: Operation, constant: set[Value]) -> list[int] | None:
-    """Row-major, but the dimensions that only a parameter has come last (none: the other operand's order); None if that changes nothing."""
+def _contraction_order(op: Operation, constant: set[Value], target: Target) -> list[int] | None:
+    """Row-major, but the dimensions that only a parameter has come last (none: the other operand's order, or a window's channels last); None if
+    that changes nothing."""
     rank = len(parallel_dims(op))
     reads = [{int(s[1:]) for e in m for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()} for m in op["maps"]]
     window = windowed_operand(op) if not constant.intersection(op.operands) else None
@@ -75,9 +78,26 @@ def _contraction_order(op: Operation, constant: set[Value]) -> list[int] | None:
         if (v in constant and op.operands[1 - i] not in constant) or window == 1 - i:
             other = op.operands[1 - i].type
             assert isinstance(other, TensorType)
+            channel = channel_of(op, i, target) if v in constant else None
+            if not own and channel is not None:
+                own = [channel]
             order = [d for d in range(rank) if d not in own] + own if own else walk_order(op, other, op["maps"][1 - i])
             return None if order == list(range(rank)) else order
     return None
+
+
+def channel_of(op: Operation, taps: int, target: Target) -> int | None:
+    """The dimension of a depthwise convolution's channels, if a CPU computes it best with those innermost: at least a vector of them, each with an
+    image of its own that operand `taps` gives a window for."""
+    if target.is_gpu or not is_depthwise(op):
+        return None
+    rank, image = len(parallel_dims(op)), op["maps"][1 - taps]
+    of_taps = {int(s[1:]) for e in op["maps"][taps] for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit() and int(s[1:]) < rank}
+    if len(of_taps) != 1:
+        return None
+    (d,) = of_taps
+    size = op["dims"][d]
+    return d if image.count(sym(f"d{d}")) == 1 and isinstance(size, int) and size >= target.lanes(32) else None
 
 
 def _order_scatter(op: Operation) -> bool:

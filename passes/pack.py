@@ -25,6 +25,7 @@ from ..ir.expr import ceildiv, evaluate, free_symbols, product, substitute
 from ..ir.passes import Pass, PassContext, register
 from ..ir.ranges import contiguous_linear, delinearize, known_nonnegative, lower_bound, simplify, split_linear, upper_bound
 from ..ir.types import i64
+from .layout import channel_of
 from .structured import constant_values, in_order, is_contraction, plain_dims, space_bounds
 from .tiling.contraction import GROUPS, MATRIX, Roles, roles_of
 from .tiling.cpu_tiles import contraction_tile, is_depthwise, multiplies_matrices, multiplies_pairs
@@ -56,6 +57,7 @@ class Pack(Pass):
                     _choose_columns(op, constant, ctx)
                     roles = roles_of(op)
                     if is_depthwise(op):
+                        _turn_image(op, constant, ctx)
                         _turn_window(op, constant, ctx)
                     elif roles is not None and roles.k:
                         _materialise_padding(op, roles, ctx)
@@ -195,6 +197,39 @@ def _deep_form(op: Operation, roles: Roles, last_k: int, m: Dim, n: Dim, nr: int
     last = op["dims"][last_k]
     pairs = multiplies_pairs(op, ctx.target) and isinstance(last, int) and last % 2 == 0 and nr % ctx.target.lanes(32) == 0
     return "pairs" if pairs else ""
+
+
+def _turn_image(op: Operation, constant: set[Value], ctx: PassContext) -> None:
+    """A depthwise convolution whose channels are not innermost, in its image or its result, works on copies where they are."""
+    taps = next((i for i, v in enumerate(op.operands) if v in constant), None)
+    channel = None if taps is None or op.operands[1 - taps] in constant else channel_of(op, taps, ctx.target)
+    if taps is None or channel is None:
+        return
+    image, result = op.operands[1 - taps], op.result
+    assert isinstance(image.type, TensorType) and isinstance(result.type, TensorType)
+    axis = op["maps"][1 - taps].index(sym(f"d{channel}"))
+
+    def innermost(t: TensorType, last: int) -> TensorType:
+        return in_order(t, [*(j for j in range(t.rank) if j != last), last])
+
+    def copy(b: Builder, v: Value, t: TensorType) -> Value:
+        made = b.generic([v], [tuple(sym(f"d{j}") for j in range(t.rank))], t.shape, lambda bb, x: x, name=f"{v.name or 'x'}_turned").result
+        made.type = t
+        return made
+    if _stride(op, 1 - taps, channel) != 1:
+        fills = op["fills"]
+        _set_operand(op, 1 - taps, copy(Builder.before_op(op), image, innermost(image.type, axis)), op["maps"][1 - taps])
+        if fills:
+            op.attributes["fills"] = fills
+        ctx.remark("done", "image turned: channels innermost", op.location)
+    if result.type.layout[channel] != 1:
+        wanted, users = result.type, list(result.uses)
+        result.type = innermost(wanted, channel)
+        assert op.next is not None, "a function ends with its return"
+        back = copy(Builder.before_op(op.next), result, wanted)
+        for user, i in users:
+            user.set_operand(i, back)
+    op.attributes["_turned"] = True
 
 
 def _turn_window(op: Operation, constant: set[Value], ctx: PassContext) -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ...ir.core import Operation, Value
-from ...ir.types import element_type
+from ...ir.expr import as_int, product
+from ...ir.types import TileType, element_type
 
 __all__ = ["LIMIT", "Narrow"]
 
 LIMIT = 1 << 30
 """Magnitudes below this survive an addition."""
+EXACT = 1 << 23
+"""Integers up to this magnitude, and sums of two, are exact in float32."""
 _COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 
 Interval = tuple[int, int]
@@ -48,6 +51,21 @@ class Narrow:
             return element_type(op.result.type).is_float or self.learn(op.result, *ranges[0])
         found = _result(name, ranges)
         return found is not None and self.learn(op.result, *found)
+
+    def split_cast(self, op: Operation) -> tuple[Value, str, Value] | None:
+        """(a, "+" or "-", b) where `op` makes float32 numbers of a + b or a - b, and may as well add theirs: a row and a column of positions,
+        say. Then a tile's conversions, as slow as exponentials, are those of its sides."""
+        made = op.operands[0].defining_op if op.name == "arith.cast" and element_type(op.result.type).name == "f32" else None
+        if made is None or made.name not in ("arith.add", "arith.sub"):
+            return None
+        a, b = made.operands
+        small = all(v in self.known and max(-self.known[v][0], self.known[v][1]) <= EXACT and _count(v) < _count(op.result) for v in (a, b))
+        return (a, "+" if made.name == "arith.add" else "-", b) if small else None
+
+
+def _count(v: Value) -> int:
+    """Elements of a tile; 1 for a number."""
+    return as_int(product(v.type.shape)) if isinstance(v.type, TileType) else 1
 
 
 def _result(name: str, ranges: list[Interval]) -> Interval | None:

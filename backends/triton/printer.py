@@ -209,6 +209,9 @@ class Printer:
             self._define(op, f"tl.full((), {literal(op['value'])}, {kind})")
         elif small and op.name == "arith.cast" and op.result in self.narrow.known:
             self._define(op, self._name(op.operands[0]))
+        elif (parts := self.narrow.split_cast(op)) is not None:
+            a, sign, b = parts
+            self._define(op, f"{self._name(a)}.to(tl.float32) {sign} {self._name(b)}.to(tl.float32)")
         else:
             read = self._name if small else self._use
             self._define(op, arith_text(op, [read(v) for v in op.operands], self.index_type))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ...ir.core import Operation, Value
-from ...ir.expr import Dim, Expr, Max, as_int, substitute
+from ...ir.expr import Dim, Expr, Max, arguments, as_int, substitute, sym
 from ...ir.ranges import known_less, lower_bound, split_linear
 from ...ir.types import BufferType, TileType, element_type
 from .descriptors import ALIGNMENT, TensorMap
@@ -67,7 +67,7 @@ class Loop:
 @dataclass(frozen=True)
 class StreamShape:
     """`q` is the rows' operand; tiles of scores are ROWS x `steps`, of results ROWS x `columns`. `peeled` is a loop whose body is right for the
-    first step, if every program has one."""
+    first step, if every program has one; `first_runs`: it is always in the first loop."""
 
     loops: tuple[Loop, ...]
     q: Read
@@ -75,6 +75,7 @@ class StreamShape:
     width: int
     columns: int
     peeled: Loop | None
+    first_runs: bool
 
 
 def read_stream(kernel: Operation, divisible: Sequence[bool]) -> StreamShape:
@@ -106,18 +107,23 @@ class _Reader:
         steps, width, columns = _tile(first.first.result)[1], made["shape"][1], _tile(first.second.result)[1]
         require(width in (64, 128) and columns in (64, 128) and steps in (64, 128), "tiles of other sizes")
         anywhere = [loop for loop in loops if loop.op["part"] == "any"]
-        return StreamShape(loops, q, steps, width, columns, anywhere[0] if anywhere and self._some_step(loops) else None)
+        runs = self._some_step(loops[:1])
+        if runs and loops[0] not in anywhere:
+            runs = False
+        starts = runs or self._some_step(loops)
+        peeled = (loops[0] if runs else anywhere[0]) if anywhere and starts else None
+        return StreamShape(loops, q, steps, width, columns, peeled, runs)
 
     def _some_step(self, loops: Sequence[Loop]) -> bool:
         """Every program has a step to begin with."""
-        first, last = loops[0].op, loops[-1].op
-        seen: dict[str, Value] = {}
-        for op in (first, last):
-            for k, v in enumerate(op.operands[:op["indices"]]):
-                if seen.setdefault(f"i{k}", v) is not v:
-                    return False
-        bounds = {name: self._span(v) for name, v in seen.items()}
-        return all(known_less(low, last["upper"], bounds) for low in _least_of(first["lower"]))
+        names: dict[Value, Dim] = {}
+        ends = []
+        for op, bound in ((loops[0].op, "lower"), (loops[-1].op, "upper")):
+            symbols = {f"i{k}": names.setdefault(v, sym(f"n{len(names)}")) for k, v in enumerate(op.operands[:op["indices"]])}
+            ends.append(substitute(op[bound], symbols))
+        bounds = {str(name): self._span(v) for v, name in names.items()}
+        low, high = ends
+        return any(all(known_less(x, y, bounds) for x in arguments(low, Max)) or known_less(low, y, bounds) for y in arguments(high, Max))
 
     def _loop(self, op: Operation) -> Loop:
         body = list(op.body)
@@ -199,15 +205,6 @@ class _Reader:
 def _tile(v: Value) -> tuple[int, ...]:
     assert isinstance(v.type, TileType)
     return v.type.shape  # type: ignore[return-value]
-
-
-def _least_of(e: Dim) -> tuple[Dim, ...]:
-    """The arguments of a maximum, which are below what it is below; else the expression."""
-    if isinstance(e, Expr) and not e.const and len(e.terms) == 1:
-        (atoms, factor), = e.terms
-        if factor == 1 and len(atoms) == 1 and isinstance(atoms[0], Max):
-            return atoms[0].args
-    return (e,)
 
 
 def _is_zero(v: Value) -> bool:

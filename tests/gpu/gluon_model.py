@@ -161,12 +161,12 @@ def _language(program: int, programs: int) -> dict[str, Any]:
         own.started.append(made)
         return made
 
-    def mma_wait(outstanding: int, deps: Sequence[Pending]) -> Tensor:
+    def mma_wait(outstanding: int, deps: Sequence[Pending | Tensor]) -> Any:
         while len(own.started) > outstanding:
             own.started.pop(0).done()
-        (dep,) = deps
-        assert dep not in own.started, "the value is not ready yet"
-        return dep.done()
+        assert all(dep not in own.started for dep in deps if isinstance(dep, Pending)), "the value is not ready yet"
+        ready = tuple(dep.done() if isinstance(dep, Pending) else dep for dep in deps)
+        return ready if len(ready) > 1 else ready[0]
 
     def specialise(parts: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: Sequence[int], registers: Sequence[int]) -> None:
         def body(f: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -187,7 +187,18 @@ def _language(program: int, programs: int) -> dict[str, Any]:
     def number(x: Any) -> Tensor:
         return torch.as_tensor(x)
 
+    turns = {number: threading.Semaphore(0) for number in ("8", "9")}
+
     def assembly(text: str, constraints: str, args: Sequence[Tensor], **_: Any) -> Tensor:
+        if text.startswith("bar."):  # a named barrier of two groups, one of which only arrives
+            what, number = text.partition(",")[0].split(" ")
+            if what == "bar.arrive":
+                turns[number].release()
+            elif not turns[number].acquire(timeout=PATIENCE):
+                raise RuntimeError("a turn is never given")
+            return args[0]
+        if text.startswith("mov."):
+            return args[0]
         return {"tanh": torch.tanh, "ex2": torch.exp2, "lg2": torch.log2}[text.partition(".")[0]](args[0])
 
     gl = SimpleNamespace(

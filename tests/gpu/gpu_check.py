@@ -44,6 +44,7 @@ from aicc.runtime import cuda_record  # noqa: E402
 from torch import nn  # noqa: E402
 
 from gpu.cases import CASES, Case, error, tensors  # noqa: E402
+from gpu.hopper_cases import HOPPER_CASES  # noqa: E402
 
 START = time.time()
 LIMIT: dict[str, float] = {"seconds": 330}
@@ -125,7 +126,7 @@ NOT_IN_EAGER = {"gemm_i64"}
 
 
 def kernels() -> None:
-    for name, case in list(CASES.items())[PART[0] - 1 :: PART[1]]:
+    for name, case in list((CASES | HOPPER_CASES).items())[PART[0] - 1 :: PART[1]]:
         if name in NOT_IN_EAGER or (CHOSEN and name not in CHOSEN):
             continue
         if late():

@@ -147,13 +147,13 @@ def run(f: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, s
 @pytest.mark.parametrize("ahead", [0, 3], ids=["in order", "ahead"])
 @pytest.mark.parametrize("name", FORMS)
 def test_what_it_computes(name: str, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warp_groups, "AHEAD_LOOPS", ahead)
+    monkeypatch.setattr(warp_groups, "ROLLING", ahead)
     f, make = FORMS[name]
     inputs = make()
     got, text = run(f, inputs)
     true = f(*(x.double() if x.is_floating_point() else x for x in inputs))
     assert error(got, true) < (6e-3 if inputs[0].dtype == torch.bfloat16 else 2e-3)
-    assert ("last = " in text) == (ahead > 0), "the order that was asked for"
+    assert ("done = program" in text) == (ahead > 0), "the order that was asked for"
 
 
 @pytest.mark.parametrize(("why", "f", "inputs", "target"), [
@@ -217,17 +217,20 @@ def test_masked_tiles_are_skipped_where_the_mask_is_a_member_of_its_own() -> Non
     """Two heads read one mask of documents: still nothing beyond the diagonal is computed."""
     module, _ = module_of(documents, FORMS["documents"][1]())
     loops = [op for op in stream_of(module).body if op.name == "tile.for"]
-    assert [str(loop["upper"]) for loop in loops] == ["-i0*128 + 128", "-i0*128 + 256"]
+    assert [str(loop["upper"]) for loop in loops] == ["-i0*128 + 256", "-i0*128 + 128"], "masked steps first"
 
 
-def test_what_data_exclude_is_neither_computed_nor_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("turns", [False, True], ids=["free", "in turns"])
+def test_what_data_exclude_is_neither_computed_nor_copied(turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loader and both groups read the same ranges of steps, or they would wait for each other for ever."""
     monkeypatch.setattr(block_ranges, "LEAST_WORK", 0)
+    monkeypatch.setattr(warp_groups, "TURNS", turns)
     f, make = FORMS["documents"]
     got, text = run(f, make())
     assert error(got, f(*(x.double() if x.is_floating_point() else x for x in make()))) < 6e-3
     loader = text[text.index("_loader("):text.index("_group(")]
     assert loader.count("gl.load(") == text[text.index("_group("):].count("gl.load(") - 3 == 8, "four ranges of two blocks; groups read documents too"
+    assert ("bar.sync" in text) == turns
 
 
 @pytest.mark.parametrize("form", ["plain", "by name"])
@@ -244,6 +247,39 @@ def test_masks_of_documents_keep_the_form_and_skip(form: str) -> None:
     assert source.programs == 64 and source.text.count("tma_load(k_map") == 3, "a loop without masks between two with"
     loader = source.text[source.text.index("_loader("):source.text.index("_group(")]
     assert loader.count("gl.load(") == 8, "the steps that the data leave"
+
+
+def test_positions_become_numbers_by_rows_and_columns() -> None:
+    """A conversion of each element of a tile takes as long as an exponential; those of its sides do as well, exactly."""
+    module, _ = module_of(alibi, FORMS["alibi"][1]())
+    source = print_warp_groups(stream_of(module), FEW, [True] * 5)
+    assert not isinstance(source, str)
+    assert source.text.count(".to(tl.float32) - ") == 2 == source.text.count(".to(tl.float32)") - 2, "a loop with the mask, and one without"
+
+
+def test_a_row_is_divided_once() -> None:
+    """Where the division by the sum is written out after the product, as flex_attention's is."""
+    def divided(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = scores(q, k).float()
+        weights = torch.exp(s - s.amax(-1, keepdim=True))
+        out = (weights.to(v.dtype) @ v).float()
+        return torch.where(s.amax(-1, keepdim=True) == -math.inf, 0.0, out / weights.sum(-1, keepdim=True)).to(v.dtype)
+
+    inputs = heads(1, 2, 256, 64)
+    got, text = run(divided, inputs)
+    assert error(got, full(*(x.double() for x in inputs))) < 6e-3
+    assert text.count("div_rn(") == 2 and text.count("= gl.cast(1.0, tl.float32)") == 2, "the reciprocal of a row, where results are stored"
+
+
+def test_a_program_without_a_step_gets_one_that_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that see nothing: their result is NaN, as in eager, and nothing waits for a tile that does not come."""
+    monkeypatch.setattr(block_ranges, "LEAST_WORK", 0)
+    q, k, v = heads(1, 2, 256, 64)
+    blind = torch.arange(256).ge(128).long()[None].expand(1, 256).contiguous()
+    lone = lambda q, k, v, d: (scores(q, k).masked_fill((d[:, None, :, None] == 1) | (d[:, None, None, :] == 7), -math.inf)).softmax(-1) @ v  # noqa: E731
+    got, _ = run(lone, (q, k, v, blind))
+    true = full(q.double(), k.double(), v.double())
+    assert got[:, :, 128:].isnan().all() and error(got[:, :, :128], true[:, :, :128]) < 6e-3
 
 
 def test_exponentials_are_one_instruction(tmp_path: Path) -> None:

@@ -142,8 +142,8 @@ def free_values(func: Operation) -> list[Value]:
 
 
 def test_few_choices_turn_less() -> None:
-    """Every intermediate tensor channels-first or channels-last, in all combinations: one of the random graphs could do with a turn less, where
-    what a depthwise convolution makes of the image is added to channels-last numbers much later."""
+    """Every intermediate tensor channels-first or channels-last, in all combinations: two of the random graphs could do with a turn less. There a
+    depthwise convolution has channels innermost, which makes it several times as fast, between readers and writers that have not."""
     excess = {}
     for seed in range(20):
         func = tensor_level(Small(seed), torch.randn(2, 8, 5, 6), "layout")
@@ -156,7 +156,7 @@ def test_few_choices_turn_less() -> None:
             best = min(best, turns(func))
         if found != best:
             excess[seed] = found - best
-    assert excess == {1: 1}
+    assert excess == {5: 1, 18: 1}
 
 
 def test_depthwise_of_many_channels_stays_in_registers() -> None:

@@ -92,6 +92,41 @@ def test_in_registers(case: str) -> None:
     assert is_in_registers(kernel)
 
 
+class Block(nn.Module):
+    """Of ConvNeXt (Liu et al. 2022): a window on an image with channels outermost, a norm and two layers along channels, and the image added."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.window, self.norm = nn.Conv2d(channels, channels, 7, padding=3, groups=channels), nn.LayerNorm(channels)
+        self.up, self.down = nn.Linear(channels, 2 * channels), nn.Linear(2 * channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.window(x).permute(0, 2, 3, 1))
+        return x + self.down(nn.functional.gelu(self.up(y))).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("model", [nn.Conv2d(24, 24, 5, padding=2, groups=24), Block(24), nn.Sequential(Block(24), Block(24))])
+def test_channels_outermost(model: nn.Module) -> None:
+    """An image that lies so is turned first, and a result that is wanted so after: the window itself has channels innermost."""
+    if not host_target().multiplies_and_adds:
+        pytest.skip("told from products by its multiply-adds")
+    torch.manual_seed(0)
+    kernels = [k for k in run(model.eval(), [torch.randn(2, 24, 13, 17)]) if any(op.name == "arith.fma" for op in k.walk())]
+    assert kernels and all(is_in_registers(k) for k in kernels)
+
+
+def test_gradients() -> None:
+    """The window's own gradients, and those through it, with the image turned for the forward pass."""
+    torch.manual_seed(0)
+    model, x = Block(16), torch.randn(2, 16, 9, 10)
+    truth = torch.autograd.grad(model.double()(x.double()).square().sum(), list(model.parameters()))
+    model.float()
+    torch._dynamo.reset()
+    found = torch.autograd.grad(torch.compile(model, backend="aicc")(x).square().sum(), list(model.parameters()))
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
 def test_sizes_unknown_at_compile_time() -> None:
     model, _ = layer("seven")
     run(model, [torch.randn(2, 3, 12, 21), torch.randn(3, 3, 9, 30), torch.randn(1, 3, 2, 3)], dynamic=True)

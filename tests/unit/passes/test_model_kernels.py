@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from aicc.compiler.dynamo import aot_backend
@@ -139,8 +138,6 @@ def test_the_parts_of_a_long_product_of_few_rows_are_added_up_by_the_norm() -> N
     assert parts["grid"][0] * parts["grid"][-1] > 64
 
 
-@pytest.mark.xfail(reason="one sum along rows is a kernel of its own: three readings. Groups that would take it in (`fuse._meet_outside` alone) "
-                   "also join a loss's statistics and its gradient, whose parts are then all alive at once", strict=True)
 def test_the_backward_of_a_norm_reads_its_gradient_twice() -> None:
     """Once along rows, for the input's gradient, and once along columns, for the weights'."""
     def f(x: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:

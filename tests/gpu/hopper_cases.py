@@ -1,0 +1,88 @@
+"""Attention large enough for the Hopper schedule (`backends/triton/warp_groups.py`), for real GPUs: `gpu_check.py` and `sanitize.sh` run these beside
+`cases.CASES`, whose inputs are too small for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from .cases import Case
+
+__all__ = ["HOPPER_CASES"]
+
+HEADS, LENGTH, WIDTH = 32, 512, 128
+"""128 programs: enough for three quarters of a Hopper GPU's multiprocessors; work enough to skip by data."""
+
+
+def _scores(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, and the positions of their rows and columns."""
+    s = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return s, torch.arange(s.shape[-2], device=s.device)[:, None], torch.arange(s.shape[-1], device=s.device)[None, :]
+
+
+def _full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _scores(q, k)[0].softmax(-1) @ v
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s, i, j = _scores(q, k)
+    return s.masked_fill(j > i, -math.inf).softmax(-1) @ v
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _causal(q, k.repeat_interleave(4, 1), v.repeat_interleave(4, 1))
+
+
+def _alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s, i, j = _scores(q, k)
+    slopes = torch.exp2(-1.0 - torch.arange(s.shape[1], device=s.device) / 4)[:, None, None]
+    return (s + slopes * (j - i)).masked_fill(j > i, -math.inf).softmax(-1).to(v.dtype) @ v
+
+
+def _window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s, i, j = _scores(q, k)
+    return (30 * torch.tanh(s / 30)).masked_fill((j > i) | (i - j >= 200), -math.inf).softmax(-1) @ v
+
+
+def _documents(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
+    s, i, j = _scores(q, k)
+    return s.masked_fill((j > i) | (document[:, None, :, None] != document[:, None, None, :]), -math.inf).softmax(-1) @ v
+
+
+def _flex() -> Callable[..., Tensor]:
+    document = (torch.arange(LENGTH) // 150).cuda()
+    mask = create_block_mask(lambda b, h, i, j: (document[i] == document[j]) & (j <= i), None, None, LENGTH, LENGTH, device="cuda")
+    return lambda q, k, v: flex_attention(q, k, v, block_mask=mask)
+
+
+def _heads(keys: int = HEADS, dtype: torch.dtype = torch.bfloat16, width: int = WIDTH, grad: bool = False, documents: bool = False) -> Callable[..., Any]:
+    def make(g: torch.Generator) -> tuple[Tensor, ...]:
+        made = tuple(torch.randn(1, n, LENGTH, width, generator=g).to(dtype).requires_grad_(grad) for n in (HEADS, keys, keys))
+        cuts = torch.randperm(LENGTH - 1, generator=g)[:3].add(1).sort().values
+        return (*made, torch.searchsorted(cuts, torch.arange(LENGTH), right=True)[None]) if documents else made
+
+    return make
+
+
+def _plain(f: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
+    return lambda: f
+
+
+# Compared with float64; a result is a mean of values of size 1, rounded to 8 bits, and weights are rounded too.
+HOPPER_CASES: dict[str, Case] = {
+    "hopper_full": Case(_plain(_full), _heads(), tolerance=2e-2, wide=True),  # small results: eager is 0.02 from float64
+    "hopper_causal": Case(_plain(_causal), _heads(), tolerance=1.6e-2, wide=True),
+    "hopper_causal_64": Case(_plain(_causal), _heads(width=64), tolerance=1.6e-2, wide=True),
+    "hopper_grouped_f16": Case(_plain(_grouped), _heads(8, torch.float16), tolerance=4e-3, wide=True),
+    "hopper_alibi": Case(_plain(_alibi), _heads(), tolerance=1.6e-2, wide=True),
+    "hopper_window": Case(_plain(_window), _heads(), tolerance=1.6e-2, wide=True),
+    "hopper_documents": Case(_plain(_documents), _heads(documents=True), tolerance=1.6e-2, wide=True),
+    "hopper_documents_training": Case(_plain(_documents), _heads(grad=True, documents=True), backward=True, tolerance=3e-2, wide=True),
+    "hopper_flex": Case(_flex, _heads(), tolerance=1.6e-2, wide=True),
+    "hopper_flex_training": Case(_flex, _heads(grad=True), backward=True, tolerance=3e-2, wide=True),
+}
