@@ -1,4 +1,4 @@
-"""Threads of our own for compiled parallel regions: a region never waits for a thread that has not come.
+"""Threads of our own for compiled parallel regions (`options={"own_threads": True}`): a region never waits for a thread that has not come.
 
     pool = make_pool(symbols)               # once per process; None where there are no futexes
     pool.parallel                           # address of  void parallel(body, data, threads, 0), as GOMP_parallel

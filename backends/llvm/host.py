@@ -56,12 +56,13 @@ class HostProgram:
 class ModuleEmitter:
     """Emits the functions of one module; kernels are emitted when first launched."""
 
-    def __init__(self, module: Operation, target: Target, name: str = "aicc"):
+    def __init__(self, module: Operation, target: Target, name: str = "aicc", own_threads: bool = False):
         self.target = target
         self.source = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
         self.functions = {op["sym_name"]: op for op in module.body if op.name == "func"}
         self.steps: dict[str, ir.Function] = {}
-        self.region = OPENMP if any(op.name == "host.extern" for f in self.functions.values() for op in f.body) else OWN
+        externs = any(op.name == "host.extern" for f in self.functions.values() for op in f.body)
+        self.region = OWN if own_threads and not externs else OPENMP
         self.llvm = ir.Module(name)
         self.errors = ErrorTable()
         self.launchers: dict[tuple[str, frozenset[int]], tuple[Operation, ir.Function]] = {}

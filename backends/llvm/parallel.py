@@ -1,10 +1,9 @@
 """Launching a kernel over its grid: serially, or by several threads.
 
 For a kernel `kernel.K` this adds `launch.K(ptr buffer..., i64 symbol..., ptr context)` and the outlined body that
-the runtime's `aicc_parallel` (`runtime/pool.py`) runs on every thread that comes. Threads take chunks of programs from an atomic counter, about
-`CHUNKS` each, so that a slow core does not hold up the others. Programs that also call ATen use OpenMP's threads (`GOMP_parallel`), as ATen does:
-those wait actively for milliseconds after each region, in the way of any others. A team always has the full number of threads: both end the
-threads that a smaller team leaves out and would have to start them again.
+OpenMP's `GOMP_parallel` runs on every thread of torch's pool, or the runtime's `aicc_parallel` (`runtime/pool.py`) on every thread that comes. Threads
+take chunks of programs from an atomic counter, about `CHUNKS` each, so that a slow core does not hold up the others. A team always has the full
+number of threads: both end the threads that a smaller team leaves out and would have to start them again.
 
 Small launches stay serial: a parallel region costs some microseconds. Several that do not depend on each other may share one
 (`emit_side_by_side`): threads take their pieces, runs of a launch's programs, from a counter, the longest first.
@@ -27,13 +26,13 @@ from .values import I32, I64, PTR, stack_slot
 __all__ = ["OPENMP", "OWN", "Piece", "emit_launcher", "emit_side_by_side"]
 
 OWN, OPENMP = "aicc_parallel", "GOMP_parallel"
-"""Functions that run a region, `(body, its data, threads, 0)`: the runtime's, and OpenMP's for programs that also call ATen."""
+"""Functions that run a region, `(body, its data, threads, 0)`: the runtime's, and OpenMP's."""
 CHUNKS = 8
 PIECE_NANOSECONDS = 2_000
 """Least time of a piece of a small launch."""
 
 
-def emit_launcher(module: ir.Module, kernel: Operation, function: ir.Function, region: str = OWN) -> ir.Function:
+def emit_launcher(module: ir.Module, kernel: Operation, function: ir.Function, region: str = OPENMP) -> ir.Function:
     """The function that runs all programs of `kernel`, whose code is `function`; `region` names what runs it on several threads."""
     symbols = kernel["symbols"]
     buffers = len(kernel.body.args)
@@ -127,7 +126,7 @@ class Piece:
     inside: bool = False
 
 
-def emit_side_by_side(b: ir.IRBuilder, pieces: Sequence[Piece], table: ir.Value, symbols: ir.Value, context: ir.Value, region: str = OWN) -> None:
+def emit_side_by_side(b: ir.IRBuilder, pieces: Sequence[Piece], table: ir.Value, symbols: ir.Value, context: ir.Value, region: str = OPENMP) -> None:
     """Runs all pieces, by all threads; one after the other where there is one thread, or where this is inside a parallel region.
 
     Loops whose launches are long leave more threads idle than there are loops: with more than two threads each, they run one by one.

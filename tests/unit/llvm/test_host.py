@@ -118,13 +118,14 @@ def test_copies(source, target, dtype):
     assert torch.equal(out.as_strided((n, n), strides(target)), storage.as_strided((n, n), strides(source)))
 
 
-def test_parallel_launch_covers_every_program_once():
+@pytest.mark.parametrize("own", [False, True])
+def test_parallel_launch_covers_every_program_once(own):
     """Enough work for the parallel path; two threads; results as from one."""
     n = 1 << 20
     k = scale_kernel()
     assert estimated_nanoseconds(scale_kernel()) != 0
-    compiled = compile_module(module_of(k, {"s0": n}), host_target())
-    assert "aicc_parallel" in compiled.llvm_ir
+    compiled = compile_module(module_of(k, {"s0": n}), host_target(), own_threads=own)
+    assert ("aicc_parallel" if own else "GOMP_parallel") in compiled.llvm_ir
     x = torch.randn(n)
     before = torch.get_num_threads()
     try:
@@ -159,7 +160,7 @@ def test_small_constant_launches_have_no_parallel_code():
     def body(k, x, y):
         k.store(y, k.load(x, t0, shape=(16,)), t0)
     compiled = compile_module(module_of(kernel([buffer((16,))] * 2, [1], body)), host_target())
-    assert "aicc_parallel" not in compiled.llvm_ir
+    assert "GOMP_parallel" not in compiled.llvm_ir
 
 
 def test_empty_grid():
