@@ -34,7 +34,7 @@ class Options:
     pack_parameters           keep a packed copy of parameters that kernels read in another layout; False keeps the parameters only
     winograd                  compute 3-tap convolutions on CPUs with fewer multiplications and slightly different rounding
     winograd_budget           the most that a form of these may be away from float64, as a multiple of eager's distance
-    own_threads               run parallel launches on CPUs on threads of aicc's own, which no busy core holds up, instead of OpenMP's (docs/cpu-scheduling.md)
+    own_threads               run launches on CPUs on threads of aicc's own, which no busy core holds up, not OpenMP's (docs/cpu-scheduling.md)
     nontemporal               write results past the caches where they would not be read again before they are thrown out (CPUs)
     fast_math                 cheaper exp, tanh, erf, log and sigmoid of a few ulp (docs/fast-math.md)
     plan                      a plan file: the ranks of the process group share the work (see docs/distributed.md); "" for none

@@ -58,7 +58,7 @@ class CompiledObject:
 
 def compile_module(module: Operation, target: Target, *, stepwise: bool = False, own_threads: bool = False) -> CompiledObject:
     """Compiles a module at the host level: functions of host ops and the kernels that they launch. `stepwise`: every launch can be run by itself.
-    `own_threads`: parallel regions run on the runtime's threads instead of OpenMP's, except in programs that call ATen, whose operators use those.
+    `own_threads`: parallel regions run on the runtime's threads instead of OpenMP's, but in programs that call ATen, which uses those.
 
     NotImplementedError names an op without a lowering; IRError reports malformed input.
     """
