@@ -2,8 +2,8 @@
 
 For a kernel `kernel.K` this adds `launch.K(ptr buffer..., i64 symbol..., ptr context)` and the outlined body that
 OpenMP's `GOMP_parallel` runs on every thread of torch's pool, or the runtime's `aicc_parallel` (`runtime/pool.py`) on every thread that comes.
-Threads take chunks of programs from an atomic counter, about `CHUNKS` each, so that a slow core does not hold up the others. A team always has the full
-number of threads: both end the threads that a smaller team leaves out and would have to start them again.
+Threads take chunks of programs from an atomic counter, about `CHUNKS` each, so that a slow core does not hold up the others. A team always has
+the full number of threads: both end the threads that a smaller team leaves out and would have to start them again.
 
 Small launches stay serial: a parallel region costs some microseconds. Several that do not depend on each other may share one
 (`emit_side_by_side`): threads take their pieces, runs of a launch's programs, from a counter, the longest first.
