@@ -64,7 +64,7 @@ def stream_tile(s: Stream, target: Target) -> GpuTile:
     steps = (64 if heavy else 128) if narrow and width <= 128 else 32
     rows, steps = (n if not isinstance(size, int) else min(n, padded(size)) for n, size in ((rows, s.row_count), (steps, s.length)))
     batch = product(s.sizes[f] for f in s.batch)
-    if narrow and isinstance(s.row_count, int) and isinstance(batch, int):
+    if narrow and isinstance(s.row_count, int) and isinstance(batch, int) and not worth_ranges(s):  # ranges are those of blocks of rows
         rows = spread_rows(target, rows, s.row_count, batch)
     return GpuTile(rows, steps, 0, 8 if rows * width >= 128 * 128 else 4, 3 if narrow else 2)
 

@@ -243,7 +243,7 @@ def test_compiling_leaves_nothing_in_native_memory() -> None:
     made: list[tuple[Any, Any]] = []
     true = driver.compile_module
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "compile_module", lambda *given: made.append(given) or true(*given))
+        patch.setattr(driver, "compile_module", lambda *given, **named: made.append(given) or true(*given, **named))
         _compile(_fresh_function(0))(torch.randn(8, 16))
     ((module, target),) = made
 

@@ -53,9 +53,9 @@ def kernels_of(function: Function, inputs: tuple[torch.Tensor, ...], dynamic: bo
     found: list[Operation] = []
     compile_module = driver.compile_module
 
-    def record(module: Operation, target: Target) -> Any:
+    def record(module: Operation, target: Target, **given: Any) -> Any:
         found.extend(op.clone() for op in module.body if op.name == "tile.kernel")
-        return compile_module(module, target)
+        return compile_module(module, target, **given)
     monkeypatch.setenv("AICC_STRICT", "1")
     monkeypatch.setenv("AICC_CACHE", "0")
     monkeypatch.setattr(driver, "compile_module", record)
