@@ -40,8 +40,8 @@ def compiled() -> tuple[dict[str, Any], bytes]:
     torch._dynamo.reset()
     true, codes = driver.compile_module, []
 
-    def spy(*args: Any) -> Any:
-        result = true(*args)
+    def spy(*args: Any, **named: Any) -> Any:
+        result = true(*args, **named)
         codes.append(result.object_code)
         return result
     driver.compile_module = spy
