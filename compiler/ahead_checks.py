@@ -1,22 +1,25 @@
 """What a program of `ahead.py` was compiled for, and whether a call still has it.
 
     Inputs          the structure of the arguments; of each tensor shape, strides, type and device, of anything else type and value
-    Modules         which layers the model has, their `training` flags, hooks, and the plain settings of layers that are not torch's own
+    Modules         which layers the model has, their `training` flags, hooks, and the plain settings of layers that are not torch's own; the plain
+                    variables of a function's closure, and those of a method's object
     Surroundings    autocast and the default type
     Operands        shapes, strides and types of all that the captured graph is given, parameters and buffers among them, and that nothing it
                     writes to overlaps anything else
 
 Each is made once, from the examples, and asked in every call; that together takes some microseconds, most of it per parameter and layer. What
-none of them sees: globals, and objects that a function reaches by other ways than as a layer, a closure's variable or an argument.
+none of them sees: globals, and objects that a function reaches by other ways than as a layer, a closure's variable or an argument; and what
+lies in lists and dicts, but for layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
+from functools import partial
 from itertools import chain
 from operator import itemgetter
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -136,15 +139,19 @@ def _storage(x: torch.Tensor) -> Any:
 
 
 class Modules:
-    """The layers of what was compiled: a module, those of a method's object, or those in a function's closure."""
+    """The layers of what was compiled, a module, or what a function, method or `partial` holds, and the plain values held beside them."""
 
     def __init__(self, model: Callable[..., Any]):
-        roots = _roots(model)
-        self.modules = list(dict.fromkeys(chain.from_iterable(m.modules() for m in roots)))
-        self._now = [m.__dict__ for m in self.modules]
-        self._names = [_settings(m) for m in self.modules]
-        self._pick = [itemgetter(*names) for names in self._names]
+        held = _Held()
+        held.add(model)
+        self.modules = list(dict.fromkeys(chain.from_iterable(m.modules() for m in held.modules)))
+        self._all = [*self.modules, *held.objects]
+        self._now = [m.__dict__ for m in self._all]
+        self._names = [*map(_settings, self.modules), *map(_plain_names, held.objects)]
+        # A name alone would be picked as itself, and none not at all.
+        self._pick = [itemgetter(*names, *names[:1]) if names else _nothing for names in self._names]
         self._then = [tuple(dict(v) if isinstance(v, dict) else v for v in pick(d)) for pick, d in zip(self._pick, self._now, strict=True)]
+        self._cells = [(cell, cell.cell_contents, name) for cell, name in held.cells]
 
     def tensors(self) -> list[torch.Tensor]:
         return [t for m in self.modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
@@ -158,28 +165,72 @@ class Modules:
                 same = False
             if not same:
                 raise ValueError(self._difference(i))
+        for cell, then, name in self._cells:
+            if cell.cell_contents != then:
+                raise ValueError(f"variable '{name}' of the function is another one since the program was compiled; compile it again with "
+                                 "aicc.compile")
 
     def _difference(self, i: int) -> str:
         now = self._now[i]
-        name = next((n for n, then in zip(self._names[i], self._then[i], strict=True) if n not in now or now[n] != then), "")
+        name = next((n for n, then in zip(self._names[i], self._then[i], strict=False) if n not in now or now[n] != then), "")
         what = {"training": "was switched between train() and eval()", "_modules": "got other layers"}.get(
             name, "got or lost hooks" if name in _HOOKS else f"got another '{name}'")
-        return f"{type(self.modules[i]).__name__} {what} since the program was compiled; compile it again with aicc.compile"
+        return f"{type(self._all[i]).__name__} {what} since the program was compiled; compile it again with aicc.compile"
 
 
-def _roots(model: Any) -> list[nn.Module]:
-    if isinstance(model, nn.Module):
-        return [model]
-    if isinstance(model, MethodType):
-        return [*_roots(model.__self__), *_roots(model.__func__)]
-    cells = model.__closure__ or () if isinstance(model, FunctionType) else ()
-    held = []
-    for cell in cells:
+class _Held:
+    """What a function or method reaches by itself: its object, `partial`'s arguments, variables of closures, and what is in these in lists, tuples,
+    dicts and functions. `modules`; other `objects` whose methods are called; `cells` of plain variables, with their names."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self.objects: list[Any] = []
+        self.cells: list[tuple[CellType, str]] = []
+        self._seen: set[int] = set()
+
+    def add(self, x: Any, *, called: bool = True) -> None:
+        """`called`: it is what was compiled, or the object of a method that is."""
+        if id(x) in self._seen:
+            return
+        self._seen.add(id(x))
+        inside: Iterable[Any] = ()
+        if isinstance(x, nn.Module):
+            self.modules.append(x)
+        elif isinstance(x, MethodType):
+            self.add(x.__self__)
+            inside = [x.__func__]
+        elif isinstance(x, partial):
+            inside = [x.func, *x.args, *x.keywords.values()]
+        elif isinstance(x, FunctionType):
+            for name, cell in zip(x.__code__.co_freevars, x.__closure__ or (), strict=True):
+                self._add_cell(cell, name)
+        elif isinstance(x, (list, tuple)):
+            inside = x
+        elif isinstance(x, dict):
+            inside = x.values()
+        elif called and not isinstance(x, type) and hasattr(x, "__dict__"):
+            self.objects.append(x)
+            inside = list(vars(x).values())
+        for y in inside:
+            self.add(y, called=False)
+
+    def _add_cell(self, cell: CellType, name: str) -> None:
         try:
-            held.append(cell.cell_contents)
+            value = cell.cell_contents
         except ValueError:  # not assigned yet
-            continue
-    return [m for m in held if isinstance(m, nn.Module)]
+            return
+        if _is_plain(value):
+            self.cells.append((cell, name))
+        else:
+            self.add(value, called=False)
+
+
+def _nothing(_: Any) -> tuple[Any, ...]:
+    return ()
+
+
+def _plain_names(x: Any) -> tuple[str, ...]:
+    return tuple(n for n, v in vars(x).items() if _is_plain(v))
 
 
 def _settings(module: nn.Module) -> tuple[str, ...]:

@@ -136,3 +136,28 @@ def test_what_dynamo_cannot_capture() -> None:
 
     with pytest.raises(Exception, match="data-dependent|Data-dependent"):
         aicc.compile(f, torch.randn(3))
+
+
+class Holder:
+    """No module, but it has some."""
+
+    def __init__(self, net: nn.Module):
+        self.nets = [net]
+
+    def call(self, x: Tensor) -> Tensor:
+        return self.nets[0](x)  # type: ignore[no-any-return]
+
+
+def test_variables_and_objects_of_functions() -> None:
+    net, scale, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout()).eval(), 2.0, torch.randn(4, 8)
+
+    def scaled(x: Tensor) -> Tensor:
+        return x * scale
+    programs = [aicc.compile(Holder(net).call, x), aicc.compile(scaled, x)]
+    for program in programs:
+        program(x)
+    net.train()
+    scale = 3.0
+    for program in programs:
+        with pytest.raises(ValueError, match="since the program was compiled"):
+            program(x)
