@@ -151,7 +151,7 @@ class Modules:
         # A name alone would be picked as itself, and none not at all.
         self._pick = [itemgetter(*names, *names[:1]) if names else _nothing for names in self._names]
         self._then = [tuple(dict(v) if isinstance(v, dict) else v for v in pick(d)) for pick, d in zip(self._pick, self._now, strict=True)]
-        self._cells = [(cell, cell.cell_contents, name) for cell, name in held.cells]
+        self._cells = [(cell, _kind_of(cell.cell_contents), name) for cell, name in held.cells]
 
     def tensors(self) -> list[torch.Tensor]:
         return [t for m in self.modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
@@ -166,7 +166,7 @@ class Modules:
             if not same:
                 raise ValueError(self._difference(i))
         for cell, then, name in self._cells:
-            if cell.cell_contents != then:
+            if _kind_of(cell.cell_contents) != then:
                 raise ValueError(f"variable '{name}' of the function is another one since the program was compiled; compile it again with "
                                  "aicc.compile")
 

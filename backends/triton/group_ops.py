@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ...ir.core import Operation, Value
 from ...ir.expr import as_int, product
 from ...ir.types import TileType, element_type
-from .arith import arith_text, literal
+from .arith import literal
 from .expressions import IndexText
 from .printer import Printer
 from .stream_shape import HALF, ROWS, Declined, require
@@ -66,18 +66,8 @@ class GroupOps(Printer):
     def _define(self, op: Operation, text: str) -> None:
         super()._define(op, in_gluon(text))
 
-    def _arith(self, op: Operation) -> None:
-        small = self.narrow.takes(op)
-        if op.name == "arith.constant":
-            self._define(op, f"gl.cast({literal(op['value'])}, {'gl.int32' if small else self._type(element_type(op.result.type))})")
-        elif small and op.name == "arith.cast" and op.result in self.narrow.known:
-            self._define(op, self._name(op.operands[0]))
-        elif (parts := self.narrow.split_cast(op)) is not None:
-            a, sign, b = parts
-            self._define(op, f"{self._name(a)}.to(tl.float32) {sign} {self._name(b)}.to(tl.float32)")
-        else:
-            read = self._name if small else self._use
-            self._define(op, arith_text(op, [read(v) for v in op.operands], self.index_type))
+    def _constant(self, value: str, kind: str) -> str:
+        return f"gl.cast({value}, {kind})"
 
     def program_id(self, op: Operation) -> None:
         grid, axis = self.kernel["grid"], op["axis"]

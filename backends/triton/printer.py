@@ -205,8 +205,7 @@ class Printer:
     def _arith(self, op: Operation) -> None:
         small = self.narrow.takes(op)
         if op.name == "arith.constant":
-            kind = "tl.int32" if small else self._type(element_type(op.result.type))
-            self._define(op, f"tl.full((), {literal(op['value'])}, {kind})")
+            self._define(op, self._constant(literal(op["value"]), "tl.int32" if small else self._type(element_type(op.result.type))))
         elif small and op.name == "arith.cast" and op.result in self.narrow.known:
             self._define(op, self._name(op.operands[0]))
         elif (parts := self.narrow.split_cast(op)) is not None:
@@ -215,6 +214,9 @@ class Printer:
         else:
             read = self._name if small else self._use
             self._define(op, arith_text(op, [read(v) for v in op.operands], self.index_type))
+
+    def _constant(self, value: str, kind: str) -> str:
+        return f"tl.full((), {value}, {kind})"
 
     def _use(self, v: Value) -> str:
         """The value in the width that its type says."""

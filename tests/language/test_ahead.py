@@ -161,3 +161,12 @@ def test_variables_and_objects_of_functions() -> None:
     for program in programs:
         with pytest.raises(ValueError, match="since the program was compiled"):
             program(x)
+
+
+def test_a_variable_that_is_not_a_number_stays_the_same() -> None:
+    fill, x = float("nan"), torch.randn(4)
+
+    def filled(x: Tensor) -> Tensor:
+        return x.masked_fill(x > 0, fill)
+    program = aicc.compile(filled, x)
+    torch.testing.assert_close(program(x), filled(x), equal_nan=True)
