@@ -3,7 +3,7 @@
     python -m aicc.benchmarks.gemm_kernel [--shapes 512x512x512 128x3072x768] [--dtype bf16] [--asm] [--rounds 5]
 
 Shapes are rows x output columns x K. The peak is that of a loop of independent multiply-adds on registers. Peak, aicc and torch take turns in
-every round; each figure is that of its best round, in seconds of CPU time of this thread, so that other processes disturb them less.
+every round; each figure is the median of its best block of calls, in CPU time of this thread, so that other processes disturb them less.
 Cores that lower their clock for dense vector code reach the peak only in loops that touch no memory: `sustained` is the same loop with
 its operands loaded from the first-level cache, as a GEMM's are. `B GB/s` is how fast the weights are read, as they are stored; for few rows
 compare it with `read`, one core's best over 256 MB by plain loads. `--dtype i8` is `torch._int_mm` on a parameter, in integer operations.
@@ -17,6 +17,7 @@ import math
 import re
 import time
 from collections.abc import Callable
+from statistics import median
 
 from . import contenders  # noqa: F401  # first: it names the caches before torch reads them
 
@@ -154,16 +155,18 @@ def measure(m: int, n: int, k: int, dtype: torch.dtype, peak: Callable[[], float
         truth = x.double() @ layer.get_parameter("weight").double().T
         errors = [(r.double() - truth).abs().max().item() for r in (y, layer(x))]
         best = [0.0, math.inf, math.inf]
-        calls = max(1, int(2e9 / (2 * m * n * k)))
+        calls = max(3, min(9, int(2e9 / (2 * m * n * k))))
         for _ in range(rounds):
             best[0] = max(best[0], peak())
             for i, f in enumerate((compiled, layer), 1):
                 f(x)
                 for _ in range(3):
-                    start = time.thread_time()
+                    times = []
                     for _ in range(calls):
+                        start = time.thread_time()
                         f(x)
-                    best[i] = min(best[i], (time.thread_time() - start) / calls)
+                        times.append(time.thread_time() - start)
+                    best[i] = min(best[i], median(times))
     ours, theirs = (2 * m * n * k / t / 1e9 for t in best[1:])
     gigabytes = n * k * dtype.itemsize / best[1] / 1e9
     line = (f"{f'{m}x{n}x{k}':>15} {best[1] * 1e3:9.3f} ms {ours:8.1f} {100 * ours / best[0]:6.0f} % {theirs:8.1f} {gigabytes:8.1f} {seconds:8.2f} "
