@@ -20,12 +20,10 @@ from llvmlite import ir
 from .intrinsics import call
 from .values import I1, I8, I32, I64, PTR, sequence, shuffle, splat, stack_slot
 
-__all__ = ["COUNTED", "Record", "loop", "record_sort"]
+__all__ = ["LANES", "Record", "counted_sort", "digit_sort", "function", "loop", "places_from"]
 
 TOGETHER = 4
 """Records whose places are counted in one pass over the others."""
-COUNTED = 96
-"""Longest run that is sorted by comparing each with each: about there the digits' 256 counters cost as much."""
 LANES = 4
 """Records that are compared at once, a vector of 256 bits (on other machines several or part of one)."""
 DIGIT = 8
@@ -116,29 +114,8 @@ def function(module: ir.Module, name: str, result: ir.Type, operands: Sequence[i
     return f
 
 
-def record_sort(module: ir.Module, r: Record) -> ir.Function:
-    """ptr sort(ptr records, ptr spare, i64 n): sorts n records, gives the buffer where they are then. Both have room for `LANES` more; n < 2^31."""
-    counted, by_digits = _counted(module, r), _by_digits(module, r)
-
-    def emit(b: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
-        few, many, end = (b.append_basic_block(x) for x in ("few", "many", "end"))
-        b.cbranch(b.icmp_signed("<=", args[2], I64(COUNTED)), few, many)
-        made = []
-        for block, f in ((few, counted), (many, by_digits)):
-            b.position_at_end(block)
-            made.append(b.call(f, args))
-            b.branch(end)
-        b.position_at_end(end)
-        result = b.phi(PTR)
-        result.add_incoming(made[0], few)
-        result.add_incoming(made[1], many)
-        return result
-
-    return function(module, f"sort.records.{r.bits}", PTR, [PTR, PTR, I64], emit)
-
-
-def _counted(module: ir.Module, r: Record) -> ir.Function:
-    """Each record's place is the number of those before it."""
+def counted_sort(module: ir.Module, r: Record) -> ir.Function:
+    """ptr counted(ptr records, ptr spare, i64 n): each record's place is the number of those before it. The result is in `spare`."""
     w = LANES
     vector = ir.VectorType(I64, w)
 
@@ -184,7 +161,9 @@ def _counted(module: ir.Module, r: Record) -> ir.Function:
     return function(module, f"sort.counted.{r.bits}", PTR, [PTR, PTR, I64], emit)
 
 
-def _by_digits(module: ir.Module, r: Record) -> ir.Function:
+def digit_sort(module: ir.Module, r: Record) -> ir.Function:
+    """ptr digits(ptr records, ptr spare, i64 n): gives the buffer where they are then; n < 2^31."""
+
     def emit(b: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
         records, spare, n = args
         counters = stack_slot(b, ir.ArrayType(I32, r.digits * RADIX), 64)

@@ -23,7 +23,8 @@ from ...ir.core import Operation
 from ...ir.types import DType, element_type
 from .intrinsics import call
 from .lanes import splat as repeated
-from .records import Record, function, loop, places_from, record_sort
+from .record_order import record_first, record_sort
+from .records import Record, function, loop, places_from
 from .values import I32, I64, PTR, chunk_type, memory_type, splat, stack_slot, width_of
 
 if TYPE_CHECKING:
@@ -197,10 +198,17 @@ def _all_records(b: ir.IRBuilder, keys: Keys, record: Record, source: ir.Value, 
 def _select(module: ir.Module, keys: Keys) -> ir.Function:
     """ptr select(ptr source, i64 n, i64 keep, ptr records, ptr spare); both buffers have room for BUFFER * keep + 2 * SLACK records."""
     read = _read_within(module, keys)
-    sort = record_sort(module, keys.record())
+    first = record_first(module, keys.record())
 
     def emit(b: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
-        keep, records, spare = args[2:]
+        source, n, keep, records, spare = args
+        short, long = b.append_basic_block("short"), b.append_basic_block("long")
+        import os
+        b.cbranch(b.or_(b.icmp_signed("<=", n, b.mul(keep, I64(int(os.environ.get("XD", 4))))), b.icmp_signed("<=", n, I64(int(os.environ.get("XE", 128))))), short, long)
+        b.position_at_end(short)
+        _all_records(b, keys, keys.record(), source, n, records)
+        b.ret(b.call(first, [records, spare, n, keep]))
+        b.position_at_end(long)
         bound = b.call(_sampled_bound(module, keys), args)
         found = b.call(read, [*args, bound])
         before, again, end = b.block, b.append_basic_block("again"), b.append_basic_block("end")
@@ -212,7 +220,7 @@ def _select(module: ir.Module, keys: Keys) -> ir.Function:
         count = b.phi(I64)
         count.add_incoming(found, before)
         count.add_incoming(every, again)
-        return b.call(sort, [records, spare, count])
+        return b.call(first, [records, spare, count, keep])
 
     return function(module, f"sort.select.{keys.name}", PTR, [PTR, I64, I64, PTR, PTR], emit)
 
@@ -260,7 +268,7 @@ def _read_within(module: ir.Module, keys: Keys) -> ir.Function:
     """i64 read(ptr source, i64 n, i64 keep, ptr records, ptr spare, key bound): leaves records that are within the bound in `records`, among them the
     first `keep` if there are as many; gives their number."""
     record = keys.record()
-    sort = record_sort(module, record)
+    first = record_first(module, record)
     w, unroll = WIDTH, 4
     smallest = ir.Constant(keys.type, -(1 << (keys.type.width - 1)))
 
@@ -274,7 +282,7 @@ def _read_within(module: ir.Module, keys: Keys) -> ir.Function:
 
         def flush() -> None:
             """Keeps the first `keep`. Elements to come are later than all of these, so they have to be less than the last; if nothing is, done."""
-            made = b.call(sort, [records, spare, b.load(state["count"], typ=I64)])
+            made = b.call(first, [records, spare, b.load(state["count"], typ=I64), keep])
             with b.if_then(b.icmp_unsigned("!=", made, records)):
                 call(b, "llvm.memcpy.p0.p0.i64", ir.VoidType(), [records, made, b.mul(keep, I64(record.bytes)), ir.IntType(1)(0)])
             b.store(keep, state["count"])
