@@ -3,10 +3,10 @@
     sort(records, n)                    in place
     first(records, n, keep)             the first `keep` in order, in place; the rest is lost
 
-Both want room for `BLOCK` records more and take a time that the number of records alone decides. Blocks of 32 are sorted in registers; then blocks are
-merged in pairs, twice as long each time: both are compared with each other from opposite ends, and what is left are two halves that each rise and then
-fall, or the other way round, which comparing at distances of a half, a quarter, ... puts in order. A comparison always leaves the smaller record at the
-lower place, so that records behind the end, larger than all, need not be there: whatever would be compared with them is left out.
+Both want room for `BLOCK` records more and take a time that the number of records alone decides. Blocks of 32 are sorted in registers; then blocks
+are merged in pairs, twice as long each time: both are compared with each other from opposite ends, and what is left are two halves that each rise and
+then fall, or the other way round, which comparing at distances of a half, a quarter, ... puts in order. A comparison always leaves the smaller record
+at the lower place, so that records behind the end, larger than all, need not be there: whatever would be compared with them is left out.
 For the first `keep` alone, blocks stay at the power of two that holds as many, and of each pair the lower half is kept.
 Batcher, Sorting networks and their applications, AFIPS 1968; Knuth, The Art of Computer Programming 3, 5.3.4 (the network of eight by columns).
 """
@@ -28,8 +28,8 @@ LANES = 4
 VECTORS = 8
 BLOCK = LANES * VECTORS
 """Records that are sorted in registers."""
-EIGHT = ((0, 1), (2, 3), (4, 5), (6, 7), (0, 2), (1, 3), (4, 6), (5, 7), (1, 2), (5, 6), (0, 4), (3, 7), (1, 5), (2, 6), (1, 4), (3, 6), (2, 4), (3, 5),
-         (3, 4))
+EIGHT = ((0, 1), (2, 3), (4, 5), (6, 7), (0, 2), (1, 3), (4, 6), (5, 7), (1, 2), (5, 6), (0, 4), (3, 7), (1, 5), (2, 6), (1, 4), (3, 6), (2, 4),
+         (3, 5), (3, 4))
 """Sorts eight with 19 comparisons."""
 VECTOR = ir.VectorType(I64, LANES)
 LAST = (1 << 63) - 1

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from llvmlite import ir
@@ -15,16 +14,16 @@ from .network import network_first, network_sort
 from .records import Record, counted_sort, digit_sort, function
 from .values import I64, PTR
 
-__all__ = ["ROOM", "record_first", "record_sort"]
+__all__ = ["record_first", "record_sort"]
 
-COUNTED = {1: int(os.environ.get("XC", 8)), 2: 96}
-"""Longest run that is sorted by comparing each with each, by words of a record."""
-NETWORK = {b: int(os.environ.get("XN", 4096)) for b in (8, 16, 32)}
-ROOM = 32
+COUNTED = {1: 8, 2: 96}
+"""Most records that are sorted by comparing each with each, by words of a record: beyond, a network has less to do, or counting digits pays."""
+NETWORK = {8: 128, 16: 512, 32: 1024}
+"""Most that are sorted by a network, by bits of a key: as many digits of eight bits take as long."""
 
 
 def record_sort(module: ir.Module, r: Record) -> ir.Function:
-    """ptr sort(ptr records, ptr spare, i64 n): sorts n records, gives the buffer where they are then. Both have room for `ROOM` more; n < 2^31."""
+    """ptr sort(ptr records, ptr spare, i64 n): sorts n records, gives the buffer where they are then. Both have room for 32 more; n < 2^31."""
     counted, by_digits = counted_sort(module, r), digit_sort(module, r)
 
     def emit(b: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
@@ -62,10 +61,10 @@ def record_first(module: ir.Module, r: Record) -> ir.Function:
         records, spare, n, keep = args
         if r.words == 2:
             return b.call(sort, [records, spare, n])
-        first = b.and_(b.icmp_signed("<=", b.shl(keep, I64(1)), n), b.icmp_signed("<=", keep, I64(NETWORK[r.bits])))
+        half = b.and_(b.icmp_signed("<=", b.shl(keep, I64(1)), n), b.icmp_signed("<=", keep, I64(NETWORK[r.bits])))
+        first = b.and_(half, b.icmp_signed(">", n, I64(COUNTED[r.words])))
         some, every, end = (b.append_basic_block(x) for x in ("some", "every", "end"))
         b.cbranch(first, some, every)
-        result = None
         made = []
         for block, f, operands in ((some, network_first(module), [records, n, keep]), (every, sort, [records, spare, n])):
             b.position_at_end(block)

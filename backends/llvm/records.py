@@ -1,12 +1,13 @@
-"""Sorting records: functions of a module that other code calls, each made when it is first asked for.
+"""Sorting records by counting: functions of a module that other code calls, each made when it is first asked for.
 
 A record is a key with the place that it came from, so that no two are equal: every way of sorting is then stable. Of types of up to 32 bits it is one
 word, (key << 32) | place, of wider ones two, key and place. Keys are integers in signed order.
 
     sorted = sort(records, spare, n)        either of the two buffers
 
-Short runs are sorted by counting how many records go before each one (n^2 / lanes comparisons and no branch); longer ones by their digits of eight
-bits, the lowest first. All digits are counted in one pass, and those that are the same everywhere (the upper ones of small numbers) are skipped.
+Short runs are sorted by counting how many records go before each one (n^2 / lanes comparisons and no branch); long ones by their digits of eight
+bits, the lowest first. What lies between is for `network.py`; `record_order.py` chooses.
+All digits are counted in one pass, and those that are the same everywhere (the upper ones of small numbers) are skipped.
 Knuth, The Art of Computer Programming 3, 5.2 (comparison counting) and 5.2.5 (radix sorting).
 """
 
@@ -110,7 +111,8 @@ def function(module: ir.Module, name: str, result: ir.Type, operands: Sequence[i
         f.attributes.add(attribute)
     b = ir.IRBuilder(f.append_basic_block("entry"))
     value = emit(b, f.args)
-    b.ret_void() if value is None else b.ret(value)
+    if not b.block.is_terminated:
+        b.ret_void() if value is None else b.ret(value)
     return f
 
 
