@@ -56,9 +56,12 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             *([f"stream{relax}"] if options.fuse else []),
             # What is left of a product's readers: reductions of its tiles join its kernel.
             *(["tile-reductions"] if options.fuse and not target.is_gpu else []),
+            # Sums of columns of what some kernel walks row by row are parted so that they can join it.
+            *(["part-columns"] if target.is_gpu and options.fuse else []),
             *(["split-reductions"] if options.fuse else []),
             *(["split-dimensions"] if target.is_gpu and options.fuse else []),
             fuse if options.fuse else "fuse{max-members=1}",
+            *(["join-columns"] if target.is_gpu and options.fuse else []),
             # What crosses from kernel to kernel is known now.
             *(["narrow-results"] if target.is_gpu else []),
         ]),

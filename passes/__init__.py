@@ -25,6 +25,7 @@ from . import (
     pack,
     plain_reductions,
     plan_memory,
+    row_columns,
     schedule,
     side_by_side,
     simplify_loops,
