@@ -32,6 +32,8 @@ from typing import Any
 import torch
 
 from .cuda_driver import CudaError
+from .dtypes import TORCH_DTYPES
+from .product_choice import CANDIDATES, LEAST_FLOPS, Measured, fastest
 from .sizes import Size, compile_size, evaluate_size
 
 __all__ = ["CublasLt", "ProductPlans", "load_cublaslt", "matrix_layouts"]
@@ -104,20 +106,33 @@ class CublasLt:
             self._set("cublasLtMatmulDescSetAttribute", memory, _BIAS_POINTER, ctypes.c_uint64(16))
         return memory
 
-    def algorithm(self, handle: int, descriptor: Any, layouts: Mapping[str, int], workspace: int, align: Mapping[str, int]) -> Any:
-        """The algorithm that the library's heuristic puts first; CudaError if it has none."""
+    def algorithms(self, handle: int, descriptor: Any, layouts: Mapping[str, int], workspace: int, align: Mapping[str, int],
+                   count: int = 1) -> list[Any]:
+        """The algorithms that the library's heuristic puts first, at most `count`; CudaError if it has none."""
         preference = ctypes.c_void_p()
         self.check("cublasLtMatmulPreferenceCreate", self._lib.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)))
         self._set("cublasLtMatmulPreferenceSetAttribute", preference, _MAX_WORKSPACE, ctypes.c_uint64(workspace))
         for name, which in _MIN_ALIGNMENT.items():
             self._set("cublasLtMatmulPreferenceSetAttribute", preference, which, ctypes.c_uint32(align[name]))
-        result, found = ctypes.create_string_buffer(RESULT_BYTES), ctypes.c_int()
+        results, found = ctypes.create_string_buffer(count * RESULT_BYTES), ctypes.c_int()
         pointer = ctypes.c_void_p
         code = self._lib.cublasLtMatmulAlgoGetHeuristic(
-            pointer(handle), descriptor, *[pointer(layouts[n]) for n in ("a", "b", "c", "d")], preference, 1, result, ctypes.byref(found))
+            pointer(handle), descriptor, *[pointer(layouts[n]) for n in ("a", "b", "c", "d")], preference, count, results, ctypes.byref(found))
         self._lib.cublasLtMatmulPreferenceDestroy(preference)
         self.check("cublasLtMatmulAlgoGetHeuristic", code or (0 if found.value else 15))
-        return result
+        parts = [results.raw[i * RESULT_BYTES:(i + 1) * RESULT_BYTES] for i in range(found.value)]
+        return [ctypes.create_string_buffer(part, RESULT_BYTES) for part in parts]
+
+    def run(self, record: Sequence[int], algorithm: Any, pointers: Mapping[str, int], stream: int) -> int:
+        """The product of a record (see `PLAN`) with operands and workspace at addresses of their own; the library's status."""
+        handle, descriptor, a, b, c, d, _, alpha, beta, workspace = map(ctypes.c_void_p, record)
+        at = {name: ctypes.c_void_p(address) for name, address in pointers.items()}
+        return int(self._lib.cublasLtMatmul(
+            handle, descriptor, alpha, at["a"], a, at["b"], b, beta, at["d"], c, at["d"], d, algorithm, at["workspace"],
+            ctypes.c_size_t(workspace.value or 0), ctypes.c_void_p(stream)))
+
+    def set_bias(self, descriptor: Any, address: int) -> None:
+        self._set("cublasLtMatmulDescSetAttribute", descriptor, _BIAS_POINTER, ctypes.c_uint64(address))
 
     def free_layout(self, layout: int) -> None:
         self._lib.cublasLtMatrixLayoutDestroy(ctypes.c_void_p(layout))
@@ -235,15 +250,41 @@ class _Plan:
         descriptor = lt.descriptor(row["compute"], (shapes["a"][3], shapes["b"][3]), EPILOGUES[row["bias"], row["act"]],
                                    types["bias"] if row["bias"] else None)
         aligned = {"a": align["b"], "b": align["a"], "c": align["c"], "d": align["d"]}
-        result = lt.algorithm(self._handle, descriptor, layouts, row["workspace"], aligned)
+        flops = 2.0 * batch * m * n * numbers["sizes"][3]
+        tuned = bool(row.get("measure")) and flops >= LEAST_FLOPS
+        results = lt.algorithms(self._handle, descriptor, layouts, row["workspace"], aligned, CANDIDATES if tuned else 1)
         real = ctypes.c_double if row["compute"] == "f64" else ctypes.c_float
         scalars = (real * 2)(1, 1 if row["c"] else 0)
         beta = ctypes.addressof(scalars) + ctypes.sizeof(real)
         record = (ctypes.c_uint64 * 10)(
-            self._handle, ctypes.addressof(descriptor), layouts["a"], layouts["b"], layouts["c"], layouts["d"], ctypes.addressof(result),
+            self._handle, ctypes.addressof(descriptor), layouts["a"], layouts["b"], layouts["c"], layouts["d"], ctypes.addressof(results[0]),
             ctypes.addressof(scalars), beta, row["workspace"])
+        result = results[0]
+        if len(results) > 1:
+            result = results[self._fastest(row, numbers, record, descriptor, results, flops)]
+            record[6] = ctypes.addressof(result)
         self._keep += [descriptor, result, scalars, record]
         return ctypes.addressof(record)
+
+    def _fastest(self, row: Mapping[str, Any], numbers: Mapping[str, Sequence[int]], record: Any, descriptor: Any, results: Sequence[Any],
+                 flops: float) -> int:
+        """The number of the algorithm that is fastest on random operands."""
+        _, m, n, k = numbers["sizes"]
+        extents = {"a": (m, k), "b": (k, n), "d": (m, n)}
+        held: dict[str, torch.Tensor] = {}
+        for name, (rows, columns) in extents.items():
+            batch, *inner = (*numbers[name], 1)[:3]
+            last = (numbers["sizes"][0] - 1) * batch + (rows - 1) * inner[0] + (columns - 1) * inner[1]
+            held[name] = torch.randn(last + 1, device="cuda", dtype=TORCH_DTYPES[row["types"][name]])
+        held["workspace"] = torch.empty(max(1, row["workspace"]) + 256, device="cuda", dtype=torch.uint8)
+        if row["bias"]:
+            held["bias"] = torch.zeros(n, device="cuda", dtype=TORCH_DTYPES[row["types"]["bias"]])
+            self._lt.set_bias(descriptor, held["bias"].data_ptr())
+        at = {name: t.data_ptr() for name, t in held.items()}
+        at["workspace"] = -(-at["workspace"] // 256) * 256
+        pointers = {**at, "a": at["b"], "b": at["a"]}  # the transposed product
+        stream = torch.cuda.current_stream().cuda_stream
+        return fastest(Measured(lambda result: self._lt.run(record, result, pointers, stream), flops), results)
 
     def __del__(self) -> None:
         for layout in self.__dict__.get("_layouts", ()):
