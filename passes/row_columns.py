@@ -178,7 +178,7 @@ def _needs(op: Operation, other: Operation, *, direct: bool) -> bool:
 
 def _join(rows: Operation, sums: Operation) -> None:
     """One group of both, in the place of `rows`."""
-    inner = dict(zip(rows.results, rows.body.terminator.operands, strict=True))
+    inner: dict[Value, Value] = dict(zip(rows.results, rows.body.terminator.operands, strict=True))
     inputs = list(dict.fromkeys([*rows.operands, *(v for v in sums.operands if v not in inner)]))
     block = Block([v.type for v in inputs], [v.name for v in inputs])
     known: dict[Value, Value] = {**dict(zip(inputs, block.args, strict=True)), **inner}

@@ -20,8 +20,8 @@ from .loops import Lowering, Scope
 __all__ = ["emit_row_columns", "row_columns_tile"]
 
 TILE, EACH = 4096, 32
-"""Elements of a tile, and of a thread: the sums stay in registers beside the rows. As measured (8192 x 1024 in 16 bits, three sums, H200, from memory):
-four rows in four warps with the next ones under way 29.7 us, without 33 to 35; without any sums 24.2."""
+"""Elements of a tile, and of a thread: the sums stay in registers beside the rows. As measured (8192 x 1024 in 16 bits, three sums, H200, from
+memory): four rows in four warps with the next ones under way 29.7 us, without 33 to 35; without any sums 24.2."""
 AHEAD = 2
 
 
