@@ -1,15 +1,16 @@
-"""Sums of columns in the kernel that walks the same rows (GPUs).
+"""Sums of columns in the kernel that makes or walks what they sum (GPUs).
 
 The gradient of a norm takes a row's statistics and writes its gradient, and sums three things down the columns: for the scale, for the shift, and,
-of what it has just written, for the bias of the layer before. As kernels of their own these sums read everything a second time (LayerNorm of
-8192 x 1024: 14 + 16 + 6 us). Here a program takes PART whole rows, a few at a time, and adds up the columns of what it has in registers:
+of what it has just written, for the bias of the layer before. The gradient of an activation is summed for a bias too. As kernels of their own
+these sums read everything a second time (LayerNorm of 8192 x 1024: 14 + 16 + 6 us). Here a program takes some whole rows (or some columns of
+them, where nothing is summed along rows), a few at a time, and adds up the columns of what it has in registers:
 
     for each few of the program's rows:  statistics and results of these rows;  sums[columns] += of them
     parts[program, columns] = sums
 
-`part-columns`, before long reductions are split, makes such sums the sums of parts of PART neighbouring rows, marked BESIDE. `join-columns`, after
-`fuse`, puts them into the group of the rows, whose `part` then says how many rows a program has (`tiling/row_columns.py`). A sum that found
-no group is a kernel of its own, as before.
+`part-columns`, before long reductions are split, makes such sums the sums of parts of neighbouring rows, and notes on them how many (BESIDE).
+`join-columns`, after `fuse`, puts them into the group of the rows, whose `part` then says how many rows a program has
+(`tiling/row_columns.py`). A sum that found no group is a kernel of its own, as before.
 """
 
 from __future__ import annotations
@@ -19,20 +20,23 @@ from typing import ClassVar
 
 from ..ir import Block, Builder, Dim, Operation, Region, TensorType, Value, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
-from ..ir.expr import product, substitute
+from ..ir.expr import as_int, product, substitute
 from ..ir.passes import Pass, PassContext, register
 from ..ir.ranges import simplify
 from .split_reductions import Cut, reduces_rows, split
 from .structured import BESIDE, is_contraction, is_pointwise, space_bounds
 from .tiling.frame import Frame, analyse
+from .tiling.gpu_tiles import COLUMNS
 from .topology import topological_sort
 
 __all__ = ["JoinColumns", "PartColumns"]
 
-PART = 32
-"""Rows of a program: 8192 rows are two programs for nearly each of 132 multiprocessors."""
+PARTS = (32, 16)
+"""Whole rows of a program: 8192 rows in parts of 32 are two programs for nearly each of 132 multiprocessors."""
 LEAST, MOST = 256, 4096
 """Columns of rows that a program holds whole, beside the sums."""
+PIECE = 128
+"""Rows of a program that takes some columns of each."""
 
 
 @register
@@ -47,25 +51,32 @@ class PartColumns(Pass):
             for op in list(func.body):
                 if op.name != "tensor.generic" or not op["reductions"]:
                     continue
-                cut = _cut(op, ctx.target.multiprocessors)
-                if cut is not None:
-                    op.attributes[BESIDE] = PART
-                    split(op, cut).attributes[BESIDE] = 0  # is not split again
-                    ctx.remark("done", f"columns are summed in parts of {PART} rows, beside what walks these rows", op.location)
+                part = _part(op, ctx.target.multiprocessors)
+                if part:
+                    op.attributes[BESIDE] = part
+                    rows = as_int(product(op["dims"][1:]))
+                    split(op, Cut(1, rows // part, op["dims"][-1] // part if op["reductions"] > 1 else 1)).attributes[BESIDE] = 0  # not again
+                    ctx.remark("done", f"columns are summed in parts of {part} rows, beside what makes or walks these rows", op.location)
 
 
-def _cut(op: Operation, programs: int) -> Cut | None:
-    """How the rows that a sum of columns adds up are parted, if some other op walks them row by row."""
+def _part(op: Operation, programs: int) -> int:
+    """Into how many rows each the rows are parted that a sum of columns adds up, if some other op walks or makes them; else 0."""
     n, dims = op["reductions"], op["dims"]
     if set(op["combine"]) != {"sum"} or n > 2 or len(dims) != n + 1 or not all(isinstance(d, int) for d in dims):
-        return None
-    columns, rows = dims[0], product(dims[1:])
-    assert isinstance(rows, int)
-    if not LEAST <= columns <= MOST or dims[-1] % PART or rows // PART < programs or reduces_rows(op):
-        return None
-    if not any(_walks_rows(v, rows, columns) for v in op.operands):
-        return None
-    return Cut(1, rows // PART) if n == 1 else Cut(1, rows // PART, dims[2] // PART)
+        return 0
+    columns, rows = dims[0], as_int(product(dims[1:]))
+    if columns < LEAST or reduces_rows(op):
+        return 0
+    walked = columns <= MOST and any(_walks_rows(v, rows, columns) for v in op.operands)
+    whole = next((p for p in PARTS if rows // p >= programs and dims[-1] % p == 0), 0) if walked else 0
+    made = rows // PIECE * columns // COLUMNS >= 2 * programs and dims[-1] % PIECE == 0 and any(_is_made(v, op, rows * columns) for v in op.operands)
+    return whole or (PIECE if made else 0)
+
+
+def _is_made(v: Value, op: Operation, numel: int) -> bool:
+    """An elementwise kernel makes `v`, for others too."""
+    maker = v.defining_op
+    return maker is not None and is_pointwise(maker) and v.type.numel == numel and any(u is not op for u in v.users)  # type: ignore[attr-defined]
 
 
 def _walks_rows(v: Value, rows: int, columns: int, depth: int = 1) -> bool:
@@ -116,15 +127,21 @@ def _candidates(sums: Operation) -> list[Operation]:
 
 
 def _fits(rows: Operation, sums: Operation) -> bool:
-    """`rows` reduces whole rows of the space that `sums` adds up, and what `sums` reads of its results it reads where that was made."""
+    """`rows` reduces whole rows of the space that `sums` adds up, or makes it element by element; and what `sums` reads of its results it reads
+    where that was made."""
     members = [m for m in rows.body.ops[:-1] if not m.attributes.get(BESIDE)]
-    plain = all(m.name == "tensor.generic" and not is_contraction(m) for m in members)
-    if not plain or rows["why"].startswith("streams") or not any(m["reductions"] for m in members):
+    if not all(m.name == "tensor.generic" and not is_contraction(m) for m in members) or rows["why"].startswith("streams"):
         return False
-    frame = analyse_rows(rows)
     first = sums.body.ops[0]
-    parts, columns = parallel_dims(first)
-    if len(frame.sizes) != 2 or len(frame.inner) != 1 or [frame.sizes[f] for f in (*frame.outer, *frame.inner)] != [parts * PART, columns]:
+    part, parts, columns = first.attributes[BESIDE], *map(as_int, parallel_dims(first))
+    if any(m.attributes[BESIDE] != part for m in sums.body.ops[:-1]) or rows["part"] not in (0, part):
+        return False
+    if any(m["reductions"] for m in members):
+        frame = analyse_rows(rows)
+        sizes = [frame.sizes[f] for f in (*frame.outer, *frame.inner)]
+        if len(frame.inner) != 1 or sizes != [parts * part, columns] or columns > MOST or part not in PARTS:
+            return False
+    elif part != PIECE or any(product(m["dims"]) != parts * part * columns for m in members) or not _in_order(analyse_rows(rows)):
         return False
     for v in sums.operands:
         if v.defining_op is rows:
@@ -140,18 +157,27 @@ def analyse_rows(fused: Operation) -> Frame:
     return analyse(fused, {}, [m for m in fused.body if m.name == "tensor.generic" and not m.attributes.get(BESIDE)])
 
 
+def _in_order(frame: Frame) -> bool:
+    """Everything is stored in the order in which the frame is walked."""
+    flat: Dim = 0
+    for f, size in frame.sizes.items():
+        flat = flat * size + sym(f)
+    return all(isinstance(n, int) for n in frame.sizes.values()) and all(
+        x.offset == simplify(flat, frame.bounds({})) for x in frame.accesses if x.is_store)
+
+
 def _in_place(op: Operation, i: int) -> bool:
     """The sum reads operand `i` at (its part's row, its column), or a number of each row at that row."""
     if op.name != "tensor.generic" or op["maps"][i] is None or fill_of(op, i) is not None:
         return False
-    columns, last = op["dims"][1], len(op["dims"]) - 1
+    part, columns, last = op.attributes[BESIDE], op["dims"][1], len(op["dims"]) - 1
     bounds = space_bounds(op["dims"])
     offset: Dim = 0
     for e, stride in zip(op["maps"][i], op.operands[i].type.layout, strict=True):  # type: ignore[attr-defined]
         offset = offset + e * stride
-    row = sym("d0") * PART + sym(f"d{last}")
+    row = sym("d0") * part + sym(f"d{last}")
     single = {f"d{d}": 0 for d in range(2, last)}
-    here = row if op.operands[i].type.numel * columns == op["dims"][0] * PART * columns else row * columns + sym("d1")  # type: ignore[attr-defined]
+    here = row if op.operands[i].type.numel * columns == op["dims"][0] * part * columns else row * columns + sym("d1")  # type: ignore[attr-defined]
     return simplify(substitute(offset, single), bounds) == simplify(here, bounds)
 
 
@@ -178,6 +204,7 @@ def _needs(op: Operation, other: Operation, *, direct: bool) -> bool:
 
 def _join(rows: Operation, sums: Operation) -> None:
     """One group of both, in the place of `rows`."""
+    part = sums.body.ops[0].attributes[BESIDE]
     inner: dict[Value, Value] = dict(zip(rows.results, rows.body.terminator.operands, strict=True))
     inputs = list(dict.fromkeys([*rows.operands, *(v for v in sums.operands if v not in inner)]))
     block = Block([v.type for v in inputs], [v.name for v in inputs])
@@ -190,7 +217,7 @@ def _join(rows: Operation, sums: Operation) -> None:
         for member in op.body.ops[:-1]:
             block.append(member.detach())
     Builder(block, None, sums.location).create("tensor.yield", yields)
-    attrs = {**rows.attributes, "kernel": f"{rows['kernel'].removesuffix('_columns')}_columns", "part": PART}
+    attrs = {**rows.attributes, "kernel": f"{rows['kernel'].removesuffix('_columns')}_columns", "part": part}
     results = [*rows.results, *sums.results]
     made = Builder.before_op(rows).create("tensor.fused", inputs, attrs, [v.type for v in results], [Region([block])])
     for old, new in zip(results, made.results, strict=True):

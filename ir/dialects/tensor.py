@@ -141,7 +141,7 @@ define("tensor.fused", "ops that become one kernel; the region takes the operand
        "in another shape with its elements in the same order", operands="inputs*",
        results="results*", attrs={"kernel": optional("", "name of the kernel"), "why": optional("", "why they belong together"),
                                "tile": optional((), "measured to be best: the fields of `GpuTile` or `CpuTile`"),
-                               "part": optional(0, "whole rows of a program that also sums up columns (`passes/row_columns.py`)"),
+                               "part": optional(0, "rows of a program that also sums up columns (`passes/row_columns.py`)"),
                                "ranges": optional((), "streams: [n, b]: operands n to n + 3 say which blocks of b steps each block of b rows needs")},
        regions=1, traits=[Trait.Pure, Trait.IsolatedFromAbove])
 define("tensor.library", "ops that one call of a vendor's library computes: their meaning is the region, which takes the operands and yields "

@@ -167,7 +167,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
     elif fused["part"]:
         sums = [m for m in members if m.attributes.get(BESIDE)]
         frame = analyse(fused, ranges, [m for m in members if m not in sums])
-        choice = row_columns_tile(frame)
+        choice = row_columns_tile(frame, sums[0]["dims"][1])
         grid = emit_row_columns(frame, sums, choice, Emitter(builder, choice.shape, ranges, coarse=coarse), buffers, fused["part"])
         warps = choice.warps
         made = sum((v.type.numel * element_type(v.type).bytes for v in outputs if v.defining_op in sums), 0)  # type: ignore[attr-defined]
