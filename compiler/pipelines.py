@@ -67,7 +67,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
         ]),
         # Kernels are simplified once more: bodies merged by fusion share index arithmetic.
         # On GPUs small ones that are independent of each other are launched together then.
-        "tile": f"{tile},cse,dce" + (f",merge-launches{merging}" if target.is_gpu and options.fuse else ""),
+        "tile": f"{tile},cse,dce" + ",predicate-loads" * target.is_gpu + (f",merge-launches{merging}" if target.is_gpu and options.fuse else ""),
         # On GPUs, chains of launches that do not depend on each other run on two streams, if that pays.
         # A CUDA graph wants few kernels to use the memory of outputs, whose address is another one in each call.
         # On CPUs what is too small for several threads shares them with what does not depend on it; then memory is planned for that. Last, as

@@ -25,6 +25,7 @@ from . import (
     pack,
     plain_reductions,
     plan_memory,
+    predicate_loads,
     row_columns,
     schedule,
     side_by_side,
