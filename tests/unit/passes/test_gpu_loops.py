@@ -149,6 +149,6 @@ def test_sums_of_few_rows_take_many_columns() -> None:
 
 
 def test_logits_are_walked_in_long_steps() -> None:
-    program = capture(lambda x: x.softmax(-1), [torch.ones(2, 20000, dtype=torch.bfloat16)])
+    program = capture(lambda x: x.softmax(-1), [torch.ones(300, 9000, dtype=torch.bfloat16)])
     shapes = {op["shape"] for op in lowered(program, CUDA).walk() if op.name == "tile.load"}
     assert shapes == {(1, 8192)}
