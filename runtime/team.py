@@ -36,8 +36,8 @@ _PAUSES = {"x86_64": ("call void @llvm.x86.sse2.pause()", "declare void @llvm.x8
 """How to pause in a loop."""
 _FUTEXES = {"x86_64": 202, "aarch64": 98}
 """The number of Linux's system call."""
-SPINS, LONG = 2_000, 500_000
-"""Pauses of active waiting, some 20 to 90 microseconds: of threads for the next launch, and of the caller where there are more threads than cores.
+SPINS, LONG = 4_000, 500_000
+"""Pauses of active waiting, some 60 to 200 microseconds: of threads for the next launch, and of the caller where there are more threads than cores.
 Else the caller waits longer than a slice: a thread that took its core meanwhile would keep it, waiting actively for OpenMP's next region."""
 
 
@@ -55,7 +55,10 @@ def make_team(symbols: Mapping[str, int]) -> Team:
     pause, declaration = _PAUSES.get(machine, ("", ""))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     futex = _FUTEXES.get(machine) if sys.platform.startswith("linux") else None
-    text = _CODE.replace("PAUSE", pause).replace("SPINS", str(SPINS)).replace("LONG", str(LONG)).replace("CORES", str(cores)) + declaration + (_YIELDING if futex is None else _FUTEX.replace("FUTEX", str(futex)))
+    words = {"PAUSE": pause, "SPINS": SPINS, "LONG": LONG, "CORES": cores, "FUTEX": futex}
+    text = _CODE + declaration + (_YIELDING if futex is None else _FUTEX)
+    for word, value in words.items():
+        text = text.replace(word, str(value))
     target = llvm.Target.from_default_triple().create_target_machine(reloc="pic", codemodel="small")
     module = llvm.parse_assembly(text, llvm.create_context())
     module.triple = target.triple

@@ -266,7 +266,7 @@ class _Segment:
             self._launch(op, context)
 
     def _side_by_side(self, ops: list[Operation], context: ir.Value) -> None:
-        """One parallel region for all, whose pieces are functions of the table, the symbols, the first and last program, and the context."""
+        """One shared launch for all, whose pieces are functions of the table, the symbols, the first and last program, and the context."""
         pieces = []
         for i, op in enumerate(ops):
             f = ir.Function(self.f.module, ir.FunctionType(ir.VoidType(), [PTR, PTR, I64, I64, PTR]), f"{self.f.name}.beside{op['beside']}.{i}")

@@ -160,7 +160,8 @@ def _emit_body(module: ir.Module, name: str, function: ir.Function, shared: ir.L
     f.linkage = "internal"
     f.attributes.add("nounwind")
     b = ir.IRBuilder(f.append_basic_block("entry"))
-    *args, chunk, total, threads, counters = (b.load(b.gep(f.args[0], [I32(0), I32(i)], source_etype=shared), typ=t) for i, t in enumerate(shared.elements))
+    fields = [b.gep(f.args[0], [I32(0), I32(i)], source_etype=shared) for i in range(len(shared.elements))]
+    *args, chunk, total, threads, counters = (b.load(field, typ=t) for field, t in zip(fields, shared.elements, strict=True))
     me = b.sext(f.args[1], I64)
     with _counted(b, threads) as k:
         whose = b.srem(b.add(me, k), threads)
