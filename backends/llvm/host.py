@@ -106,6 +106,12 @@ class ModuleEmitter:
             self.source[name] = copy_kernel(name, source, target)
         return self.copies[key]
 
+    def copied(self, op: Operation) -> str:
+        """The name of the kernel of a `host.copy`."""
+        source, target = (v.type for v in op.operands)
+        assert isinstance(source, BufferType) and isinstance(target, BufferType)
+        return self.copier(source, target)
+
     def host(self, func: Operation, stepwise: bool = False) -> HostProgram:
         """Emits one host function; `stepwise`: each launch, copy or loop is a segment of its own (for a profiler)."""
         name = func["sym_name"]
@@ -177,7 +183,7 @@ class ModuleEmitter:
             elif op.name == "host.launch":
                 total = total + shareable(self.source[op["kernel"].name])
             elif op.name == "host.copy":
-                total = total + shareable(self.source[self.copier(*(v.type for v in op.operands))])
+                total = total + shareable(self.source[self.copied(op)])
         return total
 
     def constant(self, op: Operation) -> ir.GlobalVariable:
@@ -245,7 +251,8 @@ class _Segment:
         self._read_sizes()
         with self.scalars.scope(self.sizes, "call"):
             never = isinstance(work, int) and work < REGION_NANOSECONDS
-            emit_call(self.b, steps, *self.f.args, None if never else self.scalars.emit(work))
+            table, symbols = self.f.args
+            emit_call(self.b, steps, table, symbols, None if never else self.scalars.emit(work))
 
     def emit(self, ops: Sequence[Operation]) -> None:
         context = self.f.args[2]
@@ -293,9 +300,7 @@ class _Segment:
 
     def _launch(self, op: Operation, context: ir.Value) -> None:
         if op.name == "host.copy":
-            source, target = (v.type for v in op.operands)
-            assert isinstance(source, BufferType) and isinstance(target, BufferType)
-            name = self.owner.copier(source, target)
+            name = self.owner.copied(op)
         else:
             name = op["kernel"].name
         nontemporal = frozenset(op["nontemporal"])
