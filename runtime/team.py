@@ -10,9 +10,8 @@ whoever calls it, so a launch is done when its pieces are: the caller opens it, 
 meanwhile. A closed launch cannot be entered: the word that threads enter by (`state`) holds its number. The threads are OpenMP's, that is torch's:
 a second set would find those of the last eager operator spinning on its cores.
 
-Threads wait actively for a short time, then in the kernel (a futex; where there are none, by yielding). So they neither use up their share of a
-core that others want, nor sleep between the launches of one call. Only the end of a call waits for all: its last launch is one that every thread
-has to enter.
+Threads wait actively for a time, then in the kernel (a futex; where there are none, by yielding). Only the end of a call waits for all: its last
+launch is one that every thread has to enter.
 
 A team lives on the caller's stack as long as its region. So calls from several Python threads have teams of their own, and a fork inherits none.
 """
@@ -36,9 +35,10 @@ _PAUSES = {"x86_64": ("call void @llvm.x86.sse2.pause()", "declare void @llvm.x8
 """How to pause in a loop."""
 _FUTEXES = {"x86_64": 202, "aarch64": 98}
 """The number of Linux's system call."""
-SPINS, LONG = 4_000, 500_000
-"""Pauses of active waiting, some 60 to 200 microseconds: of threads for the next launch, and of the caller where there are more threads than cores.
-Else the caller waits longer than a slice: a thread that took its core meanwhile would keep it, waiting actively for OpenMP's next region."""
+SPINS, IDLE, CROWDED = 300_000, 50_000, 1_000
+"""Pauses of active waiting. Of the caller for the end of a launch: longer than a slice of the scheduler, as OpenMP (libgomp) waits, for a thread
+that took its core meanwhile would keep it, waiting actively for OpenMP's next region. Of the others for the next launch: about a millisecond, so that
+who waits for a caller that is put aside gives it the core. Of all where there are more threads than cores: some 20 microseconds."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def make_team(symbols: Mapping[str, int]) -> Team:
     pause, declaration = _PAUSES.get(machine, ("", ""))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     futex = _FUTEXES.get(machine) if sys.platform.startswith("linux") else None
-    words = {"PAUSE": pause, "SPINS": SPINS, "LONG": LONG, "CORES": cores, "FUTEX": futex}
+    words = {"PAUSE": pause, "SPINS": SPINS, "CROWDED": CROWDED, "IDLE": IDLE, "CORES": cores, "FUTEX": futex}
     text = _CODE + declaration + (_YIELDING if futex is None else _FUTEX)
     for word, value in words.items():
         text = text.replace(word, str(value))
@@ -99,8 +99,9 @@ define internal void @rouse(ptr %word) nounwind {
 # `left`: how many of those have finished. Each waiting word has the number of threads that sleep on it beside it.
 _CODE = """
 %team = type { i32, i32, ptr, ptr, ptr, i64, [24 x i8],  i64, i32, [52 x i8],  ptr, ptr, [48 x i8],  i32, i32, [56 x i8] }
-; 0 error, 1 threads, 2 steps, 3 table, 4 symbols, 5 the caller's spins;  7 state, 8 sleepers;  10 body, 11 data;  13 left, 14 sleepers
+; 0 error, 1 threads, 2 steps, 3 table, 4 symbols, 5 spins;  7 state, 8 sleepers;  10 body, 11 data;  13 left, 14 sleepers
 
+declare i64 @llvm.umin.i64(i64, i64)
 declare i64 @syscall(i64, ...)
 declare i32 @sched_yield()
 declare void @GOMP_parallel(ptr, ptr, i32, i32)
@@ -160,10 +161,13 @@ entry:
   %bodyp = getelementptr %team, ptr %team, i32 0, i32 10
   %datap = getelementptr %team, ptr %team, i32 0, i32 11
   %left = getelementptr %team, ptr %team, i32 0, i32 13
+  %spins = getelementptr %team, ptr %team, i32 0, i32 5
+  %own = load i64, ptr %spins
+  %most = call i64 @llvm.umin.i64(i64 %own, i64 IDLE)
   br label %wait
 wait:
   %seen = phi i32 [ 0, %entry ], [ %gen, %look ], [ %gen, %done ]
-  call void @await(ptr %number, i32 %seen, i64 SPINS)
+  call void @await(ptr %number, i32 %seen, i64 %most)
   br label %look
 look:
   %s = load atomic i64, ptr %state acquire, align 8
@@ -276,7 +280,7 @@ define i32 @aicc_region(ptr %steps, ptr %table, ptr %symbols, i32 %threads) noun
   store ptr %symbols, ptr %symbolsp
   %spinsp = getelementptr %team, ptr %team, i32 0, i32 5
   %crowd = icmp ugt i32 %threads, CORES
-  %spins = select i1 %crowd, i64 SPINS, i64 LONG
+  %spins = select i1 %crowd, i64 CROWDED, i64 SPINS
   store i64 %spins, ptr %spinsp
   call void @GOMP_parallel(ptr @enter, ptr %team, i32 %threads, i32 0)
   %error = load i32, ptr %team
