@@ -25,7 +25,7 @@ from .rescale import about_mean
 from .structured import is_contraction, rebuild, space_bounds
 from .tiling.columns import COLUMNS as LOOP_COLUMNS
 from .tiling.contraction import is_row_major, roles_of
-from .tiling.gpu_tiles import COLUMNS, gemm_tile_gpu, product_bytes
+from .tiling.gpu_tiles import COLUMNS, FEW_ROWS, gemm_tile_gpu, product_bytes
 
 CPU_PARTS = 16
 """Programs that a reduction on a CPU is split into at most."""
@@ -66,6 +66,8 @@ class SplitReductions(Pass):
 
     def _on_gpu(self, op: Operation, target: Target) -> _Cut:
         programs, room = _programs(op, target), target.multiprocessors
+        if is_contraction(op):
+            programs += sum(_programs(other, target) for other in _launched_with(op))
         if is_contraction(op) or reduces_rows(op):
             wanted = -(-(2 if is_contraction(op) else 4) * room // programs)  # programs per multiprocessor, as measured
             return self._parts(op, wanted) if 2 * programs <= room else _Cut(0, 1)
@@ -132,6 +134,20 @@ def _programs(op: Operation, target: Target) -> int:
                              row_major=is_row_major(op, roles))
         return max(1, as_int(batch * ceildiv(m, tile.rows) * ceildiv(n, tile.columns)))
     return max(1, count if reduces_rows(op) else count // COLUMNS)
+
+
+def _launched_with(op: Operation) -> list[Operation]:
+    """Other products of the same few rows, as query, key and value of a token: `merge-launches` makes one launch of them."""
+    roles = roles_of(op)
+    if roles is None or product(op["dims"][d] for d in roles.m) not in range(FEW_ROWS + 1):
+        return []
+    v, k = op.operands[roles.left], [op["dims"][d] for d in roles.k]
+    found = []
+    for u in dict.fromkeys(v.users):
+        theirs = roles_of(u) if u is not op and u.name == "tensor.generic" and is_contraction(u) else None
+        if theirs is not None and u.operands[theirs.left] is v and [u["dims"][d] for d in theirs.k] == k and not theirs.batch:
+            found.append(u)
+    return found
 
 
 def _affordable(op: Operation) -> int:

@@ -25,6 +25,7 @@ from ...ir.core import IRError, Operation
 from ...ir.expr_json import expr_to_json
 from ...ir.target import Target
 from .compile import CompiledKernel, compile_kernel, triton_cache
+from .early_weights import print_early_weights
 from .host import Copy, Launch, Program, Step, Wait, build_program
 from .native import NativeHost, emit_native
 from .printer import KernelSource, print_kernel
@@ -99,6 +100,8 @@ def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = N
 def _source(kernel: Operation, target: Target, divisible: Sequence[bool]) -> KernelSource:
     """The kernel in the form that suits the target best."""
     made = print_warp_groups(kernel, target, divisible)
+    if isinstance(made, str):
+        made = print_early_weights(kernel, target, divisible)
     maps = divisible if target.capability == TENSOR_MAPS else ()
     return print_kernel(kernel, maps, dependent=target.capability >= PROGRAMMATIC) if isinstance(made, str) else made
 
@@ -129,6 +132,7 @@ def program_json(
                 "descriptors": list(k.descriptors),
                 "programs": source.programs,
                 "dependent": source.dependent,
+                "early": source.early,
                 "digest": hashlib.sha256(k.cubin).hexdigest()[:16],
             }
         kernels[name] = row

@@ -245,10 +245,11 @@ class _Function:
         return [LAUNCH, number, row["threads"], row["shared"], len(cells), first, self._cell(extent), early]
 
     def _may_begin(self, step: Launch, row: Mapping[str, Any]) -> int:
-        """Whether a launch may be programmatic: not the first of its stream after a wait for the other one."""
+        """Whether a launch may be programmatic: not the first of its stream after a wait for the other one; and where it reads weights before it
+        waits, only behind one of our kernels, whose wait says that whatever wrote them has ended."""
         before = self.before_step[step.stream]
         self.before_step[step.stream] = step
-        return int(bool(row.get("dependent")) and not isinstance(before, Wait))
+        return int(bool(row.get("dependent")) and (isinstance(before, Launch) if row.get("early") else not isinstance(before, Wait)))
 
     # -- the function
 

@@ -43,7 +43,8 @@ class KernelSource:
     """A kernel as Triton text. `tile` is the number of elements of its largest tile, `dot` whether it multiplies matrices;
     `num_warps` and `num_stages` are 0 where the compiler may choose. `descriptors` are the last parameters.
     `registers`, if not 0, says that it is Gluon, and bounds those of a thread; then `programs` of them are launched, whatever the grid.
-    `dependent`: it may be launched before the kernel in front of it has ended (it waits by itself)."""
+    `dependent`: it may be launched before the kernel in front of it has ended (it waits by itself). `early`: it reads weights before it waits, so
+    only behind a kernel of the same program."""
 
     name: str
     text: str
@@ -59,6 +60,7 @@ class KernelSource:
     registers: int = 0
     programs: int = 0
     dependent: bool = False
+    early: bool = False
 
 
 def print_kernel(kernel: Operation, aligned: Sequence[bool] = (), dependent: bool = False) -> KernelSource:

@@ -145,12 +145,13 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
     coarse = FAST if fast and not target.is_gpu else NARROW if narrow else COARSE if fast else frozenset()
     hint: GpuTile | None = None
     first = members[0]
-    if first.name == "tensor.scatter" and scatters_in_parallel(first, target):
-        grid = emit_parallel_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result])
-        inplace = updates = _of_init(first, fused)
-    elif first.name == "tensor.scatter":
-        there = starts_as_copy(first)
-        grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes, there)
+    if first.name == "tensor.scatter":
+        parallel = scatters_in_parallel(first, target)
+        there = parallel or starts_as_copy(first)
+        if parallel:
+            grid = emit_parallel_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result])
+        else:
+            grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes, there)
         if there:
             inplace = updates = _of_init(first, fused)
             t = first.result.type
@@ -171,7 +172,9 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
             groups = ", for a loader and two groups of warps" if suits_warp_groups(stream, target) else ""
             ctx.remark("note", f"a stream in tiles of {hint.rows} rows by {hint.columns} steps{groups}", members[0].location)
             given = [buffers[a] for a in fused.body.args[fused["ranges"][0]:]] if fused["ranges"] else []
-            grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges, coarse=coarse), buffers, tile, relaxed, given).emit()
+            on_gpu = GpuStream(stream, outputs, Emitter(builder, tile, ranges, coarse=coarse), buffers, tile, relaxed, given)
+            on_gpu.persistent = suits_warp_groups(stream, target)
+            grid = on_gpu.emit()
         else:
             chosen = CpuTile(*(fused["tile"] or square_tile(target, stream.row_count, stream.length)))
             tile = (chosen.rows, chosen.columns)

@@ -67,6 +67,21 @@ def test_groups_do_not_wait_for_each_other_in_a_circle() -> None:
         assert all(order[v.defining_op] < order[op] for v in op.operands if v.defining_op is not None)
 
 
+def test_two_caches_are_written_in_one_launch_unless_they_are_one() -> None:
+    """Whose elements a result starts with, no other part reads."""
+    def two(a: Tensor, b: Tensor, i: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return a.index_copy(1, i, x), b.index_copy(1, i, y)
+
+    def one(a: Tensor, i: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return a.index_copy(1, i, x), a.index_copy(1, i, y)
+
+    a, b, x, y, i = torch.randn(2, 4096, 64), torch.randn(2, 4096, 64), torch.randn(2, 3, 64), torch.randn(2, 3, 64), torch.tensor([7, 1, 4000])
+    module = lowered(two, a, b, i, x, y)
+    (kernel,) = (op for op in module.body if op.name == "tile.kernel" and op["updates"])
+    assert max(parts(module)) == 2 and len(kernel["updates"]) == 2 and kernel["bytes"] < 100_000
+    assert max(parts(lowered(one, a, i, x, y))) == 1
+
+
 def test_large_kernels_stay_alone() -> None:
     module = lowered(lambda x, y: (x.softmax(-1), y.softmax(-1)), torch.randn(4096, 512), torch.randn(4096, 512))
     assert parts(module) == [1, 1]
