@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...ir.core import Operation, Value
-from ...ir.expr import Dim, as_int, product, sym
+from ...ir.expr import Dim, as_int, free_symbols, product, sym
 from ...ir.ranges import split_linear
 from ...ir.target import Target
 from ...ir.types import TileType, element_type
@@ -60,12 +60,13 @@ def print_early_weights(kernel: Operation, target: Target, divisible: Sequence[b
 
 @dataclass(frozen=True)
 class _Operand:
-    """A factor: its tensor map, the first of its rows (over the operands of its load), and whether it is the weight."""
+    """A factor: its tensor map, the first of its rows and columns (over the operands of its load), and whether it is the weight."""
 
     name: str
     load: Operation
     map: TensorMap
     row: Dim
+    column: Dim
     weight: bool
 
 
@@ -123,8 +124,8 @@ class _Early(GroupOps):
             header += "from triton.language.extra import libdevice\n"
         signature = pointers | {m.map.name: m.map.triton_type for m in (left, right)}
         text = "\n\n".join([header, *helpers, function + "\n"])
-        return KernelSource(name, text, signature, len(kernel.body.args), (), 0, rows * self.columns, True, warps, 1, (left.map, right.map), REGISTERS,
-                            as_int(product(kernel["grid"])), dependent=True, early=True)
+        return KernelSource(name, text, signature, len(kernel.body.args), (), 0, rows * self.columns, True, warps, 1, (left.map, right.map),
+                            REGISTERS, as_int(product(kernel["grid"])), dependent=True, early=True)
 
     def _dot(self, loop: Operation) -> Operation:
         """The one product of the loop over all of K."""
@@ -150,12 +151,14 @@ class _Early(GroupOps):
         rows, columns, stride, flipped = op["matrix"]
         row, column = op["corner"]
         k = op.operands[1:].index(loop.body.args[0]) if loop.body.args[0] in op.operands[1:] else -1
-        require(flipped == (i == 1) and columns >= size and column == sym(f"i{k}") and split_linear(row, f"i{k}") == (0, row),
+        along = split_linear(column, f"i{k}")
+        require(flipped == (i == 1) and columns >= size and along is not None and along[0] == 1 and f"i{k}" not in free_symbols(row),
                 "an operand is not contiguous along K")
+        assert along is not None
         tile = op["shape"][1] if flipped else op["shape"][0]
         name = ("left", "right")[i]
         return _Operand(name, op, TensorMap(f"{name}_map", buffer.index, dtype.name, rows, columns, stride, (tile, STEP), SHARED_LAYOUT),  # type: ignore[attr-defined]
-                        row, buffer in weights)
+                        row, along[1], buffer in weights)
 
     def _products(self, left: _Operand, right: _Operand, size: int) -> None:
         steps = size // STEP
@@ -182,8 +185,9 @@ class _Early(GroupOps):
             self._write("    " + line)
 
     def _copy(self, x: _Operand) -> str:
-        row = in_gluon(self._text(x.load.operands[1:], ())(x.row))
-        return f"tma_load({x.name}_map, [{row}, step*{STEP}], ready.index(step), {x.name}_tile.index(step))"
+        text = self._text(x.load.operands[1:], ())
+        row, column = (in_gluon(text(at)) for at in (x.row, x.column))
+        return f"tma_load({x.name}_map, [{row}, {column} + step*{STEP}], ready.index(step), {x.name}_tile.index(step))"
 
     def _constants(self, rows: int, warps: int, turned: bool) -> list[str]:
         """The layouts of tiles, and position vectors in them. In `stored`, a thread has 16 bytes that are neighbours in memory."""
