@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...ir.core import Operation, Value
-from ...ir.expr import Dim, as_int, free_symbols, product, sym
+from ...ir.expr import Dim, as_int, free_symbols, product
 from ...ir.ranges import split_linear
 from ...ir.target import Target
 from ...ir.types import TileType, element_type
