@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from ..ir import Builder, Dim, Operation, Target, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
-from ..ir.expr import as_int, ceildiv, product, substitute
+from ..ir.expr import as_int, product, substitute
 from ..ir.passes import Pass, PassContext, register
 from ..ir.ranges import simplify, split_linear
 from .narrow_results import ROUNDS
@@ -130,7 +130,7 @@ def _programs(op: Operation, target: Target) -> int:
         batch, m, n, k = (product(op["dims"][d] for d in r) for r in (roles.batch, roles.m, roles.n, roles.k))
         tile = gemm_tile_gpu(target, batch, m, n, k, product_bytes(op), exact=not element_type(op.result.type).is_float,
                              row_major=is_row_major(op, roles))
-        return max(1, as_int(batch * ceildiv(m, tile.rows) * ceildiv(n, tile.columns)))
+        return max(1, tile.programs(as_int(batch), as_int(m), as_int(n)))
     return max(1, count if reduces_rows(op) else count // COLUMNS)
 
 

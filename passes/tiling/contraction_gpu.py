@@ -20,6 +20,7 @@ from ..exact import holds, matrix_unit_type
 from .bodies import evaluate_body
 from .contraction import Contraction, as_tile, offset_of, with_shape
 from .emit import Emitter, Pair, fill_masks
+from .gpu_tiles import GpuTile
 
 __all__ = ["emit_gpu_contraction"]
 
@@ -33,19 +34,19 @@ INTERLEAVED = (8, 4, 2)
 
 
 def emit_gpu_contraction(ops: Sequence[Operation], prologue: Sequence[Operation], epilogue: Sequence[Operation], outputs: list[Value], e: Emitter,
-                         buffers: dict[Value, Value], tile: tuple[int, int, int], *, maps: bool = False,
-                         settled: Collection[Value] = (), threads: int = 128) -> list[Dim]:
+                         buffers: dict[Value, Value], tile: GpuTile, *, maps: bool = False, settled: Collection[Value] = ()) -> list[Dim]:
     """Writes the body of the kernel; returns the grid. `ops`: the contraction, and its siblings (see `passes/siblings.py`); `prologue`: pointwise
     members that make operands of contractions. `maps`: the target reads blocks of matrices by tensor maps. `settled`: operands that no kernel
-    in front makes: each program, of `threads` threads, asks for its part of a weight among them before it waits for that kernel."""
+    in front makes: each program asks for its part of a weight among them before it waits for that kernel."""
     first, *others = [_GpuContraction(op, prologue, list(epilogue), outputs, e, buffers, tile, maps) for op in ops]
-    return first.emit(others, settled, threads)
+    return first.emit(others, settled, 32 * tile.warps)
 
 
 class _GpuContraction(Contraction):
     def __init__(self, op: Operation, prologue: Sequence[Operation], epilogue: list[Operation], outputs: list[Value], e: Emitter,
-                 buffers: dict[Value, Value], tile: tuple[int, int, int], maps: bool):
-        super().__init__(op, epilogue, outputs, e, buffers, tile)
+                 buffers: dict[Value, Value], chosen: GpuTile, maps: bool):
+        tile = (chosen.rows, chosen.columns, chosen.step)
+        super().__init__(op, epilogue, outputs, e, buffers, tile, turned=chosen.turned)
         self.makers: dict[Value, Operation] = {r: m for m in prologue for r in m.results if op in r.users}
         self.unit = matrix_unit_type(op)  # all factors become this, or what the body casts them to
         self.size = product(self.k_sizes)  # all of K is one loop: a window of 3 x 3 would leave most of a step of its own empty

@@ -20,13 +20,25 @@ __all__ = ["COLUMNS", "GpuTile", "gemm_tile_gpu", "gemm_tiles_gpu", "packed_byte
 
 @dataclass(frozen=True)
 class GpuTile:
-    """rows x columns of the result per program, `step` of the summed dimension at a time; warps per program; loads in flight."""
+    """rows x columns of the result per program, `step` of the summed dimension at a time; warps per program; loads in flight. `turned`: of a product,
+    the result is computed as its transpose, and rows and columns are that one's (matrix units take 64 rows, but any multiple of 8 columns)."""
 
     rows: int
     columns: int
     step: int
     warps: int
     stages: int
+    turned: bool = False
+
+    @property
+    def result(self) -> tuple[int, int]:
+        """Rows and columns of the result."""
+        return (self.columns, self.rows) if self.turned else (self.rows, self.columns)
+
+    def programs(self, batch: int, m: int, n: int) -> int:
+        """How many compute `batch` products of m rows and n columns."""
+        rows, columns = self.result
+        return batch * -(-m // rows) * -(-n // columns)
 
 
 COLUMNS = 64

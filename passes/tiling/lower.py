@@ -191,10 +191,9 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
         epilogue = [m for m in members if m not in products and m not in prologue]
         if target.is_gpu:
             hint = GpuTile(*fused["tile"]) if fused["tile"] else candidate_tiles(fused, target)[0]
-            gemm = (hint.rows, hint.columns, hint.step)
+            at = Emitter(builder, (hint.rows, hint.columns), ranges, coarse=coarse)
             settled = [inner for inner, outer in zip(fused.body.args, fused.operands, strict=False) if outer.defining_op is None]
-            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, Emitter(builder, gemm[:2], ranges, coarse=coarse), buffers, gemm,
-                                        maps=target.capability == 90, settled=settled, threads=32 * hint.warps)
+            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, at, buffers, hint, maps=target.capability == 90, settled=settled)
         else:
             gemm, limits = contraction_tile(contraction, roles, target), (0, 0, 0)
             if fused["tile"]:
