@@ -45,6 +45,10 @@ COLUMNS = 64
 """Columns that a program sums at once: runs of 128 bytes of 16-bit floats. Narrow, so that there are many programs, whose loads wait side by side."""
 FEW_ROWS, RUN = 16, 256
 """A product with so few rows is bound by memory: programs read RUN bytes of each of 32 columns at a time."""
+HOPPER, WHOLE = 90, 64
+"""The compute capability whose matrix units take 64 rows at a time (another number of columns, from 8 on, costs them nothing)."""
+SHARED = 220 << 10
+"""Bytes of shared memory for loads that programs on one multiprocessor share there."""
 UNKNOWN = 2048
 """What a size that is not known at compile time counts as."""
 RATE = {16: 0.13, 32: 0.25, 64: 0.5, 128: 0.85, 256: 1.0}
@@ -55,7 +59,7 @@ FLAT_RATE = {16: 0.05, 32: 0.11}
 
 def tile_rate(target: Target, rows: int, columns: int) -> float:
     """What share of the best rate of products tiles of this shape reach."""
-    by_rows = FLAT_RATE.get(rows, RATE[rows]) if target.capability == 90 else RATE[rows]
+    by_rows = FLAT_RATE.get(rows, RATE[rows]) if target.capability == HOPPER else RATE[rows]
     return float((by_rows * RATE[columns]) ** 0.5)
 
 
@@ -69,6 +73,20 @@ def _thin_columns(target: Target, batch: int, n: int) -> int:
 
     least = min(share(c) for c in (16, 32, 64))
     return max(c for c in (16, 32, 64) if share(c) <= 1.05 * least)
+
+
+def _turned_tiles(target: Target, batch: int, n: int, k: Dim, products: int) -> list[GpuTile]:
+    """Of a product of few rows, on targets whose matrix units take `WHOLE` rows at a time: those of its transpose, so that the weight's are the rows.
+    What is read is all that costs, and what counts is how much of it is under way: a program that has a multiprocessor to itself asks for more."""
+    if target.capability != HOPPER:
+        return []
+    alone = batch * as_int(ceildiv(n, WHOLE)) <= max(1, target.multiprocessors)
+    held = (WHOLE * products + FEW_ROWS) * 2
+    found = []
+    for step, stages in ((128, 6), (128, 4), (64, 8)) if alone else ((128, 4), (128, 5), (64, 6)):
+        step = _fit(k, step)
+        found.append(GpuTile(WHOLE, FEW_ROWS, step, 4, max(2, min(stages, SHARED // (held * step) // (1 if alone else 2))), True))
+    return found
 
 
 def padded(n: Dim, least: int = 16) -> int:
@@ -113,12 +131,13 @@ def gemm_tiles_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per
         return [GpuTile(rows, columns, _fit(k, 32), 8 if rows * columns >= 128 * 128 else 4, 3)]
     sizes = [x if isinstance(x, int) else UNKNOWN for x in (batch, m, n)]
     if isinstance(m, int) and m <= FEW_ROWS:
+        turned = _turned_tiles(target, sizes[0], sizes[2], k, products) if stored == 2 and isinstance(n, int) and n >= WHOLE else []
         if row_major:  # runs of at least 128 bytes along N
             shapes = ((128, 64), (128, 32), (256, 32), (128, 128), (64, 128))
-            return [GpuTile(16, columns // stored, _fit(k, step), 4, 4) for columns, step in shapes]
+            return [*turned, *(GpuTile(16, columns // stored, _fit(k, step), 4, 4) for columns, step in shapes)]
         best = _thin_columns(target, sizes[0], sizes[2])
         runs = dict.fromkeys([(best, RUN), (32, RUN), (64, RUN), (32, RUN // 2), (64, RUN // 2), (32, 2 * RUN)])
-        return [GpuTile(16, columns, _fit(k, run // stored), 4, 4) for columns, run in runs]
+        return [*turned, *(GpuTile(16, columns, _fit(k, run // stored), 4, 4) for columns, run in runs)]
     found: list[tuple[float, int, GpuTile]] = []
     for rows, columns in pairs((16, 32, 64, 128), (32, 64, 128, 256)):
         if rows > padded(sizes[1]) or columns > max(32, padded(sizes[2])) or rows * columns > 128 * (128 if heavy or products > 1 else 256):
