@@ -20,15 +20,12 @@ from ..exact import holds, matrix_unit_type
 from .bodies import evaluate_body
 from .contraction import Contraction, as_tile, offset_of, with_shape
 from .emit import Emitter, Pair, fill_masks
-from .gpu_tiles import GpuTile
+from .gpu_tiles import ASKED_BYTES, ASKED_ROWS, GpuTile
 
 __all__ = ["emit_gpu_contraction"]
 
 MAP_TILE = 64
-"""Tiles with fewer rows or columns are read without tensor maps: what they cost is latency."""
-LEAST_ROWS, MOST_ROWS, MOST_BYTES = 32, 256, 12 << 20
-"""Products whose weights are asked for ahead: with fewer rows or larger weights the memory is busy anyway, and asking makes it slower (16 rows and
-90 MB on an H200: 26 -> 41 us); with more rows, arithmetic is."""
+"""Tiles with fewer rows or columns are read without tensor maps, unless they are turned: what they cost is latency."""
 INTERLEAVED = (8, 4, 2)
 """Steps of K that may lie in one element of memory."""
 
@@ -52,7 +49,8 @@ class _GpuContraction(Contraction):
         self.makers: dict[Value, Operation] = {r: m for m in prologue for r in m.results if op in r.users}
         self.unit = matrix_unit_type(op)  # all factors become this, or what the body casts them to
         self.size = product(self.k_sizes)  # all of K is one loop: a window of 3 x 3 would leave most of a step of its own empty
-        self.matrices = [self._matrix(i) if maps and min(tile[:2]) >= MAP_TILE else None for i in range(2)]
+        maps = maps and tile[0] >= MAP_TILE and tile[1] >= (MAP_TILE // 2 if chosen.turned else MAP_TILE)
+        self.matrices = [self._matrix(i) if maps else None for i in range(2)]
         self.scale: tuple[Value, Value] | None = None  # scalars of the right operand's maker: a scale for all of a step, and what it scales
         self.parts = self._interleaved()
         if self.makers:
@@ -104,9 +102,9 @@ class _GpuContraction(Contraction):
         v = self.op.operands[i]
         assert isinstance(v.type, TensorType)
         width = v.type.dtype.bytes
-        if not all(isinstance(x, int) for x in (tokens, self.size, v.type.numel)) or not LEAST_ROWS <= tokens <= MOST_ROWS:  # type: ignore[operator]
+        if not all(isinstance(x, int) for x in (tokens, self.size, v.type.numel)) or not ASKED_ROWS[0] <= tokens <= ASKED_ROWS[1]:  # type: ignore[operator]
             return
-        if v.type.numel * width > MOST_BYTES or self.op["fills"] or v in self.makers:  # type: ignore[operator]
+        if v.type.numel * width > ASKED_BYTES or self.op["fills"] or v in self.makers:  # type: ignore[operator]
             return
 
         size = as_int(self.size)
