@@ -91,7 +91,9 @@ class SplitReductions(Pass):
     def _early_parts(self, op: Operation, target: Target) -> int:
         """In how many parts a program holds all of its K in shared memory (`early_columns`), the fewest; 1: whole; 0: not so."""
         roles = roles_of(op)
-        if roles is None or len(roles.k) != 1 or product_bytes(op) != 2 or is_row_major(op, roles) or op.operands[roles.right].defining_op is not None:
+        if roles is None or len(roles.k) != 1 or product_bytes(op) != 2 or is_row_major(op, roles):
+            return 0
+        if op.operands[roles.right].defining_op is not None:
             return 0
         batch, m, n, k = (product(op["dims"][d] for d in r) for r in (roles.batch, roles.m, roles.n, roles.k))
         length, most = as_int(k), min(ADDED, self._limit(op, ADDED))

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from ...ir.core import Operation, Value
 from ...ir.expr import Dim, Expr, Max, arguments, as_int, substitute, sym
-from ...ir.ranges import known_less, lower_bound, split_linear, upper_bound
+from ...ir.ranges import known_less, lower_bound, split_linear
 from ...ir.types import BufferType, TileType, element_type
 from .descriptors import ALIGNMENT, TensorMap
 from .printer import loaded_buffers, stored_buffers
@@ -199,8 +199,6 @@ class _Reader:
         made = v.defining_op
         if made is not None and made.name == "tile.program_id":
             return 0, self.kernel["grid"][made["axis"]] - 1
-        if made is not None and made.name == "tile.index" and not made["shape"]:
-            return 0, upper_bound(made["expr"], {f"i{k}": self._span(x) for k, x in enumerate(made.operands)})
         return 0, None
 
 

@@ -172,9 +172,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
             groups = ", for a loader and two groups of warps" if suits_warp_groups(stream, target) else ""
             ctx.remark("note", f"a stream in tiles of {hint.rows} rows by {hint.columns} steps{groups}", members[0].location)
             given = [buffers[a] for a in fused.body.args[fused["ranges"][0]:]] if fused["ranges"] else []
-            on_gpu = GpuStream(stream, outputs, Emitter(builder, tile, ranges, coarse=coarse), buffers, tile, relaxed, given)
-            on_gpu.persistent = suits_warp_groups(stream, target)
-            grid = on_gpu.emit()
+            grid = GpuStream(stream, outputs, Emitter(builder, tile, ranges, coarse=coarse), buffers, tile, relaxed, given).emit()
         else:
             chosen = CpuTile(*(fused["tile"] or square_tile(target, stream.row_count, stream.length)))
             tile = (chosen.rows, chosen.columns)

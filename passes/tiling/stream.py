@@ -20,7 +20,7 @@ from typing import Any
 
 from ...ir import Dim, DType, Operation, Target, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
-from ...ir.expr import Max, arguments, as_int, ceildiv, evaluate, floordiv, free_symbols, maximum, minimum, product, substitute
+from ...ir.expr import Max, arguments, as_int, ceildiv, floordiv, free_symbols, maximum, minimum, product, substitute
 from ...ir.ranges import delinearize, known_less, lower_bound, simplify, split_linear, upper_bound
 from ...ir.types import DTYPES, index
 from ..block_ranges import BLOCK, worth_ranges
@@ -32,7 +32,6 @@ from .emit import COMBINE_OPS, Emitter, Pair, fill_masks
 from .frame import is_expensive
 from .gpu_tiles import GpuTile, padded
 from .loops import emit_extract
-from .program_order import full_length, place_in_order
 from .stream_tiles import other_tiles, spread_rows, tile_of_several
 from .turned import turned
 
@@ -384,13 +383,16 @@ def _constant(v: Value) -> float | None:
 class GpuStream(StreamLowering):
     """Whole tiles: [rows, steps] of the middle space and [rows, columns] of each second, all in registers."""
 
-    persistent = False
-    """Programs are dealt out to multiprocessors beforehand, not as these become free."""
-
     def emit(self) -> list[Dim]:
         s, e, (bm, bt) = self.s, self.e, self.tile
+        for k, f in enumerate(s.batch):
+            pid = e.builder.op("tile.program_id", type=index, axis=k)
+            self.batch_at[f] = e.fresh(pid, 0, s.sizes[f] - 1)
         blocks = ceildiv(s.row_count, bm)
-        grid = self._place(blocks)
+        p = e.fresh(e.builder.op("tile.program_id", type=index, axis=len(s.batch)), 0, blocks - 1)
+        # The last rows see the most of a causal stream: they start first.
+        self.m0 = (blocks - 1 - p if s.alive.pairs else p) * bm
+        self.m = self.m0 + sym("t0")
         self.row_masks = [(self.m, s.row_count)] if s.rows else []
         self.columns = padded(product(s.columns))
         self.kept = {op: self._left(op) for op in s.firsts}
@@ -404,46 +406,7 @@ class GpuStream(StreamLowering):
             anywhere = masked or not (s.alive.pairs or self.limits)
             carried = e.loop(start, stop, bt, carried, step, part="any" if anywhere else "some")
         self._finish(dict(zip(running, carried, strict=True)))
-        return grid
-
-    def _place(self, blocks: Dim) -> list[Dim]:
-        """Sets which batch element and rows a program has; returns the grid."""
-        s, e = self.s, self.e
-        sizes = [s.sizes[f] for f in s.batch]
-        full = self._full_length(blocks)
-        if full:
-            elements, count = as_int(product(sizes)), as_int(blocks)
-            x = e.fresh(e.builder.op("tile.program_id", type=index, axis=0), 0, elements * count - 1)
-            element, p = place_in_order(e, x, elements, count, full)
-            for f, n, at in zip(s.batch, sizes, delinearize(element, sizes), strict=True):
-                self.batch_at[f] = e.named(simplify(at, e.bounds()), n - 1)
-            self._set_rows(p, blocks)
-            return [elements * count]
-        *elements_, p = [e.fresh(e.builder.op("tile.program_id", type=index, axis=k), 0, n - 1) for k, n in enumerate([*sizes, blocks])]
-        self.batch_at = dict(zip(s.batch, elements_, strict=True))
-        self._set_rows(p, blocks)
-        return [*sizes, blocks]
-
-    def _set_rows(self, p: Dim, blocks: Dim) -> None:
-        """The last rows see the most of a causal stream: they start first."""
-        self.m0 = (blocks - 1 - p if self.s.alive.pairs else p) * self.tile[0]
-        self.m = self.m0 + sym("t0")
-
-    def _full_length(self, blocks: Dim) -> int:
-        """How many programs of a batch element have full length, and are launched first (`program_order.py`); 0: no such order."""
-        s, step = self.s, self.tile[1]
-        if not self.persistent or self.limits or not all(isinstance(n, int) for n in (blocks, s.length, *(s.sizes[f] for f in s.batch))):
-            return 0
-        p = sym("block")
-        self.batch_at = {f: sym(f"element{k}") for k, f in enumerate(s.batch)}
-        self.e.ranges[str(p)] = (0, blocks - 1)
-        self._set_rows(p, blocks)
-        ranges = self.ranges(self.m, step)
-        del self.e.ranges[str(p)]
-        if any(free_symbols(x) - {str(p)} for r in ranges for x in r[:2]):
-            return 0
-        found = [sum(max(0, int(evaluate(b - a, {str(p): i}))) for a, b, _ in ranges) for i in range(as_int(blocks))]
-        return full_length(found)
+        return [*(s.sizes[f] for f in s.batch), blocks]
 
     def load(self, scope: Scope, op: Operation, i: int, at: dict[str, Dim]) -> Value:
         """A row's own value is read once, before the loops."""

@@ -118,8 +118,8 @@ def test_weights_are_asked_for_before_the_wait_and_the_rest_after() -> None:
     source = printed(*FORMS["relu"])
     assert isinstance(source, KernelSource)
     before, after = source.text.split("griddepcontrol.wait")
-    assert before.count("tma_load(right_map") == 1 and "tma_load(left_map" not in before and "gl.load(" not in before
-    assert after.count("tma_load(left_map") == 1 and "tma_load(right_map" not in after and "griddepcontrol.launch_dependents" in after
+    assert before.count("tma_load(left_map") == 1 and "tma_load(right_map" not in before and "gl.load(" not in before, "the weight's rows are the tile's"
+    assert after.count("tma_load(right_map") == 1 and "tma_load(left_map" not in after and "griddepcontrol.launch_dependents" in after
 
 
 @pytest.mark.parametrize(("f", "name"), [(gelu, "relu"), (in_parts, "in_parts")])

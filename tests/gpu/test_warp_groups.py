@@ -65,10 +65,6 @@ def turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return causal(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
-def turned_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return soft_cap_window(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-
 def documents(q: Tensor, k: Tensor, v: Tensor, doc: Tensor) -> Tensor:
     s = scores(q, k)
     i, j = positions(s)
@@ -101,7 +97,6 @@ FORMS: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]]
     "soft_cap_window": (soft_cap_window, lambda: heads(1, 2, 640, 128)),
     "grouped": (grouped, _grouped),
     "turned": (turned, lambda: heads(1, 256, 4, 64)),
-    "turned_window": (turned_window, lambda: heads(2, 640, 3, 64)),
     "half": (causal, lambda: heads(1, 3, 256, 64, dtype=torch.float16)),
     "documents": (documents, lambda: (*heads(2, 2, 256, 128), torch.arange(256).div(100, rounding_mode="floor").expand(2, 256).contiguous())),
     "biased": (biased, lambda: (*heads(1, 3, 256, 128), torch.randn(256, 256).bfloat16())),
