@@ -67,7 +67,10 @@ class SplitReductions(Pass):
     def _on_gpu(self, op: Operation, target: Target) -> _Cut:
         (programs, alone), room = _programs(op, target), target.multiprocessors
         if is_contraction(op):
-            programs += sum(_programs(other, target)[0] for other in _launched_with(op))
+            others = _launched_with(op)
+            programs += sum(_programs(other, target)[0] for other in others)
+            if others and 3 * programs >= room:
+                return _Cut(0, 1)  # what reads them would have to add parts first
             parts = self._early_parts(op, target)
             if parts:
                 return self._parts(op, parts)
