@@ -16,6 +16,7 @@ from aicc.ir import Operation
 from aicc.ir.interpreter import interpret
 from aicc.ir.interpreter.memory import Memory, extent
 from aicc.ir.interpreter.tile import HANDLERS
+from aicc.passes.tiling.gpu_tiles import early_columns
 from torch import Tensor
 
 from .cases import SM80, SM90, capture, error
@@ -112,6 +113,21 @@ def test_what_it_computes(name: str) -> None:
 def test_other_products_are_printed_plainly(why: str, f: Callable[..., Tensor], inputs: tuple[Tensor, ...], target: Any) -> None:
     said = printed(f, inputs, target)
     assert isinstance(said, str) and why in said, said
+
+
+@pytest.mark.parametrize(("sizes", "columns"), [
+    ((1, 128, 2304, 768), 64),  # 144 programs of 32 would be more than multiprocessors
+    ((1, 128, 768, 768), 32),
+    ((4, 128, 768, 768), 64),
+    ((1, 128, 768, 3072), 0),  # all of K does not fit
+    ((1, 16, 768, 768), 0),
+    ((1, 512, 768, 768), 0),
+    ((1, 128, 8192, 768), 0),  # more programs than multiprocessors
+    ((1, 128, 100, 768), 0),
+])
+def test_a_program_has_a_multiprocessor_to_itself(sizes: tuple[int, int, int, int], columns: int) -> None:
+    assert early_columns(SM90, *sizes) == columns
+    assert early_columns(SM80, *sizes) == 0
 
 
 def test_weights_are_asked_for_before_the_wait_and_the_rest_after() -> None:

@@ -43,6 +43,16 @@ def test_products_of_one_row_with_several_weights_are_one_launch() -> None:
     assert parts(module) == [3]
 
 
+def test_query_key_and_value_of_few_rows_are_not_split_as_each_would_be_alone() -> None:
+    """Together they are programs enough; their readers would have to add parts up first."""
+    def qkv(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return x @ q.T, x @ k.T, x @ v.T
+
+    x, q, k, v = (torch.randn(s).bfloat16() for s in ((16, 2048), (2048, 2048), (1024, 2048), (1024, 2048)))
+    assert parts(lowered(qkv, x, q, k, v)) == [3]
+    assert len(launches(lowered(lambda x, k: x @ k.T, x, k))) == 2, "alone: parts, and what adds them"
+
+
 def test_what_depends_on_another_waits_for_it() -> None:
     def f(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a = x.softmax(-1)
