@@ -110,8 +110,8 @@ class _GpuContraction(Contraction):
         size = as_int(self.size)
 
         def place(x: Emitter, n: Dim, k: Dim) -> Dim:
-            own = (n, 0) if self.turned else (0, n)
-            return offset_of(v, self.op["maps"][i], self.positions(batch, *own, delinearize(k, self.k_sizes), x), x.bounds())
+            row, column = (n, 0) if self.turned else (0, n)
+            return offset_of(v, self.op["maps"][i], self.positions(batch, row, column, delinearize(k, self.k_sizes), x), x.bounds())
 
         whole = with_shape(e, (bn, size))
         found = place(whole, first + sym("t0"), sym("t1"))
