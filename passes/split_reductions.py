@@ -67,7 +67,7 @@ class SplitReductions(Pass):
     def _on_gpu(self, op: Operation, target: Target) -> _Cut:
         (programs, alone), room = _programs(op, target), target.multiprocessors
         if is_contraction(op) or reduces_rows(op):
-            wanted = room // programs if alone else -(-(2 if is_contraction(op) else 4) * room // programs)  # programs per multiprocessor, as measured
+            wanted = room // programs if alone else -(-(2 if is_contraction(op) else 4) * room // programs)  # as measured
             return self._parts(op, wanted) if 2 * programs <= room else _Cut(0, 1)
         wanted = -(-8 * room // programs)
         if wanted < 3:
