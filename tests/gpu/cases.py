@@ -372,6 +372,9 @@ CASES: dict[str, Case] = {
     "transpose_add": Case(_plain(lambda a, b: a.t() + b), _normal((200, 130), (130, 200)), tolerance=0),
     "split_k": Case(_plain(lambda a, b, c: F.gelu(a @ b + c)), _normal((16, 2048), (2048, 40), (40,))),
     "column_sum_long": Case(_plain(lambda a: a.sum(0) * 2), _normal((16384, 16))),
+    "equal_parts": Case(  # one launch: programs pick their buffers, sixteen of a kind in a branch
+        _plain(lambda *xs: tuple(x.softmax(-1) for x in xs)), _normal(*[(7, 48), (5, 70), (7, 48)] * 7),
+    ),
     "siblings": Case(  # one launch for the products, one for what reads them
         _plain(lambda x, q, k, v: ((x @ q).softmax(-1), (x @ k).relu(), (x @ v).cumsum(-1))),
         _normal((2, 96), (96, 130), (96, 64), (96, 33)),
