@@ -74,6 +74,13 @@ class Workers:
             return answer
         raise IRError(f"Triton's compiler ends its process on kernel '{source.name}'\n{source.text}")
 
+    def close(self) -> None:
+        """Ends the processes that are idle; nothing may be compiled any more."""
+        while not self._idle.empty():
+            if (connection := self._idle.get()) is not None:
+                connection.close()
+        self._idle.put(None)
+
     def _bury(self, connection: Connection) -> None:
         """OSError if not one process has died but all: the first of them could not start."""
         connection.close()
