@@ -19,7 +19,7 @@ def topological_sort(block: Block) -> None:
     ops = block.ops
     last = len(ops) - 1 if ops and ops[-1].has_trait(Trait.Terminator) else len(ops)
     position = {op: i for i, op in enumerate(ops)}
-    needs = [{k for v in _used(op) if (k := position.get(v.defining_op, i)) != i} for i, op in enumerate(ops)]  # type: ignore[call-overload]
+    needs = [{k for v in _used(op) if (k := position.get(v.defining_op, i)) != i} for i, op in enumerate(ops)]  # type: ignore[arg-type]
     if all(k < i for i, makers in enumerate(needs) for k in makers):
         return
     readers: list[list[int]] = [[] for _ in ops]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ...ir.core import IRError
 from ...ir.target import Target
-from .compile import compile_kernel, triton_cache
+from .compile import CompiledKernel, compile_kernel, triton_cache
 from .printer import KernelSource
 
 __all__ = ["main", "serve"]
@@ -60,6 +60,7 @@ def serve(connection: Connection) -> None:
             source, target, divisible, folder = connection.recv()
         except (EOFError, OSError):
             return
+        answer: CompiledKernel | str
         try:
             with triton_cache(folder):
                 answer = compile_kernel(source, target, divisible=divisible, cache_dir=folder)
