@@ -206,7 +206,7 @@ def make_joint(exported: Exported, *, differentiable_inputs: Sequence[int] = (),
         try:
             gm: Any = aot_export_joint_simple(run, primals, trace_joint=True, decompositions=decomposition_table())
         except RuntimeError as e:
-            if "input mutations" not in str(e):
+            if "mutation" not in str(e):
                 raise
             raise UserError("the forward pass changes one of its arguments (running statistics, a cache): only models that change nothing can be "
                             "sharded, as what the backward pass reads of arguments must be what the forward pass read") from e
