@@ -9,8 +9,8 @@ numbers; one that is never passed is an error after a while. Layouts are not mod
 It also looks for races, which it finds in whatever order the threads happen to run, for it does not look at times. Each copy into a tile and each
 product that reads one is an event. A thread knows of the events that happened before what it does: its own products once it has waited for them, and
 what barriers tell it of what others knew when they arrived, and of the copies that they count. A tile may be read by who knows of the copy that filled
-it, and filled by who knows of that copy and of all products that have read it since. (compute-sanitizer's racecheck does not follow such barriers:
-see NOTES.md.)
+it, and filled by who knows of that copy and of all products that have read it since. (compute-sanitizer's racecheck does not see such reads and
+writes: NOTES.md.)
 """
 
 from __future__ import annotations
