@@ -257,7 +257,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
 
 
 def candidate_tiles_cpu(fused: Operation, target: Target, *, few: bool = True) -> list[CpuTile]:
-    """What a group can be computed by on a CPU, the model's choice first: the few that are likely, or all. Empty where there is no choice."""
+    """What a group of constant sizes can be computed by on a CPU, the model's choice first: the few that are likely, or all. Empty where there is no
+    choice."""
     members = [op for op in fused.body if op.name != "tensor.yield"]
     if members[0].name in ("tensor.scatter", "tensor.scan", "tensor.sort"):
         return []

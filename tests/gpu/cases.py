@@ -37,7 +37,8 @@ SM80 = Target(kind="cuda", name="sm_80", capability=80, multiprocessors=108, l2=
 @dataclass(frozen=True)
 class Case:
     """A function (or the maker of a module) and its inputs. `tolerance` 0 means: exactly. `wide`: compared with float64 though inputs have
-    16 bits, whose own results are rounded at every step."""
+    16 bits, whose own results are rounded at every step. `multiprocessors`: compiled as for a GPU of so many (0: as many as there are), so that
+    small inputs take the forms of large ones."""
 
     make: Callable[[], Callable[..., Any]]
     inputs: Callable[[torch.Generator], tuple[Any, ...]]
@@ -45,6 +46,7 @@ class Case:
     backward: bool = False
     tolerance: float = 1e-5
     wide: bool = False
+    multiprocessors: int = 0
 
     def build(self, seed: int = 0) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         torch.manual_seed(0)
