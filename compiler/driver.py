@@ -40,7 +40,7 @@ from .autotune_products import tune_products
 from .collector import collector_off
 from .env import read_environment
 from .errors import SettingError
-from .gpu import compile_cuda, cuda_device, cuda_target, kernel_resources, triton_version
+from .gpu import compile_cuda, cuda_device, cuda_target, kernel_resources, triton_version, workers_for
 from .launches import launches, total
 from .manifest import build_manifest
 from .options import Options
@@ -135,7 +135,7 @@ def compile_graph(module: Operation, options: Options, *, name: str = "graph", o
         compilation.llvm_ir = compiled.llvm_ir
         artifact = Artifact(build_manifest(module, errors=compiled.errors), {"object": compiled.object_code})
     else:
-        artifact = compile_cuda(module, target, cache_dir=env.cache_dir)
+        artifact = compile_cuda(module, target, cache_dir=env.cache_dir, workers=workers_for(target))
     compilation.seconds["llvm" if device is None else "triton"] = time.perf_counter() - start
     artifact.manifest["stats"] = statistics(module)
     if device is not None:
