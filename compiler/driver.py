@@ -36,10 +36,11 @@ from ..runtime.cache import ArtifactCache, cache_key
 from ..runtime.cuda_graph import CudaGraph
 from ..runtime.executor import CompiledGraph
 from .autotune import Tuner, tune_tiles
+from .autotune_products import tune_products
 from .collector import collector_off
 from .env import read_environment
 from .errors import SettingError
-from .gpu import compile_cuda, cuda_device, cuda_target, kernel_resources, triton_version
+from .gpu import compile_cuda, cuda_device, cuda_target, kernel_resources, triton_version, workers_for
 from .launches import launches, total
 from .manifest import build_manifest
 from .options import Options
@@ -86,7 +87,10 @@ def lower(module: Operation, target: Target, options: Options, compilation: Comp
             verify(module)
         compilation.seconds[stage] = time.perf_counter() - start
         if stage == "tensor" and options.mode == "max-autotune" and _is_here(target):
-            tune_tiles(module, ctx, Tuner(options, read_environment().cache_dir if options.cache else None))
+            kept = read_environment().cache_dir if options.cache else None
+            tune_tiles(module, ctx, Tuner(options, kept))
+            if target.is_gpu:
+                tune_products(module, ctx, torch.device("cuda", torch.cuda.current_device()), kept)
             compilation.seconds["autotune"] = time.perf_counter() - start - compilation.seconds[stage]
         if observe is not None:
             observe(stage, None, module)
@@ -127,11 +131,11 @@ def compile_graph(module: Operation, options: Options, *, name: str = "graph", o
     lower(module, target, options, compilation, observe)
     start = time.perf_counter()
     if device is None:
-        compiled = compile_module(module, target, own_threads=options.own_threads)
+        compiled = compile_module(module, target)
         compilation.llvm_ir = compiled.llvm_ir
         artifact = Artifact(build_manifest(module, errors=compiled.errors), {"object": compiled.object_code})
     else:
-        artifact = compile_cuda(module, target, cache_dir=env.cache_dir)
+        artifact = compile_cuda(module, target, cache_dir=env.cache_dir, workers=workers_for(target))
     compilation.seconds["llvm" if device is None else "triton"] = time.perf_counter() - start
     artifact.manifest["stats"] = statistics(module)
     if device is not None:

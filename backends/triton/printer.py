@@ -29,6 +29,8 @@ from .dtypes import pointer, tl_type
 from .expressions import IndexText, Range
 from .helpers import HELPERS, used_helpers
 from .narrow import Narrow
+from .parts import Run, equal_runs, picked
+from .reductions import KINDS, REDUCTIONS, SCANS
 
 __all__ = ["KernelSource", "Printer", "identifier", "loaded_buffers", "print_kernel", "provenance", "stored_buffers"]
 
@@ -43,7 +45,8 @@ class KernelSource:
     """A kernel as Triton text. `tile` is the number of elements of its largest tile, `dot` whether it multiplies matrices;
     `num_warps` and `num_stages` are 0 where the compiler may choose. `descriptors` are the last parameters.
     `registers`, if not 0, says that it is Gluon, and bounds those of a thread; then `programs` of them are launched, whatever the grid.
-    `dependent`: it may be launched before the kernel in front of it has ended (it waits by itself)."""
+    `dependent`: it may be launched before the kernel in front of it has ended (it waits by itself). `early`: it reads weights before it waits, so
+    only behind a kernel of the same program."""
 
     name: str
     text: str
@@ -59,6 +62,7 @@ class KernelSource:
     registers: int = 0
     programs: int = 0
     dependent: bool = False
+    early: bool = False
 
 
 def print_kernel(kernel: Operation, aligned: Sequence[bool] = (), dependent: bool = False) -> KernelSource:
@@ -82,7 +86,7 @@ class Printer:
     narrow: Narrow = field(default_factory=Narrow)
     checks: int = 0
     indent: int = 1
-    first: int = 0  # number of the program that is the first of the part being printed
+    number: str = ""  # of a program within the part being printed, if there is one
     aligned: tuple[bool, ...] = ()
     dependent: bool = False
     maps: dict[tuple[object, ...], TensorMap] = field(default_factory=dict)
@@ -96,6 +100,7 @@ class Printer:
         self.grid: Sequence[Dim] = kernel["grid"]
         self.both = stored_buffers(kernel.body) & loaded_buffers(kernel.body)
         self.waited = not self.dependent  # for the kernel in front: before the first access to memory
+        self.runs = {run.parts[0]: run for run in equal_runs(kernel, self.aligned)}
 
     def run(self) -> KernelSource:
         kernel = self.kernel
@@ -153,6 +158,14 @@ class Printer:
             self.taken.add(name)
             self.names[v] = name
         return self.names[v]
+
+    def _fresh(self, stem: str) -> str:
+        name, n = stem, 1
+        while name in self.taken:
+            n += 1
+            name = f"{stem}{n}"
+        self.taken.add(name)
+        return name
 
     def _arange(self, axis: int, size: int, rank: int) -> str:
         key = (axis, size, rank)
@@ -234,9 +247,7 @@ class Printer:
             self._define(op, "0")
             self.ranges[op.result] = (0, 0)
             return
-        pid = "tl.program_id(0).to(tl.int64)" if self.wide else "tl.program_id(0)"
-        if self.first:
-            pid = f"({pid} - {self.first})"
+        pid = self.number or ("tl.program_id(0).to(tl.int64)" if self.wide else "tl.program_id(0)")
         if below != 1:
             pid = f"{pid} // ({text(below)})"
         if any(n != 1 for n in grid[:axis]):
@@ -246,17 +257,38 @@ class Printer:
 
     def part(self, op: Operation) -> None:
         """Programs of its own. Its buffers are no other part's to write, and names are never used twice."""
-        self.first, self.grid = op["first"], op["grid"]
-        end = self.first + as_int(product(self.grid))
-        self._write(f"{'elif' if self.first else 'if'} tl.program_id(0) < {end}:")
+        run = self.runs.get(op)
+        if run is None:  # printed with the first that is like it
+            return
+        first, self.grid = op["first"], op["grid"]
+        count = as_int(product(self.grid))
+        self._write(f"{'elif' if first else 'if'} tl.program_id(0) < {first + count * len(run.parts)}:")
         self.indent += 1
         start = len(self.lines)
         self.written, self.read = set(), set()
         self.waited = not self.dependent  # in each part for itself
+        outside = {b: self._name(b) for b in run.buffers}
+        self._choose_part(run, first, count)
         self._block(op)
+        self.names |= outside
         if len(self.lines) == start:
             self._write("pass")
         self.indent -= 1
+
+    def _choose_part(self, run: Run, first: int, count: int) -> None:
+        """Which program of which part this is, and that part's buffers."""
+        number = "tl.program_id(0).to(tl.int64)" if self.wide else "tl.program_id(0)"
+        self.number = number = f"({number} - {first})" if first else number
+        if len(run.parts) == 1:
+            return
+        which = self._fresh("part")
+        self._write(f"{which} = {number} // {count}")
+        self.number = f"({number} % {count})"
+        for buffer, choices in run.buffers.items():
+            if len(set(choices)) > 1:
+                name = self._fresh(f"{self._name(buffer)}_of")
+                self._write(f"{name} = {picked([self._name(c) for c in choices], which)}")
+                self.names[buffer] = name
 
     def for_loop(self, op: Operation) -> None:
         n = op["indices"]
@@ -276,7 +308,8 @@ class Printer:
         end = upper_bound(op["upper"], text.bounds)
         high = end - 1 if isinstance(end, int) else None
         self.ranges[iv] = (low, high)
-        self._write(f"for {name} in range({text(op['lower'])}, {text(op['upper'])}, {op['step']}):")
+        walked = f"{text(op['lower'])}, {text(op['upper'])}, {op['step']}"
+        self._write(f"for {name} in {f'tl.range({walked}, num_stages={ahead})' if (ahead := op['ahead']) else f'range({walked})'}:")
         self.indent += 1
         start = len(self.lines)
         self._write(f"{name} = tl.cast({name}, {self.index_type})")  # in the interpreter it is a Python number
@@ -455,7 +488,7 @@ class Printer:
 
     def reduce(self, op: Operation) -> None:
         x, dtype, axis = self._use(op.operands[0]), element_type(op.result.type), op["axis"]
-        template = _REDUCTIONS[op["kind"]][_KINDS[dtype.kind]]
+        template = REDUCTIONS[op["kind"]][KINDS[dtype.kind]]
         if dtype.name == "f32":
             template = template.replace("_nan,", "_nan32,")  # one instruction; there is none for f64
         back = f".to({tl_type(dtype)})" if dtype.bits < 32 and dtype.kind != "bool" else ""
@@ -463,7 +496,7 @@ class Printer:
 
     def scan(self, op: Operation) -> None:
         dtype = element_type(op.result.type)
-        combine = _SCANS[op["kind"]]["f" if dtype.is_float else "i"]
+        combine = SCANS[op["kind"]]["f" if dtype.is_float else "i"]
         self._define(op, f"tl.associative_scan({self._use(op.operands[0])}, {op['axis']}, {combine})")
 
     def dot(self, op: Operation) -> None:
@@ -480,38 +513,6 @@ class Printer:
             precision = f', input_precision="{op["precision"]}"' if dtype.name == "f32" else ""
             self._define(op, f"tl.dot({a}, {b}, {acc}{precision}, out_dtype={tl_type(out)})")
 
-
-_KINDS = {"float": "f", "int": "i", "uint": "i", "bool": "b", "index": "i"}
-_PLAIN = "tl.reduce({{x}}, {{axis}}, {}, keep_dims=True)"
-_REDUCTIONS = {
-    "sum": {
-        "f": "tl.sum({x}, {axis}, keep_dims=True)",
-        "i": "tl.sum({x}, {axis}, keep_dims=True)",
-        "b": "(tl.max({x}.to(tl.int32), {axis}, keep_dims=True) != 0)",
-    },
-    "prod": {
-        "f": _PLAIN.format("product"),
-        "i": _PLAIN.format("product"),
-        "b": "(tl.min({x}.to(tl.int32), {axis}, keep_dims=True) != 0)",
-    },
-    "max": {
-        "f": _PLAIN.format("max_nan"),
-        "i": "tl.max({x}, {axis}, keep_dims=True)",
-        "b": "(tl.max({x}.to(tl.int32), {axis}, keep_dims=True) != 0)",
-    },
-    "min": {
-        "f": _PLAIN.format("min_nan"),
-        "i": "tl.min({x}, {axis}, keep_dims=True)",
-        "b": "(tl.min({x}.to(tl.int32), {axis}, keep_dims=True) != 0)",
-    },
-}
-_SCANS = {
-    "sum": {"f": "plus", "i": "plus"},
-    "prod": {"f": "product", "i": "product"},
-    "max": {"f": "max_nan", "i": "larger"},
-    "min": {"f": "min_nan", "i": "smaller"},
-}
-_REDUCTIONS["any"], _REDUCTIONS["all"] = _REDUCTIONS["max"], _REDUCTIONS["min"]
 
 _HANDLERS = {
     "tile.program_id": Printer.program_id,

@@ -17,18 +17,20 @@ from ...ir.printer import print_op
 from ..storage import storage_bytes
 from ..stream import analyse as analyse_stream
 from ..stream_access import packed as is_packed
-from ..structured import PARTIAL, constant_values, is_contraction, is_pointwise
+from ..structured import BESIDE, PARTIAL, constant_values, is_contraction, is_pointwise
 from .caching import mark_second_readings
 from .contraction import emit_contraction, is_row_major, roles_of
 from .contraction_gpu import emit_gpu_contraction
 from .cpu_candidates import CpuTile, contraction_candidates, loop_candidates, stream_candidates
 from .cpu_tiles import contraction_tile, is_depthwise, square_tile
 from .emit import COARSE, FAST, NARROW, Emitter
+from .equal_groups import Lowered
 from .frame import Frame, analyse, is_expensive
 from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
 from .loop_tiles import choose_tile, loop_tiles, resized
 from .loops import emit_loops, traffic, work
 from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel, starts_as_copy
+from .row_columns import emit_row_columns, row_columns_tile
 from .sort import OPS_PER_ELEMENT, emit_sort
 from .stream import GpuStream, stream_tile, stream_tiles, suits_warp_groups
 from .stream_cpu import CpuStream
@@ -54,10 +56,14 @@ class Tile(Pass):
         launches = 0
         for func in [f for f in module.body if f.name == "func"]:
             constant = constant_values(func)
+            seen = Lowered()
             for op in list(func.body):
                 if op.name == "tensor.fused":
-                    kernel = lower(op, func["symbols"], ctx, self.relax_casts, self.fast_math)
-                    name = names.intern(kernel, func)
+                    name = seen.kernel_of(op, ctx)
+                    if name is None:
+                        entry, said = seen.remember(op), len(ctx.remarks)
+                        name = names.intern(lower(op, func["symbols"], ctx, self.relax_casts, self.fast_math), func)
+                        entry.kernel, entry.remarks = name, tuple(ctx.remarks[said:])
                     attrs: dict = {"kernel": SymbolRef(name)}
                     # GPUs: changed parameters could not be noticed without waiting for the device, and nothing is packed there.
                     if not ctx.target.is_gpu and op.operands and all(v in constant for v in op.operands):
@@ -70,6 +76,7 @@ class Tile(Pass):
                         old.replace_all_uses_with(new)
                     op.erase()
                     launches += 1
+            seen.forget()
         module.attributes["level"] = "tile"
         ctx.remark("done", f"{launches} launches of {len(names.taken)} kernels")
 
@@ -145,12 +152,13 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
     coarse = FAST if fast and not target.is_gpu else NARROW if narrow else COARSE if fast else frozenset()
     hint: GpuTile | None = None
     first = members[0]
-    if first.name == "tensor.scatter" and scatters_in_parallel(first, target):
-        grid = emit_parallel_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result])
-        inplace = updates = _of_init(first, fused)
-    elif first.name == "tensor.scatter":
-        there = starts_as_copy(first)
-        grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes, there)
+    if first.name == "tensor.scatter":
+        parallel = scatters_in_parallel(first, target)
+        there = parallel or starts_as_copy(first)
+        if parallel:
+            grid = emit_parallel_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result])
+        else:
+            grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes, there)
         if there:
             inplace = updates = _of_init(first, fused)
             t = first.result.type
@@ -163,6 +171,14 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
         # As torch does: on CPUs the error of a running sum does not grow with its length.
         grid = emit_scan(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes,
                          accumulate=None if target.is_gpu else DTYPES["f64"], by_tiles=target.is_gpu)
+    elif fused["part"]:
+        sums = [m for m in members if m.attributes.get(BESIDE)]
+        frame = analyse(fused, ranges, [m for m in members if m not in sums])
+        choice = row_columns_tile(frame, sums[0]["dims"][1])
+        grid = emit_row_columns(frame, sums, choice, Emitter(builder, choice.shape, ranges, coarse=coarse), buffers, fused["part"])
+        warps = choice.warps
+        made = sum((v.type.numel * element_type(v.type).bytes for v in outputs if v.defining_op in sums), 0)  # type: ignore[attr-defined]
+        flops, bytes_moved = work(frame) + sum((product(m["dims"]) * len(m.body) for m in sums), 0), traffic(frame) + made
     elif (stream := analyse_stream(members) if len(members) > 1 else None) is not None:
         flops = sum((2 * _product(m, range(len(m["dims"]))) for m in (*stream.firsts, *stream.seconds)), 0)  # type: ignore[arg-type]
         if target.is_gpu:
@@ -191,10 +207,9 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
         epilogue = [m for m in members if m not in products and m not in prologue]
         if target.is_gpu:
             hint = GpuTile(*fused["tile"]) if fused["tile"] else candidate_tiles(fused, target)[0]
-            gemm = (hint.rows, hint.columns, hint.step)
+            at = Emitter(builder, (hint.rows, hint.columns), ranges, coarse=coarse)
             settled = [inner for inner, outer in zip(fused.body.args, fused.operands, strict=False) if outer.defining_op is None]
-            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, Emitter(builder, gemm[:2], ranges, coarse=coarse), buffers, gemm,
-                                        maps=target.capability == 90, settled=settled, threads=32 * hint.warps)
+            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, at, buffers, hint, maps=target.capability == 90, settled=settled)
         else:
             gemm, limits = contraction_tile(contraction, roles, target), (0, 0, 0)
             if fused["tile"]:
@@ -242,7 +257,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
 
 
 def candidate_tiles_cpu(fused: Operation, target: Target, *, few: bool = True) -> list[CpuTile]:
-    """What a group can be computed by on a CPU, the model's choice first: the few that are likely, or all. Empty where there is no choice."""
+    """What a group of constant sizes can be computed by on a CPU, the model's choice first: the few that are likely, or all. Empty where there is no
+    choice."""
     members = [op for op in fused.body if op.name != "tensor.yield"]
     if members[0].name in ("tensor.scatter", "tensor.scan", "tensor.sort"):
         return []
@@ -280,6 +296,8 @@ def candidate_tiles(fused: Operation, target: Target) -> list[GpuTile]:
     products = [m for m in members if is_contraction(m)]
     if not target.is_gpu or fused["why"].startswith("streams") or any(m.name != "tensor.generic" for m in members):
         return []
+    if fused["part"]:
+        return []
     if not products or not _worth_gemm(products[0], members, False):
         frame = analyse(fused, {})
         return loop_tiles(frame, choose_tile(frame, 32, gpu=True))
@@ -291,7 +309,13 @@ def candidate_tiles(fused: Operation, target: Target) -> list[GpuTile]:
     batch, m, n, k = (_product(first, d) for d in (roles.batch, roles.m, roles.n, roles.k))
     return gemm_tiles_gpu(target, batch, m, n, k, product_bytes(first), exact=not element_type(first.result.type).is_float,
                           heavy=any(is_expensive(m) or len(m.operands) > 2 for m in epilogue), products=len(products),
-                          stored=packed_bytes(first, prologue), row_major=is_row_major(first, roles))
+                          stored=packed_bytes(first, prologue), row_major=is_row_major(first, roles),
+                          settled=_is_settled(first.operands[roles.right], fused))
+
+
+def _is_settled(v: Value, fused: Operation) -> bool:
+    """No kernel makes this operand of the group."""
+    return any(inner is v and outer.defining_op is None for inner, outer in zip(fused.body.args, fused.operands, strict=False))
 
 
 def _worth_gemm(op: Operation, members: list[Operation], on_cpu: bool) -> bool:

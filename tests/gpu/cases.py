@@ -37,7 +37,8 @@ SM80 = Target(kind="cuda", name="sm_80", capability=80, multiprocessors=108, l2=
 @dataclass(frozen=True)
 class Case:
     """A function (or the maker of a module) and its inputs. `tolerance` 0 means: exactly. `wide`: compared with float64 though inputs have
-    16 bits, whose own results are rounded at every step."""
+    16 bits, whose own results are rounded at every step. `multiprocessors`: compiled as for a GPU of so many (0: as many as there are), so that
+    small inputs take the forms of large ones."""
 
     make: Callable[[], Callable[..., Any]]
     inputs: Callable[[torch.Generator], tuple[Any, ...]]
@@ -45,6 +46,7 @@ class Case:
     backward: bool = False
     tolerance: float = 1e-5
     wide: bool = False
+    multiprocessors: int = 0
 
     def build(self, seed: int = 0) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         torch.manual_seed(0)
@@ -229,6 +231,17 @@ CASES: dict[str, Case] = {
     "gemm_gelu": Case(_module(lambda: nn.Sequential(nn.Linear(100, 130), nn.GELU())), _normal((75, 100))),
     "gemm_symbolic": Case(_module(lambda: nn.Sequential(nn.Linear(40, 50), nn.ReLU())), _normal((75, 40)), dynamic=True),
     "gemm_bf16": Case(_plain(lambda a, b: (a @ b).relu()), _normal((70, 96), (96, 80), dtype=torch.bfloat16), tolerance=8e-3),
+    "early_weights": Case(  # on Hopper, each product's weight is read while what is in front still runs
+        _plain(lambda x, w, b, v, c: F.linear(F.gelu(F.linear(F.layer_norm(x, x.shape[-1:]), w, b)), v, c) + x[:, :1]),
+        _normal((128, 128), (512, 128), (512,), (448, 512), (448,), dtype=torch.bfloat16),
+        tolerance=8e-3,
+    ),
+    "few_rows": Case(  # the weight's rows go to the matrix units, in parts; whole tiles, and ragged ones
+        _plain(lambda x, w, b, y, v: (F.gelu(F.linear(x, w) + b), y @ v)),
+        _normal((5, 1536), (130, 1536), (130,), (16, 256), (256, 192), dtype=torch.bfloat16),
+        tolerance=8e-3,
+    ),
+    "one_row": Case(_plain(lambda x, v: x @ v), _normal((1, 200), (200, 100), dtype=torch.bfloat16), tolerance=8e-3),
     "picked_experts": Case(
         _plain(lambda w, x, n: (torch.bmm(w[n], x.unsqueeze(-1)), torch.bmm(x.unsqueeze(1), w[n]))),
         lambda g: (torch.randn(4, 48, 48, generator=g), torch.randn(40, 48, generator=g), torch.randint(0, 4, (40,), generator=g)),
@@ -372,12 +385,19 @@ CASES: dict[str, Case] = {
     "transpose_add": Case(_plain(lambda a, b: a.t() + b), _normal((200, 130), (130, 200)), tolerance=0),
     "split_k": Case(_plain(lambda a, b, c: F.gelu(a @ b + c)), _normal((16, 2048), (2048, 40), (40,))),
     "column_sum_long": Case(_plain(lambda a: a.sum(0) * 2), _normal((16384, 16))),
+    "equal_parts": Case(  # one launch: programs pick their buffers, sixteen of a kind in a branch
+        _plain(lambda *xs: tuple(x.softmax(-1) for x in xs)), _normal(*[(7, 48), (5, 70), (7, 48)] * 7),
+    ),
     "siblings": Case(  # one launch for the products, one for what reads them
         _plain(lambda x, q, k, v: ((x @ q).softmax(-1), (x @ k).relu(), (x @ v).cumsum(-1))),
         _normal((2, 96), (96, 130), (96, 64), (96, 33)),
     ),
     "norm_backward": Case(
         _plain(lambda x, w, b, v: F.layer_norm(x, (96,), w, b) @ v), _normal((40, 96), (96,), (96,), (96, 32), grad=True), backward=True, tolerance=2e-5
+    ),
+    "norm_columns": Case(  # enough rows that their kernel sums the columns too
+        _plain(lambda x, w, b, y: F.layer_norm(x.view(66, 64, 300) + y, (300,), w, b).tanh()), _normal((4224, 300), (300,), (300,), (300,), grad=True),
+        backward=True, tolerance=2e-5
     ),
     "mlp_backward": Case(_module(_mlp, train=True), _normal((50, 64)), backward=True, tolerance=2e-5),
     "embedding_backward": Case(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from aicc.backends.triton.parts import LONGEST, equal_runs, picked
 from aicc.backends.triton.printer import print_kernel
 from aicc.ir import Operation
 from aicc.ir.parser import parse_module
@@ -43,6 +44,16 @@ def test_products_of_one_row_with_several_weights_are_one_launch() -> None:
     assert parts(module) == [3]
 
 
+def test_query_key_and_value_of_few_rows_are_not_split_as_each_would_be_alone() -> None:
+    """Together they are programs enough; their readers would have to add parts up first."""
+    def qkv(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return x @ q.T, x @ k.T, x @ v.T
+
+    x, q, k, v = (torch.randn(s).bfloat16() for s in ((16, 2048), (2048, 2048), (1024, 2048), (1024, 2048)))
+    assert parts(lowered(qkv, x, q, k, v)) == [3]
+    assert len(launches(lowered(lambda x, k: x @ k.T, x, k))) == 2, "alone: parts, and what adds them"
+
+
 def test_what_depends_on_another_waits_for_it() -> None:
     def f(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a = x.softmax(-1)
@@ -65,6 +76,21 @@ def test_groups_do_not_wait_for_each_other_in_a_circle() -> None:
     order = {op: i for i, op in enumerate(module.walk())}
     for op in launches(module):
         assert all(order[v.defining_op] < order[op] for v in op.operands if v.defining_op is not None)
+
+
+def test_two_caches_are_written_in_one_launch_unless_they_are_one() -> None:
+    """Whose elements a result starts with, no other part reads."""
+    def two(a: Tensor, b: Tensor, i: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return a.index_copy(1, i, x), b.index_copy(1, i, y)
+
+    def one(a: Tensor, i: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return a.index_copy(1, i, x), a.index_copy(1, i, y)
+
+    a, b, x, y, i = torch.randn(2, 4096, 64), torch.randn(2, 4096, 64), torch.randn(2, 3, 64), torch.randn(2, 3, 64), torch.tensor([7, 1, 4000])
+    module = lowered(two, a, b, i, x, y)
+    (kernel,) = (op for op in module.body if op.name == "tile.kernel" and op["updates"])
+    assert max(parts(module)) == 2 and len(kernel["updates"]) == 2 and kernel["bytes"] < 100_000
+    assert max(parts(lowered(one, a, i, x, y))) == 1
 
 
 def test_large_kernels_stay_alone() -> None:
@@ -102,3 +128,33 @@ def test_large_elementwise_kernels_on_temporaries_stay_alone() -> None:
 
     module = lowered(f, torch.randn(2048, 1024), torch.randn(2048, 1024))
     assert max(parts(module)) <= 2 and sum(n == 1 for n in parts(module)) >= 4
+
+
+def test_equal_kernels_are_neighbours_and_printed_once() -> None:
+    """Triton's time to compile goes with the text, some of its passes more than linearly."""
+    shapes = [(40, 300), (3, 500), (40, 300)] * 7
+    module = lowered(lambda *xs: tuple(x.softmax(-1) for x in xs), *(torch.randn(s) for s in shapes))
+    assert parts(module) == [21]
+    (merged,) = (op for op in module.body if op.name == "tile.kernel")
+    runs = [len(run.parts) for run in equal_runs(merged)]
+    assert runs == [14, 7]
+    assert print_kernel(merged).text.count("tl.program_id(0) < ") == len(runs)
+
+
+def test_runs_end_where_a_kernel_picks_among_many_buffers() -> None:
+    module = lowered(lambda *xs: tuple(x.softmax(-1) for x in xs), *(torch.randn(40, 300) for _ in range(LONGEST + 3)))
+    (merged,) = (op for op in module.body if op.name == "tile.kernel")
+    assert [len(run.parts) for run in equal_runs(merged)] == [LONGEST, 3]
+
+
+def test_buffers_in_known_places_and_others_are_no_run() -> None:
+    module = lowered(lambda *xs: tuple(x.softmax(-1) for x in xs), *(torch.randn(40, 300) for _ in range(4)))
+    (merged,) = (op for op in module.body if op.name == "tile.kernel")
+    aligned = [True] * len(merged.body.args)
+    aligned[1] = False
+    assert [len(run.parts) for run in equal_runs(merged, aligned)] == [1, 1, 2]
+
+
+def test_a_buffer_is_picked_by_halves() -> None:
+    assert picked(["a", "b", "c"], "n") == "tl.where(n < 1, a, tl.where(n < 2, b, c))"
+    assert picked(["a", "a"], "n") == "a"
