@@ -36,6 +36,7 @@ from ..runtime.cache import ArtifactCache, cache_key
 from ..runtime.cuda_graph import CudaGraph
 from ..runtime.executor import CompiledGraph
 from .autotune import Tuner, tune_tiles
+from .autotune_products import tune_products
 from .collector import collector_off
 from .env import read_environment
 from .errors import SettingError
@@ -86,7 +87,10 @@ def lower(module: Operation, target: Target, options: Options, compilation: Comp
             verify(module)
         compilation.seconds[stage] = time.perf_counter() - start
         if stage == "tensor" and options.mode == "max-autotune" and _is_here(target):
-            tune_tiles(module, ctx, Tuner(options, read_environment().cache_dir if options.cache else None))
+            kept = read_environment().cache_dir if options.cache else None
+            tune_tiles(module, ctx, Tuner(options, kept))
+            if target.is_gpu:
+                tune_products(module, ctx, torch.device("cuda", torch.cuda.current_device()), kept)
             compilation.seconds["autotune"] = time.perf_counter() - start - compilation.seconds[stage]
         if observe is not None:
             observe(stage, None, module)

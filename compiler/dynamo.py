@@ -45,6 +45,7 @@ from .control_flow import compile_pieces
 from .distributed.planned import compile_planned
 from .driver import Observer, compile_fx
 from .options import Options
+from .passthrough import without_wrapper
 
 __all__ = ["aicc", "aot_backend", "arg_kinds", "backend", "first_saved", "partition", "written_arguments"]
 
@@ -75,6 +76,8 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
     table = _decompositions(fallback_random)
     split = partial(partition, activation_bytes=activation_bytes)
 
+    latest: list[Callable] = []
+
     def prepared(role: str) -> Callable:
         compile_one = compiler(role)
 
@@ -82,7 +85,10 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
             if role == "inference":  # the others were parted from a graph whose seeds are shared
                 share_seeds(gm)
             expand_losses(gm, table)
-            return compile_one(gm, inputs)
+            made = compile_one(gm, inputs)
+            if role == "inference":
+                latest[:] = [made]
+            return made
 
         def compile_later(gm: Graph, inputs: Sequence[Any]) -> Callable:  # when the first gradient is wanted, outside of Dynamo
             _note_layouts(gm, inputs)
@@ -105,8 +111,10 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
             return flatten_graph_inputs(gm, inputs, compile_captured)
         # Dynamo does not trace into what it is given back: a wrapper that forbids it would cost each call a microsecond or two.
+        latest.clear()
         with collector_off():
-            return aot_module_simplified(gm, inputs, decompositions=table, partition_fn=split, keep_inference_input_mutations=True, **compilers)
+            made = aot_module_simplified(gm, inputs, decompositions=table, partition_fn=split, keep_inference_input_mutations=True, **compilers)
+        return without_wrapper(made, latest.pop(), inputs) if latest and isinstance(gm, Graph) else made
 
     return compile_captured
 

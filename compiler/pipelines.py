@@ -56,15 +56,18 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             *([f"stream{relax}"] if options.fuse else []),
             # What is left of a product's readers: reductions of its tiles join its kernel.
             *(["tile-reductions"] if options.fuse and not target.is_gpu else []),
+            # Sums of columns of what some kernel walks row by row are parted so that they can join it.
+            *(["part-columns"] if target.is_gpu and options.fuse else []),
             *(["split-reductions"] if options.fuse else []),
             *(["split-dimensions"] if target.is_gpu and options.fuse else []),
             fuse if options.fuse else "fuse{max-members=1}",
+            *(["join-columns"] if target.is_gpu and options.fuse else []),
             # What crosses from kernel to kernel is known now.
             *(["narrow-results"] if target.is_gpu else []),
         ]),
         # Kernels are simplified once more: bodies merged by fusion share index arithmetic.
         # On GPUs small ones that are independent of each other are launched together then.
-        "tile": f"{tile},cse,dce" + (f",merge-launches{merging}" if target.is_gpu and options.fuse else ""),
+        "tile": f"{tile},cse,dce" + ",predicate-loads" * target.is_gpu + (f",merge-launches{merging}" if target.is_gpu and options.fuse else ""),
         # On GPUs, chains of launches that do not depend on each other run on two streams, if that pays.
         # A CUDA graph wants few kernels to use the memory of outputs, whose address is another one in each call.
         # On CPUs what is too small for several threads shares them with what does not depend on it; then memory is planned for that. Last, as

@@ -25,6 +25,8 @@ from . import (
     pack,
     plain_reductions,
     plan_memory,
+    predicate_loads,
+    row_columns,
     schedule,
     side_by_side,
     simplify_loops,

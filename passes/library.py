@@ -452,5 +452,5 @@ def library_shape(op: Operation, target: Target) -> dict[str, Any]:
     compute = "f64" if types["a"] == "f64" else "tf32" if types["a"] == "f32" and "tf32" in target.features else "f32"
     return {"sizes": found.sizes, "a": found.a, "b": found.b, "d": found.d, "c": found.d if "c" in types else (), "offset_a": found.offset_a,
             "offset_b": found.offset_b, "types": types, "compute": compute, "bias": "bias" in types, "act": op["act"],
-            "workspace": WORKSPACE[90 if target.capability >= 90 else 80]}
+            "workspace": WORKSPACE[90 if target.capability >= 90 else 80], **({"guess": op["guess"]} if op["guess"] else {})}
 

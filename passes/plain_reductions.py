@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ir import Operation, Value, element_type
+from ..ir import Operation, TensorType, Value, element_type
 from ..ir.expr import free_symbols, product
 from ..ir.passes import Pass, PassContext, register
-from .structured import PLAIN, body_ops, is_contraction, is_pointwise
+from .structured import EXPENSIVE, PLAIN, body_ops, is_contraction, is_pointwise
 from .tiling.contraction import is_row_major, roles_of
 
 __all__ = ["PlainReductions"]
@@ -66,11 +66,14 @@ def _shares_its_matrix(op: Operation) -> bool:
 
 
 def _has_other_readers(v: Value, op: Operation) -> bool:
-    """Something beside `op` reads v, or what v is but a conversion of."""
+    """Something beside `op` reads v, or the one matrix that v is made from by cheap arithmetic."""
     while True:
         if any(user is not op for user in v.users):
             return True
         maker = v.defining_op
-        if maker is None or not is_pointwise(maker) or len(maker.operands) != 1 or any(o.name != "arith.cast" for o in body_ops(maker)):
+        if maker is None or not is_pointwise(maker) or any(o.name in EXPENSIVE for o in body_ops(maker)):
             return False
-        v, op = maker.operands[0], maker
+        large = [x for x in maker.operands if isinstance(x.type, TensorType) and x.type.numel == v.type.numel]  # type: ignore[attr-defined]
+        if len(large) != 1:
+            return False
+        v, op = large[0], maker

@@ -22,7 +22,7 @@ from ..ir.passes import Pass, PassContext, register
 from ..ir.ranges import simplify, split_linear
 from .narrow_results import ROUNDS
 from .rescale import about_mean
-from .structured import is_contraction, is_pointwise, rebuild, space_bounds
+from .structured import BESIDE, is_contraction, is_pointwise, rebuild, space_bounds
 from .tiling.columns import COLUMNS as LOOP_COLUMNS
 from .tiling.contraction import is_row_major, roles_of
 from .tiling.gpu_tiles import COLUMNS, gemm_tile_gpu, packed_bytes, product_bytes
@@ -53,48 +53,48 @@ class SplitReductions(Pass):
             for op in list(func.body):
                 if op.parent is None or op.name != "tensor.generic" or not op["reductions"] or not all(isinstance(n, int) for n in op["dims"]):
                     continue
-                if not set(op["combine"]) <= SPLITTABLE or 0 in op["dims"]:
+                if not set(op["combine"]) <= SPLITTABLE or 0 in op["dims"] or BESIDE in op.attributes:
                     continue
                 cut = self._on_gpu(op, ctx.target) if ctx.target.is_gpu else self._on_cpu(op)
                 if cut.parts > 1:
                     squares = _squares_about_mean(op)
                     if squares is None:
-                        _split(op, cut)
+                        split(op, cut)
                     else:
                         _split_moments(op, squares, cut)
                     ctx.remark("done", f"a reduction of {op['dims'][cut.dim]} elements in {cut.parts} parts", op.location)
 
-    def _on_gpu(self, op: Operation, target: Target) -> _Cut:
+    def _on_gpu(self, op: Operation, target: Target) -> Cut:
         (programs, alone), room = _programs(op, target), target.multiprocessors
         if is_contraction(op) or reduces_rows(op):
             wanted = room // programs if alone else -(-(2 if is_contraction(op) else 4) * room // programs)  # as measured
-            return self._parts(op, wanted) if 2 * programs <= room else _Cut(0, 1)
+            return self._parts(op, wanted) if 2 * programs <= room else Cut(0, 1)
         wanted = -(-8 * room // programs)
         if wanted < 3:
-            return _Cut(0, 1)
+            return Cut(0, 1)
         limit = self._limit(op, wanted, self.least_column)
         cut, first = self._parts(op, limit, self.least_column), len(parallel_dims(op))
         whole, rest = op["dims"][first], op["dims"][first + 1:first + 2]
         again = next((p for p in range(limit // whole, 0, -1) if rest[0] % p == 0), 1) if rest and whole > 1 else 1
         if again > 1:
-            outer = _Cut(first, whole * again, again)
+            outer = Cut(first, whole * again, again)
         else:
-            outer = _Cut(first, next((p for p in range(min(limit, whole), 1, -1) if whole % p == 0), 1))
+            outer = Cut(first, next((p for p in range(min(limit, whole), 1, -1) if whole % p == 0), 1))
         return outer if outer.parts >= cut.parts else cut  # a part of neighbours in memory
 
-    def _on_cpu(self, op: Operation) -> _Cut:
+    def _on_cpu(self, op: Operation) -> Cut:
         """Few parts, each worth a thread's while: how many depends on nothing but the sizes, so that results do not depend on the machine."""
         if is_contraction(op) or _shares_a_pass(op):
-            return _Cut(0, 1)
+            return Cut(0, 1)
         made = as_int(product(parallel_dims(op)))
         programs = max(1, made if reduces_rows(op) else made // LOOP_COLUMNS)
         points = as_int(product(op["dims"]))
         return self._parts(op, min(CPU_PARTS // programs, points // CPU_POINTS))
 
-    def _parts(self, op: Operation, wanted: int, least: int = 0) -> _Cut:
+    def _parts(self, op: Operation, wanted: int, least: int = 0) -> Cut:
         """How many parts, and of which dimension: the largest divisor up to what is wanted."""
         d = max(range(len(parallel_dims(op)), len(op["dims"])), key=lambda i: op["dims"][i])
-        return _Cut(d, next((p for p in range(self._limit(op, wanted, least), 1, -1) if op["dims"][d] % p == 0), 1))
+        return Cut(d, next((p for p in range(self._limit(op, wanted, least), 1, -1) if op["dims"][d] % p == 0), 1))
 
     def _limit(self, op: Operation, wanted: int, least: int = 0) -> int:
         """The most parts. `least`: steps that a part keeps; 0: `least`, or `least_row`."""
@@ -104,7 +104,7 @@ class SplitReductions(Pass):
 
 
 @dataclass(frozen=True)
-class _Cut:
+class Cut:
     """`parts` of dimension `dim`; or, where `again` is not 1, each of its elements in so many parts of the next dimension."""
 
     dim: int
@@ -168,7 +168,7 @@ class _Space:
     place: dict[int, Dim]
 
     @staticmethod
-    def of(op: Operation, cut: _Cut) -> _Space:
+    def of(op: Operation, cut: Cut) -> _Space:
         dims, d, parts = list(op["dims"]), cut.dim, cut.parts
         if cut.again > 1:
             chunk = dims[d + 1] // cut.again
@@ -192,20 +192,23 @@ def _partial(op: Operation, b: Builder, space: _Space) -> Operation:
     return rebuild(op, b, op.operands, [space.map(m) for m in op["maps"]], fills, space.dims, space.place, op["reductions"])
 
 
-def _split(op: Operation, cut: _Cut) -> None:
+def split(op: Operation, cut: Cut) -> Operation:
+    """Makes `op` a sum of parts; the op that adds them up."""
     b, parts = Builder.before_op(op), cut.parts
     partial = _partial(op, b, _Space.of(op, cut))
     rounds = partial.attributes.pop(ROUNDS, None)
     dims, rank = op["dims"], len(op["dims"]) - op["reductions"]
     if is_contraction(op) and parts <= ADDED and len(op.results) == 1 and op["combine"] == ("sum",):
-        _take_place(op, _added(partial, b, dims[:rank], parts))
-        return
+        made = _added(partial, b, dims[:rank], parts)
+        _take_place(op, made)
+        return made
     read = (sym(f"d{rank}"), *(sym(f"d{j}") for j in range(rank)))
     made = b.generic(list(partial.results), [read] * len(partial.results), [*dims[:rank], parts], lambda _, *xs: xs,
                      reductions=1, combine=op["combine"])
     if rounds is not None:
         made.attributes[ROUNDS] = rounds
     _take_place(op, made)
+    return made
 
 
 def _added(partial: Operation, b: Builder, dims: Sequence[Dim], parts: int) -> Operation:
@@ -248,7 +251,7 @@ def _same_read(a: Operation, i: int, b: Operation, j: int) -> bool:
     return same and repr(fill_of(a, i)) == repr(fill_of(b, j))
 
 
-def _split_moments(total: Operation, squares: Operation, cut: _Cut) -> None:
+def _split_moments(total: Operation, squares: Operation, cut: Cut) -> None:
     """Sums, and squares about the mean of each part; then m2 = sum over parts of m2_i + n * (mean_i - mean)^2."""
     space, parts = _Space.of(total, cut), cut.parts
     rank = len(total["dims"]) - total["reductions"]

@@ -15,14 +15,16 @@ from ..ir.expr import fold, free_symbols, product, substitute
 from ..ir.ranges import Bounds, contiguous_linear, known_less, simplify, split_linear
 from ..ir.types import i64
 
-__all__ = ["EXPENSIVE", "PARTIAL", "PLAIN", "body_ops", "composed_map", "constant_values", "identity_map", "identity_of", "in_order", "index_value",
-           "inline_into", "inline_into_gather", "inline_padded", "is_contraction", "is_identity_view", "is_pointwise",
+__all__ = ["BESIDE", "EXPENSIVE", "PARTIAL", "PLAIN", "body_ops", "composed_map", "constant_values", "identity_map", "identity_of", "in_order",
+           "index_value", "inline_into", "inline_into_gather", "inline_padded", "is_contraction", "is_identity_view", "is_pointwise",
            "map_bounds", "plain_dims", "rebuild", "reshape_like", "space_bounds", "tap_dims", "windowed_operand"]
 
 EXPENSIVE = frozenset(f"arith.{n}" for n in (
     "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh",
     "acosh", "atanh", "erf", "erfc", "erfinv", "lgamma", "digamma", "sigmoid", "pow", "atan2", "hypot"))
 """Ops worth storing rather than computing twice."""
+BESIDE = "_beside"
+"""Attribute of a sum of columns in parts of so many rows, for the kernel that walks these rows (`row_columns.py`)."""
 PLAIN = "_plain"
 """Attribute of a sum of products that is to be a reduction like any other."""
 PARTIAL = "_partial"

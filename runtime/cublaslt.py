@@ -14,6 +14,7 @@ in elements, as in `sizes.py`):
     align       bytes of which the addresses of {a, b, c, d} are multiples
     bias, act   whether there is a bias; "none" or "relu"
     workspace   bytes of temporary memory it may use
+    guess       which algorithm of the heuristic's list (measured: `product_choice.py`); none: the first, and no others are asked for
 
 cuBLAS is column-major: it is asked for the transposed product d' = b' a', whose rows are contiguous in memory; so the bias, one number
 per column of d, is one per row of d', as its epilogue wants it.
@@ -37,6 +38,7 @@ from .sizes import Size, compile_size, evaluate_size
 __all__ = ["CublasLt", "ProductPlans", "load_cublaslt", "matrix_layouts"]
 
 DESCRIPTOR_BYTES = 1024  # as in backends/triton/native.py
+MOST_GUESSES = 8
 RESULT_BYTES, ALGORITHM_BYTES = 96, 64  # cublasLtMatmulHeuristicResult_t begins with its cublasLtMatmulAlgo_t
 
 # Values of cublasLt.h and library_types.h.
@@ -104,20 +106,34 @@ class CublasLt:
             self._set("cublasLtMatmulDescSetAttribute", memory, _BIAS_POINTER, ctypes.c_uint64(16))
         return memory
 
-    def algorithm(self, handle: int, descriptor: Any, layouts: Mapping[str, int], workspace: int, align: Mapping[str, int]) -> Any:
-        """The algorithm that the library's heuristic puts first; CudaError if it has none."""
+    def algorithms(self, handle: int, descriptor: Any, layouts: Mapping[str, int], workspace: int, align: Mapping[str, int], count: int) -> list[Any]:
+        """The algorithms that the library's heuristic puts first, at most `count`; CudaError if it has none."""
         preference = ctypes.c_void_p()
         self.check("cublasLtMatmulPreferenceCreate", self._lib.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)))
         self._set("cublasLtMatmulPreferenceSetAttribute", preference, _MAX_WORKSPACE, ctypes.c_uint64(workspace))
         for name, which in _MIN_ALIGNMENT.items():
             self._set("cublasLtMatmulPreferenceSetAttribute", preference, which, ctypes.c_uint32(align[name]))
-        result, found = ctypes.create_string_buffer(RESULT_BYTES), ctypes.c_int()
+        results, found = ctypes.create_string_buffer(count * RESULT_BYTES), ctypes.c_int()
         pointer = ctypes.c_void_p
         code = self._lib.cublasLtMatmulAlgoGetHeuristic(
-            pointer(handle), descriptor, *[pointer(layouts[n]) for n in ("a", "b", "c", "d")], preference, 1, result, ctypes.byref(found))
+            pointer(handle), descriptor, *[pointer(layouts[n]) for n in ("a", "b", "c", "d")], preference, count, results, ctypes.byref(found))
         self._lib.cublasLtMatmulPreferenceDestroy(preference)
         self.check("cublasLtMatmulAlgoGetHeuristic", code or (0 if found.value else 15))
-        return result
+        return [ctypes.create_string_buffer(results.raw[i * RESULT_BYTES:(i + 1) * RESULT_BYTES], RESULT_BYTES) for i in range(found.value)]
+
+    def matmul(self, *arguments: Any) -> int:
+        """`cublasLtMatmul` as it is; its status."""
+        return int(self._lib.cublasLtMatmul(*arguments))
+
+    def set_bias(self, descriptor: Any, address: int) -> None:
+        """Where the bias of a described product is."""
+        self._set("cublasLtMatmulDescSetAttribute", descriptor, _BIAS_POINTER, ctypes.c_uint64(address))
+
+    @property
+    def version(self) -> int:
+        """Such as 120804."""
+        self._lib.cublasLtGetVersion.restype = ctypes.c_size_t
+        return int(self._lib.cublasLtGetVersion())
 
     def free_layout(self, layout: int) -> None:
         self._lib.cublasLtMatrixLayoutDestroy(ctypes.c_void_p(layout))
@@ -186,20 +202,25 @@ class ProductPlans:
         self._count = len(positions)
         self._memo: dict[tuple[int, ...], _Plan] = {}
         self._older: dict[tuple[int, ...], _Plan] = {}  # kept for threads that are about to use one
-        self.fixed: int | None = self._plan(()) if all(s.fixed for s in self._shapes) else None
+        self.fixed: int | None = self._plan(()).address if all(s.fixed for s in self._shapes) else None
+
+    @property
+    def guesses(self) -> int:
+        """How many algorithms the library has for the last product of known sizes, where more than one was asked for."""
+        return self._plan(()).guesses
 
     def at(self, symbols: int) -> int:
         """The address for the symbol values at address `symbols`."""
-        return self._plan(tuple((ctypes.c_int64 * self._count).from_address(symbols)))
+        return self._plan(tuple((ctypes.c_int64 * self._count).from_address(symbols))).address
 
-    def _plan(self, values: tuple[int, ...]) -> int:
+    def _plan(self, values: tuple[int, ...]) -> _Plan:
         found = self._memo.get(values)
         if found is None:
             if len(self._memo) >= self.LIMIT:
                 self._older, self._memo = self._memo, {}
             with torch.cuda.device(self._device) if self._device.type == "cuda" else torch.no_grad():
                 found = self._memo[values] = _Plan(self._lt, self._lt.handle(self._device), self._shapes, values)
-        return found.address
+        return found
 
 
 class _Plan:
@@ -207,6 +228,7 @@ class _Plan:
 
     def __init__(self, lt: CublasLt, handle: int, shapes: Sequence[_Shape], values: tuple[int, ...]):
         self._lt, self._handle = lt, handle
+        self.guesses = 0  # that the library has for the last product, if several were asked for
         self._keep: list[Any] = []
         self._layouts: list[int] = []
         known: dict[str, int] = {}
@@ -235,7 +257,9 @@ class _Plan:
         descriptor = lt.descriptor(row["compute"], (shapes["a"][3], shapes["b"][3]), EPILOGUES[row["bias"], row["act"]],
                                    types["bias"] if row["bias"] else None)
         aligned = {"a": align["b"], "b": align["a"], "c": align["c"], "d": align["d"]}
-        result = lt.algorithm(self._handle, descriptor, layouts, row["workspace"], aligned)
+        guess = row.get("guess", 0)
+        results = lt.algorithms(self._handle, descriptor, layouts, row["workspace"], aligned, max(MOST_GUESSES, guess + 1) if "guess" in row else 1)
+        self.guesses, result = len(results), results[min(guess, len(results) - 1)]
         real = ctypes.c_double if row["compute"] == "f64" else ctypes.c_float
         scalars = (real * 2)(1, 1 if row["c"] else 0)
         beta = ctypes.addressof(scalars) + ctypes.sizeof(real)

@@ -42,8 +42,9 @@ import torch
 from .arena import ArenaPool, shared_pool
 from .artifact import ArtifactError
 from .dtypes import torch_dtype
+from .entry import NOT_AS_KNOWN, make_entry
 from .extern_call import TensorSpec
-from .loader import NativeFunction, load_object
+from .loader import NativeFunction, NativeLibrary, load_object
 from .outputs import is_large, shared_outputs
 from .packing import PackedMemory, PersistentBuffer
 from .segments import Segments
@@ -129,6 +130,20 @@ class CompiledGraph:
         rows = (self.manifest["buffers"][r["buffer"]]["strides"] if r["kind"] == "buffer" else None for r in self.manifest["results"])
         return [tuple(s) if s is not None and all(isinstance(n, int) for n in s) else None for s in rows]
 
+    @property
+    def argument_count(self) -> int:
+        return self._arg_count
+
+    @property
+    def result_count(self) -> int:
+        return len(self._results)
+
+    @property
+    def makes_all(self) -> bool:
+        """One native call whose results are new memory: no mode of torch's has a say in it, and no argument is written to or returned."""
+        steps = self.manifest["steps"]
+        return self._plain and not self._mutated and len(steps) == 1 and steps[0][0] == "call" and len(self._early) == self._buffer_count
+
     # -- reading the manifest
 
     def _read(self, manifest: dict[str, Any], code: bytes, check_inputs: bool) -> None:
@@ -184,7 +199,7 @@ class CompiledGraph:
             self._run = _with_numbers(self._run, numbers, self.device)
 
     def _pick_inputs(self, inputs: list[dict[str, Any]], symbol_args: list[list[Any]]) -> None:
-        positions = [int(x["position"]) for x in inputs]
+        positions = self._places = [int(x["position"]) for x in inputs]
         self._arg_count = len(inputs) + len(symbol_args)
         if sorted([*positions, *(int(p) for p, _ in symbol_args)]) != list(range(self._arg_count)):
             raise ValueError("the positions of 'inputs' and 'symbol_args' are not 0, 1, 2, ... once each")
@@ -227,7 +242,55 @@ class CompiledGraph:
         return self._run(args)
 
     def _one_call(self, native: NativeFunction) -> Callable[[Sequence[Any]], list[Any]]:
-        """How to run a program that is one native call: the same as `_run_steps`, with everything looked up beforehand."""
+        """How to run a program that is one native call: by its native entry, where there is one and arguments are as it knows them."""
+        slowly = self._in_python(native)
+        if not isinstance(self.library, NativeLibrary) or self._input_specs:
+            return slowly
+        entry = make_entry(native, self._places, self._arg_count, self._buffer_count)
+        if entry is None:
+            return slowly
+        static, memory, pick, count = self._static, self._packed, self._pick, self._arg_count
+        acquire, release, enter = self.arenas.acquire, self.arenas.release, entry.call
+        plain, symbolic = self._plain and not self._mutated, memory is not None and memory.symbolic
+        always = entry.known()
+
+        def run(args: Sequence[Any]) -> list[Any]:
+            packed, known = None, always
+            if memory is not None:
+                packed = memory.current  # held until native code has returned
+                known = None if packed is None else packed.known
+            if known is None or len(args) != count:
+                return first(args)
+            sizes = static or self._sizes(self._symbol_values(args, args if pick is None else pick(args)))
+            if symbolic and packed.symbols != sizes.values:  # type: ignore[union-attr]
+                packed = None
+                return first(args)
+            empty = sizes.empty
+            buffers = [empty(*spec) for spec in sizes.outputs]
+            if sizes.arena:
+                arena = acquire(sizes.arena)
+                code = enter(known.address, args, buffers, arena, sizes.address)
+                release(arena)
+            else:
+                code = enter(known.address, args, buffers, None, sizes.address)
+            if code == NOT_AS_KNOWN:
+                packed = None  # `packing.py` counts who holds it
+                return first(args)
+            self.calls += 1
+            if code:
+                self._fail(code)
+            return buffers if plain else self._finish(args if pick is None else pick(args), buffers, sizes.values)
+
+        def first(args: Sequence[Any]) -> list[Any]:
+            results = slowly(args)
+            if memory is not None and (packed := memory.current) is not None and packed.known is None:
+                packed.known = entry.known(memory.guards, packed.where, packed.versions, packed.storages, packed.pointers, packed.fingerprint)
+            return results
+
+        return run
+
+    def _in_python(self, native: NativeFunction) -> Callable[[Sequence[Any]], list[Any]]:
+        """A program that is one call, run the same way as `_run_steps` does, with everything looked up beforehand."""
         count, pick, static, packed_memory = self._arg_count, self._pick, self._static, self._packed
         frames, fill, acquire, release = self._frames, self._fill, self.arenas.acquire, self.arenas.release
         plain = self._plain and not self._mutated

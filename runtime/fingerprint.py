@@ -21,7 +21,7 @@ from llvmlite import binding
 
 from .loader import NativeLibrary, initialize, load_object
 
-__all__ = ["ROWS", "WHOLE", "Fingerprint"]
+__all__ = ["ROWS", "WHOLE", "Fingerprint", "fingerprint_address"]
 
 WHOLE = 1 << 16
 ROWS = 1 << 10
@@ -143,9 +143,14 @@ def _library() -> NativeLibrary:
     return load_object(machine.emit_object(module), ["fingerprint"])
 
 
+def fingerprint_address() -> int:
+    """The address of the native function (see `_ir`)."""
+    return _library().address("fingerprint")
+
+
 @cache
 def _function() -> Callable[[int, int], int]:
-    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)(_library().address("fingerprint"))
+    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)(fingerprint_address())
 
 
 class Fingerprint:
@@ -166,6 +171,11 @@ class Fingerprint:
         places = iter(range(self._at, self._at + 8 * len(flat), 32))
         self.each = [0 if r is None else int(self._read(next(places), 1)) for r in found]
         self.hash = self.read()
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        """What native code needs to look for itself: address and number of ranges, and the hash, valid while this object is there."""
+        return self._at, self._count, self.hash
 
     def read(self) -> int:
         return int(self._read(self._at, self._count))

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .entry import Known
 from .fingerprint import Fingerprint
 from .huge_pages import prefer_huge_pages
 from .loader import NativeFunction
@@ -57,7 +58,7 @@ class PersistentBuffer:
 class Packed:
     """One consistent state of all persistent buffers. Immutable once published."""
 
-    __slots__ = ("fingerprint", "keys", "memory", "pointers", "refs", "storages", "symbols", "versions", "where")
+    __slots__ = ("fingerprint", "keys", "known", "memory", "pointers", "refs", "storages", "symbols", "versions", "where")
 
     def __init__(self, where: Sequence[int], versions: list[object], symbols: tuple[int, ...], keys: list[object],
                  memory: list[torch.Tensor | None], refs: list[StorageWeakRef], fingerprint: Fingerprint):
@@ -70,6 +71,7 @@ class Packed:
         self.storages = [r.cdata for r in refs]
         self.fingerprint = fingerprint
         self.pointers = [0 if m is None else m.data_ptr() for m in memory]
+        self.known: Known | None = None  # the same for native code (`entry.py`)
 
     def is_current(self, pointers: Sequence[int], versions: list[object], symbols: tuple[int, ...]) -> bool:
         return (self.versions == versions and self.where == pointers and self.symbols == symbols
@@ -91,25 +93,25 @@ class PackedMemory:
         self._first_slot = first_slot
         self._device = torch.device(device)
         self._lock = threading.Lock()
-        self._current: Packed | None = None
+        self.current: Packed | None = None
         self._warned = False
         _live.add(self)
 
     @property
     def bytes(self) -> int:
         """Bytes held at present."""
-        packed = self._current
+        packed = self.current
         return 0 if packed is None else sum(m.nbytes for m in packed.memory if m is not None)
 
     def reads(self, storages: set[int]) -> bool:
         """Whether what is packed now was made from one of these storages (addresses of their C++ objects)."""
-        packed = self._current
+        packed = self.current
         return packed is not None and not storages.isdisjoint(packed.storages)
 
     def invalidate(self) -> None:
         """Forgets everything; the next call packs anew."""
         with self._lock:
-            self._current = None
+            self.current = None
 
     def get(self, tensors: Sequence[torch.Tensor], pointers: Sequence[int], symbols: tuple[int, ...],
             symbol_address: int) -> Packed:
@@ -127,12 +129,12 @@ class PackedMemory:
         except RuntimeError:  # inference tensors: a new object equals nothing that was remembered
             versions = [object() if t.is_inference() else t._version for t in guarded]
             self._warn_uncounted()
-        packed = self._current
+        packed = self.current
         if packed is not None and packed.is_current(where, versions, symbols):
             return packed
         del packed  # `_renew` counts who holds it
         with self._lock:
-            packed = self._current
+            packed = self.current
             if packed is None or not packed.is_current(where, versions, symbols):
                 del packed
                 packed = self._renew(guarded, where, versions, symbols, pointers, symbol_address)
@@ -140,13 +142,13 @@ class PackedMemory:
 
     def _forget_if_dead(self) -> None:
         """Drops what was packed from parameters that are gone: Dynamo keeps the graphs of modules that are not there any more."""
-        packed = self._current
+        packed = self.current
         if packed is not None and any(map(_expired, packed.storages)):
-            self._current = None  # without the lock: a call that renews meanwhile publishes its own
+            self.current = None  # without the lock: a call that renews meanwhile publishes its own
 
     def _renew(self, guarded: Sequence[torch.Tensor], where: Sequence[int], versions: list[object], symbols: tuple[int, ...],
                pointers: Sequence[int], symbol_address: int) -> Packed:
-        old, self._current = self._current, None  # from here on no other call can take `old`
+        old, self.current = self.current, None  # from here on no other call can take `old`
         unused = old is not None and sys.getrefcount(old) == 2  # `old` and the argument of getrefcount
         for other in list(_live):
             if other is not self:
@@ -175,7 +177,7 @@ class PackedMemory:
             stale = []  # nobody needs them
         self._pack(stale, memory, pointers, symbol_address)
         lasting = [None if b.transient else m for b, m in zip(self.buffers, memory, strict=True)]
-        self._current = packed = Packed(where, versions, symbols, keys, lasting, refs, fingerprint)
+        self.current = packed = Packed(where, versions, symbols, keys, lasting, refs, fingerprint)
         return packed
 
     def _allocate(self, size: int) -> torch.Tensor:

@@ -276,7 +276,8 @@ class Printer:
         end = upper_bound(op["upper"], text.bounds)
         high = end - 1 if isinstance(end, int) else None
         self.ranges[iv] = (low, high)
-        self._write(f"for {name} in range({text(op['lower'])}, {text(op['upper'])}, {op['step']}):")
+        walked = f"{text(op['lower'])}, {text(op['upper'])}, {op['step']}"
+        self._write(f"for {name} in {f'tl.range({walked}, num_stages={ahead})' if (ahead := op['ahead']) else f'range({walked})'}:")
         self.indent += 1
         start = len(self.lines)
         self._write(f"{name} = tl.cast({name}, {self.index_type})")  # in the interpreter it is a Python number

@@ -141,12 +141,14 @@ define("tensor.fused", "ops that become one kernel; the region takes the operand
        "in another shape with its elements in the same order", operands="inputs*",
        results="results*", attrs={"kernel": optional("", "name of the kernel"), "why": optional("", "why they belong together"),
                                "tile": optional((), "measured to be best: the fields of `GpuTile` or `CpuTile`"),
+                               "part": optional(0, "rows of a program that also sums up columns (`passes/row_columns.py`)"),
                                "ranges": optional((), "streams: [n, b]: operands n to n + 3 say which blocks of b steps each block of b rows needs")},
        regions=1, traits=[Trait.Pure, Trait.IsolatedFromAbove])
 define("tensor.library", "ops that one call of a vendor's library computes: their meaning is the region, which takes the operands and yields "
        "the result", operands="inputs*",
        attrs={"library": attr("such as cublaslt"), "roles": attr("what each operand is: a, b (the factors), bias, c (a summand)"),
-              "act": optional("none", "none or relu"), "why": optional("", "why the library does it")},
+              "act": optional("none", "none or relu"), "why": optional("", "why the library does it"),
+              "guess": optional(0, "measured to be best: which of the algorithms that the library proposes")},
        regions=1, traits=[Trait.Pure, Trait.IsolatedFromAbove])
 define("tensor.yield", "ends a body", operands="values*", results=(), traits=[Trait.Terminator])
 define("tensor.index", "the position along dimension `dim` of the enclosing iteration space, an i64", attrs={"dim": attr()}, traits=[Trait.Pure])

@@ -167,6 +167,7 @@ define("tile.part", "a kernel of its own, that programs first, first + 1, ... of
 define("tile.for", "for (iv = lower; iv < upper; iv += step) with carried values; lower and upper see the first `indices` operands as i0, ...",
        operands="indices_and_inits*", results="results*",
        attrs={"lower": attr(), "upper": attr(), "step": optional(1), "indices": optional(0), "unroll": optional(1),
+              "ahead": optional(0, "GPUs: iterations whose loads are under way at a time, where that is more than one"),
               "part": optional("", "loops with it follow each other along a stream; 'any': the body is right for any step, 'some': for its own")},
        regions=1, verify=_verify_for)
 define("tile.yield", "ends a kernel or a loop body", operands="values*", results=(), traits=[Trait.Terminator])

@@ -177,7 +177,7 @@ class Emitter:
     # -- loops --------------------------------------------------------------------------------------------------------
 
     def loop(self, lower: Dim, upper: Dim, step: int, inits: Sequence[Value], body: Any, unroll: int = 1,
-             part: str = "") -> list[Value]:
+             part: str = "", ahead: int = 0) -> list[Value]:
         """`tile.for`; `body(emitter, position, carried)` builds one iteration and returns the carried values."""
         operands, names = self._operands([lower, upper])
         block = Block([index, *(v.type for v in inits)])
@@ -194,6 +194,8 @@ class Emitter:
             attrs["unroll"] = unroll
         if part:
             attrs["part"] = part
+        if ahead > 1:
+            attrs["ahead"] = ahead
         made = self.builder.create("tile.for", [*operands, *inits], attrs, [v.type for v in inits], [Region([block])])
         return list(made.results)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...ir import Dim, Operation, TensorType, Value, sym
 from ...ir.dialects.tensor import fill_of, parallel_dims
-from ...ir.expr import product, substitute
+from ...ir.expr import free_symbols, product, substitute
 from ...ir.ranges import Bounds, simplify, split_linear
 from ..rescale import Declined, Dependence, about_mean
 from ..structured import EXPENSIVE, body_ops, uses_dims
@@ -58,14 +58,16 @@ class Frame:
 
 
 def _names(e: Dim) -> set[str]:
-    from ...ir.expr import free_symbols
     return {s for s in free_symbols(e) if s[0] == "f" and s[1:].isdigit()}
 
 
-def analyse(fused: Operation, symbols: Bounds) -> Frame:
-    """The frame of a `tensor.fused` of generics."""
-    members = [op for op in fused.body if op.name == "tensor.generic"]
+def analyse(fused: Operation, symbols: Bounds, members: list[Operation] | None = None) -> Frame:
+    """The frame of a `tensor.fused` of generics, or of some of its members."""
     outputs = list(fused.body.terminator.operands)
+    if members is None:
+        members = [op for op in fused.body if op.name == "tensor.generic"]
+    else:
+        outputs = [v for v in outputs if v.defining_op in members]
     frame = align(members, list(fused.body.args), outputs)
     _collect_accesses(frame, symbols)
     _collapse(frame, symbols)

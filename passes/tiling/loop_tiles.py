@@ -88,8 +88,10 @@ def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
     others = [f for f in frame.sizes if f != vector and (f in frame.inner) != (vector in frame.inner)] if frame.inner else []
     warps = 0
     if vector in frame.inner:
-        width = min(1 << max(0, (extent - 1).bit_length()), 8192 if extent <= 8192 else 4096)
-        rows = max(1, min(16, 1024 // width))
+        # Long rows of 16 bits (a vocabulary's logits): 152 us in steps of 8192 by eight warps, 165 in steps of 4096.
+        narrow = all(x.bytes <= 2 for x in frame.accesses if vector in free_symbols(x.offset))
+        width = min(1 << max(0, (extent - 1).bit_length()), 8192 if extent <= 8192 or narrow else 4096)
+        rows, warps = max(1, min(16, 1024 // width)), 8 if extent > 8192 and narrow else 0
     elif frame.inner:
         rows, width, warps = _columns(frame)
         width = min(1 << max(0, (extent - 1).bit_length()), width)

@@ -153,7 +153,20 @@ class Lowering:
         """The inner space fits one tile: no loops, every value stays in registers."""
         return all(isinstance(self.frame.sizes[f], int) and self.frame.sizes[f] <= self._extent(f) for f in self.frame.inner)  # type: ignore[operator]
 
-    def _stages(self, top: Scope) -> None:
+    def rows(self, top: Scope) -> Scope:
+        """Whole rows that fit one tile: computes and stores all; the point at which the rows' elements are known."""
+        return self._stages(top)
+
+    def summand(self, scope: Scope, op: Operation, k: int) -> Value:
+        """What a point adds to result `k` of a reduction."""
+        key = op.body.terminator.operands[k]
+        if ("body", op) not in scope.loads:
+            for out, made in zip(op.body.terminator.operands, self._body(scope, op), strict=True):
+                scope.loads[("yield", op, out)] = made
+            scope.loads[("body", op)] = made
+        return scope.loads[("yield", op, key)]
+
+    def _stages(self, top: Scope) -> Scope:
         last = max(self.frame.stage.values())
         persistent = self.is_persistent()
         if not persistent and not self.frame.online:
@@ -183,6 +196,7 @@ class Lowering:
             self._finish(top, keys, carried)
         if len(self.leaves) > 1:
             self._ask_ahead(top)
+        return shared
 
     def _ask_ahead(self, top: Scope) -> None:
         """On a CPU, rows of up to the caches' part that a program may fill are asked for while the program before is in its later stages."""
@@ -376,15 +390,9 @@ class Lowering:
     def _combine(self, scope: Scope, op: Operation, k: int, acc: list[Value]) -> list[Value]:
         """One step of a reduction: lanes outside the inner space contribute the neutral element."""
         e, b = scope.e, scope.e.builder
-        key = op.body.terminator.operands[k]
-        memo = ("body", op)
-        if memo not in scope.loads:
-            for out, made in zip(op.body.terminator.operands, self._body(scope, op), strict=True):
-                scope.loads[("yield", op, out)] = made
-            scope.loads[memo] = made
-        value = scope.loads[("yield", op, key)]
+        value = self.summand(scope, op, k)
         kind = op["combine"][k]
-        dtype = element_type(key.type)
+        dtype = element_type(op.body.terminator.operands[k].type)
         mask = e.mask_value([p for f, p in scope.active.items() if f in self.frame.inner])
         if kind in ("argmax", "argmin"):
             return self._combine_arg(scope, op, value, acc, mask, kind)

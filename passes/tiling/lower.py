@@ -17,7 +17,7 @@ from ...ir.printer import print_op
 from ..storage import storage_bytes
 from ..stream import analyse as analyse_stream
 from ..stream_access import packed as is_packed
-from ..structured import PARTIAL, constant_values, is_contraction, is_pointwise
+from ..structured import BESIDE, PARTIAL, constant_values, is_contraction, is_pointwise
 from .caching import mark_second_readings
 from .contraction import emit_contraction, is_row_major, roles_of
 from .contraction_gpu import emit_gpu_contraction
@@ -29,6 +29,7 @@ from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
 from .loop_tiles import choose_tile, loop_tiles, resized
 from .loops import emit_loops, traffic, work
 from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel, starts_as_copy
+from .row_columns import emit_row_columns, row_columns_tile
 from .sort import OPS_PER_ELEMENT, emit_sort
 from .stream import GpuStream, stream_tile, stream_tiles, suits_warp_groups
 from .stream_cpu import CpuStream
@@ -163,6 +164,14 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
         # As torch does: on CPUs the error of a running sum does not grow with its length.
         grid = emit_scan(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes,
                          accumulate=None if target.is_gpu else DTYPES["f64"], by_tiles=target.is_gpu)
+    elif fused["part"]:
+        sums = [m for m in members if m.attributes.get(BESIDE)]
+        frame = analyse(fused, ranges, [m for m in members if m not in sums])
+        choice = row_columns_tile(frame, sums[0]["dims"][1])
+        grid = emit_row_columns(frame, sums, choice, Emitter(builder, choice.shape, ranges, coarse=coarse), buffers, fused["part"])
+        warps = choice.warps
+        made = sum((v.type.numel * element_type(v.type).bytes for v in outputs if v.defining_op in sums), 0)  # type: ignore[attr-defined]
+        flops, bytes_moved = work(frame) + sum((product(m["dims"]) * len(m.body) for m in sums), 0), traffic(frame) + made
     elif (stream := analyse_stream(members) if len(members) > 1 else None) is not None:
         flops = sum((2 * _product(m, range(len(m["dims"]))) for m in (*stream.firsts, *stream.seconds)), 0)  # type: ignore[arg-type]
         if target.is_gpu:
@@ -278,6 +287,8 @@ def candidate_tiles(fused: Operation, target: Target) -> list[GpuTile]:
         return stream_tiles(stream, target)
     products = [m for m in members if is_contraction(m)]
     if not target.is_gpu or fused["why"].startswith("streams") or any(m.name != "tensor.generic" for m in members):
+        return []
+    if fused["part"]:
         return []
     if not products or not _worth_gemm(products[0], members, False):
         frame = analyse(fused, {})

@@ -385,6 +385,10 @@ CASES: dict[str, Case] = {
     "norm_backward": Case(
         _plain(lambda x, w, b, v: F.layer_norm(x, (96,), w, b) @ v), _normal((40, 96), (96,), (96,), (96, 32), grad=True), backward=True, tolerance=2e-5
     ),
+    "norm_columns": Case(  # enough rows that their kernel sums the columns too
+        _plain(lambda x, w, b, y: F.layer_norm(x.view(66, 64, 300) + y, (300,), w, b).tanh()), _normal((4224, 300), (300,), (300,), (300,), grad=True),
+        backward=True, tolerance=2e-5
+    ),
     "mlp_backward": Case(_module(_mlp, train=True), _normal((50, 64)), backward=True, tolerance=2e-5),
     "embedding_backward": Case(
         _plain(lambda w, i: F.embedding(i, w).tanh()),

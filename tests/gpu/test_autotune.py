@@ -11,6 +11,7 @@ import pytest
 import torch
 from aicc.backends.triton import compile_gpu
 from aicc.compiler.autotune import Tuner, candidate_module, tune_tiles
+from aicc.compiler.autotune_products import tune_products
 from aicc.compiler.options import Options
 from aicc.compiler.pipelines import pipeline
 from aicc.frontend.importer import import_graph
@@ -110,3 +111,27 @@ def test_tiles_of_attention_are_measured(rows: int, length: int, tmp_path: Path)
     assert (kernel["num_warps"], kernel["num_stages"]) == (tiles[1].warps, tiles[1].stages)
     assert scores.result.type.shape == (tiles[1].rows, tiles[1].columns)  # type: ignore[attr-defined]
     verify(module)
+
+
+def test_the_fastest_algorithm_of_a_large_product_is_used_and_remembered(tmp_path: Path) -> None:
+    def f(a: Any, b: Any, c: Any) -> Any:
+        return torch.ops.aten.mm.default(a, b), torch.ops.aten.mm.default(a, c)
+
+    asked: list[Any] = []
+
+    def measure(row: Any) -> list[float]:
+        asked.append(row["sizes"])
+        return [1.0, 0.99, 0.9, 1.1] if row["sizes"][2] == 4096 else [1.0, 0.99]
+    for _ in range(2):  # two processes, as it were
+        bf16 = torch.bfloat16
+        gm = fx.experimental.proxy_tensor.make_fx(f, tracing_mode="fake")(
+            torch.empty(8192, 1024, dtype=bf16), torch.empty(1024, 4096, dtype=bf16), torch.empty(1024, 2048, dtype=bf16))
+        module = import_graph(gm)
+        for stage in ("graph", "tensor"):
+            run_pipeline(module, parse_pipeline(pipeline(stage, SM90, OPTIONS)), PassContext(SM90))
+        tune_products(module, PassContext(SM90), torch.device("cuda", 0), tmp_path, measure)
+        for stage in ("tile", "host"):
+            run_pipeline(module, parse_pipeline(pipeline(stage, SM90, OPTIONS)), PassContext(SM90))
+        shapes = [op["shape"] for op in module.walk() if op.name == "host.library"]
+        assert [s.get("guess", 0) for s in shapes] == [2, 0]
+    assert asked == [[1, 8192, 4096, 1024], [1, 8192, 2048, 1024]]

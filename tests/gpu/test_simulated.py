@@ -20,7 +20,7 @@ from .cases import CASES
 
 HERE = Path(__file__).parent
 LONG = {"attention_training", "softmax_long", "conv_backward", "mlp_backward", "max_pool", "scatter_add", "scatter_prod", "embedding_backward",
-        "alibi", "window_softcap", "attention_gradients_bf16", "attention_training_window", "attention_training_bf16", "column_sum_long"}
+        "alibi", "norm_columns", "window_softcap", "attention_gradients_bf16", "attention_training_window", "attention_training_bf16", "column_sum_long"}
 MODELS = {"model:bert": 2e-5, "model:gpt2": 2e-5, "model:llama": 2e-5}
 
 

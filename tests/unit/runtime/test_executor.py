@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from aicc.runtime import executor
 from aicc.runtime.arena import ArenaPool
 from aicc.runtime.artifact import ArtifactError
 from aicc.runtime.executor import CompiledGraph
@@ -211,8 +212,11 @@ PACKED_CODE = (function("main_0", op(0, 4, 2)) + function("main_pack_0", op(1, 1
                                                                                                  op(3, 1, 4, multiply=True)))
 
 
-@pytest.fixture
-def packed(build: Callable[..., CompiledGraph]) -> Iterator[tuple[CompiledGraph, Callable[..., None]]]:
+@pytest.fixture(params=["native", "python"])
+def packed(request: Any, monkeypatch: pytest.MonkeyPatch, build: Callable[..., CompiledGraph]) -> Iterator[tuple[CompiledGraph, Callable[..., None]]]:
+    """With the native entry, and as it is where objects can't be read."""
+    if request.param == "python":
+        monkeypatch.setattr(executor, "make_entry", lambda *args: None)
     graph = build(PACKED, PACKED_CODE)
 
     def check(w: torch.Tensor, packs: int) -> None:
