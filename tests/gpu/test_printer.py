@@ -33,6 +33,9 @@ def test_kernels_of_many_programs_start_when_the_one_in_front_has_ended(programs
     (kernel,) = kernels_of("pointwise")
     kernel.attributes["grid"] = (programs,)
     assert starts_early(kernel, SM90) == early and not starts_early(kernel, SM80)
+    (sums,) = kernels_of("one_row")
+    sums.attributes["grid"] = (programs,)
+    assert starts_early(sums, SM90), "programs that run through a loop"
 
 
 def text_of(source: str) -> KernelSource:
