@@ -26,7 +26,7 @@ os.environ["AICC_STRICT"] = "1"
 import torch  # noqa: E402
 from aicc.compiler.ahead import compile as compile_ahead  # noqa: E402
 
-__all__ = ["DIRECT", "FROM_ONNX", "OWN_THREADS", "PEERS", "choose", "export", "missing", "warm_up"]
+__all__ = ["DIRECT", "FROM_ONNX", "PEERS", "choose", "export", "missing", "warm_up"]
 
 # Without it Dynamo leaves recurrent layers to eager, whatever the backend.
 torch._dynamo.config.allow_rnn = True
@@ -97,9 +97,9 @@ def _direct(function: Callable[..., Any], args: Sequence[torch.Tensor], threads:
     return lambda: program(*args)
 
 
-DIRECT, OWN_THREADS = "aicc-direct", "aicc-own-threads"
+DIRECT = "aicc-direct"
 PEERS: dict[str, Callable[[Any, Sequence[torch.Tensor], int], Callable[[], Any]]] = {
-    "aicc": _compiled("aicc"), DIRECT: _direct, OWN_THREADS: _compiled("aicc", {"own_threads": True}), "inductor": _compiled("inductor"),
+    "aicc": _compiled("aicc"), DIRECT: _direct, "inductor": _compiled("inductor"),
     "inductor-max": _compiled("inductor", {"freezing": True, "max_autotune": True}), "onnxruntime": _onnxruntime, "openvino": _openvino}
 """(function, or for those in FROM_ONNX what `export` made of it, arguments, threads) -> a call. Sessions are made before the first call."""
 FROM_ONNX = ("onnxruntime", "openvino")
@@ -113,7 +113,7 @@ def missing(peers: Sequence[str]) -> list[str]:
 
 def choose(text: str) -> list[str] | str:
     """The peers named by 'all' (that are installed), 'none' or a list with commas; or what is wrong with the text."""
-    others = [p for p in PEERS if p not in ("aicc", DIRECT, OWN_THREADS)]
+    others = [p for p in PEERS if p not in ("aicc", DIRECT)]
     if text == "all":
         return [p for p in others if not missing([p])]
     names = [] if text == "none" else text.split(",")

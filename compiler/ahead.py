@@ -21,9 +21,10 @@ from torch._dynamo import disable as dynamo_disable
 from torch._functorch import config as functorch_config
 from torch.utils import _pytree as pytree
 
-from .ahead_checks import Inputs, Modules, Operands, Surroundings, unshared
+from .ahead_checks import Inputs, Operands, Surroundings, unshared
 from .dynamo import aicc, written_arguments
 from .errors import UserError
+from .model_state import Modules
 
 try:
     from torch._dynamo.aot_compile_types import SerializableCallable

@@ -1,25 +1,19 @@
 """What a program of `ahead.py` was compiled for, and whether a call still has it.
 
     Inputs          the structure of the arguments; of each tensor shape, strides, type and device, of anything else type and value
-    Modules         which layers the model has, their `training` flags, hooks, and the plain settings of layers that are not torch's own; the plain
-                    variables of a function's closure, and those of a method's object
     Surroundings    autocast and the default type
     Operands        shapes, strides and types of all that the captured graph is given, parameters and buffers among them, and that nothing it
                     writes to overlaps anything else
 
-Each is made once, from the examples, and asked in every call; that together takes some microseconds, most of it per parameter and layer. What
-none of them sees: globals, and objects that a function reaches by other ways than as a layer, a closure's variable or an argument; and what
-lies in lists and dicts, but for layers.
+and `Modules` of `model_state.py`. Each is made once, from the examples, and asked in every call; that together takes some microseconds, most of it
+per parameter and layer. What none of them sees: globals, and objects that a function reaches by other ways than as a layer, a closure's variable
+or an argument.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
-from functools import partial
-from itertools import chain
-from operator import itemgetter
-from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -28,14 +22,11 @@ from torch.utils import _pytree as pytree
 
 from .errors import UserError
 
-__all__ = ["Inputs", "Modules", "Operands", "Surroundings", "unshared"]
+__all__ = ["PLAIN", "Inputs", "Operands", "Surroundings", "kind_of", "unshared"]
 
 _TENSORS = frozenset({torch.Tensor, nn.Parameter})
-_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, Enum, range, slice)
+PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, Enum, range, slice)
 """What is compared by value. Others may change inside without being another object."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_OWN = ("training", "_modules", *_HOOKS)
-_BASE = frozenset(vars(nn.Module()))
 
 
 def _never(*args: Any) -> bool:
@@ -65,7 +56,7 @@ class Inputs:
         leaves, self.structure = self._flatten(args, kwargs)
         for i, x in enumerate(leaves):
             _check_example(i, x)
-        self.examples = [_kind_of(x) for x in leaves]
+        self.examples = [kind_of(x) for x in leaves]
         self._flat = not kwargs and len(leaves) == len(args) and all(isinstance(x, torch.Tensor) for x in leaves)
         self._quick: Callable[..., bool] = _never
 
@@ -77,7 +68,7 @@ class Inputs:
         if structure != self.structure:
             raise ValueError(f"the program was compiled for inputs {self.structure}, not {structure}; compile it for these with aicc.compile")
         for i, (x, e) in enumerate(zip(leaves, self.examples, strict=True)):
-            if (kind := _kind_of(x)) != e:
+            if (kind := kind_of(x)) != e:
                 raise ValueError(f"input {i} is {_text(kind)}, but the program was compiled for {_text(e)}; compile it for these inputs with "
                                  "aicc.compile, or use torch.compile, which does so by itself")
         if self._flat:
@@ -90,13 +81,13 @@ class Inputs:
 def _check_example(i: int, x: Any) -> None:
     if isinstance(x, torch.Tensor):
         if type(x) not in _TENSORS or x.layout is not torch.strided or x.is_neg():
-            raise UserError(f"input {i} is {_text(_kind_of(x))}; a program takes plain dense tensors (resolve_neg() makes one of a negated view)")
-    elif not isinstance(x, _PLAIN):
+            raise UserError(f"input {i} is {_text(kind_of(x))}; a program takes plain dense tensors (resolve_neg() makes one of a negated view)")
+    elif not isinstance(x, PLAIN):
         raise UserError(f"input {i} is a {type(x).__qualname__}, which a program cannot compare with the example in each call; pass tensors, "
                         "numbers and text (in lists, tuples and dicts), and let a function around the model hold the rest")
 
 
-def _kind_of(x: Any) -> Any:
+def kind_of(x: Any) -> Any:
     """What of an input is fixed: a dense tensor's shape, strides, type and device; of anything else type and value."""
     if not isinstance(x, torch.Tensor):
         return type(x), x.hex() if isinstance(x, float) else x  # so that nan is nan, and -0.0 is not 0.0
@@ -136,112 +127,6 @@ def unshared(args: Sequence[Any], kwargs: Mapping[str, Any], others: Iterable[to
 
 def _storage(x: torch.Tensor) -> Any:
     return x.untyped_storage()._cdata if x.layout is torch.strided and x.device.type != "meta" else id(x)
-
-
-class Modules:
-    """The layers of what was compiled, a module, or what a function, method or `partial` holds, and the plain values held beside them."""
-
-    def __init__(self, model: Callable[..., Any]):
-        held = _Held()
-        held.add(model)
-        self.modules = list(dict.fromkeys(chain.from_iterable(m.modules() for m in held.modules)))
-        self._all = [*self.modules, *held.objects]
-        self._now = [m.__dict__ for m in self._all]
-        self._names = [*map(_settings, self.modules), *map(_plain_names, held.objects)]
-        # A name alone would be picked as itself, and none not at all.
-        self._pick = [itemgetter(*names, *names[:1]) if names else _nothing for names in self._names]
-        self._then = [tuple(dict(v) if isinstance(v, dict) else v for v in pick(d)) for pick, d in zip(self._pick, self._now, strict=True)]
-        self._cells = [(cell, _kind_of(cell.cell_contents), name) for cell, name in held.cells]
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [t for m in self.modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-
-    def check(self) -> None:
-        """ValueError if a layer was replaced, a flag or setting changed, or a hook came or went."""
-        for i, pick in enumerate(self._pick):
-            try:
-                same = pick(self._now[i]) == self._then[i]
-            except KeyError:
-                same = False
-            if not same:
-                raise ValueError(self._difference(i))
-        for cell, then, name in self._cells:
-            if _kind_of(cell.cell_contents) != then:
-                raise ValueError(f"variable '{name}' of the function is another one since the program was compiled; compile it again with "
-                                 "aicc.compile")
-
-    def _difference(self, i: int) -> str:
-        now = self._now[i]
-        name = next((n for n, then in zip(self._names[i], self._then[i], strict=False) if n not in now or now[n] != then), "")
-        what = {"training": "was switched between train() and eval()", "_modules": "got other layers"}.get(
-            name, "got or lost hooks" if name in _HOOKS else f"got another '{name}'")
-        return f"{type(self._all[i]).__name__} {what} since the program was compiled; compile it again with aicc.compile"
-
-
-class _Held:
-    """What a function or method reaches by itself: its object, `partial`'s arguments, variables of closures, and what is in these in lists, tuples,
-    dicts and functions. `modules`; other `objects` whose methods are called; `cells` of plain variables, with their names."""
-
-    def __init__(self) -> None:
-        self.modules: list[nn.Module] = []
-        self.objects: list[Any] = []
-        self.cells: list[tuple[CellType, str]] = []
-        self._seen: set[int] = set()
-
-    def add(self, x: Any, *, called: bool = True) -> None:
-        """`called`: it is what was compiled, or the object of a method that is."""
-        if id(x) in self._seen:
-            return
-        self._seen.add(id(x))
-        inside: Iterable[Any] = ()
-        if isinstance(x, nn.Module):
-            self.modules.append(x)
-        elif isinstance(x, MethodType):
-            self.add(x.__self__)
-            inside = [x.__func__]
-        elif isinstance(x, partial):
-            inside = [x.func, *x.args, *x.keywords.values()]
-        elif isinstance(x, FunctionType):
-            for name, cell in zip(x.__code__.co_freevars, x.__closure__ or (), strict=True):
-                self._add_cell(cell, name)
-        elif isinstance(x, (list, tuple)):
-            inside = x
-        elif isinstance(x, dict):
-            inside = x.values()
-        elif called and not isinstance(x, type) and hasattr(x, "__dict__"):
-            self.objects.append(x)
-            inside = list(vars(x).values())
-        for y in inside:
-            self.add(y, called=False)
-
-    def _add_cell(self, cell: CellType, name: str) -> None:
-        try:
-            value = cell.cell_contents
-        except ValueError:  # not assigned yet
-            return
-        if _is_plain(value):
-            self.cells.append((cell, name))
-        else:
-            self.add(value, called=False)
-
-
-def _nothing(_: Any) -> tuple[Any, ...]:
-    return ()
-
-
-def _plain_names(x: Any) -> tuple[str, ...]:
-    return tuple(n for n, v in vars(x).items() if _is_plain(v))
-
-
-def _settings(module: nn.Module) -> tuple[str, ...]:
-    """The attributes that are compared: of torch's own layers only what users switch, of others all plain values."""
-    if type(module).__module__.startswith("torch.nn."):
-        return _OWN
-    return (*_OWN, *(n for n, v in vars(module).items() if n not in _BASE and _is_plain(v)))
-
-
-def _is_plain(value: Any) -> bool:
-    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, _PLAIN)
 
 
 class Surroundings:
@@ -295,7 +180,7 @@ class Operands:
         for i, shape, stride, dtype, device in self._expected:
             x = args[i]
             if type(x) not in _TENSORS or x.shape != shape or x.dtype is not dtype or x.stride() != stride or x.device != device:
-                raise ValueError(f"a parameter or buffer is {_text(_kind_of(x))}, but the program was compiled for "
+                raise ValueError(f"a parameter or buffer is {_text(kind_of(x))}, but the program was compiled for "
                                  f"{_text((shape, stride, dtype, device))}; compile it again with aicc.compile")
         if self._all:
             self._quick = _quick_check(args)

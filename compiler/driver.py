@@ -40,7 +40,7 @@ from .autotune_products import tune_products
 from .collector import collector_off
 from .env import read_environment
 from .errors import SettingError
-from .gpu import compile_cuda, cuda_device, cuda_target, kernel_resources, triton_version
+from .gpu import compile_cuda, cuda_device, cuda_target, kernel_resources, triton_version, workers_for
 from .launches import launches, total
 from .manifest import build_manifest
 from .options import Options
@@ -131,11 +131,11 @@ def compile_graph(module: Operation, options: Options, *, name: str = "graph", o
     lower(module, target, options, compilation, observe)
     start = time.perf_counter()
     if device is None:
-        compiled = compile_module(module, target, own_threads=options.own_threads)
+        compiled = compile_module(module, target)
         compilation.llvm_ir = compiled.llvm_ir
         artifact = Artifact(build_manifest(module, errors=compiled.errors), {"object": compiled.object_code})
     else:
-        artifact = compile_cuda(module, target, cache_dir=env.cache_dir)
+        artifact = compile_cuda(module, target, cache_dir=env.cache_dir, workers=workers_for(target))
     compilation.seconds["llvm" if device is None else "triton"] = time.perf_counter() - start
     artifact.manifest["stats"] = statistics(module)
     if device is not None:

@@ -44,6 +44,7 @@ from .collector import collector_off
 from .control_flow import compile_pieces
 from .distributed.planned import compile_planned
 from .driver import Observer, compile_fx
+from .gpu import cuda_target, workers_for
 from .options import Options
 from .passthrough import without_wrapper
 
@@ -100,6 +101,7 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
     compilers: Any = {"fw_compiler": prepared("forward"), "bw_compiler": prepared("backward"), "inference_compiler": prepared("inference")}
 
     def compile_captured(gm: Graph, inputs: Sequence[Any]) -> Callable:
+        _start_workers(inputs)
         if isinstance(gm, Graph):  # not torch's wrapper that takes nested inputs apart: what it wraps was here before
             expand_recurrent(gm)
             mend_gradients(gm)
@@ -117,6 +119,13 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
         return without_wrapper(made, latest.pop(), inputs) if latest and isinstance(gm, Graph) else made
 
     return compile_captured
+
+
+def _start_workers(inputs: Sequence[Any]) -> None:
+    """The processes that compile kernels get ready while AOTAutograd traces."""
+    device = next((x.device for x in inputs if isinstance(x, torch.Tensor) and x.device.type == "cuda"), None)
+    if device is not None and torch.cuda.is_available():
+        workers_for(cuda_target(f"cuda:{device.index or 0}"))
 
 
 @cache

@@ -17,15 +17,17 @@ from typing import Any
 import torch
 import triton
 
-from ..backends.triton import compile_gpu
+from ..backends.triton import Workers, compile_gpu, start_workers
 from ..backends.triton.occupancy import occupancy
 from ..ir import Operation, Target
 from ..ir.core import IRError
 from ..runtime.artifact import Artifact
+from .env import read_environment
 from .manifest import build_manifest
 
-__all__ = ["compile_cuda", "cuda_device", "cuda_target", "kernel_resources", "triton_version"]
+__all__ = ["compile_cuda", "cuda_device", "cuda_target", "kernel_resources", "triton_version", "workers_for"]
 
+MOST_WORKERS = 16
 ERRORS = {1: "an index is out of range"}
 
 
@@ -73,12 +75,26 @@ def _tf32_allowed() -> bool:
         return bool(settings.allow_tf32)
 
 
-def compile_cuda(module: Operation, target: Target, *, cache_dir: Path | None = None, threads: int | None = None) -> Artifact:
-    """The artifact of a planned host-level module. Kernels compile `threads` at a time (default: one per core, at most 8)."""
-    compiled = compile_gpu(module, target, cache_dir=cache_dir, threads=threads or min(8, os.cpu_count() or 1))
+def compile_cuda(module: Operation, target: Target, *, cache_dir: Path | None = None, threads: int | None = None,
+                 workers: Workers | None = None) -> Artifact:
+    """The artifact of a planned host-level module. Kernels compile `threads` at a time (default: one per core, at most 8), or as many as there are
+    `workers`."""
+    compiled = compile_gpu(module, target, cache_dir=cache_dir, threads=threads or min(8, _cores()), workers=workers)
     manifest = build_manifest(module, errors=ERRORS, device="cuda")
     manifest["cuda"] = compiled.program
     return Artifact(manifest, compiled.blobs)
+
+
+def workers_for(target: Target) -> Workers | None:
+    """The processes that compile for a target: `AICC_WORKERS` of them, by default one per core, at most MOST_WORKERS. They are started by the first
+    call and are ready a second or two later. None: kernels are compiled in this process."""
+    wanted = read_environment().workers
+    count = min(MOST_WORKERS, _cores()) if wanted is None else wanted
+    return start_workers(target.capability, count) if count > 1 or wanted else None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def kernel_resources(manifest: Mapping[str, Any], capability: int) -> dict[str, dict[str, Any]]:

@@ -34,7 +34,6 @@ class Options:
     pack_parameters           keep a packed copy of parameters that kernels read in another layout; False keeps the parameters only
     winograd                  compute 3-tap convolutions on CPUs with fewer multiplications and slightly different rounding
     winograd_budget           the most that a form of these may be away from float64, as a multiple of eager's distance
-    own_threads               run launches on CPUs on threads of aicc's own, which no busy core holds up, not OpenMP's (docs/cpu-scheduling.md)
     nontemporal               write results past the caches where they would not be read again before they are thrown out (CPUs)
     fast_math                 cheaper exp, tanh, erf, log and sigmoid of a few ulp (docs/fast-math.md)
     plan                      a plan file: the ranks of the process group share the work (see docs/distributed.md); "" for none
@@ -55,7 +54,6 @@ class Options:
     pack_parameters: bool = True
     winograd: bool = True
     winograd_budget: float = 2.0
-    own_threads: bool = False
     nontemporal: bool = True
     fast_math: bool = False
     loss_bytes: int = 256 << 20
@@ -105,5 +103,5 @@ class Options:
     @property
     def key(self) -> str:
         """The part of the options that changes the code."""
-        cpu = f"{self.pack_parameters},{self.winograd},{self.winograd_budget},{self.nontemporal},{self.own_threads}"
+        cpu = f"{self.pack_parameters},{self.winograd},{self.winograd_budget},{self.nontemporal}"
         return f"{self.mode},{self.emulate_precision_casts},{self.features},{self.fuse},{self.fast_math},{cpu},{self.replays},{self.streams}"

@@ -41,7 +41,7 @@ def pipeline(stage: str, target: Target, options: Options) -> str:
             # Products for a library leave before anything merges: what it does along the way is still told apart.
             *(["operand-order", library] if target.is_gpu else []),
             # Producers merge into readers; reductions take the shape of their readers, which exposes identity reads to fusion.
-            "inline", *(["plain-reductions"] if target.is_gpu else []), "sink-reshapes", f"canonicalize{relax}", "dce",
+            "inline", "plain-reductions", "sink-reshapes", f"canonicalize{relax}", "dce",
             # Only where rounding may fall away: what is normalised is not rounded before the product.
             *(["spread-norms", "dce"] if target.is_gpu and options.fuse and not options.emulate_precision_casts else []),
             *(["turn-streams", "dce"] if options.fuse and not target.is_gpu else []),

@@ -403,9 +403,9 @@ def clone_region(region: Region, mapping: dict[Value, Value]) -> Region:
     return new
 
 
-def equivalent(a: Operation, b: Operation, *, locations: bool = False) -> bool:
-    """Structural equality up to the names of values."""
-    return _equivalent(a, b, {}, locations)
+def equivalent(a: Operation, b: Operation, *, locations: bool = False, same: dict[Value, Value] | None = None) -> bool:
+    """Structural equality up to the names of values. `same`: what stands in `b` for values from outside `a`; what they define is added."""
+    return _equivalent(a, b, {} if same is None else same, locations)
 
 
 def _equivalent(a: Operation, b: Operation, same: dict[Value, Value], locations: bool) -> bool:

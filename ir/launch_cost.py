@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from .core import Operation
 from .expr import Dim, product
 
-__all__ = ["FORK_NANOSECONDS", "SERIAL_NANOSECONDS", "Share", "estimated_nanoseconds", "share_of", "side_by_side_gain"]
+__all__ = ["FORK_NANOSECONDS", "REGION_NANOSECONDS", "SERIAL_NANOSECONDS", "Share", "estimated_nanoseconds", "share_of", "side_by_side_gain"]
 
-SERIAL_NANOSECONDS = 20_000
-"""Launches estimated shorter than this run on the calling thread."""
+REGION_NANOSECONDS = 20_000
+"""Calls in which threads can share less than this run on the calling thread: the others may have to be woken."""
+SERIAL_NANOSECONDS = 8_000
+"""Launches estimated shorter than this run on the calling thread alone: the others have to hear of a launch, and to fetch its data."""
 FORK_NANOSECONDS = 4_000
-"""What it costs to start a parallel region of two threads and to wait for its end."""
+"""What it costs to share a launch between two threads: to hear of it, to fetch data from the other core, to wait for the end."""
 
 BYTES_PER_NANOSECOND = 10
 DOT_FLOPS_PER_NANOSECOND = 40
@@ -37,7 +39,7 @@ def estimated_nanoseconds(kernel: Operation) -> Dim:
 @dataclass(frozen=True)
 class Share:
     """A launch, or a chain of them, as work for several threads: nanoseconds on one thread, those of the largest piece that one thread has to
-    do alone, and what two threads save if it is split by itself (for the price of a parallel region)."""
+    do alone, and what two threads save if it is split by itself (for that price)."""
 
     whole: int
     largest: int
@@ -51,6 +53,6 @@ def share_of(nanoseconds: int, programs: int) -> Share:
 
 
 def side_by_side_gain(members: Sequence[Share]) -> int:
-    """Nanoseconds that two threads save by sharing the members in one parallel region, over what they would save anyway."""
+    """Nanoseconds that two threads save by sharing the members as one launch, over what they would save anyway."""
     whole = sum(m.whole for m in members)
     return whole - max(whole // 2, *(m.largest for m in members)) - FORK_NANOSECONDS - sum(m.apart for m in members)

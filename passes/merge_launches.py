@@ -160,7 +160,9 @@ def _is_elementwise(kernel: Operation) -> bool:
 
 
 def _merge(func: Operation, launches: list[Operation], kernels: dict[str, Operation], names: KernelNames) -> None:
-    """One launch of one kernel in the place of several."""
+    """One launch of one kernel in the place of several. Launches of equal kernels become neighbours: backends print them once."""
+    kinds = list(dict.fromkeys(op["kernel"].name for op in launches))
+    launches = sorted(launches, key=lambda op: kinds.index(op["kernel"].name))
     operands = list(dict.fromkeys(v for op in launches for v in op.operands))
     results = [r for op in launches for r in op.results]
     kernel = _merged_kernel(launches, kernels, operands, results)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ir import Block, Builder, Dim, Operation, Region, TensorType, Value, sym
+from ..ir import Block, Builder, Dim, Operation, Region, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import as_int, product, substitute
 from ..ir.passes import Pass, PassContext, register
@@ -65,8 +65,8 @@ def _part(op: Operation, programs: int) -> int:
     if set(op["combine"]) != {"sum"} or n > 2 or len(dims) != n + 1 or not all(isinstance(d, int) for d in dims):
         return 0
     columns, rows = dims[0], as_int(product(dims[1:]))
-    if columns < LEAST or reduces_rows(op):
-        return 0
+    if columns < LEAST or reduces_rows(op) or any(element_type(v.type).bytes > 4 for v in (*op.operands, *op.results)):
+        return 0  # what has eight bytes leaves no registers for sums
     walked = columns <= MOST and any(_walks_rows(v, rows, columns) for v in op.operands)
     whole = next((p for p in PARTS if rows // p >= programs and dims[-1] % p == 0), 0) if walked else 0
     made = rows // PIECE * columns // COLUMNS >= 2 * programs and dims[-1] % PIECE == 0 and any(_is_made(v, op, rows * columns) for v in op.operands)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..ir.core import BlockArg, Operation
+from ..ir.core import BlockArg, Operation, Value
 from ..ir.expr import Dim, as_int, free_symbols
 from ..ir.ranges import Bounds, known_less
 from .liveness import Group, spans
@@ -25,11 +25,12 @@ def find_scratch(func: Operation, kernels: Mapping[str, Operation], groups: Sequ
     """Places as many bytes as it can, large groups and large outputs first."""
     hosted: Hosted = {}
     outputs = []
+    first_writes = _first_writes(func)
     # an output whose size an extern decides does not exist from the start
     unknown = {s for op in func.body if op.name == "host.extern" for s in op["defines"]}
     for arg, attrs in zip(func.body.args, func["arg_attrs"], strict=False):
         if attrs.get("kind") == "output" and not attrs.get("extern") and not free_symbols(storage_bytes(arg.type)) & unknown:  # type: ignore[arg-type]
-            first = _first_write(func, arg)
+            first = first_writes.get(arg)
             if first is not None:
                 outputs.append((storage_bytes(arg.type), arg, *first))  # type: ignore[arg-type]
     outputs.sort(key=lambda row: (-row[0] if isinstance(row[0], int) else 0, row[1].index))
@@ -49,15 +50,15 @@ def find_scratch(func: Operation, kernels: Mapping[str, Operation], groups: Sequ
     return hosted
 
 
-def _first_write(func: Operation, arg: BlockArg) -> tuple[int, int, Operation] | None:
-    """The first use of an output, which writes it, and the positions of the first and last op that may run beside it; None if it is not used, or seen
-    through a view."""
-    if any(op.name == "host.view" for op in arg.users):
-        return None
+def _first_writes(func: Operation) -> dict[Value, tuple[int, int, Operation]]:
+    """The first use of each argument that is used and not seen through a view (if it is an output, that writes it), and the positions of the first
+    and last op that may run beside it."""
+    found: dict[Value, tuple[int, int, Operation]] = {}
     for (first, last), op in zip(spans(func), func.body, strict=True):
-        if arg in op.operands:
-            return first, last, op
-    return None
+        for v in op.operands:
+            if isinstance(v, BlockArg):
+                found.setdefault(v, (first, last, op))
+    return {v: where for v, where in found.items() if not any(op.name == "host.view" for op in v.users)}
 
 
 def _taken_over(op: Operation, arg: BlockArg, kernels: Mapping[str, Operation], groups: Sequence[Group], at: int,

@@ -1,11 +1,11 @@
 """Small launches that do not depend on each other are marked to run side by side, on CPUs with several threads (the "parallel wall").
 
-A launch of a few microseconds is not worth a parallel region of its own, and a loop (a recurrent layer) is one chain of launches: the towers of
-a network, the two directions of an LSTM, the branches of a block then run one after the other on one thread. Here they share one region.
+A launch of a few microseconds is not worth being shared by itself, and a loop (a recurrent layer) is one chain of launches: the towers of
+a network, the two directions of an LSTM, the branches of a block then run one after the other on one thread. Here they are shared as one.
 
 Before: host functions with `host.alloc` (`bufferize` has run). After: launches and loops that belong together stand next to each other with the
 same number `beside`; `plan-memory` keeps what any of them touches alive through all of them, `check-plan` proves that none touches bytes that
-another writes, and the code generator makes one parallel region of their programs. Results do not depend on who computes what.
+another writes, and the code generator makes one shared launch of their programs. Results do not depend on who computes what.
 
 Dependences are those of memory: an op may move past another if neither writes a buffer (views count as what they are views of) that the
 other touches. Members are launches estimated below SPLIT nanoseconds and loops; a group is kept if the model of `ir/launch_cost.py` says that two

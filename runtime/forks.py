@@ -1,9 +1,9 @@
 """A forked child has none of its parent's threads: OpenMP's pool is gone there, and a parallel region would wait for it forever.
 
-    Forks(library, pool).watch()  # once per process, with the OpenMP runtime that torch has loaded, and our own threads, if any
+    Forks(library).watch()  # once per process, with the OpenMP runtime that torch has loaded
 
-In a child whose parent had threads, OpenMP's regions get one thread (`omp_set_max_active_levels(0)`): torch's own operators run serially instead of
-hanging. Compiled programs start threads of their own anew. A child of a process without threads starts OpenMP's pool too and is left alone.
+In a child whose parent had threads, regions get one thread (`omp_set_max_active_levels(0)`): torch's own operators and compiled programs run
+serially instead of hanging. A child of a process without threads starts OpenMP's pool too and is left alone.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass
-
-from .pool import Pool
 
 __all__ = ["Forks"]
 
@@ -22,7 +20,6 @@ class Forks:
     """Watches the forks of this process. `threads` is how many it had at the last one."""
 
     library: ctypes.CDLL
-    pool: Pool | None = None
     threads: int = 1
 
     def watch(self) -> None:
@@ -36,7 +33,5 @@ class Forks:
             self.threads = 2  # not known: as if there were some
 
     def _in_child(self) -> None:
-        if self.pool is not None:
-            self.pool.forget()
         if self.threads > 1:
             self.library.omp_set_max_active_levels(0)

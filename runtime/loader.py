@@ -7,7 +7,7 @@ The object is linked in memory by LLVM's ORC JIT with JITLink, one JIT per libra
 that small-code-model references between them always reach, and makes stubs for calls whose target is further than
 2 GiB away (libgomp and libm usually are). Dropping the last reference to the library unmaps it.
 Symbols come from a table, not from LLVM's process-wide list: the OpenMP entry points of the very libgomp that torch has
-loaded (`torch.set_num_threads` obeyed), `aicc_parallel` of our own threads (`pool.py`; OpenMP's where there are none), libm, and a few of libc.
+loaded (`torch.set_num_threads` obeyed), what shares calls among their threads (`team.py`), libm, and a few of libc.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 
 from .artifact import ArtifactError
 from .forks import Forks
-from .pool import NEEDED, make_pool
+from .team import NEEDED, make_team
 
 __all__ = ["NativeFunction", "NativeLibrary", "load_object", "openmp_library", "runtime_symbols"]
 
@@ -97,9 +97,9 @@ def runtime_symbols() -> Mapping[str, int]:
             openmp = openmp_library()
             _symbols.update(_addresses(openmp, _OPENMP))
             initialize()
-            pool = make_pool({**_addresses(process, NEEDED), **_symbols})
-            _symbols["aicc_parallel"] = pool.parallel if pool else _symbols["GOMP_parallel"]
-            Forks(openmp, pool).watch()
+            team = make_team({**_addresses(process, NEEDED), **_symbols})
+            _symbols.update(aicc_region=team.region, aicc_launch=team.launch)
+            Forks(openmp).watch()
     return _symbols
 
 

@@ -56,13 +56,12 @@ class CompiledObject:
         return parsed
 
 
-def compile_module(module: Operation, target: Target, *, stepwise: bool = False, own_threads: bool = False) -> CompiledObject:
+def compile_module(module: Operation, target: Target, *, stepwise: bool = False) -> CompiledObject:
     """Compiles a module at the host level: functions of host ops and the kernels that they launch. `stepwise`: every launch can be run by itself.
-    `own_threads`: parallel regions run on the runtime's threads instead of OpenMP's, but in programs that call ATen, which uses those.
 
     NotImplementedError names an op without a lowering; IRError reports malformed input.
     """
-    emitter = ModuleEmitter(module, target, own_threads=own_threads)
+    emitter = ModuleEmitter(module, target)
     programs = {op["sym_name"]: emitter.host(op, stepwise) for op in module.body if op.name == "func" and not op["private"]}
     add_half_conversions(emitter.llvm, target)
     parsed, text = parse(emitter.llvm, target)

@@ -21,16 +21,16 @@ from llvmlite import ir
 
 from ...ir.core import IRError, Operation, Value
 from ...ir.expr import Dim, as_int, product, sym
-from ...ir.launch_cost import SERIAL_NANOSECONDS, estimated_nanoseconds
+from ...ir.launch_cost import REGION_NANOSECONDS, estimated_nanoseconds
 from ...ir.target import Target
 from ...ir.types import BufferType, element_type
 from .copies import copy_kernel
 from .kernel import emit_kernel
 from .loops import LoopSite, emit_loop
-from .parallel import OPENMP, OWN, Piece, emit_launcher, emit_side_by_side
+from .parallel import Piece, emit_call, emit_launcher, emit_side_by_side, shareable
 from .scalars import ScalarEmitter, at_block
 from .scratch import ErrorTable
-from .values import I32, I64, PTR, memory_type, stack_slot
+from .values import I32, I64, PTR, memory_type
 
 __all__ = ["HostProgram", "ModuleEmitter", "Step"]
 
@@ -56,13 +56,11 @@ class HostProgram:
 class ModuleEmitter:
     """Emits the functions of one module; kernels are emitted when first launched."""
 
-    def __init__(self, module: Operation, target: Target, name: str = "aicc", own_threads: bool = False):
+    def __init__(self, module: Operation, target: Target, name: str = "aicc"):
         self.target = target
         self.source = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
         self.functions = {op["sym_name"]: op for op in module.body if op.name == "func"}
         self.steps: dict[str, ir.Function] = {}
-        externs = any(op.name == "host.extern" for f in self.functions.values() for op in f.body)
-        self.region = OWN if own_threads and not externs else OPENMP
         self.llvm = ir.Module(name)
         self.errors = ErrorTable()
         self.launchers: dict[tuple[str, frozenset[int]], tuple[Operation, ir.Function]] = {}
@@ -82,7 +80,7 @@ class ModuleEmitter:
             key = f"{sorted(nontemporal)} {_structure(kernel)}"
             if key not in self.same:
                 function = emit_kernel(self.llvm, kernel, self.target, self.errors, nontemporal)
-                self.same[key] = emit_launcher(self.llvm, kernel, function, self.region), function
+                self.same[key] = emit_launcher(self.llvm, kernel, function), function
             self.launchers[name, nontemporal] = kernel, self.same[key][0]
             if not nontemporal:
                 self.functions_of[name] = self.same[key][1]
@@ -95,8 +93,7 @@ class ModuleEmitter:
 
     def splits(self, name: str) -> bool:
         """Some launch of function `name` is long enough to be shared among threads by itself."""
-        launched = [self.source[op["kernel"].name] for op in self.functions[name].body if op.name == "host.launch"]
-        return any(not isinstance(t := estimated_nanoseconds(k), int) or t >= SERIAL_NANOSECONDS for k in launched)
+        return any(shareable(self.source[op["kernel"].name]) != 0 for op in self.functions[name].body if op.name == "host.launch")
 
     def copier(self, source: BufferType, target: BufferType) -> str:
         """The name of a kernel that copies between buffers of these types."""
@@ -108,6 +105,12 @@ class ModuleEmitter:
             self.copies[key] = name
             self.source[name] = copy_kernel(name, source, target)
         return self.copies[key]
+
+    def copied(self, op: Operation) -> str:
+        """The name of the kernel of a `host.copy`."""
+        source, target = (v.type for v in op.operands)
+        assert isinstance(source, BufferType) and isinstance(target, BufferType)
+        return self.copier(source, target)
 
     def host(self, func: Operation, stepwise: bool = False) -> HostProgram:
         """Emits one host function; `stepwise`: each launch, copy or loop is a segment of its own (for a profiler)."""
@@ -150,19 +153,38 @@ class ModuleEmitter:
             odd = next((op for op in ops if op.name not in _NATIVE or op.attributes.get("cached")), None)
             if odd is not None:
                 raise IRError(f"'{odd.name}' cannot be in the body of a loop ('@{name}')")
-            f = ir.Function(self.llvm, ir.FunctionType(I32, [PTR, PTR]), name)
-            f.linkage = "internal"
-            f.attributes.add("nounwind")
-            _Segment(self, func, f).emit(ops)
-            self.steps[name] = f
+            self.steps[name] = self._steps(func, name, ops)
         return func, self.steps[name]
 
+    def _steps(self, func: Operation, name: str, ops: Sequence[Operation]) -> ir.Function:
+        """A run of steps: `name(table, symbols, context)`."""
+        f = ir.Function(self.llvm, ir.FunctionType(ir.VoidType(), [PTR, PTR, PTR]), name)
+        f.linkage = "internal"
+        f.attributes.add("nounwind")
+        _Segment(self, func, f).emit(ops)
+        return f
+
     def _function(self, func: Operation, name: str, ops: Sequence[Operation]) -> str:
+        steps = self._steps(func, f"{name}.steps", ops)
         f = ir.Function(self.llvm, ir.FunctionType(I32, [PTR, PTR]), name)
         f.attributes.add("nounwind")
         self.exported.append(name)
-        _Segment(self, func, f).emit(ops)
+        _Segment(self, func, f).call(steps, self._shareable(ops))
         return name
+
+    def _shareable(self, ops: Sequence[Operation]) -> Dim:
+        """Nanoseconds of steps that threads may share."""
+        total: Dim = 0
+        for op in ops:
+            if op.name == "host.loop":
+                total = total + op["trips"] * self._shareable(self.functions[op["body"].name].body.ops)
+            elif op.name == "host.launch" and op.attributes.get("beside"):
+                total = total + estimated_nanoseconds(self.source[op["kernel"].name])
+            elif op.name == "host.launch":
+                total = total + shareable(self.source[op["kernel"].name])
+            elif op.name == "host.copy":
+                total = total + shareable(self.source[self.copied(op)])
+        return total
 
     def constant(self, op: Operation) -> ir.GlobalVariable:
         """Constant data as a global, 64-byte aligned."""
@@ -220,13 +242,21 @@ class _Segment:
         ids = [int(op["id"]) for op in func.body if op.name == "host.persistent"]
         self.persistents = max(ids, default=-1) + 1
 
+    def _read_sizes(self) -> None:
+        b, symbols = self.b, self.f.args[1]
+        self.sizes = {s: b.load(b.gep(symbols, [I64(i)], source_etype=I64), typ=I64) for i, s in enumerate(self.func["symbols"])}
+
+    def call(self, steps: ir.Function, work: Dim) -> None:
+        """The exported function: `steps` on one thread or several."""
+        self._read_sizes()
+        with self.scalars.scope(self.sizes, "call"):
+            never = isinstance(work, int) and work < REGION_NANOSECONDS
+            table, symbols = self.f.args
+            emit_call(self.b, steps, table, symbols, None if never else self.scalars.emit(work))
+
     def emit(self, ops: Sequence[Operation]) -> None:
-        b = self.b
-        symbols = self.f.args[1]
-        context = stack_slot(b, I32)
-        b.store(I32(0), context)
-        names = list(self.func["symbols"])
-        self.sizes = {s: b.load(b.gep(symbols, [I64(i)], source_etype=I64), typ=I64) for i, s in enumerate(names)}
+        context = self.f.args[2]
+        self._read_sizes()
         with self.scalars.scope(self.sizes, "segment"):
             for number, members in groupby(ops, key=lambda op: op.attributes.get("beside", 0)):
                 if number:
@@ -234,7 +264,7 @@ class _Segment:
                 else:
                     for op in members:
                         self._step(op, context)
-            b.ret(b.load(context, typ=I32))
+            self.b.ret_void()
 
     def _step(self, op: Operation, context: ir.Value) -> None:
         if op.name == "host.loop":
@@ -243,20 +273,19 @@ class _Segment:
             self._launch(op, context)
 
     def _side_by_side(self, ops: list[Operation], context: ir.Value) -> None:
-        """One parallel region for all, whose pieces are functions of the table, the symbols, the first and last program, and the error word."""
+        """One shared launch for all, whose pieces are functions of the table, the symbols, the first and last program, and the context."""
         pieces = []
         for i, op in enumerate(ops):
             f = ir.Function(self.f.module, ir.FunctionType(ir.VoidType(), [PTR, PTR, I64, I64, PTR]), f"{self.f.name}.beside{op['beside']}.{i}")
             f.linkage = "internal"
             f.attributes.add("nounwind")
             pieces.append(_Segment(self.owner, self.func, f).piece(op))
-        emit_side_by_side(self.b, pieces, self.f.args[0], self.f.args[1], context, self.owner.region)
+        emit_side_by_side(self.b, pieces, self.f.args[0], self.f.args[1], context)
 
     def piece(self, op: Operation) -> Piece:
         """Emits the function as one launch, or the programs of it that it is told, or a loop."""
         b, f = self.b, self.f
-        names = list(self.func["symbols"])
-        self.sizes = {s: b.load(b.gep(f.args[1], [I64(i)], source_etype=I64), typ=I64) for i, s in enumerate(names)}
+        self._read_sizes()
         with self.scalars.scope(self.sizes, "piece"):
             if op.name == "host.loop":
                 emit_loop(LoopSite(self.owner, b, self.scalars, self.sizes, self.pointer, f.args[4]), op)
@@ -271,9 +300,7 @@ class _Segment:
 
     def _launch(self, op: Operation, context: ir.Value) -> None:
         if op.name == "host.copy":
-            source, target = (v.type for v in op.operands)
-            assert isinstance(source, BufferType) and isinstance(target, BufferType)
-            name = self.owner.copier(source, target)
+            name = self.owner.copied(op)
         else:
             name = op["kernel"].name
         nontemporal = frozenset(op["nontemporal"])

@@ -168,9 +168,7 @@ class _Loop:
             if self.results[k].written is not None and k not in place:
                 place[k] = own[k]
         self._store(table, {**given, **{r.written: place[k] for k, r in enumerate(self.results) if r.written is not None}})
-        error = b.call(self.function, [table, sizes])
-        with b.if_then(b.icmp_signed("!=", error, I32(0)), likely=False):
-            b.store(error, self.site.context)
+        b.call(self.function, [table, sizes, self.site.context])
         invariant = dict(enumerate(pointers[:len(self.inputs)]))
 
         def found(k: int) -> ir.Value:

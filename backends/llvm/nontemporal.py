@@ -74,7 +74,7 @@ class Nontemporal:
         self.used = True
 
     def fence(self) -> None:
-        """Before the kernel's end. Elsewhere than on x86 the barrier that ends the parallel region orders these stores like others."""
+        """Before the kernel's end. Elsewhere than on x86 the end of the shared launch orders these stores like others."""
         if self.used and "sse2" in self.k.features:
             call(self.k.b, "llvm.x86.sse.sfence", ir.VoidType(), [])
 

@@ -1,12 +1,13 @@
-"""Sorting records: functions of a module that other code calls, each made when it is first asked for.
+"""Sorting records by counting: functions of a module that other code calls, each made when it is first asked for.
 
 A record is a key with the place that it came from, so that no two are equal: every way of sorting is then stable. Of types of up to 32 bits it is one
 word, (key << 32) | place, of wider ones two, key and place. Keys are integers in signed order.
 
     sorted = sort(records, spare, n)        either of the two buffers
 
-Short runs are sorted by counting how many records go before each one (n^2 / lanes comparisons and no branch); longer ones by their digits of eight
-bits, the lowest first. All digits are counted in one pass, and those that are the same everywhere (the upper ones of small numbers) are skipped.
+Short runs are sorted by counting how many records go before each one (n^2 / lanes comparisons and no branch); long ones by their digits of eight
+bits, the lowest first. What lies between is for `network.py`; `record_order.py` chooses.
+All digits are counted in one pass, and those that are the same everywhere (the upper ones of small numbers) are skipped.
 Knuth, The Art of Computer Programming 3, 5.2 (comparison counting) and 5.2.5 (radix sorting).
 """
 
@@ -20,12 +21,10 @@ from llvmlite import ir
 from .intrinsics import call
 from .values import I1, I8, I32, I64, PTR, sequence, shuffle, splat, stack_slot
 
-__all__ = ["COUNTED", "Record", "loop", "record_sort"]
+__all__ = ["LANES", "Record", "counted_sort", "digit_sort", "function", "loop", "places_from"]
 
 TOGETHER = 4
 """Records whose places are counted in one pass over the others."""
-COUNTED = 96
-"""Longest run that is sorted by comparing each with each: about there the digits' 256 counters cost as much."""
 LANES = 4
 """Records that are compared at once, a vector of 256 bits (on other machines several or part of one)."""
 DIGIT = 8
@@ -112,33 +111,13 @@ def function(module: ir.Module, name: str, result: ir.Type, operands: Sequence[i
         f.attributes.add(attribute)
     b = ir.IRBuilder(f.append_basic_block("entry"))
     value = emit(b, f.args)
-    b.ret_void() if value is None else b.ret(value)
+    if not b.block.is_terminated:
+        b.ret_void() if value is None else b.ret(value)
     return f
 
 
-def record_sort(module: ir.Module, r: Record) -> ir.Function:
-    """ptr sort(ptr records, ptr spare, i64 n): sorts n records, gives the buffer where they are then. Both have room for `LANES` more; n < 2^31."""
-    counted, by_digits = _counted(module, r), _by_digits(module, r)
-
-    def emit(b: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
-        few, many, end = (b.append_basic_block(x) for x in ("few", "many", "end"))
-        b.cbranch(b.icmp_signed("<=", args[2], I64(COUNTED)), few, many)
-        made = []
-        for block, f in ((few, counted), (many, by_digits)):
-            b.position_at_end(block)
-            made.append(b.call(f, args))
-            b.branch(end)
-        b.position_at_end(end)
-        result = b.phi(PTR)
-        result.add_incoming(made[0], few)
-        result.add_incoming(made[1], many)
-        return result
-
-    return function(module, f"sort.records.{r.bits}", PTR, [PTR, PTR, I64], emit)
-
-
-def _counted(module: ir.Module, r: Record) -> ir.Function:
-    """Each record's place is the number of those before it."""
+def counted_sort(module: ir.Module, r: Record) -> ir.Function:
+    """ptr counted(ptr records, ptr spare, i64 n): each record's place is the number of those before it. The result is in `spare`."""
     w = LANES
     vector = ir.VectorType(I64, w)
 
@@ -184,7 +163,9 @@ def _counted(module: ir.Module, r: Record) -> ir.Function:
     return function(module, f"sort.counted.{r.bits}", PTR, [PTR, PTR, I64], emit)
 
 
-def _by_digits(module: ir.Module, r: Record) -> ir.Function:
+def digit_sort(module: ir.Module, r: Record) -> ir.Function:
+    """ptr digits(ptr records, ptr spare, i64 n): gives the buffer where they are then; n < 2^31."""
+
     def emit(b: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
         records, spare, n = args
         counters = stack_slot(b, ir.ArrayType(I32, r.digits * RADIX), 64)

@@ -7,23 +7,24 @@
 within it. What is within enters a buffer; a full buffer is sorted, its first `keep` stay and the last of them is the new bound. If the sample led
 to fewer than `keep`, the row is read again without a bound, so only time depends on luck.
 
-Keys: floats as integers that order alike, -0 as 0 and every NaN as the largest, flipped to sort the other way. Values are taken from the row by their
+A row that is in order already, or the other way round, is seen by comparing neighbours (`in_order.py`). Values are taken from the row by their
 places, so that they keep their bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llvmlite import ir
 
 from ...ir.core import Operation
-from ...ir.types import DType, element_type
+from ...ir.types import element_type
+from .in_order import in_order
 from .intrinsics import call
-from .lanes import splat as repeated
-from .records import Record, function, loop, places_from, record_sort
+from .keys import Keys
+from .record_order import record_first, record_sort
+from .records import Record, function, loop, places_from
 from .values import I32, I64, PTR, chunk_type, memory_type, splat, stack_slot, width_of
 
 if TYPE_CHECKING:
@@ -40,80 +41,12 @@ SAMPLED = 256
 """Rows shorter than this are read without a sample's bound."""
 BUFFER = 4
 """Records of the selection's buffer, in multiples of what is kept."""
+SHORTEST, SHORT = 128, 512
+"""Rows of up to so many elements are sorted whole instead, up to the second number if the buffer would hold all of them: a sample costs more."""
 LONGEST = (1 << 31) - 1
 """Elements of a row: places and counters have 32 bits. Longer ones of constant size are left to the library; others make the call fail."""
 SLACK = 320
 """Records of room more in each buffer: for a sample, and for what enters before the buffer is found full."""
-
-
-@dataclass(frozen=True)
-class Keys:
-    """How elements of `dtype` become keys. `largest`: the largest come first."""
-
-    dtype: DType
-    largest: bool
-
-    @property
-    def bits(self) -> int:
-        return max(8, self.dtype.bits)
-
-    @property
-    def memory(self) -> ir.IntType:
-        return ir.IntType(self.bits)
-
-    @property
-    def type(self) -> ir.IntType:
-        """Of keys: 32 or 64 bits, in signed order."""
-        return I64 if self.bits > 32 else I32
-
-    @property
-    def name(self) -> str:
-        return f"{self.dtype.name}.{'largest' if self.largest else 'smallest'}"
-
-    def record(self) -> Record:
-        return Record(self.bits)
-
-    def load(self, b: ir.IRBuilder, source: ir.Value, i: ir.Value, width: int) -> ir.Value:
-        """The keys of elements i, i + 1, ..."""
-        at = b.gep(source, [i], source_etype=self.memory)
-        return self.of(b, b.load(at, typ=chunk_type(self.memory, width), align=self.bits // 8))
-
-    def of(self, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
-        """Elements as they are in memory -> keys."""
-        bits, t = self.bits, x.type
-
-        def number(value: int) -> ir.Value:
-            return repeated(t, value - (1 << bits) if value >> (bits - 1) else value)
-
-        sign = number(1 << (bits - 1))
-        if self.dtype.is_float:
-            mask = b.ashr(x, number(bits - 1))
-            y = b.xor(x, b.lshr(mask, number(1)))
-            magnitude = b.and_(x, number((1 << (bits - 1)) - 1))
-            y = b.select(b.icmp_unsigned("==", x, sign), number(0), y)
-            y = b.select(b.icmp_signed(">", magnitude, number(_infinity(self.dtype))), number((1 << (bits - 1)) - 1), y)
-        else:
-            y = x if self.dtype.is_signed else b.xor(x, sign)
-        if self.largest:
-            y = b.not_(y)
-        if bits == self.type.width:
-            return y
-        return b.zext(b.xor(y, sign), chunk_type(self.type, width_of(x)))
-
-    def words(self, b: ir.IRBuilder, key: ir.Value, place: ir.Value) -> list[ir.Value]:
-        """The record of a key, or of a vector of keys: a vector of each word."""
-        if self.bits > 32:
-            return [key, place]
-        high = b.shl(b.sext(key, chunk_type(I64, width_of(key))), repeated(chunk_type(I64, width_of(key)), 32))
-        return [b.or_(high, place)]
-
-    def key_of(self, b: ir.IRBuilder, words: Sequence[ir.Value]) -> ir.Value:
-        return words[0] if self.bits > 32 else b.trunc(b.ashr(words[0], I64(32)), I32)
-
-
-def _infinity(dtype: DType) -> int:
-    """The bits of an infinity."""
-    return {"f64": 0x7FF0000000000000, "f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}[dtype.name]
 
 
 def sort_rows(k: KernelEmitter, op: Operation) -> None:
@@ -167,10 +100,29 @@ def _order(module: ir.Module, keys: Keys) -> ir.Function:
 
     def emit(b: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
         source, n, records, spare = args
+        _unless_in_order(b, keys, source, n, n, records)
         _all_records(b, keys, record, source, n, records)
         return b.call(sort, [records, spare, n])
 
     return function(module, f"sort.order.{keys.name}", PTR, [PTR, I64, PTR, PTR], emit)
+
+
+def _unless_in_order(b: ir.IRBuilder, keys: Keys, source: ir.Value, n: ir.Value, keep: ir.Value, records: ir.Value) -> None:
+    """Returns the places of the first `keep` in `records` if the row is in order, either way."""
+    record = keys.record()
+    first = b.call(in_order(b.module, keys), [source, n])
+    ready, following = b.append_basic_block("ready"), b.append_basic_block("unordered")
+    b.cbranch(b.icmp_signed(">=", first, I64(0)), ready, following)
+    b.position_at_end(ready)
+    step = b.select(b.icmp_signed("==", first, I64(0)), I64(1), I64(-1))
+
+    def place(i: ir.Value, at: list[ir.Value]) -> list[ir.Value]:
+        record.store(b, [at[0]] * record.words, records, i)
+        return [b.add(at[0], step)]
+
+    loop(b, I64(0), keep, 1, [first], place, "place")
+    b.ret(records)
+    b.position_at_end(following)
 
 
 def _all_records(b: ir.IRBuilder, keys: Keys, record: Record, source: ir.Value, n: ir.Value, records: ir.Value) -> None:
@@ -197,10 +149,18 @@ def _all_records(b: ir.IRBuilder, keys: Keys, record: Record, source: ir.Value, 
 def _select(module: ir.Module, keys: Keys) -> ir.Function:
     """ptr select(ptr source, i64 n, i64 keep, ptr records, ptr spare); both buffers have room for BUFFER * keep + 2 * SLACK records."""
     read = _read_within(module, keys)
-    sort = record_sort(module, keys.record())
+    first = record_first(module, keys.record())
 
     def emit(b: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
-        keep, records, spare = args[2:]
+        source, n, keep, records, spare = args
+        _unless_in_order(b, keys, source, n, keep, records)
+        short, long = b.append_basic_block("short"), b.append_basic_block("long")
+        few = b.and_(b.icmp_signed("<=", n, b.mul(keep, I64(BUFFER))), b.icmp_signed("<=", n, I64(SHORT)))
+        b.cbranch(b.or_(few, b.icmp_signed("<=", n, I64(SHORTEST))), short, long)
+        b.position_at_end(short)
+        _all_records(b, keys, keys.record(), source, n, records)
+        b.ret(b.call(first, [records, spare, n, keep]))
+        b.position_at_end(long)
         bound = b.call(_sampled_bound(module, keys), args)
         found = b.call(read, [*args, bound])
         before, again, end = b.block, b.append_basic_block("again"), b.append_basic_block("end")
@@ -212,7 +172,7 @@ def _select(module: ir.Module, keys: Keys) -> ir.Function:
         count = b.phi(I64)
         count.add_incoming(found, before)
         count.add_incoming(every, again)
-        return b.call(sort, [records, spare, count])
+        return b.call(first, [records, spare, count, keep])
 
     return function(module, f"sort.select.{keys.name}", PTR, [PTR, I64, I64, PTR, PTR], emit)
 
@@ -260,7 +220,7 @@ def _read_within(module: ir.Module, keys: Keys) -> ir.Function:
     """i64 read(ptr source, i64 n, i64 keep, ptr records, ptr spare, key bound): leaves records that are within the bound in `records`, among them the
     first `keep` if there are as many; gives their number."""
     record = keys.record()
-    sort = record_sort(module, record)
+    first = record_first(module, record)
     w, unroll = WIDTH, 4
     smallest = ir.Constant(keys.type, -(1 << (keys.type.width - 1)))
 
@@ -274,7 +234,7 @@ def _read_within(module: ir.Module, keys: Keys) -> ir.Function:
 
         def flush() -> None:
             """Keeps the first `keep`. Elements to come are later than all of these, so they have to be less than the last; if nothing is, done."""
-            made = b.call(sort, [records, spare, b.load(state["count"], typ=I64)])
+            made = b.call(first, [records, spare, b.load(state["count"], typ=I64), keep])
             with b.if_then(b.icmp_unsigned("!=", made, records)):
                 call(b, "llvm.memcpy.p0.p0.i64", ir.VoidType(), [records, made, b.mul(keep, I64(record.bytes)), ir.IntType(1)(0)])
             b.store(keep, state["count"])

@@ -5,9 +5,9 @@
     compiled.blobs        # cubins by name
     compiled.sources      # Triton text by kernel, for `aicc dump-ir`
 
-`printer.py` makes the text (with `expressions.py`, `arith.py`, `helpers.py`), `warp_groups.py` that of streams on Hopper (with
-`stream_shape.py`, `descriptors.py`), `compile.py` the cubins, `host.py` the list of launches and `native.py` the machine code that launches
-them; `simulate.py` runs kernels in Triton's interpreter.
+`printer.py` makes the text (with `expressions.py`, `arith.py`, `parts.py`, `helpers.py`), `warp_groups.py` that of streams on Hopper (with
+`stream_shape.py`, `descriptors.py`), `compile.py` the cubins, in processes of their own (`workers.py`), `host.py` the list of launches and
+`native.py` the machine code that launches them; `simulate.py` runs kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -30,17 +30,20 @@ from .host import Copy, Launch, Program, Step, Wait, build_program
 from .native import NativeHost, emit_native
 from .printer import KernelSource, print_kernel
 from .warp_groups import print_warp_groups
+from .workers import Workers, start_workers
 
 __all__ = [
     "CompiledGpu",
     "CompiledKernel",
     "KernelSource",
     "NativeHost",
+    "Workers",
     "compile_gpu",
     "compile_kernel",
     "emit_native",
     "print_kernel",
     "program_json",
+    "start_workers",
     "starts_early",
     "triton_cache",
 ]
@@ -67,11 +70,11 @@ class CompiledGpu:
     host: NativeHost
 
 
-def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = None, threads: int = 1) -> CompiledGpu:
+def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = None, threads: int = 1, workers: Workers | None = None) -> CompiledGpu:
     """Compiles a module at the host level (after plan-memory) for a CUDA target, such as `Target(kind="cuda",
     name="sm_90", capability=90)`.
 
-    cache_dir: where sources and Triton's intermediate files go. threads: kernels compiled side by side.
+    cache_dir: where sources and Triton's intermediate files go. threads: kernels compiled side by side; with `workers`, by those processes.
     IRError names an op, or shows a kernel, that cannot be compiled.
 
     The manifest of `compiler.manifest.build_manifest(module)` fits: run with
@@ -80,19 +83,29 @@ def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = N
     program = build_program(module)
     sources = {name: _source(kernel, target, program.divisible(name)) for name, kernel in program.kernels.items()}
 
+    def compiled_here_or_there(source: KernelSource, divisible: Sequence[bool]) -> CompiledKernel:
+        if workers is not None:
+            try:
+                return workers.compile(source, target, divisible, cache_dir)
+            except OSError as error:
+                warnings.warn(f"kernels are compiled in this process, which takes longer: {error}", RuntimeWarning, stacklevel=2)
+        return compile_kernel(source, target, divisible=divisible, cache_dir=cache_dir)
+
     def one(name: str) -> CompiledKernel:
         divisible = program.divisible(name)
         try:
-            return compile_kernel(sources[name], target, divisible=divisible, cache_dir=cache_dir)
+            return compiled_here_or_there(sources[name], divisible)
         except IRError as error:
             if not sources[name].registers:
                 raise
             warnings.warn(f"kernel '{name}' is compiled in its plain, slower form: {str(error)[:300]}", RuntimeWarning, stacklevel=2)
             sources[name] = print_kernel(program.kernels[name], dependent=starts_early(program.kernels[name], target))
-            return compile_kernel(sources[name], target, divisible=divisible, cache_dir=cache_dir)
+            return compiled_here_or_there(sources[name], divisible)
 
-    with triton_cache(cache_dir), ThreadPoolExecutor(threads) as pool:
-        compiled = dict(zip(sources, pool.map(one, sources), strict=True))
+    longest_first = sorted(sources, key=lambda name: -len(sources[name].text))
+    with triton_cache(cache_dir), ThreadPoolExecutor(workers.count if workers is not None and workers.count else threads) as pool:
+        made_of = dict(zip(longest_first, pool.map(one, longest_first), strict=True))
+    compiled = {name: made_of[name] for name in sources}
     blobs = {f"cubin_{name}": k.cubin for name, k in compiled.items()}
     made = program_json(program, sources, compiled)
     native = emit_native(program, made["kernels"])

@@ -29,6 +29,8 @@ from .dtypes import pointer, tl_type
 from .expressions import IndexText, Range
 from .helpers import HELPERS, used_helpers
 from .narrow import Narrow
+from .parts import Run, equal_runs, picked
+from .reductions import KINDS, REDUCTIONS, SCANS
 
 __all__ = ["KernelSource", "Printer", "identifier", "loaded_buffers", "print_kernel", "provenance", "stored_buffers"]
 
@@ -82,7 +84,7 @@ class Printer:
     narrow: Narrow = field(default_factory=Narrow)
     checks: int = 0
     indent: int = 1
-    first: int = 0  # number of the program that is the first of the part being printed
+    program: str = ""  # the number of a program within the part being printed, if there is one
     aligned: tuple[bool, ...] = ()
     dependent: bool = False
     maps: dict[tuple[object, ...], TensorMap] = field(default_factory=dict)
@@ -96,6 +98,7 @@ class Printer:
         self.grid: Sequence[Dim] = kernel["grid"]
         self.both = stored_buffers(kernel.body) & loaded_buffers(kernel.body)
         self.waited = not self.dependent  # for the kernel in front: before the first access to memory
+        self.runs = {run.parts[0]: run for run in equal_runs(kernel, self.aligned)}
 
     def run(self) -> KernelSource:
         kernel = self.kernel
@@ -153,6 +156,14 @@ class Printer:
             self.taken.add(name)
             self.names[v] = name
         return self.names[v]
+
+    def _fresh(self, stem: str) -> str:
+        name, n = stem, 1
+        while name in self.taken:
+            n += 1
+            name = f"{stem}{n}"
+        self.taken.add(name)
+        return name
 
     def _arange(self, axis: int, size: int, rank: int) -> str:
         key = (axis, size, rank)
@@ -234,9 +245,7 @@ class Printer:
             self._define(op, "0")
             self.ranges[op.result] = (0, 0)
             return
-        pid = "tl.program_id(0).to(tl.int64)" if self.wide else "tl.program_id(0)"
-        if self.first:
-            pid = f"({pid} - {self.first})"
+        pid = self.program or ("tl.program_id(0).to(tl.int64)" if self.wide else "tl.program_id(0)")
         if below != 1:
             pid = f"{pid} // ({text(below)})"
         if any(n != 1 for n in grid[:axis]):
@@ -246,17 +255,38 @@ class Printer:
 
     def part(self, op: Operation) -> None:
         """Programs of its own. Its buffers are no other part's to write, and names are never used twice."""
-        self.first, self.grid = op["first"], op["grid"]
-        end = self.first + as_int(product(self.grid))
-        self._write(f"{'elif' if self.first else 'if'} tl.program_id(0) < {end}:")
+        run = self.runs.get(op)
+        if run is None:  # printed with the first that is like it
+            return
+        first, self.grid = op["first"], op["grid"]
+        count = as_int(product(self.grid))
+        self._write(f"{'elif' if first else 'if'} tl.program_id(0) < {first + count * len(run.parts)}:")
         self.indent += 1
         start = len(self.lines)
         self.written, self.read = set(), set()
         self.waited = not self.dependent  # in each part for itself
+        outside = {b: self._name(b) for b in run.buffers}
+        self._choose_part(run, first, count)
         self._block(op)
+        self.names |= outside
         if len(self.lines) == start:
             self._write("pass")
         self.indent -= 1
+
+    def _choose_part(self, run: Run, first: int, count: int) -> None:
+        """Which program of which part this is, and that part's buffers."""
+        number = "tl.program_id(0).to(tl.int64)" if self.wide else "tl.program_id(0)"
+        self.program = number = f"({number} - {first})" if first else number
+        if len(run.parts) == 1:
+            return
+        which = self._fresh("part")
+        self._write(f"{which} = {number} // {count}")
+        self.program = f"({number} % {count})"
+        for buffer, choices in run.buffers.items():
+            if len(set(choices)) > 1:
+                name = self._fresh(f"{self._name(buffer)}_of")
+                self._write(f"{name} = {picked([self._name(c) for c in choices], which)}")
+                self.names[buffer] = name
 
     def for_loop(self, op: Operation) -> None:
         n = op["indices"]
@@ -456,7 +486,7 @@ class Printer:
 
     def reduce(self, op: Operation) -> None:
         x, dtype, axis = self._use(op.operands[0]), element_type(op.result.type), op["axis"]
-        template = _REDUCTIONS[op["kind"]][_KINDS[dtype.kind]]
+        template = REDUCTIONS[op["kind"]][KINDS[dtype.kind]]
         if dtype.name == "f32":
             template = template.replace("_nan,", "_nan32,")  # one instruction; there is none for f64
         back = f".to({tl_type(dtype)})" if dtype.bits < 32 and dtype.kind != "bool" else ""
@@ -464,7 +494,7 @@ class Printer:
 
     def scan(self, op: Operation) -> None:
         dtype = element_type(op.result.type)
-        combine = _SCANS[op["kind"]]["f" if dtype.is_float else "i"]
+        combine = SCANS[op["kind"]]["f" if dtype.is_float else "i"]
         self._define(op, f"tl.associative_scan({self._use(op.operands[0])}, {op['axis']}, {combine})")
 
     def dot(self, op: Operation) -> None:
@@ -481,38 +511,6 @@ class Printer:
             precision = f', input_precision="{op["precision"]}"' if dtype.name == "f32" else ""
             self._define(op, f"tl.dot({a}, {b}, {acc}{precision}, out_dtype={tl_type(out)})")
 
-
-_KINDS = {"float": "f", "int": "i", "uint": "i", "bool": "b", "index": "i"}
-_PLAIN = "tl.reduce({{x}}, {{axis}}, {}, keep_dims=True)"
-_REDUCTIONS = {
-    "sum": {
-        "f": "tl.sum({x}, {axis}, keep_dims=True)",
-        "i": "tl.sum({x}, {axis}, keep_dims=True)",
-        "b": "(tl.max({x}.to(tl.int32), {axis}, keep_dims=True) != 0)",
-    },
-    "prod": {
-        "f": _PLAIN.format("product"),
-        "i": _PLAIN.format("product"),
-        "b": "(tl.min({x}.to(tl.int32), {axis}, keep_dims=True) != 0)",
-    },
-    "max": {
-        "f": _PLAIN.format("max_nan"),
-        "i": "tl.max({x}, {axis}, keep_dims=True)",
-        "b": "(tl.max({x}.to(tl.int32), {axis}, keep_dims=True) != 0)",
-    },
-    "min": {
-        "f": _PLAIN.format("min_nan"),
-        "i": "tl.min({x}, {axis}, keep_dims=True)",
-        "b": "(tl.min({x}.to(tl.int32), {axis}, keep_dims=True) != 0)",
-    },
-}
-_SCANS = {
-    "sum": {"f": "plus", "i": "plus"},
-    "prod": {"f": "product", "i": "product"},
-    "max": {"f": "max_nan", "i": "larger"},
-    "min": {"f": "min_nan", "i": "smaller"},
-}
-_REDUCTIONS["any"], _REDUCTIONS["all"] = _REDUCTIONS["max"], _REDUCTIONS["min"]
 
 _HANDLERS = {
     "tile.program_id": Printer.program_id,

@@ -190,7 +190,7 @@ class _WholeAttention(torch.fx.Interpreter):
 
 def make_joint(exported: Exported, *, differentiable_inputs: Sequence[int] = (), device: str = "cpu", whole: bool = False) -> Joint:
     """Differentiates the graph with respect to its trained parameters and the inputs named (indices into the arguments). whole: attention and its
-    gradient stay one operator each.
+    gradient stay one operator each. UserError if the graph changes an argument.
     """
     trained = {i for i, a in enumerate(exported.arguments) if a.trained} | set(differentiable_inputs)
 
@@ -203,7 +203,13 @@ def make_joint(exported: Exported, *, differentiable_inputs: Sequence[int] = (),
         warnings.simplefilter("ignore")
         primals = tuple(torch.empty(a.shape, dtype=a.dtype, device=device, requires_grad=i in trained)
                         for i, a in enumerate(exported.arguments))
-        gm: Any = aot_export_joint_simple(run, primals, trace_joint=True, decompositions=decomposition_table())
+        try:
+            gm: Any = aot_export_joint_simple(run, primals, trace_joint=True, decompositions=decomposition_table())
+        except RuntimeError as e:
+            if "mutation" not in str(e):
+                raise
+            raise UserError("the forward pass changes one of its arguments (running statistics, a cache): only models that change nothing can be "
+                            "sharded, as what the backward pass reads of arguments must be what the forward pass read") from e
     kinds = [a.kind for a in exported.arguments]
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     tangents = len(placeholders) - len(kinds)

@@ -161,7 +161,8 @@ def _kept(op: Operation) -> bool:
 
 
 def _is_parameter(v: Value) -> bool:
-    """An argument, perhaps gathered, viewed or converted."""
+    """An argument, perhaps gathered, viewed or converted. The forward pass changes none (`joint.py` refuses such models), so the backward pass
+    reads in it what the forward pass read."""
     while v.defining_op is not None:
         op = v.defining_op
         if not (op.has_trait(Trait.ViewLike) or op.name in ("graph.cast", "dist.all_gather", "dist.shard", "dist.wait")):

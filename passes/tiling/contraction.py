@@ -26,7 +26,7 @@ from .partial import Block, Program, fold
 from .rows import Rows, copy_turned, make_rows
 
 __all__ = ["COLUMNS", "GROUPS", "K_BLOCK", "MATRIX", "ROWS", "Contraction", "Roles", "as_tile", "emit_contraction", "is_row_major", "offset_of",
-           "roles_of", "rows_in_block", "with_shape"]
+           "roles_of", "rows_in_block", "stride_along", "with_shape"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def roles_of(op: Operation) -> Roles | None:
     return Roles(batch, m, n, tuple(range(parallel, len(op["dims"]))), left, right)
 
 
-def _walk(op: Operation, i: int, d: int) -> int:
+def stride_along(op: Operation, i: int, d: int) -> int:
     """The distance in operand i between steps of dimension d; sizes unknown at compile time count as 64."""
     v = op.operands[i]
     assert isinstance(v.type, TensorType)
@@ -77,7 +77,8 @@ def _walk(op: Operation, i: int, d: int) -> int:
 
 def is_row_major(op: Operation, roles: Roles) -> bool:
     """The right operand is contiguous along N, and not along K."""
-    return bool(roles.n) and any(_walk(op, roles.right, d) == 1 for d in roles.n) and not any(_walk(op, roles.right, d) == 1 for d in roles.k)
+    along_n, along_k = (any(stride_along(op, roles.right, d) == 1 for d in dims) for dims in (roles.n, roles.k))
+    return along_n and not along_k
 
 
 def _stride_key(stride: Dim) -> int:
@@ -134,7 +135,7 @@ class Contraction:
         found = roles_of(op)
         assert found is not None
         right = found.right
-        found = replace(found, k=tuple(sorted(found.k, key=lambda d: -_walk(op, right, d))))
+        found = replace(found, k=tuple(sorted(found.k, key=lambda d: -stride_along(op, right, d))))
         if turned:  # the transpose of the result
             found = replace(found, m=found.n, n=found.m, left=found.right, right=found.left)
         self.op, self.epilogue, self.outputs, self.e, self.buffers, self.roles = op, epilogue, outputs, e, buffers, found
@@ -461,7 +462,7 @@ class Contraction:
         """The left operand lies with its rows side by side, and a program reads it often enough to copy its part first."""
         op, i = self.op, self.roles.left
         of_rows = [d for d in self.roles.m if op["dims"][d] != 1]
-        if len(of_rows) != 1 or _walk(op, i, of_rows[0]) != 1 or fill_of(op, i) is not None or self.depth > 1 or rows <= self.tile[0]:
+        if len(of_rows) != 1 or stride_along(op, i, of_rows[0]) != 1 or fill_of(op, i) is not None or self.depth > 1 or rows <= self.tile[0]:
             return False
         steps = prod(self.k_sizes) if all(isinstance(s, int) for s in self.k_sizes) else 0
         size = rows * steps * element_type(op.operands[i].type).bytes

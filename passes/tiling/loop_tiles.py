@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import product as pairs
 from typing import Any
 
-from ...ir import Dim
+from ...ir import Dim, TensorType
 from ...ir.expr import free_symbols, product
 from ...ir.ranges import split_linear
 from .frame import Frame
@@ -27,6 +27,8 @@ CACHED_LINES = 512
 """Lines of 64 bytes that the first cache holds."""
 MANY = (384, 768)
 """Rows of a sum of columns (or even ones: no masks), and programs, from which two warps are enough for each."""
+FEW_ROWS = 16
+"""Rows of a sum of columns (a batch, for what is added to each of its elements) that leave a tile room for more columns."""
 LARGEST = 16384
 """Elements of a tile: 32 registers of each thread of 16 warps for one value."""
 
@@ -45,6 +47,7 @@ class TileChoice:
 def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
     """An analytic choice: contiguous bytes decide the vector dimension; body size decides how many registers a tile takes."""
     scores: dict[str, float] = {}
+    gathered = {} if gpu else _gathered(frame)
     for f, size in frame.sizes.items():
         extent = size if isinstance(size, int) else 1 << 16
         score = 0.0
@@ -57,6 +60,7 @@ def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
                 score += weight * (2.0 if x.is_store else 1.0)
             elif c[0] != 0:
                 score -= weight * 0.5
+        score += gathered.get(f, 0.0)
         scores[f] = score * min(extent, lanes) / lanes + 1e-3 * min(extent, lanes) / lanes
     if not scores:
         return TileChoice(None, None, (1, 1), 1)
@@ -82,6 +86,25 @@ def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
     return TileChoice(vector, None, (1, width), max(width, 4096 // width * width))
 
 
+def _gathered(frame: Frame) -> dict[str, float]:
+    """Bytes that gathers read along each dimension side by side: the columns of rows of a table, which data names."""
+    found: dict[str, float] = {}
+    for op in frame.members:
+        for inner in op.body:
+            if inner.name != "tensor.extract":
+                continue
+            last = inner.operands[-1].defining_op
+            source = op.operands[inner.operands[0].index].type  # type: ignore[attr-defined]
+            assert isinstance(source, TensorType)
+            if last is None or last.name != "tensor.index" or source.layout[-1] != 1:
+                continue
+            f = str(frame.position[op][last["dim"]])
+            points = product(op["dims"])
+            if f in frame.sizes:
+                found[f] = found.get(f, 0.0) + float(points if isinstance(points, int) else 1 << 20) * source.dtype.bytes
+    return found
+
+
 def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
     """Power-of-two tiles of 1024 to 4096 elements; whole rows when they are short enough."""
     extent = size if isinstance(size, int) else 1 << 16
@@ -96,6 +119,9 @@ def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
         rows, width, warps = _columns(frame)
         width = min(1 << max(0, (extent - 1).bit_length()), width)
         rows = max(rows, 512 * warps // width)
+        summed, points = product(frame.sizes[f] for f in frame.inner), product(frame.sizes.values())
+        if isinstance(summed, int) and summed <= FEW_ROWS and isinstance(points, int) and points >= 1 << 22:
+            width = max(width, min(1 << max(0, (extent - 1).bit_length()), 2048 // (1 << (summed - 1).bit_length())))
     else:
         width = min(1 << max(0, (extent - 1).bit_length()), 1024)
         points = product(frame.sizes.values())

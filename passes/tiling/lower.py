@@ -24,6 +24,7 @@ from .contraction_gpu import emit_gpu_contraction
 from .cpu_candidates import CpuTile, contraction_candidates, loop_candidates, stream_candidates
 from .cpu_tiles import contraction_tile, is_depthwise, square_tile
 from .emit import COARSE, FAST, NARROW, Emitter
+from .equal_groups import Lowered
 from .frame import Frame, analyse, is_expensive
 from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
 from .loop_tiles import choose_tile, loop_tiles, resized
@@ -55,10 +56,14 @@ class Tile(Pass):
         launches = 0
         for func in [f for f in module.body if f.name == "func"]:
             constant = constant_values(func)
+            seen = Lowered()
             for op in list(func.body):
                 if op.name == "tensor.fused":
-                    kernel = lower(op, func["symbols"], ctx, self.relax_casts, self.fast_math)
-                    name = names.intern(kernel, func)
+                    name = seen.kernel_of(op, ctx)
+                    if name is None:
+                        entry, said = seen.remember(op), len(ctx.remarks)
+                        name = names.intern(lower(op, func["symbols"], ctx, self.relax_casts, self.fast_math), func)
+                        entry.kernel, entry.remarks = name, tuple(ctx.remarks[said:])
                     attrs: dict = {"kernel": SymbolRef(name)}
                     # GPUs: changed parameters could not be noticed without waiting for the device, and nothing is packed there.
                     if not ctx.target.is_gpu and op.operands and all(v in constant for v in op.operands):
@@ -71,6 +76,7 @@ class Tile(Pass):
                         old.replace_all_uses_with(new)
                     op.erase()
                     launches += 1
+            seen.forget()
         module.attributes["level"] = "tile"
         ctx.remark("done", f"{launches} launches of {len(names.taken)} kernels")
 
@@ -250,7 +256,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
 
 
 def candidate_tiles_cpu(fused: Operation, target: Target, *, few: bool = True) -> list[CpuTile]:
-    """What a group can be computed by on a CPU, the model's choice first: the few that are likely, or all. Empty where there is no choice."""
+    """What a group of constant sizes can be computed by on a CPU, the model's choice first: the few that are likely, or all. Empty where there is no
+    choice."""
     members = [op for op in fused.body if op.name != "tensor.yield"]
     if members[0].name in ("tensor.scatter", "tensor.scan", "tensor.sort"):
         return []

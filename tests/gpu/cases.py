@@ -37,7 +37,8 @@ SM80 = Target(kind="cuda", name="sm_80", capability=80, multiprocessors=108, l2=
 @dataclass(frozen=True)
 class Case:
     """A function (or the maker of a module) and its inputs. `tolerance` 0 means: exactly. `wide`: compared with float64 though inputs have
-    16 bits, whose own results are rounded at every step."""
+    16 bits, whose own results are rounded at every step. `multiprocessors`: compiled as for a GPU of so many (0: as many as there are), so that
+    small inputs take the forms of large ones."""
 
     make: Callable[[], Callable[..., Any]]
     inputs: Callable[[torch.Generator], tuple[Any, ...]]
@@ -45,6 +46,7 @@ class Case:
     backward: bool = False
     tolerance: float = 1e-5
     wide: bool = False
+    multiprocessors: int = 0
 
     def build(self, seed: int = 0) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         torch.manual_seed(0)
@@ -378,6 +380,9 @@ CASES: dict[str, Case] = {
     "transpose_add": Case(_plain(lambda a, b: a.t() + b), _normal((200, 130), (130, 200)), tolerance=0),
     "split_k": Case(_plain(lambda a, b, c: F.gelu(a @ b + c)), _normal((16, 2048), (2048, 40), (40,))),
     "column_sum_long": Case(_plain(lambda a: a.sum(0) * 2), _normal((16384, 16))),
+    "equal_parts": Case(  # one launch: programs pick their buffers, sixteen of a kind in a branch
+        _plain(lambda *xs: tuple(x.softmax(-1) for x in xs)), _normal(*[(7, 48), (5, 70), (7, 48)] * 7),
+    ),
     "siblings": Case(  # one launch for the products, one for what reads them
         _plain(lambda x, q, k, v: ((x @ q).softmax(-1), (x @ k).relu(), (x @ v).cumsum(-1))),
         _normal((2, 96), (96, 130), (96, 64), (96, 33)),

@@ -5,13 +5,21 @@
 The model is hostile where the hardware may be. A tile that the copy engine is asked for is overwritten at once; an asynchronous product reads its
 operands as late as it is allowed to, when a group waits for it. So a barrier that is missing, or waits for the wrong phase, gives wrong
 numbers; one that is never passed is an error after a while. Layouts are not modelled: the compiler checks them.
+
+It also looks for races, which it finds in whatever order the threads happen to run, for it does not look at times. Each copy into a tile and each
+product that reads one is an event. A thread knows of the events that happened before what it does: its own products once it has waited for them, and
+what barriers tell it of what others knew when they arrived, and of the copies that they count. A tile may be read by who knows of the copy that filled
+it, and filled by who knows of that copy and of all products that have read it since. (compute-sanitizer's racecheck does not see such reads and
+writes: NOTES.md.)
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,28 +35,32 @@ BYTES = {torch.bfloat16: 2, torch.float16: 2}
 
 
 class Barrier:
-    """An mbarrier: a phase ends when all have arrived and all bytes have come."""
+    """An mbarrier: a phase ends when all have arrived and all bytes have come. `known`: what was known when the last one ended."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.count = self.pending = self.bytes = self.phase = 0
+        self.count = self.pending = self.bytes = self.phase = self.told = self.known = 0
 
     def init(self, count: int) -> None:
         self.count = self.pending = count
 
-    def update(self, arrivals: int, bytes_: int) -> None:
+    def update(self, arrivals: int, bytes_: int, known: int) -> None:
         with self.changed:
             self.pending -= arrivals
             self.bytes += bytes_
+            self.told |= known
             assert self.pending >= 0, "more arrivals than the barrier was made for"
             if self.pending == 0 and self.bytes == 0:
                 self.pending, self.phase = self.count, self.phase + 1
+                self.known, self.told = self.told, 0
                 self.changed.notify_all()
 
-    def wait(self, parity: int) -> None:
+    def wait(self, parity: int) -> int:
+        """What is known behind it."""
         with self.changed:
             if not self.changed.wait_for(lambda: (self.phase & 1) != int(parity), PATIENCE):
                 raise RuntimeError("a barrier is never passed")
+            return self.known
 
 
 class Rows:
@@ -61,15 +73,23 @@ class Rows:
         return self.items[int(i)]
 
 
+@dataclass
+class History:
+    """Of a tile: the copy that filled it, and the products that have read it since, as sets of events (bits)."""
+
+    filled: int = 0
+    read: int = 0
+
+
 class Tile:
     """A tile in shared memory, perhaps seen transposed."""
 
-    def __init__(self, memory: Tensor, turned: bool = False):
-        self.memory, self.turned = memory, turned
+    def __init__(self, memory: Tensor, turned: bool = False, history: History | None = None):
+        self.memory, self.turned, self.history = memory, turned, history or History()
 
     def permute(self, order: tuple[int, int]) -> Tile:
         assert order == (1, 0)
-        return Tile(self.memory, not self.turned)
+        return Tile(self.memory, not self.turned, self.history)
 
     def read(self) -> Tensor:
         return (self.memory.T if self.turned else self.memory).double()
@@ -95,8 +115,8 @@ class Matrix:
 class Pending:
     """A product that has been started; `finish` reads the operands."""
 
-    def __init__(self, finish: Callable[[], Tensor]):
-        self.finish, self.value = finish, None
+    def __init__(self, finish: Callable[[], Tensor], event: int):
+        self.finish, self.event, self.value = finish, event, None
 
     def done(self) -> Tensor:
         if self.value is None:
@@ -113,10 +133,14 @@ class Pointer:
 
 
 class Partition(threading.local):
-    """What a thread has started and not waited for."""
+    """What a thread has started and not waited for, and the events that it knows of."""
 
     def __init__(self) -> None:
         self.started: list[Pending] = []
+        self.known = 0
+
+    def learn(self, events: int) -> None:
+        self.known |= events
 
 
 def run_gluon(source: KernelSource, buffers: Sequence[Tensor]) -> None:
@@ -133,6 +157,7 @@ def _language(program: int, programs: int) -> dict[str, Any]:
     """The names that a kernel's text uses."""
     own = Partition()
     failures: list[BaseException] = []
+    numbers = itertools.count()
 
     def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
         at = torch.as_tensor(pointer.at)
@@ -152,18 +177,28 @@ def _language(program: int, programs: int) -> dict[str, Any]:
         return Rows([Tile(torch.full(tuple(shape[1:]), math.nan, dtype=dtype)) for _ in range(shape[0])])
 
     def tma_load(matrix: Matrix, place: Sequence[Any], barrier: Barrier, tile: Tile) -> None:
+        event, history = 1 << next(numbers), tile.history
+        assert not (history.filled | history.read) & ~own.known, "a tile is overwritten that may still be read, or be under way"
+        history.filled, history.read = event, 0
         tile.memory.copy_(matrix.tile(*map(int, place)))
-        barrier.update(0, -tile.memory.numel() * BYTES[matrix.dtype])
+        barrier.update(0, -tile.memory.numel() * BYTES[matrix.dtype], event)
 
     def mma(a: Any, b: Tile, acc: Any, use_acc: bool = True, is_async: bool = False) -> Pending:
         assert is_async and not isinstance(acc, Pending), "the accumulator has not been waited for"
-        made = Pending(lambda: ((acc.double() if use_acc else 0) + (a.read() if isinstance(a, Tile) else a.double()) @ b.read()).float())
+        event = 1 << next(numbers)
+        for tile in (a, b):
+            if isinstance(tile, Tile):
+                assert tile.history.filled & own.known, "a tile is read that may not have come"
+                tile.history.read |= event
+        made = Pending(lambda: ((acc.double() if use_acc else 0) + (a.read() if isinstance(a, Tile) else a.double()) @ b.read()).float(), event)
         own.started.append(made)
         return made
 
     def mma_wait(outstanding: int, deps: Sequence[Pending | Tensor]) -> Any:
         while len(own.started) > outstanding:
-            own.started.pop(0).done()
+            ended = own.started.pop(0)
+            ended.done()
+            own.learn(ended.event)
         assert all(dep not in own.started for dep in deps if isinstance(dep, Pending)), "the value is not ready yet"
         ready = tuple(dep.done() if isinstance(dep, Pending) else dep for dep in deps)
         return ready if len(ready) > 1 else ready[0]
@@ -188,14 +223,17 @@ def _language(program: int, programs: int) -> dict[str, Any]:
         return torch.as_tensor(x)
 
     turns = {number: threading.Semaphore(0) for number in ("8", "9")}
+    told = dict.fromkeys(turns, 0)
 
     def assembly(text: str, constraints: str, args: Sequence[Tensor], **_: Any) -> Tensor:
         if text.startswith("bar."):  # a named barrier of two groups, one of which only arrives
             what, number = text.partition(",")[0].split(" ")
             if what == "bar.arrive":
+                told[number] = own.known
                 turns[number].release()
             elif not turns[number].acquire(timeout=PATIENCE):
                 raise RuntimeError("a turn is never given")
+            own.learn(told[number])
             return args[0]
         if text.startswith("mov."):
             return args[0]
@@ -214,8 +252,8 @@ def _language(program: int, programs: int) -> dict[str, Any]:
         inline_asm_elementwise=assembly, int32=torch.int32, int64=torch.int64, float32=torch.float32)
     tl = SimpleNamespace(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16, int32=torch.int32, int64=torch.int64, int1=torch.bool,
                          PropagateNan=SimpleNamespace(ALL=None))
-    mbarrier = SimpleNamespace(MBarrierLayout=lambda: "barrier", init=lambda b, count: b.init(count), wait=lambda b, phase: b.wait(phase),
-                               expect=lambda b, n: b.update(1, n), arrive=lambda b, count: b.update(count, 0))
+    mbarrier = SimpleNamespace(MBarrierLayout=lambda: "barrier", init=lambda b, count: b.init(count), wait=lambda b, phase: own.learn(b.wait(phase)),
+                               expect=lambda b, n: b.update(1, n, own.known), arrive=lambda b, count: b.update(count, 0, own.known))
     return {"gluon": SimpleNamespace(jit=lambda f: f), "gl": gl, "tl": tl, "mbarrier": mbarrier, "tma_load": tma_load, "warpgroup_mma": mma,
             "warpgroup_mma_wait": mma_wait, "fence_async_shared": lambda: None}
 

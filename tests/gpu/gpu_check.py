@@ -21,10 +21,13 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("AICC_STRICT", "1")
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,11 +43,12 @@ os.environ.setdefault("AICC_CACHE_DIR", tempfile.mkdtemp())
 import torch  # noqa: E402
 from aicc.compiler import driver  # noqa: E402
 from aicc.compiler.dynamo import aicc as aicc_backend  # noqa: E402
+from aicc.passes import block_ranges  # noqa: E402
 from aicc.runtime import cuda_record  # noqa: E402
 from torch import nn  # noqa: E402
 
 from gpu.cases import CASES, Case, error, tensors  # noqa: E402
-from gpu.hopper_cases import HOPPER_CASES  # noqa: E402
+from gpu.hopper_cases import HOPPER_CASES, SMALL_CASES  # noqa: E402
 
 START = time.time()
 LIMIT: dict[str, float] = {"seconds": 330}
@@ -126,14 +130,15 @@ NOT_IN_EAGER = {"gemm_i64"}
 
 
 def kernels() -> None:
-    for name, case in list((CASES | HOPPER_CASES).items())[PART[0] - 1 :: PART[1]]:
+    for name, case in list((CASES | HOPPER_CASES | (SMALL_CASES if CHOSEN else {})).items())[PART[0] - 1 :: PART[1]]:
         if name in NOT_IN_EAGER or (CHOSEN and name not in CHOSEN):
             continue
         if late():
             print(f"out of time before {name}", flush=True)
             return
         try:
-            _kernel(name, case)
+            with _as_if(case.multiprocessors):
+                _kernel(name, case)
         except Exception as e:
             traceback.print_exc()
             row("kernels", name, False, error=f"{type(e).__name__}: {str(e).splitlines()[0][:150]}")
@@ -147,6 +152,18 @@ def _gradients(function: Any, inputs: Sequence[Any], out: torch.Tensor) -> list[
     ]
     weights = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=out.dtype).reshape(out.shape)
     return list(torch.autograd.grad(out, wanted, weights))
+
+
+@contextmanager
+def _as_if(multiprocessors: int) -> Iterator[None]:
+    """Programs are compiled for a GPU of so many multiprocessors (0: of those that there are), and skip by data whatever their size."""
+    real = driver.cuda_target
+    if not multiprocessors:
+        yield
+        return
+    with (patch.object(driver, "cuda_target", lambda device: replace(real(device), multiprocessors=multiprocessors)),
+          patch.object(block_ranges, "LEAST_WORK", 0)):
+        yield
 
 
 def _kernel(name: str, case: Case) -> None:
@@ -460,7 +477,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=LIMIT["seconds"], help="no further row is begun after this")
     parser.add_argument("--part", default="1/1", help="of the kernel families, as 3/8")
     parser.add_argument("--case", action="append", default=[], help="only this kernel family")
+    parser.add_argument("--names", action="store_true", help="print the kernel families, those for checkers among them, and nothing else")
     options = parser.parse_args()
+    if options.names:
+        print(*SMALL_CASES, *HOPPER_CASES, *CASES)
+        return 0
     CHOSEN.extend(options.case)
     LIMIT["seconds"], PART[:] = options.seconds, [int(n) for n in options.part.split("/")]
     versions = f"torch {torch.__version__}, triton {triton.__version__}, python {sys.version.split()[0]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from aicc.ir.interpreter.tile import HANDLERS
 from aicc.passes import block_ranges
 from torch import Tensor
 
+from . import gluon_model
 from .cases import SM80, SM90, capture, error
 from .gluon_model import run_gluon
 
@@ -120,8 +122,8 @@ def stream_of(module: Operation) -> Operation:
     return next(op for op in module.body if op.name == "tile.kernel" and "stream" in op["sym_name"])
 
 
-def run(f: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, str]:
-    """The result with the stream's kernel in Gluon, and its text."""
+def run(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], change: Callable[[str], str] = str) -> tuple[Tensor, str]:
+    """The result with the stream's kernel in Gluon, and its text. `change` is made to the text before it runs."""
     module, args = module_of(f, inputs)
     texts: list[str] = []
 
@@ -130,6 +132,7 @@ def run(f: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, s
         source = print_warp_groups(kernel, FEW, [True] * len(kernel.body.args))
         if isinstance(source, str):
             return plain(ctx, op, xs)
+        source = dataclasses.replace(source, text=change(source.text))
         texts.append(source.text)
         types = [v.type for v in (*op.operands, *op.results)]
         layouts = [(ctx.shape(t), ctx.dims(t.layout)) for t in types]
@@ -154,6 +157,53 @@ def test_what_it_computes(name: str, ahead: int, monkeypatch: pytest.MonkeyPatch
     true = f(*(x.double() if x.is_floating_point() else x for x in inputs))
     assert error(got, true) < (6e-3 if inputs[0].dtype == torch.bfloat16 else 2e-3)
     assert ("done = program" in text) == (ahead > 0), "the order that was asked for"
+
+
+def _without(line: str, part: str) -> Callable[[str], str]:
+    """One line less in a part of the text, and as many as there are of it."""
+    def change(text: str) -> str:
+        head, at, rest = text.partition(f"_{part}(")
+        body, end, tail = rest.partition("\n\n\n@gluon.jit")
+        changed = re.sub(rf"\n *{line}[^\n]*", "", body)
+        assert changed != body
+        return head + at + changed + end + tail
+
+    return change
+
+
+def _early(line: str) -> Callable[[str], str]:
+    """A line of a group stands before the wait for a product that it follows."""
+    def change(text: str) -> str:
+        changed = re.sub(rf"(\n[\w, ]+ = warpgroup_mma_wait[^\n]*)(\n *{line}[^\n]*)", r"\2\1", text)
+        assert changed != text
+        return changed
+
+    return change
+
+
+PLANTED: dict[str, tuple[Callable[[str], str], str]] = {
+    "the loader does not wait for k": (_without(r"mbarrier\.wait\(k_free", "loader"), "overwritten"),
+    "the loader does not wait for v": (_without(r"mbarrier\.wait\(v_free", "loader"), "overwritten"),
+    "the loader does not wait for q": (_without(r"mbarrier\.wait\(q_free", "loader"), "overwritten"),
+    "a group does not wait for k": (_without(r"mbarrier\.wait\(k_full", "group"), "not have come"),
+    "a group does not wait for q": (_without(r"mbarrier\.wait\(q_full", "group"), "not have come"),
+    "k is given back before it is read": (_early(r"mbarrier\.arrive\(k_free"), "overwritten"),
+    "v is given back before it is read": (_early(r"mbarrier\.arrive\(v_free"), "overwritten"),
+}
+
+
+IMPLIED = {"the loader does not wait for k", "the loader does not wait for q", "k is given back before it is read"}
+"""What takes no part in the rolling order: who has given v back has read k before, and the q of two programs before."""
+
+
+@pytest.mark.parametrize(("planted", "name"), [(p, name) for p in PLANTED for name in ("causal", "soft_cap_window") if name != "causal" or p not in IMPLIED])
+def test_a_race_is_found_by_the_model(planted: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both orders of products: a wait or an arrival that is needed is missed."""
+    monkeypatch.setattr(gluon_model, "PATIENCE", 5.0)
+    change, said = PLANTED[planted]
+    f, make = FORMS[name]
+    with pytest.raises((AssertionError, RuntimeError), match=f"{said}|more arrivals"):
+        run(f, make(), change)
 
 
 @pytest.mark.parametrize(("why", "f", "inputs", "target"), [

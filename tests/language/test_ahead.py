@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import aicc
@@ -170,3 +171,68 @@ def test_a_variable_that_is_not_a_number_stays_the_same() -> None:
         return x.masked_fill(x > 0, fill)
     program = aicc.compile(filled, x)
     torch.testing.assert_close(program(x), filled(x), equal_nan=True)
+
+
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.scales, self.named = nn.LayerNorm(8), [1.0, 2.0], {"by": 3, "more": [4, (5,)]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) * self.scales[1] + self.named["by"]
+
+
+def _forward(m: Listed) -> None:
+    m.norm.forward = lambda x: x + 1  # type: ignore[method-assign, assignment]
+
+
+def _eps(m: Listed) -> None:
+    m.norm.eps = 1.0
+
+
+def _in_list(m: Listed) -> None:
+    m.scales[1] = 3.0
+
+
+def _type_in_list(m: Listed) -> None:
+    m.scales[1] = 2
+
+
+def _longer_list(m: Listed) -> None:
+    m.scales.insert(0, 0.0)
+
+
+def _other_list(m: Listed) -> None:
+    m.scales = [1.0, 5.0]
+
+
+def _in_dict(m: Listed) -> None:
+    m.named["by"] = 4
+
+
+def _deep(m: Listed) -> None:
+    m.named["more"][0] = 7  # type: ignore[index]
+
+
+@pytest.mark.parametrize("change", [_forward, _eps, _in_list, _type_in_list, _longer_list, _other_list, _in_dict, _deep])
+def test_settings_of_layers_and_what_lies_in_lists(change: Callable[[Listed], None]) -> None:
+    m, x = Listed(), torch.randn(4, 8)
+    program = aicc.compile(m, x)
+    m.remark = "a new attribute is no method"
+    for _ in range(2):
+        torch.testing.assert_close(program(x), m(x).detach())
+    change(m)
+    with pytest.raises(ValueError, match="since the program was compiled"):
+        program(x)
+
+
+def test_a_list_in_a_closure() -> None:
+    scales, x = [2.0], torch.randn(4)
+
+    def scaled(x: Tensor) -> Tensor:
+        return x * scales[0]
+    program = aicc.compile(scaled, x)
+    torch.testing.assert_close(program(x), x * 2)
+    scales[0] = 3.0
+    with pytest.raises(ValueError, match="'scales' of the function has got other values"):
+        program(x)

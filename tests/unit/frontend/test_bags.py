@@ -49,3 +49,17 @@ def test_module_and_bad_index() -> None:
     torch.testing.assert_close(compiled(i), module(i))
     with pytest.raises((IndexError, RuntimeError)):
         compiled(torch.full((4, 6), 30))
+
+
+@pytest.mark.parametrize(("columns", "length"), [(16, 30), (64, 100)])
+def test_rows_are_read_side_by_side(columns: int, length: int) -> None:
+    """The columns of a row are the vector, even where there are fewer of them than a bag has rows: nothing is gathered element by element."""
+    def summed(t: Tensor, i: Tensor) -> Tensor:
+        return F.embedding_bag(i, t, mode="sum")
+    found: list[Compilation] = []
+    torch._dynamo.reset()
+    t, i = torch.randn(500, columns), torch.randint(0, 500, (7, length))
+    with watching(compiled=found.append):
+        result = torch.compile(summed, backend="aicc", options={"strict": True, "cache": False}, dynamic=False)(t, i)
+    torch.testing.assert_close(result, summed(t, i))
+    assert "gather" not in "".join(c.llvm_ir for c in found)

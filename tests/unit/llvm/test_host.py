@@ -118,14 +118,13 @@ def test_copies(source, target, dtype):
     assert torch.equal(out.as_strided((n, n), strides(target)), storage.as_strided((n, n), strides(source)))
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_parallel_launch_covers_every_program_once(own):
-    """Enough work for the parallel path; two threads; results as from one."""
-    n = 1 << 20
+@pytest.mark.parametrize("n", [1 << 20, 3000 * 64 + 1, 8])
+def test_parallel_launch_covers_every_program_once(n):
+    """Enough work for the parallel path, and too little; results as from one thread."""
     k = scale_kernel()
     assert estimated_nanoseconds(scale_kernel()) != 0
-    compiled = compile_module(module_of(k, {"s0": n}), host_target(), own_threads=own)
-    assert ("aicc_parallel" if own else "GOMP_parallel") in compiled.llvm_ir
+    compiled = compile_module(module_of(k, {"s0": n}), host_target())
+    assert "aicc_launch" in compiled.llvm_ir
     x = torch.randn(n)
     before = torch.get_num_threads()
     try:
@@ -160,7 +159,42 @@ def test_small_constant_launches_have_no_parallel_code():
     def body(k, x, y):
         k.store(y, k.load(x, t0, shape=(16,)), t0)
     compiled = compile_module(module_of(kernel([buffer((16,))] * 2, [1], body)), host_target())
-    assert "GOMP_parallel" not in compiled.llvm_ir
+    assert "aicc_launch" not in compiled.llvm_ir and "aicc_region" not in compiled.llvm_ir
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_error_of_a_piece_beside_others(threads):
+    """Pieces write to error words of their own; the call gives it."""
+    def gather(k, x, ix, y):
+        p = k.pid()
+        at = k.load(ix, i0 * 64 + t0, p, shape=(64,))
+        k.store(y, k.load(x, i0, at, shape=(64,), mask=((i0, 100),), mask_low=(i0,), check=True), i0 * 64 + t0, p)
+    module, top = make_module("host")
+    n = 64 * 64
+    types = [buffer((100,)), buffer((n,), "i64"), buffer((n,))]
+    for name in ("first", "second"):
+        top.append(kernel(types, [64], gather, name=name, bytes=n * 200))
+    _, body = make_func(top, "main", [*types, *types[1:]])
+    b = Builder.at_end(body)
+    x, i, y, j, z = body.args
+    b.create("host.launch", [x, i, y], {"kernel": SymbolRef("first"), "outputs": 1, "beside": 1})
+    b.create("host.launch", [x, j, z], {"kernel": SymbolRef("second"), "outputs": 1, "beside": 1})
+    b.create("return")
+    compiled = compile_module(module, host_target())
+    assert "aicc_launch" in compiled.llvm_ir
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x, i = torch.randn(100), torch.arange(n) % 100
+        for wrong in (-1, 5, n - 1):
+            j, y, z = i.clone(), torch.zeros(n), torch.zeros(n)
+            if wrong >= 0:
+                j[wrong] = 100
+            code = call(compiled, "main_0", [v.data_ptr() for v in (x, i, y, j, z)])
+            assert (code != 0) == (wrong >= 0)
+            assert torch.equal(y, x[i])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_empty_grid():

@@ -13,17 +13,15 @@ import textwrap
 import pytest
 
 
-def run(script: str, timeout: float = 300, own: bool = False) -> str:
-    """The output of a script in a process that may use two threads; `own`: of aicc's own, where the script says OWN."""
-    script = script.replace("OWN", repr(own))
+def run(script: str, timeout: float = 300) -> str:
+    """The output of a script in a process that may use two threads."""
     env = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=env, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_results_do_not_depend_on_threads(own: bool) -> None:
+def test_results_do_not_depend_on_threads() -> None:
     """A product with cut K, a sum over the outer dimension and a softmax: bit for bit the same with 1, 2 and 3 threads, call after call."""
     run("""
         import torch
@@ -31,18 +29,17 @@ def test_results_do_not_depend_on_threads(own: bool) -> None:
         def f(x, w):
             y = x @ w
             return y, x.sum(0), x.softmax(-1), y.relu().mean(1)
-        g = torch.compile(f, backend="aicc", options={"own_threads": OWN})
+        g = torch.compile(f, backend="aicc")
         seen = []
         for threads in (1, 2, 3, 2, 2, 1):
             torch.set_num_threads(threads)
             with torch.no_grad():
                 seen.append([t.clone() for t in g(x, w)])
         assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other))
-    """, own=own)
+    """)
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_small_launches_and_loops_side_by_side(own: bool) -> None:
+def test_small_launches_and_loops_side_by_side() -> None:
     """Towers of small layers, blocks of convolutions, a recurrent layer that runs both ways, and a loop whose body has branches: they share parallel regions, and
     give bit for bit the same with 1, 2 and 3 threads, call after call, and the same as one after the other."""
     run("""
@@ -83,7 +80,7 @@ def test_small_launches_and_loops_side_by_side(own: bool) -> None:
             compilations = []
             with torch.no_grad(), watching(compiled=compilations.append):
                 want = torch.utils._pytree.tree_leaves(model(x))
-                compiled = torch.compile(model.eval(), backend="aicc", options={"cache": False, "own_threads": OWN})
+                compiled = torch.compile(model.eval(), backend="aicc", options={"cache": False})
                 seen = []
                 for threads in (1, 2, 3, 2, 2, 1):
                     torch.set_num_threads(threads)
@@ -92,17 +89,16 @@ def test_small_launches_and_loops_side_by_side(own: bool) -> None:
             assert len(found) >= groups, (type(model).__name__, compilations[0].remarks)
             assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other))
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(seen[0], want))
-    """, own=own)
+    """)
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_a_forked_child_does_not_wait_for_its_parents_threads(own: bool) -> None:
-    """The threads of the pool are not in the child: compiled programs (and torch's operators) run serially there, or start threads of their own, and give the same."""
+def test_a_forked_child_does_not_wait_for_its_parents_threads() -> None:
+    """The threads of the pool are not in the child: compiled programs (and torch's operators) run serially there, and give the same."""
     run("""
         import os, time, torch
         torch.set_num_threads(2)
         x, w = torch.randn(256, 512), torch.randn(512, 256)
-        f = torch.compile(lambda x, w: (x @ w).relu(), backend="aicc", options={"own_threads": OWN})
+        f = torch.compile(lambda x, w: (x @ w).relu(), backend="aicc")
         with torch.no_grad():
             want = f(x, w).clone()
             child = os.fork()
@@ -115,7 +111,7 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads(own: bool) -> None
                 os.kill(child, 9)
             assert done == (child, 0), done
             assert torch.equal(f(x, w), want)
-    """, own=own)
+    """)
 
 
 @pytest.mark.slow
@@ -131,7 +127,7 @@ def test_busy_neighbour() -> None:
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(2)
         layer, x = torch.nn.Linear(1024, 1024, bias=False), torch.randn(512, 1024)
-        f = torch.compile(layer, backend="aicc", options={"own_threads": True})
+        f = torch.compile(layer, backend="aicc")
         def measure():
             times = []
             for _ in range(60):

@@ -27,6 +27,14 @@ def _odd() -> list[Tensor]:
     return [x]
 
 
+def _infinite() -> list[Tensor]:
+    """Rows with an infinity at their beginning, where a lane's first element is, and further on; with both; with a NaN."""
+    x, = _normal((6, 9000))
+    inf = float("inf")
+    x[0, 0], x[1, 8999], x[2, 0], x[2, 4096], x[3, 5], x[4, 7] = inf, -inf, inf, -inf, float("nan"), -inf
+    return [x]
+
+
 def shifted_sum(x: Tensor) -> tuple[Tensor, Tensor]:
     """Of a row of -inf, eager's sum of exp(-inf + inf) is NaN."""
     m = x.amax(-1, keepdim=True)
@@ -108,6 +116,8 @@ MOMENTS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "layer_norm": (lambda x: F.layer_norm(x, (9000,)), _normal((3, 9000))),
     "channels": (lambda x: torch.var_mean(x, (0, 2)), _normal((40, 7, 300))),
     "nan": (lambda x: x.var(1), _odd()),
+    "infinite": (lambda x: (x.var(1), x.mean(1)), _infinite()),
+    "infinite_bf16": (lambda x: (x.var(1), x.mean(1)), [x.bfloat16() for x in _infinite()]),
     "another_mean": (lambda x: (x - (x * 2).mean(1, keepdim=True)).square().sum(1), _normal((3, 9000))),
 }
 
@@ -138,3 +148,17 @@ def test_few_groups_are_normalised_by_all_multiprocessors() -> None:
     program = capture(_group_norm, _normal((1, 16, 20, 33), (16,), (16,)))
     check_levels(program, CUDA)
     assert [op.name for op in lowered(program, CUDA).body].count("tile.kernel") == 2
+
+
+def test_sums_of_few_rows_take_many_columns() -> None:
+    """What is added to each element of a batch (positions): 16,000 programs of a kilobyte each took four times as long as the bytes."""
+    program = capture(lambda x: x.sum(0), [torch.ones(8, 1024, 520, dtype=torch.bfloat16)])
+    (kernel,) = [op for op in lowered(program, CUDA).body if op.name == "tile.kernel"]
+    (load,) = [op for op in kernel.walk() if op.name == "tile.load"]
+    assert load["shape"] == (8, 256) and kernel["grid"] == (2080,)
+
+
+def test_logits_are_walked_in_long_steps() -> None:
+    program = capture(lambda x: x.softmax(-1), [torch.ones(300, 9000, dtype=torch.bfloat16)])
+    shapes = {op["shape"] for op in lowered(program, CUDA).walk() if op.name == "tile.load"}
+    assert shapes == {(1, 8192)}

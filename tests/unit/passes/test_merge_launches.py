@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from aicc.backends.triton.parts import LONGEST, equal_runs, picked
 from aicc.backends.triton.printer import print_kernel
 from aicc.ir import Operation
 from aicc.ir.parser import parse_module
@@ -102,3 +103,33 @@ def test_large_elementwise_kernels_on_temporaries_stay_alone() -> None:
 
     module = lowered(f, torch.randn(2048, 1024), torch.randn(2048, 1024))
     assert max(parts(module)) <= 2 and sum(n == 1 for n in parts(module)) >= 4
+
+
+def test_equal_kernels_are_neighbours_and_printed_once() -> None:
+    """Triton's time to compile goes with the text, some of its passes more than linearly."""
+    shapes = [(40, 300), (3, 500), (40, 300)] * 7
+    module = lowered(lambda *xs: tuple(x.softmax(-1) for x in xs), *(torch.randn(s) for s in shapes))
+    assert parts(module) == [21]
+    (merged,) = (op for op in module.body if op.name == "tile.kernel")
+    runs = [len(run.parts) for run in equal_runs(merged)]
+    assert runs == [14, 7]
+    assert print_kernel(merged).text.count("tl.program_id(0) < ") == len(runs)
+
+
+def test_runs_end_where_a_kernel_picks_among_many_buffers() -> None:
+    module = lowered(lambda *xs: tuple(x.softmax(-1) for x in xs), *(torch.randn(40, 300) for _ in range(LONGEST + 3)))
+    (merged,) = (op for op in module.body if op.name == "tile.kernel")
+    assert [len(run.parts) for run in equal_runs(merged)] == [LONGEST, 3]
+
+
+def test_buffers_in_known_places_and_others_are_no_run() -> None:
+    module = lowered(lambda *xs: tuple(x.softmax(-1) for x in xs), *(torch.randn(40, 300) for _ in range(4)))
+    (merged,) = (op for op in module.body if op.name == "tile.kernel")
+    aligned = [True] * len(merged.body.args)
+    aligned[1] = False
+    assert [len(run.parts) for run in equal_runs(merged, aligned)] == [1, 1, 2]
+
+
+def test_a_buffer_is_picked_by_halves() -> None:
+    assert picked(["a", "b", "c"], "n") == "tl.where(n < 1, a, tl.where(n < 2, b, c))"
+    assert picked(["a", "a"], "n") == "a"

@@ -54,6 +54,35 @@ def test_rows_in_order(order: str) -> None:
     assert torch.equal(places, torch.sort(x, dim=-1, descending=True, stable=True).indices[:, :10])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_networks_of_every_size(dtype: torch.dtype) -> None:
+    """One program for all sizes: blocks that end anywhere, merged or cut to the first few; rows with many equal elements, in order, and almost so."""
+    sort = torch.compile(lambda x: torch.sort(x, stable=True), backend="aicc", dynamic=True, options={"strict": True})
+    top = torch.compile(lambda x, k: torch.topk(x, k), backend="aicc", dynamic=True, options={"strict": True})
+    for n in (2, 5, 8, 9, 13, 31, 32, 33, 63, 65, 96, 97, 127, 129, 160, 255, 257, 321, 480, 513, 777, 1024, 1025):
+        x = torch.randint(-n, n, (8, n)).to(dtype)
+        x[1], x[2], x[3] = x[1].sort().values, x[2].sort(descending=True).values, torch.arange(n, 0, -1)
+        x[4] = torch.arange(n)
+        x[4, n // 2] = -1
+        x[5], x[6] = -x[3], 1
+        x[7, n // 3] = math.nan
+        true = torch.sort(x, dim=-1, stable=True)
+        assert all(torch.equal(a.nan_to_num(1e9), b.nan_to_num(1e9)) for a, b in zip(sort(x), true, strict=True)), n
+        true = torch.sort(x, dim=-1, descending=True, stable=True)
+        for k in sorted({2, n // 7, n // 3, n // 2, n - 1, n} - {0, 1}):
+            values, places = top(x, k)
+            assert torch.equal(places, true.indices[:, :k]) and torch.equal(values.nan_to_num(1e9), true.values[:, :k].nan_to_num(1e9)), (n, k)
+
+
+def test_in_order_needs_equal_ones_to_keep_their_places() -> None:
+    """The other way round is not enough where two are equal: the later one would come first."""
+    x = torch.arange(40.0, 0, -1).repeat(2, 1)
+    x[1, 20] = x[1, 19]
+    (values, places), _ = compiled(lambda x: torch.sort(x), x)
+    assert torch.equal(places, torch.sort(x, stable=True).indices) and torch.equal(values, torch.sort(x).values)
+    assert places[1].tolist().index(19) < places[1].tolist().index(20)
+
+
 def test_one_program_for_all_sizes_and_views() -> None:
     f = torch.compile(lambda x: torch.topk(x, 4), backend="aicc", dynamic=True, options={"strict": True})
     for shape in ((3, 50), (7, 333), (1, 16), (40, 17)):

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from aicc.compiler.distributed.auto_shard import ShardingPlan, auto_shard
+from aicc.compiler.distributed.joint import Argument, Exported, make_joint
 from aicc.compiler.distributed.program import build_program
 from aicc.compiler.distributed.validation import validate_plan
+from aicc.compiler.errors import UserError
 from aicc.compiler.options import Options
 from aicc.ir.interpreter import interpret
 from aicc.passes.shard import Plan
@@ -90,6 +92,17 @@ def test_weights_picked_for_each_token_are_not_kept() -> None:
     kept = [v.type for v in func.body.terminator.operands[program.joint.outputs:]]
     assert all(t.numel <= BATCH * LENGTH * WIDTH for t in kept), kept  # type: ignore[attr-defined]
     assert any(t.dtype.name == "i64" for t in kept), kept  # type: ignore[attr-defined]
+
+
+def test_a_forward_pass_that_changes_an_argument_is_refused() -> None:
+    """The backward pass would pick from it what the forward pass never saw."""
+    def step(x: torch.Tensor, cache: torch.Tensor) -> tuple[torch.Tensor]:
+        cache.add_(x)
+        return ((cache[torch.arange(4) // 2] * x).sum(),)
+
+    arguments = [Argument("input", "x", (4,), torch.float32), Argument("buffer", "cache", (4,), torch.float32)]
+    with pytest.raises(UserError, match="changes one of its arguments"):
+        make_joint(Exported(torch.fx.symbolic_trace(step), arguments), differentiable_inputs=[0])
 
 
 def test_kept_values() -> None:

@@ -1,0 +1,118 @@
+"""What of a model a program of `ahead.py` was compiled for, beside its tensors, and whether a call still has it.
+
+Of every layer: its `training` flag, layers and hooks, all plain settings (`eps` of a norm as well as what users' layers hold), and lists, dicts
+and sets of plain values; whether it has got a `forward` of its own. The plain variables of a function's closure, and those of a method's object,
+likewise.
+Not seen: what an empty list or dict is given later, and the insides of objects that are neither of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import nn
+
+from .ahead_checks import kind_of
+from .held import Held, is_container, is_plain
+
+__all__ = ["Modules"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_OWN = ("training", "_modules", *_HOOKS)
+_BASE = frozenset(vars(nn.Module()))
+_METHODS = ("forward", "__call__")
+"""What a layer may be given in place of its class's."""
+
+
+class Modules:
+    """The layers of what was compiled, a module, or what a function, method or `partial` holds, and the plain values held beside them."""
+
+    def __init__(self, model: Callable[..., Any]):
+        held = Held()
+        held.add(model)
+        self.modules = list(dict.fromkeys(chain.from_iterable(m.modules() for m in held.modules)))
+        self._all = [*self.modules, *held.objects]
+        self._now = [m.__dict__ for m in self._all]
+        self._names = [*map(_settings, self.modules), *map(_plain_names, held.objects)]
+        # A name alone would be picked as itself, and none not at all.
+        self._pick = [itemgetter(*names, *names[:1]) if names else _nothing for names in self._names]
+        self._then = [tuple(dict(v) if isinstance(v, dict) else v for v in pick(d)) for pick, d in zip(self._pick, self._now, strict=True)]
+        self._cells = [(cell, kind_of(cell.cell_contents), name) for cell, name in held.cells]
+        read = [(partial(getattr, cell, "cell_contents"), f"variable '{name}' of the function") for cell, name in held.containers]
+        for x, now in zip(self._all, self._now, strict=True):
+            read += [(partial(now.get, n), f"'{n}' of {type(x).__name__}") for n in _containers(x)]
+        self._containers = [(get, _frozen(get()), name) for get, name in read]
+        self._lengths = self._sizes()
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for m in self.modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+
+    def check(self) -> None:
+        """ValueError if a layer was replaced, a flag or setting changed, or a hook came or went."""
+        for i, pick in enumerate(self._pick):
+            try:
+                same = pick(self._now[i]) == self._then[i]
+            except KeyError:
+                same = False
+            if not same:
+                raise ValueError(self._difference(i))
+        if self._sizes() != self._lengths:
+            self._look_for_methods()
+        for cell, then, name in self._cells:
+            if kind_of(cell.cell_contents) != then:
+                raise ValueError(f"variable '{name}' of the function is another one since the program was compiled; compile it again with "
+                                 "aicc.compile")
+        for get, before, name in self._containers:
+            if _frozen(get()) != before:
+                raise ValueError(f"{name} has got other values since the program was compiled; compile it again with aicc.compile")
+
+    def _sizes(self) -> list[int]:
+        """How many attributes there are: a new one may be a method."""
+        return [*map(len, self._now)]
+
+    def _look_for_methods(self) -> None:
+        for i, (now, names) in enumerate(zip(self._now, self._names, strict=True)):
+            if new := [n for n in _METHODS if n in now and n not in names]:
+                raise ValueError(f"{type(self._all[i]).__name__} got another '{new[0]}' since the program was compiled; compile it again with "
+                                 "aicc.compile")
+        self._lengths = self._sizes()
+
+    def _difference(self, i: int) -> str:
+        now = self._now[i]
+        name = next((n for n, then in zip(self._names[i], self._then[i], strict=False) if n not in now or now[n] != then), "")
+        what = {"training": "was switched between train() and eval()", "_modules": "got other layers"}.get(
+            name, "got or lost hooks" if name in _HOOKS else f"got another '{name}'")
+        return f"{type(self._all[i]).__name__} {what} since the program was compiled; compile it again with aicc.compile"
+
+
+def _nothing(_: Any) -> tuple[Any, ...]:
+    return ()
+
+
+def _plain_names(x: Any) -> tuple[str, ...]:
+    """Plain values and methods of its own: those are the same object, or others."""
+    return tuple(n for n, v in vars(x).items() if is_plain(v) or n in _METHODS)
+
+
+def _settings(module: nn.Module) -> tuple[str, ...]:
+    return (*_OWN, *(n for n in _plain_names(module) if n not in _BASE))
+
+
+def _containers(x: Any) -> list[str]:
+    """Lists and the like of plain values; those that torch's layers keep for themselves follow from their settings."""
+    own = type(x).__module__.startswith("torch.nn.")
+    return [n for n, v in vars(x).items() if n not in _BASE and is_container(v) and not is_plain(v) and not (own and n.startswith("_"))]
+
+
+def _frozen(x: Any) -> Any:
+    """A copy that compares by types and values."""
+    if isinstance(x, dict):
+        return type(x), *((k, _frozen(v)) for k, v in x.items())
+    if isinstance(x, set):
+        return type(x), frozenset(x)
+    return (type(x), *map(_frozen, x)) if isinstance(x, (list, tuple)) else kind_of(x)

@@ -1,0 +1,289 @@
+"""The threads of one call of a compiled program: one OpenMP region per call, whose threads serve all of its launches.
+
+    team = make_team(symbols)     # once per process
+    team.region                   # i32 aicc_region(steps, table, symbols, threads): steps(table, symbols, team) with a team; its error word
+    team.launch                   # void aicc_launch(team, body, data): body(data, thread) on the caller and on every thread that comes
+
+An OpenMP region per launch would begin and end with all threads: where a core has a busy neighbour, the thread that should run there is put aside
+for a whole slice of the scheduler (3 to 8 ms), and every launch would wait for it. Here `body` takes pieces of the work until there are none left,
+whoever calls it, so a launch is done when its pieces are: the caller opens it, works, closes it, and then waits only for threads that came in
+meanwhile. A closed launch cannot be entered: the word that threads enter by (`state`) holds its number. The threads are OpenMP's, that is torch's:
+a second set would find those of the last eager operator spinning on its cores.
+
+Threads wait actively for a time, then in the kernel (a futex; where there are none, by yielding). Only the end of a call waits for all: its last
+launch is one that every thread has to enter.
+
+A team lives on the caller's stack as long as its region. So calls from several Python threads have teams of their own, and a fork inherits none.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import llvmlite.binding as llvm
+
+__all__ = ["NEEDED", "Team", "make_team"]
+
+NEEDED = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "syscall", "sched_yield")
+"""What the code calls: addresses that `make_team` needs."""
+_PAUSES = {"x86_64": ("call void @llvm.x86.sse2.pause()", "declare void @llvm.x86.sse2.pause()"),
+           "aarch64": ("call void @llvm.aarch64.isb(i32 15)", "declare void @llvm.aarch64.isb(i32)")}
+"""How to pause in a loop."""
+_FUTEXES = {"x86_64": 202, "aarch64": 98}
+"""The number of Linux's system call."""
+SPINS, IDLE, CROWDED = 300_000, 50_000, 1_000
+"""Pauses of active waiting. Of the caller for the end of a launch: longer than a slice of the scheduler, as OpenMP (libgomp) waits, for a thread
+that took its core meanwhile would keep it, waiting actively for OpenMP's next region. Of the others for the next launch: about a millisecond, so that
+who waits for a caller that is put aside gives it the core. Of all where there are more threads than cores: some 20 microseconds."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """Addresses of the two functions."""
+
+    region: int
+    launch: int
+
+
+def make_team(symbols: Mapping[str, int]) -> Team:
+    """Compiles the code, which then stays for the life of the process: threads may wait in it."""
+    machine = platform.machine()
+    pause, declaration = _PAUSES.get(machine, ("", ""))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    futex = _FUTEXES.get(machine) if sys.platform.startswith("linux") else None
+    words = {"PAUSE": pause, "SPINS": SPINS, "CROWDED": CROWDED, "IDLE": IDLE, "CORES": cores, "FUTEX": futex}
+    text = _CODE + declaration + (_YIELDING if futex is None else _FUTEX)
+    for word, value in words.items():
+        text = text.replace(word, str(value))
+    target = llvm.Target.from_default_triple().create_target_machine(reloc="pic", codemodel="small")
+    module = llvm.parse_assembly(text, llvm.create_context())
+    module.triple = target.triple
+    builder = llvm.JITLibraryBuilder().add_object_img(target.emit_object(module))
+    for name in NEEDED:
+        builder.import_symbol(name, symbols[name])
+    for name in ("aicc_region", "aicc_launch"):
+        builder.export_symbol(name)
+    jit = llvm.create_lljit_compiler(target, use_jit_link=True, suppress_errors=True)
+    tracker = builder.link(jit, "aicc.team")
+    team = Team(int(tracker["aicc_region"]), int(tracker["aicc_launch"]))
+    tracker.detach()
+    jit.detach()
+    return team
+
+
+_FUTEX = """
+define internal void @sleep(ptr %word, i32 %old) nounwind {
+  %old64 = zext i32 %old to i64
+  %r = call i64 (i64, ...) @syscall(i64 FUTEX, ptr %word, i64 128, i64 %old64, i64 0, i64 0, i64 0)
+  ret void
+}
+define internal void @rouse(ptr %word) nounwind {
+  %r = call i64 (i64, ...) @syscall(i64 FUTEX, ptr %word, i64 129, i64 2147483647, i64 0, i64 0, i64 0)
+  ret void
+}
+"""
+_YIELDING = """
+define internal void @sleep(ptr %word, i32 %old) nounwind {
+  %r = call i32 @sched_yield()
+  ret void
+}
+define internal void @rouse(ptr %word) nounwind {
+  ret void
+}
+"""
+# `state`: the launch's number in the upper half (`number`, what threads wait for), then open (1 bit), then how many have come.
+# `left`: how many of those have finished. Each waiting word has the number of threads that sleep on it beside it.
+_CODE = """
+%team = type { i32, i32, ptr, ptr, ptr, i64, [24 x i8],  i64, i32, [52 x i8],  ptr, ptr, [48 x i8],  i32, i32, [56 x i8] }
+; 0 error, 1 threads, 2 steps, 3 table, 4 symbols, 5 spins;  7 state, 8 sleepers;  10 body, 11 data;  13 left, 14 sleepers
+
+declare i64 @llvm.umin.i64(i64, i64)
+declare i64 @syscall(i64, ...)
+declare i32 @sched_yield()
+declare void @GOMP_parallel(ptr, ptr, i32, i32)
+declare i32 @omp_get_thread_num()
+declare i32 @omp_get_num_threads()
+
+; returns when the word is no longer `old`
+define internal void @await(ptr %word, i32 %old, i64 %most) nounwind {
+entry:
+  %sleepers = getelementptr i32, ptr %word, i32 1
+  br label %spin
+spin:
+  %n = phi i64 [ 0, %entry ], [ %n1, %again ]
+  %v = load atomic i32, ptr %word acquire, align 4
+  %new = icmp ne i32 %v, %old
+  br i1 %new, label %done, label %again
+again:
+  PAUSE
+  %n1 = add i64 %n, 1
+  %full = icmp uge i64 %n1, %most
+  br i1 %full, label %bed, label %spin
+bed:
+  %in = atomicrmw add ptr %sleepers, i32 1 seq_cst
+  br label %doze
+doze:
+  %v2 = load atomic i32, ptr %word seq_cst, align 4
+  %new2 = icmp ne i32 %v2, %old
+  br i1 %new2, label %awake, label %kernel
+kernel:
+  call void @sleep(ptr %word, i32 %old)
+  br label %doze
+awake:
+  %out = atomicrmw sub ptr %sleepers, i32 1 seq_cst
+  br label %done
+done:
+  ret void
+}
+
+; after a change of the word
+define internal void @tell(ptr %word) nounwind {
+  %sleepers = getelementptr i32, ptr %word, i32 1
+  %asleep = load atomic i32, ptr %sleepers seq_cst, align 4
+  %any = icmp ne i32 %asleep, 0
+  br i1 %any, label %wake, label %done
+wake:
+  call void @rouse(ptr %word)
+  br label %done
+done:
+  ret void
+}
+
+; the other threads of a region: each launch that they find open, until the one without a body
+define internal void @serve(ptr %team, i32 %me) nounwind {
+entry:
+  %state = getelementptr %team, ptr %team, i32 0, i32 7
+  %number = getelementptr i8, ptr %state, i64 4
+  %bodyp = getelementptr %team, ptr %team, i32 0, i32 10
+  %datap = getelementptr %team, ptr %team, i32 0, i32 11
+  %left = getelementptr %team, ptr %team, i32 0, i32 13
+  %spins = getelementptr %team, ptr %team, i32 0, i32 5
+  %own = load i64, ptr %spins
+  %most = call i64 @llvm.umin.i64(i64 %own, i64 IDLE)
+  br label %wait
+wait:
+  %seen = phi i32 [ 0, %entry ], [ %gen, %look ], [ %gen, %done ]
+  call void @await(ptr %number, i32 %seen, i64 %most)
+  br label %look
+look:
+  %s = load atomic i64, ptr %state acquire, align 8
+  %high = lshr i64 %s, 32
+  %gen = trunc i64 %high to i32
+  %open = and i64 %s, 2147483648
+  %closed = icmp eq i64 %open, 0
+  br i1 %closed, label %wait, label %take
+take:
+  %s1 = add i64 %s, 1
+  %try = cmpxchg ptr %state, i64 %s, i64 %s1 acq_rel acquire
+  %taken = extractvalue { i64, i1 } %try, 1
+  br i1 %taken, label %in, label %look
+in:
+  %body = load ptr, ptr %bodyp
+  %data = load ptr, ptr %datap
+  %last = icmp eq ptr %body, null
+  br i1 %last, label %done, label %run
+run:
+  call void %body(ptr %data, i32 %me)
+  br label %done
+done:
+  %l = atomicrmw add ptr %left, i32 1 seq_cst
+  call void @tell(ptr %left)
+  br i1 %last, label %end, label %wait
+end:
+  ret void
+}
+
+define internal void @open(ptr %team, ptr %body, ptr %data) nounwind {
+  %state = getelementptr %team, ptr %team, i32 0, i32 7
+  %number = getelementptr i8, ptr %state, i64 4
+  %bodyp = getelementptr %team, ptr %team, i32 0, i32 10
+  %datap = getelementptr %team, ptr %team, i32 0, i32 11
+  %left = getelementptr %team, ptr %team, i32 0, i32 13
+  store ptr %body, ptr %bodyp
+  store ptr %data, ptr %datap
+  store atomic i32 0, ptr %left monotonic, align 4
+  %s = load atomic i64, ptr %state monotonic, align 8
+  %high = lshr i64 %s, 32
+  %next = add i64 %high, 1
+  %n32 = shl i64 %next, 32
+  %open = or i64 %n32, 2147483648
+  store atomic i64 %open, ptr %state seq_cst, align 8
+  call void @tell(ptr %number)
+  ret void
+}
+
+; the caller's wait, until so many have left
+define internal void @join(ptr %team, i32 %all) nounwind {
+entry:
+  %left = getelementptr %team, ptr %team, i32 0, i32 13
+  %spins = getelementptr %team, ptr %team, i32 0, i32 5
+  %most = load i64, ptr %spins
+  br label %look
+look:
+  %l = load atomic i32, ptr %left acquire, align 4
+  %ready = icmp eq i32 %l, %all
+  br i1 %ready, label %done, label %wait
+wait:
+  call void @await(ptr %left, i32 %l, i64 %most)
+  br label %look
+done:
+  ret void
+}
+
+define void @aicc_launch(ptr %team, ptr %body, ptr %data) nounwind {
+  %state = getelementptr %team, ptr %team, i32 0, i32 7
+  call void @open(ptr %team, ptr %body, ptr %data)
+  call void %body(ptr %data, i32 0)
+  %last = atomicrmw and ptr %state, i64 -2147483649 seq_cst
+  %came = and i64 %last, 2147483647
+  %all = trunc i64 %came to i32
+  call void @join(ptr %team, i32 %all)
+  ret void
+}
+
+define internal void @enter(ptr %team) nounwind {
+  %me = call i32 @omp_get_thread_num()
+  %caller = icmp eq i32 %me, 0
+  br i1 %caller, label %call, label %other
+call:
+  %threads = call i32 @omp_get_num_threads()
+  %threadsp = getelementptr %team, ptr %team, i32 0, i32 1
+  store i32 %threads, ptr %threadsp
+  %stepsp = getelementptr %team, ptr %team, i32 0, i32 2
+  %tablep = getelementptr %team, ptr %team, i32 0, i32 3
+  %symbolsp = getelementptr %team, ptr %team, i32 0, i32 4
+  %steps = load ptr, ptr %stepsp
+  %table = load ptr, ptr %tablep
+  %symbols = load ptr, ptr %symbolsp
+  call void %steps(ptr %table, ptr %symbols, ptr %team)
+  call void @open(ptr %team, ptr null, ptr null)
+  %all = sub i32 %threads, 1
+  call void @join(ptr %team, i32 %all)
+  ret void
+other:
+  call void @serve(ptr %team, i32 %me)
+  ret void
+}
+
+define i32 @aicc_region(ptr %steps, ptr %table, ptr %symbols, i32 %threads) nounwind {
+  %team = alloca %team, align 64
+  store %team zeroinitializer, ptr %team, align 64
+  %stepsp = getelementptr %team, ptr %team, i32 0, i32 2
+  %tablep = getelementptr %team, ptr %team, i32 0, i32 3
+  %symbolsp = getelementptr %team, ptr %team, i32 0, i32 4
+  store ptr %steps, ptr %stepsp
+  store ptr %table, ptr %tablep
+  store ptr %symbols, ptr %symbolsp
+  %spinsp = getelementptr %team, ptr %team, i32 0, i32 5
+  %crowd = icmp ugt i32 %threads, CORES
+  %spins = select i1 %crowd, i64 CROWDED, i64 SPINS
+  store i64 %spins, ptr %spinsp
+  call void @GOMP_parallel(ptr @enter, ptr %team, i32 %threads, i32 0)
+  %error = load i32, ptr %team
+  ret i32 %error
+}
+"""

@@ -1,0 +1,121 @@
+"""The threads of a call: each launch runs its body on threads that come while it is open, and on no thread afterwards.
+
+In processes of their own: the number of threads is that of the process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+PRELUDE = """
+    import ctypes, os, threading, time
+    from aicc.runtime.loader import runtime_symbols
+    POINTER, BODY = ctypes.c_void_p, ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)
+    STEPS = ctypes.CFUNCTYPE(None, POINTER, POINTER, POINTER)
+    enter = ctypes.CFUNCTYPE(ctypes.c_int, STEPS, POINTER, POINTER, ctypes.c_int)(runtime_symbols()["aicc_region"])
+    launch = ctypes.CFUNCTYPE(None, POINTER, BODY, POINTER)(runtime_symbols()["aicc_launch"])
+    def call(steps, threads):
+        return enter(STEPS(lambda table, symbols, team: steps(team)), None, None, threads)
+"""
+
+
+def run(script: str) -> str:
+    """The output of a script."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(PRELUDE) + textwrap.dedent(script)], env={**os.environ, "OMP_NUM_THREADS": "2"},
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_a_body_runs_for_its_own_launch_only() -> None:
+    """Long bodies are run by several threads at once, each of them once per launch; a launch that has ended is not entered, however short it was."""
+    run("""
+        current, seen, wrong = [0], [], []
+        def work(data, thread):
+            if data != current[0]:
+                wrong.append(data)
+            seen.append((data, thread, threading.get_ident()))
+            if data % 50 == 0:
+                time.sleep(0.02)
+        body = BODY(work)
+        def steps(team):
+            for number in range(1, 401):
+                current[0] += 1
+                launch(team, body, current[0])
+        for _ in range(5):
+            call(steps, 3)
+        assert not wrong, wrong
+        assert len(set(seen)) == len(seen)
+        assert all((number, 0, threading.get_ident()) in seen for number in range(1, 2001))
+        assert max(sum(n == number for n, _, _ in seen) for number in range(50, 2001, 50)) == 3
+        assert {thread for _, thread, _ in seen} == {0, 1, 2}
+    """)
+
+
+def test_threads_sleep_and_wake_within_a_call() -> None:
+    """A caller that works alone for long finds its threads again, which do not use their cores meanwhile."""
+    run("""
+        seen = []
+        def work(data, thread):
+            seen.append((data, thread))
+            time.sleep(0.01)
+        body = BODY(work)
+        def steps(team):
+            for number in range(4):
+                before = time.process_time()
+                time.sleep(0.2)
+                assert time.process_time() - before < 0.1
+                launch(team, body, number)
+        call(steps, 2)
+        assert {thread for _, thread in seen} == {0, 1}, seen
+    """)
+
+
+def test_arguments_and_the_error_word() -> None:
+    run("""
+        def steps(table, symbols, team):
+            threads = ctypes.c_int.from_address(team + 4)
+            assert (table, symbols, threads.value) == (16, 32, expected), threads.value
+            ctypes.c_int.from_address(team).value = 7
+        steps = STEPS(steps)
+        for expected in (1, 2, 3, 2):
+            assert enter(steps, 16, 32, expected) == 7
+        assert call(lambda team: None, 2) == 0
+    """)
+
+
+def test_a_call_inside_a_launch_has_one_thread() -> None:
+    run("""
+        inner = []
+        inside = BODY(lambda data, thread: inner.append((data, thread)))
+        def work(data, thread):
+            call(lambda team: launch(team, inside, thread + 10), 2)
+            time.sleep(0.02)
+        body = BODY(work)
+        call(lambda team: launch(team, body, None), 2)
+        assert sorted(inner) == [(10, 0), (11, 0)], inner
+    """)
+
+
+def test_two_threads_of_a_program() -> None:
+    """Each has a team of its own; both get all of their work done."""
+    run("""
+        import itertools
+        def program(results, k):
+            for _ in range(100):
+                counter, done = itertools.count(), []
+                def work(data, thread):
+                    while (i := next(counter)) < 20:
+                        done.append(i)
+                body = BODY(work)
+                call(lambda team: launch(team, body, None), 2)
+                results[k] += sorted(done) == list(range(20))
+        results = [0, 0]
+        threads = [threading.Thread(target=program, args=(results, k)) for k in range(2)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        assert results == [100, 100], results
+    """)
