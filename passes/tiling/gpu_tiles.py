@@ -15,7 +15,8 @@ from ...ir.expr import as_int, ceildiv
 from ..exact import matrix_unit_type
 from .gpu_tile_cost import product_seconds
 
-__all__ = ["COLUMNS", "GpuTile", "gemm_tile_gpu", "gemm_tiles_gpu", "packed_bytes", "padded", "product_bytes"]
+__all__ = ["ASKED_BYTES", "ASKED_ROWS", "COLUMNS", "GpuTile", "early_columns",
+           "gemm_tile_gpu", "gemm_tiles_gpu", "packed_bytes", "padded", "product_bytes"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ HOPPER, WHOLE = 90, 64
 """The compute capability whose matrix units take 64 rows at a time (another number of columns, from 8 on, costs them nothing)."""
 SHARED = 220 << 10
 """Bytes of shared memory for loads that programs on one multiprocessor share there."""
+ASKED_ROWS, ASKED_BYTES = (32, 256), 12 << 20
+"""Products whose weights are asked for before the kernel in front has ended, by rows of the other operand and bytes of the weight: with fewer rows or
+larger weights the memory is busy anyway, and asking makes it slower (16 rows and 90 MB on an H200: 26 -> 41 us); with more rows, arithmetic is."""
+EARLY = 224 << 10
+"""Bytes of shared memory for all of K of both operands, and a float32 result (`backends/triton/early_weights.py`)."""
 UNKNOWN = 2048
 """What a size that is not known at compile time counts as."""
 
@@ -79,6 +85,19 @@ def _turned_tiles(target: Target, batch: int, n: int, k: Dim, products: int) -> 
     return found
 
 
+def early_columns(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim) -> int:
+    """Of a product of some rows by a weight that is there before the kernel in front has ended: rows of the other operand, beside `WHOLE` of the
+    weight's, for a program that holds all of K of both in shared memory. As many programs as there are multiprocessors, as each has one to itself,
+    and a fifth of that at least; 0 where nothing fits."""
+    if target.capability != HOPPER or not all(isinstance(x, int) for x in (batch, m, n, k)):
+        return 0
+    batch, m, n, k = map(as_int, (batch, m, n, k))
+    if not ASKED_ROWS[0] <= m <= ASKED_ROWS[1] or n % WHOLE or k % WHOLE or 2 * batch * n * k > ASKED_BYTES:
+        return 0
+    fitting = (c for c in (32, 64) if m % c == 0 and 2 * (WHOLE + c) * k + 4 * WHOLE * c <= EARLY)
+    return next((c for c in fitting if target.multiprocessors <= 5 * batch * (n // WHOLE) * (m // c) <= 5 * target.multiprocessors), 0)
+
+
 def padded(n: Dim, least: int = 16) -> int:
     """The power of two that holds n, at least `least`."""
     return max(least, 1 << max(0, as_int(n) - 1).bit_length())
@@ -107,10 +126,11 @@ def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_
 
 
 def gemm_tiles_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_element: int, *, exact: bool = False,
-                   heavy: bool = False, stored: int = 2, products: int = 1, row_major: bool = False) -> list[GpuTile]:
+                   heavy: bool = False, stored: int = 2, products: int = 1, row_major: bool = False, settled: bool = False) -> list[GpuTile]:
     """Tiles of a contraction, the best by the model first. `exact`: integers, as rank-1 updates, since matrix units do not have their types;
     `heavy`: the epilogue needs registers beside the accumulator; `stored`: bytes in memory of an element of the larger operand; `products`:
-    contractions of one left operand, side by side; `row_major`: the larger operand is contiguous along N."""
+    contractions of one left operand, side by side; `row_major`: the larger operand is contiguous along N; `settled`: the right operand is there
+    before the kernel in front has ended."""
     if exact:
         return [GpuTile(_fit(m, 32), _fit(n, 32), 1, 4, 1)]
     if bytes_per_element > 2:  # f32 and f64 run on the plain units: tiles are bounded by registers
@@ -139,7 +159,9 @@ def gemm_tiles_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per
     if whole and sizes[1] <= WHOLE:
         known += [GpuTile(WHOLE, padded(sizes[1]), _fit(k, step), 4, stages, True) for step, stages in pairs((64, 128), (3, 4, 6))]
     costs = {tile: product_seconds(target, shape, tile, products=products) for tile in known}
-    return sorted(costs, key=costs.__getitem__)
+    early = early_columns(target, batch, m, n, k) if settled and stored == 2 and products == 1 and not row_major else 0
+    first = [GpuTile(WHOLE, early, WHOLE, 4, 4, True)] if early else []
+    return list(dict.fromkeys([*first, *sorted(costs, key=costs.__getitem__)]))
 
 
 def _suits(rows: int, columns: int, step: int, warps: int, stages: int, products: int) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from aicc.backends.triton import starts_early
+from aicc.backends.triton import may_begin
 from aicc.backends.triton.printer import KernelSource, print_kernel
 from aicc.ir import Operation
 from aicc.ir.core import IRError
@@ -32,10 +32,10 @@ def kernels_of(name: str) -> list[Operation]:
 def test_kernels_of_many_programs_start_when_the_one_in_front_has_ended(programs: int, early: bool) -> None:
     (kernel,) = kernels_of("pointwise")
     kernel.attributes["grid"] = (programs,)
-    assert starts_early(kernel, SM90) == early and not starts_early(kernel, SM80)
+    assert may_begin(kernel, SM90) == early and not may_begin(kernel, SM80)
     (sums,) = kernels_of("one_row")
     sums.attributes["grid"] = (programs,)
-    assert starts_early(sums, SM90), "programs that run through a loop"
+    assert may_begin(sums, SM90), "programs that run through a loop"
 
 
 def text_of(source: str) -> KernelSource:
