@@ -125,7 +125,7 @@ def _in_tiles(target: Target, work: Work, processors: int) -> float:
     tile = gemm_tile_gpu(target, batch, m, n, k, 2, heavy=work.heavy > 0)
     parts = _parts(work, tile.programs(batch, m, n), processors)
     if parts == 1:
-        return product_seconds(target, work.sizes, tile, stored=work.result_bytes)
+        return product_seconds(target, (batch, m, n, k), tile, stored=work.result_bytes)
     made = product_seconds(target, (batch * parts, m, n, k // parts), gemm_tile_gpu(target, batch * parts, m, n, k // parts, 2), stored=4)
     return made + 8 * parts * work.elements / (MEMORY_SHARE * _rates(target).bandwidth)
 

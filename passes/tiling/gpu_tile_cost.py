@@ -31,12 +31,23 @@ OTHER_REGISTERS = 58
 class Tile(Protocol):
     """What `gpu_tiles.GpuTile` has."""
 
-    rows: int
-    columns: int
-    step: int
-    warps: int
-    stages: int
-    turned: bool
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def columns(self) -> int: ...
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def warps(self) -> int: ...
+
+    @property
+    def stages(self) -> int: ...
+
+    @property
+    def turned(self) -> bool: ...
 
 
 @dataclass(frozen=True)
