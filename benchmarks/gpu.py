@@ -306,15 +306,18 @@ CASES = [*_memory(), *_attention(), *_gemm(), *_packed(), *_scatter(), *_optimiz
 
 
 def milliseconds(calls: list[Callable[[], Any]], budget_ms: float = 60, least: int = 1) -> list[float]:
-    """Median time of each call, in blocks of at least `least` calls that take turns. In a block of one, the host's way to the first kernel counts."""
+    """Median time of each call, in blocks of at least `least` calls that take turns, another one first each time: clocks sink while a GPU is busy, so
+    who is always last has the lowest. In a block of one, the host's way to the first kernel counts."""
     counts = []
     for call in calls:
         call()
         torch.cuda.synchronize()
         counts.append(max(least, min(200, int(budget_ms / 5 / max(1e-3, _block(call, 1))))))
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(5):
-        for call, n, found in zip(calls, counts, times, strict=True):
+    contenders = list(zip(calls, counts, times, strict=True))
+    for first in range(5):
+        for i in range(len(calls)):
+            call, n, found = contenders[(first + i) % len(calls)]
             found.append(_block(call, n))
     return [statistics.median(t) for t in times]
 

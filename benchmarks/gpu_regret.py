@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,6 +112,19 @@ def own_part(cases: list[Case], options: argparse.Namespace, begin: float) -> No
         torch.cuda.empty_cache()
 
 
+def _read(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """The rows of a process, shown as they come."""
+    rows = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(RESULT):
+            rows.append(json.loads(line.removeprefix(RESULT)))
+            show(rows[-1])
+        else:
+            print(line.rstrip(), flush=True)
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=GROUPS, help="groups or case names, separated by commas")
@@ -136,14 +150,9 @@ def main() -> int:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         running = [subprocess.Popen([sys.executable, __file__, *given, "--part", f"{i + 1}/{jobs}", "--lock", lock.name], stdout=subprocess.PIPE,
                                     stderr=subprocess.DEVNULL, text=True, env=environment) for i in range(jobs)]
-        for p in running:
-            assert p.stdout is not None
-            for line in p.stdout:
-                if line.startswith(RESULT):
-                    rows.append(json.loads(line.removeprefix(RESULT)))
-                    show(rows[-1])
-                else:
-                    print(line.rstrip(), flush=True)
+        with ThreadPoolExecutor(jobs) as readers:  # each line as it comes: a run that is cut off has shown what it found
+            for found in readers.map(_read, running):
+                rows += found
     if rows:
         summarise(rows)
     return 0

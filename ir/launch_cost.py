@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from .core import Operation
 from .expr import Dim, product
 
-__all__ = ["FORK_NANOSECONDS", "REGION_NANOSECONDS", "SERIAL_NANOSECONDS", "Share", "estimated_nanoseconds", "share_of", "side_by_side_gain"]
+__all__ = ["FORK_NANOSECONDS", "SERIAL_NANOSECONDS", "Share", "estimated_nanoseconds", "share_of", "side_by_side_gain"]
 
-REGION_NANOSECONDS = 20_000
-"""Calls in which threads can share less than this run on the calling thread: the others may have to be woken."""
-SERIAL_NANOSECONDS = 8_000
-"""Launches estimated shorter than this run on the calling thread alone: the others have to hear of a launch, and to fetch its data."""
+SERIAL_NANOSECONDS = 20_000
+"""Launches estimated shorter than this run on the calling thread alone: the others have to hear of a launch, and to fetch its data. So do
+calls in which threads can share less."""
 FORK_NANOSECONDS = 4_000
 """What it costs to share a launch between two threads: to hear of it, to fetch data from the other core, to wait for the end."""
 

@@ -7,7 +7,8 @@ left of several.
 
 Two launches are merged if neither needs the other's results, even by way of others, if both are small (SMALL bytes; products, which
 keep their registers for a long loop, PRODUCT bytes, of which they make MADE, and only with products of the same warps), and if at most WINDOW
-launches lie between them. Launches of long chains that are to run on two streams are merged within their chain alone.
+launches lie between them. What is written in place, a cache, no other part of a kernel reads. Launches of long chains that are to run on two
+streams are merged within their chain alone.
 Elementwise kernels that read nothing but arguments (and a few numbers) and make nothing but what the caller gets are merged whatever their size: the
 steps of an optimizer over a hundred parameters. Nobody waits for them within the program, so that no cached result and no memory is lost by
 moving them, and every launch saved is a device that does not run empty (two to four microseconds). Large ones and small ones stay apart: a merged
@@ -109,7 +110,7 @@ class _Finder:
     def _kind(self, op: Operation) -> tuple[object, ...] | None:
         """What a launch can be merged with; None: nothing."""
         kernel = self.kernels.get(op["kernel"].name) if op.name == "tile.launch" and not op["cached"] else None
-        if kernel is None or kernel["symbols"] or kernel.attributes.get("updates") or not all(isinstance(n, int) for n in kernel["grid"]):
+        if kernel is None or kernel["symbols"] or not all(isinstance(n, int) for n in kernel["grid"]):
             return None
         if any(o.name in ("tile.part", "tile.alloca") for o in kernel.walk()) or not isinstance(kernel["bytes"], int):
             return None
@@ -134,6 +135,10 @@ class _Finder:
         return (g for g in reversed(groups) if g.kind == kind and at - g.last <= WINDOW and len(g.members) < PARTS)
 
     def _fits(self, g: _Group, op: Operation) -> bool:
+        """Buffers enough, and nobody reads what another one writes to in place."""
+        given = [(set(m.operands), {m.operands[i] for i, _ in self.kernels[m["kernel"].name]["updates"]}) for m in (*g.members, op)]
+        if any(given[-1][0] & written or given[-1][1] & read for read, written in given[:-1]):
+            return False
         return len({v for m in (*g.members, op) for v in (*m.operands, *m.results)}) <= BUFFERS
 
     def _depends(self, op: Operation, g: _Group, position: dict[Operation, int]) -> bool:
@@ -187,7 +192,7 @@ def _merged_kernel(launches: Sequence[Operation], kernels: dict[str, Operation],
     block = Block([types[v] for v in (*operands, *results)],  # type: ignore[misc]
                   [f"in{i}" for i in range(len(operands))] + [f"out{i}" for i in range(len(results))])
     argument = dict(zip((*operands, *results), block.args, strict=True))
-    first, inplace = 0, []
+    first, inplace, updates = 0, [], []
     readers = [set(op.operands) for op in launches]
     for k, (op, kernel) in enumerate(zip(launches, parts, strict=True)):
         outer = (*op.operands, *op.results)
@@ -202,6 +207,7 @@ def _merged_kernel(launches: Sequence[Operation], kernels: dict[str, Operation],
         for i, j in kernel["inplace"]:  # unless another part reads the old contents
             if not any(outer[i] in reads for n, reads in enumerate(readers) if n != k):
                 inplace.append((argument[outer[i]].index, argument[outer[j]].index))  # type: ignore[attr-defined]
+        updates += [(argument[outer[i]].index, argument[outer[j]].index) for i, j in kernel["updates"]]  # type: ignore[attr-defined]
     builder = Builder(block, None, launches[0].location)
     builder.create("tile.yield")
     shared = sorted({str(k["sym_name"]) for k in parts})
@@ -210,5 +216,7 @@ def _merged_kernel(launches: Sequence[Operation], kernels: dict[str, Operation],
              "flops": sum(k["flops"] for k in parts), "bytes": sum(k["bytes"] for k in parts)}
     if inplace:
         attrs["inplace"] = tuple(inplace)
+    if updates:
+        attrs["updates"] = tuple(updates)
     attrs["provenance"] = tuple(dict.fromkeys(line for k in parts for line in k["provenance"]))
     return Operation.create("tile.kernel", (), attrs, (), [Region([block])], launches[0].location)

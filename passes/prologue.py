@@ -73,6 +73,6 @@ def unpacks(maker: Operation, contraction: Operation, target: Target) -> bool:
     read = sum(as_int(v.type.numel) * element_type(v.type).bytes for v in maker.operands if isinstance(v.type, TensorType))
     made = as_int(out.type.numel) * element_type(out.type).bytes
     batch, m, n, k = (product(contraction["dims"][d] for d in r) for r in (roles.batch, roles.m, roles.n, roles.k))
-    tile = gemm_tile_gpu(target, batch, m, n, k, product_bytes(contraction))
-    repeats = as_int(ceildiv(m, tile.rows) if contraction.operands[roles.right] is out else ceildiv(n, tile.columns))
+    rows, columns = gemm_tile_gpu(target, batch, m, n, k, product_bytes(contraction)).result
+    repeats = as_int(ceildiv(m, rows) if contraction.operands[roles.right] is out else ceildiv(n, columns))
     return read < made and repeats <= REPEATS

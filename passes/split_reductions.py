@@ -17,15 +17,15 @@ from typing import ClassVar
 
 from ..ir import Builder, Dim, Operation, Target, TensorType, Value, element_type, sym
 from ..ir.dialects.tensor import fill_of, parallel_dims
-from ..ir.expr import as_int, ceildiv, product, substitute
+from ..ir.expr import as_int, product, substitute
 from ..ir.passes import Pass, PassContext, register
 from ..ir.ranges import simplify, split_linear
 from .narrow_results import ROUNDS
 from .rescale import about_mean
-from .structured import BESIDE, is_contraction, rebuild, space_bounds
+from .structured import BESIDE, is_contraction, is_pointwise, rebuild, space_bounds
 from .tiling.columns import COLUMNS as LOOP_COLUMNS
 from .tiling.contraction import is_row_major, roles_of
-from .tiling.gpu_tiles import COLUMNS, gemm_tile_gpu, product_bytes
+from .tiling.gpu_tiles import COLUMNS, FEW_ROWS, early_columns, gemm_tile_gpu, packed_bytes, product_bytes
 
 CPU_PARTS = 16
 """Programs that a reduction on a CPU is split into at most."""
@@ -65,9 +65,18 @@ class SplitReductions(Pass):
                     ctx.remark("done", f"a reduction of {op['dims'][cut.dim]} elements in {cut.parts} parts", op.location)
 
     def _on_gpu(self, op: Operation, target: Target) -> Cut:
-        programs, room = _programs(op, target), target.multiprocessors
+        (programs, alone), room = _programs(op, target), target.multiprocessors
+        if is_contraction(op):
+            others = _launched_with(op)
+            programs += sum(_programs(other, target)[0] for other in others)
+            if others and 3 * programs >= room:
+                return Cut(0, 1)  # what reads them would have to add parts first
+            parts = self._early_parts(op, target)
+            if parts:
+                return self._parts(op, parts)
         if is_contraction(op) or reduces_rows(op):
-            wanted = -(-(2 if is_contraction(op) else 4) * room // programs)  # programs per multiprocessor, as measured
+            each = 2 if is_contraction(op) else 4  # programs per multiprocessor, as measured
+            wanted = room // programs if alone else -(-each * room // programs)
             return self._parts(op, wanted) if 2 * programs <= room else Cut(0, 1)
         wanted = -(-8 * room // programs)
         if wanted < 3:
@@ -81,6 +90,17 @@ class SplitReductions(Pass):
         else:
             outer = Cut(first, next((p for p in range(min(limit, whole), 1, -1) if whole % p == 0), 1))
         return outer if outer.parts >= cut.parts else cut  # a part of neighbours in memory
+
+    def _early_parts(self, op: Operation, target: Target) -> int:
+        """In how many parts a program holds all of its K in shared memory (`early_columns`), the fewest; 1: whole; 0: not so."""
+        roles = roles_of(op)
+        if roles is None or len(roles.k) != 1 or product_bytes(op) != 2 or is_row_major(op, roles):
+            return 0
+        if op.operands[roles.right].defining_op is not None:
+            return 0
+        batch, m, n, k = (product(op["dims"][d] for d in r) for r in (roles.batch, roles.m, roles.n, roles.k))
+        length, most = as_int(k), min(ADDED, self._limit(op, ADDED))
+        return next((p for p in range(1, most + 1) if length % p == 0 and early_columns(target, batch * p, m, n, length // p)), 0)
 
     def _on_cpu(self, op: Operation) -> Cut:
         """Few parts, each worth a thread's while: how many depends on nothing but the sizes, so that results do not depend on the machine."""
@@ -121,17 +141,32 @@ def _shares_a_pass(op: Operation) -> bool:
     return False
 
 
-def _programs(op: Operation, target: Target) -> int:
-    """About how many programs the op would be as one kernel."""
+def _programs(op: Operation, target: Target) -> tuple[int, bool]:
+    """About how many programs the op would be as one kernel, and whether each does best with a multiprocessor to itself."""
     count = product(parallel_dims(op))
     assert isinstance(count, int)
     roles = roles_of(op) if is_contraction(op) else None
     if roles is not None:
         batch, m, n, k = (product(op["dims"][d] for d in r) for r in (roles.batch, roles.m, roles.n, roles.k))
+        makers = [v.defining_op for v in op.operands if v.defining_op is not None and is_pointwise(v.defining_op)]
         tile = gemm_tile_gpu(target, batch, m, n, k, product_bytes(op), exact=not element_type(op.result.type).is_float,
-                             row_major=is_row_major(op, roles))
-        return max(1, as_int(batch * ceildiv(m, tile.rows) * ceildiv(n, tile.columns)))
-    return max(1, count if reduces_rows(op) else count // COLUMNS)
+                             stored=packed_bytes(op, makers), row_major=is_row_major(op, roles))
+        return max(1, tile.programs(as_int(batch), as_int(m), as_int(n))), tile.turned
+    return max(1, count if reduces_rows(op) else count // COLUMNS), False
+
+
+def _launched_with(op: Operation) -> list[Operation]:
+    """Other products of the same few rows, as query, key and value of a token: `merge-launches` makes one launch of them."""
+    roles = roles_of(op)
+    if roles is None or product(op["dims"][d] for d in roles.m) not in range(FEW_ROWS + 1):
+        return []
+    v, k = op.operands[roles.left], [op["dims"][d] for d in roles.k]
+    found = []
+    for u in dict.fromkeys(v.users):
+        theirs = roles_of(u) if u is not op and u.name == "tensor.generic" and is_contraction(u) else None
+        if theirs is not None and u.operands[theirs.left] is v and [u["dims"][d] for d in theirs.k] == k and not theirs.batch:
+            found.append(u)
+    return found
 
 
 def _affordable(op: Operation) -> int:

@@ -21,7 +21,7 @@ from llvmlite import ir
 
 from ...ir.core import IRError, Operation, Value
 from ...ir.expr import Dim, as_int, product, sym
-from ...ir.launch_cost import REGION_NANOSECONDS, estimated_nanoseconds
+from ...ir.launch_cost import SERIAL_NANOSECONDS, estimated_nanoseconds
 from ...ir.target import Target
 from ...ir.types import BufferType, element_type
 from .copies import copy_kernel
@@ -250,7 +250,7 @@ class _Segment:
         """The exported function: `steps` on one thread or several."""
         self._read_sizes()
         with self.scalars.scope(self.sizes, "call"):
-            never = isinstance(work, int) and work < REGION_NANOSECONDS
+            never = isinstance(work, int) and work < SERIAL_NANOSECONDS
             table, symbols = self.f.args
             emit_call(self.b, steps, table, symbols, None if never else self.scalars.emit(work))
 

@@ -19,7 +19,7 @@ from llvmlite import ir
 
 from ...ir.core import Operation
 from ...ir.expr import Dim, product
-from ...ir.launch_cost import REGION_NANOSECONDS, SERIAL_NANOSECONDS, estimated_nanoseconds
+from ...ir.launch_cost import SERIAL_NANOSECONDS, estimated_nanoseconds
 from .intrinsics import declare
 from .scalars import ScalarEmitter
 from .values import I32, I64, PTR, stack_slot
@@ -52,7 +52,7 @@ def emit_call(b: ir.IRBuilder, steps: ir.Function, table: ir.Value, symbols: ir.
     module = b.module
     if work is not None:
         ask, together, alone = (b.append_basic_block(name) for name in ("ask", "together", "alone"))
-        b.cbranch(b.icmp_signed(">=", work, I64(REGION_NANOSECONDS)), ask, alone)
+        b.cbranch(b.icmp_signed(">=", work, I64(SERIAL_NANOSECONDS)), ask, alone)
         b.position_at_end(ask)
         threads = b.call(declare(module, "omp_get_max_threads", I32, []), [])
         nested = b.call(declare(module, "omp_in_parallel", I32, []), [])

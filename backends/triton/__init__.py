@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from ...ir.core import IRError, Operation
+from ...ir.expr import product
 from ...ir.expr_json import expr_to_json
 from ...ir.target import Target
 from .compile import CompiledKernel, compile_kernel, triton_cache
+from .early_weights import print_early_weights
 from .host import Copy, Launch, Program, Step, Wait, build_program
 from .native import NativeHost, emit_native
 from .printer import KernelSource, print_kernel
@@ -40,6 +42,7 @@ __all__ = [
     "compile_gpu",
     "compile_kernel",
     "emit_native",
+    "may_begin",
     "print_kernel",
     "program_json",
     "start_workers",
@@ -51,6 +54,8 @@ TENSOR_MAPS = 90
 """The compute capability whose kernels read matrices by tensor maps."""
 PROGRAMMATIC = 90
 """From this one on, a kernel may be launched before the one in front of it has ended, and waits for that by itself."""
+LONG, FEW = 16 << 20, 4
+"""Bytes that take some ten times as long as an early start gains, and programs for each multiprocessor, all of which are there at once."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = N
             if not sources[name].registers:
                 raise
             warnings.warn(f"kernel '{name}' is compiled in its plain, slower form: {str(error)[:300]}", RuntimeWarning, stacklevel=2)
-            sources[name] = print_kernel(program.kernels[name], dependent=target.capability >= PROGRAMMATIC)
+            sources[name] = print_kernel(program.kernels[name], dependent=may_begin(program.kernels[name], target))
             return compiled_here_or_there(sources[name], divisible)
 
     longest_first = sorted(sources, key=lambda name: -len(sources[name].text))
@@ -112,8 +117,21 @@ def compile_gpu(module: Operation, target: Target, *, cache_dir: Path | None = N
 def _source(kernel: Operation, target: Target, divisible: Sequence[bool]) -> KernelSource:
     """The kernel in the form that suits the target best."""
     made = print_warp_groups(kernel, target, divisible)
+    if isinstance(made, str):
+        made = print_early_weights(kernel, target, divisible)
     maps = divisible if target.capability == TENSOR_MAPS else ()
-    return print_kernel(kernel, maps, dependent=target.capability >= PROGRAMMATIC) if isinstance(made, str) else made
+    return print_kernel(kernel, maps, dependent=may_begin(kernel, target)) if isinstance(made, str) else made
+
+
+def may_begin(kernel: Operation, target: Target) -> bool:
+    """It may be launched before the kernel in front has ended. Not so a long stream of a few programs for each multiprocessor, as attention over a
+    cache in parts: beside programs of the kernel in front they would come to lie unevenly, which costs more than a start."""
+    if target.capability < PROGRAMMATIC:
+        return False
+    programs, moved = product(kernel["grid"]), kernel["bytes"]
+    if not isinstance(programs, int) or not isinstance(moved, int) or not any(op.name == "tile.for" and op["part"] for op in kernel.body):
+        return True
+    return moved <= LONG or not target.multiprocessors < programs <= FEW * target.multiprocessors
 
 
 def program_json(
@@ -142,6 +160,7 @@ def program_json(
                 "descriptors": list(k.descriptors),
                 "programs": source.programs,
                 "dependent": source.dependent,
+                "early": source.early,
                 "digest": hashlib.sha256(k.cubin).hexdigest()[:16],
             }
         kernels[name] = row

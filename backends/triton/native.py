@@ -217,6 +217,7 @@ class _Function:
             self.before_step[step.stream] = step
             return [WAIT + STREAM * step.stream]
         kind, *words = self._words(step)
+        self.before_step[step.stream] = step
         return [kind + STREAM * step.stream, *words]
 
     def _words(self, step: Launch | Copy | MatMul) -> list[int]:
@@ -245,10 +246,10 @@ class _Function:
         return [LAUNCH, number, row["threads"], row["shared"], len(cells), first, self._cell(extent), early]
 
     def _may_begin(self, step: Launch, row: Mapping[str, Any]) -> int:
-        """Whether a launch may be programmatic: not the first of its stream after a wait for the other one."""
+        """Whether a launch may be programmatic: not the first of its stream after a wait for the other one; and where it reads weights before it
+        waits, only behind one of our kernels, whose wait says that whatever wrote them has ended."""
         before = self.before_step[step.stream]
-        self.before_step[step.stream] = step
-        return int(bool(row.get("dependent")) and not isinstance(before, Wait))
+        return int(bool(row.get("dependent")) and (isinstance(before, Launch) if row.get("early") else not isinstance(before, Wait)))
 
     # -- the function
 

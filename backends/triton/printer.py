@@ -45,7 +45,8 @@ class KernelSource:
     """A kernel as Triton text. `tile` is the number of elements of its largest tile, `dot` whether it multiplies matrices;
     `num_warps` and `num_stages` are 0 where the compiler may choose. `descriptors` are the last parameters.
     `registers`, if not 0, says that it is Gluon, and bounds those of a thread; then `programs` of them are launched, whatever the grid.
-    `dependent`: it may be launched before the kernel in front of it has ended (it waits by itself)."""
+    `dependent`: it may be launched before the kernel in front of it has ended (it waits by itself). `early`: it reads weights before it waits, so
+    only behind a kernel of the same program."""
 
     name: str
     text: str
@@ -61,6 +62,7 @@ class KernelSource:
     registers: int = 0
     programs: int = 0
     dependent: bool = False
+    early: bool = False
 
 
 def print_kernel(kernel: Operation, aligned: Sequence[bool] = (), dependent: bool = False) -> KernelSource:
@@ -84,7 +86,7 @@ class Printer:
     narrow: Narrow = field(default_factory=Narrow)
     checks: int = 0
     indent: int = 1
-    program: str = ""  # the number of a program within the part being printed, if there is one
+    number: str = ""  # of a program within the part being printed, if there is one
     aligned: tuple[bool, ...] = ()
     dependent: bool = False
     maps: dict[tuple[object, ...], TensorMap] = field(default_factory=dict)
@@ -245,7 +247,7 @@ class Printer:
             self._define(op, "0")
             self.ranges[op.result] = (0, 0)
             return
-        pid = self.program or ("tl.program_id(0).to(tl.int64)" if self.wide else "tl.program_id(0)")
+        pid = self.number or ("tl.program_id(0).to(tl.int64)" if self.wide else "tl.program_id(0)")
         if below != 1:
             pid = f"{pid} // ({text(below)})"
         if any(n != 1 for n in grid[:axis]):
@@ -276,12 +278,12 @@ class Printer:
     def _choose_part(self, run: Run, first: int, count: int) -> None:
         """Which program of which part this is, and that part's buffers."""
         number = "tl.program_id(0).to(tl.int64)" if self.wide else "tl.program_id(0)"
-        self.program = number = f"({number} - {first})" if first else number
+        self.number = number = f"({number} - {first})" if first else number
         if len(run.parts) == 1:
             return
         which = self._fresh("part")
         self._write(f"{which} = {number} // {count}")
-        self.program = f"({number} % {count})"
+        self.number = f"({number} % {count})"
         for buffer, choices in run.buffers.items():
             if len(set(choices)) > 1:
                 name = self._fresh(f"{self._name(buffer)}_of")

@@ -131,11 +131,13 @@ class Contraction:
     """What both targets share: where operands are read, and how the result is finished and stored."""
 
     def __init__(self, op: Operation, epilogue: list[Operation], outputs: list[Value], e: Emitter, buffers: dict[Value, Value],
-                 tile: tuple[int, int, int], limits: Limits = (0, 0, 0)):
+                 tile: tuple[int, int, int], limits: Limits = (0, 0, 0), *, turned: bool = False):
         found = roles_of(op)
         assert found is not None
         right = found.right
         found = replace(found, k=tuple(sorted(found.k, key=lambda d: -stride_along(op, right, d))))
+        if turned:  # the transpose of the result
+            found = replace(found, m=found.n, n=found.m, left=found.right, right=found.left)
         self.op, self.epilogue, self.outputs, self.e, self.buffers, self.roles = op, epilogue, outputs, e, buffers, found
         self.partial = [x for x in epilogue if PARTIAL in x.attributes]
         self.kept: Block | None = None  # for partial reductions of columns

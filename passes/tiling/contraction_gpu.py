@@ -14,42 +14,43 @@ from typing import Any
 from ...ir import Dim, DType, Operation, ScalarType, TensorType, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
 from ...ir.expr import as_int, ceildiv, free_symbols, mod, product, substitute
-from ...ir.ranges import delinearize, simplify, split_linear
+from ...ir.ranges import delinearize, lower_bound, simplify, split_linear, upper_bound
 from ...ir.types import index
 from ..exact import holds, matrix_unit_type
 from .bodies import evaluate_body
 from .contraction import Contraction, as_tile, offset_of, with_shape
 from .emit import Emitter, Pair, fill_masks
+from .gpu_tiles import ASKED_BYTES, ASKED_ROWS, GpuTile
 
 __all__ = ["emit_gpu_contraction"]
 
 MAP_TILE = 64
-"""Tiles with fewer rows or columns are read without tensor maps: what they cost is latency."""
-LEAST_ROWS, MOST_ROWS, MOST_BYTES = 32, 256, 12 << 20
-"""Products whose weights are asked for ahead: with fewer rows or larger weights the memory is busy anyway, and asking makes it slower (16 rows and
-90 MB on an H200: 26 -> 41 us); with more rows, arithmetic is."""
+"""Tiles with fewer rows or columns are read without tensor maps, unless they are turned: what they cost is latency."""
 INTERLEAVED = (8, 4, 2)
 """Steps of K that may lie in one element of memory."""
 
 
 def emit_gpu_contraction(ops: Sequence[Operation], prologue: Sequence[Operation], epilogue: Sequence[Operation], outputs: list[Value], e: Emitter,
-                         buffers: dict[Value, Value], tile: tuple[int, int, int], *, maps: bool = False,
-                         settled: Collection[Value] = (), threads: int = 128) -> list[Dim]:
+                         buffers: dict[Value, Value], tile: GpuTile, *, maps: bool = False, settled: Collection[Value] = ()) -> list[Dim]:
     """Writes the body of the kernel; returns the grid. `ops`: the contraction, and its siblings (see `passes/siblings.py`); `prologue`: pointwise
     members that make operands of contractions. `maps`: the target reads blocks of matrices by tensor maps. `settled`: operands that no kernel
-    in front makes: each program, of `threads` threads, asks for its part of a weight among them before it waits for that kernel."""
+    in front makes: each program asks for its part of a weight among them before it waits for that kernel."""
     first, *others = [_GpuContraction(op, prologue, list(epilogue), outputs, e, buffers, tile, maps) for op in ops]
-    return first.emit(others, settled, threads)
+    return first.emit(others, settled, 32 * tile.warps)
 
 
 class _GpuContraction(Contraction):
     def __init__(self, op: Operation, prologue: Sequence[Operation], epilogue: list[Operation], outputs: list[Value], e: Emitter,
-                 buffers: dict[Value, Value], tile: tuple[int, int, int], maps: bool):
-        super().__init__(op, epilogue, outputs, e, buffers, tile)
+                 buffers: dict[Value, Value], chosen: GpuTile, maps: bool):
+        tile = (chosen.rows, chosen.columns, chosen.step)
+        super().__init__(op, epilogue, outputs, e, buffers, tile, turned=chosen.turned)
+        self.turned = chosen.turned
+        self.shifts: list[Dim] = [0, 0]  # of the operands that are matrices: where a batch element begins, along K
         self.makers: dict[Value, Operation] = {r: m for m in prologue for r in m.results if op in r.users}
         self.unit = matrix_unit_type(op)  # all factors become this, or what the body casts them to
         self.size = product(self.k_sizes)  # all of K is one loop: a window of 3 x 3 would leave most of a step of its own empty
-        self.matrices = [self._matrix(i) if maps and min(tile[:2]) >= MAP_TILE else None for i in range(2)]
+        maps = maps and tile[0] >= MAP_TILE and tile[1] >= (MAP_TILE // 2 if chosen.turned else MAP_TILE)
+        self.matrices = [self._matrix(i) if maps else None for i in range(2)]
         self.scale: tuple[Value, Value] | None = None  # scalars of the right operand's maker: a scale for all of a step, and what it scales
         self.parts = self._interleaved()
         if self.makers:
@@ -83,8 +84,8 @@ class _GpuContraction(Contraction):
                     for p, now, before in zip(products, found, sums, strict=True)]
 
         for p in products:
-            if p.op.operands[p.roles.right] in settled:
-                p._ask_ahead(batch, p_n * bn, threads)
+            if p.op.operands[p.roles.left if p.turned else p.roles.right] in settled:
+                p._ask_ahead(batch, p_m * bm if p.turned else p_n * bn, threads)
         zeros = [self._zero(e) for _ in products]
         if any(p.makers for p in products):  # by number of the step: then a scale does not depend on the place within one
             sums = e.loop(0, ceildiv(self.size, bk * parts), 1, zeros, lambda ke, i, carried: step(ke, i * bk, carried))
@@ -95,20 +96,22 @@ class _GpuContraction(Contraction):
         return [*(self.op["dims"][d] for d in self.roles.batch), *grid]
 
     def _ask_ahead(self, batch: list[Dim], first: Dim, threads: int) -> None:
-        """Asks for all of the right operand that the program reads, which is BN columns from column `first` on."""
-        e, (_, bn, _) = self.e, self.tile
-        v, i = self.op.operands[self.roles.right], self.roles.right
+        """Asks for all of the weight that the program reads, from its column `first` on: the right operand, the left one of a transposed result."""
+        e, i = self.e, self.roles.left if self.turned else self.roles.right
+        bn, tokens, columns = (self.tile[0], self.n, self.m) if self.turned else (self.tile[1], self.m, self.n)
+        v = self.op.operands[i]
         assert isinstance(v.type, TensorType)
         width = v.type.dtype.bytes
-        if not all(isinstance(x, int) for x in (self.m, self.size, v.type.numel)) or not LEAST_ROWS <= self.m <= MOST_ROWS:  # type: ignore[operator]
+        if not all(isinstance(x, int) for x in (tokens, self.size, v.type.numel)) or not ASKED_ROWS[0] <= tokens <= ASKED_ROWS[1]:  # type: ignore[operator]
             return
-        if v.type.numel * width > MOST_BYTES or self.op["fills"] or v in self.makers:  # type: ignore[operator]
+        if v.type.numel * width > ASKED_BYTES or self.op["fills"] or v in self.makers:  # type: ignore[operator]
             return
 
         size = as_int(self.size)
 
         def place(x: Emitter, n: Dim, k: Dim) -> Dim:
-            return offset_of(v, self.op["maps"][i], self.positions(batch, 0, n, delinearize(k, self.k_sizes), x), x.bounds())
+            row, column = (n, 0) if self.turned else (0, n)
+            return offset_of(v, self.op["maps"][i], self.positions(batch, row, column, delinearize(k, self.k_sizes), x), x.bounds())
 
         whole = with_shape(e, (bn, size))
         found = place(whole, first + sym("t0"), sym("t1"))
@@ -118,8 +121,8 @@ class _GpuContraction(Contraction):
             inner, n = with_shape(e, (bn, pieces)), first + sym("t0")
             if pieces:
                 length = size // pieces
-                inner.prefetch(self.buffers[v], place(inner, n, sym("t1") * length), inner.needed([(n, self.n)]), length * width)
-        elif by_n is not None and by_n[0] == 1 and _is_aligned(by_n[1], width, whole) and isinstance(self.n, int) and self.n % bn == 0:
+                inner.prefetch(self.buffers[v], place(inner, n, sym("t1") * length), inner.needed([(n, columns)]), length * width)
+        elif by_n is not None and by_n[0] == 1 and _is_aligned(by_n[1], width, whole) and isinstance(columns, int) and columns % bn == 0:
             def rows(x: Emitter, k: Dim, _: list[Value]) -> list[Value]:
                 inner, at = with_shape(x, (threads, 1)), k + sym("t0")
                 inner.prefetch(self.buffers[v], place(inner, first, at), inner.needed([(at, size)]), bn * width)
@@ -169,23 +172,28 @@ class _GpuContraction(Contraction):
         assert isinstance(t, TensorType)
         own = self.m if i == self.roles.left else self.n
         sizes = (*self.op["dims"], own, self.size)
-        if self.roles.batch or fills or v in self.makers or t.dtype != self.unit or not all(isinstance(n, int) for n in sizes):
+        if fills or v in self.makers or t.dtype != self.unit or not all(isinstance(n, int) for n in sizes):
             return None
-        bounds = {"x": (0, own - 1), "y": (0, self.size - 1)}
+        bounds = {"x": (0, own - 1), "y": (0, self.size - 1), **{f"d{d}": (0, self.op["dims"][d] - 1) for d in self.roles.batch}}
         at = self._place(sym("x"), sym("y"), bounds)
         by_k = split_linear(offset_of(v, self.op["maps"][i], at, bounds), "y")
         by_row = None if by_k is None else split_linear(by_k[1], "x")
-        if by_k is None or by_row is None or by_row[1] != 0 or 1 not in (by_k[0], by_row[0]):
+        if by_k is None or by_row is None or 1 not in (by_k[0], by_row[0]):
             return None
+        shift = by_row[1]
+        last = upper_bound(shift, bounds) if by_k[0] == 1 else None  # parts of K: neighbours in a row
+        if shift != 0 and (not isinstance(last, int) or lower_bound(shift, bounds) != 0):
+            return None
+        self.shifts[i] = shift
         stride, across = (by_row[0], own) if by_k[0] == 1 else (by_k[0], self.size)
-        columns = self.size if by_k[0] == 1 else own
+        columns = self.size + (last or 0) if by_k[0] == 1 else own
         if not isinstance(stride, int) or stride * t.dtype.bytes % 16 or stride < as_int(columns):
             return None
         return as_int(across), as_int(columns), stride, (by_k[0] == 1) == (i == self.roles.right)
 
     def _place(self, x: Dim, k: Dim, bounds: Any) -> dict[str, Dim]:
         """The position where M and N, as linear indices, are both x, and K is k."""
-        at: dict[str, Dim] = {}
+        at: dict[str, Dim] = {f"d{d}": sym(f"d{d}") for d in self.roles.batch}
         for dims, values in ((self.roles.m, delinearize(x, self.m_sizes)), (self.roles.n, delinearize(x, self.n_sizes)),
                              (self.roles.k, delinearize(k, self.k_sizes))):
             at |= {f"d{d}": simplify(value, bounds) for d, value in zip(dims, values, strict=True)}
@@ -194,7 +202,7 @@ class _GpuContraction(Contraction):
     def _block(self, e: Emitter, i: int, at: dict[str, Dim], mask: list[Pair], matrix: tuple[int, int, int, bool], own: Dim, k: Dim) -> Value:
         """The tile of an operand that is a matrix."""
         v, bounds = self.op.operands[i], e.bounds()
-        first = [simplify(substitute(x, {"t0": 0, "t1": 0}), bounds) for x in (own, k)]
+        first = [simplify(substitute(x, {"t0": 0, "t1": 0}), bounds) for x in (own, k + substitute(self.shifts[i], at))]
         contiguous_k = matrix[3] == (i == self.roles.right)
         corner = (first[0], first[1]) if contiguous_k else (first[1], first[0])
         return e.load(self.buffers[v], offset_of(v, self.op["maps"][i], at, bounds), e.needed(mask), matrix=matrix, corner=corner)

@@ -15,24 +15,46 @@ from ...ir import Dim, Operation, Target, element_type
 from ...ir.expr import as_int, ceildiv
 from ..exact import matrix_unit_type
 
-__all__ = ["COLUMNS", "GpuTile", "gemm_tile_gpu", "gemm_tiles_gpu", "packed_bytes", "padded", "product_bytes", "tile_rate"]
+__all__ = ["ASKED_BYTES", "ASKED_ROWS", "COLUMNS", "GpuTile", "early_columns",
+           "gemm_tile_gpu", "gemm_tiles_gpu", "packed_bytes", "padded", "product_bytes", "tile_rate"]
 
 
 @dataclass(frozen=True)
 class GpuTile:
-    """rows x columns of the result per program, `step` of the summed dimension at a time; warps per program; loads in flight."""
+    """rows x columns of the result per program, `step` of the summed dimension at a time; warps per program; loads in flight. `turned`: of a product,
+    the result is computed as its transpose, and rows and columns are that one's (matrix units take 64 rows, but any multiple of 8 columns)."""
 
     rows: int
     columns: int
     step: int
     warps: int
     stages: int
+    turned: bool = False
+
+    @property
+    def result(self) -> tuple[int, int]:
+        """Rows and columns of the result."""
+        return (self.columns, self.rows) if self.turned else (self.rows, self.columns)
+
+    def programs(self, batch: int, m: int, n: int) -> int:
+        """How many compute `batch` products of m rows and n columns."""
+        rows, columns = self.result
+        return batch * -(-m // rows) * -(-n // columns)
 
 
 COLUMNS = 64
 """Columns that a program sums at once: runs of 128 bytes of 16-bit floats. Narrow, so that there are many programs, whose loads wait side by side."""
 FEW_ROWS, RUN = 16, 256
 """A product with so few rows is bound by memory: programs read RUN bytes of each of 32 columns at a time."""
+HOPPER, WHOLE = 90, 64
+"""The compute capability whose matrix units take 64 rows at a time (another number of columns, from 8 on, costs them nothing)."""
+SHARED = 220 << 10
+"""Bytes of shared memory for loads that programs on one multiprocessor share there."""
+ASKED_ROWS, ASKED_BYTES = (32, 256), 12 << 20
+"""Products whose weights are asked for before the kernel in front has ended, by rows of the other operand and bytes of the weight: with fewer rows or
+larger weights the memory is busy anyway, and asking makes it slower (16 rows and 90 MB on an H200: 26 -> 41 us); with more rows, arithmetic is."""
+EARLY = 224 << 10
+"""Bytes of shared memory for all of K of both operands, and a float32 result (`backends/triton/early_weights.py`)."""
 UNKNOWN = 2048
 """What a size that is not known at compile time counts as."""
 RATE = {16: 0.13, 32: 0.25, 64: 0.5, 128: 0.85, 256: 1.0}
@@ -43,7 +65,7 @@ FLAT_RATE = {16: 0.05, 32: 0.11}
 
 def tile_rate(target: Target, rows: int, columns: int) -> float:
     """What share of the best rate of products tiles of this shape reach."""
-    by_rows = FLAT_RATE.get(rows, RATE[rows]) if target.capability == 90 else RATE[rows]
+    by_rows = FLAT_RATE.get(rows, RATE[rows]) if target.capability == HOPPER else RATE[rows]
     return float((by_rows * RATE[columns]) ** 0.5)
 
 
@@ -57,6 +79,33 @@ def _thin_columns(target: Target, batch: int, n: int) -> int:
 
     least = min(share(c) for c in (16, 32, 64))
     return max(c for c in (16, 32, 64) if share(c) <= 1.05 * least)
+
+
+def _turned_tiles(target: Target, batch: int, n: int, k: Dim, products: int) -> list[GpuTile]:
+    """Of a product of few rows, on targets whose matrix units take `WHOLE` rows at a time: those of its transpose, so that the weight's are the rows.
+    What is read is all that costs, and what counts is how much of it is under way: a program that has a multiprocessor to itself asks for more."""
+    if target.capability != HOPPER:
+        return []
+    alone = batch * as_int(ceildiv(n, WHOLE)) <= max(1, target.multiprocessors)
+    held = (WHOLE * products + FEW_ROWS) * 2
+    found = []
+    for step, stages in ((128, 6), (128, 4), (64, 8)) if alone else ((128, 4), (128, 5), (64, 6)):
+        step = _fit(k, step)
+        found.append(GpuTile(WHOLE, FEW_ROWS, step, 4, max(2, min(stages, SHARED // (held * step) // (1 if alone else 2))), True))
+    return found
+
+
+def early_columns(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim) -> int:
+    """Of a product of some rows by a weight that is there before the kernel in front has ended: rows of the other operand, beside `WHOLE` of the
+    weight's, for a program that holds all of K of both in shared memory. As many programs as there are multiprocessors, as each has one to itself,
+    and a fifth of that at least; 0 where nothing fits."""
+    if target.capability != HOPPER or not all(isinstance(x, int) for x in (batch, m, n, k)):
+        return 0
+    batch, m, n, k = map(as_int, (batch, m, n, k))
+    if not ASKED_ROWS[0] <= m <= ASKED_ROWS[1] or n % WHOLE or k % WHOLE or 2 * batch * n * k > ASKED_BYTES:
+        return 0
+    fitting = (c for c in (32, 64) if m % c == 0 and 2 * (WHOLE + c) * k + 4 * WHOLE * c <= EARLY)
+    return next((c for c in fitting if target.multiprocessors <= 5 * batch * (n // WHOLE) * (m // c) <= 5 * target.multiprocessors), 0)
 
 
 def padded(n: Dim, least: int = 16) -> int:
@@ -87,10 +136,11 @@ def gemm_tile_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_
 
 
 def gemm_tiles_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per_element: int, *, exact: bool = False,
-                   heavy: bool = False, stored: int = 2, products: int = 1, row_major: bool = False) -> list[GpuTile]:
+                   heavy: bool = False, stored: int = 2, products: int = 1, row_major: bool = False, settled: bool = False) -> list[GpuTile]:
     """Tiles of a contraction, the best by the model first. `exact`: integers, as rank-1 updates, since matrix units do not have their types;
     `heavy`: the epilogue needs registers beside the accumulator; `stored`: bytes in memory of an element of the larger operand; `products`:
-    contractions of one left operand, side by side; `row_major`: the larger operand is contiguous along N."""
+    contractions of one left operand, side by side; `row_major`: the larger operand is contiguous along N; `settled`: the right operand is there
+    before the kernel in front has ended."""
     if exact:
         return [GpuTile(_fit(m, 32), _fit(n, 32), 1, 4, 1)]
     if bytes_per_element > 2:  # f32 and f64 run on the plain units: tiles are bounded by registers
@@ -101,12 +151,14 @@ def gemm_tiles_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per
         return [GpuTile(rows, columns, _fit(k, 32), 8 if rows * columns >= 128 * 128 else 4, 3)]
     sizes = [x if isinstance(x, int) else UNKNOWN for x in (batch, m, n)]
     if isinstance(m, int) and m <= FEW_ROWS:
+        turned = _turned_tiles(target, sizes[0], sizes[2], k, products) if stored == 2 and isinstance(n, int) and n >= WHOLE else []
         if row_major:  # runs of at least 128 bytes along N
             shapes = ((128, 64), (128, 32), (256, 32), (128, 128), (64, 128))
-            return [GpuTile(16, columns // stored, _fit(k, step), 4, 4) for columns, step in shapes]
+            return [*turned, *(GpuTile(16, columns // stored, _fit(k, step), 4, 4) for columns, step in shapes)]
         best = _thin_columns(target, sizes[0], sizes[2])
         runs = dict.fromkeys([(best, RUN), (32, RUN), (64, RUN), (32, RUN // 2), (64, RUN // 2), (32, 2 * RUN)])
-        return [GpuTile(16, columns, _fit(k, run // stored), 4, 4) for columns, run in runs]
+        return [*turned, *(GpuTile(16, columns, _fit(k, run // stored), 4, 4) for columns, run in runs)]
+    early = early_columns(target, batch, m, n, k) if settled and stored == 2 and products == 1 and not row_major else 0
     found: list[tuple[float, int, GpuTile]] = []
     for rows, columns in pairs((16, 32, 64, 128), (32, 64, 128, 256)):
         if rows > padded(sizes[1]) or columns > max(32, padded(sizes[2])) or rows * columns > 128 * (128 if heavy or products > 1 else 256):
@@ -117,4 +169,4 @@ def gemm_tiles_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per
         step = _fit(k, 128 if rows + columns <= 128 else 64)
         stages = 3 if rows * columns * products >= 128 * 256 else 4
         found.append((cost, len(found), GpuTile(rows, columns, step, 8 if rows * columns >= 128 * 128 else 4, stages)))
-    return [tile for _, _, tile in sorted(found)]
+    return [*([GpuTile(WHOLE, early, WHOLE, 4, 4, True)] if early else []), *(tile for _, _, tile in sorted(found))]

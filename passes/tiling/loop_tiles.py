@@ -27,8 +27,6 @@ CACHED_LINES = 512
 """Lines of 64 bytes that the first cache holds."""
 MANY = (384, 768)
 """Rows of a sum of columns (or even ones: no masks), and programs, from which two warps are enough for each."""
-FEW_ROWS = 16
-"""Rows of a sum of columns (a batch, for what is added to each of its elements) that leave a tile room for more columns."""
 LARGEST = 16384
 """Elements of a tile: 32 registers of each thread of 16 warps for one value."""
 
@@ -119,9 +117,6 @@ def _gpu_tile(frame: Frame, vector: str, size: Dim) -> TileChoice:
         rows, width, warps = _columns(frame)
         width = min(1 << max(0, (extent - 1).bit_length()), width)
         rows = max(rows, 512 * warps // width)
-        summed, points = product(frame.sizes[f] for f in frame.inner), product(frame.sizes.values())
-        if isinstance(summed, int) and summed <= FEW_ROWS and isinstance(points, int) and points >= 1 << 22:
-            width = max(width, min(1 << max(0, (extent - 1).bit_length()), 2048 // (1 << (summed - 1).bit_length())))
     else:
         width = min(1 << max(0, (extent - 1).bit_length()), 1024)
         points = product(frame.sizes.values())

@@ -152,12 +152,13 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
     coarse = FAST if fast and not target.is_gpu else NARROW if narrow else COARSE if fast else frozenset()
     hint: GpuTile | None = None
     first = members[0]
-    if first.name == "tensor.scatter" and scatters_in_parallel(first, target):
-        grid = emit_parallel_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result])
-        inplace = updates = _of_init(first, fused)
-    elif first.name == "tensor.scatter":
-        there = starts_as_copy(first)
-        grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes, there)
+    if first.name == "tensor.scatter":
+        parallel = scatters_in_parallel(first, target)
+        there = parallel or starts_as_copy(first)
+        if parallel:
+            grid = emit_parallel_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result])
+        else:
+            grid = emit_scatter(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], lanes, there)
         if there:
             inplace = updates = _of_init(first, fused)
             t = first.result.type
@@ -206,10 +207,9 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
         epilogue = [m for m in members if m not in products and m not in prologue]
         if target.is_gpu:
             hint = GpuTile(*fused["tile"]) if fused["tile"] else candidate_tiles(fused, target)[0]
-            gemm = (hint.rows, hint.columns, hint.step)
+            at = Emitter(builder, (hint.rows, hint.columns), ranges, coarse=coarse)
             settled = [inner for inner, outer in zip(fused.body.args, fused.operands, strict=False) if outer.defining_op is None]
-            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, Emitter(builder, gemm[:2], ranges, coarse=coarse), buffers, gemm,
-                                        maps=target.capability == 90, settled=settled, threads=32 * hint.warps)
+            grid = emit_gpu_contraction(products, prologue, epilogue, outputs, at, buffers, hint, maps=target.capability == 90, settled=settled)
         else:
             gemm, limits = contraction_tile(contraction, roles, target), (0, 0, 0)
             if fused["tile"]:
@@ -309,7 +309,13 @@ def candidate_tiles(fused: Operation, target: Target) -> list[GpuTile]:
     batch, m, n, k = (_product(first, d) for d in (roles.batch, roles.m, roles.n, roles.k))
     return gemm_tiles_gpu(target, batch, m, n, k, product_bytes(first), exact=not element_type(first.result.type).is_float,
                           heavy=any(is_expensive(m) or len(m.operands) > 2 for m in epilogue), products=len(products),
-                          stored=packed_bytes(first, prologue), row_major=is_row_major(first, roles))
+                          stored=packed_bytes(first, prologue), row_major=is_row_major(first, roles),
+                          settled=_is_settled(first.operands[roles.right], fused))
+
+
+def _is_settled(v: Value, fused: Operation) -> bool:
+    """No kernel makes this operand of the group."""
+    return any(inner is v and outer.defining_op is None for inner, outer in zip(fused.body.args, fused.operands, strict=False))
 
 
 def _worth_gemm(op: Operation, members: list[Operation], on_cpu: bool) -> bool:

@@ -231,6 +231,17 @@ CASES: dict[str, Case] = {
     "gemm_gelu": Case(_module(lambda: nn.Sequential(nn.Linear(100, 130), nn.GELU())), _normal((75, 100))),
     "gemm_symbolic": Case(_module(lambda: nn.Sequential(nn.Linear(40, 50), nn.ReLU())), _normal((75, 40)), dynamic=True),
     "gemm_bf16": Case(_plain(lambda a, b: (a @ b).relu()), _normal((70, 96), (96, 80), dtype=torch.bfloat16), tolerance=8e-3),
+    "early_weights": Case(  # on Hopper, each product's weight is read while what is in front still runs
+        _plain(lambda x, w, b, v, c: F.linear(F.gelu(F.linear(F.layer_norm(x, x.shape[-1:]), w, b)), v, c) + x[:, :1]),
+        _normal((128, 128), (512, 128), (512,), (448, 512), (448,), dtype=torch.bfloat16),
+        tolerance=8e-3,
+    ),
+    "few_rows": Case(  # the weight's rows go to the matrix units, in parts; whole tiles, and ragged ones
+        _plain(lambda x, w, b, y, v: (F.gelu(F.linear(x, w) + b), y @ v)),
+        _normal((5, 1536), (130, 1536), (130,), (16, 256), (256, 192), dtype=torch.bfloat16),
+        tolerance=8e-3,
+    ),
+    "one_row": Case(_plain(lambda x, v: x @ v), _normal((1, 200), (200, 100), dtype=torch.bfloat16), tolerance=8e-3),
     "picked_experts": Case(
         _plain(lambda w, x, n: (torch.bmm(w[n], x.unsqueeze(-1)), torch.bmm(x.unsqueeze(1), w[n]))),
         lambda g: (torch.randn(4, 48, 48, generator=g), torch.randn(40, 48, generator=g), torch.randint(0, 4, (40,), generator=g)),

@@ -1,6 +1,7 @@
-"""What the Gluon text of `backends/triton/warp_groups.py` means, on CPU tensors: each partition is a thread.
+"""What the Gluon text of `backends/triton/warp_groups.py` and `early_weights.py` means, on CPU tensors: each partition is a thread.
 
     run_gluon(source, buffers)            # a KernelSource, flat tensors
+    run_gluon(source, buffers, {1})       # the kernel in front writes all but buffer 1, and ends while this one waits for it
 
 The model is hostile where the hardware may be. A tile that the copy engine is asked for is overwritten at once; an asynchronous product reads its
 operands as late as it is allowed to, when a group waits for it. So a barrier that is missing, or waits for the wrong phase, gives wrong
@@ -18,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -95,10 +96,18 @@ class Tile:
         return (self.memory.T if self.turned else self.memory).double()
 
 
+class Gate:
+    """Whether the kernel in front has ended."""
+
+    def __init__(self, open_: bool):
+        self.open = open_
+
+
 class Matrix:
     """What a tensor map describes."""
 
-    def __init__(self, memory: Tensor, made: Any):
+    def __init__(self, memory: Tensor, made: Any, made_by: Gate):
+        self.made_by = made_by
         flat = torch.zeros(made.rows * made.stride, dtype=memory.dtype)
         flat[:memory.numel()] = memory[:flat.numel()]
         self.values, self.block = flat.view(made.rows, made.stride)[:, :made.columns], made.block
@@ -107,6 +116,8 @@ class Matrix:
     def tile(self, row: int, column: int) -> Tensor:
         out = torch.zeros(self.block, dtype=self.dtype)
         assert row >= 0 and column >= 0
+        if not self.made_by.open:
+            return torch.full(self.block, math.nan, dtype=self.dtype)
         part = self.values[row:row + self.block[0], column:column + self.block[1]]
         out[:part.shape[0], :part.shape[1]] = part
         return out
@@ -143,23 +154,25 @@ class Partition(threading.local):
         self.known |= events
 
 
-def run_gluon(source: KernelSource, buffers: Sequence[Tensor]) -> None:
+def run_gluon(source: KernelSource, buffers: Sequence[Tensor], settled: Collection[int] | None = None) -> None:
     """Runs the persistent programs one after the other; outputs are written to `buffers`."""
-    maps = [Matrix(buffers[m.buffer], m) for m in source.descriptors]
     for program in range(source.programs):
-        scope = _language(program, source.programs)
+        gate = Gate(settled is None)
+        maps = [Matrix(buffers[m.buffer], m, Gate(True) if settled is None or m.buffer in settled else gate) for m in source.descriptors]
+        scope = _language(program, source.programs, gate)
         text = source.text[source.text.index("@gluon.jit"):]
         exec(compile(text, source.name, "exec"), scope)
         scope[source.name](*[Pointer(b) for b in buffers], *maps)
 
 
-def _language(program: int, programs: int) -> dict[str, Any]:
+def _language(program: int, programs: int, gate: Gate) -> dict[str, Any]:
     """The names that a kernel's text uses."""
     own = Partition()
     failures: list[BaseException] = []
     numbers = itertools.count()
 
     def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
+        assert gate.open, "memory is read before the kernel in front has ended"
         at = torch.as_tensor(pointer.at)
         if mask is None:
             return pointer.memory[at.long()]
@@ -167,6 +180,7 @@ def _language(program: int, programs: int) -> dict[str, Any]:
         return torch.where(mask, pointer.memory[torch.where(mask, at, 0).long()], other)
 
     def store(pointer: Pointer, value: Tensor, mask: Any = None) -> None:
+        assert gate.open, "memory is written before the kernel in front has ended"
         at, value, mask = torch.broadcast_tensors(torch.as_tensor(pointer.at), value, torch.as_tensor(True if mask is None else mask))
         pointer.memory[at[mask].long()] = value[mask]
 
@@ -184,13 +198,17 @@ def _language(program: int, programs: int) -> dict[str, Any]:
         barrier.update(0, -tile.memory.numel() * BYTES[matrix.dtype], event)
 
     def mma(a: Any, b: Tile, acc: Any, use_acc: bool = True, is_async: bool = False) -> Pending:
-        assert is_async and not isinstance(acc, Pending), "the accumulator has not been waited for"
+        assert is_async and (not isinstance(acc, Pending) or acc in own.started), "the accumulator has not been waited for"
         event = 1 << next(numbers)
         for tile in (a, b):
             if isinstance(tile, Tile):
                 assert tile.history.filled & own.known, "a tile is read that may not have come"
                 tile.history.read |= event
-        made = Pending(lambda: ((acc.double() if use_acc else 0) + (a.read() if isinstance(a, Tile) else a.double()) @ b.read()).float(), event)
+
+        def product() -> Tensor:
+            before = (acc.done() if isinstance(acc, Pending) else acc).double() if use_acc else 0
+            return (before + (a.read() if isinstance(a, Tile) else a.double()) @ b.read()).float()
+        made = Pending(product, event)
         own.started.append(made)
         return made
 
@@ -235,6 +253,10 @@ def _language(program: int, programs: int) -> dict[str, Any]:
                 raise RuntimeError("a turn is never given")
             own.learn(told[number])
             return args[0]
+        if text.startswith("griddepcontrol."):
+            assert "memory" in constraints, "reads may be moved across"
+            gate.open = gate.open or "wait" in text
+            return args[0]
         if text.startswith("mov."):
             return args[0]
         return {"tanh": torch.tanh, "ex2": torch.exp2, "lg2": torch.log2}[text.partition(".")[0]](args[0])
@@ -249,7 +271,7 @@ def _language(program: int, programs: int) -> dict[str, Any]:
         minimum=lambda a, b, propagate_nan=None: torch.minimum(number(a), number(b)),
         sum=lambda x, axis, keep_dims: x.sum(axis, keepdim=keep_dims), reduce=lambda x, axis, f, keep_dims: REDUCE[f.__name__](x, axis),
         convert_layout=lambda x, layout: x, load=load, store=store, allocate_shared_memory=allocate, warp_specialize=specialise,
-        inline_asm_elementwise=assembly, int32=torch.int32, int64=torch.int64, float32=torch.float32)
+        inline_asm_elementwise=assembly, static_range=range, bfloat16=torch.bfloat16, float16=torch.float16, int32=torch.int32, int64=torch.int64, float32=torch.float32)
     tl = SimpleNamespace(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16, int32=torch.int32, int64=torch.int64, int1=torch.bool,
                          PropagateNan=SimpleNamespace(ALL=None))
     mbarrier = SimpleNamespace(MBarrierLayout=lambda: "barrier", init=lambda b, count: b.init(count), wait=lambda b, phase: own.learn(b.wait(phase)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def test_the_fastest_tile_is_used_and_remembered(tmp_path: Path) -> None:
         tiles = candidate_tiles(_group(module), SM90)
         tune_tiles(module, PassContext(SM90), Tuner(OPTIONS, tmp_path, _second_is_best(asked)))
         group = _group(module)
-        assert group["tile"] == (tiles[1].rows, tiles[1].columns, tiles[1].step, tiles[1].warps, tiles[1].stages)
+        assert group["tile"] == dataclasses.astuple(tiles[1])
         run_pipeline(module, parse_pipeline(pipeline("tile", SM90, OPTIONS)), PassContext(SM90))
         dot = next(op for op in module.walk() if op.name == "tile.dot")
         assert dot.result.type.shape == (tiles[1].rows, tiles[1].columns)  # type: ignore[attr-defined]

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
-from aicc.backends.triton import CompiledGpu, compile_gpu
+from aicc.backends.triton import CompiledGpu, compile_gpu, may_begin
+from aicc.backends.triton.host import build_program
 from aicc.backends.triton.printer import print_kernel
 from aicc.compiler.manifest import build_manifest
 from aicc.ir import IRError, Operation, Target
@@ -189,3 +191,16 @@ def test_products_ask_for_their_weights_before_they_wait() -> None:
     assert "< 96" in across and "64" in across
     assert not asked(torch.mm, (512, 96), (96, 128))
     assert not asked(lambda x, y: x @ y.softmax(0), (64, 96), (96, 128))
+
+
+@pytest.mark.parametrize(("batch", "length", "early"), [(16, 1024, False), (1, 1024, True), (64, 1024, True), (16, 128, True)])
+def test_a_long_stream_in_parts_is_launched_when_all_multiprocessors_are_free(batch: int, length: int, early: bool) -> None:
+    """Two programs for each come to lie evenly then; few, many, or short ones start early."""
+    def run(module: Operation, gm: torch.fx.GraphModule, args: list[Any]) -> Any:
+        kernel, = (k for k in build_program(module).kernels.values() if any(op.name == "tile.for" and op["part"] for op in k.body))
+        assert may_begin(kernel, SM90) == early, kernel["grid"]
+        assert not may_begin(kernel, SM80)
+        return [torch.zeros(batch, 16, 1, 128, dtype=torch.bfloat16)]
+
+    q, k, v = (torch.zeros(batch, n, s, 128, dtype=torch.bfloat16) for n, s in ((16, 1), (8, length), (8, length)))
+    capture(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), (q, k, v), run, until="host")

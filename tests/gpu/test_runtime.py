@@ -222,6 +222,14 @@ def test_programmatic_launches_begin_early_but_not_after_a_wait() -> None:
     assert all(c[1:5] == (100, (3, 1, 1), 128, 256) for c in launches) and launches[0][6][:3] == [16, 32, 64]
 
 
+def test_what_reads_weights_before_it_waits_begins_early_only_behind_our_kernels() -> None:
+    """Nothing says that what a copy, a library or the caller launched has waited for what was before it."""
+    k, copy = Launch("k", (Place(0, 0), Place(1, 0))), Copy(Place(0, 0), Place(1, 0), 64)
+    device = FakeDevice()
+    run(load([k, k, copy, k, k], device, row={"dependent": True, "early": True}), [16, 32], [0, 64])
+    assert device.early == [False, True, False, True]
+
+
 def streams_of(device: FakeDevice) -> list[Any]:
     """What was asked, by stream."""
     return [("launch", c[5]) if c[0] == "launch" else c for c in device.calls]

@@ -150,14 +150,6 @@ def test_few_groups_are_normalised_by_all_multiprocessors() -> None:
     assert [op.name for op in lowered(program, CUDA).body].count("tile.kernel") == 2
 
 
-def test_sums_of_few_rows_take_many_columns() -> None:
-    """What is added to each element of a batch (positions): 16,000 programs of a kilobyte each took four times as long as the bytes."""
-    program = capture(lambda x: x.sum(0), [torch.ones(8, 1024, 520, dtype=torch.bfloat16)])
-    (kernel,) = [op for op in lowered(program, CUDA).body if op.name == "tile.kernel"]
-    (load,) = [op for op in kernel.walk() if op.name == "tile.load"]
-    assert load["shape"] == (8, 256) and kernel["grid"] == (2080,)
-
-
 def test_logits_are_walked_in_long_steps() -> None:
     program = capture(lambda x: x.softmax(-1), [torch.ones(300, 9000, dtype=torch.bfloat16)])
     shapes = {op["shape"] for op in lowered(program, CUDA).walk() if op.name == "tile.load"}

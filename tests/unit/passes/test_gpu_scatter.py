@@ -29,6 +29,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "embedding": (lambda g, i: torch.ops.aten.embedding_dense_backward(g, i, 50, -1, False), (_normal(70, 33), _rows(70, 50))),
     "embedding_bf16": (lambda g, i: torch.ops.aten.embedding_dense_backward(g, i, 50, -1, False), (_normal(70, 33).bfloat16(), _rows(70, 50))),
     "cache": (lambda c, i, s: c.index_copy(2, i, s) * 2, (_normal(1, 2, 30, 16), torch.tensor([7]), _normal(1, 2, 1, 16))),
+    "two_caches": (lambda a, b, i, s: (a.index_copy(1, i, s), b.index_copy(1, i, s + 1)),
+                   (_normal(2, 300, 16), _normal(2, 300, 17)[..., :16].clone(), torch.tensor([7, 299]), _normal(2, 2, 16))),
     "integers": (lambda i: torch.zeros(9, dtype=torch.int64).index_add(0, i, i + 1), (_rows(300, 9),)),
     "largest": (lambda i: torch.zeros(9, dtype=torch.int64).scatter_reduce(0, i, i * 3, "amax"), (_rows(300, 9),)),
     "half": (lambda a, i, s: a.index_add(0, i, s), (_normal(10, 37).half(), _rows(70, 10), _normal(70, 37).half())),

@@ -44,6 +44,16 @@ def test_products_of_one_row_with_several_weights_are_one_launch() -> None:
     assert parts(module) == [3]
 
 
+def test_query_key_and_value_of_few_rows_are_not_split_as_each_would_be_alone() -> None:
+    """Together they are programs enough; their readers would have to add parts up first."""
+    def qkv(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return x @ q.T, x @ k.T, x @ v.T
+
+    x, q, k, v = (torch.randn(s).bfloat16() for s in ((16, 2048), (2048, 2048), (1024, 2048), (1024, 2048)))
+    assert parts(lowered(qkv, x, q, k, v)) == [3]
+    assert len(launches(lowered(lambda x, k: x @ k.T, x, k))) == 2, "alone: parts, and what adds them"
+
+
 def test_what_depends_on_another_waits_for_it() -> None:
     def f(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a = x.softmax(-1)
@@ -66,6 +76,21 @@ def test_groups_do_not_wait_for_each_other_in_a_circle() -> None:
     order = {op: i for i, op in enumerate(module.walk())}
     for op in launches(module):
         assert all(order[v.defining_op] < order[op] for v in op.operands if v.defining_op is not None)
+
+
+def test_two_caches_are_written_in_one_launch_unless_they_are_one() -> None:
+    """Whose elements a result starts with, no other part reads."""
+    def two(a: Tensor, b: Tensor, i: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return a.index_copy(1, i, x), b.index_copy(1, i, y)
+
+    def one(a: Tensor, i: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return a.index_copy(1, i, x), a.index_copy(1, i, y)
+
+    a, b, x, y, i = torch.randn(2, 4096, 64), torch.randn(2, 4096, 64), torch.randn(2, 3, 64), torch.randn(2, 3, 64), torch.tensor([7, 1, 4000])
+    module = lowered(two, a, b, i, x, y)
+    (kernel,) = (op for op in module.body if op.name == "tile.kernel" and op["updates"])
+    assert max(parts(module)) == 2 and len(kernel["updates"]) == 2 and kernel["bytes"] < 100_000
+    assert max(parts(lowered(one, a, i, x, y))) == 1
 
 
 def test_large_kernels_stay_alone() -> None:

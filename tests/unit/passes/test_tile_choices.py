@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,6 +58,22 @@ def test_columns_of_thin_products_are_powers_of_two() -> None:
     assert _thin_columns(CUDA, 1, 64 * 132) == 64  # each multiprocessor reads one block of 64
     assert _thin_columns(CUDA, 1, 16 * 132) == 16
     assert all(_thin_columns(CUDA, b, n) in (16, 32, 64) for b in (1, 3) for n in (16, 1000, 4096, 11008, 100_000))
+
+
+def test_few_rows_go_to_the_columns_of_hoppers_matrix_units() -> None:
+    """Those take 64 rows at a time: the weight's. A program that has a multiprocessor to itself asks for more at once; not where numbers are packed."""
+    alone, shared = (gemm_tiles_gpu(CUDA, 1, 16, n, 4096, 2)[0] for n in (4096, 11008))
+    assert (alone.rows, alone.columns, alone.turned) == (shared.rows, shared.columns, shared.turned) == (64, 16, True)
+    assert alone.stages > shared.stages and alone.programs(1, 16, 4096) == 64 and shared.programs(1, 16, 11008) == 172
+    assert not gemm_tiles_gpu(CUDA, 1, 16, 4096, 4096, 2, stored=1)[0].turned
+    assert not gemm_tiles_gpu(replace(CUDA, capability=80), 1, 16, 4096, 4096, 2)[0].turned
+    assert not gemm_tiles_gpu(CUDA, 1, 17, 4096, 4096, 2)[0].turned
+
+
+@pytest.mark.parametrize(("columns", "parts"), [(4096, 2), (2048, 4), (6144, 1), (11008, 1)])
+def test_few_rows_are_summed_in_as_many_parts_as_fill_the_multiprocessors(columns: int, parts: int) -> None:
+    grids = [k["grid"] for k in kernels(torch.nn.functional.linear, torch.randn(16, 4096).bfloat16(), torch.randn(columns, 4096).bfloat16())]
+    assert grids[0] == ((parts, columns // 64, 1) if parts > 1 else (columns // 64, 1)), grids
 
 
 def test_tiles_of_products_are_not_larger_than_the_product() -> None:
