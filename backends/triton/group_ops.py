@@ -23,6 +23,7 @@ __all__ = ["GroupOps", "in_gluon"]
 class GroupOps(Printer):
     """Prints single ops. `program` is the name of the number of the program that they belong to."""
 
+    program = "program"
     store_layout = False
     columns: int
 

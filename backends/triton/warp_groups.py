@@ -89,7 +89,7 @@ class _Groups(GroupSchedule):
     """Prints a kernel as loader, group and entry."""
 
     def __init__(self, kernel: Operation, target: Target, divisible: Sequence[bool]):
-        super().__init__(kernel, program="program")
+        super().__init__(kernel)
         self.target, self.divisible = target, divisible
 
     def _plan(self, shape: StreamShape) -> None:
