@@ -217,8 +217,8 @@ def text(t: GpuTile) -> str:
 
 FITTED = [f.name for f in dataclasses.fields(TileCosts) if f.name not in ("flat", "memory")]
 SOFT, ROUGH, STAY = 0.02, 0.3, 1e-3
-"""Tiles whose modelled times differ by a share of SOFT are chosen with like probability; errors beyond ROUGH count as that; and what moving a constant
-by a factor of e costs."""
+"""Tiles whose modelled times differ by a share of SOFT are chosen with like probability; errors beyond ROUGH count as that; and what moving a
+constant by a factor of e costs."""
 TRIES, STEPS = 4, 4000
 
 
