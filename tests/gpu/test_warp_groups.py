@@ -254,6 +254,14 @@ def test_the_programs_are_all_taken_once_and_evenly() -> None:
     assert "range(0, 10 + (gl.program_id(0) < 2).to(gl.int32))" in text.text
 
 
+def test_one_round_stays_a_loop(tmp_path: Path) -> None:
+    """As many programs as multiprocessors: Triton 3.6 rejected the rolling order where the loop over rounds had a constant length of one."""
+    target = dataclasses.replace(SM90, multiprocessors=4)
+    module, _ = module_of(causal, heads(1, 2, 256, 64), until="host", target=target)
+    made = compile_gpu(module, target, cache_dir=tmp_path)
+    assert made.sources["stream"].count("for turn in range(0, 1 + (gl.program_id(0) < 0).to(gl.int32)):") == 2 and made.kernels["stream"].descriptors
+
+
 def test_what_gluon_rejects_is_compiled_plainly_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_shape, "SHARED_LAYOUT", stream_shape.SHARED_LAYOUT.replace("128", "48"))
     module, _ = module_of(full, heads(2, 2, 256, 64), until="host")

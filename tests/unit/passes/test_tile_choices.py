@@ -67,7 +67,7 @@ def test_few_rows_go_to_the_columns_of_hoppers_matrix_units() -> None:
     assert alone.stages > shared.stages and alone.programs(1, 16, 4096) == 64 and shared.programs(1, 16, 11008) == 172
     assert not gemm_tiles_gpu(CUDA, 1, 16, 4096, 4096, 2, stored=1)[0].turned
     assert not gemm_tiles_gpu(replace(CUDA, capability=80), 1, 16, 4096, 4096, 2)[0].turned
-    assert not gemm_tiles_gpu(CUDA, 1, 17, 4096, 4096, 2)[0].turned
+    assert not gemm_tiles_gpu(CUDA, 1, 65, 4096, 4096, 2)[0].turned
 
 
 @pytest.mark.parametrize(("columns", "parts"), [(4096, 2), (2048, 4), (6144, 1), (11008, 1)])
