@@ -1,8 +1,8 @@
 """What of a model a program of `ahead.py` was compiled for, beside its tensors, and whether a call still has it.
 
 Of every layer: its `training` flag, layers and hooks, all plain settings (`eps` of a norm as well as what users' layers hold), functions (an
-activation), and lists, dicts and sets of plain values; whether it has got a `forward` of its own. The plain variables of a function's closure, and those of a method's object,
-likewise.
+activation), and lists, dicts and sets of plain values; whether it has got a `forward` of its own. The plain variables of a function's closure, and
+those of a method's object, likewise.
 Not seen: what an empty list or dict is given later, and the insides of objects that are neither of these.
 """
 
