@@ -5,7 +5,7 @@ On a CPU a lane has seen n elements x with sum s, and m2 is the sum of their squ
 On a GPU, where a division for each step of each lane costs more than memory does, a lane sums d = x - p and d^2 for its first element p, and
 m2 = sum(d^2) - sum(d)^2 / n once at the end. As p is one of the elements, sum(d^2) <= (n + 1) m2 whatever they are: what cancels is at most n + 1
 roundings of m2 itself, and n is the few elements of one lane (on shifted data: Chan, Golub, LeVeque 1983, algorithms for computing the sample
-variance). Where p is infinite the mean becomes NaN, and eager's is infinite (docs/numerics.md): to look at it in every step keeps LLVM from
+variance). Where p is infinite the mean becomes NaN, and eager's is infinite (docs/numerics.md): to look at p in every step keeps LLVM from
 unrolling the loop, and takes an eighth of the time of a group norm.
 """
 
