@@ -3,9 +3,9 @@
     python benchmarks/gpu_tile_fit.py measure --out tiles.json [--seconds 300] [--layouts nk,kn]    # on a GPU: 900 kernels, as fast as they compile
     python benchmarks/gpu_tile_fit.py fit tiles.json                                               # anywhere: constants, and the table of regrets
 
-Bare 16-bit products are generated with every tile that a program could have, and timed from CUDA graphs of several launches. Constants are fitted
-to the shapes FIT alone (least squares of the logarithm of time, fast tiles weighing more); regret, time of the tile that the model takes / time of
-the best - 1, is printed for these and for the shapes HELD, which the fit never saw. `nk`: the right operand lies as a linear layer's weight.
+Bare 16-bit products are generated with every tile that a program could have, and timed from CUDA graphs of several launches. Constants are fitted to
+the shapes FIT alone (the time lost by the tile that they choose, and the error of fast tiles' times); regret, time of the tile that the model takes /
+time of the best - 1, is printed for these and for the shapes HELD, which the fit never saw. `nk`: the right operand lies as a linear layer's weight.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
 from aicc.passes.tiling.gpu_tile_cost import HOPPER, TileCosts, product_seconds
 from aicc.passes.tiling.gpu_tiles import GpuTile, gemm_tiles_gpu, padded
 from aicc.runtime.cuda_graph import CudaGraph
-from scipy.optimize import least_squares
+from scipy.optimize import minimize
 from torch._dynamo.backends.common import aot_autograd
 
 Shape = tuple[int, int, int, int]
@@ -190,7 +190,7 @@ def measure(options: argparse.Namespace) -> int:
         for i, found in enumerate(pool.imap_unordered(run_job, jobs)):
             rows += found
             options.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "capability": target.capability,
-                                               "multiprocessors": target.multiprocessors, "rows": rows}))
+                                               "multiprocessors": target.multiprocessors, "l2": target.l2, "rows": rows}))
             if time.time() - begin > options.seconds:
                 print(f"{i + 1} of {len(jobs)} chunks in time", flush=True)
                 break
@@ -216,36 +216,52 @@ def text(t: GpuTile) -> str:
 # -- fitting ---------------------------------------------------------------------------------------------------------------------
 
 FITTED = [f.name for f in dataclasses.fields(TileCosts) if f.name not in ("flat", "memory")]
-REACH, ROUGH = 1.6, 0.1
-"""How far a constant may move from where it starts, in powers of e; errors beyond ROUGH count less than squared."""
+SOFT, ROUGH, STAY = 0.02, 0.3, 1e-3
+"""Tiles whose modelled times differ by a share of SOFT are chosen with like probability; errors beyond ROUGH count as that; and what moving a
+constant by a factor of e costs."""
+TRIES, STEPS = 4, 4000
 
 
 def costs_from(x: Iterable[float]) -> TileCosts:
-    values = [float(v) for v in np.exp(list(x))]
-    return TileCosts(**dict(zip(FITTED, values, strict=False)), flat=(values[-2], values[-1]), memory=HOPPER.memory)
+    values = (float(v) for v in np.exp(list(x)))
+    return dataclasses.replace(HOPPER, **dict(zip(FITTED, values, strict=True)))
+
+
+def fitted(measured: Mapping[Shape, Mapping[GpuTile, float]], target: Target) -> TileCosts:
+    """The constants that lose least time by the tile that they choose, and are not far off in time: of several descents, the best."""
+    start = np.log([getattr(HOPPER, name) for name in FITTED])
+
+    def loss(x: Iterable[float]) -> float:
+        costs, lost = costs_from(x), 0.0
+        for shape, times in measured.items():
+            real = np.log(np.array(list(times.values())))
+            modelled = np.log(np.array([product_seconds(target, shape, tile, costs=costs) * 1e6 for tile in times]))
+            chosen, weight = np.exp((modelled.min() - modelled) / SOFT), np.exp(2 * (real.min() - real))
+            lost += float((chosen * (real - real.min())).sum() / chosen.sum())
+            lost += float((weight * np.minimum((modelled - real) ** 2, ROUGH**2)).sum() / weight.sum())
+        return lost / len(measured) + STAY * float(np.square(np.array(list(x)) - start).mean())
+
+    noise = np.random.default_rng(0)
+    starts = [start, *(start + noise.normal(0, 0.3, len(start)) for _ in range(TRIES - 1))]
+    tries = [minimize(loss, x, method="Nelder-Mead", options={"maxfev": STEPS, "adaptive": True}) for x in starts]
+    return costs_from(min(tries, key=lambda r: r.fun).x)
 
 
 def fit(options: argparse.Namespace) -> int:
     data = json.loads(options.data.read_text())
-    target = Target(kind="cuda", name=f"sm_{data['capability']}", capability=data["capability"], multiprocessors=data["multiprocessors"])
+    target = Target(kind="cuda", name=f"sm_{data['capability']}", capability=data["capability"], multiprocessors=data["multiprocessors"],
+                    l2=data.get("l2", 60 << 20))
     by_shape: dict[Shape, dict[GpuTile, float]] = {}
     library: dict[Shape, float] = {}
     for r in data["rows"]:
-        if r["layout"] == options.layout:
+        if r["layout"] == options.layout and r["tile"][0] >= 64:  # fewer rows are no longer taken on Hopper
             by_shape.setdefault(tuple(r["shape"]), {})[GpuTile(*r["tile"])] = r["us"]
             library[tuple(r["shape"])] = r["library"]
 
     def modelled(costs: TileCosts, shape: Shape, tile: GpuTile) -> float:
         return product_seconds(target, shape, tile, costs=costs) * 1e6
 
-    def errors(x: Iterable[float]) -> list[float]:
-        costs = costs_from(x)
-        return [math.sqrt(min(times.values()) / us) * math.log(modelled(costs, shape, tile) / us)
-                for shape, times in by_shape.items() if shape in FIT for tile, us in times.items()]
-
-    start = np.log([*(getattr(HOPPER, name) for name in FITTED), *HOPPER.flat])
-    found = least_squares(errors, start, loss="soft_l1", f_scale=ROUGH, bounds=(start - REACH, start + REACH))
-    costs = costs_from(found.x)
+    costs = fitted({shape: times for shape, times in by_shape.items() if shape in FIT}, target)
     print(costs)
     for kind, shapes in (("fitted", FIT), ("held out", HELD)):
         lost: dict[str, list[float]] = {"now": [], "then": []}

@@ -1,8 +1,8 @@
 """What of a model a program of `ahead.py` was compiled for, beside its tensors, and whether a call still has it.
 
-Of every layer: its `training` flag, layers and hooks, all plain settings (`eps` of a norm as well as what users' layers hold), and lists, dicts
-and sets of plain values; whether it has got a `forward` of its own. The plain variables of a function's closure, and those of a method's object,
-likewise.
+Of every layer: its `training` flag, layers and hooks, all plain settings (`eps` of a norm as well as what users' layers hold), functions (an
+activation), and lists, dicts and sets of plain values; whether it has got a `forward` of its own. The plain variables of a function's closure, and
+those of a method's object, likewise.
 Not seen: what an empty list or dict is given later, and the insides of objects that are neither of these.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from operator import itemgetter
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ __all__ = ["Modules"]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _OWN = ("training", "_modules", *_HOOKS)
 _BASE = frozenset(vars(nn.Module()))
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _METHODS = ("forward", "__call__")
 """What a layer may be given in place of its class's."""
 
@@ -95,8 +97,8 @@ def _nothing(_: Any) -> tuple[Any, ...]:
 
 
 def _plain_names(x: Any) -> tuple[str, ...]:
-    """Plain values and methods of its own: those are the same object, or others."""
-    return tuple(n for n, v in vars(x).items() if is_plain(v) or n in _METHODS)
+    """Plain values, functions and methods of its own: those are the same object, or others."""
+    return tuple(n for n, v in vars(x).items() if is_plain(v) or isinstance(v, _FUNCTIONS) or n in _METHODS)
 
 
 def _settings(module: nn.Module) -> tuple[str, ...]:

@@ -260,6 +260,7 @@ class CompiledGraph:
                 packed = memory.current  # held until native code has returned
                 known = None if packed is None else packed.known
             if known is None or len(args) != count:
+                packed = None  # `packing.py` counts who holds it
                 return first(args)
             sizes = static or self._sizes(self._symbol_values(args, args if pick is None else pick(args)))
             if symbolic and packed.symbols != sizes.values:  # type: ignore[union-attr]
@@ -274,7 +275,7 @@ class CompiledGraph:
             else:
                 code = enter(known.address, args, buffers, None, sizes.address)
             if code == NOT_AS_KNOWN:
-                packed = None  # `packing.py` counts who holds it
+                packed = None
                 return first(args)
             self.calls += 1
             if code:

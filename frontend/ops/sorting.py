@@ -42,7 +42,10 @@ def sort_stable(c: Context, x: Value, *, stable: bool | None = None, dim: int = 
 
 
 def topk(c: Context, x: Value, k: Dim, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Value, Value]:
-    """One is a maximum; more are the first of the row in sorted order, whether or not an order was asked for."""
+    """One is a maximum or a minimum; more are the first of the row in sorted order, whether or not an order was asked for.
+
+    NaN is the largest: the smallest of floats is no minimum, which is NaN where there is one.
+    """
     t = typeof(x)
     if t.rank == 0:
         raise Unsupported("topk of a scalar: a library routine")
@@ -50,7 +53,7 @@ def topk(c: Context, x: Value, k: Dim, dim: int = -1, largest: bool = True, sort
     if k == 0:
         shape = tuple(0 if i == axis else n for i, n in enumerate(t.shape))
         return c.full(shape, 0, t.dtype), c.full(shape, 0, I64)
-    if k != 1:
+    if k != 1 or (t.dtype.is_float and not largest):
         return _sorted(c, x, axis, c.dim(k), largest)
     axes = c.axes(dim, t.rank)
     value, place = ("amax", "argmax") if largest else ("amin", "argmin")

@@ -55,6 +55,12 @@ ASKED_ROWS, ASKED_BYTES = (32, 256), 12 << 20
 larger weights the memory is busy anyway, and asking makes it slower (16 rows and 90 MB on an H200: 26 -> 41 us); with more rows, arithmetic is."""
 EARLY = 224 << 10
 """Bytes of shared memory for all of K of both operands, and a float32 result (`backends/triton/early_weights.py`)."""
+FITTED = 6
+"""Tiles of 128 x 128 for each multiprocessor, up to which the model was fitted. With more, or where the left operand fills half of the L2 cache,
+rounds count for little, and what counts is the rate of a tile and how often the left operand is read (ResNet-50's layers of 64 columns: tiles of
+64 x 32, by the model, made the network 2.6 -> 3.2 ms on an H200)."""
+RATE = {16: 0.13, 32: 0.25, 64: 0.5, 128: 0.85, 256: 1.0}
+"""Relative rate of matrix units there, by the side of a square tile (others: the geometric mean of the sides' rates)."""
 UNKNOWN = 2048
 """What a size that is not known at compile time counts as."""
 
@@ -158,10 +164,26 @@ def gemm_tiles_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per
              and _suits(rows, columns, step, warps, stages, products)]
     if whole and sizes[1] <= WHOLE:
         known += [GpuTile(WHOLE, padded(sizes[1]), _fit(k, step), 4, stages, True) for step, stages in pairs((64, 128), (3, 4, 6))]
+    if sizes[1] > ASKED_ROWS[1] and _is_beyond(target, shape):
+        return sorted(known, key=lambda tile: _by_rate(target, shape, tile))
     costs = {tile: product_seconds(target, shape, tile, products=products) for tile in known}
     early = early_columns(target, batch, m, n, k) if settled and stored == 2 and products == 1 and not row_major else 0
     first = [GpuTile(WHOLE, early, WHOLE, 4, 4, True)] if early else []
     return list(dict.fromkeys([*first, *sorted(costs, key=costs.__getitem__)]))
+
+
+def _is_beyond(target: Target, shape: tuple[int, int, int, Any]) -> bool:
+    """Beyond what the model was fitted to."""
+    batch, m, n, k = shape
+    return batch * -(-m // 128) * -(-n // 128) > FITTED * max(1, target.multiprocessors) or 2 * batch * m * k * 2 > target.l2
+
+
+def _by_rate(target: Target, shape: tuple[int, int, int, Any], tile: GpuTile) -> tuple[float, bool, bool]:
+    """The cost of the busiest multiprocessor's tiles by their rate; then long steps for small tiles, and as many loads in flight as fit."""
+    rounds = -(-tile.programs(*shape[:3]) // max(1, target.multiprocessors))
+    area, sides = tile.rows * tile.columns, tile.rows + tile.columns
+    return (rounds * area / (RATE[tile.rows] * RATE[tile.columns]) ** 0.5, (tile.step > 64) != (sides <= 128),
+            (tile.stages == 3) != (area >= 128 * 256))
 
 
 def _suits(rows: int, columns: int, step: int, warps: int, stages: int, products: int) -> bool:

@@ -236,3 +236,20 @@ def test_a_list_in_a_closure() -> None:
     scales[0] = 3.0
     with pytest.raises(ValueError, match="'scales' of the function has got other values"):
         program(x)
+
+
+@pytest.mark.parametrize("before, after", [(torch.sin, torch.cos), (lambda x: x + 1, lambda x: x + 2)], ids=["torch", "python"])
+def test_functions_that_layers_hold(before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor]) -> None:
+    class Activated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.activation = before
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.activation(x)
+    m, x = Activated(), torch.randn(4)
+    program = aicc.compile(m, x)
+    torch.testing.assert_close(program(x), before(x))
+    m.activation = after
+    with pytest.raises(ValueError, match="got another 'activation' since the program was compiled"):
+        program(x)

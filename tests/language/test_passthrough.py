@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from aicc.compiler import dynamo
+from aicc.compiler.driver import Compilation, watching
 from aicc.compiler.passthrough import without_wrapper
 
 
@@ -85,3 +87,23 @@ def test_gradients_and_grad_mode(bare: list[bool]) -> None:
         assert not compiled(x, w).requires_grad
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(compiled(x, x), x @ x)
+
+
+def test_packed_memory_of_inference_tensors_is_used_again() -> None:
+    """They are packed in every call, into the same memory."""
+    found: list[Compilation] = []
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        layer, x = torch.nn.Linear(64, 64), torch.randn(8, 64)
+        compiled = torch.compile(layer, backend="aicc")
+        with watching(compiled=found.append):
+            compiled(x)
+        assert found[0].graph is not None
+        memory = found[0].graph._packed
+        assert memory is not None
+        places = []
+        for _ in range(4):
+            torch.testing.assert_close(compiled(x), layer(x))
+            assert memory.current is not None
+            places.append(memory.current.pointers)
+    assert all(p == places[0] for p in places)

@@ -27,14 +27,6 @@ def _odd() -> list[Tensor]:
     return [x]
 
 
-def _infinite() -> list[Tensor]:
-    """Rows with an infinity at their beginning, where a lane's first element is, and further on; with both; with a NaN."""
-    x, = _normal((6, 9000))
-    inf = float("inf")
-    x[0, 0], x[1, 8999], x[2, 0], x[2, 4096], x[3, 5], x[4, 7] = inf, -inf, inf, -inf, float("nan"), -inf
-    return [x]
-
-
 def shifted_sum(x: Tensor) -> tuple[Tensor, Tensor]:
     """Of a row of -inf, eager's sum of exp(-inf + inf) is NaN."""
     m = x.amax(-1, keepdim=True)
@@ -116,8 +108,6 @@ MOMENTS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "layer_norm": (lambda x: F.layer_norm(x, (9000,)), _normal((3, 9000))),
     "channels": (lambda x: torch.var_mean(x, (0, 2)), _normal((40, 7, 300))),
     "nan": (lambda x: x.var(1), _odd()),
-    "infinite": (lambda x: (x.var(1), x.mean(1)), _infinite()),
-    "infinite_bf16": (lambda x: (x.var(1), x.mean(1)), [x.bfloat16() for x in _infinite()]),
     "another_mean": (lambda x: (x - (x * 2).mean(1, keepdim=True)).square().sum(1), _normal((3, 9000))),
 }
 

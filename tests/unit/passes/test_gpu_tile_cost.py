@@ -58,3 +58,12 @@ def test_only_packed_weights_and_older_units_take_flat_tiles() -> None:
     assert all(t.rows >= 64 for t in gemm_tiles_gpu(H200, 1, 32, 4096, 4096, 2)) and gemm_tiles_gpu(H200, 1, 32, 4096, 4096, 2)[0].turned
     assert min(t.rows for t in gemm_tiles_gpu(H200, 1, 32, 4096, 4096, 2, stored=1)) < 64
     assert not any(t.turned for t in gemm_tiles_gpu(A100, 1, 32, 4096, 4096, 2))
+
+
+@pytest.mark.parametrize(("m", "n", "k", "rows", "columns"), [(200704, 64, 64, 128, 64), (200704, 64, 576, 128, 64), (50176, 128, 1152, 128, 128),
+                                                            (200704, 256, 64, 128, 256)])
+def test_beyond_what_was_fitted_large_tiles_are_taken(m: int, n: int, k: int, rows: int, columns: int) -> None:
+    """Layers of ResNet-50: no tile reads the left operand more often than it has to."""
+    tile = gemm_tiles_gpu(H200, 1, m, n, k, 2)[0]
+    assert (tile.rows, tile.columns) == (rows, columns)
+    assert gemm_tiles_gpu(H200, 1, 4096, 768, 768, 2)[0].columns == 128, "within: a third program on a multiprocessor counts"
