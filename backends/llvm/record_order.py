@@ -44,11 +44,7 @@ def record_sort(module: ir.Module, r: Record) -> ir.Function:
             up_to(NETWORK[r.bits], network_sort(module), [records, n])
         made.append((b.call(by_digits, [records, spare, n]), b.block))
         b.branch(end)
-        b.position_at_end(end)
-        result = b.phi(PTR)
-        for value, block in made:
-            result.add_incoming(value, block)
-        return result
+        return _whichever(b, end, made)
 
     return function(module, f"sort.records.{r.bits}", PTR, [PTR, PTR, I64], emit)
 
@@ -70,10 +66,15 @@ def record_first(module: ir.Module, r: Record) -> ir.Function:
             b.position_at_end(block)
             made.append((b.call(f, operands), block))
             b.branch(end)
-        b.position_at_end(end)
-        result = b.phi(PTR)
-        for value, block in made:
-            result.add_incoming(value, block)
-        return result
+        return _whichever(b, end, made)
 
     return function(module, f"sort.first.{r.bits}", PTR, [PTR, PTR, I64, I64], emit)
+
+
+def _whichever(b: ir.IRBuilder, end: ir.Block, made: Sequence[tuple[ir.Value, ir.Block]]) -> ir.Value:
+    """At the beginning of `end`, the pointer of the block that control came from."""
+    b.position_at_end(end)
+    result = b.phi(PTR)
+    for value, block in made:
+        result.add_incoming(value, block)
+    return result

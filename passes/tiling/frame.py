@@ -7,7 +7,7 @@ from typing import Any
 
 from ...ir import Dim, Operation, TensorType, Value, sym
 from ...ir.dialects.tensor import fill_of, parallel_dims
-from ...ir.expr import free_symbols, product, substitute
+from ...ir.expr import free_symbols, substitute
 from ...ir.ranges import Bounds, simplify, split_linear
 from ..rescale import Declined, Dependence, about_mean
 from ..structured import EXPENSIVE, body_ops, uses_dims
@@ -85,18 +85,6 @@ def align(members: list[Operation], inputs: list[Value], outputs: list[Value]) -
         name = f"f{len(sizes)}"
         sizes[name] = size
         return name
-
-    def unify(op: Operation) -> list[str | None]:
-        dims: list[str | None] = [None] * len(op["dims"])
-        for v, m in zip(op.operands, op["maps"], strict=True):
-            if v not in made or m is None:
-                continue
-            source = place[made[v]]
-            for e, f in zip(m, source, strict=False):
-                text = str(e)
-                if text[0] == "d" and text[1:].isdigit():
-                    dims[int(text[1:])] = f
-        return dims
 
     anchor = max(members, key=lambda op: (len([d for d in op["dims"] if d != 1]), op["reductions"]))
     order = [anchor, *(m for m in members if m is not anchor)]
@@ -318,10 +306,3 @@ def _same_read(frame: Frame, a: Operation, i: int, b: Operation, j: int) -> bool
 def is_expensive(op: Operation) -> bool:
     """Worth keeping rather than computing again in a later stage."""
     return any(o.name in EXPENSIVE for o in body_ops(op))
-
-
-def total_points(frame: Frame) -> Dim:
-    return product(frame.sizes.values())
-
-
-

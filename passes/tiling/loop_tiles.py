@@ -23,8 +23,6 @@ __all__ = ["TileChoice", "choose_tile", "loop_tiles", "resized"]
 
 LINE_ELEMENTS = 16
 """Of 4 bytes in a cache line."""
-CACHED_LINES = 512
-"""Lines of 64 bytes that the first cache holds."""
 MANY = (384, 768)
 """Rows of a sum of columns (or even ones: no masks), and programs, from which two warps are enough for each."""
 LARGEST = 16384
