@@ -309,7 +309,8 @@ class Printer:
         high = end - 1 if isinstance(end, int) else None
         self.ranges[iv] = (low, high)
         walked = f"{text(op['lower'])}, {text(op['upper'])}, {op['step']}"
-        self._write(f"for {name} in {f'tl.range({walked}, num_stages={ahead})' if (ahead := op['ahead']) else f'range({walked})'}:")
+        asked = [f"num_stages={op['ahead']}"] * bool(op["ahead"]) + [f"loop_unroll_factor={op['unroll']}"] * (op["unroll"] > 1)
+        self._write(f"for {name} in {'tl.' * bool(asked)}range({', '.join([walked, *asked])}):")
         self.indent += 1
         start = len(self.lines)
         self._write(f"{name} = tl.cast({name}, {self.index_type})")  # in the interpreter it is a Python number

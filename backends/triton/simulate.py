@@ -74,8 +74,9 @@ def run_kernel(
     function = load_function(source, folder)
     scope = function.fn.__globals__
     scope["libdevice"] = Libdevice()
-    for name in ("tanh", "exp2", "log", "erf"):  # instructions that the interpreter has not
+    for name in ("tanh", "exp", "exp2", "log", "erf"):  # instructions that the interpreter has not
         scope[f"{name}_approx"] = getattr(Libdevice(), name)
+    scope["sigmoid_approx"] = tl.sigmoid
     maps = [TensorDescriptor(buffers[m.buffer], [m.rows, m.columns], [m.stride, 1], list(m.block)) for m in source.descriptors]
     error = torch.zeros(1, dtype=torch.int32)
     if programs:

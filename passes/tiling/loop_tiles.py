@@ -38,6 +38,7 @@ class TileChoice:
     shape: tuple[int, int]
     chunk: int              # elements of the vector dimension per program, when it is an outer one
     warps: int = 0          # of a program on a GPU; 0: as many as the tile's size suggests
+    unroll: int = 1         # steps of a loop on a GPU whose loads are under way at a time; 1: as LLVM guesses
 
 
 def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
@@ -191,7 +192,7 @@ def loop_tiles(frame: Frame, choice: TileChoice) -> list[GpuTile]:
 def resized(frame: Frame, choice: TileChoice, tile: GpuTile) -> TileChoice:
     """The choice with another size."""
     row = choice.row or (_row(frame, choice) if tile.rows > 1 else None)
-    return replace(choice, row=row, shape=(tile.rows, tile.columns), chunk=tile.step, warps=tile.warps)
+    return replace(choice, row=row, shape=(tile.rows, tile.columns), chunk=tile.step, warps=tile.warps, unroll=tile.stages)
 
 
 def default_warps(elements: int) -> int:

@@ -28,6 +28,7 @@ from .frame import Frame, make_online
 from .keeping import Home, choose_homes
 from .loop_tiles import TileChoice
 from .moments import add_second_moment, add_shifted, initial_count, initial_shifted, spread_of_means, spread_of_shifted, sum_of_shifted
+from .online import Lanes
 from .prefetch import Leaf, ask_ahead
 
 __all__ = ["emit_loops", "traffic", "work"]
@@ -222,7 +223,7 @@ class Lowering:
             active = {**scope.active, f: (at, size)} if t else scope.active
             return self._nest(Scope(inner, {**scope.at, f: at}, active), rest, roots, keys, carried)
 
-        unroll = 4 if t is None and not rest and self.tile.vector not in self.frame.inner else 1
+        unroll = self.tile.unroll if self.gpu else 4 if t is None and not rest and self.tile.vector not in self.frame.inner else 1
         span = self._span(size, step, keys)
         if not span:
             return scope.e.loop(0, size, step, inits, body, unroll=unroll)
@@ -375,7 +376,7 @@ class Lowering:
         e, kind = self.e, op["combine"][k]
         dtype = element_type(op.body.terminator.operands[k].type)
         if op in self.frame.online or op in self.frame.online.values():
-            return [e.broadcast(e.builder.constant(identity_of(kind, dtype), dtype), self._row_shape())]
+            return [self._online_lanes().initial(e, kind, dtype)]
         if self._shifted_by(op) is not None:
             return []
         if op in self.frame.moments:
@@ -417,30 +418,22 @@ class Lowering:
         """The last tile of an inner dimension is not full."""
         return any(self._extent(f) > 1 and not (isinstance(s := self.frame.sizes[f], int) and s % self._extent(f) == 0) for f in self.frame.inner)
 
-    def _row_shape(self) -> tuple[int, int]:
-        """The tile reduced along the inner dimensions."""
-        rows, columns = self.tile.shape
-        return (1 if self.tile.row in self.frame.inner else rows, 1 if self.tile.vector in self.frame.inner else columns)
-
     def _inner_shape(self) -> tuple[int, int]:
         """The tile along the inner dimensions alone: what their masks have."""
         rows, columns = self.tile.shape
         return (rows if self.tile.row in self.frame.inner else 1, columns if self.tile.vector in self.frame.inner else 1)
 
     def _combine_online(self, scope: Scope, op: Operation, value: Value, acc: Value) -> Value:
-        """A running maximum, or a running sum that is rescaled when the maximum moves (see `stream.py` for the guard against -inf)."""
-        e, b, kind = scope.e, scope.e.builder, op["combine"][0]
-        if not isinstance(value.type, TileType) or value.type.shape != self.tile.shape:
-            value = e.broadcast(value, self.tile.shape)
-        for axis in self._inner_axes():
-            value = self._reduce(value, axis, kind, b)
+        """A running maximum, or a running sum that is rescaled when the maximum moves (`online.py`)."""
         if op in self.frame.online:
-            return b.arith("add", b.arith("mul", acc, scope.alpha[self.frame.online[op]]), value)
-        new = b.arith("max", acc, value)
-        safe = b.arith("select", b.arith("eq", new, float("-inf")), 0, new)
-        scope.values[op.result] = safe
-        scope.alpha[op] = b.arith("exp", b.arith("sub", acc, safe))
+            return self._online_lanes().sum(scope.e, value, acc, scope.alpha[self.frame.online[op]])
+        new, scope.values[op.result], scope.alpha[op] = self._online_lanes().maximum(scope.e, value, acc)
         return new
+
+    def _online_lanes(self) -> Lanes:
+        axes = self._inner_axes()
+        along = [x.bytes for x in self.frame.accesses if self.tile.vector in free_symbols(x.offset)]
+        return Lanes.of(self.tile.shape, axes, min(along)) if self.gpu and along else Lanes(self.tile.shape, tuple(axes))
 
     def _inner_axes(self) -> list[int]:
         return [a for a, f in ((0, self.tile.row), (1, self.tile.vector)) if f in self.frame.inner]
@@ -482,18 +475,25 @@ class Lowering:
                 value = self._reduce_arg(carried[slot], carried[slot + 1], kind[3:], axes)
                 slot += 2
             else:
-                value = self._lanes(op, carried, slot, places)
+                value = self._whole(op, kind, axes, carried, slot, places)
                 slot += self._slots(op, k)
-                for axis in axes:
-                    value = self._reduce(value, axis, kind)
-                if op in self.frame.online:  # where the maximum is -inf there was nothing but exp(-inf + inf)
-                    highest = self.outer_values[self.frame.online[op].result]
-                    value = b.arith("select", b.arith("eq", highest, float("-inf")), float("nan"), value)
             self.outer_values[r] = value
             if r in self.stores:
                 with b.at(op.location):
                     here = Scope(e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner})
                     self.store(here, self.buffers[r], self.stores[r], value)
+
+    def _whole(self, op: Operation, kind: str, axes: Sequence[int], carried: Sequence[Value], slot: int, places: dict[Operation, int]) -> Value:
+        """A reduction's result, from the accumulators of all lanes."""
+        if op in self.frame.online:
+            maximum = self.frame.online[op]
+            return self._online_lanes().whole_sum(self.e, carried[slot], carried[places[maximum]], self.outer_values[maximum.result])
+        if op in self.frame.online.values():
+            return self._online_lanes().whole(self.e, carried[slot])
+        value = self._lanes(op, carried, slot, places)
+        for axis in axes:
+            value = self._reduce(value, axis, kind)
+        return value
 
     def _lanes(self, op: Operation, carried: Sequence[Value], slot: int, places: dict[Operation, int]) -> Value:
         """What each lane adds to a reduction; `places`: the first accumulator of every op."""
