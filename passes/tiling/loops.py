@@ -188,7 +188,7 @@ class Lowering:
                 continue
             reductions = [op for op in roots if op["reductions"]]
             keys = [(op, k) for op in reductions for k in range(len(op.results))]
-            inits = [v for op, k in keys for v in self._initial(op, k)]
+            inits = [v for op, k in keys for v in self._initial(op, k, shared)]
             self.now = s
             if persistent:
                 carried = self.stage(shared, roots, keys, inits)
@@ -372,7 +372,8 @@ class Lowering:
 
     # -- reductions ---------------------------------------------------------------------------------------------------
 
-    def _initial(self, op: Operation, k: int) -> list[Value]:
+    def _initial(self, op: Operation, k: int, start: Scope) -> list[Value]:
+        """Accumulators before the first step, which is that at `start`."""
         e, kind = self.e, op["combine"][k]
         dtype = element_type(op.body.terminator.operands[k].type)
         if op in self.frame.online or op in self.frame.online.values():
@@ -381,7 +382,8 @@ class Lowering:
             return []
         if op in self.frame.moments:
             if self.gpu:
-                return initial_shifted(e, dtype, self._ragged(), self.tile.shape, self._inner_shape())
+                first = self.summand(Scope(start.e, dict(start.at), dict(start.active)), self.frame.moments[op], 0)
+                return initial_shifted(e, first, self._ragged(), self.tile.shape, self._inner_shape())
             return [e.broadcast(e.builder.constant(0, dtype), self.tile.shape), initial_count(e, dtype, self._ragged(), self._inner_shape())]
         if kind in ("argmax", "argmin"):
             return [e.broadcast(e.builder.constant(identity_of(kind[3:], dtype), dtype), self.tile.shape),

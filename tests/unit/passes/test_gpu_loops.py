@@ -27,6 +27,15 @@ def _odd() -> list[Tensor]:
     return [x]
 
 
+def _infinite() -> list[Tensor]:
+    """Rows with an infinity: in a lane's first element, behind it, in the last lane; with both, or a NaN, in one lane or in several."""
+    x, = _normal((8, 40000))
+    inf = float("inf")
+    x[0, 39000], x[1, 39999], x[2, 0], x[3, 5] = inf, -inf, inf, -inf
+    x[4, 0], x[4, 8192], x[5, 7], x[5, 39000], x[6, 3], x[6, 38007] = inf, inf, inf, -inf, float("nan"), -inf
+    return [x]
+
+
 def shifted_sum(x: Tensor) -> tuple[Tensor, Tensor]:
     """Of a row of -inf, eager's sum of exp(-inf + inf) is NaN."""
     m = x.amax(-1, keepdim=True)
@@ -108,6 +117,9 @@ MOMENTS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "layer_norm": (lambda x: F.layer_norm(x, (9000,)), _normal((3, 9000))),
     "channels": (lambda x: torch.var_mean(x, (0, 2)), _normal((40, 7, 300))),
     "nan": (lambda x: x.var(1), _odd()),
+    "infinite": (lambda x: (x.var(1), x.mean(1)), _infinite()),
+    "infinite_bf16": (lambda x: (x.var(1), x.mean(1)), [x.bfloat16() for x in _infinite()]),
+    "infinite_channels": (lambda x: torch.var_mean(x, (0, 2)), [_infinite()[0].reshape(8, 4, 10000).transpose(0, 1)]),
     "another_mean": (lambda x: (x - (x * 2).mean(1, keepdim=True)).square().sum(1), _normal((3, 9000))),
 }
 
