@@ -187,9 +187,9 @@ def likely(group: Operation, tiles: Sequence[GpuTile]) -> list[GpuTile]:
     found = []
     for t in tiles:
         each = t.rows * t.columns // (32 * t.warps)
-        if t is tiles[0] or (8 <= each <= 64 and (
-                tall and 32 <= t.rows <= 128 and 32 <= t.columns <= 256 and each <= 32
-                or not tall and t.columns >= min(256, widest) and t.rows <= max(2, 4096 // t.columns) and (t.rows <= 16 or t.columns == widest) and (each <= 32 or t.rows == 1))):
+        square = 32 <= t.rows <= 128 and 32 <= t.columns <= 256 and each <= 32
+        flat = t.columns >= min(256, widest) and t.rows <= max(2, 4096 // t.columns) and (t.rows <= 16 or t.columns == widest)
+        if t is tiles[0] or 8 <= each <= 64 and (square if tall else flat and (each <= 32 or t.rows == 1)):
             found.append(t)
     few = sum(v.type.numel for v in group.operands) < 1 << 18  # type: ignore[attr-defined]
     return found[:8 if few else MOST]

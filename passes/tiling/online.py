@@ -1,8 +1,8 @@
 """Sums of exp(x - max(x)) beside the running maximum: one pass over a row (Milakov, Gimelshein 2018, online normalizer calculation for softmax).
 
 A lane keeps the largest x that it has seen and the sum that belongs to it, which is rescaled when the maximum moves. On CPUs, and where columns
-are reduced, the lane is the whole row: each step reduces across the tile. On GPUs that would make the threads of a program wait for each
-other at every step; there a lane is a few neighbours of a row, what one thread loads at once, and lanes are merged when the row has ended. That is one
+are reduced, the lane is the whole row: each step reduces across the tile. On GPUs that would make the threads of a program wait for each other at
+every step; there a lane is a few neighbours of a row, what one thread loads at once, and lanes are merged when the row has ended. That is one
 exponential more for each group of neighbours, and no step waits for another thread.
 """
 

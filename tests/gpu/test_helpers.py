@@ -48,3 +48,15 @@ def test_erf_at_the_ends(x, y):
 
 def test_erf_of_nan():
     assert np.isnan(run("erf_approx", np.array([math.nan])))
+
+
+def test_sigmoid_and_exp_are_close_and_have_no_nan_at_the_ends():
+    x = np.concatenate([np.linspace(-80, 80, 10001), [math.inf, -math.inf, -1e30, 1e30, -100.0]])
+    wide = x.astype(np.float32).astype(np.float64)
+    with np.errstate(over="ignore"):
+        sigmoid, exp = 1 / (1 + np.exp(-wide)), np.exp(wide)
+        got, power = run("sigmoid_approx", x).astype(np.float64), run("exp_approx", x).astype(np.float64)
+    assert not np.isnan(got).any() and not np.isnan(power).any()
+    assert (np.abs(got - sigmoid) <= 1e-5 * sigmoid + 1e-37).all()
+    finite = np.isfinite(exp) & (exp < 3e38)
+    assert (np.abs(power[finite] - exp[finite]) <= 1e-5 * exp[finite] + 1e-37).all()
