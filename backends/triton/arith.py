@@ -111,8 +111,8 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "fma": _libdevice("fma", 3),
 }
-_APPROXIMATE = {"exp": "exp_approx({0})", "exp2": "exp2_approx({0})", "sigmoid": "sigmoid_approx({0})", "div": "{0} / {1}", "tanh": "tanh_approx({0})",
-                "log": "log_approx({0})", "erf": "erf_approx({0})"}
+_APPROXIMATE = {"exp": "exp_approx({0})", "exp2": "exp2_approx({0})", "sigmoid": "sigmoid_approx({0})", "div": "{0} / {1}",
+                "tanh": "tanh_approx({0})", "log": "log_approx({0})", "erf": "erf_approx({0})"}
 """One to four instructions: 2 ulp (of the argument too, for exp and sigmoid; tanh: 2^-11 of the result; log: 2^-22 near 1), and subnormals
 are zero. erf: 18 without a branch, 3e-7 (relative near 0)."""
 _F64 = {"max": "max_nan({0}, {1})", "min": "min_nan({0}, {1})"}
