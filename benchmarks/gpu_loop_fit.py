@@ -34,6 +34,7 @@ from aicc.frontend.decompositions import decomposition_table
 from aicc.frontend.importer import import_graph
 from aicc.ir import Operation, Target
 from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
+from aicc.passes.structured import is_contraction
 from aicc.passes.tiling.gpu_tiles import GpuTile
 from aicc.passes.tiling.lower import candidate_tiles
 from aicc.runtime.cuda_graph import CudaGraph
@@ -166,7 +167,8 @@ def groups(case: Case, target: Target) -> list[Operation]:
         module = import_graph(gm)
         for stage in ("graph", "tensor"):
             run_pipeline(module, parse_pipeline(pipeline(stage, target, Options())), PassContext(target))
-        found.extend(op for op in module.walk() if op.name == "tensor.fused" and len(t := candidate_tiles(op, target)) > 1 and t[0].stages == 1)
+        found.extend(op for op in module.walk() if op.name == "tensor.fused" and not any(is_contraction(m) for m in op.body)
+                     and len(candidate_tiles(op, target)) > 1)
         raise _FoundError
 
     backend = aot_autograd(fw_compiler=compiler, inference_compiler=compiler, decompositions=decomposition_table())

@@ -132,6 +132,8 @@ def arith_text(op: Operation, args: list[str], index_type: str) -> str:
         raise IRError(f"'{op.name}' on {dtype} has no lowering to Triton")
     if op.attributes.get("_approximate"):
         template = _APPROXIMATE.get(name, template)
+    if op.attributes.get("_many_by_one"):
+        template = "quotient({0}, {1})"
     if dtype.name == "f64":
         template = _F64.get(name, template)
     narrow = kind == "f" and dtype.bits < 32

@@ -82,6 +82,16 @@ def shift_right(x, n, BITS: tl.constexpr, SIGNED: tl.constexpr):
         return x >> tl.where(inside, n, n * 0 + (BITS - 1))
     return tl.where(inside, x >> tl.where(inside, n, n * 0), x * 0)
 
+def quotient(x, d):
+    # the reciprocal of few, and one step of Newton's method: the nearest number, or very rarely its neighbour (Markstein 1990)
+    scale = tl.where(tl.abs(d) < 5.421010862427522e-20, 18446744073709551616.0, 1.0)  # 2^-64: the reciprocal is finite
+    x = x * scale
+    d = d * scale
+    r = libdevice.rcp_rn(d)
+    q = x * r
+    better = libdevice.fma(libdevice.fma(-q, d, x), r, q)
+    return tl.where(tl.abs(better) < float("inf"), better, q)
+
 def sigmoid(x):
     return libdevice.rcp_rn(1.0 + libdevice.exp(-x))
 

@@ -15,7 +15,7 @@ from itertools import product
 from ...ir import Operation, Target
 from .cpu_tiles import fits_registers
 from .frame import Frame
-from .loop_tiles import TileChoice
+from .tile_choice import TileChoice
 
 __all__ = ["CpuTile", "contraction_candidates", "loop_candidates", "stream_candidates"]
 

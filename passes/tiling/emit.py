@@ -12,7 +12,7 @@ from typing import Any
 
 from ...ir import Block, Builder, Dim, DType, Operation, Region, ScalarType, TileType, Type, Value, element_type, sym
 from ...ir.builder import arith_result_type, with_tile_shape
-from ...ir.expr import free_symbols, mod, substitute
+from ...ir.expr import free_symbols, mod, product, substitute
 from ...ir.ranges import Bounds, known_less, known_nonnegative, lower_bound, simplify
 from ...ir.types import DTYPES, index
 from ..structured import identity_of
@@ -22,8 +22,8 @@ __all__ = ["COMBINE_OPS", "Emitter", "Pair", "identity_of", "tile_or_scalar"]
 Pair = tuple[Dim, Dim]
 COARSE = frozenset({"arith.exp", "arith.exp2", "arith.sigmoid"})
 """Functions for which GPUs have a fast form that is wrong nowhere by more than 16-bit rounding."""
-NARROW = COARSE | {"arith.erf"}
-"""On GPUs, of kernels whose floats in memory have 16 bits."""
+NARROW = COARSE | {"arith.erf", "arith.div"}
+"""On GPUs, of kernels whose floats in memory have 16 bits; divisions are those of many numbers by one."""
 FAST = COARSE | {"arith.tanh", "arith.erf", "arith.log"}
 """Functions of which backends may have a cheaper form (`fast_math`)."""
 COMBINE_OPS = {"sum": "add", "prod": "mul", "max": "max", "min": "min", "any": "or", "all": "and"}
@@ -163,7 +163,10 @@ class Emitter:
             result = with_tile_shape(types, element_type(op.result.type)) if op.name == "arith.cast" else arith_result_type(op.name[6:], types)
             made = self.builder.create(op.name, args, dict(op.attributes), [result])
             if op.name in self.coarse and element_type(result).name == "f32":
-                made.attributes["_approximate"] = True
+                if op.name != "arith.div":
+                    made.attributes["_approximate"] = True
+                elif _is_wider(args[0], args[1]):
+                    made.attributes["_many_by_one"] = True
             return made.result
 
     def require(self, op: Operation, operands: Sequence[Value], active: Sequence[Pair]) -> Value:
@@ -198,6 +201,11 @@ class Emitter:
             attrs["ahead"] = ahead
         made = self.builder.create("tile.for", [*operands, *inits], attrs, [v.type for v in inits], [Region([block])])
         return list(made.results)
+
+
+def _is_wider(x: Value, y: Value) -> bool:
+    """A tile of which each element of `y` meets many."""
+    return isinstance(x.type, TileType) and (not isinstance(y.type, TileType) or product(y.type.shape) * 16 <= product(x.type.shape))  # type: ignore[operator]
 
 
 def _scalar(value: Any, dtype: DType) -> Any:

@@ -24,12 +24,13 @@ from ...ir.types import DTYPES, index
 from ..structured import body_ops
 from .columns import emit_columns, sums_columns
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
+from .extremes import better_of, initial_extreme, place_of
 from .frame import Frame, make_online
 from .keeping import Home, choose_homes
-from .loop_tiles import TileChoice
 from .moments import add_second_moment, add_shifted, initial_count, initial_shifted, spread_of_means, spread_of_shifted, sum_of_shifted
-from .online import Lanes
+from .online import WIDEST, Lanes
 from .prefetch import Leaf, ask_ahead
+from .tile_choice import TileChoice
 
 __all__ = ["emit_loops", "traffic", "work"]
 
@@ -223,7 +224,7 @@ class Lowering:
             active = {**scope.active, f: (at, size)} if t else scope.active
             return self._nest(Scope(inner, {**scope.at, f: at}, active), rest, roots, keys, carried)
 
-        unroll = self.tile.unroll if self.gpu else 4 if t is None and not rest and self.tile.vector not in self.frame.inner else 1
+        unroll = self._unrolled(f, rest) if self.gpu else 4 if t is None and not rest and self.tile.vector not in self.frame.inner else 1
         span = self._span(size, step, keys)
         if not span:
             return scope.e.loop(0, size, step, inits, body, unroll=unroll)
@@ -236,6 +237,15 @@ class Lowering:
             return [inner.builder.arith("add", c, m) if is_sum else m for c, m, is_sum in zip(carried, made, plain, strict=True)]
 
         return scope.e.loop(0, size, span, inits, part)
+
+    def _unrolled(self, f: str, rest: list[str]) -> int:
+        """Of the steps that are to be under way, those of this loop: as many as it has, unless loops within it have them already."""
+        left = self.tile.unroll
+        for inner in [*reversed(rest), f]:
+            size, step = self.frame.sizes[inner], self._extent(inner)
+            mine = left if not isinstance(size, int) else min(left, 1 << ((max(1, -(-size // step))).bit_length() - 1))
+            left //= mine
+        return mine
 
     def _span(self, size: Dim, step: int, keys: list[Any]) -> int:
         """Elements after which sums begin anew and are added to what is there: the error grows with the longest chain of additions. 0: never.
@@ -386,8 +396,7 @@ class Lowering:
                 return initial_shifted(e, first, self._ragged(), self.tile.shape, self._inner_shape())
             return [e.broadcast(e.builder.constant(0, dtype), self.tile.shape), initial_count(e, dtype, self._ragged(), self._inner_shape())]
         if kind in ("argmax", "argmin"):
-            return [e.broadcast(e.builder.constant(identity_of(kind[3:], dtype), dtype), self.tile.shape),
-                    e.broadcast(e.builder.constant((1 << 63) - 1, I64), self.tile.shape)]
+            return initial_extreme(e, kind, dtype, self.tile.shape)
         return [e.broadcast(e.builder.constant(identity_of(kind, dtype), dtype), self.tile.shape)]
 
     def _combine(self, scope: Scope, op: Operation, k: int, acc: list[Value]) -> list[Value]:
@@ -398,7 +407,7 @@ class Lowering:
         dtype = element_type(op.body.terminator.operands[k].type)
         mask = e.mask_value([p for f, p in scope.active.items() if f in self.frame.inner])
         if kind in ("argmax", "argmin"):
-            return self._combine_arg(scope, op, value, acc, mask, kind)
+            return better_of(b, value, self._place(scope, op), acc, mask, kind)
         if op in self.frame.moments:
             before, after, x = scope.sums[self.frame.moments[op]]
             if self.gpu:
@@ -415,6 +424,13 @@ class Lowering:
         made = made if made.type == acc[0].type else e.broadcast(made, self.tile.shape)
         scope.sums[op] = acc[0], made, value
         return [made]
+
+    def _place(self, scope: Scope, op: Operation) -> Value:
+        """The number of the element that the op's body is at, among those that it reduces."""
+        where: Dim = 0
+        for d in range(len(op["dims"]) - op["reductions"], len(op["dims"])):
+            where = where * op["dims"][d] + self._at(scope, self.frame.position[op][d])
+        return scope.e.index_value(simplify(where, scope.e.bounds()))
 
     def _ragged(self) -> bool:
         """The last tile of an inner dimension is not full."""
@@ -434,31 +450,16 @@ class Lowering:
 
     def _online_lanes(self) -> Lanes:
         axes = self._inner_axes()
-        along = [x.bytes for x in self.frame.accesses if self.tile.vector in free_symbols(x.offset)]
-        return Lanes.of(self.tile.shape, axes, min(along)) if self.gpu and along else Lanes(self.tile.shape, tuple(axes))
+        along = [x for x in self.frame.accesses if self.tile.vector in free_symbols(x.offset)]
+        if not self.gpu or not along:
+            return Lanes(self.tile.shape, tuple(axes))
+        narrowest = min(x.bytes for x in along)
+        starts = [split_linear(x.offset, f) for x in along for f in free_symbols(x.offset) if f != self.tile.vector]
+        aligned = all(s is not None and isinstance(s[0], int) and s[0] % (WIDEST // narrowest) == 0 for s in starts)
+        return Lanes.of(self.tile.shape, axes, narrowest, aligned)
 
     def _inner_axes(self) -> list[int]:
         return [a for a, f in ((0, self.tile.row), (1, self.tile.vector)) if f in self.frame.inner]
-
-    def _combine_arg(self, scope: Scope, op: Operation, value: Value, acc: list[Value], mask: Value | None, kind: str) -> list[Value]:
-        """Carries (best value, its position): better is strictly larger, or NaN over a number; ties keep the earlier position."""
-        e, b = scope.e, scope.e.builder
-        n = op["reductions"]
-        where: Dim = 0
-        for d in range(len(op["dims"]) - n, len(op["dims"])):
-            where = where * op["dims"][d] + self._at(scope, self.frame.position[op][d])
-        position = e.index_value(simplify(where, e.bounds()))
-        best, at = acc
-        better = b.arith("gt" if kind == "argmax" else "lt", value, best)
-        if element_type(value.type).is_float:
-            nan_now, nan_before = b.arith("isnan", value), b.arith("isnan", best)
-            better = b.arith("or", b.arith("and", better, b.arith("bitnot", nan_before)), b.arith("and", nan_now, b.arith("bitnot", nan_before)))
-        unset = b.arith("eq", at, (1 << 63) - 1)
-        better = b.arith("or", better, unset)
-        if mask is not None:
-            better = b.arith("and", better, mask)
-        new_best, new_at = b.arith("select", better, value, best), b.arith("select", better, position, at)
-        return [new_best, new_at]
 
     def _finish(self, top: Scope, keys: Sequence[Any], carried: Sequence[Value]) -> None:
         """Reduces accumulators across the tile and stores those that leave the kernel."""
@@ -474,7 +475,7 @@ class Lowering:
             kind = op["combine"][k]
             r = op.results[k]
             if kind in ("argmax", "argmin"):
-                value = self._reduce_arg(carried[slot], carried[slot + 1], kind[3:], axes)
+                value = place_of(b, carried[slot:slot + 2], kind, axes, self._reduce)
                 slot += 2
             else:
                 value = self._whole(op, kind, axes, carried, slot, places)
@@ -517,22 +518,6 @@ class Lowering:
             return value
         shape = tuple(1 if i == axis else s for i, s in enumerate(t.shape))
         return (b or self.e.builder).op("tile.reduce", value, type=TileType(shape, t.dtype), axis=axis, kind=kind)  # type: ignore[arg-type]
-
-    def _reduce_arg(self, best: Value, at: Value, kind: str, axes: list[int]) -> Value:
-        b = self.e.builder
-        dtype = element_type(best.type)
-        for axis in axes:
-            top = self._reduce(best, axis, kind)
-            same = b.arith("eq", best, top)
-            if dtype.is_float:
-                same = b.arith("or", same, b.arith("isnan", best))
-            candidates = b.arith("select", same, at, (1 << 63) - 1)
-            if dtype.is_float:  # any NaN makes the reduced value NaN: then only NaN lanes compete
-                candidates = b.arith("select", b.arith("and", b.arith("isnan", top), b.arith("bitnot", b.arith("isnan", best))),
-                                     (1 << 63) - 1, candidates)
-            at = self._reduce(candidates, axis, "min")
-            best = top
-        return at
 
     # -- members computed once per outer point -----------------------------------------------------
 

@@ -225,7 +225,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
         grid = emit_window(window, outputs, target, Emitter(builder, shape, ranges, coarse=coarse), buffers, shape)
     else:
         frame = analyse(fused, ranges)
-        choice = choose_tile(frame, _loop_lanes(members, target), gpu=target.is_gpu)
+        choice = choose_tile(frame, _loop_lanes(members, target), gpu=target.is_gpu, target=target)
         if fused["tile"] and not target.is_gpu:
             chosen = CpuTile(*fused["tile"])
             choice = replace(choice, shape=(1, chosen.columns), chunk=chosen.block_columns)
@@ -300,7 +300,7 @@ def candidate_tiles(fused: Operation, target: Target) -> list[GpuTile]:
         return []
     if not products or not _worth_gemm(products[0], members, False):
         frame = analyse(fused, {})
-        return loop_tiles(frame, choose_tile(frame, 32, gpu=True))
+        return loop_tiles(frame, choose_tile(frame, 32, gpu=True, target=target))
     first = products[0]
     roles = roles_of(first)
     assert roles is not None

@@ -3,7 +3,8 @@
 A lane keeps the largest x that it has seen and the sum that belongs to it, which is rescaled when the maximum moves. On CPUs, and where columns
 are reduced, the lane is the whole row: each step reduces across the tile. On GPUs that would make the threads of a program wait for each other at
 every step; there a lane is a few neighbours of a row, what one thread loads at once, and lanes are merged when the row has ended. That is one
-exponential more for each group of neighbours, and no step waits for another thread.
+exponential more for each group of neighbours, and no step waits for another thread. Where rows begin anywhere (50257 columns), threads load single
+elements, and those that one has are a part of the tile apart.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from ...ir import DType, TileType, Value, element_type
 from .emit import Emitter, identity_of
 
-__all__ = ["Lanes"]
+__all__ = ["WIDEST", "Lanes"]
 
 WIDEST = 16
 """Bytes that a thread of a GPU loads at once."""
@@ -22,24 +23,33 @@ WIDEST = 16
 
 @dataclass(frozen=True)
 class Lanes:
-    """Which elements of a tile share a lane: `group` neighbours of a row, or, if that is 0, all along `axes`."""
+    """Which elements of a tile share a lane: `group` neighbours of a row, or, if that is 0, all along `axes`. `apart`: not neighbours, but elements
+    of the tile's one row that lie equally far apart."""
 
     tile: tuple[int, int]
     axes: tuple[int, ...]
     group: int = 0
+    apart: bool = False
 
     @staticmethod
-    def of(tile: tuple[int, int], axes: Sequence[int], element_bytes: int) -> Lanes:
-        """On a GPU, where the row's elements have so many bytes each."""
+    def of(tile: tuple[int, int], axes: Sequence[int], element_bytes: int, aligned: bool) -> Lanes:
+        """On a GPU, where the row's elements have so many bytes each; `aligned`: rows begin where a thread's load may."""
         group = WIDEST // element_bytes
-        return Lanes(tile, tuple(axes), group if tuple(axes) == (1,) and tile[1] % group == 0 else 0)
+        by_row = tuple(axes) == (1,) and tile[1] % group == 0 and (aligned or tile[0] == 1)
+        return Lanes(tile, tuple(axes), group, not aligned) if by_row else Lanes(tile, tuple(axes))
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of the accumulators."""
         if self.group:
-            return self.tile[0] * self.tile[1] // self.group, 1
+            lanes = self.tile[0] * self.tile[1] // self.group
+            return (1, lanes) if self.apart else (lanes, 1)
         return (1 if 0 in self.axes else self.tile[0], 1 if 1 in self.axes else self.tile[1])
+
+    @property
+    def _grouped(self) -> tuple[int, int]:
+        """The tile with a lane's elements along one axis."""
+        return (self.group, self.shape[1]) if self.apart else (self.shape[0], self.group)
 
     def initial(self, e: Emitter, kind: str, dtype: DType) -> Value:
         return e.broadcast(e.builder.constant(identity_of(kind, dtype), dtype), self.shape)
@@ -75,14 +85,14 @@ class Lanes:
         if not isinstance(value.type, TileType) or value.type.shape != self.tile:
             value = e.broadcast(value, self.tile)
         if self.group:
-            return _reduce(e, _reshape(e, value, (self.shape[0], self.group)), 1, kind)
+            return _reduce(e, _reshape(e, value, self._grouped), 0 if self.apart else 1, kind)
         for axis in self.axes:
             value = _reduce(e, value, axis, kind)
         return value
 
     def _spread(self, e: Emitter, lanes: Value) -> Value:
         """For each element what its lane has."""
-        return _reshape(e, e.broadcast(lanes, (self.shape[0], self.group)), self.tile) if self.group else lanes
+        return _reshape(e, e.broadcast(lanes, self._grouped), self.tile) if self.group else lanes
 
 
 def _exp(e: Emitter, power: Value) -> Value:

@@ -18,8 +18,8 @@ from ...ir.ranges import simplify
 from ...ir.types import index
 from .emit import Emitter, identity_of
 from .frame import Frame
-from .loop_tiles import TileChoice
 from .loops import Lowering, Scope
+from .tile_choice import TileChoice
 
 __all__ = ["emit_row_columns", "row_columns_tile"]
 
