@@ -150,6 +150,31 @@ def _cases() -> Iterator[Case]:
     yield Case("logsumexp-f32", lambda x: x.logsumexp(-1), _of(F32, (4096, 32000)), held=True)
     yield Case("gelu-small", F.gelu, _of(BF16, (512 * 3072,)))
     yield Case("layernorm-small", layer, norm(512, 768, BF16))
+    for c in _later(loss, norm, layer, soft):
+        yield dataclasses.replace(c, held=True, name="later-" + c.name)
+
+
+def _later(loss: Any, norm: Any, layer: Any, soft: Any) -> Iterator[Case]:
+    """Shapes that were first measured when the rules stood."""
+    yield Case("cross-entropy-65536-f16", F.cross_entropy, loss(8192, 65536, F16))
+    yield Case("softmax-50304", soft, _of(BF16, (4096, 50304)))
+    yield Case("softmax-512-f16", soft, _of(F16, (1 << 17, 512)))
+    yield Case("softmax-2048-bf16", soft, _of(BF16, (1 << 15, 2048)))
+    yield Case("log-softmax-f32", lambda x: x.log_softmax(-1), _of(F32, (2048, 32768)))
+    yield Case("layernorm-384-f32", layer, norm(1 << 17, 384, F32))
+    yield Case("layernorm-12288", layer, norm(8192, 12288, BF16))
+    yield Case("rmsnorm-7168", rms_norm, _of(BF16, (8192, 7168), (8192, 7168), (7168,)))
+    yield Case("rmsnorm-8192-f32", rms_norm, _of(F32, (4096, 8192), (4096, 8192), (8192,)))
+    yield Case("groupnorm-silu-96", group_norm(16), _of(F16, (8, 256, 96, 96), (256,), (256,)))
+    yield Case("groupnorm-f32", group_norm(32), _of(F32, (16, 256, 64, 64), (256,), (256,)))
+    yield Case("gelu-f16", F.gelu, _of(F16, (1 << 25,)))
+    yield Case("bias-silu-11008", lambda x, b: F.silu(x + b), _of(BF16, (8192, 11008), (11008,)))
+    yield Case("three-adds", lambda x, y, z, w: x + y * z - w, _of(BF16, *[(1 << 25,)] * 4))
+    yield Case("exp-f32", lambda x, y: torch.exp(x) * y, _of(F32, (1 << 25,), (1 << 25,)))
+    yield Case("transpose-scale", lambda x: x.t() * 2, _of(BF16, (4096, 12288)))
+    yield Case("rows-sum", lambda x: x.float().sum(-1), _of(BF16, (4096, 32768)))
+    yield Case("columns-mean", lambda x: x.float().mean(0), _of(F16, (32768, 2048)))
+    yield Case("rope-heads", lambda x, c, s: rope(x.transpose(1, 2), c, s), _of(BF16, (8, 2048, 16, 128), (2048, 128), (2048, 128)))
 
 
 CASES = list(_cases())

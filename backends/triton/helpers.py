@@ -83,14 +83,13 @@ def shift_right(x, n, BITS: tl.constexpr, SIGNED: tl.constexpr):
     return tl.where(inside, x >> tl.where(inside, n, n * 0), x * 0)
 
 def quotient(x, d):
-    # the reciprocal of few, and one step of Newton's method: the nearest number, or very rarely its neighbour (Markstein 1990)
+    # by the reciprocal of few in two parts: exact where the quotient is a number, else the nearest or, rarely, its neighbour
     scale = tl.where(tl.abs(d) < 5.421010862427522e-20, 18446744073709551616.0, 1.0)  # 2^-64: the reciprocal is finite
+    high = libdevice.rcp_rn(d * scale)
+    low = libdevice.fma(-high, d * scale, 1.0) * high
     x = x * scale
-    d = d * scale
-    r = libdevice.rcp_rn(d)
-    q = x * r
-    better = libdevice.fma(libdevice.fma(-q, d, x), r, q)
-    return tl.where(tl.abs(better) < float("inf"), better, q)
+    q = x * high
+    return tl.where(tl.abs(q) < float("inf"), libdevice.fma(x, low, q), q)
 
 def sigmoid(x):
     return libdevice.rcp_rn(1.0 + libdevice.exp(-x))

@@ -205,7 +205,8 @@ class Emitter:
 
 def _is_wider(x: Value, y: Value) -> bool:
     """A tile of which each element of `y` meets many."""
-    return isinstance(x.type, TileType) and (not isinstance(y.type, TileType) or product(y.type.shape) * 16 <= product(x.type.shape))  # type: ignore[operator]
+    size = product(x.type.shape) if isinstance(x.type, TileType) else 1
+    return isinstance(size, int) and size >= 16 * (product(y.type.shape) if isinstance(y.type, TileType) else 1)  # type: ignore[operator]
 
 
 def _scalar(value: Any, dtype: DType) -> Any:
