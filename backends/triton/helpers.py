@@ -83,10 +83,12 @@ def shift_right(x, n, BITS: tl.constexpr, SIGNED: tl.constexpr):
     return tl.where(inside, x >> tl.where(inside, n, n * 0), x * 0)
 
 def quotient(x, d):
-    # by the reciprocal of few in two parts: exact where the quotient is a number, else the nearest or, rarely, its neighbour
-    scale = tl.where(tl.abs(d) < 5.421010862427522e-20, 18446744073709551616.0, 1.0)  # 2^-64: the reciprocal is finite
+    # by the reciprocal of few in two parts: exact where the quotient is a float, else one of its two neighbours
+    size = tl.abs(d)  # by 2^64 or 2^-64, so that the reciprocal is a normal number
+    scale = tl.where(size < 5.421010862427522e-20, 18446744073709551616.0, tl.where(size > 18446744073709551616.0, 5.421010862427522e-20, 1.0))
     high = libdevice.rcp_rn(d * scale)
     low = libdevice.fma(-high, d * scale, 1.0) * high
+    low = tl.where(low == low, low, 0.0)  # of 0 and infinity
     x = x * scale
     q = x * high
     return tl.where(tl.abs(q) < float("inf"), libdevice.fma(x, low, q), q)
