@@ -13,27 +13,35 @@ Constants are from `benchmarks/gpu_loop_fit.py` (benchmarks/NOTES.md has the tab
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ...ir import Dim, Target
 from ...ir.expr import free_symbols, product
 from ...ir.ranges import split_linear
+from ..structured import EXPENSIVE, body_ops
 from .frame import Access, Frame, is_expensive, make_online
 from .gpu_tiles import COLUMNS
 from .tile_choice import TileChoice
 
-__all__ = ["gpu_tile", "transposed"]
+__all__ = ["LOAD", "gpu_tile", "rows_aligned", "transposed"]
 
+LOAD = 16
+"""Bytes that a thread loads at once."""
 PROGRAM = 4096
 """Bytes of each operand that a program of four warps takes: two loads of 16 bytes for each thread."""
-WHOLE = 32768
-"""Bytes of the longest row that is kept in registers: 128 for each thread of eight warps."""
-MANY_OPERANDS = 4
-"""From so many large operands and results on, a load of each is enough for a thread."""
+WHOLE = 16384
+"""Bytes of the longest row that is kept in registers: 64 for each thread of eight warps. Of longer ones the second reading is from the caches."""
+RAGGED = 0.75
+"""The filled part of a row's tile up to which each thread has two more loads, for some have none."""
+SHORT = 8
+"""Steps of 4096 elements below which a row with moments is read in steps of 2048, so that some are left to be under way together."""
 MULTIPROCESSORS, L2 = 132, 50 << 20
 """Of an H100, where the target does not say."""
 PASSES_IN_L2 = 0.75
 """The part of the L2 cache that rows may fill which will be read again."""
+CHEAP = frozenset({"arith.exp", "arith.exp2", "arith.sigmoid"})
+"""Functions of a few instructions in kernels of 16 bits."""
 LARGE = 1 << 24
 """Points from which a pointwise kernel runs for many rounds of programs."""
 UNROLL, LONGEST_BODY = 4, 60
@@ -74,40 +82,47 @@ def _rows(frame: Frame, vector: str, row: str | None, processors: int, l2: int) 
         while rows > 1 and isinstance(there, int) and there < rows * processors:
             rows //= 2
         elements = rows * width
-        return rows, width, max(1, min(elements // 256, max(4, min(8, elements * wide // 1024)))), 1
+        warps = 4 if _is_random(frame) else max(4, min(8, elements * wide // 1024))
+        ragged = size <= RAGGED * width and (not isinstance(there, int) or there >= rows * 4 * processors)
+        return rows, width, max(1, min(elements // 256, warps // 2 if ragged else warps)), 1
     passes, moments = _passes(frame)
     if passes == 1 and not moments:  # nothing but loads
+        if not rows_aligned(frame, vector):  # of single elements
+            width = min(width, 2048)
+            return 1, width, max(1, width // 256), UNROLL
         width = min(width, 8192)
         return 1, width, max(4, width // 512), 1
     unroll = UNROLL if sum(len(op.body) for op in frame.members) <= LONGEST_BODY else 1
     inner = product(frame.sizes[f] for f in frame.inner)
     resident = 4 * processors * inner * wide if isinstance(inner, int) else 0  # by four programs of 16 warps
     if not moments and isinstance(resident, int) and resident > PASSES_IN_L2 * l2:
-        width = min(width, 8192)
-        return 1, width, max(4, width // 512), min(2, unroll)
+        width = min(width, 8192 if wide <= 2 else 16384)
+        return 1, width, max(4, width // 512 if wide <= 2 else width // 2048), unroll if wide <= 2 else min(2, unroll)
     if width <= 1024:  # the whole is walked by an outer loop: several rows make a program of eight warps
         width = min(width, 512)
         return 4, width, max(4, width // 64), unroll
-    width = min(width, 4096)  # accumulators of moments take three registers for each element of a step
+    programs = product(frame.sizes[f] for f in frame.outer)  # two of 16 warps have room, and all should be there if nothing is read again
+    crowd = passes == 1 and isinstance(programs, int) and programs > 2 * processors
+    short = moments and (crowd or isinstance(inner, int) and inner < SHORT * 4096)
+    width = min(width, 2048 if short else 4096)  # accumulators of moments take three registers for each element of a step
     return 1, width, width // 256, unroll
 
 
 def _points(frame: Frame, vector: str, limit: int, processors: int) -> tuple[int, int, int, int]:
     """The same of a pointwise kernel, of which programs hold at most `limit` rows."""
     wide, points, width = _bytes(frame, vector), product(frame.sizes.values()), _power(frame.sizes[vector])
-    largest = max((x.weight for x in frame.accesses if isinstance(x.weight, int)), default=0)
-    operands = sum(not isinstance(x.weight, int) or x.weight * FEW > largest for x in frame.accesses)
+    heavy = any(is_expensive(op) and any(o.name in EXPENSIVE - CHEAP for o in body_ops(op)) for op in frame.members)
     each = PROGRAM // wide
     if wide >= 4 or not isinstance(points, int) or points < LARGE and points < 2 * processors * 2 * each:
         each, warps = 1024, 4
     elif points < LARGE:
         each, warps = 2 * each, 8
-    elif operands >= MANY_OPERANDS:
-        warps = 8
+    elif _is_random(frame):  # random numbers, of which neighbours in a thread share the work
+        return 1, min(width, 2 * each), 4, 1
+    elif heavy:
+        each, warps = each if limit > 1 else 2 * each, 4  # functions take their time: more is under way meanwhile
     else:
-        warps = 4
-        if limit == 1 and any(is_expensive(op) for op in frame.members):
-            each = 2 * each  # functions take their time: more is under way meanwhile
+        warps = 4 if _large_loads(frame) < 2 else 8  # two loads for each thread
     if limit > 1:
         width = min(width, max(512, each // limit))
     width = min(width, each)
@@ -152,15 +167,32 @@ def _passes(frame: Frame) -> tuple[int, bool]:
     return 1 + max(copy.stage[op] for op in copy.members if op["reductions"] or copy.is_full(op)), bool(copy.moments)
 
 
+def _is_random(frame: Frame) -> bool:
+    """Something is mixed from positions, as random numbers are."""
+    bodies = [{o.name for o in op.body} for op in frame.members]
+    return any("arith.xor" in names for names in bodies) and any("tensor.index" in names for names in bodies)
+
+
+def _large(accesses: Sequence[Access]) -> list[Access]:
+    largest = max((x.weight for x in accesses if isinstance(x.weight, int)), default=0)
+    return [x for x in accesses if not isinstance(x.weight, int) or x.weight * FEW > largest]
+
+
+def _large_loads(frame: Frame) -> int:
+    return len({(x.value, x.offset) for x in _large(frame.accesses) if not x.is_store})
+
+
+def rows_aligned(frame: Frame, vector: str) -> bool:
+    """Each run along the vector dimension begins where a load of 16 bytes may."""
+    along = [x for x in frame.accesses if vector in free_symbols(x.offset)]
+    starts = [(x.bytes, split_linear(x.offset, f)) for x in along for f in free_symbols(x.offset) if f != vector]
+    return all(s is not None and isinstance(s[0], int) and s[0] * size % LOAD == 0 for size, s in starts)
+
+
 def _bytes(frame: Frame, vector: str) -> int:
     """Of an element of the widest large operand along the vector dimension; of results where nothing is read."""
     walked = [x for x in frame.accesses if vector in free_symbols(x.offset)]
-    largest = max((x.weight for x in walked if isinstance(x.weight, int)), default=0)
-
-    def counts(x: Access) -> bool:
-        return not isinstance(x.weight, int) or x.weight * FEW > largest
-
-    return max((x.bytes for x in walked if counts(x) and not x.is_store), default=max((x.bytes for x in walked), default=4))
+    return max((x.bytes for x in _large(walked) if not x.is_store), default=max((x.bytes for x in walked), default=4))
 
 
 def transposed(frame: Frame, vector: str, least: int = 64) -> str | None:

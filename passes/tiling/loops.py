@@ -26,9 +26,10 @@ from .columns import emit_columns, sums_columns
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
 from .extremes import better_of, initial_extreme, place_of
 from .frame import Frame, make_online
+from .gpu_loop_tiles import rows_aligned
 from .keeping import Home, choose_homes
 from .moments import add_second_moment, add_shifted, initial_count, initial_shifted, spread_of_means, spread_of_shifted, sum_of_shifted
-from .online import WIDEST, Lanes
+from .online import Lanes
 from .prefetch import Leaf, ask_ahead
 from .tile_choice import TileChoice
 
@@ -451,12 +452,9 @@ class Lowering:
     def _online_lanes(self) -> Lanes:
         axes = self._inner_axes()
         along = [x for x in self.frame.accesses if self.tile.vector in free_symbols(x.offset)]
-        if not self.gpu or not along:
+        if not self.gpu or self.tile.vector is None or not along:
             return Lanes(self.tile.shape, tuple(axes))
-        narrowest = min(x.bytes for x in along)
-        starts = [split_linear(x.offset, f) for x in along for f in free_symbols(x.offset) if f != self.tile.vector]
-        aligned = all(s is not None and isinstance(s[0], int) and s[0] % (WIDEST // narrowest) == 0 for s in starts)
-        return Lanes.of(self.tile.shape, axes, narrowest, aligned)
+        return Lanes.of(self.tile.shape, axes, min(x.bytes for x in along), rows_aligned(self.frame, self.tile.vector))
 
     def _inner_axes(self) -> list[int]:
         return [a for a, f in ((0, self.tile.row), (1, self.tile.vector)) if f in self.frame.inner]

@@ -14,12 +14,9 @@ from dataclasses import dataclass
 
 from ...ir import DType, TileType, Value, element_type
 from .emit import Emitter, identity_of
+from .gpu_loop_tiles import LOAD
 
-__all__ = ["WIDEST", "Lanes"]
-
-WIDEST = 16
-"""Bytes that a thread of a GPU loads at once."""
-
+__all__ = ["Lanes"]
 
 @dataclass(frozen=True)
 class Lanes:
@@ -34,7 +31,7 @@ class Lanes:
     @staticmethod
     def of(tile: tuple[int, int], axes: Sequence[int], element_bytes: int, aligned: bool) -> Lanes:
         """On a GPU, where the row's elements have so many bytes each; `aligned`: rows begin where a thread's load may."""
-        group = WIDEST // element_bytes
+        group = LOAD // element_bytes
         by_row = tuple(axes) == (1,) and tile[1] % group == 0 and (aligned or tile[0] == 1)
         return Lanes(tile, tuple(axes), group, not aligned) if by_row else Lanes(tile, tuple(axes))
 

@@ -48,7 +48,9 @@ def guarded_sum(x: Tensor) -> Tensor:
 
 LONG: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "softmax": (lambda x: x.softmax(-1), _normal((3, 9000))),
-    "softmax_bf16": (lambda x: x.softmax(-1), _normal((3, 9000), dtype=torch.bfloat16)),
+    "softmax_bf16": (lambda x: x.softmax(-1), _normal((3, 20000), dtype=torch.bfloat16)),
+    "unaligned_bf16": (lambda x: x.softmax(-1), _normal((3, 20001), dtype=torch.bfloat16)),
+    "quotients_bf16": (lambda x: x / x.abs().amax(-1, keepdim=True), _normal((3, 700), dtype=torch.bfloat16)),
     "log_softmax": (lambda x: x.log_softmax(-1), _normal((3, 20000))),
     "logsumexp": (lambda x: x.logsumexp(-1), _normal((3, 9000))),
     "cross_entropy": (lambda x: F.cross_entropy(x, torch.arange(3)), _normal((3, 9000))),
@@ -74,7 +76,7 @@ def test_softmax_reads_a_long_row_twice() -> None:
 
 @pytest.mark.parametrize(("dtype", "neighbours"), [(torch.float32, 4), (torch.bfloat16, 8)])
 def test_no_step_of_a_long_row_waits_for_other_threads(dtype: torch.dtype, neighbours: int) -> None:
-    module = lowered(capture(lambda x: x.softmax(-1), [torch.ones(300, 9000, dtype=dtype)]), CUDA)
+    module = lowered(capture(lambda x: x.softmax(-1), [torch.ones(300, 40000, dtype=dtype)]), CUDA)
     loop = next(op for op in module.walk() if op.name == "tile.for")
     assert [op.operands[0].type.shape[1] for op in loop.walk() if op.name == "tile.reduce"] == [neighbours, neighbours]
 
@@ -159,7 +161,40 @@ def test_few_groups_are_normalised_by_all_multiprocessors() -> None:
     assert [op.name for op in lowered(program, CUDA).body].count("tile.kernel") == 2
 
 
-def test_logits_are_walked_in_long_steps() -> None:
-    program = capture(lambda x: x.softmax(-1), [torch.ones(300, 9000, dtype=torch.bfloat16)])
-    shapes = {op["shape"] for op in lowered(program, CUDA).walk() if op.name == "tile.load"}
-    assert shapes == {(1, 8192)}
+def tiles(f: Callable[..., Any], *shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> set[Any]:
+    """Shapes of the tiles that are read, and warps, of f's one kernel."""
+    (kernel,) = [op for op in lowered(capture(f, [torch.ones(s, dtype=dtype) for s in shapes]), CUDA).walk() if op.name == "tile.kernel"]
+    return {(*op["shape"], kernel["num_warps"]) for op in kernel.walk() if op.name == "tile.load" and op["shape"]}
+
+
+F32 = torch.float32
+ROWS: dict[str, tuple[tuple[int, int], torch.dtype, set[Any]]] = {
+    "two loads of 16 bytes for each of 128 threads": ((4096, 1024), torch.bfloat16, {(2, 1024, 4)}),
+    "of 4 bytes": ((4096, 1024), F32, {(1, 1024, 4)}),
+    "short": ((4096, 256), torch.bfloat16, {(8, 256, 4)}),
+    "few rows": ((64, 256), torch.bfloat16, {(1, 256, 1)}),
+    "long, in registers": ((4096, 16384), torch.bfloat16, {(1, 16384, 8)}),
+    "longer, which is read twice": ((4096, 40000), torch.bfloat16, {(1, 4096, 16)}),
+    "so long that few rows stay in the cache": ((4096, 40000), F32, {(1, 8192, 16)}),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_tiles_of_rows(name: str) -> None:
+    shape, dtype, wanted = ROWS[name]
+    assert tiles(lambda x: x.softmax(-1), shape, dtype=dtype) == wanted
+
+
+def test_rows_that_are_read_once_are_walked_in_long_steps() -> None:
+    program = capture(lambda x: x.float().exp().sum(-1), [torch.ones(4096, 40000, dtype=torch.bfloat16)])
+    assert {op["shape"] for op in lowered(program, CUDA).walk() if op.name == "tile.load"} == {(1, 8192)}
+
+
+@pytest.mark.parametrize(("f", "wanted"), [(lambda x: x.relu(), (1, 2048, 4)), (lambda x: F.gelu(x), (1, 4096, 4))])
+def test_functions_have_more_under_way(f: Callable[..., Any], wanted: Any) -> None:
+    assert tiles(f, (1 << 24,)) == {wanted}
+
+
+def test_steps_of_moments_are_under_way_together() -> None:
+    module = lowered(capture(lambda x: F.layer_norm(x, (40000,)), [torch.ones(600, 40000, dtype=torch.bfloat16)]), CUDA)
+    assert [op["unroll"] for op in module.walk() if op.name == "tile.for"] == [4, 4]
