@@ -96,7 +96,7 @@ def _rows(frame: Frame, vector: str, row: str | None, processors: int, l2: int) 
     inner = product(frame.sizes[f] for f in frame.inner)
     resident = 4 * processors * inner * wide if isinstance(inner, int) else 0  # by four programs of 16 warps
     if not moments and isinstance(resident, int) and resident > PASSES_IN_L2 * l2:
-        width = min(width, 8192 if wide <= 2 else 16384)
+        width = min(width // 2, 8192 if wide <= 2 else 16384)
         return 1, width, max(4, width // 512 if wide <= 2 else width // 2048), unroll if wide <= 2 else min(2, unroll)
     if width <= 1024:  # the whole is walked by an outer loop: several rows make a program of eight warps
         width = min(width, 512)
