@@ -35,6 +35,9 @@ def pytest_runtest_setup() -> None:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.reset()
+    guards = sys.modules.get("torch._dynamo.guards")
+    if guards is not None:  # torch measures each frame's guards on an emptied cache, for a log: 0.03 s of a compilation's 0.8
+        guards.profile_guard_manager = lambda *_: 0.0
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
