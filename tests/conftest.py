@@ -20,13 +20,19 @@ if _CACHE is not None:  # xdist workers inherit it
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from support.profiles import register  # noqa: E402  (needs the path)
+from support.products import leave_to_slow  # noqa: E402  (needs the path)
+from support.profiles import register  # noqa: E402
 
 register()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write expected texts anew instead of comparing with them")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    leave_to_slow(items)
 
 
 def pytest_runtest_setup() -> None:

@@ -61,7 +61,7 @@ def _generate(call: Callable[[Tensor], Tensor], tokens: Tensor, steps: int) -> T
     return tokens
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_generation_compiles_once(name: str) -> None:
     model = MODELS[name].model()
     (prompt,) = MODELS[name].example_inputs(2, 7)
@@ -204,7 +204,7 @@ _LARGE = {
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident memory is read from /proc")
-@pytest.mark.parametrize("name", _LARGE)
+@pytest.mark.parametrize("name", ["mlp", pytest.param("convolutions", marks=pytest.mark.slow)])
 def test_resident_growth_is_what_the_plan_says(name: str) -> None:
     model, make_input = _LARGE[name]
     # Large blocks come from the system and go back to it, whatever was freed before.
@@ -241,7 +241,7 @@ def _check_round_trip(module: Operation) -> None:
 
 
 @pytest.mark.parametrize(("name", "train", "dynamic"), [
-    ("gpt2", False, False), ("gpt2", False, True), ("gpt2", True, False), ("resnet18", False, False),
+    pytest.param("gpt2", False, False, marks=pytest.mark.slow), ("gpt2", False, True), ("gpt2", True, False), ("resnet18", False, False),
 ])
 def test_every_stage_parses_back(name: str, train: bool, dynamic: bool) -> None:
     graphs, _ = _record(name, train=train, dynamic=dynamic)
