@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ...ir import Dim, TileType, Value, element_type, sym
+from ...ir import Dim, TileType, Value, element_type
 from ...ir.expr import free_symbols, product, substitute
 from ...ir.ranges import simplify
 from ...ir.types import DTYPES
@@ -94,8 +94,8 @@ def _alike(e: Emitter, values: list[Value]) -> list[Value]:
 
 
 def alive_panels(low: StreamLowering, e: Emitter, trees: Sequence[Tree], start: Dim, panels: Dim, place, slots: Value) -> tuple[Dim, Dim]:  # type: ignore[no-untyped-def]
-    """(first, end) of the panels of a block, of those from `start` to `panels`, between which all trees can hold; first >= end if they can nowhere. `place(q)`: the frame's position and the
-    mask of steps of panel q; `slots`: memory for two i64."""
+    """(first, end) of the panels of a block, of those from `start` to `panels`, between which all trees can hold; first >= end if they can nowhere.
+    `place(q)`: the frame's position and the mask of steps of panel q; `slots`: memory for two i64."""
     none = [e.broadcast(e.builder.constant(v, I64), (1, 1)) for v in (1 << 30, 0)]
 
     def ask(x: Emitter, q: Dim, found: list[Value]) -> list[Value]:

@@ -53,7 +53,8 @@ def by_table(q: Tensor, k: Tensor, v: Tensor, table: Tensor, ids: Tensor) -> Ten
 
 def summed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """No maximum, and 0 instead of -inf."""
-    return torch.where(mask, (q @ k.mT / 6).sigmoid(), 0.0) @ v
+    w = torch.where(mask, (q @ k.mT / 6).sigmoid(), 0.0)
+    return (w / w.sum(-1, keepdim=True)) @ v
 
 
 DOC = (torch.arange(S) >= 150).long()
@@ -65,8 +66,8 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor, slice]] = {
     "nothing_alive_at_the_start": (by_mask, [(STEPS >= 40).expand(S, S).contiguous()], STEPS >= 40, slice(0, 32)),
     "documents": (by_documents, [DOC], DOC[:, None] == DOC[None, :], slice(160, S)),
     "documents_causal": (by_documents_causal, [DOC], (DOC[:, None] == DOC[None, :]) & (ROWS >= STEPS), slice(160, S)),
-    "lengths": (by_length, [torch.tensor([50, 7])], STEPS < torch.tensor([50, 7])[:, None, None], slice(64, S)),
-    "lengths_or": (by_length_or_first, [torch.tensor([50, 7])], (STEPS < torch.tensor([50, 7])[:, None, None]) | (STEPS // 2 == 140), slice(288, S)),
+    "lengths": (by_length, [torch.tensor([50, 7])], torch.tensor([50, 7])[:, None, None] > STEPS, slice(64, S)),
+    "lengths_or": (by_length_or_first, [torch.tensor([50, 7])], (torch.tensor([50, 7])[:, None, None] > STEPS) | (STEPS // 2 == 140), slice(288, S)),
     "sums": (summed, [ROWS >= STEPS], ROWS >= STEPS, slice(288, S)),
 }
 
