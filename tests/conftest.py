@@ -53,6 +53,7 @@ def pytest_runtest_setup() -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    gc.unfreeze()  # else what extension modules made would count as leaked
     if _CACHE is not None:
         shutil.rmtree(_CACHE, ignore_errors=True)
 
