@@ -65,8 +65,9 @@ class KernelEmitter:
         kernel = self.kernel
         symbols = kernel["symbols"]
         args = kernel.body.args
+        past = "".join(f".{n}" for n in sorted(arg.index for arg in self.nontemporal.buffers))
         f = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [PTR] * len(args) + [I64] * (len(symbols) + 2) + [PTR]),
-                        self.module.get_unique_name(f"kernel.{kernel['sym_name']}{'.nontemporal' * bool(self.nontemporal.buffers)}"))
+                        f"kernel.{kernel['sym_name']}{'.nontemporal' * bool(past)}{past}")
         f.linkage = "internal"
         f.attributes.add("nounwind")
         f.attributes.add("noinline")
