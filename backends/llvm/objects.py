@@ -45,7 +45,7 @@ def parse(module: ir.Module, target: Target) -> tuple[binding.ModuleRef, str]:
     machine = target_machine(target)
     module.triple = machine.triple
     module.data_layout = str(machine.target_data)
-    text = str(module)
+    text = f"{module}\n"
     try:
         parsed = parse_text(text)
         parsed.verify()

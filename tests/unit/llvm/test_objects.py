@@ -104,3 +104,9 @@ def test_strength_reduction_is_off_until_the_last_has_ended(monkeypatch):
 def test_usable_threads():
     assert usable_threads(0) == usable_threads(1) == 1
     assert 1 <= usable_threads() <= MOST_THREADS
+
+
+def test_modules_that_end_with_metadata(small_parts, monkeypatch):
+    """Their last line must not run into the next module's first."""
+    monkeypatch.setattr(host, "add_half_conversions", lambda module, target: module.add_metadata([ir.IntType(32)(1)]))
+    assert len(compile_module(_chain(), host_target()).modules) == COUNT
