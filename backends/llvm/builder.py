@@ -14,9 +14,12 @@ from llvmlite import ir
 
 __all__ = ["Builder"]
 
-_PURE = ("add", "sub", "mul", "udiv", "sdiv", "urem", "srem", "shl", "lshr", "ashr", "and_", "or_", "xor", "fadd", "fsub", "fmul", "fdiv", "fneg", "neg",
-         "not_", "icmp_signed", "icmp_unsigned", "fcmp_ordered", "fcmp_unordered", "select", "gep", "insert_element", "extract_element", "shuffle_vector",
-         "trunc", "zext", "sext", "fptrunc", "fpext", "bitcast", "fptosi", "fptoui", "sitofp", "uitofp")
+_PURE = (
+    "add", "sub", "mul", "udiv", "sdiv", "urem", "srem", "shl", "lshr", "ashr", "and_", "or_", "xor", "neg", "not_",
+    "fadd", "fsub", "fmul", "fdiv", "fneg", "icmp_signed", "icmp_unsigned", "fcmp_ordered", "fcmp_unordered", "select",
+    "gep", "insert_element", "extract_element", "shuffle_vector",
+    "trunc", "zext", "sext", "fptrunc", "fpext", "bitcast", "fptosi", "fptoui", "sitofp", "uitofp",
+)
 """Methods whose result depends on their arguments alone."""
 
 
