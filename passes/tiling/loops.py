@@ -24,11 +24,12 @@ from ...ir.types import DTYPES, index
 from ..structured import body_ops
 from .columns import emit_columns, sums_columns
 from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
-from .frame import Frame, make_online
+from .frame import Access, Frame, make_online
 from .keeping import Home, choose_homes
 from .loop_tiles import TileChoice
 from .moments import add_second_moment, add_shifted, initial_count, initial_shifted, spread_of_means, spread_of_shifted, sum_of_shifted
 from .prefetch import Leaf, ask_ahead
+from .row_pipeline import emit_row_pipeline
 
 __all__ = ["emit_loops", "traffic", "work"]
 
@@ -78,8 +79,9 @@ class Lowering:
             if f == t.vector:
                 per = t.shape[1] if self.staged and not self.by_columns else t.chunk
                 axes.append((f, ceildiv(self.frame.sizes[f], per), per))
-            elif f == t.row:
-                axes.append((f, ceildiv(self.frame.sizes[f], t.shape[0]), t.shape[0]))
+            elif f == t.row or t.rows > 1 and f == self.frame.outer[-1]:
+                per = t.shape[0] if f == t.row else t.rows
+                axes.append((f, ceildiv(self.frame.sizes[f], per), per))
             else:
                 axes.append((f, self.frame.sizes[f], 1))
         return axes
@@ -112,6 +114,9 @@ class Lowering:
         vector = self.tile.vector
         if self.by_columns:
             emit_columns(self, top)
+        elif self.tile.rows > 1:
+            self.homes = choose_homes(self.frame, self.buffers, self.e, self.inner_order(), self.private_bytes, self.frame.outer[-1])
+            emit_row_pipeline(self, top)
         elif self.staged:
             self._stages(top)
         elif vector is not None and self.tile.chunk > self.tile.shape[1]:
@@ -171,7 +176,7 @@ class Lowering:
         persistent = self.is_persistent()
         if not persistent and not self.frame.online:
             inner = self.tile.vector is None or self.tile.vector in self.frame.inner
-            self.homes = choose_homes(self.frame, self.stores, self.buffers, self.e, self.inner_order(), self.private_bytes if inner else 0)
+            self.homes = choose_homes(self.frame, self.buffers, self.e, self.inner_order(), self.private_bytes if inner else 0)
         shared = Scope(top.e, dict(top.at), dict(top.active))
         for f in self.frame.inner:
             t = "t1" if f == self.tile.vector else "t0" if f == self.tile.row else None
@@ -180,20 +185,20 @@ class Lowering:
                 shared.active[f] = (sym(t), self.frame.sizes[f])
         for s in range(last + 1):
             members = [op for op in self.frame.members if self.frame.stage[op] == s]
-            self._outer_members(top, [op for op in members if not op["reductions"] and not self.frame.is_full(op)])
+            self.outer_members(top, [op for op in members if not op["reductions"] and not self.frame.is_full(op)])
             work = [op for op in members if op["reductions"] or self.frame.is_full(op)]
             roots = [op for op in work if op["reductions"] or any(r in self.stores or r in self.homes for r in op.results)]
             if not roots:
                 continue
             reductions = [op for op in roots if op["reductions"]]
             keys = [(op, k) for op in reductions for k in range(len(op.results))]
-            inits = [v for op, k in keys for v in self._initial(op, k)]
+            inits = [v for op, k in keys for v in self.initial(op, k)]
             self.now = s
             if persistent:
                 carried = self.stage(shared, roots, keys, inits)
             else:
                 carried = self._nest(top, self.inner_order(), roots, keys, inits)
-            self._finish(top, keys, carried)
+            self.finish(top, keys, carried)
         if len(self.leaves) > 1:
             self._ask_ahead(top)
         return shared
@@ -204,10 +209,14 @@ class Lowering:
         axes = self.grid()
         if self.gpu or self.tile.vector not in self.frame.inner or not axes or not isinstance(inner, int):
             return
-        reads = [(x, self.buffers[x.value], self.loaded[x.value]) for x in self.frame.accesses if not x.is_store and x.value in self.loaded]
+        reads = self.reads()
         (program,) = free_symbols(top.at[axes[-1][0]])
         if sum(inner * x.bytes for x, _, _ in reads) <= self.private_bytes:
             ask_ahead(self.leaves, reads, program, self.tile.shape[1])
+
+    def reads(self) -> list[tuple[Access, Value, set[int]]]:
+        """What has been read so far: the access, its buffer, and in which stages' loops."""
+        return [(x, self.buffers[x.value], self.loaded[x.value]) for x in self.frame.accesses if not x.is_store and x.value in self.loaded]
 
     def _nest(self, scope: Scope, loops: list[str], roots: list[Operation], keys: list[Any], inits: list[Value]) -> list[Value]:
         if not loops:
@@ -223,9 +232,13 @@ class Lowering:
             return self._nest(Scope(inner, {**scope.at, f: at}, active), rest, roots, keys, carried)
 
         unroll = 4 if t is None and not rest and self.tile.vector not in self.frame.inner else 1
+        return self.spanned(scope.e, size, step, keys, inits, body, unroll)
+
+    def spanned(self, e: Emitter, size: Dim, step: int, keys: list[Any], inits: list[Value], body: Any, unroll: int = 1) -> list[Value]:
+        """A loop over an inner dimension, in parts where sums would become too long (`_span`)."""
         span = self._span(size, step, keys)
         if not span:
-            return scope.e.loop(0, size, step, inits, body, unroll=unroll)
+            return e.loop(0, size, step, inits, body, unroll=unroll)
         plain = [op["combine"][k] == "sum" for op, k in keys]
 
         def part(inner: Emitter, i: Dim, carried: list[Value]) -> list[Value]:
@@ -234,7 +247,7 @@ class Lowering:
             made = inner.loop(i, end if isinstance(size, int) and size % span == 0 else minimum(size, end), step, zeros, body, unroll=unroll)
             return [inner.builder.arith("add", c, m) if is_sum else m for c, m, is_sum in zip(carried, made, plain, strict=True)]
 
-        return scope.e.loop(0, size, span, inits, part)
+        return e.loop(0, size, span, inits, part)
 
     def _span(self, size: Dim, step: int, keys: list[Any]) -> int:
         """Elements after which sums begin anew and are added to what is there: the error grows with the longest chain of additions. 0: never.
@@ -371,7 +384,7 @@ class Lowering:
 
     # -- reductions ---------------------------------------------------------------------------------------------------
 
-    def _initial(self, op: Operation, k: int) -> list[Value]:
+    def initial(self, op: Operation, k: int) -> list[Value]:
         e, kind = self.e, op["combine"][k]
         dtype = element_type(op.body.terminator.operands[k].type)
         if op in self.frame.online or op in self.frame.online.values():
@@ -465,7 +478,7 @@ class Lowering:
         new_best, new_at = b.arith("select", better, value, best), b.arith("select", better, position, at)
         return [new_best, new_at]
 
-    def _finish(self, top: Scope, keys: Sequence[Any], carried: Sequence[Value]) -> None:
+    def finish(self, top: Scope, keys: Sequence[Any], carried: Sequence[Value]) -> None:
         """Reduces accumulators across the tile and stores those that leave the kernel."""
         e, b = self.e, self.e.builder
         axes = self._inner_axes()
@@ -534,7 +547,7 @@ class Lowering:
 
     # -- members computed once per outer point -----------------------------------------------------
 
-    def _outer_members(self, top: Scope, members: list[Operation]) -> None:
+    def outer_members(self, top: Scope, members: list[Operation]) -> None:
         scope = Scope(self.e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner})
         for op in members:
             for r, value in zip(op.results, self._body(scope, op), strict=True):
