@@ -26,10 +26,10 @@ from .cpu_candidates import CpuTile, contraction_candidates, loop_candidates, st
 from .cpu_tiles import contraction_tile, is_depthwise, square_tile
 from .emit import COARSE, FAST, NARROW, Emitter
 from .equal_groups import Lowered
-from .frame import Frame, analyse, is_expensive
+from .frame import Frame, analyse, is_expensive, traffic, work
 from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
 from .loop_tiles import TileChoice, choose_tile, loop_tiles, resized
-from .loops import emit_loops, traffic, work
+from .loops import emit_loops
 from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel, starts_as_copy
 from .row_columns import emit_row_columns, row_columns_tile
 from .row_pipeline import in_pipeline

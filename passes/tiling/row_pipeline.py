@@ -24,6 +24,7 @@ from .emit import Emitter
 from .frame import Frame, is_expensive
 from .keeping import kept_values
 from .loop_tiles import TileChoice
+from .moments import about_start
 from .prefetch import Leaf, ask_beyond
 
 if TYPE_CHECKING:
@@ -148,6 +149,8 @@ class _Pipeline:
         tops = {n: low.scope(e, {**self.top.at, self.row: at}, dict(self.top.active)) for n, at in rows.items()}
         known[0] = self._once(tops[0], self.passes[0].before, {})
         order = sorted(rows, reverse=True)
+        for n in order:
+            self._set_out(n, tops[n], known[n])
         inits = {n: [v for op, k in self.passes[n].keys for v in low.initial(op, k)] for n in order}
         found = iter(self._loop(e, order, tops, known, inits))
         new: list[Env] = [{} for _ in known]
@@ -160,6 +163,21 @@ class _Pipeline:
                 new[n + 1] = env
         low.e = outer
         return new
+
+    def _set_out(self, n: int, top: Scope, known: Env) -> None:
+        """What the sums of a pass with second moments are counted from: the mean of the row's first step (`moments.py`)."""
+        low = self.low
+        totals = [op for op, _ in self.passes[n].keys if op in low.frame.moments.values()]
+        if totals:
+            self._stand(n, known)
+            start = low.scope(low.e, {**top.at, self.vector: sym("t1")}, dict(top.active))
+            low.about |= {op: about_start(low.e, low.summand(start, op, 0)) for op in totals}
+
+    def _stand(self, n: int, known: Env) -> None:
+        """What is known where pass n works on its row."""
+        low = self.low
+        low.now, low.outer_values = self.passes[n].stage, known
+        low.kept = {v for v in low.homes if low.frame.stage[low.made[v]] < low.now}
 
     def _once(self, top: Scope, members: list[Operation], known: Env) -> Env:
         """What is known of a row after what is computed once for it."""
@@ -178,8 +196,7 @@ class _Pipeline:
                 at = i + sym("t1")
                 scope = low.scope(inner, {**tops[n].at, self.vector: at}, {**tops[n].active, self.vector: (at, size)})
                 here = self.passes[n]
-                low.now, low.outer_values = here.stage, known[n]
-                low.kept = {v for v in low.homes if low.frame.stage[low.made[v]] < here.stage}
+                self._stand(n, known[n])
                 out += low.stage(scope, here.roots, here.keys, [next(left) for _ in inits[n]])
                 leaves[here.stage] = Leaf(inner, scope.at)
             if len(order) == len(self.passes):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from aicc.ir import Operation
+from aicc.ir.interpreter import interpret
 from support.stages import AVX2, capture, check_levels, lowered
 from torch import Tensor
 
@@ -50,6 +51,8 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "heads": (lambda x: F.rms_norm(x.transpose(0, 1), (256,)), _normal((200, 5, 256))),
     "bf16": (lambda x: F.layer_norm(x, (256,)), [x.bfloat16() for x in _normal((519, 256))]),
     "minimum": (lambda x: (x - x.amin(-1, keepdim=True)) / (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)), _normal((516, 256))),
+    "deviations": (lambda x: x - (x - x.mean(-1, keepdim=True)).abs().mean(-1, keepdim=True), _normal((514, 256))),
+    "mean_and_variance": (lambda x: torch.var_mean(F.layer_norm(x, (256,)), -1), _normal((522, 256))),
     "f64": (lambda x: F.layer_norm(x, (256,)), [x.double() for x in _normal((518, 256))]),
 }
 
@@ -84,16 +87,57 @@ def test_pass_by_pass(function: Callable[..., Any], shape: tuple[int, ...], targ
     assert not any(in_pipeline(k) for k in kernels(function, _normal(shape), target))
 
 
-def test_all_memory_moves_in_one_loop() -> None:
-    """The loop over columns of the loop over rows stores the result and reads each of three rows once, and asks for all lines of the next."""
-    function, inputs = CASES["layer_norm"]
+@pytest.mark.parametrize("name,passes", [("layer_norm", 2), ("rms_norm", 2), ("minimum", 2), ("deviations", 3)])
+def test_all_memory_moves_in_one_loop(name: str, passes: int) -> None:
+    """The loop over columns of the loop over rows stores the result and reads each of the rows under way once, and asks for all lines of the next."""
+    function, inputs = CASES[name]
     kernel, = kernels(function, inputs)
     rows, = (op for op in kernel.body if op.name == "tile.for" and op["step"] == 1)
     columns, = (op for op in rows.body if op.name == "tile.for")
     names = [op.name for op in columns.body]
     assert names.count("tile.store") == 1 and names.count("tile.prefetch") == 4
-    assert [op.operands[0].index for op in columns.body if op.name == "tile.load"].count(0) == 3  # type: ignore[attr-defined]
-    assert kernel["grid"] == (512 // 8,)
+    assert [op.operands[0].index for op in columns.body if op.name == "tile.load"].count(0) == passes  # type: ignore[attr-defined]
+    assert kernel["grid"] == (-(-inputs[0].shape[0] // 8),)
+
+
+def _odd_rows(width: int) -> Tensor:
+    """Rows whose mean is far from zero, from their spread, or from their first elements."""
+    x, = _normal((520, width))
+    x[::8] += 1e4
+    x[1::8, 0] = 1e3
+    x[2::8, :64] += 1e3
+    x[3::8] = 7.7
+    x[4::8, -1] = 1e4
+    x[5::8] *= 1e-6
+    x[6::8, :64] = -3e4
+    return x
+
+
+@pytest.mark.parametrize("width", [256, 288, 2048])
+def test_variances_of_odd_rows(width: int) -> None:
+    """The error of the row's sum of squares is a few roundings of it, and grows with what is summed about the wrong number by at most the bound of
+    `moments.py`; equal elements have none."""
+    x = _odd_rows(width)
+    program = capture(lambda x: (*torch.var_mean(x, -1, correction=0), F.layer_norm(x, x.shape[-1:])), [x])
+    module = lowered(program, SMALL, "tile")
+    assert any(in_pipeline(op) for op in module.body if op.name == "tile.kernel")
+    *_, normal = interpret(module, [x])
+    exact = F.layer_norm(x.double(), x.shape[-1:])
+    largest = exact.abs().amax(-1).clamp(min=1)
+    error = (normal.double() - exact).abs().amax(-1) / largest
+    eager = (F.layer_norm(x, x.shape[-1:]).double() - exact).abs().amax(-1) / largest
+    blocks = torch.zeros(520, dtype=torch.bool)
+    blocks[2::8] = blocks[6::8] = True
+    assert bool((error <= 4 * eager + 5e-7)[~blocks].all()), error
+    assert bool((error <= 4 * eager + 1.2e-7 * (width / 32 + 1))[blocks].all()), error[blocks]
+    assert bool((normal[3::8] == 0).all())
+
+
+def test_what_is_no_number_stays_in_its_row() -> None:
+    x, = _normal((520, 256))
+    x[3, 5], x[9, 200], x[11, 0], x[-1, 255] = float("nan"), float("inf"), float("-inf"), float("nan")
+    program = capture(lambda x: F.layer_norm(x, (256,)), [x])
+    check_levels(program, SMALL)
 
 
 def test_native_rows_are_the_same_bits_anywhere() -> None:
