@@ -20,7 +20,7 @@ from ...ir import Dim, Target
 from ...ir.expr import free_symbols, product
 from ...ir.ranges import split_linear
 from ..structured import EXPENSIVE, body_ops
-from .frame import Access, Frame, is_expensive, make_online
+from .frame import Access, Frame, is_expensive, make_moments, make_online
 from .gpu_tiles import COLUMNS
 from .tile_choice import TileChoice
 
@@ -162,8 +162,9 @@ def _transposing(frame: Frame, vector: str, across: str) -> TileChoice:
 
 def _passes(frame: Frame) -> tuple[int, bool]:
     """How often a row that does not fit the registers is read, and whether squares about its mean are summed."""
-    copy = replace(frame, stage=dict(frame.stage), online={}, moments={})
+    copy = replace(frame, stage=dict(frame.stage), online={}, moments={}, means={})
     make_online(copy)
+    make_moments(copy)
     return 1 + max(copy.stage[op] for op in copy.members if op["reductions"] or copy.is_full(op)), bool(copy.moments)
 
 
