@@ -68,7 +68,7 @@ def gpu_tile(frame: Frame, vector: str, target: Target | None = None) -> TileCho
         made = _points(frame, vector, limit, processors)
     rows, columns, warps, unroll = made
     rows = min(rows, limit)
-    return TileChoice(vector, row if rows > 1 else None, (rows, columns), columns, warps, unroll)
+    return TileChoice(vector, row if rows > 1 else None, (rows, columns), columns, warps, unroll=unroll)
 
 
 def _rows(frame: Frame, vector: str, row: str | None, processors: int, l2: int) -> tuple[int, int, int, int]:
