@@ -3,6 +3,9 @@
 A kernel that passes over a row several times (a norm, a softmax) waits for memory in its first pass alone and leaves memory idle in the others,
 whose loops find the row in the caches. So the last loop that reads an operand (or, if only the first does, the last of all) asks, line by line,
 for what the next program will read first.
+
+Rows of a table that data names are foreseen by nobody, but their numbers lie ahead in memory: `ask_for_rows` reads the one that will be wanted some
+rows later, in this bag or the next, and asks for that row.
 """
 
 from __future__ import annotations
@@ -10,15 +13,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...ir import Builder, Dim, Value
-from ...ir.expr import substitute, sym
+from ...ir import Builder, Dim, Operation, TensorType, Value
+from ...ir.expr import minimum, substitute, sym
 from ...ir.ranges import simplify, split_linear
 from .emit import Emitter
 from .frame import Access
 
-__all__ = ["Leaf", "ask_ahead"]
+__all__ = ["Leaf", "ask_ahead", "ask_for_rows", "named_by"]
 
 LINE = 64
+AHEAD = 16
+"""Rows between the one that is asked for and the one that is read."""
 
 
 @dataclass(frozen=True)
@@ -52,3 +57,21 @@ def ask_ahead(leaves: Mapping[int, Leaf], reads: Sequence[tuple[Access, Value, s
         for n in range(0, width, max(1, LINE // access.bytes)):
             e.prefetch(buffer, ahead + n)
     return len(asked)
+
+
+def named_by(op: Operation, extract: Operation) -> int | None:
+    """The operand of the structured `op` whose elements are the rows that `extract` reads, as they are or cast; None if something is computed."""
+    row: Value = extract.operands[1]
+    while row.defining_op is not None and row.defining_op.name == "arith.cast":
+        row = row.defining_op.operands[0]
+    return next((i for i, arg in enumerate(op.body.args) if arg is row and op["maps"][i] is not None), None)
+
+
+def ask_for_rows(e: Emitter, table: Value, source: Value, numbers: Value, count: Dim, at: Dim, column: Dim, width: int) -> None:
+    """Asks for `width` elements from `column` on of the row of `table`, a buffer of the tensor `source`, whose number lies AHEAD behind offset `at` of
+    the buffer `numbers`, of `count` elements."""
+    assert isinstance(source.type, TensorType)
+    stride, number = source.type.layout[0], e.load(numbers, minimum(at + AHEAD, count - 1))
+    start = e.fresh(number, None, None) * stride + substitute(column, {"t1": 0})
+    for n in range(0, width, max(1, LINE // source.type.dtype.bytes)):
+        e.prefetch(table, start + n, each=True)
