@@ -1,4 +1,4 @@
-"""Rows by index, bags of rows, rows in order and products with one column on the CPU, against eager, where the data lie in the caches and where they do not.
+"""Rows by index, bags of rows, sorting and products with one column on the CPU, against eager, with data in the caches and not.
 
     python -m aicc.benchmarks.lookups [--cases bag,sort] [--threads 1 2] [--seconds 0.3] [--json FILE] [--list]
 
@@ -80,16 +80,18 @@ CASES = {c.name: c for c in (
       for where, table in (("hot", HOT), ("cold", 50000)) for columns in (16, 64, 768)),
     *(Case(f"embedding-gradient-{where}-{columns}", lambda t=table, c=columns: _embedding_gradient(t, c, (1 << 21) // c))
       for where, table in (("hot", HOT), ("cold", 50000)) for columns in (64, 768)),
-    *(Case(f"index-select-1-{columns}", lambda c=columns: (lambda x, i: x.index_select(1, i), (torch.randn(1024, c), torch.randint(0, c, (c // 2,)))))
+    *(Case(f"index-select-1-{columns}",
+           lambda c=columns: (lambda x, i: x.index_select(1, i), (torch.randn(1024, c), torch.randint(0, c, (c // 2,)))))
       for columns in (64, 1024)),
-    *(Case(f"gather-{columns}", lambda c=columns: (lambda x, i: x.gather(1, i), (torch.randn(1 << 18 >> 8, c), torch.randint(0, c, (1 << 18 >> 8, c)))))
+    *(Case(f"gather-{columns}", lambda c=columns: (lambda x, i: x.gather(1, i), (torch.randn(1024, c), torch.randint(0, c, (1024, c)))))
       for columns in (64, 1024)),
     *(Case(f"index-add-{columns}", lambda c=columns: (lambda x, i, s: x.index_add(0, i, s),
                                                       (torch.randn(4096, c), torch.randint(0, 4096, (8192,)), torch.randn(8192, c))))
       for columns in (16, 64, 256)),
     Case("scatter-1024x1024", lambda: (lambda x, i, s: x.scatter(1, i, s),
                                        (torch.randn(1024, 1024), torch.randint(0, 1024, (1024, 256)), torch.randn(1024, 256)))),
-    *(Case(f"sort-{str(dtype).split('.')[1]}-{kind}-{length}", lambda n=length, d=dtype, k=kind: (lambda x: x.sort(stable=True), _numbers((1 << 17) // n, n, d, k)))
+    *(Case(f"sort-{str(dtype).split('.')[1]}-{kind}-{length}",
+           lambda n=length, d=dtype, k=kind: (lambda x: x.sort(stable=True), _numbers((1 << 17) // n, n, d, k)))
       for dtype in (torch.int64, torch.float64) for kind in ("random", "small", "nearly") for length in (50, 100, 200, 400, 1000)
       if dtype == torch.int64 or kind != "small"),
     *(Case(f"{name}-{str(dtype).split('.')[1]}-{kind}-{length}",
@@ -98,8 +100,10 @@ CASES = {c.name: c for c in (
       for dtype in (torch.float32, torch.int64) for kind in ("random", "nearly") for length in (100, 1000, 16384)),
     *(Case(f"bmm-column-{b}x{m}x{k}", lambda b=b, m=m, k=k: (torch.bmm, (torch.randn(b, m, k), torch.randn(b, k, 1))))
       for b, m, k in ((8, 512, 512), (64, 128, 64), (256, 64, 64), (16, 1024, 1024), (1000, 16, 16))),
-    *(Case(f"bmm-row-{b}x{k}x{n}", lambda b=b, k=k, n=n: (torch.bmm, (torch.randn(b, 1, k), torch.randn(b, k, n)))) for b, k, n in ((8, 512, 512), (64, 64, 128))),
-    *(Case(f"matmul-vector-{b}x{m}x{k}", lambda b=b, m=m, k=k: (torch.matmul, (torch.randn(b, m, k), torch.randn(k)))) for b, m, k in ((8, 512, 512), (64, 128, 64))),
+    *(Case(f"bmm-row-{b}x{k}x{n}", lambda b=b, k=k, n=n: (torch.bmm, (torch.randn(b, 1, k), torch.randn(b, k, n))))
+      for b, k, n in ((8, 512, 512), (64, 64, 128))),
+    *(Case(f"matmul-vector-{b}x{m}x{k}", lambda b=b, m=m, k=k: (torch.matmul, (torch.randn(b, m, k), torch.randn(k))))
+      for b, m, k in ((8, 512, 512), (64, 128, 64))),
 )}
 
 

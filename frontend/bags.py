@@ -4,7 +4,7 @@ The operator itself sees a flat list of indices and where the bags begin, that i
 
     aicc::bags(weight, indices, starts, scales, mode, padding, closed) -> result [B, D]
 
-which is the graph dialect's `graph.bags`; its gradients, and GPUs, have `formulas.py`. Whether the last of `starts` is the end of the last bag says `closed`.
+which is the graph dialect's `graph.bags`; its gradients, and GPUs, have `formulas.py`. `closed`: the last of `starts` is the end of the last bag.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ class _Loader(Accessor):
         return [[self._finish(x, c.lanes.width) for x, c in zip(self._row(row), row, strict=True)] for row in self.rows()]
 
     def _row(self, chunks: list[AccessChunk]) -> list[ir.Value]:
-        """One test for a whole row where all its lanes are guarded alike (a row of a table by its index), and one address if they lie side by side."""
+        """One test for a whole row if all its lanes are guarded alike (a row of a table by its index), and one address if they lie side by side."""
         first = chunks[0]
         if not first.gaps or any(first.lanes.varies(g) for g in first.gaps):
             return [self._chunk(c, *self._mask(c)) for c in chunks]

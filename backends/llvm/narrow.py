@@ -2,9 +2,9 @@
 
     sorted = sort(records, spare, n)                 either of the two buffers; n <= MOST
 
-A key's distance from the smallest of the row, without as many of its lowest bits as leave no room beside the place among the records, is a word. Where bits were left
-out, neighbours in the network's order may be the wrong way round: each record is put where it belongs on its way out, which moves few unless keys stand in clusters
-far from each other; then digits are sorted instead.
+A key's distance from the smallest of the row, without as many of its lowest bits as leave no room beside the place among the records, is a word.
+Where bits were left out, neighbours in the network's order may be the wrong way round: each record is put where it belongs on its way out, which
+moves few unless keys stand in clusters far from each other; then digits are sorted instead.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ def named_by(op: Operation, extract: Operation) -> int | None:
 
 
 def ask_for_rows(e: Emitter, table: Value, source: Value, numbers: Value, count: Dim, at: Dim, column: Dim, width: int) -> None:
-    """Asks for `width` elements from `column` on of the row of `table`, a buffer of the tensor `source`, whose number lies AHEAD behind offset `at` of
-    the buffer `numbers`, of `count` elements."""
+    """Asks for `width` elements from `column` on of the row of `table`, a buffer of the tensor `source`, whose number lies AHEAD behind `at` in
+    the buffer `numbers` of `count` elements."""
     assert isinstance(source.type, TensorType)
     stride, number = source.type.layout[0], e.load(numbers, minimum(at + AHEAD, count - 1))
     start = e.fresh(number, None, None) * stride + substitute(column, {"t1": 0})

@@ -1,6 +1,6 @@
 """Segments of positions combined (`tensor.segments`): bags of rows of which data says how many, on CPUs.
 
-A program is a segment: where it begins and ends is read once, and its columns are taken in tiles whose sums stay in registers over all of its positions.
+A program is a segment: where it begins and ends is read once, and its columns are taken in tiles whose sums stay in registers over all positions.
 Rows of a table are asked for some positions ahead, in this segment or the next (`prefetch.py`).
 """
 
