@@ -39,6 +39,7 @@ class TileChoice:
     chunk: int              # elements of the vector dimension per program, when it is an outer one
     warps: int = 0          # of a program on a GPU; 0: as many as the tile's size suggests
     gathered: bool = False  # sums rows that data names, along the vector dimension
+    rows: int = 1           # of a program that works on several in turns (`row_pipeline.py`)
 
 
 def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:

@@ -18,9 +18,8 @@ from ...ir.expr import ceildiv, free_symbols, substitute
 from ...ir.ranges import simplify
 from ...ir.types import index
 from ..structured import body_ops
-from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
+from .emit import COMBINE_OPS, Emitter, Pair, emit_extract, fill_masks, identity_of
 from .gpu_tiles import padded
-from .loops import emit_extract
 
 __all__ = ["body_values", "dot_of", "emit_parallel_scatter", "emit_scan", "emit_scatter", "own_dims", "scatters_in_parallel", "starts_as_copy"]
 

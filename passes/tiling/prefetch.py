@@ -19,11 +19,13 @@ from ...ir.ranges import simplify, split_linear
 from .emit import Emitter
 from .frame import Access
 
-__all__ = ["Leaf", "ask_ahead", "ask_for_rows", "named_by"]
+__all__ = ["Leaf", "ask_ahead", "ask_beyond", "ask_for_rows", "named_by"]
 
 LINE = 64
 AHEAD = 16
 """Rows between the one that is asked for and the one that is read."""
+BEYOND = 2048
+"""Bytes before what a pipeline of rows reads first: hardware does not look past a page, and a row is one or two."""
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,20 @@ def ask_for_rows(e: Emitter, table: Value, source: Value, numbers: Value, count:
     start = e.fresh(number, None, None) * stride + substitute(column, {"t1": 0})
     for n in range(0, width, max(1, LINE // source.type.dtype.bytes)):
         e.prefetch(table, start + n, each=True)
+
+
+def ask_beyond(leaves: Mapping[int, Leaf], reads: Sequence[tuple[Access, Value, set[int]]], row: str, width: int, size: Dim) -> int:
+    """The same in the one loop of a pipeline of rows (`row_pipeline.py`): for what its first stage to read an operand will read soon. `leaves` is by
+    stage, `row` the dimension of which each stage has another point, `size` the elements of a row."""
+    asked: set[tuple[Value, Dim]] = set()
+    for access, buffer, stages in reads:
+        leaf = leaves[min(s for s in stages if s in leaves)]
+        here = simplify(substitute(access.offset, leaf.at), leaf.e.bounds())
+        along, down = split_linear(here, "t1"), split_linear(access.offset, row)
+        if along is None or along[0] != 1 or down is None or down[0] == 0 or (buffer, here) in asked:
+            continue
+        asked.add((buffer, here))
+        ahead = substitute(here, {"t1": 0}) + (BEYOND // access.bytes if down[0] == size else down[0])
+        for n in range(0, width, max(1, LINE // access.bytes)):
+            leaf.e.prefetch(buffer, ahead + n)
+    return len(asked)

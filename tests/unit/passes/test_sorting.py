@@ -30,6 +30,7 @@ def test_levels(target) -> None:  # type: ignore[no-untyped-def]
     check_levels(capture(lambda x: torch.topk(x, 3, largest=False), (torch.randperm(140).reshape(2, 70),)), target)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.uint8])
 @pytest.mark.parametrize("largest", [True, False])
 def test_stable_order(dtype: torch.dtype, largest: bool) -> None:
@@ -104,7 +105,7 @@ def test_gradient() -> None:
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(t, marks=[pytest.mark.slow] * (t in (torch.float64, torch.float16, torch.int32, torch.int16, torch.int8))) for t in DTYPES], ids=str)
 def test_sort_of_every_type(dtype: torch.dtype) -> None:
     """Short rows (counted) and long ones (by digits), both ways, in the order of torch's stable sort: NaN last, zeros of both signs equal. The values
     keep their bits."""
@@ -121,6 +122,7 @@ def test_sort_of_every_type(dtype: torch.dtype) -> None:
             assert torch.equal(got.values.view(bits), x.view(bits).gather(1, true.indices))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("function", [
     lambda x: torch.sort(x, 0), lambda x: torch.sort(x.t(), stable=True, descending=True), lambda x: torch.argsort(x, 0), lambda x: x.msort(),
