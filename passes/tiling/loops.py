@@ -28,7 +28,7 @@ from .frame import Access, Frame, make_moments, make_online
 from .keeping import Home, choose_homes
 from .loop_tiles import TileChoice
 from .moments import add_shifted, initial_shifted, mean_about, spread_about, spread_of_shifted, sum_of_shifted, total_about
-from .prefetch import Leaf, ask_ahead, ask_for_rows, named_by
+from .prefetch import Leaf, ask_ahead, ask_for_named_rows, named_by
 from .row_pipeline import emit_row_pipeline
 
 __all__ = ["emit_loops"]
@@ -354,29 +354,14 @@ class Lowering:
         if inner.name == "tensor.extract":
             source = op.operands[inner.operands[0].index]  # type: ignore[attr-defined]
             if self.tile.gathered:
-                self._ask_for_rows(e, op, inner, source, positions)
+                numbers = named_by(op, inner)
+                if numbers is not None and op.operands[numbers] not in self.made:
+                    ask_for_named_rows(e, op, inner, self.buffers, positions, 4 * self.private_bytes)
             return emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"],
                                 list(scope.active.values()))
         if inner.name == "tensor.require":
             return e.require(inner, [local[v] for v in inner.operands], list(scope.active.values()))
         return e.arith(inner, [local[v] for v in inner.operands])
-
-    def _ask_for_rows(self, e: Emitter, op: Operation, extract: Operation, source: Value, positions: dict[str, Dim]) -> None:
-        """Where the table does not stay in the second cache, and the numbers of its rows lie side by side along the innermost loop."""
-        named, last = named_by(op, extract), extract.operands[-1].defining_op
-        t = source.type
-        assert isinstance(t, TensorType)
-        small = isinstance(t.numel, int) and t.numel * t.dtype.bytes <= 4 * self.private_bytes
-        if small or named is None or op.operands[named] in self.made or t.rank != 2 or last is None or last.name != "tensor.index":
-            return
-        numbers = op.operands[named]
-        assert isinstance(numbers.type, TensorType)
-        at = simplify(sum((substitute(x, positions) * s for x, s in zip(op["maps"][named], numbers.type.layout, strict=True)), 0), e.bounds())
-        loop = max((s for s in free_symbols(at) if s[0] == "L"), key=lambda s: int(s[1:]), default=None)
-        along = None if loop is None or "t1" in free_symbols(at) else split_linear(at, loop)
-        if along is not None and along[0] == 1 and numbers.type.strides is None:
-            width = self.tile.shape[1]
-            ask_for_rows(e, self.buffers[source], source, self.buffers[numbers], numbers.type.numel, at, positions[f"d{last['dim']}"], width)
 
     def _load(self, scope: Scope, v: Value, m: tuple[Dim, ...], positions: dict[str, Dim], fill: Any) -> Value:
         assert isinstance(v.type, TensorType)

@@ -6,12 +6,12 @@ Rows of a table are asked for some positions ahead, in this segment or the next 
 
 from __future__ import annotations
 
-from ...ir import Dim, Operation, TensorType, TileType, Value, element_type, sym
+from ...ir import Dim, Operation, TensorType, TileType, Value, sym
 from ...ir.expr import minimum
 from ...ir.types import DTYPES, index
 from .emit import COMBINE_OPS, Emitter, identity_of
 from .ordered import body_values, dot_of
-from .prefetch import ask_for_rows, named_by
+from .prefetch import ask_for_named_rows
 
 __all__ = ["emit_segments"]
 
@@ -23,13 +23,13 @@ MESSAGE = "the starts of segments (offsets) must not fall, and lie between 0 and
 
 def emit_segments(op: Operation, e: Emitter, buffers: dict[Value, Value], out: Value, cache: int) -> list[Dim]:
     """Writes the kernel into `e`, a program per segment; returns the grid. Tables of more than `cache` bytes are asked for ahead."""
-    result, (columns, positions) = op.result.type, op["dims"]
+    result, columns = op.result.type, op["dims"][0]
     assert isinstance(result, TensorType)
     e = Emitter(e.builder, (1, _width(e.shape[1], columns)), e.symbols, e.variables, e.ranges, e.coarse)
     segment = e.fresh(e.builder.op("tile.program_id", type=index, axis=0), 0, result.shape[0] - 1)
     begin, end = _bounds(op, e, buffers, segment)
     kind, dtype = ("sum" if op["combine"] == "mean" else op["combine"]), result.dtype
-    tables = [inner for inner in op.body if inner.name == "tensor.extract" and _is_large(op, inner, cache)]
+    tables = [inner for inner in op.body if inner.name == "tensor.extract"]
     counted = len(op.body.terminator.operands) == 2
 
     def tile(inner: Emitter, first: Dim, _: list[Value]) -> list[Value]:
@@ -40,10 +40,7 @@ def emit_segments(op: Operation, e: Emitter, buffers: dict[Value, Value], out: V
         def add(deeper: Emitter, at: Dim, carried: list[Value]) -> list[Value]:
             b = deeper.builder
             for extract in tables:
-                named = named_by(op, extract)
-                assert named is not None
-                ask_for_rows(deeper, buffers[op.operands[_table(extract)]], op.operands[_table(extract)], buffers[op.operands[named]], positions, at,
-                             column, deeper.shape[1])
+                ask_for_named_rows(deeper, op, extract, buffers, {"d0": column, "d1": at}, cache)
             value, *counts = body_values(deeper, op, buffers, {"d0": column, "d1": at}, [(column, columns)])
             if not isinstance(value.type, TileType) or value.type.shape != deeper.shape:
                 value = deeper.broadcast(value, deeper.shape)
@@ -87,17 +84,3 @@ def _bounds(op: Operation, e: Emitter, buffers: dict[Value, Value], segment: Dim
     begin = b.create("tile.require", [valid, begin], {"message": MESSAGE}, [begin.type]).result
     begin, end = (b.arith("select", valid, x, e.index_value(0)) for x in (begin, end))
     return e.fresh(begin, 0, positions), e.fresh(end, 0, positions)
-
-
-def _table(extract: Operation) -> int:
-    """The operand that is read."""
-    return extract.operands[0].index  # type: ignore[attr-defined,no-any-return]
-
-
-def _is_large(op: Operation, extract: Operation, cache: int) -> bool:
-    """A table that does not stay in the cache, whose rows are named by what lies side by side."""
-    named, table = named_by(op, extract), op.operands[_table(extract)].type
-    assert isinstance(table, TensorType)
-    numbers = None if named is None else op.operands[named].type
-    small = isinstance(table.numel, int) and table.numel * element_type(table).bytes <= cache
-    return not small and table.rank == 2 and isinstance(numbers, TensorType) and numbers.rank == 1 and numbers.layout == (1,)
