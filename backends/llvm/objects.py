@@ -154,13 +154,19 @@ class _Job:
         self.error = message.value
 
     def object_code(self) -> bytes:
-        """What `run` made; everything else is freed."""
+        """What `run` made."""
         if not self.memory:
             raise IRError(f"LLVM makes no object code of '{self.parsed.name}': {(self.error or b'no message').decode(errors='replace')[:2000]}")
         code = ctypes.string_at(ffi.lib.LLVMPY_GetBufferStart(self.memory), ffi.lib.LLVMPY_GetBufferSize(self.memory))
         ffi.lib.LLVMPY_DisposeMemoryBuffer(self.memory)
-        _dispose(self.passes)
         return code
+
+    def free(self) -> None:
+        """Everything, what uses the rest first. The cyclic collector, which may find what was emitted, knows no order: it would free a module's
+        context in front of the module."""
+        _dispose(self.passes)
+        for part in (self.builder, self.parsed, self.machine):
+            part.close()
 
 
 class Objects:
@@ -179,6 +185,9 @@ class Objects:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        for job, _ in self._jobs:
+            job.free()
+        self._jobs.clear()
         _REDUCTION.take(-1)
 
     def add(self, module: ir.Module) -> None:
