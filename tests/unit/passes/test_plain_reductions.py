@@ -23,6 +23,8 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor], bool]] = {
     "three dimensions": (torch.matmul, _normal((3, 37, 64), (64,)), True),
     "computed": (lambda x, w: (x.tanh() @ w).sigmoid(), _normal((37, 90), (90, 1)), True),
     "half": (torch.mv, [t.bfloat16() for t in _normal((37, 90), (90,))], True),
+    "batch": (lambda x, w: torch.bmm(x, w) * 2, _normal((5, 37, 64), (5, 64, 1)), True),
+    "one query": (lambda k, q, v: (k @ q).transpose(1, 2).softmax(-1) @ v, _normal((5, 37, 64), (5, 64, 1), (5, 37, 64)), False),
     "few": (torch.mv, _normal((37, 20), (20,)), False),
     "columns": (lambda x, w: x.t() @ w, _normal((90, 37), (90, 1)), False),
     "filter": (lambda x, w: torch.nn.functional.conv1d(x, w), _normal((1, 1, 200), (1, 1, 40)), False),
