@@ -396,14 +396,20 @@ class _Importer:
         self.c.b.create("return", values)
 
     def _view_of_argument(self, r: Any, value: Value) -> dict[str, Any]:
-        """Where the result lies in the memory of an argument, if it is a view at an offset in a graph with symbolic sizes.
+        """Where the result lies in the memory of an argument, if it is a view in a graph with symbolic sizes.
 
-        AOTAutograd makes such results anew from the offset of what the graph returns when the view has symbolic arguments, and by
-        replaying the view otherwise: then a copy will do.
+        AOTAutograd makes such results anew from the offset of what the graph returns when the view has symbolic arguments (the argument may itself
+        begin inside of its memory), and by replaying the view otherwise: then a copy will do.
         """
         val = r.meta.get("val")
         if isinstance(value, BlockArg) or not isinstance(val, torch.Tensor) or not (self.symbols.ranges() or self.c.numbers):
             return {}
+        root = _storage_root(r)
+        if root in self.assigned:  # the argument has that memory's contents in the end
+            arg, whole = self.assigned[root], root.meta["val"]
+            if not self._same_strides(root, arg):
+                return {}
+            return self._view(arg, val, whole)
         for node, arg in self.env.items():
             if node.op != "placeholder":
                 break
@@ -411,11 +417,13 @@ class _Importer:
             if isinstance(arg, BlockArg) and isinstance(base, torch.Tensor) and base.dtype == val.dtype and (
                     base.untyped_storage()._cdata == val.untyped_storage()._cdata
                     and (base.is_conj(), base.is_neg()) == (val.is_conj(), val.is_neg())):
-                offset = self.c.dim(val.storage_offset()) - self.c.dim(base.storage_offset())
-                if offset == 0 or arg in self.assigned.values():
-                    break
-                return {"view": {"arg": arg.index, "offset": offset, "shape": self.c.dims(val.shape), "strides": self.c.dims(val.stride())}}
+                return {} if arg in self.assigned.values() else self._view(arg, val, base)
         return {}
+
+    def _view(self, arg: BlockArg, val: torch.Tensor, base: torch.Tensor) -> dict[str, Any]:
+        """`val`, which lies in the memory of `base`, as a view of `arg`."""
+        offset = self.c.dim(val.storage_offset()) - self.c.dim(base.storage_offset())
+        return {"view": {"arg": arg.index, "offset": offset, "shape": self.c.dims(val.shape), "strides": self.c.dims(val.stride())}}
 
     def _result_strides(self, r: Any, value: Value) -> dict[str, Any]:
         val = r.meta.get("val") if isinstance(r, fx.Node) else None
