@@ -405,11 +405,9 @@ class _Importer:
         if isinstance(value, BlockArg) or not isinstance(val, torch.Tensor) or not (self.symbols.ranges() or self.c.numbers):
             return {}
         root = _storage_root(r)
-        if root in self.assigned:  # the argument has that memory's contents in the end
-            arg, whole = self.assigned[root], root.meta["val"]
-            if not self._same_strides(root, arg):
-                return {}
-            return self._view(arg, val, whole)
+        arg = next((a for copy, a in self.assigned.items() if root in (copy, copy.args[1])), None)
+        if arg is not None:  # which has these contents in the end
+            return self._view(arg, val, root.meta["val"]) if self._same_strides(root, arg) else {}
         for node, arg in self.env.items():
             if node.op != "placeholder":
                 break

@@ -157,7 +157,7 @@ def work(first: int, seconds: float, device: str, note: Path | None) -> int:
         kind = f"{way} {fault[:40]}" if "Error" not in fault else fault[:100]
         seen[kind] += 1
         if seen[kind] <= SHOWN:
-            results, again = smallest(program, way, device, time.time() + 30)
+            results, again = smallest(program, way, device, min(time.time() + 30, start + seconds + 8))
             print(report(program, results, way, again or fault), flush=True)
     print(f"from {first}: {done} programs, {sum(shares) / max(1, len(shares)):.2f} of their elements judged, {sum(seen.values())} findings", flush=True)
     return sum(seen.values())

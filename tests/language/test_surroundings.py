@@ -50,7 +50,7 @@ def program(model: nn.Module, x: torch.Tensor) -> aicc.Program:
 
 def _tangent(function: Function, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor | None:
     with forward_ad.dual_level():
-        found = forward_ad.unpack_dual(function(forward_ad.make_dual(x, t))).tangent
+        found = forward_ad.unpack_dual(function(forward_ad.make_dual(x, t.clone()))).tangent
         return None if found is None else found.clone()
 
 
