@@ -404,10 +404,6 @@ class _Importer:
         val = r.meta.get("val")
         if isinstance(value, BlockArg) or not isinstance(val, torch.Tensor) or not (self.symbols.ranges() or self.c.numbers):
             return {}
-        root = _storage_root(r)
-        arg = next((a for copy, a in self.assigned.items() if root in (copy, copy.args[1])), None)
-        if arg is not None:  # which has these contents in the end
-            return self._view(arg, val, root.meta["val"]) if self._same_strides(root, arg) else {}
         for node, arg in self.env.items():
             if node.op != "placeholder":
                 break
@@ -446,6 +442,9 @@ class _Importer:
             if not isinstance(value, BlockArg) or value in self.assigned.values() or not self._same_strides(r, value):
                 return {}
             return {"alias_of_arg": value.index}
+        arg = next((a for copy, a in self.assigned.items() if root in (copy, copy.args[1])), None)
+        if arg is not None and (self.symbols.ranges() or self.c.numbers) and self._same_strides(root, arg):
+            return self._view(arg, r.meta["val"], root.meta["val"])  # as in `_view_of_argument`: the argument has these contents in the end
         base = next((b for b in returned if isinstance(b, fx.Node) and _storage_root(b) is root and _covers(b, root)), None)
         if base is None or base is r:
             return {}
