@@ -1,8 +1,8 @@
 """Forward-mode derivatives, which compiled code knows nothing of: who calls it with a dual tensor gets torch's own operators, and a warning.
 
 A dual tensor (`torch.autograd.forward_ad`) is a plain one to Dynamo, to AOTAutograd and to native code, and its tangent would be lost without a word.
-Tangents live only while a dual level is entered, and what Dynamo captured outside of one is not used inside one: `guard_level` asks for the guard of
-torch that compares the level, some 50 nanoseconds a call, so that nothing needs to be asked behind it. Inside, `keep_tangents` looks at every argument.
+Tangents live only while a dual level is entered, and what Dynamo captured outside of one is not used inside one: `guard_level` asks for the guard
+of torch that compares the level, some 50 nanoseconds a call, so that nothing needs to be asked behind it. Inside, `keep_tangents` looks at every argument.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def keep_tangents(eager: Callable[..., Any], compiled: Callable[..., Any]) -> Ca
         if not warned:
             warned = True
             warnings.warn("aicc knows no forward-mode derivatives: this graph runs through ATen while its inputs are dual tensors "
-                          "(torch.autograd.forward_ad); torch.func.jvp inside of what is compiled is compiled with its derivative", RuntimeWarning, stacklevel=2)
+                          "(torch.autograd.forward_ad); torch.func.jvp inside of what is compiled is compiled with its derivative",
+                          RuntimeWarning, stacklevel=2)
         return eager(*args)
 
     return call

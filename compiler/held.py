@@ -28,8 +28,8 @@ def is_container(value: Any) -> bool:
 
 class Held:
     """What a function or method reaches by itself: its object, `partial`'s arguments, variables of closures, and what is in these in lists, tuples,
-    dicts and functions. `modules`; `functions`; other `objects` whose methods are called; `cells` of plain variables, with their names, and `containers` of those
-    that are lists and the like of plain values."""
+    dicts and functions. `modules`; `functions`; other `objects` whose methods are called; `cells` of plain variables, with their names, and
+    `containers` of those that are lists and the like of plain values."""
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []

@@ -77,12 +77,12 @@ class Modules:
                 raise ValueError(self._difference(i))
         if self._sizes() != self._lengths:
             self._look_for_methods()
-        if [*map(type, self._all)] != self._classes or [*map(_forward, self._methods)] != self._forwards or [*map(_written, self._functions)] != self._written:
+        if ([*map(type, self._all)] != self._classes or [*map(_forward, self._methods)] != self._forwards
+                or [*map(_written, self._functions)] != self._written):
             raise ValueError(self._other_code())
-        if _EVERYWHERE[0] or _EVERYWHERE[1] or any(self._everywhere):
-            if [*_EVERYWHERE] != self._everywhere:
-                raise ValueError("hooks of all modules (torch.nn.modules.module.register_module_forward_hook) came or went since the program was compiled; "
-                                 "compile it again with aicc.compile")
+        if (_EVERYWHERE[0] or _EVERYWHERE[1] or any(self._everywhere)) and [*_EVERYWHERE] != self._everywhere:
+            raise ValueError("hooks of all modules (register_module_forward_hook) came or went since the program was compiled; compile it again with "
+                             "aicc.compile")
         for cell, then, name in self._cells:
             if kind_of(cell.cell_contents) != then:
                 raise ValueError(f"variable '{name}' of the function is another one since the program was compiled; compile it again with "
@@ -103,9 +103,11 @@ class Modules:
         self._lengths = self._sizes()
 
     def _other_code(self) -> str:
-        changed = [f"{then.__name__} became {type(x).__name__}" for x, then in zip(self._all, self._classes, strict=True) if type(x) is not then]
-        changed += [f"class {c.__name__} got another 'forward'" for c, then in zip(self._methods, self._forwards, strict=True) if _forward(c) is not then]
-        changed += [f"{f.__qualname__} got other code or default values" for f, then in zip(self._functions, self._written, strict=True) if _written(f) != then]
+        classes, forwards, written = (zip(self._all, self._classes, strict=True), zip(self._methods, self._forwards, strict=True),
+                                      zip(self._functions, self._written, strict=True))
+        changed = [f"{then.__name__} became {type(x).__name__}" for x, then in classes if type(x) is not then]
+        changed += [f"class {c.__name__} got another 'forward'" for c, then in forwards if _forward(c) is not then]
+        changed += [f"{f.__qualname__} got other code or default values" for f, then in written if _written(f) != then]
         return f"{changed[0]} since the program was compiled; compile it again with aicc.compile"
 
     def _difference(self, i: int) -> str:

@@ -9,8 +9,8 @@ their storages, version counters and contents (`fingerprint.py`) with what is kn
 without the interpreter's lock. Objects are read in three rounds (arguments, then their tensors, then storages), so that a processor has many
 of them on the way from memory at once: behind the kernels of a large model none is in the caches.
 
-`NOT_AS_KNOWN` says that nothing was done, for any reason: other parameters, arguments that are no plain tensors or have no memory, a wrong number of them. Python
-code then does the same slowly, and finds out why.
+`NOT_AS_KNOWN` says that nothing was done, for any reason: other parameters, arguments that are no plain tensors or have no memory, a wrong number of
+them. Python code then does the same slowly, and finds out why.
 """
 
 from __future__ import annotations

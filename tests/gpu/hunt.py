@@ -30,7 +30,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import torch  # noqa: E402
-
 from support.device_programs import DeviceProgram, Truth, device_program, gradients  # noqa: E402
 
 WAYS = ("fixed", "fixed", "symbolic", "training", "training", "symbolic training")
