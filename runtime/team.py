@@ -16,7 +16,8 @@ launch is one that every thread has to enter.
 A call that is over in less than a slice of the scheduler may take less time without its threads: it waits for one that is put aside in the middle of
 a piece, and no other can take that piece over, for its thread writes to the results when it goes on. `memory`, 24 bytes per compiled function that
 begin as zeros, is what the calls before have seen. One that waited long (LATE) is followed by some on the caller's thread alone. If they
-take less time by an eighth, the next 8 calls are alone too, then 16 after the next look at the threads, up to 64; if it does not, as many calls do not try again.
+take less time by an eighth, the next 8 calls are alone too, then 16 after the next look at the threads, up to 64; if they do not, as many calls do
+not try again.
 
 A team lives on the caller's stack as long as its region. So calls from several Python threads have teams of their own, and a fork inherits none.
 """
@@ -48,11 +49,11 @@ that took its core meanwhile would keep it, waiting actively for OpenMP's next r
 a caller that is put aside gives it the core. Of all where there are more threads than cores. A pause is 65 cycles on AMD's Zen 3 and 140 on Intel
 since Skylake, so how many fill these times is measured when the code is loaded."""
 LATE = 500_000
-"""Nanoseconds, and a quarter of the call, that a call waits for threads before it is suspected to be quicker alone: waking one takes a tenth of that. Alone
-it takes four times as long at most, or is not tried."""
+"""Nanoseconds, and a quarter of the call, that a call waits for threads before it is suspected to be quicker alone: waking one takes a tenth of
+that. Alone it takes four times as long at most, or is not tried."""
 FEW, MANY, FIRST = 8, 64, 3
-"""Calls between two looks at whether the threads are better than the caller alone, at first and at last; and how many alone are not judged: the threads of
-the call before spin in OpenMP for some milliseconds, on whatever core."""
+"""Calls between two looks at whether the threads are better than the caller alone, at first and at last; and how many alone are not judged: the
+threads of the call before spin in OpenMP for some milliseconds, on whatever core."""
 SAMPLE, ROUNDS = 4_000, 5
 
 
@@ -130,7 +131,8 @@ define internal void @rouse(ptr %word) nounwind {
 # `left`: how many of those have finished. Each waiting word has the number of threads that sleep on it beside it.
 _CODE = """
 %team = type { i32, i32, ptr, ptr, ptr, i64, [24 x i8],  i64, i32, [52 x i8],  ptr, ptr, [48 x i8],  i32, i32, [56 x i8] }
-; 0 error, 1 threads, 2 steps, 3 table, 4 symbols, 5 spins, 6 (nanoseconds that the caller waited, when it ended);  7 state, 8 sleepers;  10 body, 11 data;  13 left, 14 sleepers
+; 0 error, 1 threads, 2 steps, 3 table, 4 symbols, 5 spins, 6 nanoseconds that the caller waited, and when it ended
+; 7 state, 8 sleepers;  10 body, 11 data;  13 left, 14 sleepers
 
 ; how often a thread looks at a word before it sleeps: at a launch's end, for the next launch, and both where cores are few
 @join_spins = internal global i64 1
@@ -336,7 +338,8 @@ other:
   ret void
 }
 
-; what a function's calls have seen: calls to make alone, calls until the next trial, their number (both), nanoseconds of calls with threads (the last count most)
+; what a function's calls have seen: calls to make alone, calls until the next trial, their number (both), nanoseconds of calls with threads (the
+; last count most)
 %memory = type { i32, i32, i32, i32, i64 }
 
 define i32 @aicc_region(ptr %steps, ptr %table, ptr %symbols, i32 %threads, ptr %memory) nounwind {
