@@ -27,6 +27,7 @@ from llvmlite.binding import ffi, newpassmanagers
 from ...ir.core import IRError
 from ...ir.target import Target
 from .target import new_target_machine, target_machine
+from .text import module_text
 
 __all__ = ["MOST_THREADS", "Objects", "addresses_as_written", "emit_object", "optimize", "parse", "parse_text", "usable_threads"]
 
@@ -45,7 +46,7 @@ def parse(module: ir.Module, target: Target) -> tuple[binding.ModuleRef, str]:
     machine = target_machine(target)
     module.triple = machine.triple
     module.data_layout = str(machine.target_data)
-    text = f"{module}\n"
+    text = module_text(module)
     try:
         parsed = parse_text(text)
         parsed.verify()
