@@ -32,10 +32,10 @@ def _function(f: ir.Function, lines: list[str]) -> None:
     f.descr_prototype(head)
     lines.append("".join(head) + "{")
     for block in f.blocks:
-        lines.append(f'"{block.name}":')
+        lines.append(f"{block._format_name()}:")
         for i in block.instructions:
             write = None if i.metadata else _FORMATS.get(type(i))
-            lines.append(str(i) if write is None else write(i))
+            lines.append(f"  {i if write is None else write(i)}")
     lines.append("}\n")
 
 
