@@ -191,13 +191,14 @@ class Objects:
         self._jobs.clear()
         _REDUCTION.take(-1)
 
-    def add(self, module: ir.Module) -> None:
-        """Takes the next module, which must not change any more. IRError if LLVM rejects it."""
+    def add(self, module: ir.Module, *, last: bool = False) -> None:
+        """Takes the next module, which must not change any more. The last is left to `finish`: a new thread has to fetch memory of its own first.
+        IRError if LLVM rejects it."""
         parsed, text = parse(module, self.target)
         self.texts.append(text)
         machine = new_target_machine(self.target)
         job = _Job(parsed, machine, *_pipeline(machine, level=2))
-        self._jobs.append((job, None if self._pool is None else self._pool.submit(job.run)))
+        self._jobs.append((job, None if last or self._pool is None else self._pool.submit(job.run)))
 
     def finish(self) -> list[bytes]:
         """The objects, in the order of the modules: what no thread has begun, this one does."""
