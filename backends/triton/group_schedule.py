@@ -15,12 +15,15 @@ from ...ir.ranges import known_less, lower_bound, upper_bound
 from ...ir.target import Target
 from ...ir.types import TileType, element_type
 from .group_ops import GroupOps, in_gluon
+from .group_skip import alive_text
 from .stream_shape import HALF, Loop, Read, require
 
 __all__ = ["GroupSchedule"]
 
 TURNS = True
 """Whether the groups' products take turns in the plain order, by two named barriers."""
+SKIPS = True
+"""Whether a group leaves out the steps of which the mask leaves its rows nothing."""
 EARLY = 8
 """Bytes of an element up to which what needs no scores, and lies along the steps alone, is computed while the scores are under way."""
 
@@ -175,6 +178,25 @@ class GroupSchedule(GroupOps):
     def _step(self, loop: Loop, state: list[str]) -> None:
         """One step in the plain order."""
         self._write(f"stage = steps % {self.stages}")
+        alive = alive_text(loop, lambda operands, e: in_gluon(self._text(operands, ())(e))) if SKIPS else None
+        if alive is not None:
+            self._write(f"if {alive}:")
+            self.indent += 1
+        self._whole_step(loop, state)
+        if alive is not None:
+            self.indent -= 1
+            self._write("else:")
+            self.indent += 1
+            self._wait("k")
+            self._free("k")
+            self._turn("give")
+            self._wait("v")
+            self._turn("take")
+            self._free("v")
+            self.indent -= 1
+        self._write("steps += 1")
+
+    def _whole_step(self, loop: Loop, state: list[str]) -> None:
         self._wait("k")
         s = self._scores(loop)
         early = self._early(loop)
@@ -195,7 +217,6 @@ class GroupSchedule(GroupOps):
         self._write(f"{acc} = warpgroup_mma_wait(0, deps=({acc},))")
         self._free("v")
         self._update(loop, state, acc)
-        self._write("steps += 1")
 
     def _update(self, loop: Loop, state: list[str], acc: str) -> None:
         """The carried values of the next step."""
