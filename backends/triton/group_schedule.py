@@ -178,7 +178,7 @@ class GroupSchedule(GroupOps):
     def _step(self, loop: Loop, state: list[str]) -> None:
         """One step in the plain order."""
         self._write(f"stage = steps % {self.stages}")
-        alive = alive_text(loop, lambda operands, e: in_gluon(self._text(operands, ())(e))) if SKIPS else None
+        alive = alive_text(loop, lambda operands, e: in_gluon(self._text(operands, ())(e))) if SKIPS and loop.op["step"] == HALF else None
         if alive is not None:
             self._write(f"if {alive}:")
             self.indent += 1

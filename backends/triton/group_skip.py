@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...ir.core import Operation, Value
-from ...ir.expr import Dim, substitute
+from ...ir.expr import Dim
 from ...ir.ranges import split_linear
 from ...ir.types import TileType
 from .stream_shape import HALF, ROWS, Loop
@@ -126,5 +126,5 @@ class _Positions:
             size = HALF if axis == 0 and size == ROWS else size
             rows += factor if axis == 0 and op["shape"][0] == ROWS else 0
             low, high = low + min(0, factor * (size - 1)), high + max(0, factor * (size - 1))
-        begin = self.text(op.operands, substitute(rest, {})) + (f" + who*{rows * HALF}" if rows else "")
-        return f"({begin} + {low})", f"({begin} + {high})"
+        begin = self.text(op.operands, rest) + (f" + who*{rows * HALF}" if rows else "")
+        return tuple(f"({begin}{f' + {end}' if end > 0 else f' - {-end}' if end else ''})" for end in (low, high))  # type: ignore[return-value]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from aicc.backends.triton import compile_gpu, print_kernel, stream_shape, warp_groups
+from aicc.backends.triton import compile_gpu, group_schedule, print_kernel, stream_shape, warp_groups
 from aicc.backends.triton.warp_groups import print_warp_groups
 from aicc.frontend.attention import attention
 from aicc.ir import Operation
@@ -289,6 +289,49 @@ def test_what_data_exclude_is_neither_computed_nor_copied(turns: bool, monkeypat
     loader = text[text.index("_loader("):text.index("_group(")]
     assert loader.count("gl.load(") == text[text.index("_group("):].count("gl.load(") - 3 == 8, "four ranges of two blocks; groups read documents too"
     assert ("bar.sync" in text) == turns
+
+
+def sliding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    i, j = positions(s)
+    return s.masked_fill((j > i) | (i - j >= 200), -math.inf).softmax(-1) @ v
+
+
+def within(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Both ways, kept and not masked: another form of the condition, and no first or last step that all programs have."""
+    s = scores(q, k)
+    i, j = positions(s)
+    return torch.where((j <= i + 90) & (j + 150 > i), s, -math.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("turns", [False, True], ids=["free", "in turns"])
+@pytest.mark.parametrize("f", [soft_cap_window, sliding, within])
+def test_a_group_leaves_out_what_is_masked_for_its_rows(f: Callable[..., Tensor], turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer products, and the same result to the last bit. Every step that is left has something to compute."""
+    monkeypatch.setattr(warp_groups, "TURNS", turns)
+    inputs = heads(1, 2, 640, 64)
+    products = []
+
+    results = []
+    for skips in (False, True):
+        monkeypatch.setattr(group_schedule, "SKIPS", skips)
+        made: list[int] = []
+        plain = gluon_model.Pending
+
+        class Counted(plain):  # type: ignore[misc, valid-type]
+            def __init__(self, *args: Any, made: list[int] = made):
+                made.append(1)
+                super().__init__(*args)
+
+        monkeypatch.setattr(gluon_model, "Pending", Counted)
+        results.append(run(f, inputs)[0])
+        monkeypatch.setattr(gluon_model, "Pending", plain)
+        products.append(len(made))
+    assert torch.equal(*results)
+    i, j = torch.arange(640)[:, None], torch.arange(640)[None, :]
+    mask = (j <= i + 90) & (j + 150 > i) if f is within else (j <= i) & (i - j < 200)
+    alive = int(mask.reshape(10, 64, 10, 64).any(3).any(1).sum())
+    assert products[1] == 2 * 2 * alive < products[0], "two heads, two products of 64 by 64"
 
 
 @pytest.mark.parametrize("form", ["plain", "by name"])
