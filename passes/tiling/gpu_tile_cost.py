@@ -82,7 +82,7 @@ class TileCosts:
     """How close to the larger of work and chain their sum is (a norm: 1 is the sum, infinity the larger)."""
 
 
-HOPPER = TileCosts(start=541, fill=194, latency=318, far=886, turn=21, rate=3000, shared=368, l2=94, store=60, flat=(0.12, 0.25), memory=3000,
+HOPPER = TileCosts(start=541, fill=194, latency=318, far=886, turn=21, rate=3000, shared=368, l2=108, store=60, flat=(0.12, 0.25), memory=3000,
                    sharpness=7.5)
 COSTS = {
     80: TileCosts(start=541, fill=250, latency=400, far=1000, turn=30, rate=980, shared=290, l2=40, store=70, flat=(0.5, 0.8), memory=1700,

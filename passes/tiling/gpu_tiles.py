@@ -48,6 +48,9 @@ FEW_ROWS, RUN = 16, 256
 """A product with so few rows is bound by memory: programs read RUN bytes of each of 32 columns at a time."""
 HOPPER, WHOLE = 90, 64
 """The compute capability whose matrix units take 64 rows at a time (another number of columns, from 8 on, costs them nothing)."""
+NARROW, LONG = 32, 8192
+"""Rows of a weight that a program of few rows of the other operand has if that makes as many programs as there are multiprocessors: with WHOLE it would
+take parts, which a second kernel adds. And the K from which on that pays."""
 SHARED = 220 << 10
 """Bytes of shared memory for loads that programs on one multiprocessor share there."""
 ASKED_ROWS, ASKED_BYTES = (32, 256), 12 << 20
@@ -85,10 +88,17 @@ def _turned_tiles(target: Target, batch: int, n: int, k: Dim, products: int) -> 
     alone = batch * as_int(ceildiv(n, WHOLE)) <= max(1, target.multiprocessors)
     held = (WHOLE * products + FEW_ROWS) * 2
     found = []
+    if products == 1 and isinstance(k, int) and k % WHOLE == 0 and k >= LONG and alone and n % NARROW == 0 and _fills(target, batch * (n // NARROW)):
+        found.append(GpuTile(NARROW, FEW_ROWS, next(step for step in (256, 128, 64) if k % step == 0), 4, 4, True))
     for step, stages in ((128, 6), (128, 4), (64, 8)) if alone else ((128, 4), (128, 5), (64, 6)):
         step = _fit(k, step)
         found.append(GpuTile(WHOLE, FEW_ROWS, step, 4, max(2, min(stages, SHARED // (held * step) // (1 if alone else 2))), True))
     return found
+
+
+def _fills(target: Target, programs: int) -> bool:
+    """So many programs, each with a multiprocessor to itself, keep nearly all of them busy."""
+    return 0.9 * target.multiprocessors <= programs <= target.multiprocessors
 
 
 def early_columns(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim) -> int:

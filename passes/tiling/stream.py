@@ -54,9 +54,8 @@ def stream_tile(s: Stream, target: Target) -> GpuTile:
         rows, steps = (n if not isinstance(size, int) else min(n, padded(size)) for n, size in ((t.rows, s.row_count), (t.columns, s.length)))
         return GpuTile(rows, steps, 0, t.warps, t.stages)
     if suits_warp_groups(s, target):
-        # Where data leave few steps, and these end anywhere, half as long ones compute less that is masked (measured: 366 -> 282 us). Of a window,
-        # which ends on both sides, a group of warps leaves out the step at either end that is masked for its rows.
-        return GpuTile(128, BLOCK if worth_ranges(s) or len(s.alive.pairs) > 1 else 128, 0, 8, 2)
+        # Where data leave few steps, and these end anywhere, half as long ones compute less that is masked (measured: 366 -> 282 us).
+        return GpuTile(128, BLOCK if worth_ranges(s) else 128, 0, 8, 2)
     if narrow and isinstance(s.row_count, int) and s.row_count <= 16:  # bound by memory: three tiles under way, small ones for a smooth start
         return GpuTile(16, 64 if width <= 128 else 32, 0, 4, 3)
     kept = len(s.firsts) + len(s.seconds)  # tiles that stay in registers or shared memory
