@@ -3,9 +3,10 @@
     source = print_few_rows(kernel, target, divisible)     # a KernelSource, or a str that says why not
 
 The kernel is the transpose of x @ w (`contraction_gpu.py`, a turned tile of NARROW rows of w and 16 of x); x is contiguous along K, w along either of
-its dimensions. A warp of its own asks for all tiles by the copy engine, as far ahead as shared memory has room; four warps multiply. Matrix units take 64 rows at a time: the tile in
-shared memory has as many, of which only the first NARROW are ever filled, and of the product only these are kept. So a weight of n rows gives n/32
-programs, enough for all multiprocessors where 64 rows each would leave half of them idle or need a second kernel that adds parts.
+dimensions. A warp of its own asks for all tiles by the copy engine, as far ahead as shared memory has room; four warps multiply. They take
+64 rows at a time: the tile in shared memory has as many, of which only the first NARROW are ever filled, and of the product only these are kept. So a
+weight of n rows gives n/32 programs, enough for all multiprocessors where 64 rows each would leave half of them idle, or need parts that a second
+kernel adds.
 """
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ class _FewRows(GroupOps):
         """The one product of the loop over all of K."""
         body = [op for op in loop.body if op.name != "tile.yield"]
         dots = [op for op in body if op.name == "tile.dot"]
-        require(len(body) == 3 and len(dots) == 1 and loop["lower"] == 0 and isinstance(loop["upper"], int), "more than a product, or not of all of K")
+        whole = loop["lower"] == 0 and isinstance(loop["upper"], int)
+        require(len(body) == 3 and len(dots) == 1 and whole, "more than a product, or not of all of K")
         require(loop["step"] % STEP == 0 and loop["upper"] % loop["step"] == 0, "steps that do not divide K")
         dot, = dots
         require(len(loop.results) == 1 and dot.operands[2] is loop.body.args[1] and loop.body.terminator.operands[0] is dot.result,  # type: ignore[union-attr]
@@ -159,14 +161,15 @@ class _FewRows(GroupOps):
             return self._by_columns(op, loop, as_int(by_k[0]))
         require(by_k[0] == 1, "an operand is not contiguous along K")
         stride, rows = as_int(by_row[0]), op["shape"][i]
-        require(stride > 0 and stride * dtype.bytes % ALIGNMENT == 0 and stride >= as_int(loop["upper"]), "rows do not start at multiples of 16 bytes")
+        require(stride > 0 and stride * dtype.bytes % ALIGNMENT == 0, "rows do not start at multiples of 16 bytes")
         first = split_linear(by_row[1], along)
         assert first is not None
         row, column = divided(first[1], stride)
         k = _number(op, loop)
         along_k = split_linear(column, k)
-        require(along_k is not None and along_k[0] == 1 and isinstance(along_k[1], int) and k not in free_symbols(row), "K does not begin at a constant")
+        require(along_k is not None and along_k[0] == 1 and isinstance(along_k[1], int), "K does not begin at a constant")
         assert along_k is not None
+        require(k not in free_symbols(row), "rows move along K")
         begin = as_int(along_k[1])
         extent = 1 + sum(((n - 1) * s for n, s in zip(t.shape, t.layout, strict=True)), 0)  # type: ignore[misc, operator]
         count = -(-as_int(extent) // stride)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...ir.core import Operation, Value
-from ...ir.expr import Dim
+from ...ir.expr import Dim, as_int
 from ...ir.ranges import split_linear
 from ...ir.types import TileType
 from .stream_shape import HALF, ROWS, Loop
@@ -58,9 +58,7 @@ def _ends_in_zero(loop: Loop, select: Operation) -> bool:
         if op.name == "tile.reduce" and _is_tile(op.operands[0]):
             if not (op["kind"] == "sum" and value in zero or op["kind"] == "max" and value in masked):
                 return False
-        elif op.name in ("arith.exp", "arith.exp2") and value in masked:
-            zero.add(op.result)
-        elif op.name in _KEEPS_ZERO and value in zero:
+        elif op.name in ("arith.exp", "arith.exp2") and value in masked or op.name in _KEEPS_ZERO and value in zero:
             zero.add(op.result)
         elif op.name in _KEEPS_MASKED and value in masked and _scales_up(op):
             masked.add(op.result)
@@ -122,7 +120,7 @@ class _Positions:
             found = split_linear(rest, f"t{axis}")
             if found is None or not isinstance(found[0], int):
                 return None
-            factor, rest = found
+            factor, rest = as_int(found[0]), found[1]
             size = HALF if axis == 0 and size == ROWS else size
             rows += factor if axis == 0 and op["shape"][0] == ROWS else 0
             low, high = low + min(0, factor * (size - 1)), high + max(0, factor * (size - 1))

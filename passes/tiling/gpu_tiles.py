@@ -49,8 +49,8 @@ FEW_ROWS, RUN = 16, 256
 HOPPER, WHOLE = 90, 64
 """The compute capability whose matrix units take 64 rows at a time (another number of columns, from 8 on, costs them nothing)."""
 NARROW, LONG = 32, 8192
-"""Rows of a weight that a program of few rows of the other operand has if that makes as many programs as there are multiprocessors: with WHOLE it would
-take parts, which a second kernel adds. And the K from which on that pays."""
+"""Rows of a weight that a program of few rows of the other operand has if that makes as many programs as there are multiprocessors: with WHOLE it
+would take parts, which a second kernel adds. And the K from which on that pays."""
 SHARED = 220 << 10
 """Bytes of shared memory for loads that programs on one multiprocessor share there."""
 ASKED_ROWS, ASKED_BYTES = (32, 256), 12 << 20
