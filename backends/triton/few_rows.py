@@ -2,9 +2,9 @@
 
     source = print_few_rows(kernel, target, divisible)     # a KernelSource, or a str that says why not
 
-The kernel is the transpose of x @ w (`contraction_gpu.py`, a turned tile of NARROW rows of w and 16 of x); x is contiguous along K, w along either of
-dimensions. A warp of its own asks for all tiles by the copy engine, as far ahead as shared memory has room; four warps multiply. They take
-64 rows at a time: the tile in shared memory has as many, of which only the first NARROW are ever filled, and of the product only these are kept. So a
+The kernel is the transpose of x @ w (`contraction_gpu.py`, a turned tile of NARROW rows of w and 16 of x); x is contiguous along K, w along either
+dimension. A warp of its own asks for all tiles by the copy engine, as far ahead as shared memory has room; four warps multiply. They take 64 rows
+at a time: the tile in shared memory has as many, of which only the first NARROW are ever filled, and of the product only these are kept. So a
 weight of n rows gives n/32 programs, enough for all multiprocessors where 64 rows each would leave half of them idle, or need parts that a second
 kernel adds.
 """

@@ -1,6 +1,6 @@
 """Steps of a stream of which a mask leaves nothing to one group of warps (see `warp_groups.py`).
 
-    alive = alive_text(loop, text)     # a condition on scalars, false where a step changes nothing; or None: none is known
+    alive = alive_text(loop, text, 0, 64)     # a condition on scalars, false where a step changes nothing; or None: none is known
 
 A program has 128 rows, and its loops go over the steps that any of them needs; a group has 64 of them. Where the mask is made of comparisons of
 positions, the least and the largest position of each side, in the group's rows and the step's columns, say whether every element is masked: its
@@ -28,12 +28,12 @@ Text = Callable[[Sequence[Value], Dim], str]
 """Writes an expression over operands that are scalars."""
 
 
-def alive_text(loop: Loop, text: Text) -> str | None:
-    """False only where all of the group's part of a step is masked. `text`: see Text."""
+def alive_text(loop: Loop, text: Text, first: int, count: int) -> str | None:
+    """False only where all of the group's rows are masked in `count` columns of a step from `first` on. `text`: see Text."""
     for op in loop.between:
         if op.name == "arith.select" and _is_tile(op.result) and _ends_in_zero(loop, op):
             masked = _constant(op.operands[1]) == _MASKED
-            found = _Positions(text).alive(op.operands[0], masked)
+            found = _Positions(text, first, count).alive(op.operands[0], masked)
             if found is not None and (masked or _constant(op.operands[2]) == _MASKED):
                 return found
     return None
@@ -76,6 +76,8 @@ class _Positions:
     """Conditions on the least and the largest values of positions."""
 
     text: Text
+    first: int
+    count: int
 
     def alive(self, condition: Value, when: bool) -> str | None:
         """False only where all elements of `condition` are `when`."""
@@ -121,8 +123,8 @@ class _Positions:
             if found is None or not isinstance(found[0], int):
                 return None
             factor, rest = as_int(found[0]), found[1]
-            size = HALF if axis == 0 and size == ROWS else size
+            begin, end = (0, HALF - 1) if axis == 0 and size == ROWS else (self.first, self.first + self.count - 1) if axis == 1 else (0, size - 1)
             rows += factor if axis == 0 and op["shape"][0] == ROWS else 0
-            low, high = low + min(0, factor * (size - 1)), high + max(0, factor * (size - 1))
-        begin = self.text(op.operands, rest) + (f" + who*{rows * HALF}" if rows else "")
-        return tuple(f"({begin}{f' + {end}' if end > 0 else f' - {-end}' if end else ''})" for end in (low, high))  # type: ignore[return-value]
+            low, high = low + min(factor * begin, factor * end), high + max(factor * begin, factor * end)
+        place = self.text(op.operands, rest) + (f" + who*{rows * HALF}" if rows else "")
+        return tuple(f"({place}{f' + {end}' if end > 0 else f' - {-end}' if end else ''})" for end in (low, high))  # type: ignore[return-value]
