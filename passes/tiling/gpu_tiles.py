@@ -89,7 +89,7 @@ def _turned_tiles(target: Target, batch: int, n: int, k: Dim, products: int) -> 
     held = (WHOLE * products + FEW_ROWS) * 2
     found = []
     divides = isinstance(k, int) and k % (2 * WHOLE) == 0 and n % NARROW == 0
-    if products == 1 and divides and k >= LONG and _fills(target, batch * (n // NARROW)):
+    if products == 1 and divides and as_int(k) >= LONG and _fills(target, batch * (n // NARROW)):
         found.append(GpuTile(NARROW, FEW_ROWS, 256 if k % 256 == 0 else 128, 4, 4, True))
     for step, stages in ((128, 6), (128, 4), (64, 8)) if alone else ((128, 4), (128, 5), (64, 6)):
         step = _fit(k, step)

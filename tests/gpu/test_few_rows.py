@@ -108,11 +108,11 @@ def test_what_it_computes(name: str) -> None:
     ("Hopper", FORMS["linear"][1], dataclasses.replace(SM80, multiprocessors=4)),
     ("other sizes", (normal(16, 512), normal(256, 512)), FEW),  # eight programs: 64 rows each
     ("other sizes", (normal(32, 512), normal(128, 512)), FEW),
-    ("other sizes", (normal(16, 576), normal(128, 576)), FEW),
+    ("steps that do not divide K", (normal(16, 576), normal(128, 576)), FEW),
 ])
 def test_other_products_are_printed_plainly(why: str, inputs: tuple[Tensor, ...], target: Any) -> None:
     said = printed(F.linear, inputs, target)
-    assert isinstance(said, str) and (why in said or "not one loop" in said or "sizes" in said), said
+    assert isinstance(said, str) and why in said, said
 
 
 def test_an_operand_that_may_start_anywhere_is_not_copied_by_the_engine() -> None:
