@@ -41,7 +41,7 @@ test: $(STAMP)
 	$(PYTEST)
 
 test-all: $(STAMP)
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu" --hypothesis-profile=all
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

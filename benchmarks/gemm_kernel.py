@@ -23,7 +23,7 @@ from . import contenders  # noqa: F401  # first: it names the caches before torc
 
 import torch  # isort: skip
 from aicc.backends.llvm import host_target
-from aicc.backends.llvm.compile import optimize, parse
+from aicc.backends.llvm.objects import optimize, parse
 from aicc.backends.llvm.target import target_machine
 from aicc.compiler.driver import Compilation, watching
 from aicc.ir.target import Target

@@ -131,7 +131,7 @@ def compile_graph(module: Operation, options: Options, *, name: str = "graph", o
     lower(module, target, options, compilation, observe)
     start = time.perf_counter()
     if device is None:
-        compiled = compile_module(module, target)
+        compiled = compile_module(module, target, threads=env.workers)
         compilation.llvm_ir = compiled.llvm_ir
         artifact = Artifact(build_manifest(module, errors=compiled.errors), {"object": compiled.object_code})
     else:

@@ -4,7 +4,8 @@ AICC_STRICT=1        a graph that does not compile raises, instead of running th
 AICC_CACHE_DIR=DIR   where compiled artifacts are kept (default: the user's cache directory)
 AICC_CACHE=0         do not read or write the artifact cache
 AICC_FEATURES=LIST   CPU features to compile for, such as "avx2,fma", instead of all that the host has
-AICC_WORKERS=N       processes that compile GPU kernels (default: one per core, at most 16; 0: this process alone)
+AICC_WORKERS=N       processes that compile GPU kernels (default: one per core, at most 16; 0: this process alone), and threads that compile
+                     code for CPUs (default: one per core, at most 8; 0 or 1: the calling thread alone)
 AICC_VERIFY=1        verify the IR after every pass, not only at the end of each stage (a tenth of the time to compile)
 """
 
@@ -44,7 +45,7 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
 
     workers = env.get("AICC_WORKERS", "").strip()
     if workers and not workers.isdecimal():
-        raise SettingError(f"AICC_WORKERS must be a number of processes, got '{workers}'")
+        raise SettingError(f"AICC_WORKERS must be a number of processes or threads, got '{workers}'")
     base = env.get("XDG_CACHE_HOME") or str(Path(env.get("HOME", "/tmp")) / ".cache")
     features = env.get("AICC_FEATURES")
     return Environment(strict=flag("AICC_STRICT", False), cache=flag("AICC_CACHE", True),

@@ -60,9 +60,12 @@ class Dense:
         return hashlib.sha256(self.data).hexdigest()
 
 
+_PLAIN = frozenset({type(None), bool, int, float, str, Expr})
+
+
 def check_attribute(value: Attribute) -> None:
     """Raises TypeError if `value` is not an attribute."""
-    if value is None or isinstance(value, (bool, int, float, str, Expr, Type, SymbolRef, Dense)):
+    if type(value) in _PLAIN or isinstance(value, (bool, int, float, str, Expr, Type, SymbolRef, Dense)):
         return
     if isinstance(value, tuple):
         for x in value:

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .core import IRError
@@ -74,6 +75,11 @@ class OpDef:
     @property
     def dialect(self) -> str:
         return self.name.partition(".")[0]
+
+    @cached_property
+    def required(self) -> frozenset[str]:
+        """The names of the attributes that must be given."""
+        return frozenset(k for k, spec in self.attrs.items() if spec.required)
 
 
 _REGISTRY: dict[str, OpDef] = {}

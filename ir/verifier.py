@@ -56,15 +56,19 @@ def verify(op: Operation) -> None:
 
 
 def _verify_op(op: Operation, visible: set[Value]) -> None:
-    for i, v in enumerate(op.operands):
+    operands = op.operands
+    for i, v in enumerate(operands):
         if v not in visible:
             raise VerificationError(f"operand {i} is not defined before its use (or not visible in this region)", op)
-    _check_counts(op, op.opdef)
-    _check_attributes(op, op.opdef)
-    inner = set() if op.has_trait(Trait.IsolatedFromAbove) else visible
-    for region in op.regions:
-        for block in region.blocks:
-            _verify_block(block, inner)
+    d = op.opdef
+    if len(operands) != len(d.operands) or len(op.results) != len(d.results) or len(op.regions) != d.regions:
+        _check_counts(op, d)
+    _check_attributes(op, d)
+    if op.regions:
+        inner = set() if Trait.IsolatedFromAbove in d.traits else visible
+        for region in op.regions:
+            for block in region.blocks:
+                _verify_block(block, inner)
     if op.opdef.verify is not None:
         try:
             op.opdef.verify(op)
@@ -79,7 +83,7 @@ def _verify_block(block: Block, outside: set[Value]) -> None:
     visible = set(outside)
     visible.update(block.args)
     for op in block:
-        if op.has_trait(Trait.Terminator) and op.next is not None:
+        if op.next is not None and op.has_trait(Trait.Terminator):
             raise VerificationError("a terminator must be the last op of its block", op)
         _verify_op(op, visible)
 
@@ -109,6 +113,5 @@ def _check_attributes(op: Operation, d: OpDef) -> None:
             check_attribute(value)
         except TypeError as e:
             raise VerificationError(f"attribute '{key}': {e}", op) from e
-    missing = [k for k, spec in d.attrs.items() if spec.required and k not in op.attributes]
-    if missing:
-        raise VerificationError(f"lacks the attribute {', '.join(missing)}", op)
+    if not d.required <= op.attributes.keys():
+        raise VerificationError(f"lacks the attribute {', '.join(k for k in d.attrs if k in d.required - op.attributes.keys())}", op)

@@ -23,11 +23,12 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["FORMAT_VERSION", "Artifact", "ArtifactError"]
+__all__ = ["FORMAT_VERSION", "Artifact", "ArtifactError", "archive", "members"]
 
 MAGIC = b"AICCART\0"
 FORMAT_VERSION = 1
@@ -113,3 +114,37 @@ def _parse_header(text: bytes) -> tuple[dict[str, Any], list[tuple[str, int, str
             raise ArtifactError(f"malformed blob entry {str(row)[:100]}")
         index.append((row[0], row[1], row[2]))
     return header["manifest"], index
+
+
+_ARCHIVE = b"!<arch>\n"
+_MEMBER = struct.Struct("=16s12s6s6s8s10s2s")  # name, time, owner, group, mode, size, mark: as text, padded with blanks (ar(5))
+
+
+def archive(objects: Sequence[bytes]) -> bytes:
+    """Object files as one blob: the file itself if there is one, else a Unix archive, which `objdump` reads. Equal objects give equal bytes."""
+    if len(objects) == 1:
+        return objects[0]
+    parts = [_ARCHIVE]
+    for n, code in enumerate(objects):
+        fields = (f"{n}.o/", "0", "0", "0", "644", str(len(code)))
+        parts += [_MEMBER.pack(*(f.encode().ljust(16) for f in fields), b"`\n"), code, b"\n" * (len(code) % 2)]
+    return b"".join(parts)
+
+
+def members(code: bytes) -> list[bytes]:
+    """The object files of what `archive` made. ArtifactError for an archive that is cut off or has other fields."""
+    if not code.startswith(_ARCHIVE):
+        return [code]
+    found: list[bytes] = []
+    at = len(_ARCHIVE)
+    while at < len(code):
+        if len(code) < at + _MEMBER.size:
+            raise ArtifactError(f"the archive of object files ends within the header of file {len(found)}")
+        *_, size, mark = _MEMBER.unpack_from(code, at)
+        at += _MEMBER.size
+        digits = size.strip(b" ")
+        if mark != b"`\n" or not digits.isdigit() or at + int(digits) > len(code):
+            raise ArtifactError(f"the header of file {len(found)} in the archive of object files makes no sense")
+        found.append(code[at:at + int(digits)])
+        at += int(digits) + int(digits) % 2
+    return found

@@ -26,7 +26,7 @@ from pathlib import Path
 import llvmlite.binding as llvm
 import torch
 
-from .artifact import ArtifactError
+from .artifact import ArtifactError, members
 from .forks import Forks
 from .team import NEEDED, make_team
 
@@ -146,20 +146,24 @@ def _allow_matrix_unit() -> None:
 
 
 def load_object(code: bytes, names: Iterable[str], extra_symbols: Mapping[str, int] | None = None) -> NativeLibrary:
-    """Links the object file `code` and exports `names`.
+    """Links the object file `code`, or the archive of several (`artifact.archive`), and exports `names`.
 
     `extra_symbols` adds or overrides imports (name -> address). ArtifactError if the object is no valid object file for this
     machine, lacks one of `names`, or refers to a symbol that is not provided (the message has its name).
     """
-    if len(code) < 64 or code[:4] not in _OBJECT_MAGICS:
-        raise ArtifactError(f"{len(code)} bytes of object code do not start like an object file")
+    objects = members(code)
+    for part in objects:
+        if len(part) < 64 or part[:4] not in _OBJECT_MAGICS:
+            raise ArtifactError(f"{len(part)} bytes of object code do not start like an object file")
     wanted = list(names)
     for name in wanted:
         if not isinstance(name, str) or not _FUNCTION_NAME.fullmatch(name):
             raise ArtifactError(f"{name!r:.100} is no name of a function")  # LLVM would end the process
     initialize()
     _allow_matrix_unit()
-    builder = llvm.JITLibraryBuilder().add_object_img(code)
+    builder = llvm.JITLibraryBuilder()
+    for part in objects:
+        builder.add_object_img(part)
     for name, address in {**runtime_symbols(), **(extra_symbols or {})}.items():
         builder.import_symbol(name, address)
     for name in wanted:
@@ -170,7 +174,8 @@ def load_object(code: bytes, names: Iterable[str], extra_symbols: Mapping[str, i
         tracker = builder.link(jit, f"aicc{next(_serial)}")
     except RuntimeError as error:
         jit.close()
-        missing = sorted(_undefined_symbols(code) - runtime_symbols().keys() - (extra_symbols or {}).keys())
+        known = {*runtime_symbols(), *(extra_symbols or {})}.union(*(_symbols_of(part, defined=True) for part in objects))
+        missing = sorted(set().union(*(_symbols_of(part, defined=False) for part in objects)) - known)
         hint = f"; symbols that the runtime does not provide: {', '.join(missing)}" if missing else ""
         raise ArtifactError(f"the object code does not link: {error}{hint}") from error
     return NativeLibrary(jit, tracker)
@@ -182,8 +187,8 @@ _ELF_SYMBOL = struct.Struct("<IBBHQQ")  # name, info, other, section, value, siz
 _IMPLICIT = {"_GLOBAL_OFFSET_TABLE_"}   # the linker's own
 
 
-def _undefined_symbols(code: bytes) -> set[str]:
-    """Names that a 64-bit little-endian ELF object refers to and does not define, for error messages; empty for other data."""
+def _symbols_of(code: bytes, *, defined: bool) -> set[str]:
+    """Names that a 64-bit little-endian ELF object defines, or refers to and does not define, for error messages; empty for other data."""
     try:
         sections, = struct.unpack_from("<Q", code, 40)
         size, count, _ = struct.unpack_from("<HHH", code, 58)
@@ -195,7 +200,7 @@ def _undefined_symbols(code: bytes) -> set[str]:
             names = headers[header[6]][4]
             for at in range(header[4], header[4] + header[5], _ELF_SYMBOL.size):
                 name, _, _, section, _, _ = _ELF_SYMBOL.unpack_from(code, at)
-                if name and section == 0:
+                if name and (section != 0) == defined:
                     found.add(code[names + name:code.index(b"\0", names + name)].decode())
         return found - _IMPLICIT
     except (struct.error, IndexError, ValueError):

@@ -18,9 +18,11 @@ A team lives on the caller's stack as long as its region. So calls from several 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -35,18 +37,21 @@ _PAUSES = {"x86_64": ("call void @llvm.x86.sse2.pause()", "declare void @llvm.x8
 """How to pause in a loop."""
 _FUTEXES = {"x86_64": 202, "aarch64": 98}
 """The number of Linux's system call."""
-SPINS, IDLE, CROWDED = 300_000, 50_000, 1_000
-"""Pauses of active waiting. Of the caller for the end of a launch: longer than a slice of the scheduler, as OpenMP (libgomp) waits, for a thread
-that took its core meanwhile would keep it, waiting actively for OpenMP's next region. Of the others for the next launch: about a millisecond, so that
-who waits for a caller that is put aside gives it the core. Of all where there are more threads than cores: some 20 microseconds."""
+JOIN, IDLE, CROWDED = 6e-3, 1e-3, 20e-6
+"""Seconds of active waiting. Of the caller for the end of a launch: longer than a slice of the scheduler, as OpenMP (libgomp) waits, for a thread
+that took its core meanwhile would keep it, waiting actively for OpenMP's next region. Of the others for the next launch: so short that who waits for
+a caller that is put aside gives it the core. Of all where there are more threads than cores. A pause is 65 cycles on AMD's Zen 3 and 140 on Intel
+since Skylake, so how many fill these times is measured when the code is loaded."""
+SAMPLE, ROUNDS = 4_000, 5
 
 
 @dataclass(frozen=True)
 class Team:
-    """Addresses of the two functions."""
+    """Addresses of the two functions, and the seconds of one look at a word that a thread waits for, with its pause."""
 
     region: int
     launch: int
+    spin: float
 
 
 def make_team(symbols: Mapping[str, int]) -> Team:
@@ -55,7 +60,7 @@ def make_team(symbols: Mapping[str, int]) -> Team:
     pause, declaration = _PAUSES.get(machine, ("", ""))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     futex = _FUTEXES.get(machine) if sys.platform.startswith("linux") else None
-    words = {"PAUSE": pause, "SPINS": SPINS, "CROWDED": CROWDED, "IDLE": IDLE, "CORES": cores, "FUTEX": futex}
+    words = {"PAUSE": pause, "CORES": cores, "FUTEX": futex}
     text = _CODE + declaration + (_YIELDING if futex is None else _FUTEX)
     for word, value in words.items():
         text = text.replace(word, str(value))
@@ -65,14 +70,28 @@ def make_team(symbols: Mapping[str, int]) -> Team:
     builder = llvm.JITLibraryBuilder().add_object_img(target.emit_object(module))
     for name in NEEDED:
         builder.import_symbol(name, symbols[name])
-    for name in ("aicc_region", "aicc_launch"):
+    for name in ("aicc_region", "aicc_launch", "aicc_spin", "aicc_patience"):
         builder.export_symbol(name)
     jit = llvm.create_lljit_compiler(target, use_jit_link=True, suppress_errors=True)
     tracker = builder.link(jit, "aicc.team")
-    team = Team(int(tracker["aicc_region"]), int(tracker["aicc_launch"]))
+    team = Team(int(tracker["aicc_region"]), int(tracker["aicc_launch"]), seconds_of_spin(int(tracker["aicc_spin"])))
+    patience = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(int(tracker["aicc_patience"]))
+    patience(*(max(1, round(t / team.spin)) for t in (JOIN, IDLE, CROWDED)))
     tracker.detach()
     jit.detach()
     return team
+
+
+def seconds_of_spin(address: int) -> float:
+    """Of one trip of a waiting loop. `address`: of a function that does so many of them as it is told. The quickest round counts: a thread may be put
+    aside within one."""
+    spin = ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
+    rounds = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        spin(SAMPLE)
+        rounds.append(time.perf_counter() - start)
+    return max(min(rounds) / SAMPLE, 1e-10)
 
 
 _FUTEX = """
@@ -100,6 +119,11 @@ define internal void @rouse(ptr %word) nounwind {
 _CODE = """
 %team = type { i32, i32, ptr, ptr, ptr, i64, [24 x i8],  i64, i32, [52 x i8],  ptr, ptr, [48 x i8],  i32, i32, [56 x i8] }
 ; 0 error, 1 threads, 2 steps, 3 table, 4 symbols, 5 spins;  7 state, 8 sleepers;  10 body, 11 data;  13 left, 14 sleepers
+
+; how often a thread looks at a word before it sleeps: at a launch's end, for the next launch, and both where cores are few
+@join_spins = internal global i64 1
+@idle_spins = internal global i64 1
+@crowded_spins = internal global i64 1
 
 declare i64 @llvm.umin.i64(i64, i64)
 declare i64 @syscall(i64, ...)
@@ -163,7 +187,8 @@ entry:
   %left = getelementptr %team, ptr %team, i32 0, i32 13
   %spins = getelementptr %team, ptr %team, i32 0, i32 5
   %own = load i64, ptr %spins
-  %most = call i64 @llvm.umin.i64(i64 %own, i64 IDLE)
+  %idle = load i64, ptr @idle_spins
+  %most = call i64 @llvm.umin.i64(i64 %own, i64 %idle)
   br label %wait
 wait:
   %seen = phi i32 [ 0, %entry ], [ %gen, %look ], [ %gen, %done ]
@@ -280,10 +305,39 @@ define i32 @aicc_region(ptr %steps, ptr %table, ptr %symbols, i32 %threads) noun
   store ptr %symbols, ptr %symbolsp
   %spinsp = getelementptr %team, ptr %team, i32 0, i32 5
   %crowd = icmp ugt i32 %threads, CORES
-  %spins = select i1 %crowd, i64 CROWDED, i64 SPINS
+  %few = load i64, ptr @crowded_spins
+  %many = load i64, ptr @join_spins
+  %spins = select i1 %crowd, i64 %few, i64 %many
   store i64 %spins, ptr %spinsp
   call void @GOMP_parallel(ptr @enter, ptr %team, i32 %threads, i32 0)
   %error = load i32, ptr %team
   ret i32 %error
+}
+
+define void @aicc_patience(i64 %join, i64 %idle, i64 %crowded) nounwind {
+  store i64 %join, ptr @join_spins
+  store i64 %idle, ptr @idle_spins
+  store i64 %crowded, ptr @crowded_spins
+  ret void
+}
+
+; waits for a word that nobody writes
+define void @aicc_spin(i64 %most) nounwind {
+entry:
+  %word = alloca i32
+  store i32 0, ptr %word
+  br label %spin
+spin:
+  %n = phi i64 [ 0, %entry ], [ %n1, %again ]
+  %v = load atomic i32, ptr %word acquire, align 4
+  %new = icmp ne i32 %v, 0
+  br i1 %new, label %done, label %again
+again:
+  PAUSE
+  %n1 = add i64 %n, 1
+  %full = icmp uge i64 %n1, %most
+  br i1 %full, label %done, label %spin
+done:
+  ret void
 }
 """

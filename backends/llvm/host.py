@@ -13,7 +13,7 @@ when a guard of it changes. The body of a loop is an internal function of the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -25,6 +25,7 @@ from ...ir.launch_cost import SERIAL_NANOSECONDS, estimated_nanoseconds
 from ...ir.target import Target
 from ...ir.types import BufferType, element_type
 from .copies import copy_kernel
+from .half import add_half_conversions
 from .kernel import emit_kernel
 from .loops import LoopSite, emit_loop
 from .parallel import Piece, emit_call, emit_launcher, emit_side_by_side, shareable
@@ -53,16 +54,30 @@ class HostProgram:
     packs: dict[int, str]
 
 
-class ModuleEmitter:
-    """Emits the functions of one module; kernels are emitted when first launched."""
+PART = 800
+"""Instructions of kernels in one LLVM module, after which another one begins: about 40 ms of LLVM, of which 3 are the module's own."""
 
-    def __init__(self, module: Operation, target: Target, name: str = "aicc"):
+
+class ModuleEmitter:
+    """Emits the functions of one module; kernels are emitted when first launched.
+
+    `ready` is given LLVM modules with kernels as soon as they are complete, and with `finish` the last, which has the host functions, the constants
+    and the first kernels.
+    """
+
+    def __init__(self, module: Operation, target: Target, ready: Callable[[ir.Module], None], name: str = "aicc"):
         self.target = target
+        self.ready = ready
         self.source = {op["sym_name"]: op for op in module.body if op.name == "tile.kernel"}
         self.functions = {op["sym_name"]: op for op in module.body if op.name == "func"}
         self.steps: dict[str, ir.Function] = {}
         self.llvm = ir.Module(name)
+        self.part = self.llvm
+        self.parts = 0
         self.errors = ErrorTable()
+        # Others call only the launcher of a kernel, so that LLVM knows all its calls; but the pieces of launches side by side call it by itself.
+        beside = {op["kernel"].name for f in self.functions.values() for op in f.body if op.name == "host.launch" and op.attributes.get("beside")}
+        self.called = {_key(self.source[n]) for n in beside if n in self.source}
         self.launchers: dict[tuple[str, frozenset[int]], tuple[Operation, ir.Function]] = {}
         self.same: dict[str, tuple[ir.Function, ir.Function]] = {}
         self.functions_of: dict[str, ir.Function] = {}
@@ -77,14 +92,43 @@ class ModuleEmitter:
             if kernel is None:
                 known = ", ".join(sorted(self.source)) or "none"
                 raise IRError(f"'host.launch' of unknown kernel '@{name}'; the module has {known}")
-            key = f"{sorted(nontemporal)} {_structure(kernel)}"
+            key = _key(kernel, nontemporal)
             if key not in self.same:
-                function = emit_kernel(self.llvm, kernel, self.target, self.errors, nontemporal)
-                self.same[key] = emit_launcher(self.llvm, kernel, function), function
+                self.same[key] = self._emit(kernel, nontemporal, key in self.called)
             self.launchers[name, nontemporal] = kernel, self.same[key][0]
             if not nontemporal:
                 self.functions_of[name] = self.same[key][1]
         return self.launchers[name, nontemporal]
+
+    def _emit(self, kernel: Operation, nontemporal: frozenset[int], called: bool) -> tuple[ir.Function, ir.Function]:
+        """The launcher and the function of a kernel, as the module of the host functions knows them."""
+        part = self.part
+        function = emit_kernel(part, kernel, self.target, self.errors, nontemporal)
+        launcher = emit_launcher(part, kernel, function)
+        if part is not self.llvm:
+            launcher = self._known(launcher, kernel)
+            function = self._known(function, kernel) if called else function
+        if sum(len(block.instructions) for f in part.functions for block in f.blocks) >= PART:
+            self._close()
+            self.parts += 1
+            self.part = ir.Module(f"{self.llvm.name}.{self.parts}")
+        return launcher, function
+
+    def _known(self, f: ir.Function, kernel: Operation) -> ir.Function:
+        """A function of another module, declared in that of the host functions."""
+        f.linkage = ""
+        return ir.Function(self.llvm, f.ftype, f.name)
+
+    def _close(self) -> None:
+        if self.part is not self.llvm and self.part.functions:
+            add_half_conversions(self.part, self.target)
+            self.ready(self.part)
+
+    def finish(self) -> None:
+        """Gives the modules that are left; nothing can be emitted any more."""
+        self._close()
+        add_half_conversions(self.llvm, self.target)
+        self.ready(self.llvm)
 
     def programs(self, name: str) -> ir.Function:
         """The function that runs some of the programs of a kernel on the calling thread."""
@@ -200,6 +244,11 @@ class ModuleEmitter:
 LONG = 1 << 40
 """Nanoseconds that a loop counts as: loops are begun before all else."""
 _NAMES_ONLY = ("sym_name", "provenance")
+
+
+def _key(kernel: Operation, nontemporal: frozenset[int] = frozenset()) -> str:
+    """What two launches share that run the same code."""
+    return f"{sorted(nontemporal)} {_structure(kernel)}"
 
 
 def _structure(kernel: Operation) -> str:

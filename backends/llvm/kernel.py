@@ -21,6 +21,7 @@ from ...ir.opdef import Trait
 from ...ir.target import Target
 from ...ir.types import BufferType, DType, ScalarType, element_type
 from . import amx, arith
+from .builder import Builder
 from .convert import emit_cast
 from .intrinsics import call, suffix
 from .layout import Layouts, kernel_lanes
@@ -65,8 +66,9 @@ class KernelEmitter:
         kernel = self.kernel
         symbols = kernel["symbols"]
         args = kernel.body.args
+        past = "".join(f".{n}" for n in sorted(arg.index for arg in self.nontemporal.buffers))
         f = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [PTR] * len(args) + [I64] * (len(symbols) + 2) + [PTR]),
-                        self.module.get_unique_name(f"kernel.{kernel['sym_name']}{'.nontemporal' * bool(self.nontemporal.buffers)}"))
+                        f"kernel.{kernel['sym_name']}{'.nontemporal' * bool(past)}{past}")
         f.linkage = "internal"
         f.attributes.add("nounwind")
         f.attributes.add("noinline")
@@ -79,7 +81,7 @@ class KernelEmitter:
         begin, end, self.context = f.args[-3:]
         self.entry = f.append_basic_block("entry")
         start = f.append_basic_block("start")
-        self.b = ir.IRBuilder(self.entry)
+        self.b = Builder(self.entry)
         self.b.branch(start)
         self.b.position_at_end(start)
         self.scalars = ScalarEmitter(self.b, self._opaque)

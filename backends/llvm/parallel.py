@@ -78,7 +78,7 @@ def emit_launcher(module: ir.Module, kernel: Operation, function: ir.Function) -
     symbols = kernel["symbols"]
     buffers = len(kernel.body.args)
     types = [PTR] * buffers + [I64] * len(symbols) + [PTR]
-    launcher = ir.Function(module, ir.FunctionType(ir.VoidType(), types), module.get_unique_name(f"launch.{kernel['sym_name']}"))
+    launcher = ir.Function(module, ir.FunctionType(ir.VoidType(), types), f"launch{function.name.removeprefix('kernel')}")
     launcher.linkage = "internal"
     launcher.attributes.add("nounwind")
     b = ir.IRBuilder(launcher.append_basic_block("entry"))

@@ -14,7 +14,7 @@ from llvmlite import binding
 
 from ...ir.target import Target
 
-__all__ = ["host_features", "host_target", "make_target", "target_machine"]
+__all__ = ["host_features", "host_target", "make_target", "new_target_machine", "target_machine"]
 
 _VECTOR_BITS = (("avx512f", 512, 32), ("avx2", 256, 16), ("sve", 128, 32), ("neon", 128, 32))
 """Feature -> (widest register in bits, number of registers); the first that is present counts."""
@@ -81,7 +81,12 @@ def _initialize() -> None:
 
 @lru_cache(maxsize=8)
 def target_machine(target: Target, opt: int = 3) -> binding.TargetMachine:
-    """An LLVM target machine that emits position-independent code for `target`."""
+    """An LLVM target machine that emits position-independent code for `target`. One thread at a time may use it."""
+    return new_target_machine(target, opt)
+
+
+def new_target_machine(target: Target, opt: int = 3) -> binding.TargetMachine:
+    """`target_machine` that nobody else has."""
     _initialize()
     on = set(target.features)
     named = target.name == binding.get_host_cpu_name()

@@ -42,7 +42,7 @@ from llvmlite import binding, ir
 
 from ...ir.core import IRError
 from ...ir.expr import Dim, product, sym
-from ..llvm.compile import emit_object, optimize, parse
+from ..llvm.objects import emit_object, optimize, parse
 from ..llvm.scalars import ScalarEmitter
 from ..llvm.target import make_target
 from ..llvm.values import I1, I32, I64, PTR, stack_slot

@@ -8,8 +8,7 @@ from ...ir import Dim, Operation, Value, element_type
 from ...ir.expr import mod
 from ...ir.ranges import known_less, simplify
 from ..structured import body_ops
-from .emit import Emitter, Pair
-from .loops import emit_extract
+from .emit import Emitter, Pair, emit_extract
 
 __all__ = ["evaluate_body"]
 

@@ -25,7 +25,7 @@ class CpuTile:
     """rows x columns of a register tile, and the limits of what one program works through; 0 stands for the model's.
 
     In a product: rows of the left operand, steps of K between visits to the sums in memory, columns. In a stream: rows, steps of the stream.
-    In a loop: elements of the vector dimension (`block_columns`); its `columns` are the elements of one step.
+    In a loop: elements of the vector dimension (`block_columns`); its `columns` are the elements of one step, its `rows` those of a pipeline.
     """
 
     rows: int
@@ -69,14 +69,15 @@ def loop_candidates(frame: Frame, choice: TileChoice, lanes: int, *, few: bool =
     if choice.vector is None or width < lanes or width % lanes:
         return []
     size, outer = frame.sizes[choice.vector], choice.vector not in frame.inner
-    first = CpuTile(1, width, block_columns=choice.chunk)
+    first = CpuTile(choice.rows, width, block_columns=choice.chunk)
     widths = [w for w in (width, 2 * width, width // 2, lanes, 4 * width) if lanes <= w <= 8 * lanes and (not isinstance(size, int) or w < 2 * size)]
     chunks = [choice.chunk] if not outer else [choice.chunk, 4 * choice.chunk, choice.chunk // 4, 16 * choice.chunk]
     if few:
         others = [(w, choice.chunk) for w in widths[1:]] + [(width, c) for c in chunks[1:3]]
     else:
         others = list(product(widths, chunks))
-    return _unique(first, (CpuTile(1, w, block_columns=max(w, c // w * w)) for w, c in others))
+    alone = [CpuTile(1, 4 * lanes, block_columns=choice.chunk)] if choice.rows > 1 else []
+    return _unique(first, [*alone, *(CpuTile(choice.rows, w, block_columns=max(w, c // w * w)) for w, c in others)])
 
 
 def _unique(first: CpuTile, others: Iterable[CpuTile]) -> list[CpuTile]:

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...ir import Block, Builder, Dim, DType, Operation, Region, ScalarType, TileType, Type, Value, element_type, sym
+from ...ir import Block, Builder, Dim, DType, Operation, Region, ScalarType, TensorType, TileType, Type, Value, element_type, sym
 from ...ir.builder import arith_result_type, with_tile_shape
 from ...ir.expr import free_symbols, mod, substitute
 from ...ir.ranges import Bounds, known_less, known_nonnegative, lower_bound, simplify
 from ...ir.types import DTYPES, index
 from ..structured import identity_of
 
-__all__ = ["COMBINE_OPS", "Emitter", "Pair", "identity_of", "tile_or_scalar"]
+__all__ = ["COMBINE_OPS", "Emitter", "Pair", "emit_extract", "identity_of", "tile_or_scalar"]
 
 Pair = tuple[Dim, Dim]
 COARSE = frozenset({"arith.exp", "arith.exp2", "arith.sigmoid"})
@@ -122,12 +122,15 @@ class Emitter:
             attrs["atomic"] = atomic
         self.builder.create("tile.store", [buffer, value, *operands], attrs)
 
-    def prefetch(self, buffer: Value, offset: Dim, mask: Sequence[Pair] = (), length: int = 0) -> None:
-        """Asks for the cache line at `offset`, which may lie outside the buffer; or for `length` bytes from each place of the tile on."""
+    def prefetch(self, buffer: Value, offset: Dim, mask: Sequence[Pair] = (), length: int = 0, each: bool = False) -> None:
+        """Asks for the cache line at `offset`, which may lie outside the buffer, once per unrolled round or in `each` of its steps; or for `length`
+        bytes from each place of the tile on."""
         operands, names = self._operands([offset, *(x for p in mask for x in p)])
         attrs: dict[str, Any] = {"offset": substitute(offset, names)}
         if length:
             attrs |= {"shape": self.tile_shape([offset]), "bytes": length}
+        if each:
+            attrs["each"] = True
         if mask:
             attrs["mask"] = tuple((substitute(a, names), substitute(b, names)) for a, b in mask)
         self.builder.create("tile.prefetch", [buffer, *operands], attrs)
@@ -218,3 +221,27 @@ def fill_masks(m: Sequence[Dim], shape: Sequence[Dim], positions: Mapping[str, D
         if floor is None or not known_nonnegative(floor):
             low.append(at)
     return pairs, low
+
+
+def emit_extract(e: Emitter, buffer: Value, source: Value, indices: Sequence[Value], check: bool, active: Sequence[Pair]) -> Value:
+    """A gather: `source[indices]`, with lanes outside `active` reading element 0."""
+    t = source.type
+    assert isinstance(t, TensorType)
+    mask = e.mask_value([p for p in active if free_symbols(p[0]) & {"t0", "t1"}])
+    b = e.builder
+    safe = []
+    for v in indices:
+        if isinstance(v.type, TileType) and mask is not None:
+            v = b.arith("select", mask, v, 0)
+        safe.append(v)
+    offset: Dim = 0
+    pairs: list[Pair] = []
+    low: list[Dim] = []
+    for k, (stride, size) in enumerate(zip(t.layout, t.shape, strict=True)):
+        offset = offset + sym(f"i{k}") * stride
+        if check:
+            pairs.append((sym(f"i{k}"), size))
+            low.append(sym(f"i{k}"))
+    shapes = [v.type.shape for v in safe if isinstance(v.type, TileType)]
+    shape = tuple(max(x) for x in zip(*shapes, strict=True)) if shapes else ()
+    return e.load(buffer, offset, pairs, low, 0, extra=safe, extra_shape=shape, check=check)

@@ -7,12 +7,12 @@ from typing import Any
 
 from ...ir import Dim, Operation, TensorType, Value, sym
 from ...ir.dialects.tensor import fill_of, parallel_dims
-from ...ir.expr import free_symbols, substitute
+from ...ir.expr import free_symbols, minimum, product, substitute
 from ...ir.ranges import Bounds, simplify, split_linear
 from ..rescale import Declined, Dependence, about_mean
 from ..structured import EXPENSIVE, body_ops, uses_dims
 
-__all__ = ["Access", "Frame", "align", "analyse"]
+__all__ = ["Access", "Frame", "align", "analyse", "traffic", "work"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Frame:
     stage: dict[Operation, int] = field(default_factory=dict)
     online: dict[Operation, Operation] = field(default_factory=dict)  # a sum -> the maximum of its own stage that shifts it
     moments: dict[Operation, Operation] = field(default_factory=dict)  # a sum of squares about the mean -> the sum of its own stage
+    means: dict[Operation, Operation] = field(default_factory=dict)  # what divides such a sum by the number of its terms -> the sum
 
     @property
     def outer(self) -> list[str]:
@@ -262,8 +263,8 @@ def _assign_stages(frame: Frame) -> None:
 
 
 def make_online(frame: Frame) -> None:
-    """Sums of exp(x - max(x)) move to the stage of the maximum, sums of (x - mean(x))^2 to that of the mean: one pass over the row less. What is
-    summed is computed again where it is needed later."""
+    """Sums of exp(x - max(x)) move to the stage of the maximum: one pass over the row less. What is summed is computed again where it is needed
+    later."""
     made: dict[Value, Operation] = {r: op for op in frame.members for r in op.results}
 
     def kind_of(v: Value) -> str:
@@ -282,11 +283,19 @@ def make_online(frame: Frame) -> None:
                 continue
             if plain and maximum is not None and frame.stage[op] == frame.stage[maximum] + 1:
                 frame.online[op] = maximum
+    if frame.online:
+        _assign_stages(frame)
+
+
+def make_moments(frame: Frame) -> None:
+    """Sums of (x - mean(x))^2 move to the stage of the mean: one pass over the row less."""
+    made: dict[Value, Operation] = {r: op for op in frame.members for r in op.results}
     for op in frame.members:
         total = about_mean(op, made, lambda a, i, b, j: _same_read(frame, a, i, b, j)) if op["reductions"] else None
         if total is not None and frame.stage[op] == frame.stage[total] + 1:
             frame.moments[op] = total
-    if frame.online or frame.moments:
+            frame.means |= {m: total for m in frame.members if tuple(m.operands) == (total.result,) and m.results[0] in op.operands}
+    if frame.moments:
         _assign_stages(frame)
 
 
@@ -306,3 +315,18 @@ def _same_read(frame: Frame, a: Operation, i: int, b: Operation, j: int) -> bool
 def is_expensive(op: Operation) -> bool:
     """Worth keeping rather than computing again in a later stage."""
     return any(o.name in EXPENSIVE for o in body_ops(op))
+
+
+def traffic(frame: Frame) -> Dim:
+    """Bytes read and written if each element that is touched moves once: of a tensor that is read through slices, at most their points."""
+    touched: dict[Value, dict[Dim, Dim]] = {}
+    access = {x.value: x for x in frame.accesses}
+    for x in frame.accesses:
+        touched.setdefault(x.value, {})[x.offset] = product(s for f, s in frame.sizes.items() if f in free_symbols(x.offset))
+    return sum((minimum(x.weight, sum(touched[v].values(), 0)) * x.bytes for v, x in access.items()), 0)  # type: ignore[return-value]
+
+
+def work(frame: Frame) -> Dim:
+    """Scalar operations, counting one per body op and point."""
+    points = product(frame.sizes.values())
+    return points * sum(len(op.body) for op in frame.members)

@@ -23,14 +23,15 @@ from ...ir.ranges import simplify, split_linear
 from ...ir.types import DTYPES, index
 from ..structured import body_ops
 from .columns import emit_columns, sums_columns
-from .emit import COMBINE_OPS, Emitter, Pair, fill_masks, identity_of
-from .frame import Frame, make_online
+from .emit import COMBINE_OPS, Emitter, Pair, emit_extract, fill_masks, identity_of
+from .frame import Access, Frame, make_moments, make_online
 from .keeping import Home, choose_homes
 from .loop_tiles import TileChoice
-from .moments import add_second_moment, add_shifted, initial_count, initial_shifted, spread_of_means, spread_of_shifted, sum_of_shifted
-from .prefetch import Leaf, ask_ahead
+from .moments import add_shifted, initial_shifted, mean_about, spread_about, spread_of_shifted, sum_of_shifted, total_about
+from .prefetch import Leaf, ask_ahead, ask_for_named_rows, named_by
+from .row_pipeline import emit_row_pipeline
 
-__all__ = ["emit_loops", "traffic", "work"]
+__all__ = ["emit_loops"]
 
 I64 = DTYPES["i64"]
 PART = 256
@@ -62,6 +63,8 @@ class Lowering:
         self.now = 0                             # the stage that is written
         self.leaves: dict[int, Leaf] = {}        # the innermost loop of each stage
         self.loaded: dict[Value, set[int]] = {}  # in which stages' loops an operand is read
+        self.about: dict[Operation, Value] = {}  # of a sum with a second moment, on a CPU: what its terms are counted from, and their sum
+        self.apart: dict[Operation, Value] = {}
         self.bounds = frame.bounds(e.symbols)
         # Reductions over dimensions of size 1 have accumulators too, though the frame has no inner dimension.
         self.staged = bool(frame.inner) or any(op["reductions"] for op in frame.members)
@@ -78,8 +81,9 @@ class Lowering:
             if f == t.vector:
                 per = t.shape[1] if self.staged and not self.by_columns else t.chunk
                 axes.append((f, ceildiv(self.frame.sizes[f], per), per))
-            elif f == t.row:
-                axes.append((f, ceildiv(self.frame.sizes[f], t.shape[0]), t.shape[0]))
+            elif f == t.row or t.rows > 1 and f == self.frame.outer[-1]:
+                per = t.shape[0] if f == t.row else t.rows
+                axes.append((f, ceildiv(self.frame.sizes[f], per), per))
             else:
                 axes.append((f, self.frame.sizes[f], 1))
         return axes
@@ -112,6 +116,9 @@ class Lowering:
         vector = self.tile.vector
         if self.by_columns:
             emit_columns(self, top)
+        elif self.tile.rows > 1:
+            self.homes = choose_homes(self.frame, self.buffers, self.e, self.inner_order(), self.private_bytes, self.frame.outer[-1])
+            emit_row_pipeline(self, top)
         elif self.staged:
             self._stages(top)
         elif vector is not None and self.tile.chunk > self.tile.shape[1]:
@@ -171,7 +178,7 @@ class Lowering:
         persistent = self.is_persistent()
         if not persistent and not self.frame.online:
             inner = self.tile.vector is None or self.tile.vector in self.frame.inner
-            self.homes = choose_homes(self.frame, self.stores, self.buffers, self.e, self.inner_order(), self.private_bytes if inner else 0)
+            self.homes = choose_homes(self.frame, self.buffers, self.e, self.inner_order(), self.private_bytes if inner else 0)
         shared = Scope(top.e, dict(top.at), dict(top.active))
         for f in self.frame.inner:
             t = "t1" if f == self.tile.vector else "t0" if f == self.tile.row else None
@@ -180,20 +187,20 @@ class Lowering:
                 shared.active[f] = (sym(t), self.frame.sizes[f])
         for s in range(last + 1):
             members = [op for op in self.frame.members if self.frame.stage[op] == s]
-            self._outer_members(top, [op for op in members if not op["reductions"] and not self.frame.is_full(op)])
+            self.outer_members(top, [op for op in members if not op["reductions"] and not self.frame.is_full(op)])
             work = [op for op in members if op["reductions"] or self.frame.is_full(op)]
             roots = [op for op in work if op["reductions"] or any(r in self.stores or r in self.homes for r in op.results)]
             if not roots:
                 continue
             reductions = [op for op in roots if op["reductions"]]
             keys = [(op, k) for op in reductions for k in range(len(op.results))]
-            inits = [v for op, k in keys for v in self._initial(op, k)]
+            inits = [v for op, k in keys for v in self.initial(op, k)]
             self.now = s
             if persistent:
                 carried = self.stage(shared, roots, keys, inits)
             else:
                 carried = self._nest(top, self.inner_order(), roots, keys, inits)
-            self._finish(top, keys, carried)
+            self.finish(top, keys, carried)
         if len(self.leaves) > 1:
             self._ask_ahead(top)
         return shared
@@ -204,10 +211,14 @@ class Lowering:
         axes = self.grid()
         if self.gpu or self.tile.vector not in self.frame.inner or not axes or not isinstance(inner, int):
             return
-        reads = [(x, self.buffers[x.value], self.loaded[x.value]) for x in self.frame.accesses if not x.is_store and x.value in self.loaded]
+        reads = self.reads()
         (program,) = free_symbols(top.at[axes[-1][0]])
         if sum(inner * x.bytes for x, _, _ in reads) <= self.private_bytes:
             ask_ahead(self.leaves, reads, program, self.tile.shape[1])
+
+    def reads(self) -> list[tuple[Access, Value, set[int]]]:
+        """What has been read so far: the access, its buffer, and in which stages' loops."""
+        return [(x, self.buffers[x.value], self.loaded[x.value]) for x in self.frame.accesses if not x.is_store and x.value in self.loaded]
 
     def _nest(self, scope: Scope, loops: list[str], roots: list[Operation], keys: list[Any], inits: list[Value]) -> list[Value]:
         if not loops:
@@ -223,9 +234,13 @@ class Lowering:
             return self._nest(Scope(inner, {**scope.at, f: at}, active), rest, roots, keys, carried)
 
         unroll = 4 if t is None and not rest and self.tile.vector not in self.frame.inner else 1
+        return self.spanned(scope.e, size, step, keys, inits, body, unroll)
+
+    def spanned(self, e: Emitter, size: Dim, step: int, keys: list[Any], inits: list[Value], body: Any, unroll: int = 1) -> list[Value]:
+        """A loop over an inner dimension, in parts where sums would become too long (`_span`)."""
         span = self._span(size, step, keys)
         if not span:
-            return scope.e.loop(0, size, step, inits, body, unroll=unroll)
+            return e.loop(0, size, step, inits, body, unroll=unroll)
         plain = [op["combine"][k] == "sum" for op, k in keys]
 
         def part(inner: Emitter, i: Dim, carried: list[Value]) -> list[Value]:
@@ -234,14 +249,14 @@ class Lowering:
             made = inner.loop(i, end if isinstance(size, int) and size % span == 0 else minimum(size, end), step, zeros, body, unroll=unroll)
             return [inner.builder.arith("add", c, m) if is_sum else m for c, m, is_sum in zip(carried, made, plain, strict=True)]
 
-        return scope.e.loop(0, size, span, inits, part)
+        return e.loop(0, size, span, inits, part)
 
     def _span(self, size: Dim, step: int, keys: list[Any]) -> int:
         """Elements after which sums begin anew and are added to what is there: the error grows with the longest chain of additions. 0: never.
         Sums that other accumulators are made from step by step stay whole, and so do those of GPUs, whose threads share a chain."""
         if self.gpu or isinstance(size, int) and size < 2 * PART * step:
             return 0
-        followed = {*self.frame.online, *self.frame.online.values(), *self.frame.moments, *self.frame.moments.values()}
+        followed = {*self.frame.online, *self.frame.online.values()}
         kinds = [op["combine"][k] for op, k in keys]
         floats = any(kind == "sum" and element_type(op.results[k].type).is_float for (op, k), kind in zip(keys, kinds, strict=True))
         if not floats or any(op in followed for op, _ in keys) or any(kind in ("argmax", "argmin") for kind in kinds):
@@ -282,8 +297,8 @@ class Lowering:
 
     def _slots(self, op: Operation, k: int) -> int:
         """Accumulators of a reduction: an extreme has its position too, a second moment what `moments.py` says."""
-        if op in self.frame.moments:
-            return 4 if self.gpu else 2
+        if op in self.frame.moments and self.gpu:
+            return 4
         if self._shifted_by(op) is not None:
             return 0
         return 2 if op["combine"][k] in ("argmax", "argmin") else 1
@@ -338,6 +353,10 @@ class Lowering:
             return e.index_value(inner["expr"])
         if inner.name == "tensor.extract":
             source = op.operands[inner.operands[0].index]  # type: ignore[attr-defined]
+            if self.tile.gathered:
+                numbers = named_by(op, inner)
+                if numbers is not None and op.operands[numbers] not in self.made:
+                    ask_for_named_rows(e, op, inner, self.buffers, positions, 4 * self.private_bytes)
             return emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"],
                                 list(scope.active.values()))
         if inner.name == "tensor.require":
@@ -371,17 +390,15 @@ class Lowering:
 
     # -- reductions ---------------------------------------------------------------------------------------------------
 
-    def _initial(self, op: Operation, k: int) -> list[Value]:
+    def initial(self, op: Operation, k: int) -> list[Value]:
         e, kind = self.e, op["combine"][k]
         dtype = element_type(op.body.terminator.operands[k].type)
         if op in self.frame.online or op in self.frame.online.values():
             return [e.broadcast(e.builder.constant(identity_of(kind, dtype), dtype), self._row_shape())]
         if self._shifted_by(op) is not None:
             return []
-        if op in self.frame.moments:
-            if self.gpu:
-                return initial_shifted(e, dtype, self._ragged(), self.tile.shape, self._inner_shape())
-            return [e.broadcast(e.builder.constant(0, dtype), self.tile.shape), initial_count(e, dtype, self._ragged(), self._inner_shape())]
+        if op in self.frame.moments and self.gpu:
+            return initial_shifted(e, dtype, self._ragged(), self.tile.shape, self._inner_shape())
         if kind in ("argmax", "argmin"):
             return [e.broadcast(e.builder.constant(identity_of(kind[3:], dtype), dtype), self.tile.shape),
                     e.broadcast(e.builder.constant((1 << 63) - 1, I64), self.tile.shape)]
@@ -390,17 +407,20 @@ class Lowering:
     def _combine(self, scope: Scope, op: Operation, k: int, acc: list[Value]) -> list[Value]:
         """One step of a reduction: lanes outside the inner space contribute the neutral element."""
         e, b = scope.e, scope.e.builder
+        if op in self.frame.moments and not self.gpu:  # its total came before
+            _, _, d = scope.sums[self.frame.moments[op]]
+            return [b.arith("add", acc[0], b.arith("mul", d, d))]
         value = self.summand(scope, op, k)
+        if op in self.about:
+            value = b.arith("sub", value, self.about[op])
         kind = op["combine"][k]
         dtype = element_type(op.body.terminator.operands[k].type)
         mask = e.mask_value([p for f, p in scope.active.items() if f in self.frame.inner])
         if kind in ("argmax", "argmin"):
             return self._combine_arg(scope, op, value, acc, mask, kind)
         if op in self.frame.moments:
-            before, after, x = scope.sums[self.frame.moments[op]]
-            if self.gpu:
-                return add_shifted(e, x, acc, mask)
-            return add_second_moment(e, x, before, after, acc, mask)
+            _, _, x = scope.sums[self.frame.moments[op]]
+            return add_shifted(e, x, acc, mask)
         if mask is not None:
             value = b.arith("select", mask, value, identity_of(kind, dtype))
         if op in self.frame.online or op in self.frame.online.values():
@@ -465,7 +485,7 @@ class Lowering:
         new_best, new_at = b.arith("select", better, value, best), b.arith("select", better, position, at)
         return [new_best, new_at]
 
-    def _finish(self, top: Scope, keys: Sequence[Any], carried: Sequence[Value]) -> None:
+    def finish(self, top: Scope, keys: Sequence[Any], carried: Sequence[Value]) -> None:
         """Reduces accumulators across the tile and stores those that leave the kernel."""
         e, b = self.e, self.e.builder
         axes = self._inner_axes()
@@ -486,6 +506,7 @@ class Lowering:
                 slot += self._slots(op, k)
                 for axis in axes:
                     value = self._reduce(value, axis, kind)
+                value = self._about(op, value)
                 if op in self.frame.online:  # where the maximum is -inf there was nothing but exp(-inf + inf)
                     highest = self.outer_values[self.frame.online[op].result]
                     value = b.arith("select", b.arith("eq", highest, float("-inf")), float("nan"), value)
@@ -501,12 +522,25 @@ class Lowering:
         if squares is not None:
             return sum_of_shifted(self.e, carried[places[squares]:places[squares] + 4])
         total = self.frame.moments.get(op)
-        if total is None:
+        if total is None or not self.gpu:
             return carried[slot]
-        whole, count = self.outer_values[total.result], product(self.frame.sizes[f] for f in self.frame.inner)
-        if self.gpu:
-            return spread_of_shifted(self.e, carried[slot:slot + 4], whole, count)
-        return spread_of_means(self.e, carried[slot], carried[places[total]], carried[slot + 1], whole, count)
+        return spread_of_shifted(self.e, carried[slot:slot + 4], self.outer_values[total.result], self._count())
+
+    def _count(self) -> Dim:
+        return product(self.frame.sizes[f] for f in self.frame.inner)
+
+    def _about(self, op: Operation, value: Value) -> Value:
+        """On a CPU: a reduction from what the lanes have added up about one number of the row."""
+        if op in self.about:
+            self.apart[op] = value
+            return total_about(self.e, value, self.about[op], self._count())
+        total = self.frame.moments.get(op)
+        return value if total is None or self.gpu else spread_about(self.e, value, self.apart[total], self._count())
+
+    def _mean(self, op: Operation) -> list[Value]:
+        """Of a row whose sum is counted from a number of its own; [] for what is none."""
+        total = self.frame.means.get(op)
+        return [] if total not in self.about else [mean_about(self.e, self.apart[total], self.about[total], self._count())]
 
     def _reduce(self, value: Value, axis: int, kind: str, b: Builder | None = None) -> Value:
         t = value.type
@@ -534,37 +568,13 @@ class Lowering:
 
     # -- members computed once per outer point -----------------------------------------------------
 
-    def _outer_members(self, top: Scope, members: list[Operation]) -> None:
+    def outer_members(self, top: Scope, members: list[Operation]) -> None:
         scope = Scope(self.e, top.at, {f: p for f, p in top.active.items() if f not in self.frame.inner})
         for op in members:
-            for r, value in zip(op.results, self._body(scope, op), strict=True):
+            for r, value in zip(op.results, self._mean(op) or self._body(scope, op), strict=True):
                 self.outer_values[r] = value
                 if r in self.stores:
                     self.store(scope, self.buffers[r], self.stores[r], value)
-
-
-def emit_extract(e: Emitter, buffer: Value, source: Value, indices: Sequence[Value], check: bool, active: Sequence[Pair]) -> Value:
-    """A gather: `source[indices]`, with lanes outside `active` reading element 0."""
-    t = source.type
-    assert isinstance(t, TensorType)
-    mask = e.mask_value([p for p in active if free_symbols(p[0]) & {"t0", "t1"}])
-    b = e.builder
-    safe = []
-    for v in indices:
-        if isinstance(v.type, TileType) and mask is not None:
-            v = b.arith("select", mask, v, 0)
-        safe.append(v)
-    offset: Dim = 0
-    pairs: list[Pair] = []
-    low: list[Dim] = []
-    for k, (stride, size) in enumerate(zip(t.layout, t.shape, strict=True)):
-        offset = offset + sym(f"i{k}") * stride
-        if check:
-            pairs.append((sym(f"i{k}"), size))
-            low.append(sym(f"i{k}"))
-    shapes = [v.type.shape for v in safe if isinstance(v.type, TileType)]
-    shape = tuple(max(x) for x in zip(*shapes, strict=True)) if shapes else ()
-    return e.load(buffer, offset, pairs, low, 0, extra=safe, extra_shape=shape, check=check)
 
 
 def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], *, gpu: bool = False, private_bytes: int = 0) -> list[Dim]:
@@ -573,22 +583,8 @@ def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, 
     if len(frame.sizes) == 0 and frame.inner:
         raise IRError("a frame without dimensions cannot have inner ones")
     lowering = Lowering(frame, tile, e, buffers, gpu, private_bytes)
+    if tile.rows > 1 or gpu and not lowering.is_persistent():
+        make_moments(frame)
     if gpu and not lowering.is_persistent():
         make_online(frame)
     return lowering.emit()
-
-
-def traffic(frame: Frame) -> Dim:
-    """Bytes read and written if each element that is touched moves once: of a tensor that is read through slices, at most their points."""
-    touched: dict[Value, dict[Dim, Dim]] = {}
-    access = {x.value: x for x in frame.accesses}
-    for x in frame.accesses:
-        touched.setdefault(x.value, {})[x.offset] = product(s for f, s in frame.sizes.items() if f in free_symbols(x.offset))
-    return sum((minimum(x.weight, sum(touched[v].values(), 0)) * x.bytes for v, x in access.items()), 0)  # type: ignore[return-value]
-
-
-def work(frame: Frame) -> Dim:
-    """Scalar operations, counting one per body op and point."""
-    points = product(frame.sizes.values())
-    return points * sum(len(op.body) for op in frame.members)
-

@@ -14,6 +14,7 @@ from ...ir import DTYPES, Block, BufferType, Builder, DType, IRError, Operation,
 from ...ir.expr import Dim, free_symbols, product
 from ...ir.passes import Pass, PassContext, register
 from ...ir.printer import print_op
+from ..nontemporal import cache_bytes
 from ..storage import storage_bytes
 from ..stream import analyse as analyse_stream
 from ..stream_access import packed as is_packed
@@ -25,12 +26,14 @@ from .cpu_candidates import CpuTile, contraction_candidates, loop_candidates, st
 from .cpu_tiles import contraction_tile, is_depthwise, square_tile
 from .emit import COARSE, FAST, NARROW, Emitter
 from .equal_groups import Lowered
-from .frame import Frame, analyse, is_expensive
+from .frame import Frame, analyse, is_expensive, traffic, work
 from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
-from .loop_tiles import choose_tile, loop_tiles, resized
-from .loops import emit_loops, traffic, work
+from .loop_tiles import TileChoice, choose_tile, loop_tiles, resized
+from .loops import emit_loops
 from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel, starts_as_copy
 from .row_columns import emit_row_columns, row_columns_tile
+from .row_pipeline import in_pipeline
+from .segments import emit_segments
 from .sort import OPS_PER_ELEMENT, emit_sort
 from .stream import GpuStream, stream_tile, stream_tiles, suits_warp_groups
 from .stream_cpu import CpuStream
@@ -164,6 +167,10 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
             t = first.result.type
             assert isinstance(t, TensorType)
             bytes_moved = bytes_moved - 2 * (t.numel - product(first["dims"])) * t.dtype.bytes
+    elif first.name == "tensor.segments":
+        grid = emit_segments(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], target.l2)
+        flops = 2 * product(first["dims"])
+        bytes_moved = product(first["dims"]) * element_type(first.result.type).bytes
     elif first.name == "tensor.sort":
         grid = emit_sort(first, Emitter(builder, (1, 4 * lanes), ranges, coarse=coarse), buffers, [buffers.get(r) for r in first.results])
         flops = product(first["dims"]) * OPS_PER_ELEMENT
@@ -225,10 +232,10 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
         grid = emit_window(window, outputs, target, Emitter(builder, shape, ranges, coarse=coarse), buffers, shape)
     else:
         frame = analyse(fused, ranges)
-        choice = choose_tile(frame, _loop_lanes(members, target), gpu=target.is_gpu)
+        choice = _loop_tile(frame, members, target)
         if fused["tile"] and not target.is_gpu:
             chosen = CpuTile(*fused["tile"])
-            choice = replace(choice, shape=(1, chosen.columns), chunk=chosen.block_columns)
+            choice = replace(choice, shape=(1, chosen.columns), chunk=chosen.block_columns, rows=chosen.rows)
         if fused["tile"] and target.is_gpu:
             choice = resized(frame, choice, GpuTile(*fused["tile"]))
         grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges, coarse=coarse), buffers, gpu=target.is_gpu,
@@ -237,7 +244,7 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
         if target.is_gpu:
             mark_second_readings(block)
         flops, bytes_moved = work(frame), traffic(frame)
-        inplace = _inplace_pairs(frame, fused)
+        inplace = _inplace_pairs(frame, fused) if choice.rows == 1 else ()  # a pipeline makes the numbers of its last row twice
     builder.create("tile.yield")
     # The launch decides by flops and bytes whether to run in parallel: their sizes are arguments too.
     symbols = sorted({s for op in block for s in _symbols(op)} | {s for g in (*grid, flops, bytes_moved) for s in free_symbols(g)})
@@ -260,7 +267,7 @@ def candidate_tiles_cpu(fused: Operation, target: Target, *, few: bool = True) -
     """What a group of constant sizes can be computed by on a CPU, the model's choice first: the few that are likely, or all. Empty where there is no
     choice."""
     members = [op for op in fused.body if op.name != "tensor.yield"]
-    if members[0].name in ("tensor.scatter", "tensor.scan", "tensor.sort"):
+    if members[0].name in ("tensor.scatter", "tensor.scan", "tensor.sort", "tensor.segments"):
         return []
     stream = analyse_stream(members) if len(members) > 1 else None
     if stream is not None:
@@ -277,8 +284,15 @@ def candidate_tiles_cpu(fused: Operation, target: Target, *, few: bool = True) -
     if window is not None:
         tiles = window_candidates(target, window_shape(window), element_type(window.op.result.type).bits)
         return [CpuTile(*tile) for tile in tiles[:4 if few else None]]
-    frame, lanes = analyse(fused, {}), _loop_lanes(members, target)
-    return loop_candidates(frame, choose_tile(frame, lanes, gpu=False), lanes, few=few)
+    frame = analyse(fused, {})
+    return loop_candidates(frame, _loop_tile(frame, members, target), _loop_lanes(members, target), few=few)
+
+
+def _loop_tile(frame: Frame, members: list[Operation], target: Target) -> TileChoice:
+    choice = choose_tile(frame, _loop_lanes(members, target), gpu=target.is_gpu)
+    if target.is_gpu:
+        return choice
+    return in_pipeline(frame, choice, cache=cache_bytes(target), private_bytes=target.l2 // 4)
 
 
 def _loop_lanes(members: list[Operation], target: Target) -> int:

@@ -1,6 +1,8 @@
 """Sums of squares about the mean in the pass that computes the mean: each lane of a tile keeps its own, and they merge at the end.
 
-On a CPU a lane has seen n elements x with sum s, and m2 is the sum of their squares about their mean (`rescale.about_mean` has the formulae).
+On a CPU, in a pipeline of rows (`row_pipeline.py`), all lanes sum d = x - p and d^2 for one p, the mean of the row's first step, and
+m2 = sum(d^2) - sum(d)^2 / n. What cancels is the distance of p from the row's mean: sum(d^2) <= (n / k + 1) m2 for k elements of a step, whatever
+they are (those k alone are that far off the row's mean on average), and hardly more than m2 for a row that begins as it goes on.
 
 On a GPU, where a division for each step of each lane costs more than memory does, a lane sums d = x - p and d^2 for its first element p, and
 m2 = sum(d^2) - sum(d)^2 / n once at the end. As p is one of the elements, sum(d^2) <= (n + 1) m2 whatever they are: what cancels is at most n + 1
@@ -17,41 +19,44 @@ from ...ir import Dim, DType, TileType, Value, element_type
 from ...ir.expr import as_int
 from .emit import Emitter
 
-__all__ = ["add_second_moment", "add_shifted", "initial_count", "initial_shifted", "spread_of_means", "spread_of_shifted",
-           "sum_of_shifted"]
+__all__ = ["about_start", "add_shifted", "initial_shifted", "mean_about", "spread_about", "spread_of_shifted", "sum_of_shifted", "total_about"]
 
 
-def initial_count(e: Emitter, dtype: DType, ragged: bool, shape: tuple[int, int]) -> Value:
+def _initial_count(e: Emitter, dtype: DType, ragged: bool, shape: tuple[int, int]) -> Value:
     """n before the first element: a number, or a tile of `shape` (one that spreads over a tile) where lanes may see different numbers of elements
     (`ragged`)."""
     zero = e.builder.constant(0, dtype)
     return e.broadcast(zero, shape) if ragged else zero
 
 
-def add_second_moment(e: Emitter, x: Value, before: Value, after: Value, acc: Sequence[Value], mask: Value | None) -> list[Value]:
-    """(m2, n) with one more element x per lane, of which the sum went from `before` to `after`; lanes outside of `mask` do not count."""
-    b, (m2, n) = e.builder, acc
-    next_n = _counted(e, n, mask)
-    old = b.arith("mul", before, b.arith("div", 1, b.arith("max", n, 1)))
-    new = b.arith("mul", after, b.arith("div", 1, b.arith("max", next_n, 1)))
-    step = b.arith("mul", b.arith("sub", x, old), b.arith("sub", x, new))
-    if mask is not None:
-        step = b.arith("select", mask, step, 0)
-    return [b.arith("add", m2, step), next_n]
+def about_start(e: Emitter, step: Value) -> Value:
+    """p of a row whose first step is `step`, of one row of k elements: their mean."""
+    t = step.type
+    assert isinstance(t, TileType)
+    total = e.builder.op("tile.reduce", step, type=TileType((1, 1), t.dtype), axis=1, kind="sum")
+    return e.builder.arith("mul", total, 1 / as_int(t.shape[1]))
 
 
-def spread_of_means(e: Emitter, m2: Value, s: Value, n: Value, total: Value, count: Dim) -> Value:
-    """Per lane, what it adds to the whole sum of squares about the mean total / count: m2 + n * (s / n - mean)^2."""
+def total_about(e: Emitter, sums: Value, p: Value, count: Dim) -> Value:
+    """The sum of `count` elements x of which x - p sum to `sums`."""
+    return e.builder.arith("add", sums, e.builder.arith("mul", p, float(as_int(count))))
+
+
+def mean_about(e: Emitter, sums: Value, p: Value, count: Dim) -> Value:
+    """Their mean: without the rounding of their sum, so that equal elements are at no distance from it."""
+    return e.builder.arith("add", p, e.builder.arith("mul", sums, 1 / as_int(count)))
+
+
+def spread_about(e: Emitter, squares: Value, sums: Value, count: Dim) -> Value:
+    """The sum of squares about the mean of `count` elements whose distances from one number sum to `sums`, and their squares to `squares`."""
     b = e.builder
-    mean = b.arith("div", total, float(as_int(count)))
-    apart = b.arith("sub", b.arith("div", s, b.arith("max", n, 1)), mean)
-    return b.arith("add", m2, b.arith("mul", n, b.arith("mul", apart, apart)))
+    return b.arith("max", b.arith("sub", squares, b.arith("mul", sums, b.arith("mul", sums, 1 / as_int(count)))), 0)
 
 
 def initial_shifted(e: Emitter, dtype: DType, ragged: bool, tile: tuple[int, int], shape: tuple[int, int]) -> list[Value]:
-    """(sum of d^2, sum of d, p, n) before the first element; see `initial_count`."""
+    """(sum of d^2, sum of d, p, n) before the first element; see `_initial_count`."""
     zero = e.broadcast(e.builder.constant(0, dtype), tile)
-    return [zero, zero, zero, initial_count(e, dtype, ragged, shape)]
+    return [zero, zero, zero, _initial_count(e, dtype, ragged, shape)]
 
 
 def add_shifted(e: Emitter, x: Value, acc: Sequence[Value], mask: Value | None) -> list[Value]:
@@ -71,7 +76,7 @@ def sum_of_shifted(e: Emitter, acc: Sequence[Value]) -> Value:
 
 
 def spread_of_shifted(e: Emitter, acc: Sequence[Value], total: Value, count: Dim) -> Value:
-    """As `spread_of_means`."""
+    """Per lane, what it adds to the whole sum of squares about the mean total / count."""
     b, (squares, sums, first, n) = e.builder, acc
     offset = b.arith("div", sums, b.arith("max", n, 1))  # of the lane's mean from p
     own = b.arith("max", b.arith("sub", squares, b.arith("mul", sums, offset)), 0)

@@ -28,10 +28,9 @@ from ..score_bound import bound_of
 from ..stream import Stream
 from ..stream_access import reduced_order, stream_side
 from ..structured import body_ops, identity_of
-from .emit import COMBINE_OPS, Emitter, Pair, fill_masks
+from .emit import COMBINE_OPS, Emitter, Pair, emit_extract, fill_masks
 from .frame import is_expensive
 from .gpu_tiles import GpuTile, padded
-from .loops import emit_extract
 from .stream_tiles import other_tiles, spread_rows, tile_of_several
 from .turned import turned
 

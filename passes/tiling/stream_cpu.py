@@ -15,12 +15,13 @@ from collections.abc import Sequence
 
 from ...ir import BufferType, Dim, Operation, Target, TileType, Value, element_type, sym
 from ...ir.dialects.tensor import fill_of
-from ...ir.expr import ceildiv, floordiv, free_symbols, minimum, mod, product, substitute
-from ...ir.ranges import delinearize, simplify, split_linear
-from ...ir.types import index
+from ...ir.expr import ceildiv, floordiv, free_symbols, maximum, minimum, mod, product, substitute
+from ...ir.ranges import delinearize, simplify, split_linear, upper_bound
+from ...ir.types import DTYPES, index
 from ..stream_access import packed, reduced_order, stream_side
 from ..stream_form import Stream
 from ..structured import identity_of
+from .conditions import alive_panels, deciding
 from .emit import COMBINE_OPS, Emitter
 from .stream import Scope, StreamLowering, offset_in, with_shape
 
@@ -34,8 +35,9 @@ class CpuStream(StreamLowering):
 
     def __init__(self, s: Stream, outputs: Sequence[Value], e: Emitter, buffers: dict[Value, Value], tile: tuple[int, int], relaxed: bool = True):
         super().__init__(s, outputs, e, buffers, tile, relaxed)
-        # Long blocks visit the second contractions' sums less often, but where steps are masked they make more that nobody needs.
-        self.panels = 4 if s.alive.pairs or len(s.firsts) > 1 else 16
+        # Long blocks visit the second contractions' sums less often; panels at their ends that a row tile does not need are left out.
+        self.panels = 4 if len(s.firsts) > 1 else 16
+        self.conditions = deciding(s)
 
     def emit(self, target: Target) -> list[Dim]:
         s, e, (mr, nr) = self.s, self.e, self.tile
@@ -55,6 +57,8 @@ class CpuStream(StreamLowering):
         self.scores = {op: self._scratch(element_type(op.result.type), self.steps) for op in s.firsts}
         self.weights = {op: self.scores[s.streamed(op).defining_op] if s.streamed(op).defining_op in s.firsts else  # type: ignore[index]
                         self._scratch(element_type(s.streamed(op).type), self.steps) for op in s.seconds}
+        if self.conditions:
+            self.slots = e.builder.op("tile.alloca", type=BufferType((2,), DTYPES["i64"]))
         self._for_row_tiles(e, self._initialise)
         whole = Emitter(e.builder, (self.rows, nr), e.symbols, e.variables, e.ranges, e.coarse)
         saved, self.tile, self.e = (self.tile, self.e), (self.rows, nr), whole
@@ -121,9 +125,56 @@ class CpuStream(StreamLowering):
 
     def _block(self, e: Emitter, r: Dim, j: Dim, stop: Dim, masked: bool) -> None:
         """One row tile against block j of the stream."""
-        s, (mr, nr) = self.s, self.tile
-        m, base = self._row(r), j * self.steps
+        base = j * self.steps
         left = minimum(self.steps, stop - base) if masked else self.steps
+        nr = self.tile[1]
+        low, high = self._reach(e, r) if masked else (0, None)
+        if high is not None:
+            left = minimum(left, maximum(0, high - base))
+        if low != 0:
+            low = maximum(0, floordiv(low - base, nr))
+        if not self.conditions:
+            self._steps(e, r, base, low, left, masked)
+            return
+        first, end = self._needed(e, r, base, low, left)
+
+        def some(inner: Emitter, _: Dim, __: list[Value]) -> list[Value]:
+            self._steps(with_shape(inner, self.tile), r, base, first, minimum(left, end * nr), masked)
+            return []
+
+        e.loop(0, minimum(1, maximum(0, end - first)), 1, [], some)
+
+    def _reach(self, e: Emitter, r: Dim) -> tuple[Dim, Dim | None]:
+        """(first, end) of the steps outside of which positions mask all rows of a tile: 0 and None where nothing is known."""
+        s, known = self.s, e.bounds()
+        first: Dim = 0
+        end: Dim | None = None
+        at = self.frame_at(self.start + r + sym("t0"), 0)
+        for _, gap in s.alive.pairs if len(s.stream) == 1 else ():
+            linear = split_linear(gap, s.stream[0])
+            most = upper_bound(simplify(substitute(linear[1], at), known), {"t0": (0, self.tile[0] - 1)}) if linear is not None else None
+            if linear is None or most is None or linear[0] not in (1, -1):
+                continue
+            if linear[0] == -1:  # alive where t < rest
+                end = most if end is None else minimum(end, most)
+            else:  # alive where t > -rest
+                first = maximum(first, 1 - most)
+        return first, end
+
+    def _needed(self, e: Emitter, r: Dim, base: Dim, low: Dim, left: Dim) -> tuple[Dim, Dim]:
+        """The panels of a block, first and end, that the data of the masks leave to a row tile."""
+        m, nr, length = self._row(r), self.tile[1], self.s.length
+
+        def place(q: Dim) -> tuple[dict[str, Dim], list[tuple[Dim, Dim]]]:
+            t = base + q * nr + sym("t1")
+            return self.frame_at(m, t), [(t, length)]
+
+        return alive_panels(self, e, self.conditions, low, ceildiv(left, nr), place, self.slots)
+
+    def _steps(self, e: Emitter, r: Dim, base: Dim, first: Dim, left: Dim, masked: bool) -> None:
+        """One row tile against the steps of the block that starts at `base`, from panel `first` to step `left`."""
+        s, (mr, nr) = self.s, self.tile
+        m = self._row(r)
 
         def score(inner: Emitter, q: Dim, _: list[Value]) -> list[Value]:
             ee = with_shape(inner, self.tile)
@@ -133,22 +184,23 @@ class CpuStream(StreamLowering):
                     ee.store(self.scores[op], self._first(ee, op, m, base + q * nr), self._place(r, self.steps, q * nr + sym("t1")))
             return []
 
-        e.loop(0, ceildiv(left, nr), 1, [], score)
+        e.loop(first, ceildiv(left, nr), 1, [], score)
         if s.reductions or any(s.streamed(op).defining_op not in s.firsts for op in s.seconds):
             def one(inner: Emitter, k: Dim, _: list[Value]) -> list[Value]:
-                self._weigh(inner, r + k, base, left, masked)
+                self._weigh(inner, r + k, base, first, left, masked)
                 return []
             e.loop(0, mr, 1, [], one)
         alpha: dict[Value, Value] = {v: e.load(scratch, self._place(r, 1, 0)) for v, scratch in self.alphas.items()}
         for op in s.seconds:
             with e.builder.at(op.location):
-                self._second(e, op, r, base, left, alpha)
+                self._second(e, op, r, base, first, left, alpha)
 
     def _ask_ahead(self, e: Emitter, r: Dim, t: Dim) -> None:
         """Asks for what the members read at every point of a tile (a mask, a bias), while its scores are computed: rows far apart, of which a
         block is too short a piece for the processor to see it coming."""
         s, bounds = self.s, e.bounds()
         frame = {f: sym(f) for f in s.sizes}
+        asked: set[tuple[Value, Dim]] = set()
         for op in (*s.full, *s.reductions):
             along = [sym(f) for f in s.stream] if op in s.reductions else []
             for v, m in zip(op.operands, op["maps"], strict=True):
@@ -157,16 +209,19 @@ class CpuStream(StreamLowering):
                 place = {f"d{j}": substitute(x, frame) for j, x in enumerate((*s.position[op], *along))}
                 offset = offset_in(v, m, place, bounds)
                 walk = split_linear(offset, s.stream[-1])
-                if not free_symbols(offset) & set(s.rows) or walk is None or walk[0] != 1:
+                if not free_symbols(offset) & set(s.rows) or walk is None or walk[0] != 1 or (v, offset) in asked:
                     continue
+                asked.add((v, offset))
                 for k in range(self.tile[0]):
                     at = self.frame_at(minimum(self.start + r + k, s.row_count - 1), t)
                     e.prefetch(self.buffers[v], simplify(substitute(offset, at), bounds))
 
-    def _weigh(self, e: Emitter, row: Dim, base: Dim, left: Dim, masked: bool) -> None:
+    def _weigh(self, e: Emitter, row: Dim, base: Dim, first: Dim, left: Dim, masked: bool) -> None:
         """The pointwise members of one row of a block, and its reductions, along the row: a few vectors at a time, for those of a whole tile
         would not fit the registers beside what an exponential needs."""
         s, nr, b = self.s, self.tile[1], e.builder
+        if not masked and not self.conditions and self.steps % (2 * nr) == 0:
+            nr *= 2  # whole blocks: more vectors at a time, for an exponential is one long chain
         known = {} if masked else dict(s.alive.known)
         m = self.start + row
         if not (isinstance(s.row_count, int) and s.row_count % self.tile[0] == 0):
@@ -198,7 +253,7 @@ class CpuStream(StreamLowering):
         alpha: dict[Value, Value] = {}
         if tops:
             firsts = [before[op] for op in tops]
-            made = line.loop(0, tiles, 1, [self.neutral(line, op, (1, nr)) for op in tops], largest)
+            made = line.loop(first, tiles, 1, [self.neutral(line, op, (1, nr)) for op in tops], largest)
             for op, top in zip(tops, reduced(tops, made), strict=True):
                 with b.at(op.location):
                     rows[op.result] = self.safe(e, top)
@@ -221,7 +276,7 @@ class CpuStream(StreamLowering):
             for op in others:
                 shift = s.shifts[op]
                 firsts.append(before[op] if shift is None else b.arith("mul", before[op], alpha[shift]))
-            made = line.loop(0, tiles, 1, [self.neutral(line, op, (1, nr)) for op in others], weigh)
+            made = line.loop(first, tiles, 1, [self.neutral(line, op, (1, nr)) for op in others], weigh)
             for op, total in zip(others, reduced(others, made), strict=True):
                 e.store(self.state[op], total, row)
 
@@ -262,7 +317,7 @@ class CpuStream(StreamLowering):
         right = b if isinstance(b.type, TileType) and b.type.shape == (1, nr) else e.broadcast(b, (1, nr))
         return e.builder.op("tile.dot", left, right, acc, type=acc.type)
 
-    def _second(self, e: Emitter, op: Operation, r: Dim, base: Dim, left: Dim, alpha: dict[Value, Value]) -> None:
+    def _second(self, e: Emitter, op: Operation, r: Dim, base: Dim, first: Dim, left: Dim, alpha: dict[Value, Value]) -> None:
         """acc = acc * alpha + weights @ other, a panel of columns at a time."""
         s, nr = self.s, self.tile[1]
         which = next(k for k, v in enumerate(op.operands) if v is s.streamed(op))
@@ -285,7 +340,7 @@ class CpuStream(StreamLowering):
                 other = self.read(deeper, op, 1 - which, at, [at[f] for f in order], [(column, self.columns)] if ragged else [], cast=True)
                 return [self._rank1(deeper, weight, other, carried[0])]
 
-            total = inner.loop(0, left, 1, [acc], update, unroll=4)[0]
+            total = inner.loop(first * nr, left, 1, [acc], update, unroll=4)[0]
             inner.store(self.state[op], total, home)
 
         self._panels(e, panel)

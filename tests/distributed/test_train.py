@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +17,63 @@ WORKER = Path(__file__).parent / "worker.py"
 
 def train(tmp_path: Path, model: str, plan: dict[str, Any], steps: int, layers: int = 2) -> list[dict[str, Any]]:
     """Runs the plan; the results of all ranks, compared with one process."""
-    ranks = plan.get("dp", 1) * plan.get("tp", 1) * plan.get("pp", 1) * plan.get("cp", 1)
-    out = tmp_path / "result"
-    done = torchrun(ranks, WORKER, model, json.dumps(plan), str(steps), str(layers), str(out))
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = [json.loads(Path(f"{out}.{r}.json").read_text()) for r in range(ranks)]
+    return compared(start(tmp_path, (model, plan, steps, layers)), tmp_path / "0", plan, steps)
+
+
+def start(folder: Path, *runs: tuple[str, dict[str, Any], int, int]) -> subprocess.CompletedProcess[str]:
+    """Trains one (model, plan, steps, layers) after the other in the same processes; rank r of run i writes `folder`/i.r.json."""
+    (count,) = {ranks(plan) for _, plan, _, _ in runs}
+    return torchrun(count, WORKER, *[str(x) for i, (model, plan, steps, layers) in enumerate(runs) for x in (model, json.dumps(plan), steps, layers, folder / str(i))])
+
+
+def ranks(plan: dict[str, Any]) -> int:
+    return plan.get("dp", 1) * plan.get("tp", 1) * plan.get("pp", 1) * plan.get("cp", 1)
+
+
+def compared(done: subprocess.CompletedProcess[str], out: Path, plan: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+    """The results of all ranks, which agree with each other and with one process."""
+    files = [Path(f"{out}.{r}.json") for r in range(ranks(plan))]
+    assert all(f.exists() for f in files), done.stderr[-3000:]
+    results = [json.loads(f.read_text()) for f in files]
     for result in results:
         assert result["losses"] == pytest.approx(result["expected"], rel=2e-5)
         assert result["worst"] < 2e-4
         assert {k: v for k, v in result["bytes"].items() if v} == {k: v for k, v in result["said"].items() if v}
         assert len(set(result["losses"])) == steps  # it does train
     assert all(r["losses"] == pytest.approx(results[0]["losses"], rel=1e-6) for r in results)
+    assert done.returncode == 0, done.stderr[-3000:]
     return results
 
 
-def test_tensor_parallel_with_sequence(tmp_path: Path) -> None:
-    results = train(tmp_path, "llama", {"tp": 2, "sp": True, "micro_batch": 8}, 3, layers=1)
+SHORT = {
+    "tp+sp": ("llama", {"tp": 2, "sp": True, "micro_batch": 8}, 3, 1),
+    "zero3": ("gpt2", {"dp": 2, "zero": 3, "micro_batch": 4}, 3, 1),
+    "cp ring": ("llama", {"cp": 2, "context": "ring", "micro_batch": 2}, 3, 1),
+}
+"""One after the other in the same two processes: half of a run is starting them."""
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("short")
+    done = start(folder, *SHORT.values())
+    return lambda name: compared(done, folder / str(list(SHORT).index(name)), SHORT[name][1], SHORT[name][2])
+
+
+def test_tensor_parallel_with_sequence(short: Callable[[str], list[dict[str, Any]]]) -> None:
+    results = short("tp+sp")
     assert results[0]["bytes"]["reduce_scatter"] > 0
     assert results[0]["held"] < 0.55 * results[0]["all"]
 
 
-def test_zero_3(tmp_path: Path) -> None:
-    results = train(tmp_path, "gpt2", {"dp": 2, "zero": 3, "micro_batch": 4}, 3, layers=1)
+def test_zero_3(short: Callable[[str], list[dict[str, Any]]]) -> None:
+    results = short("zero3")
     assert results[0]["held"] < 0.55 * results[0]["all"]
 
 
-def test_ring_attention(tmp_path: Path) -> None:
+def test_ring_attention(short: Callable[[str], list[dict[str, Any]]]) -> None:
     """Keys and values of the layer go round forward, and backward with their gradients: two messages forward, two and two and two backward."""
-    results = train(tmp_path, "llama", {"cp": 2, "context": "ring", "micro_batch": 2}, 3, layers=1)
+    results = short("cp ring")
     block = 2 * 32 * 16 * 4 // 2  # bytes of one rank's keys: micro-batch, width, sequence, float32
     assert results[0]["bytes"]["shift"] == 4 * 8 * block
     assert results[0]["bytes"].get("all_to_all", 0) < block  # of labels, which are shifted by one

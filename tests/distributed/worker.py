@@ -1,6 +1,6 @@
 """One rank of a training run that is compared with the same run in one process. Started by torchrun from test_train.py.
 
-    worker.py MODEL PLAN STEPS LAYERS OUT       PLAN is JSON; rank r writes OUT.r.json
+    worker.py MODEL PLAN STEPS LAYERS OUT ...       PLAN is JSON; rank r writes OUT.r.json; several runs may follow one another
 """
 
 from __future__ import annotations
@@ -53,11 +53,22 @@ def reached(phase: str) -> None:
 
 
 def main() -> None:
-    name, plan_text, steps, layers, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     faulthandler.enable()
     torch._C._set_print_stack_traces_on_fatal_signal(True)  # of threads that run no Python too
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    for name, plan, steps, layers, out in zip(*[iter(sys.argv[1:])] * 5, strict=True):
+        train(name, plan, int(steps), int(layers), out)
+        reached("its results")
+        dist.barrier()  # none leaves while another is at work
+    reached("the barrier")
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    print(f"rank {rank} left its groups", file=sys.stderr, flush=True)
+
+
+def train(name: str, plan_text: str, steps: int, layers: int, out: str) -> None:
+    """Trains by the plan and in this process alone, and writes what came of both."""
     rank = dist.get_rank()
     model, data = build(name, layers), batches(steps)
     plan = aicc.Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(plan_text).items()})
@@ -87,11 +98,6 @@ def main() -> None:
     result = {"losses": losses, "expected": expected, "worst": worst, "bytes": dict(counted.bytes), "said": dict(said),
               "held": sum(p.to_local().numel() for m in sharded.modules for p in m.parameters()), "all": sum(p.numel() for p in whole.parameters())}
     Path(f"{out}.{rank}.json").write_text(json.dumps(result))
-    reached("its results")
-    dist.barrier()  # none leaves while another is at work
-    reached("the barrier")
-    dist.destroy_process_group()
-    print(f"rank {rank} left its groups", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ ALIASES: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]] = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", ALIASES)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_results_that_share_memory_which_is_not_returned(name: str, dynamic: bool) -> None:

@@ -64,13 +64,13 @@ def check_passes(module: Operation, arguments: list[Any], seed: int, native: boo
             assert verdict is None, f"{verdict}\n{module}"
 
 
-@scaled(40)
+@scaled(15)
 @given(st.integers(0, 1 << 40), st.integers(1, 8), st.booleans())
 def test_passes_in_random_order(seed: int, ops: int, dynamic: bool) -> None:
     walk(seed, ops, dynamic, native=False)
 
 
-@scaled(8)
+@scaled(4)
 @given(st.integers(0, 1 << 40), st.integers(1, 6), st.booleans())
 def test_native_code(seed: int, ops: int, dynamic: bool) -> None:
     walk(seed, ops, dynamic, native=True)

@@ -50,13 +50,13 @@ def check_with(compiler: Any, p: EffectProgram, dynamic: bool) -> None:
         assert got_shared == shared, f"{call} call: results {got_shared} share memory, in eager {shared}"
 
 
-@scaled(6)
+@scaled(3)
 @given(effect_programs())
 def test_static_sizes(p: EffectProgram) -> None:
     attempt(p, lambda: check(p, False))
 
 
-@scaled(6)
+@scaled(3)
 @given(effect_programs())
 def test_symbolic_sizes(p: EffectProgram) -> None:
     attempt(p, lambda: check(p, True))

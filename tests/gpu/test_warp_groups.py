@@ -148,6 +148,7 @@ def run(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], change: Callable[[
     return out, texts[0]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("ahead", [0, 3], ids=["in order", "ahead"])
 @pytest.mark.parametrize("name", FORMS)
 def test_what_it_computes(name: str, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def test_gradients_of_what_a_mask_selects(sign: int) -> None:
     torch.testing.assert_close(x.grad, 2 * x.detach().clamp(min=0))
 
 
-@pytest.mark.parametrize("name", _PROGRAMS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("batch", "sequence", "batch of images"))) for n in _PROGRAMS])
 def test_fifty_sizes_compile_at_most_twice(name: str, graphs: list[Compilation]) -> None:
     """The first size alone, and then symbols: sizes from 2 to 51, in no order."""
     make_program, make = _PROGRAMS[name]
@@ -98,8 +98,8 @@ def test_fifty_sizes_compile_at_most_twice(name: str, graphs: list[Compilation])
     assert 1 <= len(graphs) <= 2
 
 
-@pytest.mark.parametrize(("name", "dynamic"), [("batch", None), ("reductions and views", None), ("sequence", True), ("batch and sequence", True),
-                                              ("batch of images", True), ("several sizes", True)])
+@pytest.mark.parametrize(("name", "dynamic"), [("batch", None), ("reductions and views", None), ("several sizes", True), *(
+    pytest.param(n, True, marks=pytest.mark.slow) for n in ("sequence", "batch and sequence", "batch of images"))])
 def test_small_sizes(name: str, dynamic: bool | None) -> None:
     """0, 1 and 2 before and after others. torch compiles 0 and 1 apart, for broadcasting means another thing there."""
     make_program, make = _PROGRAMS[name]

@@ -43,7 +43,7 @@ ROWS: dict[str, Row] = {
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("nn.GRU of two layers, both ways", "nn.RNN", "nn.LSTM with a projection"))) for n in ROWS])
 def test_row(name: str) -> None:
     check(ROWS[name])
 
@@ -99,6 +99,7 @@ def _unchanged(state: tuple[Tensor, Tensor], x: Tensor) -> Any:
     return (a.clone(), y), (y.clone(), y.clone())
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("step, count", [(_swap, 2), (_shift, 3), (_unchanged, 2)])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_states_that_trade_places(step: Callable[..., Any], count: int, steps: int) -> None:
@@ -147,6 +148,7 @@ def _gradients(f: Callable[..., Any], needed: tuple[bool, ...]) -> tuple[Any, An
     return [r.requires_grad for r in results], [*(r.detach() for r in results), *(a.grad for a in args)]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("needed", [(False, True, True), (False, False, True), (False, True, False), (True, True, True), (False, False, False)], ids=str)
 @pytest.mark.parametrize("forgetful", [False, True], ids=["torch as it is", "torch 2.11"])
 def test_gradients_through_states_that_start_as_constants(needed: tuple[bool, ...], forgetful: bool) -> None:

@@ -12,10 +12,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from aicc.compiler.driver import Compilation
 from aicc.ir import Operation
 from aicc.ir.core import equivalent
 from aicc.ir.interpreter import interpret
@@ -59,7 +61,7 @@ def _generate(call: Callable[[Tensor], Tensor], tokens: Tensor, steps: int) -> T
     return tokens
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_generation_compiles_once(name: str) -> None:
     model = MODELS[name].model()
     (prompt,) = MODELS[name].example_inputs(2, 7)
@@ -68,17 +70,6 @@ def test_generation_compiles_once(name: str) -> None:
     assert torch.equal(tokens, _generate(model, prompt, 12))
     assert len(graphs) == 1
     assert graph_of(graphs[0]).calls == 12
-
-
-@pytest.mark.parametrize("name", ["mlp", *PROMISED])
-def test_one_native_call_per_graph(name: str) -> None:
-    model, inputs = _build(name)
-    with compiled_graphs() as graphs, torch.no_grad():
-        compiled = torch.compile(model, backend="aicc")
-        for _ in range(3):
-            compiled(*inputs)
-    (compilation,) = graphs
-    assert (graph_of(compilation).calls, graph_of(compilation).extern_calls) == (3, 0)
 
 
 # What a model may leave to ATen; those that are not here leave nothing.
@@ -90,17 +81,40 @@ LEFT_TO_ATEN: dict[str, dict[str, int]] = {
 }
 
 
+@cache
+def _called(name: str) -> tuple[Compilation, ...]:
+    """The graphs of three calls. Compiled once: several tests look at them."""
+    model, inputs = _build(name)
+    with compiled_graphs() as graphs, torch.no_grad():
+        compiled = torch.compile(model, backend="aicc")
+        for _ in range(3):
+            compiled(*inputs)
+    return tuple(graphs)
+
+
+@pytest.mark.parametrize("name", ["mlp", *PROMISED])
+def test_one_native_call_per_graph(name: str) -> None:
+    (compilation,) = _called(name)
+    assert (graph_of(compilation).calls, graph_of(compilation).extern_calls) == (3, 0)
+
+
 @pytest.mark.parametrize("name", [
     pytest.param(case.name, marks=[pytest.mark.slow] if case.name not in PROMISED else [])
     for case in MODELS.values() if not case.full_size
 ])
 def test_operators_left_to_aten(name: str) -> None:
-    model, inputs = _build(name)
-    with compiled_graphs() as graphs, torch.no_grad():
-        torch.compile(model, backend="aicc")(*inputs)
+    graphs = _called(name)
     externs = Counter(e["target"] for g in graphs for e in g.stats["externs"])
     print(f"\n{name}: {len(graphs)} graph(s), {sum(g.stats['kernels'] for g in graphs)} kernels, {externs.total()} externs {dict(externs)}")
     assert graphs and externs <= Counter(LEFT_TO_ATEN.get(name, {}))
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_the_arena_is_at_its_lower_bound(name: str) -> None:
+    (memory,) = (g.stats["memory"] for g in _called(name))
+    print(f"\n{name}: arena {memory['arena_bytes']}, lower bound {memory['lower_bound']}, without planning {memory['unplanned_bytes']}")
+    assert 0 < memory["lower_bound"] <= memory["arena_bytes"] < memory["unplanned_bytes"]
+    assert memory["arena_bytes"] <= 1.02 * memory["lower_bound"]
 
 
 # -- speed
@@ -190,7 +204,7 @@ _LARGE = {
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident memory is read from /proc")
-@pytest.mark.parametrize("name", _LARGE)
+@pytest.mark.parametrize("name", ["mlp", pytest.param("convolutions", marks=pytest.mark.slow)])
 def test_resident_growth_is_what_the_plan_says(name: str) -> None:
     model, make_input = _LARGE[name]
     # Large blocks come from the system and go back to it, whatever was freed before.
@@ -206,17 +220,6 @@ def test_resident_growth_is_what_the_plan_says(name: str) -> None:
     assert abs(found["grown"] - planned) < 0.1 * planned + 2e6
     if found["peak"] is not None:
         assert found["peak"] < 1.1 * planned + 2e6
-
-
-@pytest.mark.parametrize("name", PROMISED)
-def test_the_arena_is_at_its_lower_bound(name: str) -> None:
-    model, inputs = _build(name)
-    with compiled_graphs() as graphs, torch.no_grad():
-        torch.compile(model, backend="aicc")(*inputs)
-    (memory,) = (g.stats["memory"] for g in graphs)
-    print(f"\n{name}: arena {memory['arena_bytes']}, lower bound {memory['lower_bound']}, without planning {memory['unplanned_bytes']}")
-    assert 0 < memory["lower_bound"] <= memory["arena_bytes"] < memory["unplanned_bytes"]
-    assert memory["arena_bytes"] <= 1.02 * memory["lower_bound"]
 
 
 # -- the text of every stage
@@ -238,7 +241,7 @@ def _check_round_trip(module: Operation) -> None:
 
 
 @pytest.mark.parametrize(("name", "train", "dynamic"), [
-    ("gpt2", False, False), ("gpt2", False, True), ("gpt2", True, False), ("resnet18", False, False),
+    pytest.param("gpt2", False, False, marks=pytest.mark.slow), ("gpt2", False, True), ("gpt2", True, False), ("resnet18", False, False),
 ])
 def test_every_stage_parses_back(name: str, train: bool, dynamic: bool) -> None:
     graphs, _ = _record(name, train=train, dynamic=dynamic)

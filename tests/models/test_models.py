@@ -162,7 +162,7 @@ def test_training_step(case: ModelCase) -> None:
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("gpt2", ((2, 64), (3, 41))),
+        pytest.param("gpt2", ((2, 64), (3, 41)), marks=pytest.mark.slow),
         pytest.param("llama", ((2, 64), (3, 41)), marks=pytest.mark.slow),
         pytest.param("bert", ((3, 48), (2, 37)), marks=pytest.mark.slow),
         pytest.param("resnet18", ((2, 64), (3, 96)), marks=pytest.mark.slow),

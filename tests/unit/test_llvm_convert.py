@@ -59,6 +59,7 @@ def same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
     )
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("width", [None, 16])
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_cast_as_torch(source: str, target: str, width: int | None) -> None:

@@ -59,7 +59,7 @@ def test_wrong():
 
 
 @pytest.mark.parametrize(("text", "killed"), [("def f():\n    return 1\n", False), ("def f():\n    return 2\n", True),
-                                              ("def f():\n    while True:\n        pass\n", True)])
+                                              pytest.param("def f():\n    while True:\n        pass\n", True, marks=pytest.mark.slow)])
 def test_dead_or_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, killed: bool) -> None:
     package = tmp_path / "0" / "aicc"
     package.mkdir(parents=True)

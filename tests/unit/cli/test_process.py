@@ -25,7 +25,7 @@ def test_help_and_usage() -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions as on POSIX")
-@pytest.mark.parametrize("place", ["read-only", "full"])
+@pytest.mark.parametrize("place", ["read-only", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_cache_that_cannot_be_written_gives_a_warning_and_no_more(mlp: Path, tmp_path: Path, place: str) -> None:
     directory = tmp_path / "closed" / "cache"
     if place == "full":
@@ -42,6 +42,7 @@ def test_a_cache_that_cannot_be_written_gives_a_warning_and_no_more(mlp: Path, t
     assert len(warnings) == 1 and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_early_is_no_error(mlp: Path) -> None:
     found = str(Path(aicc.__file__).parent.parent)
     done = subprocess.run(f"'{sys.executable}' -m aicc dump-ir '{mlp}' | head -n 1", shell=True, capture_output=True, text=True, timeout=300,

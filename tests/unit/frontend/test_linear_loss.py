@@ -53,11 +53,11 @@ def error(got: Tensor, true: Tensor) -> float:
 
 @pytest.mark.parametrize(("f", "dtype", "how"), [
     (flat, torch.float32, {}),
-    (flat, torch.bfloat16, {"reduction": "sum", "label_smoothing": 0.1}),
+    pytest.param(flat, torch.bfloat16, {"reduction": "sum", "label_smoothing": 0.1}, marks=pytest.mark.slow),
     (flat, torch.float16, {"ignore_index": 7}),
     (shifted, torch.float32, {"reduction": "none", "label_smoothing": 0.2}),
     (classes_second, torch.float32, {"label_smoothing": 0.1}),
-    (classes_second, torch.float32, {"reduction": "none"}),
+    pytest.param(classes_second, torch.float32, {"reduction": "none"}, marks=pytest.mark.slow),
 ], ids=lambda v: getattr(v, "__name__", str(v)))
 def test_losses_and_gradients(f: Callable[..., Tensor], dtype: torch.dtype, how: dict[str, Any]) -> None:
     given, y = draw(dtype), torch.randint(0, VOCABULARY, (3, ROWS // 3))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("rows", [6, None])
 def test_multilabel_margin_loss(reduction: str, rows: int | None) -> None:

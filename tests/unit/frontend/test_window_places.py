@@ -16,6 +16,7 @@ def image(*shape, dtype=torch.float32):
     return x
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("kernel", "stride", "padding", "ceil"), WINDOWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("last", [False, True])

@@ -94,6 +94,7 @@ def compare(kernel: Operation) -> None:
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance / 2, equal_nan=True)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", list(FUNCTIONS))
 def test_kernels(name: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ def close(result: torch.Tensor, truth: torch.Tensor) -> None:
     torch.testing.assert_close(result.double(), truth, rtol=2**-8, atol=1e-4 * truth.abs().max().item())
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("m,n,k", [(32, 32, 32), (48, 70, 96), (16, 40, 64), (64, 33, 4128), (480, 96, 2080)])
 def test_linear(m: int, n: int, k: int, form: tuple[list[str], str]) -> None:
     torch.manual_seed(m)

@@ -37,6 +37,7 @@ def check(f, args: tuple[torch.Tensor, ...], truth: torch.Tensor, features: list
     return seen[0].llvm_ir
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("m,n,k", [(250, 130, 1500), (5, 70, 2001), (1, 500, 1700), (241, 257, 1025), (128, 96, 3072)])
 def test_linear(m: int, n: int, k: int, features: list[str]) -> None:
     torch.manual_seed(m)
@@ -51,6 +52,7 @@ def test_batched(features: list[str]) -> None:
     check(torch.bmm, (x, y), x.double() @ y.double(), features)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("channels,out,size,kernel,stride", [(300, 70, 7, 3, 1), (1601, 33, 5, 1, 1), (40, 48, 9, 5, 2)])
 def test_convolution(channels: int, out: int, size: int, kernel: int, stride: int, features: list[str]) -> None:
     torch.manual_seed(0)
@@ -59,6 +61,7 @@ def test_convolution(channels: int, out: int, size: int, kernel: int, stride: in
     check(layer, (x,), truth, features)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("after_pointwise", [False, True])
 @pytest.mark.parametrize("channels,multiplier,kernel,stride,padding,dilation", [(37, 1, 3, 1, 1, 1), (32, 1, 3, 2, 1, 1), (20, 2, 5, 1, 2, 1), (48, 1, 3, 1, 2, 2)])
 def test_depthwise(channels: int, multiplier: int, kernel: int, stride: int, padding: int, dilation: int, after_pointwise: bool, features: list[str]) -> None:

@@ -47,6 +47,7 @@ PROLOGUES: dict[str, tuple[Callable[..., Tensor], Callable[[int, int], tuple[Ten
 SHAPES = [(1, 64, 200), (130, 100, 96), (250, 72, 250), (16, 1600, 48)]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", PROLOGUES)
 @pytest.mark.parametrize("m,k,n", SHAPES)
 def test_prologue(name: str, m: int, k: int, n: int) -> None:
@@ -121,6 +122,7 @@ class Dequantised(nn.Module):
         return F.linear(x, self.weight(*self.stored)).relu()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("m,n", [(1, 448), (1, 300), (4, 320)])
 def test_few_rows_read_the_weight_as_it_is_stored(name: str, m: int, n: int) -> None:
@@ -162,6 +164,7 @@ EPILOGUES: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", EPILOGUES)
 @pytest.mark.parametrize("m,k,n", [(1, 64, 200), (130, 100, 96)])
 def test_epilogue(name: str, m: int, k: int, n: int) -> None:
@@ -184,6 +187,7 @@ def test_prologue_and_epilogue_at_once() -> None:
 TURNED = [(250, 100, 130), (96, 64, 64), (240, 513, 300), (7, 200, 128), (66, 1600, 70)]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("m,k,n", TURNED)
 def test_turned_left_operand(m: int, k: int, n: int, dtype: torch.dtype) -> None:

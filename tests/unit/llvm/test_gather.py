@@ -11,6 +11,7 @@ from kernels import buffer, kernel, run
 i0, i1, t0, t1, s0 = map(sym, ("i0", "i1", "t0", "t1", "s0"))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "i64", "u8"])
 @pytest.mark.parametrize("index_type", ["i64", "i32"])
 def test_gather_elements(dtype, index_type, target):
@@ -70,6 +71,7 @@ def test_scalar_index_operand(target):
     assert torch.equal(y, x[33:53])
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "i64", "i32"])
 @pytest.mark.parametrize("kind", ["add", "max", "min"])
 def test_atomic_scatter(dtype, kind, target):

@@ -42,6 +42,7 @@ def gemm(m, n, k, dtype="f32", kb=1, epilogue=True, mr=MR, nr=NR, acc="f32"):
                   [ceildiv(m, mr), ceildiv(n, nr)], body, symbols=symbols, flops=2 * m * n * k)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("m,n,k", [(12, 32, 8), (24, 64, 33), (13, 35, 7), (1, 1, 1), (37, 100, 50)])
 @pytest.mark.parametrize("kb", [1, 4])
 @pytest.mark.parametrize("symbolic", [False, True])
@@ -54,6 +55,7 @@ def test_gemm(m, n, k, kb, symbolic, target):
     assert (c[m:] == 9).all()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 @pytest.mark.parametrize("kb", [1, 8])
 def test_half_inputs(dtype, kb, target):

@@ -57,6 +57,7 @@ class Quantised(nn.Module):
         return torch._int_mm(torch.round(x / step).to(torch.int8), self.weight.t()).to(torch.float32) * step * self.scale
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("m,n,k", [(17, 16, 64), (32, 70, 96), (256, 96, 1028), (64, 33, 4128), (24, 40, 66), (18, 24, 33)])
 def test_of_two_inputs(m: int, n: int, k: int, form: Form) -> None:
     """K of 66 has pairs and no groups of four; 33 has neither."""
@@ -66,6 +67,7 @@ def test_of_two_inputs(m: int, n: int, k: int, form: Form) -> None:
     assert k % 2 or form[1] in code
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("m", [1, 5, 17, 40])
 def test_of_a_parameter(m: int, form: Form) -> None:
     torch.manual_seed(m)
@@ -78,6 +80,7 @@ def test_of_a_parameter(m: int, form: Form) -> None:
         assert torch.equal(result, (torch.round(x).double() @ layer.weight.t().double()).int())
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("m", [1, 4, 30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dequantised_weights(m: int, dtype: torch.dtype, form: Form) -> None:

@@ -11,6 +11,7 @@ from kernels import TORCH, buffer, kernel, run, tile
 i0, i1, i2, t0, t1, s0, s1 = map(sym, ("i0", "i1", "i2", "t0", "t1", "s0", "s1"))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("n", [1, 5, 64, 65, 1000])
 def test_symbolic_size(n, target):
     def body(k, x, y):
@@ -37,6 +38,7 @@ def test_loop_with_peeled_tail(n, target):
     assert (y[:n] == -x).all() and (y[n:] == 7).all()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("shape,strides",
                          [((13, 37), (37, 1)), ((13, 37), (1, 13)), ((13, 37), (80, 2)), ((13, 37), (0, 1)),
                           ((13, 37), (1, 0))])
@@ -125,6 +127,7 @@ def test_symbolic_division(target):
     assert torch.equal(y, x.t())
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", ["f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "i1"])
 def test_element_types(dtype, target):
     n = 77

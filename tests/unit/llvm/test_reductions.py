@@ -53,6 +53,7 @@ def test_column_sum(rows, target):
     torch.testing.assert_close(y, x.sum(0))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "i64", "i32", "u8"])
 @pytest.mark.parametrize("kind", ["sum", "prod", "max", "min"])
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -96,6 +97,7 @@ def test_any_and_all(target):
     assert torch.equal(y, x.any(1)) and torch.equal(z, x.all(1))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("n,m", [(8, 8), (16, 16), (16, 32), (3, 5), (24, 8), (1, 20)])
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "i1"])
 def test_transpose(n, m, dtype, target):

@@ -39,7 +39,8 @@ def test_results_do_not_depend_on_threads() -> None:
     """)
 
 
-def test_small_launches_and_loops_side_by_side() -> None:
+@pytest.mark.parametrize("which", ["0:2", pytest.param("2:4", marks=pytest.mark.slow)], ids=["launches", "loops"])
+def test_small_launches_and_loops_side_by_side(which: str) -> None:
     """Towers of small layers, blocks of convolutions, a recurrent layer that runs both ways, and a loop whose body has branches: they share parallel regions, and
     give bit for bit the same with 1, 2 and 3 threads, call after call, and the same as one after the other."""
     run("""
@@ -76,7 +77,7 @@ def test_small_launches_and_loops_side_by_side() -> None:
                 return x
         cases = [(Towers(), torch.randn(16, 64), 3), (Inception(), torch.randn(1, 32, 14, 14), 1), (nn.LSTM(64, 64, bidirectional=True), torch.randn(12, 8, 64), 1),
                  (Branches(), torch.randn(9, 16, 64), 1)]
-        for model, x, groups in cases:
+        for model, x, groups in cases[WHICH]:
             compilations = []
             with torch.no_grad(), watching(compiled=compilations.append):
                 want = torch.utils._pytree.tree_leaves(model(x))
@@ -89,7 +90,7 @@ def test_small_launches_and_loops_side_by_side() -> None:
             assert len(found) >= groups, (type(model).__name__, compilations[0].remarks)
             assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other))
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(seen[0], want))
-    """)
+    """.replace("WHICH", which))
 
 
 def test_a_forked_child_does_not_wait_for_its_parents_threads() -> None:

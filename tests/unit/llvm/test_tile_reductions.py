@@ -56,6 +56,7 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 SHAPES = [(1, 64, 40000), (130, 100, 300), (40, 1600, 1300)]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", REDUCTIONS)
 @pytest.mark.parametrize("m,k,n", SHAPES)
 def test_nothing_but_parts_is_stored(name: str, m: int, k: int, n: int) -> None:

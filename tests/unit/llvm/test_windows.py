@@ -76,6 +76,7 @@ def layer(case: str) -> tuple[nn.Module, torch.Tensor]:
     return model.eval(), torch.randn(2, 3, *sizes)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("case", CASES)
 def test_against_float64(case: str, features: str) -> None:

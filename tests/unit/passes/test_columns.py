@@ -30,6 +30,7 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("target", [GENERIC, AVX2], ids=["generic", "avx2"])
 @pytest.mark.parametrize("name", CASES)
 def test_levels(name: str, target: Any) -> None:
@@ -37,6 +38,7 @@ def test_levels(name: str, target: Any) -> None:
     check_levels(capture(function, inputs), target)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_against_eager(name: str, dynamic: bool) -> None:

@@ -39,7 +39,11 @@ def gradients(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("name", LAYERS)
+REPEATED = ("3x3", "strided rows", "strided 1x1", "stride 3", "odd channels", "max pool, cropped", "max pool, stride 1")
+"""What others show too: strides, padding, odd sizes and both kinds of windows."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in REPEATED)) for n in LAYERS])
 def test_gradients(name: str) -> None:
     layer, shape = LAYERS[name]
     torch.manual_seed(0)

@@ -22,9 +22,10 @@ from aicc.passes.schedule import Schedule, peak_bytes
 from aicc.passes.side_by_side import SideBySide
 from aicc.passes.storage import size_at, storage_bytes
 from aicc.passes.two_streams import TwoStreams
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis import target as aim
+from support.fuzzing import attempt, scaled
 
 F32 = DTYPES["f32"]
 GPU = Target(kind="cuda", name="sm_90", capability=90, multiprocessors=132)
@@ -222,9 +223,6 @@ def evaluate_host(func: Operation, inputs: int, symbols: dict[str, int], turned:
     return results, [memory.read(places[a]) for a in func.body.args[:inputs]], effects
 
 
-CASES = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-
-
 def check(module: Operation, values: list[dict[str, int]], beside: bool = False, streams: bool = False) -> int:
     """The number of launches that run side by side, or on a second stream."""
     func = function(module)
@@ -247,30 +245,30 @@ def check(module: Operation, values: list[dict[str, int]], beside: bool = False,
     return sum(bool(op.attributes.get("beside") or op.attributes.get("stream")) for op in func.body)
 
 
-@CASES
+@scaled(75)
 @given(programs("static"))
 def test_static_programs(module: Operation) -> None:
-    check(module, [{}])
+    attempt(module, lambda: check(module, [{}]))
 
 
-@CASES
+@scaled(75)
 @given(programs("dynamic"))
 def test_dynamic_programs(module: Operation) -> None:
-    check(module, [{"s0": 2, "s1": 1}, {"s0": 2, "s1": 7}, {"s0": 33, "s1": 512}, {"s0": 1000, "s1": 1}])
+    attempt(module, lambda: check(module, [{"s0": 2, "s1": 1}, {"s0": 2, "s1": 7}, {"s0": 33, "s1": 512}, {"s0": 1000, "s1": 1}]))
 
 
-@CASES
+@scaled(75)
 @given(programs("static"))
 def test_launches_side_by_side_in_any_order(module: Operation) -> None:
     """Memory is planned so that members of a group may come in the opposite order."""
-    aim(float(check(module, [{}], beside=True)))
+    attempt(module, lambda: aim(float(check(module, [{}], beside=True))))
 
 
-@CASES
+@scaled(75)
 @given(programs("static"))
 def test_two_streams_in_any_order(module: Operation) -> None:
     """Memory is planned so that either stream may be as late as the waits between them allow."""
-    aim(float(check(module, [{}], streams=True)))
+    attempt(module, lambda: aim(float(check(module, [{}], streams=True))))
 
 
 def test_contents_differ_when_a_buffer_is_clobbered() -> None:

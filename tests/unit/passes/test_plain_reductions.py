@@ -52,6 +52,7 @@ def test_levels(name: str, target: Any) -> None:
     check_levels(capture(function, inputs), target)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("name", "dynamic"), [(n, d) for n in CASES for d in (False, True) if not (d and n == "filter")])
 def test_against_float64(name: str, dynamic: bool) -> None:
     function, inputs, _ = CASES[name]

@@ -30,6 +30,7 @@ def test_levels(target) -> None:  # type: ignore[no-untyped-def]
     check_levels(capture(lambda x: torch.topk(x, 3, largest=False), (torch.randperm(140).reshape(2, 70),)), target)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.uint8])
 @pytest.mark.parametrize("largest", [True, False])
 def test_stable_order(dtype: torch.dtype, largest: bool) -> None:
@@ -104,7 +105,7 @@ def test_gradient() -> None:
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(t, marks=[pytest.mark.slow] * (t in (torch.float64, torch.float16, torch.int32, torch.int16, torch.int8))) for t in DTYPES], ids=str)
 def test_sort_of_every_type(dtype: torch.dtype) -> None:
     """Short rows (counted) and long ones (by digits), both ways, in the order of torch's stable sort: NaN last, zeros of both signs equal. The values
     keep their bits."""
@@ -121,6 +122,7 @@ def test_sort_of_every_type(dtype: torch.dtype) -> None:
             assert torch.equal(got.values.view(bits), x.view(bits).gather(1, true.indices))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("function", [
     lambda x: torch.sort(x, 0), lambda x: torch.sort(x.t(), stable=True, descending=True), lambda x: torch.argsort(x, 0), lambda x: x.msort(),
@@ -171,3 +173,25 @@ def test_threads_share_rows() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(values, torch.sort(x).values) and torch.equal(places, torch.sort(x, stable=True).indices)
+
+
+def test_keys_of_64_bits_in_one_word() -> None:
+    """Rows whose keys fill 64 bits, lie close together, or in clusters far apart, of which the lowest bits do not fit beside the place."""
+    sort = torch.compile(lambda x: torch.sort(x, stable=True), backend="aicc", dynamic=True, options={"strict": True})
+    generator = torch.Generator().manual_seed(3)
+
+    def some(low: int, high: int, n: int) -> Tensor:
+        return torch.randint(low, high, (n,), generator=generator)
+
+    for n in (17, 33, 97, 200, 513, 1023, 1024, 1025):
+        clusters = some(0, 3, n) * (1 << 61) + some(0, 900, n)
+        few = some(-(1 << 62), 1 << 62, n)
+        few[n // 2:n // 2 + 3] = few[0] + torch.tensor([2, -1, 1])
+        x = torch.stack([some(-(1 << 63), (1 << 63) - 1, n), some(0, 5, n), clusters, few, torch.tensor([(1 << 63) - 1, -(1 << 63)]).repeat(n)[:n]])
+        y = torch.stack([torch.randn(n, dtype=torch.float64, generator=generator), (some(0, 2, n) * 2 - 1) * (1 + some(0, 99, n).double() * 2.0 ** -52),
+                         torch.where(some(0, 2, n) > 0, 0.0, -0.0).double(), torch.where(some(0, 2, n) > 0, math.nan, -INFINITY).double()])
+        for rows in (x, y):
+            values, places = sort(rows)
+            expected = torch.sort(rows, stable=True).indices
+            assert torch.equal(places, expected), n
+            assert torch.equal(values.view(torch.int64), rows.gather(1, expected).view(torch.int64))

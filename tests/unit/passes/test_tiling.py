@@ -91,6 +91,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple[torch.Tensor, ...]
 NEEDS_STATIC = {"expand_permute", "layer_norm", "rms_norm"}  # sizes written out in the function
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", CASES)
 def test_case(name: str, dynamic: bool) -> None:
@@ -124,7 +125,8 @@ def test_ragged_sizes(name: str) -> None:
                 check_levels(program, target, levels=["tile"])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int64, torch.bool, *(
+    pytest.param(t, marks=pytest.mark.slow) for t in (torch.float16, torch.int32, torch.uint8))], ids=str)
 def test_element_types(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = ints(2, 5, 37).bool() if dtype == torch.bool else (R(5, 37) * 4).abs().to(dtype)

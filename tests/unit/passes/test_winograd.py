@@ -50,6 +50,7 @@ def error(y: torch.Tensor, layer: nn.Module, x: torch.Tensor) -> float:
     return ((y.double() - truth).abs().max() / truth.abs().max()).item()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("budget", [1.2, 2.0, 9.0])
 @pytest.mark.parametrize("size,padding,stride,kernel", [
     ((8, 9), 1, 1, 3), ((5, 12), 0, 1, 3), ((9, 10), 1, (2, 1), 3), ((6, 11), (0, 1), 1, (1, 3)), ((7, 8), (2, 1), 1, (5, 3)), ((4, 10), (1, 2), 1, 3),

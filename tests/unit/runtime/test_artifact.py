@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aicc.runtime.artifact import Artifact, ArtifactError
+from aicc.runtime.artifact import Artifact, ArtifactError, archive, members
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -88,3 +90,27 @@ def test_a_manifest_that_is_no_json_is_refused_when_writing() -> None:
         Artifact({"x": float("nan")}).to_bytes()
     with pytest.raises(TypeError):
         Artifact({"x": object()}).to_bytes()
+
+
+@given(st.lists(st.binary(min_size=1, max_size=50), min_size=1, max_size=5))
+def test_archives_round_trip(objects: list[bytes]) -> None:
+    objects = [b"\x7fELF" + x for x in objects]
+    assert members(archive(objects)) == objects
+
+
+def test_archives_are_those_of_ar(tmp_path: Path) -> None:
+    path = tmp_path / "x.a"
+    path.write_bytes(archive([b"one", b"four"]))
+    if shutil.which("ar") is None:
+        pytest.skip("ar is not installed")
+    assert subprocess.run(["ar", "p", str(path)], capture_output=True, check=True).stdout == b"onefour"
+
+
+def test_damaged_archives() -> None:
+    data = archive([b"\x7fELF" + bytes(96), b"\x7fELF" + bytes(196)])
+    for n in range(9, len(data)):
+        if n != 8 + 60 + 100:  # the end of the first file: it lacks the second, which the loader finds out
+            with pytest.raises(ArtifactError, match="archive"):
+                members(data[:n])
+    with pytest.raises(ArtifactError, match="file 0"):
+        members(data.replace(b"100 ", b"-10 ", 1))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from aicc.runtime.artifact import ArtifactError
+from aicc.runtime.artifact import ArtifactError, archive
 from aicc.runtime.loader import load_object, openmp_library, runtime_symbols
 
 BIG = 8 << 20
@@ -103,6 +103,17 @@ def test_errors(compile_ir: Callable[..., bytes]) -> None:
     for junk in (b"", b"\x7fELF", b"\x7fELF" + bytes(200), b"MZ" * 100, compile_ir(source())[:300]):
         with pytest.raises(ArtifactError):
             load_object(junk, ["main_0"])
+
+
+def test_several_objects_call_each_other(compile_ir: Callable[..., bytes]) -> None:
+    calls = "define i32 @main_0(ptr %t, ptr %s) {\n  %r = call i32 @other()\n  ret i32 %r\n}\ndeclare i32 @other()\n"
+    code = archive([compile_ir(calls), compile_ir("define i32 @other() {\n  ret i32 42\n}")])
+    assert load_object(code, ["main_0"]).function("main_0")(0, 0) == 42
+    with pytest.raises(ArtifactError, match="does not provide: nowhere$"):
+        load_object(archive([compile_ir(calls), compile_ir("define i32 @other() {\n  %r = call i32 @nowhere()\n  ret i32 %r\n}\n"
+                                                           "declare i32 @nowhere()")]), ["main_0"])
+    with pytest.raises(ArtifactError):
+        load_object(archive([compile_ir(calls), b"x" * 100]), ["main_0"])
 
 
 @pytest.mark.parametrize("name", ["", "\0", "main\0_0", "é", "../../etc", "9", "a" * 10_000, 7])

@@ -119,3 +119,31 @@ def test_two_threads_of_a_program() -> None:
         [t.join() for t in threads]
         assert results == [100, 100], results
     """)
+
+
+def test_patience_is_a_time() -> None:
+    """Whatever a pause takes on this processor: a thread that nobody calls looks for a millisecond, the caller for six, and then they sleep."""
+    run("""
+        from aicc.runtime import team
+        from aicc.runtime.loader import _addresses, openmp_library, _OPENMP
+        process = ctypes.CDLL(None)
+        made = team.make_team({**_addresses(process, team.NEEDED), **_addresses(openmp_library(), _OPENMP)})
+        assert 1e-9 < made.spin < 1e-6, made.spin
+        enter = ctypes.CFUNCTYPE(ctypes.c_int, STEPS, POINTER, POINTER, ctypes.c_int)(made.region)
+        launch = ctypes.CFUNCTYPE(None, POINTER, BODY, POINTER)(made.launch)
+        def other(data, thread):
+            if thread:
+                seen.append(1)
+                time.sleep(0.1)        # the caller waits for this one: actively for a while, asleep for the rest
+            else:
+                while not seen:
+                    time.sleep(0.001)
+        seen, used, body = [], [], BODY(other)
+        def steps(state):
+            time.sleep(0.05)           # the other thread waits for a launch
+            before = time.process_time()
+            launch(state, body, None)
+            used.append(time.process_time() - before)
+        enter(STEPS(lambda table, symbols, state: steps(state)), None, None, 2)
+        assert used[0] < 0.05, used
+    """)

@@ -26,7 +26,7 @@ def network(name: str) -> tuple[Any, torch.nn.Module]:
     return config, LlamaForCausalLM(config)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
 def test_kept_bytes(name: str) -> None:
     with torch.device("meta"):
         config, model = network(name)

@@ -57,7 +57,7 @@ def exhaustive(problem: Problem) -> float:
 
 
 @pytest.mark.parametrize(("config", "mesh", "batch", "memory"), [
-    (SMALL, (1, 4), 8, None), (SMALL, (2, 2), 8, 3.4e9), (EXPERTS, (1, 4), 8, None)])
+    pytest.param(SMALL, (1, 4), 8, None, marks=pytest.mark.slow), (SMALL, (2, 2), 8, 3.4e9), pytest.param(EXPERTS, (1, 4), 8, None, marks=pytest.mark.slow)])
 def test_equals_exhaustive_enumeration(config, mesh, batch, memory):
     cluster = load_cluster("a100-40gb-pcie").with_node_size(mesh[1]).with_nodes(mesh[0])
     space = replace(SPACE, schedules=("1f1b", "interleaved", "zb-h1"), recompute=("none", "full"), zero=(0, 1, 3))

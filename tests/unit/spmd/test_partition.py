@@ -63,6 +63,7 @@ def partition_and_validate(joint: Joint, mesh: Mesh, policies: list[Policy], arg
     return done
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("role", ["data", "tensor"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_cut(name: str, role: str) -> None:

@@ -62,6 +62,7 @@ def ring_partition(joint: Joint, ranks: int) -> tuple[Partitioned, Callable[[Par
     return done, lambda given: validate(joint.module, given, mesh, ["cp"], placements, inputs, results=results)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_whole_attention(name: str, ranks: int) -> None:
