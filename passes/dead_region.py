@@ -7,6 +7,8 @@ keeps -inf (adding, scaling by a positive constant) and what makes it 0 (exp) an
 What a condition asks of loaded numbers (documents, lengths) says nothing while compiling: it is kept as a tree (`mask_tree.py`), which
 `block_ranges.py` evaluates for blocks of positions when the kernel runs.
 
+So are float masks that are added: where -inf is loaded, nothing is left.
+
 A skipped weight multiplies nothing: where the other operand is infinite or NaN under the mask, 0 * inf does not spoil the row.
 """
 
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING
 from ..ir import Dim, Operation, Value, element_type, sym
 from ..ir.expr import substitute
 from ..ir.ranges import simplify
-from .mask_tree import Tree, loads_data, tree_of
+from .mask_tree import Tree, added_mask, loads_data, tree_of
 
 if TYPE_CHECKING:
     from .stream_form import Stream
@@ -35,12 +37,14 @@ _NEGATED = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
 @dataclass
 class Alive:
     """Points outside of `pairs` (each a < b, over the frame) contribute nothing, nor do those where a tree of `data` does not hold. Where all pairs
-    hold, the conditions in `known` have these values; where all of `data` does, those in `known_by_data` do."""
+    hold, the conditions in `known` have these values; where all of `data` does, those in `known_by_data` do. `added`: trees ("added", load) of floats
+    that are -inf at points that contribute nothing."""
 
     pairs: list[Pair] = field(default_factory=list)
     known: dict[Value, bool] = field(default_factory=dict)
     data: list[Tree] = field(default_factory=list)
     known_by_data: dict[Value, bool] = field(default_factory=dict)
+    added: list[Tree] = field(default_factory=list)
 
 
 @dataclass
@@ -66,7 +70,8 @@ def dead_where(s: Stream) -> Alive:
     alive: list[Pair] = sorted((p for p in found if not isinstance(p[0], str)), key=str)  # type: ignore[misc]
     trees = list(dict.fromkeys(site.tree for site in reader.sites if site.tree in found))
     return Alive(alive, {site.condition: site.truth for site in reader.sites if site.complete and site.pairs <= set(alive)}, trees,
-                 {site.condition: site.truth for site in reader.sites if site.tree in found})
+                 {site.condition: site.truth for site in reader.sites if site.tree in found},
+                 sorted((t for t in found if t[0] == "added"), key=str))  # type: ignore[misc]
 
 
 class _Reader:
@@ -98,7 +103,9 @@ class _Reader:
     def _compute(self, op: Operation, x: Value, want: str) -> frozenset[Pair | Tree]:
         inner = x.defining_op
         if inner is None:
-            return self._operand(op, op.operands[x.index], want)  # type: ignore[attr-defined]
+            v = op.operands[x.index]  # type: ignore[attr-defined]
+            added = added_mask(self.s, op, x.index) if want == "low" and not self.s.kind_of(v) else None  # type: ignore[attr-defined]
+            return frozenset({added}) if added is not None else self._operand(op, v, want)
         name, args = inner.name.removeprefix("arith."), inner.operands
         if name == "select":
             return self._select(op, inner, want)

@@ -5,6 +5,8 @@
     ("load", tensor, positions)     ("extract", tensor, checked, scalar...)     ("at", expression)
     ("number", value, type)         ("arith", name, attributes, type, scalar...)
 
+    ("added", load)      of a float mask that is added to scores: it is not -inf. Only CPUs ask it (`tiling/conditions.py`)
+
 Positions are expressions over the stream's frame. Trees are plain tuples: two members that ask the same have equal ones. Nothing is known by
 name: a condition is whatever the body computes from integers that are loaded, gathered or positions.
 """
@@ -21,7 +23,7 @@ from ..ir.expr import free_symbols, substitute
 if TYPE_CHECKING:
     from .stream_form import Stream
 
-__all__ = ["COMPARISONS", "UNKNOWN", "Tree", "loads_data", "parts_of", "symbols_of", "tree_of"]
+__all__ = ["COMPARISONS", "UNKNOWN", "Tree", "added_mask", "loads_data", "parts_of", "symbols_of", "tree_of"]
 
 Tree = tuple[Any, ...]
 UNKNOWN: Tree = ("unknown",)
@@ -95,6 +97,16 @@ def _read(s: Stream, op: Operation, arg: Value) -> Tree | None:
         return None
     at = {f"d{j}": x for j, x in enumerate((*s.position[op], *(sym(f) for f in s.stream)))}
     return ("load", v, tuple(substitute(e, at) for e in m))
+
+
+def added_mask(s: Stream, op: Operation, i: int) -> Tree | None:
+    """That operand `i` of the member `op`, floats from outside that move along the stream, is not -inf; None if it is anything else."""
+    v, m = op.operands[i], op["maps"][i]
+    if m is None or not element_type(v.type).is_float or element_type(v.type).bits > 32 or fill_of(op, i) is not None:
+        return None
+    at = {f"d{j}": x for j, x in enumerate((*s.position[op], *(sym(f) for f in s.stream)))}
+    places = tuple(substitute(e, at) for e in m)
+    return ("added", ("load", v, places)) if set().union(*(free_symbols(e) for e in places)) & set(s.stream) else None
 
 
 def _is_whole(v: Value) -> bool:

@@ -1,8 +1,8 @@
 """Which steps of a block the conditions of a stream's masks leave to a tile of rows, on CPUs: found while the kernel runs, from the data itself.
 
-A condition such as `mask[q, k]`, `doc[q] == doc[k]` or `k < lengths[b]` is a tree (`passes/mask_tree.py`). It is computed for a register tile of
-points at a time, and a panel of steps is left out at both ends of a block where it holds at no point of the panel. What a tree does not
-know (gathers, floats) counts as holding.
+A condition such as `mask[q, k]`, `doc[q] == doc[k]` or `k < lengths[b]`, or a float mask that is added, is a tree (`passes/mask_tree.py`). It is
+computed for a register tile of points at a time, and a panel of steps is left out at both ends of a block where it holds at no point of the panel.
+What a tree does not know (gathers, comparisons of floats) counts as holding.
 
     possible(lowering, e, ("and", a, b), at, mask)      a tile of i1 that is true wherever the tree can hold; None if nothing is known
 """
@@ -31,7 +31,7 @@ each vector of points, a multiplication half a cycle. At 64 + 64 multiplications
 def deciding(s: Stream) -> list[Tree]:
     """The conditions that are worth asking before a tile is computed."""
     width = sum((product(op["dims"][len(s.position[op]):]) for op in s.firsts), 0) + len(s.seconds) * product(s.columns)
-    known = [t for t in s.alive.data if _known(t, True)]
+    known = [t for t in (*s.alive.data, *s.alive.added) if _known(t, True)]
     return [t for t in known if not isinstance(width, int) or WORK_OF_A_PART * sum(1 for _ in parts_of(t)) <= width]
 
 
@@ -42,6 +42,8 @@ def _known(t: Tree, truth: bool) -> bool:
         return _known(args[0], not truth)
     if name in ("and", "or"):
         return (any if (name == "and") == truth else all)(_known(a, truth) for a in args)
+    if name == "added":
+        return truth
     return name in (*COMPARISONS, "holds") and all(map(_computable, (p for a in args for p in parts_of(a))))
 
 
@@ -62,6 +64,8 @@ def possible(low: StreamLowering, e: Emitter, t: Tree, at: Mapping[str, Dim], ma
     if name in ("and", "or"):
         sides = [v for v in (possible(low, e, a, at, mask, truth) for a in args) if v is not None]
         return sides[0] if len(sides) == 1 else b.arith("and" if (name == "and") == truth else "or", *sides)
+    if name == "added":
+        return b.arith("ne", b.cast(_scalar(low, e, args[0], at, mask), DTYPES["f32"]), float("-inf"))
     sides = _alike(e, [_scalar(low, e, a, at, mask) for a in args])
     if name != "holds":
         made = b.arith(name, *sides)

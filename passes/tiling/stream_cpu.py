@@ -220,6 +220,8 @@ class CpuStream(StreamLowering):
         """The pointwise members of one row of a block, and its reductions, along the row: a few vectors at a time, for those of a whole tile
         would not fit the registers beside what an exponential needs."""
         s, nr, b = self.s, self.tile[1], e.builder
+        if not masked and not self.conditions and self.steps % (2 * nr) == 0:
+            nr *= 2  # whole blocks: more vectors at a time, for an exponential is one long chain
         known = {} if masked else dict(s.alive.known)
         m = self.start + row
         if not (isinstance(s.row_count, int) and s.row_count % self.tile[0] == 0):

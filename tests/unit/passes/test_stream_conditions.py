@@ -28,6 +28,14 @@ def by_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return _softmax(q @ k.mT / 6, mask, v)
 
 
+def by_float_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (q @ k.mT / 6 + mask).softmax(-1) @ v
+
+
+def by_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], mask)[0]
+
+
 def by_documents(q: Tensor, k: Tensor, v: Tensor, doc: Tensor) -> Tensor:
     return _softmax(q @ k.mT / 6, doc[:, None] == doc[None, :], v)
 
@@ -57,6 +65,7 @@ def summed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (w / w.sum(-1, keepdim=True)) @ v
 
 
+FLOATS = torch.where(ROWS >= STEPS, (ROWS - STEPS) * -0.01, NEVER)
 DOC = (torch.arange(S) >= 150).long()
 HOLE = (STEPS < 40) | (STEPS >= 200)
 CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor, slice]] = {
@@ -68,12 +77,15 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor, slice]] = {
     "documents_causal": (by_documents_causal, [DOC], (DOC[:, None] == DOC[None, :]) & (ROWS >= STEPS), slice(160, S)),
     "lengths": (by_length, [torch.tensor([50, 7])], torch.tensor([50, 7])[:, None, None] > STEPS, slice(64, S)),
     "lengths_or": (by_length_or_first, [torch.tensor([50, 7])], (torch.tensor([50, 7])[:, None, None] > STEPS) | (STEPS // 2 == 140), slice(288, S)),
+    "float_mask": (by_float_mask, [FLOATS], ROWS >= STEPS, slice(288, S)),
+    "float_mask_of_sdpa": (by_sdpa, [FLOATS], ROWS >= STEPS, slice(288, S)),
+    "float_padding": (by_float_mask, [FLOATS[50:51].expand(2, 1, S).contiguous()], STEPS < 51, slice(64, S)),
     "sums": (summed, [ROWS >= STEPS], ROWS >= STEPS, slice(288, S)),
 }
 
 
 def _expected(function: Callable[..., Tensor], args: list[Tensor], extra: list[Tensor]) -> Tensor:
-    return function(*(x.double() for x in args), *extra)
+    return function(*(x.double() for x in [*args, *(x for x in extra if x.is_floating_point())]), *(x for x in extra if not x.is_floating_point()))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -106,6 +118,14 @@ def test_rows_that_see_nothing() -> None:
     mask[100:103], mask[200:260] = False, False
     found = torch.compile(by_mask, backend="aicc")(*args, mask)
     torch.testing.assert_close(found.double(), _expected(by_mask, args, [mask]), atol=1e-5, rtol=2e-6, equal_nan=True)
+
+
+def test_a_float_mask_that_is_nan_is_alive() -> None:
+    args, mask = _qkv(), FLOATS.clone()
+    mask[7, 200] = float("nan")
+    found = torch.compile(by_float_mask, backend="aicc")(*args, mask)
+    torch.testing.assert_close(found.double(), _expected(by_float_mask, args, [mask]), atol=1e-5, rtol=2e-6, equal_nan=True)
+    assert found[:, 7].isnan().all()
 
 
 def test_what_is_gathered_counts_as_alive() -> None:
