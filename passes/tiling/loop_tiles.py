@@ -38,6 +38,7 @@ class TileChoice:
     shape: tuple[int, int]
     chunk: int              # elements of the vector dimension per program, when it is an outer one
     warps: int = 0          # of a program on a GPU; 0: as many as the tile's size suggests
+    gathered: bool = False  # sums rows that data names, along the vector dimension
     rows: int = 1           # of a program that works on several in turns (`row_pipeline.py`)
 
 
@@ -72,7 +73,8 @@ def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
         # Whole lines of what is read along the other dimension are used while they are in the first cache, where a row of lines would not stay.
         columns = max(lanes, LINE_ELEMENTS)  # lines of what is written are whole too
         return TileChoice(vector, across, (LINE_ELEMENTS, columns), max(columns, 256 // columns * columns))
-    width = lanes * (2 if heavy > 24 else 4)
+    named = bool(gathered.get(vector)) and vector not in frame.inner and bool(frame.inner)
+    width = lanes * (2 if heavy > 24 else 16 if named else 4)
     if isinstance(size, int):
         size = max(size, 1)
         while width > lanes and width >= 2 * size:
@@ -80,7 +82,7 @@ def choose_tile(frame: Frame, lanes: int, *, gpu: bool) -> TileChoice:
         if size < lanes:
             width = 1 << max(0, (size - 1).bit_length())
             width = size if width > size else width
-    return TileChoice(vector, None, (1, width), max(width, 4096 // width * width))
+    return TileChoice(vector, None, (1, width), max(width, 4096 // width * width), gathered=named)
 
 
 def _gathered(frame: Frame) -> dict[str, float]:

@@ -29,7 +29,12 @@ GRADIENTS = """exp div pow softmax nn.functional.layer_norm nn.functional.batch_
 gather index_select cat nn.functional.cross_entropy nn.functional.embedding cumsum logsumexp norm amax where
 nn.functional.scaled_dot_product_attention nn.functional.multi_head_attention_forward linalg.eig linalg.inv logcumsumexp
 nn.functional.embedding_bag nn.functional.adaptive_avg_pool2d""".split()
-CASES = [(op, "float32") for op in FLOAT] + [(op, dtype) for dtype, ops in OTHERS.items() for op in ops]
+REPEATED = """log1p tanh erf sigmoid sqrt nn.functional.silu sub mul maximum lerp addcmul copysign atan2 mean any logsumexp log_softmax nn.functional.group_norm mm bmm addmm
+nn.functional.linear nn.functional.avg_pool2d stack split roll tril scatter index_select masked_fill flip nn.functional.adaptive_avg_pool3d index_reduce.mean round.decimals_3
+masked_scatter permute norm""".split()
+"""Of a kind that others of `FLOAT` have, and row for row in the tests of the frontend, of decompositions and of arithmetic."""
+assert set(REPEATED) < set(FLOAT)
+CASES = [pytest.param(op, "float32", marks=[pytest.mark.slow] * (op in REPEATED)) for op in FLOAT] + [(op, dtype) for dtype, ops in OTHERS.items() for op in ops]
 
 
 def _resolved(name: str) -> str:

@@ -41,6 +41,6 @@ def leave_to_slow(items: Sequence[pytest.Item]) -> None:
 
 
 def _values(item: pytest.Item) -> dict[str, Hashable]:
-    """Parameters by name: numbers and words as themselves, anything else by its place in its list."""
-    spec = item.callspec  # type: ignore[attr-defined]
-    return {name: value if isinstance(value, (bool, int, float, str)) else ("place", spec.indices[name]) for name, value in spec.params.items()}
+    """Parameters by name; those that cannot be hashed by what object they are, for a product repeats the objects of its lists."""
+    given = item.callspec.params  # type: ignore[attr-defined]
+    return {name: (type(value), value) if isinstance(value, Hashable) else id(value) for name, value in given.items()}

@@ -110,3 +110,22 @@ def test_modules_that_end_with_metadata(small_parts, monkeypatch):
     """Their last line must not run into the next module's first."""
     monkeypatch.setattr(host, "add_half_conversions", lambda module, target: module.add_metadata([ir.IntType(32)(1)]))
     assert len(compile_module(_chain(), host_target()).modules) == COUNT
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_to_the_collector(fails):
+    """It would free contexts in front of their modules: a program with a loop, whose emitter is part of a cycle, ended the process."""
+    module = ir.Module("m")
+    ir.IRBuilder(ir.Function(module, ir.FunctionType(ir.VoidType(), []), "f").append_basic_block("entry")).ret_void()
+    jobs = []
+    try:
+        with Objects(host_target(), 2) as objects:
+            objects.add(module)
+            jobs += [job for job, _ in objects._jobs]
+            if fails:
+                raise KeyboardInterrupt
+            assert len(objects.finish()) == 1
+    except KeyboardInterrupt:
+        assert fails
+    (job,) = jobs
+    assert job.parsed.closed and job.builder.closed and job.passes.closed and job.machine.closed
