@@ -22,13 +22,13 @@ from statistics import median
 from . import contenders  # noqa: F401  # first: it names the caches before torch reads them
 
 import torch  # isort: skip
-from aicc.backends.llvm import host_target
+from aicc.backends.llvm import CompiledObject, host_target
 from aicc.backends.llvm.objects import optimize, parse
 from aicc.backends.llvm.target import target_machine
 from aicc.compiler.driver import Compilation, watching
 from aicc.ir.target import Target
 from aicc.runtime.loader import NativeLibrary, load_object
-from llvmlite import binding, ir
+from llvmlite import ir
 from torch import nn
 
 from .timing import environment
@@ -178,9 +178,7 @@ def measure(m: int, n: int, k: int, dtype: torch.dtype, peak: Callable[[], float
 
 
 def _asm(compilation: Compilation) -> str:
-    parsed = binding.parse_assembly(compilation.llvm_ir)
-    optimize(parsed, compilation.target)
-    return target_machine(compilation.target).emit_assembly(parsed)
+    return CompiledObject(b"", compilation.llvm_ir, (), {}, {}, compilation.target).asm
 
 
 def main() -> None:

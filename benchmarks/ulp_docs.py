@@ -89,8 +89,8 @@ values of every operator are compared with eager in `tests/ops/test_special_valu
 
 Where eager has NaN or gives up and the exact result exists, aicc has the exact result: `fmod` and `remainder` whose quotient overflows,
 `gelu` of infinity, denormal numbers in `log1p` and `erf`. `tests/ops/test_special_values.py` has these rows in its table `EAGER`.
-The other way round: on GPUs, the mean of a row with an infinity, computed together with its variance, may be NaN where
-eager's is infinite (the variance is NaN in both, so that what a norm makes of the row is, too).""".split("\n")
+The other way round: on GPUs (and on CPUs where rows outgrow the caches), the mean of a row with an infinity, computed together with its variance,
+may be NaN where eager's is infinite (the variance is NaN in both, so that what a norm makes of the row is, too).""".split("\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 torch captures the model once (`fullgraph`) by its own ahead-of-time compilation; a call then runs the code that Dynamo made, without its guards
 and without entering Dynamo. What the guards would notice is compared here (`ahead_checks.py`), in some microseconds: the inputs with their examples,
-the model's layers, flags and hooks, autocast. Parameters and buffers are read from the model in each call, so that changing them in place, or
+the model's layers, flags, classes and hooks, autocast and modes. Parameters
+and buffers are read from the model in each call, so that changing them in place, or
 replacing them by others of the same shape, stride and type, works as ever (packed copies are guarded by aicc itself).
 """
 
@@ -19,11 +20,13 @@ import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import disable as dynamo_disable
 from torch._functorch import config as functorch_config
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from .ahead_checks import Inputs, Operands, Surroundings, unshared
 from .dynamo import aicc, written_arguments
 from .errors import UserError
+from .forward_mode import any_tangent
 from .model_state import Modules
 
 try:
@@ -48,6 +51,9 @@ class _Compiled(SerializableCallable):
 
     def __call__(self, *args: Any) -> Any:
         self.check(args)
+        if forward_ad._current_level >= 0 and any_tangent(args):
+            raise ValueError("a dual tensor (torch.autograd.forward_ad) was given to a program, which knows no forward-mode derivatives; call the "
+                             "model itself or use torch.compile")
         return self.function(*args)
 
     @classmethod

@@ -1,7 +1,7 @@
 """What a program of `ahead.py` was compiled for, and whether a call still has it.
 
     Inputs          the structure of the arguments; of each tensor shape, strides, type and device, of anything else type and value
-    Surroundings    autocast and the default type
+    Surroundings    autocast, the default type, and modes of `__torch_function__` and `__torch_dispatch__`
     Operands        shapes, strides and types of all that the captured graph is given, parameters and buffers among them, and that nothing it
                     writes to overlaps anything else
 
@@ -36,7 +36,7 @@ def _never(*args: Any) -> bool:
 def _quick_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
     """Whether tensors are like these: torch's own comparison of shapes, strides, types, devices and dispatch keys, a fifth of the time in Python.
 
-    It also refuses tensors that require a gradient where these don't, so who is refused is looked at again.
+    It also refuses tensors that require a gradient where these don't, or with other dispatch keys, so who is refused is looked at again.
     """
     guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
     make = getattr(guards, "TensorGuards", None)
@@ -68,10 +68,13 @@ class Inputs:
         if structure != self.structure:
             raise ValueError(f"the program was compiled for inputs {self.structure}, not {structure}; compile it for these with aicc.compile")
         for i, (x, e) in enumerate(zip(leaves, self.examples, strict=True)):
+            if torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.requires_grad:
+                raise ValueError(f"input {i} requires a gradient, and a program's results carry none; call it under torch.no_grad(), pass "
+                                 "input.detach(), or use torch.compile")
             if (kind := kind_of(x)) != e:
                 raise ValueError(f"input {i} is {_text(kind)}, but the program was compiled for {_text(e)}; compile it for these inputs with "
                                  "aicc.compile, or use torch.compile, which does so by itself")
-        if self._flat:
+        if self._flat and not any(x.requires_grad for x in leaves):  # one that does is looked at in every call
             self._quick = _quick_check(leaves)
 
     def _flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
@@ -93,6 +96,8 @@ def kind_of(x: Any) -> Any:
         return type(x), x.hex() if isinstance(x, float) else x  # so that nan is nan, and -0.0 is not 0.0
     if x.layout is not torch.strided:
         return type(x), f"{x.layout} {list(x.shape)}"
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._is_functional_tensor(x):
+        return type(x), "inside of a transform of torch.func"
     kind = (x.shape, x.stride(), x.dtype, x.device)
     return kind if type(x) in _TENSORS and not x.is_neg() else (type(x), "negated view" if x.is_neg() else str(list(x.shape)))
 
@@ -129,15 +134,28 @@ def _storage(x: torch.Tensor) -> Any:
     return x.untyped_storage()._cdata if x.layout is torch.strided and x.device.type != "meta" else id(x)
 
 
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+
+
+def _modes() -> list[Any]:
+    return [*map(torch._C._get_function_stack_at, range(_function_modes())), *map(torch._C._get_dispatch_stack_at, range(_dispatch_modes()))]
+
+
 class Surroundings:
-    """What of the process decides results: autocast for the kinds of devices, and the default type."""
+    """What of the process decides results: autocast for the kinds of devices, the default type, and modes that see every operator."""
 
     def __init__(self, devices: Iterable[str]):
         self._devices = sorted(set(devices))
         self._then = self._now()
+        self._modes = _modes()
 
     def check(self) -> None:
         """ValueError if a call is in other surroundings."""
+        if (self._modes or _function_modes() or _dispatch_modes()) and _modes() != self._modes:
+            names = [", ".join(type(m).__name__ for m in modes) or "none" for modes in (_modes(), self._modes)]
+            raise ValueError(f"a program runs no operators that a mode of __torch_function__ or __torch_dispatch__ could see, and is called with "
+                             f"other modes ({names[0]}) than it was compiled with ({names[1]}); call it outside of them, or the model itself inside")
         now = self._now()
         if now != self._then:
             raise ValueError(f"the program was compiled with {self._text(self._then)}, but is called with {self._text(now)}; compile it where it "

@@ -9,6 +9,7 @@ AOTAutograd is called directly: torch's wrapper for backends (`torch._dynamo.bac
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import traceback
 import warnings
@@ -44,6 +45,7 @@ from .collector import collector_off
 from .control_flow import compile_pieces
 from .distributed.planned import compile_planned
 from .driver import Observer, compile_fx
+from .forward_mode import entered, guard_level, keep_tangents
 from .gpu import cuda_target, workers_for
 from .options import Options
 from .passthrough import without_wrapper
@@ -101,6 +103,13 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
     compilers: Any = {"fw_compiler": prepared("forward"), "bw_compiler": prepared("backward"), "inference_compiler": prepared("inference")}
 
     def compile_captured(gm: Graph, inputs: Sequence[Any]) -> Callable:
+        guard_level()
+        if not entered():
+            return compile_graph(gm, inputs)
+        eager = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph)) if isinstance(gm, Graph) else gm  # as captured, for the other is rewritten
+        return keep_tangents(eager, compile_graph(gm, inputs))
+
+    def compile_graph(gm: Graph, inputs: Sequence[Any]) -> Callable:
         _start_workers(inputs)
         if isinstance(gm, Graph):  # not torch's wrapper that takes nested inputs apart: what it wraps was here before
             expand_recurrent(gm)
@@ -111,7 +120,7 @@ def aot_backend(compiler: Callable[[str], Callable], *, fallback_random: bool = 
             write_out_bags(gm)
             chunk_losses(gm, loss_bytes)
         if any(isinstance(x, (list, tuple, dict)) for x in inputs):
-            return flatten_graph_inputs(gm, inputs, compile_captured)
+            return flatten_graph_inputs(gm, inputs, compile_graph)
         # Dynamo does not trace into what it is given back: a wrapper that forbids it would cost each call a microsecond or two.
         latest.clear()
         with collector_off():

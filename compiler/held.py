@@ -28,11 +28,12 @@ def is_container(value: Any) -> bool:
 
 class Held:
     """What a function or method reaches by itself: its object, `partial`'s arguments, variables of closures, and what is in these in lists, tuples,
-    dicts and functions. `modules`; other `objects` whose methods are called; `cells` of plain variables, with their names, and `containers` of those
-    that are lists and the like of plain values."""
+    dicts and functions. `modules`; `functions`; other `objects` whose methods are called; `cells` of plain variables, with their names, and
+    `containers` of those that are lists and the like of plain values."""
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
+        self.functions: list[FunctionType] = []
         self.objects: list[Any] = []
         self.cells: list[tuple[CellType, str]] = []
         self.containers: list[tuple[CellType, str]] = []
@@ -52,6 +53,7 @@ class Held:
         elif isinstance(x, partial):
             inside = [x.func, *x.args, *x.keywords.values()]
         elif isinstance(x, FunctionType):
+            self.functions.append(x)
             for name, cell in zip(x.__code__.co_freevars, x.__closure__ or (), strict=True):
                 self._add_cell(cell, name)
         elif isinstance(x, (list, tuple)):

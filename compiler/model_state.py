@@ -1,8 +1,9 @@
 """What of a model a program of `ahead.py` was compiled for, beside its tensors, and whether a call still has it.
 
 Of every layer: its `training` flag, layers and hooks, all plain settings (`eps` of a norm as well as what users' layers hold), functions (an
-activation), and lists, dicts and sets of plain values; whether it has got a `forward` of its own. The plain variables of a function's closure, and
-those of a method's object, likewise.
+activation), and lists, dicts and sets of plain values; whether it has got a `forward` of its own, or another class; and the hooks of all modules. The
+plain variables of a function's closure, and those of a method's object, likewise. Of functions that are called by name, those of users' classes among
+them: code and default values.
 Not seen: what an empty list or dict is given later, and the insides of objects that are neither of these.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -29,6 +30,9 @@ _BASE = frozenset(vars(nn.Module()))
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _METHODS = ("forward", "__call__")
 """What a layer may be given in place of its class's."""
+_EVERYWHERE = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+_forward = attrgetter("forward")
+_written = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 
 
 class Modules:
@@ -50,6 +54,14 @@ class Modules:
             read += [(partial(now.get, n), f"'{n}' of {type(x).__name__}") for n in _containers(x)]
         self._containers = [(get, _frozen(get()), name) for get, name in read]
         self._lengths = self._sizes()
+        self._classes = [*map(type, self._all)]
+        self._methods = [*dict.fromkeys(c for c in self._classes if issubclass(c, nn.Module))]
+        self._forwards = [*map(_forward, self._methods)]
+        own = (v for now in self._now for v in now.values())
+        self._functions = [*dict.fromkeys(f for f in (*held.functions, *self._forwards, *own)
+                                          if isinstance(f, FunctionType) and not (f.__module__ or "").startswith("torch."))]
+        self._written = [(code, values, named and dict(named)) for code, values, named in map(_written, self._functions)]
+        self._everywhere = [dict(h) for h in _EVERYWHERE]
 
     def tensors(self) -> list[torch.Tensor]:
         return [t for m in self.modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
@@ -65,6 +77,12 @@ class Modules:
                 raise ValueError(self._difference(i))
         if self._sizes() != self._lengths:
             self._look_for_methods()
+        if ([*map(type, self._all)] != self._classes or [*map(_forward, self._methods)] != self._forwards
+                or [*map(_written, self._functions)] != self._written):
+            raise ValueError(self._other_code())
+        if (_EVERYWHERE[0] or _EVERYWHERE[1] or any(self._everywhere)) and [*_EVERYWHERE] != self._everywhere:
+            raise ValueError("hooks of all modules (register_module_forward_hook) came or went since the program was compiled; compile it again with "
+                             "aicc.compile")
         for cell, then, name in self._cells:
             if kind_of(cell.cell_contents) != then:
                 raise ValueError(f"variable '{name}' of the function is another one since the program was compiled; compile it again with "
@@ -83,6 +101,14 @@ class Modules:
                 raise ValueError(f"{type(self._all[i]).__name__} got another '{new[0]}' since the program was compiled; compile it again with "
                                  "aicc.compile")
         self._lengths = self._sizes()
+
+    def _other_code(self) -> str:
+        classes, forwards, written = (zip(self._all, self._classes, strict=True), zip(self._methods, self._forwards, strict=True),
+                                      zip(self._functions, self._written, strict=True))
+        changed = [f"{then.__name__} became {type(x).__name__}" for x, then in classes if type(x) is not then]
+        changed += [f"class {c.__name__} got another 'forward'" for c, then in forwards if _forward(c) is not then]
+        changed += [f"{f.__qualname__} got other code or default values" for f, then in written if _written(f) != then]
+        return f"{changed[0]} since the program was compiled; compile it again with aicc.compile"
 
     def _difference(self, i: int) -> str:
         now = self._now[i]

@@ -96,7 +96,7 @@ The arena has {arena} bytes. No plan can do with less than {bound}; without plan
 
 ## 5. Native code
 
-`backends/llvm/` turns kernels and host program into one LLVM module, and that into machine code. Python then makes one native call per graph:
+`backends/llvm/` turns kernels and host program into LLVM modules, which threads compile to machine code. Python then makes one native call per graph:
 it collects addresses, calls, and wraps the outputs ({calls} native call and {extern_calls} ATen calls for this block). The inner loop of
 `{kernel_name}`, as LLVM IR, begins so:
 

@@ -1,6 +1,10 @@
 """Bags of embeddings of one length are a sum of rows: `F.embedding_bag` of a matrix of indices becomes a gather that is summed in one kernel.
 
-The operator itself sees a flat list of indices and where the bags begin, that is, data: then each row is added to its bag (`formulas.embedding_bag`).
+The operator itself sees a flat list of indices and where the bags begin, that is, data. On CPUs it is
+
+    aicc::bags(weight, indices, starts, scales, mode, padding, closed) -> result [B, D]
+
+which is the graph dialect's `graph.bags`; its gradients, and GPUs, have `formulas.py`. `closed`: the last of `starts` is the end of the last bag.
 """
 
 from __future__ import annotations
@@ -11,7 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-__all__ = ["bag", "write_out_bags"]
+__all__ = ["MODES", "bag", "write_out_bags"]
+
+MODES = ("sum", "mean", "max")
+"""By ATen's number."""
+
+_library = torch.library.Library("aicc", "FRAGMENT")
+_library.define("bags(Tensor weight, Tensor indices, Tensor starts, Tensor? scales, int mode, int? padding, bool closed) -> Tensor")
+
+
+def _bags(weight: Tensor, indices: Tensor, starts: Tensor, scales: Tensor | None, mode: int, padding: int | None, closed: bool) -> Tensor:
+    return F.embedding_bag(indices, weight, starts, mode=MODES[mode], per_sample_weights=scales, include_last_offset=closed, padding_idx=padding)
+
+
+def _fake(weight: Tensor, indices: Tensor, starts: Tensor, scales: Tensor | None, mode: int, padding: int | None, closed: bool) -> Tensor:
+    return weight.new_empty((starts.shape[0] - int(closed), weight.shape[1]))
+
+
+_library.impl("bags", _bags, "CompositeExplicitAutograd")
+torch.library.register_fake("aicc::bags", _fake, lib=_library)
 
 
 def bag(indices: Tensor, weight: Tensor, offsets: Tensor | None = None, max_norm: float | None = None, norm_type: float = 2.0,

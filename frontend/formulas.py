@@ -16,7 +16,7 @@ from torch._meta_registrations import meta_embedding_bag, meta_embedding_bag_for
 __all__ = ["FORMULAS"]
 
 Tensor = torch.Tensor
-aten = torch.ops.aten
+aten, aicc = torch.ops.aten, torch.ops.aicc
 
 
 def flash_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, dropout_p: float,
@@ -150,6 +150,7 @@ def embedding_bag(weight: Tensor, indices: Tensor, offsets: Tensor, scale_grad_b
     bags = offsets.shape[0] - (1 if include_last_offset else 0)
     count = indices.shape[0]
     bag = _bags(indices, offsets[:bags])
+    ours = weight.device.type == "cpu" and weight.is_floating_point()
     rows = weight.index_select(0, indices).to(torch.float32 if weight.dtype.itemsize < 4 else weight.dtype)
     used = indices != padding_idx
     size = torch.zeros(bags, dtype=torch.int64, device=indices.device).index_add(0, bag, used.long())
@@ -172,6 +173,8 @@ def embedding_bag(weight: Tensor, indices: Tensor, offsets: Tensor, scale_grad_b
         result = rows.new_zeros(bags, weight.shape[1]).index_add(0, bag, torch.where(used.unsqueeze(1), rows, 0.0))
         if mode == MEAN:
             result = result / size.clamp(min=1).unsqueeze(1)
+    if ours:
+        result = aicc.bags(weight, indices, offsets, per_sample_weights, mode, padding_idx if padding_idx >= 0 else None, include_last_offset)
     return result.to(weight.dtype), bag.to(offsets.dtype), size.to(offsets.dtype), won
 
 

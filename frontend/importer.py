@@ -396,10 +396,10 @@ class _Importer:
         self.c.b.create("return", values)
 
     def _view_of_argument(self, r: Any, value: Value) -> dict[str, Any]:
-        """Where the result lies in the memory of an argument, if it is a view at an offset in a graph with symbolic sizes.
+        """Where the result lies in the memory of an argument, if it is a view in a graph with symbolic sizes.
 
-        AOTAutograd makes such results anew from the offset of what the graph returns when the view has symbolic arguments, and by
-        replaying the view otherwise: then a copy will do.
+        AOTAutograd makes such results anew from the offset of what the graph returns when the view has symbolic arguments (the argument may itself
+        begin inside of its memory), and by replaying the view otherwise: then a copy will do.
         """
         val = r.meta.get("val")
         if isinstance(value, BlockArg) or not isinstance(val, torch.Tensor) or not (self.symbols.ranges() or self.c.numbers):
@@ -411,11 +411,13 @@ class _Importer:
             if isinstance(arg, BlockArg) and isinstance(base, torch.Tensor) and base.dtype == val.dtype and (
                     base.untyped_storage()._cdata == val.untyped_storage()._cdata
                     and (base.is_conj(), base.is_neg()) == (val.is_conj(), val.is_neg())):
-                offset = self.c.dim(val.storage_offset()) - self.c.dim(base.storage_offset())
-                if offset == 0 or arg in self.assigned.values():
-                    break
-                return {"view": {"arg": arg.index, "offset": offset, "shape": self.c.dims(val.shape), "strides": self.c.dims(val.stride())}}
+                return {} if arg in self.assigned.values() else self._view(arg, val, base)
         return {}
+
+    def _view(self, arg: BlockArg, val: torch.Tensor, base: torch.Tensor) -> dict[str, Any]:
+        """`val`, which lies in the memory of `base`, as a view of `arg`."""
+        offset = self.c.dim(val.storage_offset()) - self.c.dim(base.storage_offset())
+        return {"view": {"arg": arg.index, "offset": offset, "shape": self.c.dims(val.shape), "strides": self.c.dims(val.stride())}}
 
     def _result_strides(self, r: Any, value: Value) -> dict[str, Any]:
         val = r.meta.get("val") if isinstance(r, fx.Node) else None
@@ -440,6 +442,9 @@ class _Importer:
             if not isinstance(value, BlockArg) or value in self.assigned.values() or not self._same_strides(r, value):
                 return {}
             return {"alias_of_arg": value.index}
+        arg = next((a for copy, a in self.assigned.items() if root in (copy, copy.args[1])), None)
+        if arg is not None and (self.symbols.ranges() or self.c.numbers) and self._same_strides(root, arg):
+            return self._view(arg, r.meta["val"], root.meta["val"])  # as in `_view_of_argument`: the argument has these contents in the end
         base = next((b for b in returned if isinstance(b, fx.Node) and _storage_root(b) is root and _covers(b, root)), None)
         if base is None or base is r:
             return {}

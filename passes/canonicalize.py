@@ -127,8 +127,14 @@ def _drop_rounding(op: Operation, rewriter: Rewriter) -> None:
     if inner.name != "arith.cast":
         return
     source, middle, result = inner.operands[0], element_type(inner.result.type), element_type(op.result.type)
-    if element_type(source.type) == result and result.name == "f32" and middle.name in ("bf16", "f16"):
+    if element_type(source.type) == result and result.name == "f32" and middle.name in ("bf16", "f16") and not _compared(op.result):
         rewriter.replace(op, [source])
+
+
+def _compared(v: Value) -> bool:
+    """Whether it is asked what equals this: the gradient of a maximum looks for that, rounded when it was stored, among numbers computed again."""
+    return any(user.name in ("arith.eq", "arith.ne") and all(o.defining_op is None or o.defining_op.name != "arith.constant" for o in user.operands)
+               for user in v.users)
 
 
 def _in_memory(x: float, dtype: DType) -> float:

@@ -70,7 +70,8 @@ def why_small(s: Stream, target: Target) -> str:
     points = s.row_count * s.length
     if isinstance(points, int) and points < SMALL:
         return "the middle space stays in the cache"
-    if not s.reductions and isinstance(points, int) and points * 4 <= target.l3 // 2:
+    masked = s.alive.pairs or s.alive.data  # a stream leaves out what they hide, often half
+    if not s.reductions and not masked and isinstance(points, int) and points * 4 <= target.l3 // 2:
         return "the middle space stays in the outer cache, from which products of their own run at full speed"
     return ""
 

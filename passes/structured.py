@@ -119,6 +119,8 @@ def composed_map(outer: Sequence[Dim], inner: Sequence[Dim], bounds: Bounds) -> 
 def reshape_like(m: Sequence[Dim], dims: Sequence[Dim], shape: Sequence[Dim]) -> bool:
     """True if reading `shape` through `m` from the space `dims` visits every element once, in row-major order."""
     still: dict[str, Dim] = {f"d{i}": 0 for i, size in enumerate(dims) if size == 1}
+    if product(dims) != product(shape):
+        return False
     from_map = substitute(simplify(contiguous_linear(m, shape), space_bounds(dims)), still)
     return from_map == substitute(contiguous_linear(identity_map(len(dims)), dims), still)
 

@@ -25,6 +25,7 @@ from .cuda_replay import Replay
 from .executor import CompiledGraph
 from .extern_call import ALIGNMENT
 from .loader import NativeFunction
+from .no_memory import require_memory
 from .segments import Segments
 
 __all__ = ["CudaGraph"]
@@ -148,6 +149,8 @@ class CudaGraph(CompiledGraph):
                 raise self._wrong_count(args)
             tensors = args if pick is None else pick(args)
             pointers = [*map(_data_ptr, tensors)]
+            if 0 in pointers:
+                require_memory(tensors)
             sizes = static or self._sizes(self._symbol_values(args, tensors))
             if checked:
                 self._check_inputs(tensors, sizes.values)

@@ -9,8 +9,8 @@ their storages, version counters and contents (`fingerprint.py`) with what is kn
 without the interpreter's lock. Objects are read in three rounds (arguments, then their tensors, then storages), so that a processor has many
 of them on the way from memory at once: behind the kernels of a large model none is in the caches.
 
-`NOT_AS_KNOWN` says that nothing was done, for any reason: other parameters, arguments that are no plain tensors, a wrong number of them. Python
-code then does the same slowly, and finds out why.
+`NOT_AS_KNOWN` says that nothing was done, for any reason: other parameters, arguments that are no plain tensors or have no memory, a wrong number of
+them. Python code then does the same slowly, and finds out why.
 """
 
 from __future__ import annotations
@@ -90,7 +90,11 @@ i.fine:
   %slot = getelementptr ptr, ptr %table, i64 %k
   %failed = call i32 inttoptr (i64 {layout.data_ptr} to ptr)(ptr %k.cell, ptr %slot)
   %k.bad = icmp ne i32 %failed, 0
-  br i1 %k.bad, label %no, label %k.next.jump
+  br i1 %k.bad, label %no, label %k.reached
+k.reached:
+  %k.address = load ptr, ptr %slot
+  %k.nowhere = icmp eq ptr %k.address, null
+  br i1 %k.nowhere, label %no, label %k.next.jump
 k.next.jump:""", "g.entry")
     guard = _loop("g", "%guards", f"""
   %row.at = mul i64 %g, 4

@@ -45,6 +45,7 @@ from .dtypes import torch_dtype
 from .entry import NOT_AS_KNOWN, make_entry
 from .extern_call import TensorSpec
 from .loader import NativeFunction, NativeLibrary, load_object
+from .no_memory import require_memory
 from .outputs import is_large, shared_outputs
 from .packing import PackedMemory, PersistentBuffer
 from .segments import Segments
@@ -301,6 +302,8 @@ class CompiledGraph:
                 raise self._wrong_count(args)
             tensors = args if pick is None else pick(args)
             pointers = [*map(_data_ptr, tensors)]
+            if 0 in pointers:
+                require_memory(tensors)
             sizes = static or self._sizes(self._symbol_values(args, tensors))
             if self._input_specs:
                 self._check_inputs(tensors, sizes.values)
@@ -366,6 +369,8 @@ class CompiledGraph:
               segments: Segments | None = None) -> tuple[int, list[int]]:
         """Runs the steps, filling in the buffers; an error code or 0, and the values of the symbols, which externs may define."""
         pointers = list(map(_data_ptr, tensors))
+        if 0 in pointers:
+            require_memory(tensors)
         packed = None if self._packed is None else self._packed.get(tensors, pointers, sizes.values, sizes.address)
         table, address = self._new_frame()
         self._fill(table, 0, *pointers, *[0 if b is None else b.data_ptr() for b in buffers],

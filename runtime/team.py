@@ -1,7 +1,7 @@
 """The threads of one call of a compiled program: one OpenMP region per call, whose threads serve all of its launches.
 
     team = make_team(symbols)     # once per process
-    team.region                   # i32 aicc_region(steps, table, symbols, threads): steps(table, symbols, team) with a team; its error word
+    team.region                   # i32 aicc_region(steps, table, symbols, threads, memory): steps(table, symbols, team) with a team; its error word
     team.launch                   # void aicc_launch(team, body, data): body(data, thread) on the caller and on every thread that comes
 
 An OpenMP region per launch would begin and end with all threads: where a core has a busy neighbour, the thread that should run there is put aside
@@ -12,6 +12,12 @@ a second set would find those of the last eager operator spinning on its cores.
 
 Threads wait actively for a time, then in the kernel (a futex; where there are none, by yielding). Only the end of a call waits for all: its last
 launch is one that every thread has to enter.
+
+A call that is over in less than a slice of the scheduler may take less time without its threads: it waits for one that is put aside in the middle of
+a piece, and no other can take that piece over, for its thread writes to the results when it goes on. `memory`, 24 bytes per compiled function that
+begin as zeros, is what the calls before have seen. One that waited long (LATE) is followed by some on the caller's thread alone. If they
+take less time by an eighth, the next 8 calls are alone too, then 16 after the next look at the threads, up to 64; if they do not, as many calls do
+not try again.
 
 A team lives on the caller's stack as long as its region. So calls from several Python threads have teams of their own, and a fork inherits none.
 """
@@ -30,7 +36,7 @@ import llvmlite.binding as llvm
 
 __all__ = ["NEEDED", "Team", "make_team"]
 
-NEEDED = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "syscall", "sched_yield")
+NEEDED = ("clock_gettime", "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "syscall", "sched_yield")
 """What the code calls: addresses that `make_team` needs."""
 _PAUSES = {"x86_64": ("call void @llvm.x86.sse2.pause()", "declare void @llvm.x86.sse2.pause()"),
            "aarch64": ("call void @llvm.aarch64.isb(i32 15)", "declare void @llvm.aarch64.isb(i32)")}
@@ -42,6 +48,12 @@ JOIN, IDLE, CROWDED = 6e-3, 1e-3, 20e-6
 that took its core meanwhile would keep it, waiting actively for OpenMP's next region. Of the others for the next launch: so short that who waits for
 a caller that is put aside gives it the core. Of all where there are more threads than cores. A pause is 65 cycles on AMD's Zen 3 and 140 on Intel
 since Skylake, so how many fill these times is measured when the code is loaded."""
+LATE = 500_000
+"""Nanoseconds, and a quarter of the call, that a call waits for threads before it is suspected to be quicker alone: waking one takes a tenth of
+that. Alone it takes four times as long at most, or is not tried."""
+FEW, MANY, FIRST = 8, 64, 3
+"""Calls between two looks at whether the threads are better than the caller alone, at first and at last; and how many alone are not judged: the
+threads of the call before spin in OpenMP for some milliseconds, on whatever core."""
 SAMPLE, ROUNDS = 4_000, 5
 
 
@@ -60,7 +72,8 @@ def make_team(symbols: Mapping[str, int]) -> Team:
     pause, declaration = _PAUSES.get(machine, ("", ""))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     futex = _FUTEXES.get(machine) if sys.platform.startswith("linux") else None
-    words = {"PAUSE": pause, "CORES": cores, "FUTEX": futex}
+    words = {"PAUSE": pause, "CORES": cores, "FUTEX": futex, "CLOCK": getattr(time, "CLOCK_MONOTONIC", 1),
+             "LATE": LATE, "FEW": FEW, "MANY": MANY, "FIRST": FIRST}
     text = _CODE + declaration + (_YIELDING if futex is None else _FUTEX)
     for word, value in words.items():
         text = text.replace(word, str(value))
@@ -118,7 +131,8 @@ define internal void @rouse(ptr %word) nounwind {
 # `left`: how many of those have finished. Each waiting word has the number of threads that sleep on it beside it.
 _CODE = """
 %team = type { i32, i32, ptr, ptr, ptr, i64, [24 x i8],  i64, i32, [52 x i8],  ptr, ptr, [48 x i8],  i32, i32, [56 x i8] }
-; 0 error, 1 threads, 2 steps, 3 table, 4 symbols, 5 spins;  7 state, 8 sleepers;  10 body, 11 data;  13 left, 14 sleepers
+; 0 error, 1 threads, 2 steps, 3 table, 4 symbols, 5 spins, 6 nanoseconds that the caller waited, and when it ended
+; 7 state, 8 sleepers;  10 body, 11 data;  13 left, 14 sleepers
 
 ; how often a thread looks at a word before it sleeps: at a launch's end, for the next launch, and both where cores are few
 @join_spins = internal global i64 1
@@ -126,8 +140,11 @@ _CODE = """
 @crowded_spins = internal global i64 1
 
 declare i64 @llvm.umin.i64(i64, i64)
+declare i32 @llvm.smin.i32(i32, i32)
+declare i32 @llvm.smax.i32(i32, i32)
 declare i64 @syscall(i64, ...)
 declare i32 @sched_yield()
+declare i32 @clock_gettime(i32, ptr)
 declare void @GOMP_parallel(ptr, ptr, i32, i32)
 declare i32 @omp_get_thread_num()
 declare i32 @omp_get_num_threads()
@@ -241,20 +258,44 @@ define internal void @open(ptr %team, ptr %body, ptr %data) nounwind {
   ret void
 }
 
+; nanoseconds
+define internal i64 @now() nounwind {
+  %t = alloca { i64, i64 }
+  %r = call i32 @clock_gettime(i32 CLOCK, ptr %t)
+  %s = load i64, ptr %t
+  %np = getelementptr { i64, i64 }, ptr %t, i32 0, i32 1
+  %n = load i64, ptr %np
+  %s9 = mul i64 %s, 1000000000
+  %all = add i64 %s9, %n
+  ret i64 %all
+}
+
 ; the caller's wait, until so many have left
 define internal void @join(ptr %team, i32 %all) nounwind {
 entry:
   %left = getelementptr %team, ptr %team, i32 0, i32 13
-  %spins = getelementptr %team, ptr %team, i32 0, i32 5
-  %most = load i64, ptr %spins
-  br label %look
-look:
   %l = load atomic i32, ptr %left acquire, align 4
   %ready = icmp eq i32 %l, %all
-  br i1 %ready, label %done, label %wait
+  br i1 %ready, label %done, label %late
+late:
+  %spins = getelementptr %team, ptr %team, i32 0, i32 5
+  %most = load i64, ptr %spins
+  %start = call i64 @now()
+  br label %wait
 wait:
-  call void @await(ptr %left, i32 %l, i64 %most)
-  br label %look
+  %old = phi i32 [ %l, %late ], [ %l2, %wait ]
+  call void @await(ptr %left, i32 %old, i64 %most)
+  %l2 = load atomic i32, ptr %left acquire, align 4
+  %ready2 = icmp eq i32 %l2, %all
+  br i1 %ready2, label %come, label %wait
+come:
+  %end = call i64 @now()
+  %took = sub i64 %end, %start
+  %waitedp = getelementptr %team, ptr %team, i32 0, i32 6
+  %before = load i64, ptr %waitedp
+  %waited = add i64 %before, %took
+  store i64 %waited, ptr %waitedp
+  br label %done
 done:
   ret void
 }
@@ -288,15 +329,54 @@ call:
   call void @open(ptr %team, ptr null, ptr null)
   %all = sub i32 %threads, 1
   call void @join(ptr %team, i32 %all)
+  %end = call i64 @now()
+  %endp = getelementptr %team, ptr %team, i32 0, i32 6, i64 8
+  store i64 %end, ptr %endp
   ret void
 other:
   call void @serve(ptr %team, i32 %me)
   ret void
 }
 
-define i32 @aicc_region(ptr %steps, ptr %table, ptr %symbols, i32 %threads) nounwind {
+; what a function's calls have seen: calls to make alone, calls until the next trial, their number (both), nanoseconds of calls with threads (the
+; last count most)
+%memory = type { i32, i32, i32, i32, i64 }
+
+define i32 @aicc_region(ptr %steps, ptr %table, ptr %symbols, i32 %threads, ptr %memory) nounwind {
+entry:
   %team = alloca %team, align 64
   store %team zeroinitializer, ptr %team, align 64
+  %skipp = getelementptr %memory, ptr %memory, i32 0, i32 1
+  %spanp = getelementptr %memory, ptr %memory, i32 0, i32 2
+  %nsp = getelementptr %memory, ptr %memory, i32 0, i32 4
+  %start = call i64 @now()
+  %aloneleft = load atomic i32, ptr %memory monotonic, align 4
+  %isalone = icmp sgt i32 %aloneleft, 0
+  br i1 %isalone, label %alone, label %together
+
+alone:
+  %threadsp = getelementptr %team, ptr %team, i32 0, i32 1
+  store i32 1, ptr %threadsp
+  call void %steps(ptr %table, ptr %symbols, ptr %team)
+  %aloneend = call i64 @now()
+  %alonetook = sub i64 %aloneend, %start
+  %usual = load atomic i64, ptr %nsp monotonic, align 8
+  %eighth = lshr i64 %usual, 3
+  %limit = sub i64 %usual, %eighth
+  %span = load atomic i32, ptr %spanp monotonic, align 4
+  %fewer = sub i32 %aloneleft, 1
+  %done1 = sub i32 %span, %fewer
+  %early = icmp sle i32 %done1, FIRST
+  %quick = icmp slt i64 %alonetook, %limit
+  %better = or i1 %early, %quick
+  %stay = select i1 %better, i32 %fewer, i32 0
+  store atomic i32 %stay, ptr %memory monotonic, align 4
+  br i1 %better, label %done, label %worse
+worse:
+  store atomic i32 %span, ptr %skipp monotonic, align 4
+  br label %done
+
+together:
   %stepsp = getelementptr %team, ptr %team, i32 0, i32 2
   %tablep = getelementptr %team, ptr %team, i32 0, i32 3
   %symbolsp = getelementptr %team, ptr %team, i32 0, i32 4
@@ -310,6 +390,50 @@ define i32 @aicc_region(ptr %steps, ptr %table, ptr %symbols, i32 %threads) noun
   %spins = select i1 %crowd, i64 %few, i64 %many
   store i64 %spins, ptr %spinsp
   call void @GOMP_parallel(ptr @enter, ptr %team, i32 %threads, i32 0)
+  %end = call i64 @now()
+  %waitedp = getelementptr %team, ptr %team, i32 0, i32 6
+  %endedp = getelementptr %team, ptr %team, i32 0, i32 6, i64 8
+  %joined = load i64, ptr %waitedp
+  %ended = load i64, ptr %endedp
+  %barrier = sub i64 %end, %ended
+  %waited = add i64 %joined, %barrier
+  %took = sub i64 %end, %start
+  %waited4 = mul i64 %waited, 4
+  %long = icmp sge i64 %waited, LATE
+  %much = icmp sge i64 %waited4, %took
+  %own = sub i64 %took, %waited
+  %threads64 = zext i32 %threads to i64
+  %most64 = mul i64 %own, %threads64        ; nanoseconds alone, if all worked as long as the caller
+  %took4 = mul i64 %took, 4
+  %cheap = icmp sle i64 %most64, %took4
+  %waits = and i1 %long, %much
+  %late = and i1 %waits, %cheap
+  %mean = load atomic i64, ptr %nsp monotonic, align 8
+  %new = icmp eq i64 %mean, 0
+  %known = select i1 %new, i64 %took, i64 %mean
+  %known3 = mul i64 %known, 3
+  %sum = add i64 %known3, %took
+  %recent = lshr i64 %sum, 2
+  store atomic i64 %recent, ptr %nsp monotonic, align 8
+  %skip = load atomic i32, ptr %skipp monotonic, align 4
+  %wary = icmp sgt i32 %skip, 0
+  br i1 %wary, label %pass, label %judge
+pass:
+  %skip1 = sub i32 %skip, 1
+  store atomic i32 %skip1, ptr %skipp monotonic, align 4
+  br label %done
+judge:
+  %before = load atomic i32, ptr %spanp monotonic, align 4
+  %twice = shl i32 %before, 1
+  %least = call i32 @llvm.smax.i32(i32 %twice, i32 FEW)
+  %most = call i32 @llvm.smin.i32(i32 %least, i32 MANY)
+  %next = select i1 %late, i32 %most, i32 0
+  store atomic i32 %next, ptr %spanp monotonic, align 4
+  br i1 %late, label %suspect, label %done
+suspect:
+  store atomic i32 %next, ptr %memory monotonic, align 4
+  br label %done
+done:
   %error = load i32, ptr %team
   ret i32 %error
 }

@@ -30,6 +30,7 @@ from .symbolic import position
 from .values import (
     I1,
     I32,
+    I64,
     PTR,
     Tile,
     chunk_type,
@@ -197,7 +198,28 @@ class _Loader(Accessor):
         self.align = self.dtype.bytes
 
     def run(self) -> list[list[ir.Value]]:
-        return [[self._finish(self._chunk(c), c.lanes.width) for c in row] for row in self.rows()]
+        return [[self._finish(x, c.lanes.width) for x, c in zip(self._row(row), row, strict=True)] for row in self.rows()]
+
+    def _row(self, chunks: list[AccessChunk]) -> list[ir.Value]:
+        """One test for a whole row if all its lanes are guarded alike (a row of a table by its index), and one address if they lie side by side."""
+        first = chunks[0]
+        if not first.gaps or any(first.lanes.varies(g) for g in first.gaps):
+            return [self._chunk(c, *self._mask(c)) for c in chunks]
+        inside, _ = self._mask(first)
+        linear = first.lanes.linear(first.offset)
+        if len(chunks) == 1 or linear is None or linear[0] != 1:
+            return [self._chunk(c, inside, None) for c in chunks]
+        room = self.k.scratch.filled(self.dtype, self.other, self.shape[-1])
+        pointer = self.b.select(inside, self.address(first.lanes.at(first.offset, 0)), room)
+        return [self.b.load(self.b.gep(pointer, [I64(c.lanes.start)], source_etype=self.memory), align=self.align,
+                            typ=chunk_type(self.memory, c.lanes.width)) for c in chunks]
+
+    def _mask(self, c: AccessChunk) -> tuple[ir.Value | None, ir.Value | None]:
+        """The chunk's mask, reported where outside of it is an error."""
+        scalar, vector = c.lanes.mask(c.gaps)
+        if self.op["check"] and c.gaps:
+            self.k.report(self.op, full_mask(self.b, scalar, vector, c.lanes.width) if scalar is None or vector is not None else scalar)
+        return scalar, vector
 
     def _finish(self, raw: ir.Value, width: int) -> ir.Value:
         """Memory to register form."""
@@ -210,11 +232,8 @@ class _Loader(Accessor):
             return splat(self.b, ir.IntType(8)(int(bool(self.other))), width)
         return constant(self.other, self.dtype, width)
 
-    def _chunk(self, c: AccessChunk) -> ir.Value:
+    def _chunk(self, c: AccessChunk, scalar: ir.Value | None, vector: ir.Value | None) -> ir.Value:
         lanes, b = c.lanes, self.b
-        scalar, vector = lanes.mask(c.gaps)
-        if self.op["check"] and c.gaps:
-            self.k.report(self.op, full_mask(self.b, scalar, vector, lanes.width))
         steps = self.steps(c)
         if steps is not None and lanes.width > 1:
             if all(s == 0 for s in steps):

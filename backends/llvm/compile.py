@@ -69,6 +69,6 @@ def compile_module(module: Operation, target: Target, *, stepwise: bool = False,
     with Objects(target, usable_threads(threads)) as objects:
         emitter = ModuleEmitter(module, target, objects.add)
         programs = {op["sym_name"]: emitter.host(op, stepwise) for op in module.body if op.name == "func" and not op["private"]}
-        emitter.finish()
+        objects.add(emitter.finish(), last=True)
         code = archive(objects.finish())
     return CompiledObject(code, "".join(objects.texts), tuple(emitter.exported), programs, dict(emitter.errors.messages), target)

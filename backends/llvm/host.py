@@ -61,8 +61,8 @@ PART = 800
 class ModuleEmitter:
     """Emits the functions of one module; kernels are emitted when first launched.
 
-    `ready` is given LLVM modules with kernels as soon as they are complete, and with `finish` the last, which has the host functions, the constants
-    and the first kernels.
+    `ready` is given LLVM modules with kernels as soon as they are complete; `finish` gives the last, which has the host functions, the
+    constants and the first kernels.
     """
 
     def __init__(self, module: Operation, target: Target, ready: Callable[[ir.Module], None], name: str = "aicc"):
@@ -124,11 +124,11 @@ class ModuleEmitter:
             add_half_conversions(self.part, self.target)
             self.ready(self.part)
 
-    def finish(self) -> None:
-        """Gives the modules that are left; nothing can be emitted any more."""
+    def finish(self) -> ir.Module:
+        """The last module, which nothing can be added to any more."""
         self._close()
         add_half_conversions(self.llvm, self.target)
-        self.ready(self.llvm)
+        return self.llvm
 
     def programs(self, name: str) -> ir.Function:
         """The function that runs some of the programs of a kernel on the calling thread."""

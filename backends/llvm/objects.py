@@ -27,6 +27,7 @@ from llvmlite.binding import ffi, newpassmanagers
 from ...ir.core import IRError
 from ...ir.target import Target
 from .target import new_target_machine, target_machine
+from .text import module_text
 
 __all__ = ["MOST_THREADS", "Objects", "addresses_as_written", "emit_object", "optimize", "parse", "parse_text", "usable_threads"]
 
@@ -45,7 +46,7 @@ def parse(module: ir.Module, target: Target) -> tuple[binding.ModuleRef, str]:
     machine = target_machine(target)
     module.triple = machine.triple
     module.data_layout = str(machine.target_data)
-    text = f"{module}\n"
+    text = module_text(module)
     try:
         parsed = parse_text(text)
         parsed.verify()
@@ -190,13 +191,14 @@ class Objects:
         self._jobs.clear()
         _REDUCTION.take(-1)
 
-    def add(self, module: ir.Module) -> None:
-        """Takes the next module, which must not change any more. IRError if LLVM rejects it."""
+    def add(self, module: ir.Module, *, last: bool = False) -> None:
+        """Takes the next module, which must not change any more. The last is left to `finish`: a new thread has to fetch memory of its own first.
+        IRError if LLVM rejects it."""
         parsed, text = parse(module, self.target)
         self.texts.append(text)
         machine = new_target_machine(self.target)
         job = _Job(parsed, machine, *_pipeline(machine, level=2))
-        self._jobs.append((job, None if self._pool is None else self._pool.submit(job.run)))
+        self._jobs.append((job, None if last or self._pool is None else self._pool.submit(job.run)))
 
     def finish(self) -> list[bytes]:
         """The objects, in the order of the modules: what no thread has begun, this one does."""

@@ -28,6 +28,8 @@ __all__ = ["Piece", "emit_call", "emit_launcher", "emit_side_by_side", "shareabl
 
 CONTEXT = ir.LiteralStructType([I32, I32])
 """The error word and the number of threads."""
+MEMORY = ir.ArrayType(I64, 3)
+"""What calls of a function remember of its threads (`runtime/team.py`)."""
 CHUNKS = 8
 CHUNK_NANOSECONDS = 1_000
 """Least time of a chunk."""
@@ -58,7 +60,9 @@ def emit_call(b: ir.IRBuilder, steps: ir.Function, table: ir.Value, symbols: ir.
         nested = b.call(declare(module, "omp_in_parallel", I32, []), [])
         b.cbranch(b.and_(b.icmp_signed(">", threads, I32(1)), b.icmp_signed("==", nested, I32(0))), together, alone)
         b.position_at_end(together)
-        b.ret(b.call(declare(module, "aicc_region", I32, [PTR, PTR, PTR, I32]), [steps, table, symbols, threads]))
+        memory = ir.GlobalVariable(module, MEMORY, module.get_unique_name(f"memory.{steps.name}"))
+        memory.linkage, memory.initializer = "internal", ir.Constant(MEMORY, None)
+        b.ret(b.call(declare(module, "aicc_region", I32, [PTR, PTR, PTR, I32, PTR]), [steps, table, symbols, threads, memory]))
         b.position_at_end(alone)
     context = _serial_context(b)
     b.call(steps, [table, symbols, context])

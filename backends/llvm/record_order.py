@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
+from .narrow import MOST, narrow_sort
 from .network import network_first, network_sort
 from .records import Record, counted_sort, digit_sort, function
 from .values import I64, PTR
 
 __all__ = ["record_first", "record_sort"]
 
-COUNTED = {1: 8, 2: 96}
+COUNTED = {1: 8, 2: 16}
 """Most records that are sorted by comparing each with each, by words of a record: beyond, a network has less to do, or counting digits pays."""
 NETWORK = {8: 128, 16: 512, 32: 1024}
 """Most that are sorted by a network, by bits of a key: as many digits of eight bits take as long."""
@@ -42,6 +43,8 @@ def record_sort(module: ir.Module, r: Record) -> ir.Function:
         up_to(COUNTED[r.words], counted, [records, spare, n])
         if r.words == 1:
             up_to(NETWORK[r.bits], network_sort(module), [records, n])
+        else:
+            up_to(MOST, narrow_sort(module, r), [records, spare, n])
         made.append((b.call(by_digits, [records, spare, n]), b.block))
         b.branch(end)
         return _whichever(b, end, made)

@@ -49,12 +49,12 @@ class Scratch:
         with at_block(self.k.b, self.k.entry):
             yield self.k.b
 
-    def filled(self, dtype: DType, other: Any) -> ir.Value:
-        """A pointer to a full vector of `other`."""
-        key = (dtype.name, str(other))
+    def filled(self, dtype: DType, other: Any, width: int = 0) -> ir.Value:
+        """A pointer to `width` times `other`, or to a full vector of it."""
+        width = max(width, self.k.lanes)
+        key = (dtype.name, str(other), width)
         if key not in self.cache:
             with self._entry() as b:
-                width = self.k.lanes
                 t = chunk_type(memory_type(dtype), width)
                 slot = stack_slot(b, t)
                 value = constant(other, dtype, width)

@@ -156,8 +156,7 @@ def _select(module: ir.Module, keys: Keys) -> ir.Function:
         source, n, keep, records, spare = args
         _unless_in_order(b, keys, source, n, keep, records)
         short, long = b.append_basic_block("short"), b.append_basic_block("long")
-        short_enough = I64(SHORT if keys.record().words == 1 else SHORTEST)
-        few = b.and_(b.icmp_signed("<=", n, b.mul(keep, I64(BUFFER))), b.icmp_signed("<=", n, short_enough))
+        few = b.and_(b.icmp_signed("<=", n, b.mul(keep, I64(BUFFER))), b.icmp_signed("<=", n, I64(SHORT)))
         b.cbranch(b.or_(few, b.icmp_signed("<=", n, I64(SHORTEST))), short, long)
         b.position_at_end(short)
         _all_records(b, keys, keys.record(), source, n, records)

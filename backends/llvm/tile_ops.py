@@ -224,8 +224,8 @@ def load(k: KernelEmitter, op: Operation) -> None:
 
 
 def prefetch(k: KernelEmitter, op: Operation) -> None:
-    """A prefetch to all cache levels; in unrolled code for the first copy alone, and none in code for edges."""
-    if k.cold or k.copy:
+    """A prefetch to all cache levels; in unrolled code for the first copy alone unless they ask for each, and none in code for edges."""
+    if k.cold or k.copy and not op["each"]:
         return
     buffer = op.operands[0]
     at = k.instantiate(k.facts.simplify(k.resolver.accesses[op].offset))

@@ -86,7 +86,9 @@ def undef(type_: ir.Type) -> ir.Constant:
 
 @lru_cache(maxsize=256)
 def _undef(element: ir.Type, count: int) -> ir.Constant:
-    return ir.Constant(ir.VectorType(element, count) if count else element, ir.Undefined)
+    made = ir.Constant(ir.VectorType(element, count) if count else element, ir.Undefined)
+    made.constant = ir.Undefined  # of a vector llvmlite makes a list, whose text is long and read often
+    return made
 
 
 @lru_cache(maxsize=1024)

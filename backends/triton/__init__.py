@@ -27,6 +27,7 @@ from ...ir.expr_json import expr_to_json
 from ...ir.target import Target
 from .compile import CompiledKernel, compile_kernel, triton_cache
 from .early_weights import print_early_weights
+from .few_rows import print_few_rows
 from .host import Copy, Launch, Program, Step, Wait, build_program
 from .native import NativeHost, emit_native
 from .printer import KernelSource, print_kernel
@@ -122,6 +123,8 @@ def _source(kernel: Operation, target: Target, divisible: Sequence[bool]) -> Ker
     made = print_warp_groups(kernel, target, divisible)
     if isinstance(made, str):
         made = print_early_weights(kernel, target, divisible)
+    if isinstance(made, str):
+        made = print_few_rows(kernel, target, divisible)
     maps = divisible if target.capability == TENSOR_MAPS else ()
     return print_kernel(kernel, maps, dependent=may_begin(kernel, target)) if isinstance(made, str) else made
 

@@ -544,8 +544,9 @@ def _term(text: str) -> str:
 
 
 def identifier(name: str) -> str:
+    """A Python name that is none of the functions that kernels call: as a kernel's or a variable's it would hide that."""
     text = re.sub(r"\W", "_", name)
-    return f"_{text}" if not text or text[0].isdigit() else text
+    return f"_{text}" if not text or text[0].isdigit() or text in HELPERS or text in ("tl", "triton", "libdevice") else text
 
 
 def stored_buffers(block) -> set[Value]:  # type: ignore[no-untyped-def]

@@ -18,7 +18,7 @@ from ...ir.types import BufferType, TileType, element_type
 from .descriptors import ALIGNMENT, TensorMap
 from .printer import loaded_buffers, stored_buffers
 
-__all__ = ["HALF", "ROWS", "Declined", "Loop", "Read", "StreamShape", "read_stream", "require"]
+__all__ = ["HALF", "ROWS", "Declined", "Loop", "Read", "StreamShape", "divided", "read_stream", "require"]
 
 ROWS = 128
 """Rows of a program: two groups of 64."""
@@ -186,7 +186,7 @@ class _Reader:
         assert isinstance(stride, int)
         shape = op["shape"][::-1] if turned else op["shape"]
         require(stride * dtype.bytes % ALIGNMENT == 0, "rows of an operand do not start at multiples of 16 bytes")
-        row, column = _divided(substitute(op["offset"], {"t0": 0, "t1": 0}), stride)
+        row, column = divided(substitute(op["offset"], {"t0": 0, "t1": 0}), stride)
         bounds = {f"i{k}": self._span(v) for k, v in enumerate(op.operands[1:])}
         low = lower_bound(column, bounds)
         require(isinstance(low, int) and low >= 0 and known_less(column + shape[1] - 1, stride, bounds), "a tile crosses a row's end")
@@ -212,7 +212,7 @@ def _is_zero(v: Value) -> bool:
     return made is not None and made.name == "arith.constant" and made["value"] == 0
 
 
-def _divided(e: Dim, by: int) -> tuple[Dim, Dim]:
+def divided(e: Dim, by: int) -> tuple[Dim, Dim]:
     """(row, column) with row * by + column == e: terms that are multiples of `by` count as rows."""
     if isinstance(e, int):
         return divmod(e, by)

@@ -10,6 +10,7 @@ import torch
 from ...ir.core import Value
 from ...ir.expr import Dim
 from ...ir.types import TensorType
+from ..bags import MODES
 from ..context import F32, I1, I64, Context, like, typeof
 from ..dtypes import TO_TORCH
 from ..errors import Unsupported
@@ -58,6 +59,12 @@ def _masked_put(c: Context, x: Value, indices: Sequence[Value | None], mask: Val
 
 def embedding(c: Context, weight: Value, indices: Value, *_: Any) -> Value:
     return c.b.op("graph.embedding", weight, c.cast(indices, I64), type=c.out())
+
+
+def bags(c: Context, weight: Value, indices: Value, starts: Value, scales: Value | None, mode: int, padding: int | None, closed: bool) -> Value:
+    """`aicc::bags`; `closed` follows from the sizes."""
+    given = [] if scales is None else [scales]
+    return c.b.op("graph.bags", weight, indices, c.cast(starts, I64), *given, type=c.out(), kind=MODES[mode], padding=padding)
 
 
 def gather(c: Context, x: Value, dim: int, at: Value, *, sparse_grad: bool = False) -> Value:
@@ -257,6 +264,7 @@ ROWS: dict[str, Lower] = {
     "aten.index_put.default": index_put,
     "aten._unsafe_index_put.default": index_put,
     "aten.embedding.default": embedding,
+    "aicc.bags.default": bags,
     "aten.gather.default": gather,
     "aten.index_select.default": index_select,
     "aten.scatter.src": scatter,

@@ -165,6 +165,9 @@ define("graph.avg_pool", "window mean of [B, C, *]; `divisor` replaces the windo
 
 # -- indexing ---------------------------------------------------------------------------------------------------------
 define("graph.embedding", "weight[indices]: [V, *] and [*] -> [*indices, *weight[1:]]", operands="weight indices", traits=[P])
+define("graph.bags", "of each bag, the sum, mean or max of the rows of `weight` [V, D] that `indices` [N] names, times `scales` [N]: [B, D]; "
+       "bags lie one behind the other, from the i64 `starts` [B] on (or [B + 1], the last being the end); the index `padding` counts for nothing, "
+       "and nothing is 0", operands="weight indices starts scales*", attrs={"kind": attr(), "padding": optional(None)}, traits=[P])
 define("graph.gather", "result[i..] = x[.., index[i..], ..] at `dim`, as torch.gather", operands="x index", attrs={"dim": attr()}, traits=[P])
 define("graph.take", "x with `dim` indexed by the 1-d i64 `index` (torch.index_select)", operands="x index", attrs={"dim": attr()}, traits=[P])
 define("graph.index", "advanced indexing: `dims` of x indexed by tensors that broadcast together; the broadcast shape goes where torch puts it",

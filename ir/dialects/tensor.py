@@ -22,10 +22,11 @@ from __future__ import annotations
 from ..core import IRError, Operation, Value
 from ..expr import Dim, free_symbols
 from ..opdef import Trait, attr, define, optional
-from ..types import ScalarType, TensorType
+from ..types import DTYPES, ScalarType, TensorType
 
 COMBINE = ("none", "sum", "prod", "max", "min", "any", "all", "argmax", "argmin")
 SCAN_KINDS = ("sum", "prod", "max", "min", "logsumexp")
+SEGMENT_KINDS = ("sum", "mean", "max")
 SCATTER_KINDS = ("set", "add", "mul", "max", "min")
 
 _SPACE = {"dims": attr("sizes of the iteration space"), "maps": attr("one index map per operand, or none to pass the tensor whole"),
@@ -111,6 +112,21 @@ def _verify_sort(op: Operation) -> None:
         raise IRError(f"'tensor.sort' yields one value and gives two tensors of shape [{', '.join(map(str, shape))}]")
 
 
+def _verify_segments(op: Operation) -> None:
+    _verify_space(op, op.operands)
+    starts, result, out = op.operands[0].type, op.result.type, _yielded(op)
+    if op["combine"] not in SEGMENT_KINDS:
+        raise IRError(f"'combine' of 'tensor.segments' is '{op['combine']}', not one of {', '.join(SEGMENT_KINDS)}")
+    if op["maps"][0] is not None or not isinstance(starts, TensorType) or starts.rank != 1 or starts.dtype.name != "i64":
+        raise IRError(f"the first operand of 'tensor.segments' says where segments begin, an i64 tensor without a map, got {starts}")
+    if len(op["dims"]) != 2 or not isinstance(result, TensorType) or result.rank != 2 or result.shape[1] != op["dims"][0]:
+        raise IRError("'tensor.segments' goes over [columns, positions] and gives [segments, columns]")
+    if result.shape[0] not in (starts.shape[0], starts.shape[0] - 1):
+        raise IRError(f"{starts.shape[0]} starts are those of as many segments or of one less, got {result.shape[0]}")
+    if len(out) not in (1, 2) or out[0].type != ScalarType(result.dtype) or len(out) == 2 and out[1].type != ScalarType(DTYPES["i1"]):
+        raise IRError("'tensor.segments' yields a value of the result's type, and perhaps an i1")
+
+
 def _verify_scatter(op: Operation) -> None:
     init, *rest = op.operands
     _verify_space(op, tuple(rest))
@@ -134,6 +150,11 @@ define("tensor.sort", "along the last dimension of the space, the first `keep` o
        "NaN is the largest", operands="inputs*", results="values indices",
        attrs={**_SPACE, "keep": attr("a size, at most the dimension's"), "largest": optional(True, "the largest come first")}, regions=1,
        traits=[Trait.Pure, Trait.Structured], verify=_verify_sort)
+define("tensor.segments", "over the space [columns, positions], the combination of the body's value over each segment of positions, as [segments, "
+       "columns]: segment s goes from starts[s] up to starts[s + 1] (the last to the end, if there are no more starts than segments); of nothing 0. "
+       "Where the body yields an i1 too, positions at which it is false count for nothing. Starts that fall, or lie outside, make the call fail",
+       operands="starts inputs*", attrs={**_SPACE, "combine": attr("sum, mean or max")}, regions=1,
+       traits=[Trait.Pure, Trait.Structured], verify=_verify_segments)
 define("tensor.scatter", "a copy of `init` into which, for each point of the space in row-major order, the body's (value, index...) is combined",
        operands="init inputs*", attrs={**_SPACE, "combine": optional("set", "set, add, mul, max or min")}, regions=1,
        traits=[Trait.Pure, Trait.Structured], verify=_verify_scatter)

@@ -182,10 +182,11 @@ define("tile.load", "a tile (a scalar when shape is []) read from a buffer", ope
 define("tile.store", "writes a tile or scalar", operands="buffer value indices*",
        attrs={**_ACCESS, "atomic": optional("", "combine with what is there, atomically")}, results=(), traits=[Trait.WritesMemory],
        verify=_verify_store)
-define("tile.prefetch", "a hint: the cache line at `offset` (which may be out of bounds) will be read soon (once per unrolled round); or `bytes` "
-       "from each place of a tile on (which lie within the buffer, at multiples of 16 bytes)",
+define("tile.prefetch", "a hint: the cache line at `offset` (which may be out of bounds) will be read soon (once per unrolled round, unless `each`); "
+       "or `bytes` from each place of a tile on (which lie within the buffer, at multiples of 16 bytes)",
        operands="buffer indices*", attrs={"offset": attr("Expr, in elements"), "mask": optional((), "pairs [a, b]: a < b"),
-                                          "shape": optional((), "of the tile"), "bytes": optional(0, "a multiple of 16; 0: one line")},
+                                          "shape": optional((), "of the tile"), "bytes": optional(0, "a multiple of 16; 0: one line"),
+                                          "each": optional(False, "in every step of an unrolled round")},
        results=(), traits=[Trait.ReadsMemory])
 define("tile.index", "the value of an index expression: a tile of `shape`, or a scalar when shape is []; element type of the result",
        operands="indices*", attrs={"expr": attr(), "shape": optional(())}, traits=[Trait.Pure])

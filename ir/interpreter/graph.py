@@ -6,6 +6,7 @@ Attention rows whose scores are all -inf give 0 (and a log-sum-exp of 0), as tor
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -346,6 +347,29 @@ def _embedding(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     return [weight[indices]]
 
 
+def _bags(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
+    weight, indices, starts, *scales = xs
+    rows = _wide(_embedding(ctx, op, [weight, indices])[0])
+    if scales:
+        rows = rows * _wide(scales[0]).unsqueeze(1)
+    counts = None if op["padding"] is None else indices != op["padding"]
+    return _typed(ctx, op, segments(op["kind"], rows, counts, starts, int(ctx.shape(op.result.type)[0])))
+
+
+def segments(kind: str, rows: Tensor, counts: Tensor | None, starts: Tensor, number: int) -> Tensor:
+    """[number, D]: the rows [N, D] of each segment combined, those alone for which `counts` holds; of none 0."""
+    bounds = [*starts.tolist(), rows.shape[0]][:number + 1]
+    if number and (bounds[0] < 0 or bounds[-1] > rows.shape[0] or any(a > b for a, b in itertools.pairwise(bounds))):
+        raise RuntimeError(f"segments begin at {bounds[:8]}... of {rows.shape[0]} positions, which fall or lie outside")
+    made = rows.new_zeros(number, rows.shape[1])
+    how: dict[str, Callable[[Tensor], Tensor]] = {"sum": lambda x: x.sum(0), "mean": lambda x: x.mean(0), "max": lambda x: x.amax(0)}
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        some = rows[begin:end] if counts is None else rows[begin:end][counts[begin:end]]
+        if some.shape[0]:
+            made[n] = how[kind](some)
+    return made
+
+
 def _gather(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     return [torch.gather(xs[0], op["dim"], xs[1].to(torch.int64))]
 
@@ -416,5 +440,5 @@ HANDLERS: dict[str, Handler] = {
     "graph.layer_norm": _layer_norm, "graph.rms_norm": _rms_norm, "graph.group_norm": _group_norm,
     "graph.max_pool": _max_pool, "graph.avg_pool": _avg_pool,
     "graph.embedding": _embedding, "graph.gather": _gather, "graph.take": _take, "graph.index": _index,
-    "graph.index_put": _index_put, "graph.scatter": _scatter, "graph.assign": _assign, "graph.extern": extern,
+    "graph.index_put": _index_put, "graph.scatter": _scatter, "graph.bags": _bags, "graph.assign": _assign, "graph.extern": extern,
 }

@@ -316,6 +316,15 @@ def _sort(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     return [ctx.to_type(values, op.results[0].type), places]
 
 
+def _segments(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
+    columns, positions = ctx.dims(op["dims"])
+    body = _Body(ctx, op, xs, _Space((range(columns), range(positions))))
+    value, *counts = op.body.terminator.operands
+    used = body.whole(counts[0])[0] if counts and columns else None
+    made = graph.segments(op["combine"], body.whole(value).t(), used, xs[0], int(ctx.shape(op.result.type)[0]))
+    return [ctx.to_type(made, op.result.type)]
+
+
 _REDUCE = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 
 
@@ -370,7 +379,7 @@ def _sym(ctx: Context, op: Operation, xs: list[Any]) -> list[Any]:
 
 
 HANDLERS: dict[str, Handler] = {
-    "tensor.generic": _generic, "tensor.scan": _scan, "tensor.sort": _sort,
+    "tensor.generic": _generic, "tensor.scan": _scan, "tensor.sort": _sort, "tensor.segments": _segments,
     "tensor.scatter": _scatter, "tensor.fused": _fused, "tensor.library": _fused,
     "tensor.sym": _sym, "tensor.alias": graph.HANDLERS["graph.remap"], "tensor.extract": _extract, "tensor.constant": _constant,
     "tensor.assign": graph.HANDLERS["graph.assign"], "tensor.extern": extern,

@@ -18,6 +18,7 @@ from .common import (
     broadcast_shape,
     computing,
     convert,
+    d,
     identity,
     index,
     promote,
@@ -56,6 +57,25 @@ def _embedding(b: Builder, op: Operation) -> list[Value]:
         return [i.cast(row, I64), *(index(i, k) for k in range(lead, len(shape)))]
 
     return _read(b, shape, weight, [indices], [identity(lead)], where)
+
+
+def _bags(b: Builder, op: Operation) -> list[Value]:
+    weight, indices, starts, *scales = op.operands
+    t, inside, padding = tensor_type(op.result), computing(tensor_type(op.result).dtype), op["padding"]
+    dims: list[Dim] = [t.shape[1], tensor_type(indices).shape[0]]
+    inputs, maps = [starts, weight, indices, *scales], [None, None, *((d(1),) for _ in (indices, *scales))]
+
+    def body(i: Builder, _: Value, table: Value, number: Value, *scale: Value) -> list[Value]:
+        row = i.cast(number, I64)
+        value = i.cast(_extract(i, table, [row, index(i, 0)]), inside)
+        if scale:
+            value = i.arith("mul", value, i.cast(scale[0], inside))
+        return [value] if padding is None else [value, i.arith("ne", row, padding)]
+
+    region = structured_body(b, inputs, maps, body)
+    made = b.create("tensor.segments", inputs, {"dims": tuple(dims), "maps": tuple(maps), "combine": op["kind"]},
+                    [TensorType(t.shape, inside)], [region]).result
+    return [convert(b, made, t.dtype)]
 
 
 def _gather(b: Builder, op: Operation) -> list[Value]:
@@ -146,6 +166,6 @@ def _scatter(b: Builder, op: Operation) -> list[Value]:
 
 
 RULES: dict[str, Rule] = {
-    "graph.embedding": _embedding, "graph.gather": _gather, "graph.take": _take, "graph.index": _index,
+    "graph.embedding": _embedding, "graph.bags": _bags, "graph.gather": _gather, "graph.take": _take, "graph.index": _index,
     "graph.index_put": _index_put, "graph.scatter": _scatter,
 }

@@ -38,6 +38,8 @@ def sums_columns(low: Lowering) -> bool:
     if low.gpu or not frame.inner or tile.vector is None or tile.vector in frame.inner or tile.row is not None or frame.online or frame.moments:
         return False
     size = frame.sizes[tile.vector]
+    if tile.gathered:
+        return False  # rows that data names are no streams: their sums stay in registers
     if isinstance(size, int) and size <= tile.shape[1]:
         return False
     summed = product(frame.sizes[d] for d in frame.inner)

@@ -20,6 +20,7 @@ from ..exact import holds, matrix_unit_type
 from .bodies import evaluate_body
 from .contraction import Contraction, as_tile, offset_of, with_shape
 from .emit import Emitter, Pair, fill_masks
+from .gpu_tile_cost import row_group
 from .gpu_tiles import ASKED_BYTES, ASKED_ROWS, GpuTile
 
 __all__ = ["emit_gpu_contraction"]
@@ -61,7 +62,7 @@ class _GpuContraction(Contraction):
         batch = self._batch(e, 0)
         nb = len(batch)
         blocks_m, blocks_n = ceildiv(self.m, bm), ceildiv(self.n, bn)
-        group = _row_group(blocks_m, blocks_n)
+        group = row_group(blocks_m, blocks_n)
         grid = [blocks_m, blocks_n] if group == 1 else [blocks_m * blocks_n]
         ids = [e.fresh(e.builder.op("tile.program_id", type=index, axis=nb + k), 0, g - 1) for k, g in enumerate(grid)]
         if group > 1:
@@ -332,9 +333,3 @@ def _is_aligned(offset: Dim, width: int, e: Emitter) -> bool:
     """A multiple of 16 bytes, in elements of `width` bytes."""
     return simplify(mod(offset, max(1, 16 // width)), e.bounds()) == 0
 
-
-def _row_group(blocks_m: Dim, blocks_n: Dim) -> int:
-    """Programs that run together cover a block of this many tile rows, so that they share what they read in the L2 cache."""
-    if not isinstance(blocks_m, int) or not isinstance(blocks_n, int) or blocks_n < 4:
-        return 1
-    return next(g for g in (8, 4, 2, 1) if blocks_m % g == 0)

@@ -122,12 +122,15 @@ class Emitter:
             attrs["atomic"] = atomic
         self.builder.create("tile.store", [buffer, value, *operands], attrs)
 
-    def prefetch(self, buffer: Value, offset: Dim, mask: Sequence[Pair] = (), length: int = 0) -> None:
-        """Asks for the cache line at `offset`, which may lie outside the buffer; or for `length` bytes from each place of the tile on."""
+    def prefetch(self, buffer: Value, offset: Dim, mask: Sequence[Pair] = (), length: int = 0, each: bool = False) -> None:
+        """Asks for the cache line at `offset`, which may lie outside the buffer, once per unrolled round or in `each` of its steps; or for `length`
+        bytes from each place of the tile on."""
         operands, names = self._operands([offset, *(x for p in mask for x in p)])
         attrs: dict[str, Any] = {"offset": substitute(offset, names)}
         if length:
             attrs |= {"shape": self.tile_shape([offset]), "bytes": length}
+        if each:
+            attrs["each"] = True
         if mask:
             attrs["mask"] = tuple((substitute(a, names), substitute(b, names)) for a, b in mask)
         self.builder.create("tile.prefetch", [buffer, *operands], attrs)

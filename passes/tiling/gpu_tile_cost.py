@@ -6,7 +6,8 @@ A multiprocessor holds several programs at once, as many as registers and shared
   - work: what all of its tiles together ask of the matrix units, of shared memory and of the path from the L2 cache, and
   - a chain: the programs that run one after another in one place, each with the latency of its first loads, its steps (at best the latency of a
     load over the loads in flight) and its result.
-That is wave quantisation: the busiest multiprocessor counts. Reading and writing memory once is a bound for all together.
+That is wave quantisation: the busiest multiprocessor counts. Reading and writing memory is a bound for all together: an operand that does not fit
+half of the L2 cache is read again by each group of programs that run after those that had it.
 
 `COSTS` are fitted by `benchmarks/gpu_tile_fit.py`, to shapes other than those that it prints the regret of.
 """
@@ -16,9 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from ...ir import Target
+from ...ir import Dim, Target
 
-__all__ = ["COSTS", "Tile", "TileCosts", "costs_of", "product_seconds", "residents"]
+__all__ = ["COSTS", "Tile", "TileCosts", "costs_of", "product_seconds", "residents", "row_group"]
 
 REGISTERS, SHARED, MOST_WARPS = 65536, {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}, 64
 """Of a multiprocessor: registers, bytes of shared memory for programs, warps."""
@@ -82,7 +83,7 @@ class TileCosts:
     """How close to the larger of work and chain their sum is (a norm: 1 is the sum, infinity the larger)."""
 
 
-HOPPER = TileCosts(start=541, fill=194, latency=318, far=886, turn=21, rate=3000, shared=368, l2=94, store=60, flat=(0.12, 0.25), memory=3000,
+HOPPER = TileCosts(start=541, fill=194, latency=318, far=886, turn=21, rate=3000, shared=368, l2=108, store=60, flat=(0.12, 0.25), memory=3000,
                    sharpness=7.5)
 COSTS = {
     80: TileCosts(start=541, fill=250, latency=400, far=1000, turn=30, rate=980, shared=290, l2=40, store=70, flat=(0.5, 0.8), memory=1700,
@@ -133,9 +134,20 @@ def product_seconds(target: Target, sizes: tuple[int, int, int, int], tile: Tile
     ahead = max(1, tile.stages - 1 - (tile.rows >= WHOLE and target.capability >= ASYNCHRONOUS))
     work = each * (steps * own + result)
     chain = -(-each // held) * (c.fill + steps * max(own + c.turn, latency / ahead) + result)
-    moved = batch * (m * k + products * (k * n + m * n * stored / width)) * width / c.memory
-    spent = (work**c.sharpness + chain**c.sharpness) ** (1 / c.sharpness)
-    return float(c.start + max(spent, moved)) * 1e-9
+    blocks = (-(-n // tile.rows), -(-m // tile.columns)) if tile.turned else (-(-m // tile.rows), -(-n // tile.columns))
+    left, right = (products * k * n * width, m * k * width) if tile.turned else (m * k * width, products * k * n * width)
+    group = row_group(*blocks)
+    left *= blocks[1] if group == 1 and 2 * left > target.l2 else 1
+    right *= -(-blocks[0] // group) if 2 * right > target.l2 else 1
+    moved = batch * (left + right + products * m * n * stored) / c.memory
+    return float(c.start + (work**c.sharpness + chain**c.sharpness + moved**c.sharpness) ** (1 / c.sharpness)) * 1e-9
+
+
+def row_group(blocks_m: Dim, blocks_n: Dim) -> int:
+    """Programs that run together cover a block of this many tile rows, so that they share what they read in the L2 cache."""
+    if not isinstance(blocks_m, int) or not isinstance(blocks_n, int) or blocks_n < 4:
+        return 1
+    return next(g for g in (8, 4, 2, 1) if blocks_m % g == 0)
 
 
 def _sides(tile: Tile, products: int) -> tuple[int, int]:

@@ -48,6 +48,9 @@ FEW_ROWS, RUN = 16, 256
 """A product with so few rows is bound by memory: programs read RUN bytes of each of 32 columns at a time."""
 HOPPER, WHOLE = 90, 64
 """The compute capability whose matrix units take 64 rows at a time (another number of columns, from 8 on, costs them nothing)."""
+NARROW, LONG = 32, 8192
+"""Rows of a weight that a program of few rows of the other operand has if that makes as many programs as there are multiprocessors: with WHOLE it
+would take parts, which a second kernel adds. And the K from which on that pays."""
 SHARED = 220 << 10
 """Bytes of shared memory for loads that programs on one multiprocessor share there."""
 ASKED_ROWS, ASKED_BYTES = (32, 256), 12 << 20
@@ -55,10 +58,10 @@ ASKED_ROWS, ASKED_BYTES = (32, 256), 12 << 20
 larger weights the memory is busy anyway, and asking makes it slower (16 rows and 90 MB on an H200: 26 -> 41 us); with more rows, arithmetic is."""
 EARLY = 224 << 10
 """Bytes of shared memory for all of K of both operands, and a float32 result (`backends/triton/early_weights.py`)."""
-FITTED = 6
-"""Tiles of 128 x 128 for each multiprocessor, up to which the model was fitted. With more, or where the left operand fills half of the L2 cache,
-rounds count for little, and what counts is the rate of a tile and how often the left operand is read (ResNet-50's layers of 64 columns: tiles of
-64 x 32, by the model, made the network 2.6 -> 3.2 ms on an H200)."""
+FITTED, SHORT_SUMS = 6, 1024
+"""Tiles of 128 x 128 for each multiprocessor, up to which the model was fitted. With more, or where the left operand fills half of the L2 cache, and
+sums of at least SHORT_SUMS, rounds count for little, and what counts is the rate of a tile (4096^3 on an H200: 128 x 256 187.7 us, which the model
+takes for as fast as 128 x 128, 198.0). Shorter sums are bound by memory, which the model knows (50176 x 512 x 256: 36.4 us by it, 40.3 by rates)."""
 RATE = {16: 0.13, 32: 0.25, 64: 0.5, 128: 0.85, 256: 1.0}
 """Relative rate of matrix units there, by the side of a square tile (others: the geometric mean of the sides' rates)."""
 UNKNOWN = 2048
@@ -85,10 +88,18 @@ def _turned_tiles(target: Target, batch: int, n: int, k: Dim, products: int) -> 
     alone = batch * as_int(ceildiv(n, WHOLE)) <= max(1, target.multiprocessors)
     held = (WHOLE * products + FEW_ROWS) * 2
     found = []
+    divides = isinstance(k, int) and k % (2 * WHOLE) == 0 and n % NARROW == 0
+    if products == 1 and divides and as_int(k) >= LONG and _fills(target, batch * (n // NARROW)):
+        found.append(GpuTile(NARROW, FEW_ROWS, 256 if k % 256 == 0 else 128, 4, 4, True))
     for step, stages in ((128, 6), (128, 4), (64, 8)) if alone else ((128, 4), (128, 5), (64, 6)):
         step = _fit(k, step)
         found.append(GpuTile(WHOLE, FEW_ROWS, step, 4, max(2, min(stages, SHARED // (held * step) // (1 if alone else 2))), True))
     return found
+
+
+def _fills(target: Target, programs: int) -> bool:
+    """So many programs, each with a multiprocessor to itself, keep nearly all of them busy."""
+    return 0.9 * target.multiprocessors <= programs <= target.multiprocessors
 
 
 def early_columns(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim) -> int:
@@ -175,6 +186,8 @@ def gemm_tiles_gpu(target: Target, batch: Dim, m: Dim, n: Dim, k: Dim, bytes_per
 def _is_beyond(target: Target, shape: tuple[int, int, int, Any]) -> bool:
     """Beyond what the model was fitted to."""
     batch, m, n, k = shape
+    if k < SHORT_SUMS:
+        return False
     return batch * -(-m // 128) * -(-n // 128) > FITTED * max(1, target.multiprocessors) or 2 * batch * m * k * 2 > target.l2
 
 

@@ -59,7 +59,8 @@ def choose_tile(frame: Frame, lanes: int, *, gpu: bool, target: Target | None = 
         # Whole lines of what is read along the other dimension are used while they are in the first cache, where a row of lines would not stay.
         columns = max(lanes, LINE_ELEMENTS)  # lines of what is written are whole too
         return TileChoice(vector, across, (LINE_ELEMENTS, columns), max(columns, 256 // columns * columns))
-    width = lanes * (2 if heavy > 24 else 4)
+    named = bool(gathered.get(vector)) and vector not in frame.inner and bool(frame.inner)
+    width = lanes * (2 if heavy > 24 else 16 if named else 4)
     if isinstance(size, int):
         size = max(size, 1)
         while width > lanes and width >= 2 * size:
@@ -67,7 +68,7 @@ def choose_tile(frame: Frame, lanes: int, *, gpu: bool, target: Target | None = 
         if size < lanes:
             width = 1 << max(0, (size - 1).bit_length())
             width = size if width > size else width
-    return TileChoice(vector, None, (1, width), max(width, 4096 // width * width))
+    return TileChoice(vector, None, (1, width), max(width, 4096 // width * width), gathered=named)
 
 
 def _gathered(frame: Frame) -> dict[str, float]:

@@ -30,7 +30,7 @@ from .gpu_loop_tiles import rows_aligned
 from .keeping import Home, choose_homes
 from .moments import add_shifted, initial_shifted, mean_about, spread_about, spread_of_shifted, sum_of_shifted, total_about
 from .online import Lanes
-from .prefetch import Leaf, ask_ahead
+from .prefetch import Leaf, ask_ahead, ask_for_named_rows, named_by
 from .row_pipeline import emit_row_pipeline
 from .tile_choice import TileChoice
 
@@ -365,6 +365,10 @@ class Lowering:
             return e.index_value(inner["expr"])
         if inner.name == "tensor.extract":
             source = op.operands[inner.operands[0].index]  # type: ignore[attr-defined]
+            if self.tile.gathered:
+                numbers = named_by(op, inner)
+                if numbers is not None and op.operands[numbers] not in self.made:
+                    ask_for_named_rows(e, op, inner, self.buffers, positions, 4 * self.private_bytes)
             return emit_extract(e, self.buffers[source], source, [local[v] for v in inner.operands[1:]], inner["check"],
                                 list(scope.active.values()))
         if inner.name == "tensor.require":

@@ -33,6 +33,7 @@ from .loops import emit_loops
 from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel, starts_as_copy
 from .row_columns import emit_row_columns, row_columns_tile
 from .row_pipeline import in_pipeline
+from .segments import emit_segments
 from .sort import OPS_PER_ELEMENT, emit_sort
 from .stream import GpuStream, stream_tile, stream_tiles, suits_warp_groups
 from .stream_cpu import CpuStream
@@ -167,6 +168,10 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
             t = first.result.type
             assert isinstance(t, TensorType)
             bytes_moved = bytes_moved - 2 * (t.numel - product(first["dims"])) * t.dtype.bytes
+    elif first.name == "tensor.segments":
+        grid = emit_segments(first, Emitter(builder, (1, lanes), ranges, coarse=coarse), buffers, buffers[first.result], target.l2)
+        flops = 2 * product(first["dims"])
+        bytes_moved = product(first["dims"]) * element_type(first.result.type).bytes
     elif first.name == "tensor.sort":
         grid = emit_sort(first, Emitter(builder, (1, 4 * lanes), ranges, coarse=coarse), buffers, [buffers.get(r) for r in first.results])
         flops = product(first["dims"]) * OPS_PER_ELEMENT
@@ -263,7 +268,7 @@ def candidate_tiles_cpu(fused: Operation, target: Target, *, few: bool = True) -
     """What a group of constant sizes can be computed by on a CPU, the model's choice first: the few that are likely, or all. Empty where there is no
     choice."""
     members = [op for op in fused.body if op.name != "tensor.yield"]
-    if members[0].name in ("tensor.scatter", "tensor.scan", "tensor.sort"):
+    if members[0].name in ("tensor.scatter", "tensor.scan", "tensor.sort", "tensor.segments"):
         return []
     stream = analyse_stream(members) if len(members) > 1 else None
     if stream is not None:

@@ -45,7 +45,10 @@ def body_values(e: Emitter, op: Operation, buffers: dict[Value, Value], at: dict
                 offset = offset + substitute(x, at) * stride
             fill = fill_of(op, i)
             pairs, low = fill_masks(m, v.type.shape, at, bounds) if fill is not None else ([], [])
-            local[arg] = e.load(buffers[v], simplify(offset, bounds), [*pairs, *e.needed(active)], low, 0 if fill is None else fill)
+            offset = simplify(offset, bounds)
+            moving = {"t0", "t1"} & free_symbols(offset).union(*(free_symbols(x) for x, _ in pairs))
+            mask = [*pairs, *(p for p in e.needed(active) if free_symbols(p[0]) & moving)]  # what all lanes read alike stays one element
+            local[arg] = e.load(buffers[v], offset, mask, low, 0 if fill is None else fill)
         for inner in body_ops(op):
             if inner.name == "tensor.index":
                 local[inner.result] = e.index_value(at[f"d{inner['dim']}"])

@@ -3,6 +3,9 @@
 A kernel that passes over a row several times (a norm, a softmax) waits for memory in its first pass alone and leaves memory idle in the others,
 whose loops find the row in the caches. So the last loop that reads an operand (or, if only the first does, the last of all) asks, line by line,
 for what the next program will read first.
+
+Rows of a table that data names are foreseen by nobody, but their numbers lie ahead in memory: `ask_for_named_rows` reads the one that will be
+wanted some rows later, in this bag or the next, and asks for that row.
 """
 
 from __future__ import annotations
@@ -10,15 +13,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...ir import Builder, Dim, Value
-from ...ir.expr import substitute, sym
+from ...ir import Builder, Dim, Operation, TensorType, Value
+from ...ir.expr import free_symbols, minimum, substitute, sym
 from ...ir.ranges import simplify, split_linear
 from .emit import Emitter
 from .frame import Access
 
-__all__ = ["Leaf", "ask_ahead", "ask_beyond"]
+__all__ = ["Leaf", "ask_ahead", "ask_beyond", "ask_for_named_rows", "named_by"]
 
 LINE = 64
+AHEAD = 16
+"""Rows between the one that is asked for and the one that is read."""
 BEYOND = 2048
 """Bytes before what a pipeline of rows reads first: hardware does not look past a page, and a row is one or two."""
 
@@ -54,6 +59,37 @@ def ask_ahead(leaves: Mapping[int, Leaf], reads: Sequence[tuple[Access, Value, s
         for n in range(0, width, max(1, LINE // access.bytes)):
             e.prefetch(buffer, ahead + n)
     return len(asked)
+
+
+def named_by(op: Operation, extract: Operation) -> int | None:
+    """The operand of the structured `op` whose elements are the rows that `extract` reads, as they are or cast; None if something is computed."""
+    row: Value = extract.operands[1]
+    while row.defining_op is not None and row.defining_op.name == "arith.cast":
+        row = row.defining_op.operands[0]
+    return next((i for i, arg in enumerate(op.body.args) if arg is row and op["maps"][i] is not None), None)
+
+
+def ask_for_named_rows(e: Emitter, op: Operation, extract: Operation, buffers: Mapping[Value, Value], positions: Mapping[str, Dim],
+                       cache: int) -> None:
+    """Asks for the part of a row of a table of more than `cache` bytes that `extract` will read AHEAD steps later, if the rows are named by what lies
+    side by side along the innermost loop. `positions` are those of the dimensions of the structured `op`."""
+    named, last, table = named_by(op, extract), extract.operands[-1].defining_op, op.operands[extract.operands[0].index]  # type: ignore[attr-defined]
+    t = table.type
+    assert isinstance(t, TensorType)
+    small = isinstance(t.numel, int) and t.numel * t.dtype.bytes <= cache
+    if small or named is None or t.rank != 2 or last is None or last.name != "tensor.index":
+        return
+    numbers = op.operands[named]
+    assert isinstance(numbers.type, TensorType)
+    at = simplify(sum((substitute(x, positions) * s for x, s in zip(op["maps"][named], numbers.type.layout, strict=True)), 0), e.bounds())
+    loop = max((s for s in free_symbols(at) if s in e.variables), key=lambda s: int(s[1:]), default=None)
+    along = None if loop is None or "t1" in free_symbols(at) else split_linear(at, loop)
+    if along is None or along[0] != 1 or numbers.type.strides is not None:
+        return
+    number = e.load(buffers[numbers], minimum(at + AHEAD, numbers.type.numel - 1))
+    start = e.fresh(number, None, None) * t.layout[0] + substitute(positions[f"d{last['dim']}"], {"t1": 0})
+    for n in range(0, e.shape[1], max(1, LINE // t.dtype.bytes)):
+        e.prefetch(buffers[table], start + n, each=True)
 
 
 def ask_beyond(leaves: Mapping[int, Leaf], reads: Sequence[tuple[Access, Value, set[int]]], row: str, width: int, size: Dim) -> int:

@@ -16,5 +16,6 @@ class TileChoice:
     shape: tuple[int, int]
     chunk: int              # elements of the vector dimension per program, when it is an outer one
     warps: int = 0          # of a program on a GPU; 0: as many as the tile's size suggests
+    gathered: bool = False  # sums rows that data names, along the vector dimension
     rows: int = 1           # of a program that works on several in turns (`row_pipeline.py`)
     unroll: int = 1         # steps of a loop on a GPU whose loads are under way at a time; 1: as LLVM guesses

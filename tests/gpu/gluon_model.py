@@ -1,4 +1,4 @@
-"""What the Gluon text of `backends/triton/warp_groups.py` and `early_weights.py` means, on CPU tensors: each partition is a thread.
+"""What the Gluon text of `backends/triton/warp_groups.py`, `early_weights.py` and `few_rows.py` means, on CPU tensors: each partition is a thread.
 
     run_gluon(source, buffers)            # a KernelSource, flat tensors
     run_gluon(source, buffers, {1})       # the kernel in front writes all but buffer 1, and ends while this one waits for it
@@ -91,6 +91,15 @@ class Tile:
     def permute(self, order: tuple[int, int]) -> Tile:
         assert order == (1, 0)
         return Tile(self.memory, not self.turned, self.history)
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Tile:
+        return Tile(self.memory.narrow(dim, start, length), self.turned, self.history)
+
+    def store(self, value: Tensor) -> None:
+        self.memory.copy_(value)
+
+    def load(self, layout: Any) -> Tensor:
+        return self.memory.clone()
 
     def read(self) -> Tensor:
         return (self.memory.T if self.turned else self.memory).double()
@@ -188,6 +197,8 @@ def _language(program: int, programs: int, gate: Gate) -> dict[str, Any]:
         if layout == "barrier":
             made = [Barrier() for _ in range(shape[0])]
             return Rows(made) if len(shape) == 2 else made[0]
+        if layout is None:
+            return Tile(torch.full(tuple(shape), math.nan, dtype=dtype))
         return Rows([Tile(torch.full(tuple(shape[1:]), math.nan, dtype=dtype)) for _ in range(shape[0])])
 
     def tma_load(matrix: Matrix, place: Sequence[Any], barrier: Barrier, tile: Tile) -> None:
@@ -217,8 +228,8 @@ def _language(program: int, programs: int, gate: Gate) -> dict[str, Any]:
             ended = own.started.pop(0)
             ended.done()
             own.learn(ended.event)
-        assert all(dep not in own.started for dep in deps if isinstance(dep, Pending)), "the value is not ready yet"
-        ready = tuple(dep.done() if isinstance(dep, Pending) else dep for dep in deps)
+        # What is still under way can only be added to by another product.
+        ready = tuple(dep.done() if isinstance(dep, Pending) and dep not in own.started else dep for dep in deps)
         return ready if len(ready) > 1 else ready[0]
 
     def specialise(parts: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: Sequence[int], registers: Sequence[int]) -> None:
@@ -263,7 +274,7 @@ def _language(program: int, programs: int, gate: Gate) -> dict[str, Any]:
 
     gl = SimpleNamespace(
         program_id=lambda axis: torch.tensor(program, dtype=torch.int32), num_programs=lambda axis: programs, constexpr=lambda x: x,
-        NVMMADistributedLayout=lambda *a: None, DotOperandLayout=lambda *a: None, BlockedLayout=lambda *a: None, SliceLayout=lambda *a: None,
+        NVMMADistributedLayout=lambda *a: None, DotOperandLayout=lambda *a: None, BlockedLayout=lambda *a: None, SwizzledSharedLayout=lambda *a: None, SliceLayout=lambda *a: None,
         arange=lambda a, b, layout: torch.arange(a, b, dtype=torch.int32), zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         full=lambda shape, value, dtype, layout: torch.full(shape, float(value)).to(dtype), cast=lambda x, dtype: number(x).to(dtype),
         where=lambda c, a, b: torch.where(number(c), number(a), number(b)), exp2=torch.exp2, abs=torch.abs, floor=torch.floor, ceil=torch.ceil, div_rn=torch.div, sqrt_rn=torch.sqrt,

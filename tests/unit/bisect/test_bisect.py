@@ -46,7 +46,7 @@ def only_finding(reports: list[Report]) -> Finding:
     return finding
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "turn-streams")) for name in ALL])
 def test_a_planted_fault_is_named(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     case = ALL[name]
     with monkeypatch.context() as m:

@@ -28,7 +28,7 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def aicc() -> Aicc:
     """Runs `aicc ARGUMENTS`; the result has exit_code, stdout and stderr."""
     def invoke(*arguments: object, input: str | None = None) -> Result:

@@ -27,9 +27,11 @@ more_inputs = [(torch.ones(6, 4), 2), (torch.ones(7, 4), 2), (torch.ones(7, 4), 
 """
 
 
-@pytest.fixture
-def report(aicc: Aicc, write: Write) -> dict[str, Any]:
-    result = aicc("explain", write(MODEL), "--json")
+@pytest.fixture(scope="module")
+def report(aicc: Aicc, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    model = tmp_path_factory.mktemp("explain") / "model.py"
+    model.write_text(MODEL)
+    result = aicc("explain", model, "--json")
     assert result.exit_code == 0, result.stderr
     found: dict[str, Any] = json.loads(result.stdout[result.stdout.index("{"):])  # the model prints as well
     return found

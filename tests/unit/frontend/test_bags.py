@@ -1,4 +1,4 @@
-"""Bags of one length: one kernel that reads each row once, the values and gradients of eager, and the operator wherever that would not do."""
+"""Bags: one kernel that reads each row once, of one length or of any, the values, gradients and errors of eager."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from aicc.compiler.driver import Compilation, watching
+from support.stages import AVX2, GENERIC, capture, check_levels
 from torch import Tensor
 
 F = torch.nn.functional
@@ -63,3 +64,68 @@ def test_rows_are_read_side_by_side(columns: int, length: int) -> None:
         result = torch.compile(summed, backend="aicc", options={"strict": True, "cache": False}, dynamic=False)(t, i)
     torch.testing.assert_close(result, summed(t, i))
     assert "gather" not in "".join(c.llvm_ir for c in found)
+
+
+def inference(function: Any, *args: Tensor) -> tuple[Any, Compilation]:
+    found: list[Compilation] = []
+    torch._dynamo.reset()
+    with watching(compiled=found.append), torch.no_grad():
+        compiled = torch.compile(function, backend="aicc", options={"strict": True, "cache": False}, dynamic=False)
+        torch.testing.assert_close(compiled(*args), function(*args))
+    return compiled, found[0]
+
+
+@pytest.mark.parametrize("columns", [1, 3, 24, 100])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_any_length(mode: str, columns: int) -> None:
+    """One kernel; empty bags in front, between and behind, bags of nothing but padding, the end as an offset, weights."""
+    t, i, o = torch.randn(9, columns), torch.randint(0, 9, (40,)), torch.tensor([0, 0, 4, 4, 5, 29, 40])
+    i[4] = 3
+    weighted = {"per_sample_weights": torch.rand(40)} if mode == "sum" else {}
+
+    def bags(t: Tensor, i: Tensor, o: Tensor) -> Tensor:
+        return F.embedding_bag(i, t, o, mode=mode, padding_idx=3, include_last_offset=True, **weighted)
+
+    _, found = inference(bags, t, i, o)
+    assert found.stats["kernels"] == 1 and not found.stats["externs"]
+    _, found = inference(lambda t, i, o: F.embedding_bag(i, t, o, mode=mode), t, i, o)
+    assert found.stats["kernels"] == 1
+
+
+def test_bags_of_16_bits_and_gradients() -> None:
+    t, i, o = torch.randn(50, 24), torch.randint(0, 50, (35,)), torch.tensor([0, 4, 4, 20])
+    for dtype in (torch.bfloat16, torch.float16):
+        inference(lambda t, i, o: F.embedding_bag(i, t, o, mode="mean"), t.to(dtype), i, o.int().long())
+    both(lambda t, i, o: F.embedding_bag(i, t, o, mode="mean", padding_idx=2), t, i, o)
+    both(lambda t, i, o, w: F.embedding_bag(i, t, o, mode="sum", per_sample_weights=w), t, i, o, torch.randn(35))
+
+
+def test_bad_bags() -> None:
+    t, i, o = torch.randn(50, 24), torch.randint(0, 50, (35,)), torch.tensor([0, 4, 4, 20])
+    compiled, _ = inference(lambda t, i, o: F.embedding_bag(i, t, o, mode="sum"), t, i, o)
+    with torch.no_grad():
+        for bad in ([0, 4, 3, 20], [0, 4, 4, 36], [-1, 4, 4, 20]):
+            with pytest.raises(RuntimeError, match="must not fall"):
+                compiled(t, i, torch.tensor(bad))
+        with pytest.raises((IndexError, RuntimeError)):
+            compiled(t, i + 49, o)
+        torch.testing.assert_close(compiled(t, i, o), F.embedding_bag(i, t, o, mode="sum"))
+
+
+@pytest.mark.parametrize("target", [GENERIC, AVX2], ids=["generic", "avx2"])
+def test_levels(target) -> None:  # type: ignore[no-untyped-def]
+    args = torch.randn(9, 20), torch.randint(0, 9, (40,)), torch.tensor([0, 0, 4, 29, 30])
+    for options in ({"mode": "mean", "padding_idx": 2}, {"mode": "max", "include_last_offset": True}, {"mode": "sum"}):
+        check_levels(capture(lambda t, i, o, options=options: F.embedding_bag(i, t, o, **options), args), target)
+
+
+def test_rows_are_tested_once_and_asked_for() -> None:
+    """One test of an index for all columns of a tile; where the table is larger than the second cache, rows are asked for ahead."""
+    i = torch.randint(0, 500, (7, 10))
+    _, found = inference(lambda t, i: F.embedding_bag(i, t, mode="sum"), torch.randn(500, 32), i)
+    kernel = found.llvm_ir.split("define internal void @\"kernel.")[1].split("\ndefine ")[0]
+    assert kernel.count("store i32") <= 5 and "llvm.prefetch" not in kernel  # four steps of a round, and the rest
+    _, found = inference(lambda t, i: F.embedding_bag(i, t, mode="sum"), torch.randn(300000, 32), i)
+    assert "llvm.prefetch" in found.llvm_ir
+    _, found = inference(lambda t, i, o: F.embedding_bag(i, t, o), torch.randn(300000, 32), i.flatten(), torch.tensor([0, 5]))
+    assert "llvm.prefetch" in found.llvm_ir

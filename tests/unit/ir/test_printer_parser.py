@@ -25,8 +25,9 @@ from aicc.ir import (
 )
 from aicc.ir.parser import ParseError, load, parse_module
 from aicc.ir.printer import print_op, print_with_resources, save
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.fuzzing import scaled
 
 NAMES = st.sampled_from(["", "", "x", "x", "x_1", "0", "7", "weird name!", "h\u00e9", "_"])
 DIMS = st.sampled_from([0, 1, 3, sym("s0"), sym("s0") * sym("s1"), (sym("s0") + 63) // 64, sym("d0") % 4, -sym("s1") + 2])
@@ -58,7 +59,7 @@ def blocks(draw: Any, depth: int, outside: tuple[Any, ...] = ()) -> Block:
     return block
 
 
-@settings(max_examples=40)
+@scaled(12)
 @given(blocks(2))
 def test_round_trip_of_random_modules(block: Block) -> None:
     module = Operation.create("module", (), {"level": "graph"}, (), [Region([block])])

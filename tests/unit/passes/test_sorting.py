@@ -173,3 +173,25 @@ def test_threads_share_rows() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(values, torch.sort(x).values) and torch.equal(places, torch.sort(x, stable=True).indices)
+
+
+def test_keys_of_64_bits_in_one_word() -> None:
+    """Rows whose keys fill 64 bits, lie close together, or in clusters far apart, of which the lowest bits do not fit beside the place."""
+    sort = torch.compile(lambda x: torch.sort(x, stable=True), backend="aicc", dynamic=True, options={"strict": True})
+    generator = torch.Generator().manual_seed(3)
+
+    def some(low: int, high: int, n: int) -> Tensor:
+        return torch.randint(low, high, (n,), generator=generator)
+
+    for n in (17, 33, 97, 200, 513, 1023, 1024, 1025):
+        clusters = some(0, 3, n) * (1 << 61) + some(0, 900, n)
+        few = some(-(1 << 62), 1 << 62, n)
+        few[n // 2:n // 2 + 3] = few[0] + torch.tensor([2, -1, 1])
+        x = torch.stack([some(-(1 << 63), (1 << 63) - 1, n), some(0, 5, n), clusters, few, torch.tensor([(1 << 63) - 1, -(1 << 63)]).repeat(n)[:n]])
+        y = torch.stack([torch.randn(n, dtype=torch.float64, generator=generator), (some(0, 2, n) * 2 - 1) * (1 + some(0, 99, n).double() * 2.0 ** -52),
+                         torch.where(some(0, 2, n) > 0, 0.0, -0.0).double(), torch.where(some(0, 2, n) > 0, math.nan, -INFINITY).double()])
+        for rows in (x, y):
+            values, places = sort(rows)
+            expected = torch.sort(rows, stable=True).indices
+            assert torch.equal(places, expected), n
+            assert torch.equal(values.view(torch.int64), rows.gather(1, expected).view(torch.int64))

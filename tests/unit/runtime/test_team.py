@@ -15,10 +15,10 @@ PRELUDE = """
     from aicc.runtime.loader import runtime_symbols
     POINTER, BODY = ctypes.c_void_p, ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)
     STEPS = ctypes.CFUNCTYPE(None, POINTER, POINTER, POINTER)
-    enter = ctypes.CFUNCTYPE(ctypes.c_int, STEPS, POINTER, POINTER, ctypes.c_int)(runtime_symbols()["aicc_region"])
+    enter = ctypes.CFUNCTYPE(ctypes.c_int, STEPS, POINTER, POINTER, ctypes.c_int, POINTER)(runtime_symbols()["aicc_region"])
     launch = ctypes.CFUNCTYPE(None, POINTER, BODY, POINTER)(runtime_symbols()["aicc_launch"])
     def call(steps, threads):
-        return enter(STEPS(lambda table, symbols, team: steps(team)), None, None, threads)
+        return enter(STEPS(lambda table, symbols, team: steps(team)), None, None, threads, (ctypes.c_int64 * 3)())
 """
 
 
@@ -82,7 +82,7 @@ def test_arguments_and_the_error_word() -> None:
             ctypes.c_int.from_address(team).value = 7
         steps = STEPS(steps)
         for expected in (1, 2, 3, 2):
-            assert enter(steps, 16, 32, expected) == 7
+            assert enter(steps, 16, 32, expected, (ctypes.c_int64 * 3)()) == 7
         assert call(lambda team: None, 2) == 0
     """)
 
@@ -129,7 +129,7 @@ def test_patience_is_a_time() -> None:
         process = ctypes.CDLL(None)
         made = team.make_team({**_addresses(process, team.NEEDED), **_addresses(openmp_library(), _OPENMP)})
         assert 1e-9 < made.spin < 1e-6, made.spin
-        enter = ctypes.CFUNCTYPE(ctypes.c_int, STEPS, POINTER, POINTER, ctypes.c_int)(made.region)
+        enter = ctypes.CFUNCTYPE(ctypes.c_int, STEPS, POINTER, POINTER, ctypes.c_int, POINTER)(made.region)
         launch = ctypes.CFUNCTYPE(None, POINTER, BODY, POINTER)(made.launch)
         def other(data, thread):
             if thread:
@@ -144,6 +144,69 @@ def test_patience_is_a_time() -> None:
             before = time.process_time()
             launch(state, body, None)
             used.append(time.process_time() - before)
-        enter(STEPS(lambda table, symbols, state: steps(state)), None, None, 2)
+        enter(STEPS(lambda table, symbols, state: steps(state)), None, None, 2, (ctypes.c_int64 * 3)())
         assert used[0] < 0.05, used
+    """)
+
+
+def test_calls_that_wait_for_their_threads_are_made_alone() -> None:
+    """As long as that is quicker: 8 calls, then 16, and so on; a look at the threads in between. A function whose threads come again has them again."""
+    run("""
+        late, seen, memory = [True], [], (ctypes.c_int64 * 3)()
+        def work(data, thread):
+            came.append(thread)
+            if thread and late[0]:
+                time.sleep(0.02)        # as one that is put aside
+            elif not thread:
+                end = time.perf_counter() + 0.05
+                while threads[0] > 1 and len(came) < 2 and time.perf_counter() < end:
+                    time.sleep(0.0001)
+                if threads[0] > 1 and not late[0]:
+                    time.sleep(0.05)    # the others have left by then
+        body = BODY(work)
+        def steps(table, symbols, team):
+            threads[0] = ctypes.c_int.from_address(team + 4).value
+            if threads[0] > 1:
+                launch(team, body, None)
+            else:
+                work(None, 0)
+            ctypes.c_int.from_address(team).value = 7
+        steps, threads = STEPS(steps), [0]
+        def calls(n):
+            found = []
+            for _ in range(n):
+                came.clear()
+                assert enter(steps, None, None, 2, memory) == 7
+                found.append(threads[0])
+            return found
+        came = []
+        found = calls(27)
+        assert found == [2] + 8 * [1] + [2] + 16 * [1] + [2], found
+        late[0] = False
+        assert calls(32) == 32 * [1]
+        assert any(calls(2) == [2, 2] for _ in range(100))  # the first such call may be late where the machine is busy
+    """)
+
+
+def test_calls_that_are_slower_alone_keep_their_threads() -> None:
+    run("""
+        memory, threads = (ctypes.c_int64 * 3)(), []
+        def work(data, thread):
+            came.append(thread)
+            while not thread and len(came) < 2:
+                pass
+            if thread:
+                time.sleep(0.01)
+        body = BODY(work)
+        def steps(table, symbols, team):
+            threads.append(ctypes.c_int.from_address(team + 4).value)
+            came.clear()
+            if threads[-1] > 1:
+                launch(team, body, None)
+            else:
+                time.sleep(0.05)
+        steps, came = STEPS(steps), []
+        for _ in range(34):
+            enter(steps, None, None, 2, memory)
+        assert threads == [2] + 4 * [1] + 9 * [2] + 4 * [1] + 16 * [2], threads
     """)
