@@ -173,9 +173,9 @@ ROWS: dict[str, tuple[tuple[int, int], torch.dtype, set[Any]]] = {
     "of 4 bytes": ((4096, 1024), F32, {(1, 1024, 4)}),
     "short": ((4096, 256), torch.bfloat16, {(8, 256, 4)}),
     "few rows": ((64, 256), torch.bfloat16, {(1, 256, 1)}),
-    "long, in registers": ((4096, 16384), torch.bfloat16, {(1, 16384, 8)}),
+    "long, in registers": ((4096, 8192), torch.bfloat16, {(1, 8192, 8)}),
     "longer, which is read twice": ((4096, 40000), torch.bfloat16, {(1, 4096, 16)}),
-    "so long that few rows stay in the cache": ((4096, 40000), F32, {(1, 8192, 16)}),
+    "so long that few rows stay in the cache": ((4096, 40000), F32, {(1, 16384, 8)}),
 }
 
 
