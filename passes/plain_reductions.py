@@ -7,6 +7,7 @@ A weight times one row (decoding) is bound by memory: plain loads keep more of i
 empty (2048x5632: 8.7 us against 13.1; 2048x2048: 4.4 against 6.4; 4096x11008: 23.7 against 26.6).
 On CPUs a product's lanes are columns, and the columns of such a matrix (a layer with one output, whose rows are the batch) lie far apart: it would
 be gathered element by element. As a reduction the lanes are the sum's (256x512 by a vector: 20 us against 330). Parameters are packed instead.
+The same of batches of arguments, where no stream could want the product.
 After: such ops carry `_plain`, and `is_contraction` says no.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ir import Operation, TensorType, Value, element_type
+from ..ir import Operation, TensorType, Trait, Value, element_type
 from ..ir.expr import free_symbols, product
 from ..ir.passes import Pass, PassContext, register
 from .structured import EXPENSIVE, PLAIN, body_ops, constant_values, is_contraction, is_pointwise
@@ -63,12 +64,27 @@ def _is_one_row(op: Operation) -> bool:
 def _is_gathered(op: Operation, constant: Collection[Value]) -> bool:
     """A matrix that is contiguous along the sum, made in each call, times a vector."""
     roles = roles_of(op)
-    if roles is None or len(roles.k) != 1 or product(op["dims"][d] for d in (*roles.batch, *roles.m)) != 1:
+    if roles is None or len(roles.k) != 1 or product(op["dims"][d] for d in roles.m) != 1:
+        return False
+    if product(op["dims"][d] for d in roles.batch) != 1 and not _stands_alone(op):
         return False
     matrix, k = op.operands[roles.right], op["dims"][roles.k[0]]
     if matrix in constant or not element_type(matrix.type).is_float or not isinstance(k, int) or k < LANES:
         return False
     return stride_along(op, roles.right, roles.k[0]) == 1 and all(stride_along(op, roles.right, d) != 1 for d in roles.n)
+
+
+def _stands_alone(op: Operation) -> bool:
+    """Of arguments, and followed by nothing but pointwise ops: no part of a stream (attention of one query), which looks for its products."""
+    seen, work = {op}, [op]
+    while work:
+        for user in {u for r in work.pop().results for u in r.users} - seen:
+            if user.has_trait(Trait.Structured) and not is_pointwise(user):
+                return False
+            seen.add(user)
+            if is_pointwise(user):
+                work.append(user)
+    return all(v.defining_op is None for v in op.operands)
 
 
 def _shares_its_matrix(op: Operation) -> bool:

@@ -8,25 +8,19 @@ program there is a step of nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
-from ...ir.core import Operation, Value
-from ...ir.expr import Dim
+from ...ir.core import Operation
 from ...ir.ranges import known_less, lower_bound, upper_bound
 from ...ir.target import Target
 from ...ir.types import TileType, element_type
 from .group_ops import GroupOps, in_gluon
-from .group_skip import alive_text
-from .stream_shape import HALF, ROWS, Loop, Read, require
+from .stream_shape import HALF, Loop, Read, require
 
 __all__ = ["GroupSchedule"]
 
 TURNS = True
 """Whether the groups' products take turns in the plain order, by two named barriers."""
-SKIPS = True
-"""Whether a group leaves out the steps of which the mask leaves its rows nothing."""
-HALVES = False
-"""Whether it also leaves out halves of steps of 128."""
 EARLY = 8
 """Bytes of an element up to which what needs no scores, and lies along the steps alone, is computed while the scores are under way."""
 
@@ -43,7 +37,6 @@ class GroupSchedule(GroupOps):
     peeled: Loop | None
     first_runs: bool
     turns: bool
-    halved = False
 
     def _programs(self, keep: bool = False) -> None:
         """The loop over this multiprocessor's programs: every other round runs backwards, so that each gets long and short ones alike. `keep`: `done`
@@ -182,94 +175,6 @@ class GroupSchedule(GroupOps):
     def _step(self, loop: Loop, state: list[str]) -> None:
         """One step in the plain order."""
         self._write(f"stage = steps % {self.stages}")
-        alive = self._alive(loop)
-        if len(alive) == 1:
-            self._write(f"if {alive[0]}:")
-            self._inside(lambda: self._whole_step(loop, state))
-            self._write("else:")
-            self._inside(self._no_step)
-        elif alive:
-            self.halved = True
-            self._write(f"alive = {alive[1]} if who == 0 else {alive[0]}")
-            self._write("if alive:")
-            self._inside(lambda: self._whole_step(loop, state))
-            self._write("elif who == 0:")
-            self._inside(lambda: self._half_step(loop, state, 0))
-            self._write("else:")
-            self._inside(lambda: self._half_step(loop, state, 1))
-        else:
-            self._whole_step(loop, state)
-        self._write("steps += 1")
-
-    def _alive(self, loop: Loop) -> list[str]:
-        """Whether the mask may leave a group something of a step of 64, or of each half of a step of 128; nothing where that is not known."""
-        def text(operands: Sequence[Value], e: Dim) -> str:
-            return in_gluon(self._text(operands, ())(e))
-
-        known = SKIPS and (loop.op["step"] == HALF or HALVES)
-        found = [alive_text(loop, text, first, HALF) for first in range(0, loop.op["step"], HALF)] if known else []
-        return [f for f in found if f is not None] if None not in found else []
-
-    def _inside(self, write: Callable[[], None]) -> None:
-        self.indent += 1
-        write()
-        self.indent -= 1
-
-    def _no_step(self) -> None:
-        """All waits and arrivals of a step, and the turns."""
-        self._wait("k")
-        self._free("k")
-        self._turn("give")
-        self._wait("v")
-        self._turn("take")
-        self._free("v")
-
-    def _half_step(self, loop: Loop, state: list[str], half: int) -> None:
-        """A step of 64 columns, half of one of 128. Tiles of scores have the layout `part` here, in which what is known of rows must be, too."""
-        kept = dict(self.names)
-        inside = [loop.first, *loop.between, *loop.late]
-        made = {r for op in inside for r in op.results}
-        for r in made:
-            self.names.pop(r, None)
-        self.half = half
-        given = dict.fromkeys(v for op in loop.between for v in op.operands if v not in made and _is_row(v))
-        self._convert(given, "part")
-        part = f".slice({half * HALF}, {HALF})"
-        self._wait("k")
-        s = self._name(loop.first.result)
-        tiles = f"q_tile.index((turn & 1)*2 + who), k_tile.index(stage){part}.permute((1, 0))"
-        self._write(f"{s} = warpgroup_mma({tiles}, zero_part, use_acc=False, is_async=True)")
-        self._write(f"{s} = warpgroup_mma_wait(0, deps=({s},))")
-        self._free("k")
-        self._turn("give")
-        for op in loop.between:
-            self._one(op)
-        self._write(f"weights_part = gl.convert_layout({self._use(loop.second.operands[0])}, operand)")
-        self.half = None
-        for v in given:
-            self.names[v] = kept[v]
-        self._convert(dict.fromkeys(v for op in (*loop.late, loop.op.body.terminator) if op is not None
-                                    for v in op.operands if v.defining_op in loop.between and _is_row(v)), "layout")
-        for op in loop.late:
-            self._one(op)
-        self._wait("v")
-        self._turn("take")
-        acc = self._name(loop.second.result)
-        self._write(f"{acc} = {self._use(loop.second.operands[2])}")
-        self._write(f"{acc} = warpgroup_mma(weights_part, v_tile.index(stage){part}, {acc}, is_async=True)")
-        self._write(f"{acc} = warpgroup_mma_wait(0, deps=({acc},))")
-        self._free("v")
-        self._update(loop, state, acc)
-        self.names = kept
-
-    def _convert(self, values: Iterable[Value], layout: str) -> None:
-        """Gives values of rows new names, by which they are in another layout (which is the same, register by register)."""
-        for v in values:
-            before = self._name(v)
-            del self.names[v]
-            self._write(f"{self._name(v)} = gl.convert_layout({before}, {layout})")
-
-    def _whole_step(self, loop: Loop, state: list[str]) -> None:
         self._wait("k")
         s = self._scores(loop)
         early = self._early(loop)
@@ -290,6 +195,7 @@ class GroupSchedule(GroupOps):
         self._write(f"{acc} = warpgroup_mma_wait(0, deps=({acc},))")
         self._free("v")
         self._update(loop, state, acc)
+        self._write("steps += 1")
 
     def _update(self, loop: Loop, state: list[str], acc: str) -> None:
         """The carried values of the next step."""
@@ -403,10 +309,6 @@ class GroupSchedule(GroupOps):
         for op in (*again, *ops):
             self._one(op)
         self.names, self.program = kept, "program"
-
-
-def _is_row(v: Value) -> bool:
-    return isinstance(v.type, TileType) and v.type.shape == (ROWS, 1)
 
 
 def _is_number(op: Operation) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from aicc.backends.triton import compile_gpu, group_schedule, print_kernel, stream_shape, warp_groups
+from aicc.backends.triton import compile_gpu, print_kernel, stream_shape, warp_groups
 from aicc.backends.triton.warp_groups import print_warp_groups
 from aicc.frontend.attention import attention
 from aicc.ir import Operation
@@ -19,7 +19,6 @@ from aicc.ir.interpreter import interpret
 from aicc.ir.interpreter.memory import Memory, extent
 from aicc.ir.interpreter.tile import HANDLERS
 from aicc.passes import block_ranges
-from aicc.passes.tiling import lower
 from torch import Tensor
 
 from . import gluon_model
@@ -291,48 +290,6 @@ def test_what_data_exclude_is_neither_computed_nor_copied(turns: bool, monkeypat
     loader = text[text.index("_loader("):text.index("_group(")]
     assert loader.count("gl.load(") == text[text.index("_group("):].count("gl.load(") - 3 == 8, "four ranges of two blocks; groups read documents too"
     assert ("bar.sync" in text) == turns
-
-
-def sliding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    s = scores(q, k)
-    i, j = positions(s)
-    return s.masked_fill((j > i) | (i - j >= 200), -math.inf).softmax(-1) @ v
-
-
-def within(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Both ways, kept and not masked: another form of the condition, and no first or last step that all programs have."""
-    s = scores(q, k)
-    i, j = positions(s)
-    return torch.where((j <= i + 90) & (j + 150 > i), s, -math.inf).softmax(-1) @ v
-
-
-@pytest.mark.parametrize(("steps", "turns"), [(64, True), (128, True), (64, False), (128, False)])
-@pytest.mark.parametrize("f", [soft_cap_window, sliding, within])
-def test_a_group_leaves_out_what_is_masked_for_its_rows(f: Callable[..., Tensor], steps: int, turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of 64, or halves of steps of 128: less is multiplied, and the result is right. Every step of 64 that is left has something to compute."""
-    chosen = lower.stream_tile
-    monkeypatch.setattr(lower, "stream_tile", lambda *about: dataclasses.replace(chosen(*about), columns=steps))
-    monkeypatch.setattr(warp_groups, "TURNS", turns)
-    monkeypatch.setattr(group_schedule, "HALVES", True)
-    inputs = heads(1, 2, 640, 64)
-    read = gluon_model.Tile.read
-    columns: dict[bool, int] = {False: 0, True: 0}
-
-    def counting(tile: gluon_model.Tile) -> Tensor:
-        columns[group_schedule.SKIPS] += tile.memory.shape[0] if tile.turned else 0
-        return read(tile)
-
-    monkeypatch.setattr(gluon_model.Tile, "read", counting)
-    for skips in (False, True):
-        monkeypatch.setattr(group_schedule, "SKIPS", skips)
-        got, text = run(f, inputs)
-        assert error(got, f(*(x.double() for x in inputs))) < 6e-3
-        assert ("alive" in text) == (skips and steps == 128)
-    i, j = torch.arange(640)[:, None], torch.arange(640)[None, :]
-    mask = (j <= i + 90) & (j + 150 > i) if f is within else (j <= i) & (i - j < 200)
-    alive = 2 * 64 * int(mask.reshape(10, 64, 10, 64).any(3).any(1).sum())
-    assert alive == columns[True] if steps == 64 or f is not within else alive <= columns[True]
-    assert columns[True] < columns[False]
 
 
 @pytest.mark.parametrize("form", ["plain", "by name"])

@@ -23,6 +23,7 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor], bool]] = {
     "three dimensions": (torch.matmul, _normal((3, 37, 64), (64,)), True),
     "computed": (lambda x, w: (x.tanh() @ w).sigmoid(), _normal((37, 90), (90, 1)), True),
     "half": (torch.mv, [t.bfloat16() for t in _normal((37, 90), (90,))], True),
+    "batch": (lambda x, w: torch.bmm(x, w) * 2, _normal((5, 37, 64), (5, 64, 1)), True),
     "few": (torch.mv, _normal((37, 20), (20,)), False),
     "columns": (lambda x, w: x.t() @ w, _normal((90, 37), (90, 1)), False),
     "filter": (lambda x, w: torch.nn.functional.conv1d(x, w), _normal((1, 1, 200), (1, 1, 40)), False),
@@ -34,6 +35,25 @@ def test_which(name: str) -> None:
     function, inputs, expected = CASES[name]
     module = lowered(capture(function, inputs), AVX2, "tile")
     assert any(op.name == "tile.dot" for op in module.walk()) is not expected
+
+
+def test_attention_of_one_query_keeps_its_products() -> None:
+    """A stream may want them."""
+    def plain(function: Callable[..., Any], *args: Tensor) -> bool:
+        seen: list[Any] = []
+        torch._dynamo.reset()
+
+        def observe(_: str, done: Any, module: Any) -> None:
+            seen.extend(op.attributes.get("_plain") for op in module.walk() if done is not None and done.name == "plain-reductions")
+
+        with watching(observe=observe):
+            torch.testing.assert_close(torch.compile(function, backend="aicc", options={"cache": False})(*args), function(*args))
+        assert seen
+        return any(seen)
+
+    q, k, v = _normal((5, 1, 64), (5, 37, 64), (5, 37, 64))
+    assert not plain(lambda q, k, v: (q @ k.transpose(1, 2)).softmax(-1) @ v, q, k, v)
+    assert plain(lambda q, k, v: q @ k.transpose(1, 2), q, k, v)
 
 
 def test_a_parameter_is_packed_instead() -> None:
