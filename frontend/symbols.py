@@ -15,6 +15,7 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.numbers import int_oo
 
 from ..ir.expr import Dim, Expr, ceildiv, floordiv, free_symbols, maximum, minimum, mod, sym
@@ -224,7 +225,10 @@ class SymbolTable:
                 if low < 0:  # size expressions take their symbols for non-negative
                     raise Unsupported(f"the number '{name}', which may be negative, in a size")
                 self._ranges[name] = low, high
-            found = self._known[expr] = simplify(found, self._ranges)
+            found = simplify(found, self._ranges)
+            if isinstance(found, Expr) and not expr.is_symbol and statically_known_true(size == 1):  # by a guard: torch broadcasts it
+                found = 1
+            self._known[expr] = found
         return found
 
     def define(self, size: torch.SymInt) -> str:

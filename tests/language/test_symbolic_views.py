@@ -67,6 +67,18 @@ def test_views_of_an_input_that_begins_inside_of_its_memory(name: str, offset: i
         assert a.storage_offset() == b.storage_offset() and a.stride() == b.stride()
 
 
+@torch.no_grad()
+def test_a_computed_size_that_a_guard_says_is_one_is_broadcast() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = F.avg_pool1d(x, 2)
+        return y <= F.pad(y, (2, -1)).tril(-1)
+
+    compiled = torch.compile(f, backend="aicc", dynamic=True)
+    for shape in ((8, 7, 3), (5, 6, 2), (4, 9, 3)):
+        x = torch.randn(shape)
+        assert torch.equal(compiled(x), f(x))
+
+
 @pytest.mark.parametrize("kind", ["amin", "amax"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_gradient_of_an_extreme_of_numbers_computed_again(kind: str, dtype: torch.dtype) -> None:
