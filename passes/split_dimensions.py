@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from ..ir import Builder, Dim, Operation, TensorType, Value, sym
 from ..ir.dialects.tensor import fill_of
-from ..ir.expr import as_int, free_symbols, product
+from ..ir.expr import free_symbols, product
 from ..ir.passes import Pass, PassContext, register
 from .structured import composed_map, is_identity_view, is_pointwise, rebuild, reshape_like, space_bounds
 
@@ -64,7 +64,9 @@ def _groups(op: Operation, multiprocessors: int) -> tuple[int, int] | None:
     for i, (v, m) in enumerate(zip(op.operands, op["maps"], strict=True)):
         if m is None or fill_of(op, i) is not None or not _reduced(v.defining_op):
             continue
-        outer = as_int(product(v.type.shape))  # type: ignore[attr-defined]
+        outer = product(v.type.shape)  # type: ignore[attr-defined]
+        if not isinstance(outer, int):
+            continue
         for d, size in enumerate(op["dims"]):
             name = f"d{d}"
             of = [e for e in m if name in free_symbols(e)]

@@ -127,8 +127,8 @@ def product_bytes(op: Operation) -> int:
 
 
 def packed_bytes(op: Operation, makers: Sequence[Operation] = ()) -> int:
-    """Bytes in memory of an element of the larger operand of a contraction; `makers` compute operands from what is in memory."""
-    sources = [v for op_ in (op, *makers) for v in op_.operands if not any(v in m.results for m in makers)]
+    """Bytes in memory of an element of the larger operand of a contraction; `makers` compute operands from what is in memory, or from nothing."""
+    sources = [v for op_ in (op, *makers) for v in op_.operands if not any(v in m.results for m in makers)] or op.operands
     largest = max(sources, key=lambda v: as_int(v.type.numel) if isinstance(v.type.numel, int) else 0)  # type: ignore[attr-defined]
     return element_type(largest.type).bytes
 

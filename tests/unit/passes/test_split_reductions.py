@@ -101,3 +101,16 @@ def test_a_small_batch_is_split_along_the_next_dimension_too() -> None:
     assert reader["grid"][0] == 48
     (load,) = [op for op in reader.walk() if op.name == "tile.load"]
     assert "i0*2400" in str(load["offset"]) and "//" not in str(load["offset"])
+
+
+def _product_of_places(x: Tensor) -> Tensor:
+    places = x.min(1)[1].float()
+    return places @ places.transpose(-1, -2)
+
+
+def test_a_product_of_what_no_memory_holds() -> None:
+    check_levels(capture(_product_of_places, _normal((2, 129, 1, 99))[0].unbind(0)[:1]), CUDA)
+
+
+def test_a_reader_of_a_reduction_of_symbolic_size() -> None:
+    check_levels(capture(lambda x: x.amax(1).select(0, 1) * 2, [_normal((2049, 5))[0].t()], dynamic=True), CUDA)
