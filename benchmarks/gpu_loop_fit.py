@@ -1,7 +1,6 @@
-"""Measures pointwise and reduction kernels of many shapes with every tile, for the model of loop tiles (`passes/tiling/gpu_loop_cost.py`).
+"""Measures pointwise and reduction kernels of many shapes with every tile, for the rules of `passes/tiling/gpu_loop_tiles.py`.
 
-    python benchmarks/gpu_loop_fit.py measure --out loops.json [--seconds 120] [--only gelu,softmax]     # on a GPU
-    python benchmarks/gpu_loop_fit.py fit loops.json                # anywhere: what the model's choices cost, on fitted shapes and on those held out
+    python benchmarks/gpu_loop_fit.py --out loops.json [--seconds 120] [--only gelu,softmax]     # on a GPU
 
 Each fused group of a case is compiled with every tile that `loop_tiles` knows, and timed from CUDA graphs on random data; the fastest few whose rows
 do not fit one tile are measured with unrolled loops too. A row of the result says the tile, its time, registers and programs per multiprocessor.
@@ -366,15 +365,11 @@ def measure(options: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    first = commands.add_parser("measure")
-    first.add_argument("--out", type=Path, required=True)
-    first.add_argument("--seconds", type=float, default=120, help="what is not ready then is left out")
-    first.add_argument("--only", default="", help="parts of names, separated by commas")
-    first.add_argument("--jobs", type=int, default=0, help="processes; 0: one per core")
-    first.set_defaults(run=measure)
-    options = parser.parse_args()
-    return int(options.run(options))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=120, help="what is not ready then is left out")
+    parser.add_argument("--only", default="", help="parts of names, separated by commas")
+    parser.add_argument("--jobs", type=int, default=0, help="processes; 0: one per core")
+    return measure(parser.parse_args())
 
 
 if __name__ == "__main__":
