@@ -89,7 +89,7 @@ values of every operator are compared with eager in `tests/ops/test_special_valu
 
 Where eager has NaN or gives up and the exact result exists, aicc has the exact result: `fmod` and `remainder` whose quotient overflows,
 `gelu` of infinity, denormal numbers in `log1p` and `erf`. `tests/ops/test_special_values.py` has these rows in its table `EAGER`.
-The other way round: on GPUs (and on CPUs where rows outgrow the caches), the mean of a row with an infinity, computed together with its variance,
+The other way round: on CPUs, where rows outgrow the caches, the mean of a row with an infinity, computed together with its variance,
 may be NaN where eager's is infinite (the variance is NaN in both, so that what a norm makes of the row is, too).""".split("\n")
 
 

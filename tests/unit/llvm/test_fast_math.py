@@ -79,7 +79,7 @@ def gpu_text(**options: bool) -> str:
 
 
 def test_option_changes_gpu_code() -> None:
-    assert "tl.exp(" in gpu_text(fast_math=True) and "tl.exp(" not in gpu_text()
+    assert "exp_approx(" in gpu_text(fast_math=True) and "exp_approx(" not in gpu_text()
 
 
 def test_page_has_what_was_measured() -> None:

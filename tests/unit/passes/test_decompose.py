@@ -325,10 +325,15 @@ case("max_pool", t("f32", 1, 1, 6, 6), [t("f32", 1, 1, 3, 3), t("i64", 1, 1, 3, 
 # -- indexing ---------------------------------------------------------------------------------------------------------
 for _name in ("f32", "bf16"):
     case("embedding", [t(_name, 9, 4), t("i64", S0, S1)], t(_name, S0, S1, 4), ranges={1: (0, 9)})
+    for _kind in ("sum", "mean", "max"):
+        case("bags", [t(_name, 9, 4), t("i64", 7), t("i64", 4)], t(_name, 4, 4), kind=_kind, ranges={1: (0, 9)},
+             values=(None, None, torch.tensor([0, 2, 2, 5])))
     case("gather", [t(_name, 5, 6), t("i64", 3, 6)], t(_name, 3, 6), dim=0, ranges={1: (0, 5)})
     case("index", [t(_name, 4, 5, 6, 3), t("i64", 2, 1), t("i64", 7)], t(_name, 4, 2, 7, 3), dims=(1, 2), ranges={1: (-5, 5),
          2: (-6, 6)})
 case("embedding", [t("f32", 9, 4), t("i32")], t("f32", 4), ranges={1: (0, 9)})
+case("bags", [t("f32", 9, 4), t("i32", 7), t("i64", 4), t("f32", 7)], t("f32", 3, 4), kind="sum", padding=3, ranges={1: (0, 9)},
+     values=(None, None, torch.tensor([0, 2, 2, 7])))
 case("embedding", [t("f32", S2 + 2, 2, 3), t("i32", 5)], t("f32", 5, 2, 3), ranges={1: (0, 3)})
 case("gather", [t("f32", 5, S1, 6), t("i64", 2, S1, 9)], t("f32", 2, S1, 9), dim=2, ranges={1: (0, 6)})
 case("take", [t("f32", 5, S1, 6), t("i64", S0)], t("f32", 5, S1, S0), dim=2, ranges={1: (0, 6)})

@@ -188,7 +188,7 @@ def test_a_cheap_reader_that_would_fuse_counts() -> None:
 
 
 def test_replayed_launches_cost_the_host_nothing() -> None:
-    inputs = torch.empty(1024, 2048, dtype=torch.bfloat16), torch.empty(2048, 768, dtype=torch.bfloat16)
+    inputs = torch.empty(512, 3072, dtype=torch.bfloat16), torch.empty(3072, 768, dtype=torch.bfloat16)
     for cudagraphs in (False, True):
         module, _ = lowered(lambda a, b: a @ b, *inputs, always=False, upto="tensor", options=Options(cudagraphs=cudagraphs))
         assert bool(calls(module)) == cudagraphs
@@ -196,7 +196,7 @@ def test_replayed_launches_cost_the_host_nothing() -> None:
 
 def test_programs_that_keep_the_device_busy_hide_the_host() -> None:
     """A product that the library computes faster, but whose call takes the host longer than the device, is the library's where others are long."""
-    x, w, a, b = (torch.empty(s, dtype=torch.bfloat16) for s in ((1024, 2048), (2048, 768), (4096, 4096), (4096, 4096)))
+    x, w, a, b = (torch.empty(s, dtype=torch.bfloat16) for s in ((512, 3072), (3072, 768), (4096, 4096), (4096, 4096)))
     alone, _ = lowered(lambda x, w: x @ w, x, w, always=False, upto="tensor")
     among, remarks = lowered(lambda x, w, a, b: (x @ w, a @ b), x, w, a, b, always=False, upto="tensor")
     assert not calls(alone) and len(calls(among)) == 2, [r.message for r in remarks]

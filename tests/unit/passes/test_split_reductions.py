@@ -87,11 +87,12 @@ def test_symbols_are_not_split() -> None:
 
 
 def test_a_variance_is_one_pass_over_memory() -> None:
-    """Sums and squares of the parts by one load, in one loop of one kernel; their merging is small."""
+    """Sums and squares of the parts by one load, in one loop of one kernel (in front of it a first row, for the shift); their merging is small."""
     module = lowered(capture(lambda a: torch.var_mean(a, 0), _normal((65536, 16))), SMALL)
     readers = [k for k in module.body if k.name == "tile.kernel" and any(str(a.type).startswith("buffer<65536x16x") for a in k.body.args)]
-    assert len(readers) == 1 and sum(op.name == "tile.for" for op in readers[0].body) == 1
-    assert sum(op.name == "tile.load" for op in readers[0].walk()) == 1
+    assert len(readers) == 1
+    (loop,) = [op for op in readers[0].body if op.name == "tile.for"]
+    assert sum(op.name == "tile.load" for op in loop.walk()) == 1
 
 
 def test_a_small_batch_is_split_along_the_next_dimension_too() -> None:

@@ -127,8 +127,8 @@ CALLS = {
     "conjugated view": Call(lambda a: a + 1, (_COMPLEX,), (_COMPLEX.conj(),)),
     "a subclass": Call(lambda a: a + 1, (_X,), (TwoTensor(_X, _X),), "TwoTensor"),
     "a sparse tensor": Call(lambda a: a + 1, (_X,), (_X.to_sparse(),), "sparse"),
-    "a parameter": Call(lambda a: a + 1, (_X,), (nn.Parameter(_X),)),
-    "a tensor that requires a gradient": Call(lambda a: a + 1, (_X,), (_X.clone().requires_grad_(),)),
+    "a parameter": Call(lambda a: a + 1, (_X,), (nn.Parameter(_X),), "requires a gradient"),
+    "a tensor that requires a gradient": Call(lambda a: a + 1, (_X,), (_X.clone().requires_grad_(),), "requires a gradient"),
 }
 
 
@@ -143,7 +143,13 @@ def test_other_arguments(name: str, called: bool) -> None:
         with pytest.raises(ValueError, match=call.message):
             program(*call.args)
     else:
-        torch.testing.assert_close(program(*call.args), call.function(*call.args).detach(), equal_nan=True)
+        torch.testing.assert_close(program(*call.args), call.function(*call.args), equal_nan=True)
+
+
+def test_a_parameter_where_no_gradient_is_recorded() -> None:
+    program = aicc.compile(lambda a: a + 1, _X, options=OPTIONS)
+    with torch.no_grad():
+        torch.testing.assert_close(program(nn.Parameter(_X)), _X + 1)
 
 
 def test_the_order_of_keywords() -> None:
