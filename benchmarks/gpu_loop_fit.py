@@ -37,6 +37,8 @@ from aicc.passes.structured import is_contraction
 from aicc.passes.tiling.gpu_tiles import GpuTile
 from aicc.passes.tiling.lower import candidate_tiles
 from aicc.runtime.cuda_graph import CudaGraph
+from gpu import quantise, rms_norm, rope
+from gpu_tile_fit import recorded
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
@@ -58,22 +60,6 @@ class Case:
 
     def build(self) -> tuple[Tensor, ...]:
         return tuple(torch.empty(shape, dtype=dtype) for shape, dtype in self.inputs)
-
-
-def rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    h = x + residual
-    wide = h.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(h.dtype) * weight, h
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat([-right, left], -1) * sin
-
-
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = x.abs().amax(-1, keepdim=True).float() / 448
-    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
 def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,19 +229,6 @@ def compiled(group: Operation, tile: GpuTile, target: Target) -> Candidate:
     held = occupancy(target.capability, row["threads"] // 32, row["registers"], row["shared"])
     return Candidate(tile, CudaGraph(artifact.manifest, artifact.blobs, torch.device("cuda", torch.cuda.current_device())), row["registers"],
                      row["spills"], held.programs, loops)
-
-
-def recorded(call: Callable[[], Any], launches: int) -> torch.cuda.CUDAGraph:
-    """So many calls as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(launches):
-            call()
-    return graph
 
 
 def microseconds(graph: torch.cuda.CUDAGraph, launches: int) -> float:

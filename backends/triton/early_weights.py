@@ -24,7 +24,8 @@ from ...ir.target import Target
 from ...ir.types import TileType, element_type
 from .descriptors import TensorMap
 from .dtypes import pointer
-from .group_ops import GroupOps, in_gluon
+from .gluon import GRID_CONTROL, HEADER, OneGroup
+from .group_ops import in_gluon
 from .helpers import used_helpers
 from .printer import KernelSource, identifier, loaded_buffers, provenance, stored_buffers
 from .stream_shape import SHARED_LAYOUT, Declined, require
@@ -36,15 +37,6 @@ STEP = 64
 SHARED = 225 << 10
 """Bytes of shared memory for both operands, and a float32 result that is turned; the rest is for barriers."""
 REGISTERS = 248
-_HEADER = """import triton
-import triton.language as tl
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.9, and before
-"""
-_GRID_CONTROL = '"griddepcontrol.{}; mov.b32 $0, $1;", "=r,r,~{{memory}}", [0], dtype=gl.int32, is_pure=False, pack=1'
 _NAMES = ("gl", "gluon", "mbarrier", "tma_load", "layout", "stored", "left_map", "right_map", "left_tile", "right_tile", "ready", "acc", "step")
 
 
@@ -70,18 +62,8 @@ class _Operand:
     weight: bool
 
 
-class _Early(GroupOps):
+class _Early(OneGroup):
     """Prints the one function of the kernel."""
-
-    program = "gl.program_id(0)"
-
-    def __init__(self, kernel: Operation, divisible: Sequence[bool]):
-        super().__init__(kernel)
-        self.divisible = divisible
-
-    def _local(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """One group of warps has all rows."""
-        return tuple(shape)
 
     def run(self) -> KernelSource:
         kernel = self.kernel
@@ -119,7 +101,7 @@ class _Early(GroupOps):
         function = "\n".join([f"@gluon.jit\ndef {name}({', '.join(pointers)}, left_map, right_map):",
                               *self._constants(rows, warps, any(map(_is_turned, after))), *self.lines])
         helpers = [in_gluon(h.replace("@triton.jit", "@gluon.jit")).rstrip() + "\n" for h in used_helpers(function)]
-        header = "".join(f"# {line}\n" for line in provenance(kernel)) + _HEADER
+        header = "".join(f"# {line}\n" for line in provenance(kernel)) + HEADER
         if "libdevice." in function + "".join(helpers):
             header += "from triton.language.extra import libdevice\n"
         signature = pointers | {m.map.name: m.map.triton_type for m in (left, right)}
@@ -171,8 +153,8 @@ class _Early(GroupOps):
         self._write("fence_async_shared()")
         together = (left.map.block[0] + right.map.block[0]) * STEP * 2
         self._each(steps, [f"mbarrier.expect(ready.index(step), {together})", self._copy(first)])
-        self._write(f"gl.inline_asm_elementwise({_GRID_CONTROL.format('wait')})")
-        self._write(f"gl.inline_asm_elementwise({_GRID_CONTROL.format('launch_dependents')})")
+        self._write(f"gl.inline_asm_elementwise({GRID_CONTROL.format('wait')})")
+        self._write(f"gl.inline_asm_elementwise({GRID_CONTROL.format('launch_dependents')})")
         self._each(steps, [self._copy(second)])
         self._write(f"acc = gl.zeros([{left.map.block[0]}, {right.map.block[0]}], gl.float32, layout=layout)")
         self._each(steps, ["mbarrier.wait(ready.index(step), 0)",

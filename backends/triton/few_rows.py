@@ -21,7 +21,8 @@ from ...ir.target import Target
 from ...ir.types import BufferType, TileType, element_type
 from .descriptors import ALIGNMENT, TensorMap
 from .dtypes import pointer
-from .group_ops import GroupOps, in_gluon
+from .gluon import GRID_CONTROL, HEADER, OneGroup
+from .group_ops import in_gluon
 from .helpers import used_helpers
 from .printer import KernelSource, identifier, loaded_buffers, provenance, stored_buffers
 from .stream_shape import SHARED_LAYOUT, Declined, divided, require
@@ -36,15 +37,6 @@ REGISTERS = 168
 BY_COLUMNS = "NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)"
 """Of tiles of a weight whose rows are contiguous along N: NARROW of 16 bits are 64 bytes, and in a tile of 64 by WHOLE the first NARROW columns lie
 together."""
-_HEADER = """import triton
-import triton.language as tl
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.9, and before
-"""
-_GRID_CONTROL = '"griddepcontrol.{}; mov.b32 $0, $1;", "=r,r,~{{memory}}", [0], dtype=gl.int32, is_pure=False, pack=1'
 _NAMES = ("gl", "gluon", "mbarrier", "tma_load", "layout", "stored", "multiplied", "left_map", "right_map", "left_tile", "right_tile", "full", "free",
           "acc", "sums", "step", "stage", "part")
 _RING = "left_tile, right_tile, full, free"
@@ -76,19 +68,10 @@ def _number(op: Operation, loop: Operation) -> str:
     return f"i{op.operands[1:].index(loop.body.args[0])}" if loop.body.args[0] in op.operands[1:] else "none"
 
 
-class _FewRows(GroupOps):
+class _FewRows(OneGroup):
     """Prints loader, group and entry."""
 
-    program = "gl.program_id(0)"
     columns = FEW
-
-    def __init__(self, kernel: Operation, divisible: Sequence[bool]):
-        super().__init__(kernel)
-        self.divisible = divisible
-
-    def _local(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """One group of warps has all rows."""
-        return tuple(shape)
 
     def run(self) -> KernelSource:
         kernel = self.kernel
@@ -119,7 +102,7 @@ class _FewRows(GroupOps):
                      self._entry(name, given, left, parts, stages)]
         body = "\n".join(functions)
         helpers = [in_gluon(h.replace("@triton.jit", "@gluon.jit")).rstrip() + "\n" for h in used_helpers(body)]
-        header = "".join(f"# {line}\n" for line in provenance(kernel)) + _HEADER
+        header = "".join(f"# {line}\n" for line in provenance(kernel)) + HEADER
         if "libdevice." in body + "".join(helpers):
             header += "from triton.language.extra import libdevice\n"
         signature = pointers | {x.map.name: x.map.triton_type for x in (left, right)}
@@ -205,7 +188,7 @@ class _FewRows(GroupOps):
         self._begin()
         for op in before:
             self._one(op)
-        self._write(f"gl.inline_asm_elementwise({_GRID_CONTROL.format('wait')})")
+        self._write(f"gl.inline_asm_elementwise({GRID_CONTROL.format('wait')})")
         self._write(f"for step in range(0, {steps}):")
         self.indent += 1
         self._write(f"stage = step % {stages}")
@@ -223,8 +206,8 @@ class _FewRows(GroupOps):
         self._begin()
         for op in before:
             self._one(op)
-        self._write(f"gl.inline_asm_elementwise({_GRID_CONTROL.format('wait')})")
-        self._write(f"gl.inline_asm_elementwise({_GRID_CONTROL.format('launch_dependents')})")
+        self._write(f"gl.inline_asm_elementwise({GRID_CONTROL.format('wait')})")
+        self._write(f"gl.inline_asm_elementwise({GRID_CONTROL.format('launch_dependents')})")
         self._write(f"acc = gl.zeros([{WHOLE}, {FEW}], gl.float32, layout=multiplied)")
         self._write(f"for step in range(0, {steps}):")
         self.indent += 1

@@ -82,6 +82,11 @@ def test_names_of_the_language_are_not_taken() -> None:
     assert "def digamma(x):" in source.text and "e = digamma(v)" in source.text
 
 
+def test_a_kernel_is_not_named_like_the_helper_that_it_calls() -> None:
+    text = text_of(COPY.format(grid="2", symbols="", shape="100", size="100", op="sigmoid").replace("@k ", "@sigmoid ")).text
+    assert "def sigmoid(" in text and "def _sigmoid(" in text
+
+
 @pytest.mark.parametrize("name", ["softmax", "nan"])
 def test_maxima_propagate_nan(name: str) -> None:
     text = "".join(print_kernel(k).text for k in kernels_of(name))
