@@ -378,8 +378,8 @@ CASES: dict[str, Case] = {
         lambda g: (torch.randn(4, 9001, generator=g), torch.randint(0, 9001, (4,), generator=g)),
     ),
     "linear_loss": Case(_plain(_loss_in_parts), _labels, backward=True, tolerance=2e-5),
-    # The gradient of bf16 logits is itself rounded: of 400 seeds eager's is up to 0.028 from float64 (14 of them over 0.022), ours 0.013 to 0.022.
-    "linear_loss_bf16": Case(_plain(_loss_in_parts), lambda g: _labels(g, torch.bfloat16), backward=True, tolerance=3e-2, wide=True),
+    # The gradient of bf16 logits is itself rounded: of 400 seeds eager is over this bound in 14 (up to 0.028); ours is 0.013 to 0.022, once in a while over it.
+    "linear_loss_bf16": Case(_plain(_loss_in_parts), lambda g: _labels(g, torch.bfloat16), backward=True, tolerance=2.2e-2, wide=True),
     "optimizer": Case(_plain(_adam), _normal(*((300, 77), (1000,), (64, 64), (5,)) * 4), tolerance=2e-5),
     "rope": Case(_plain(_rope), _normal((2, 3, 33, 64), (33, 64), (33, 64))),
     "transpose_add": Case(_plain(lambda a, b: a.t() + b), _normal((200, 130), (130, 200)), tolerance=0),

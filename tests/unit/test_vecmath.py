@@ -16,7 +16,7 @@ from aicc.benchmarks.ulp import plain_errors, ulp_error
 from llvmlite import ir
 
 compile_elementwise = functools.cache(elementwise.compile_elementwise)  # most kernels serve several tests
-SAMPLES = 1 << 16
+SAMPLES = 1 << 20
 TINY, MIN_NORMAL, MAX = 2.0**-149, 2.0**-126, (2 - 2.0**-23) * 2.0**127
 SPECIALS = [
     0.0, TINY, 3 * TINY, MIN_NORMAL - TINY, MIN_NORMAL, 1e-30, 2.0**-24, 1e-4, 0.25, 0.5, 1 - 2.0**-24, 1.0, 1 + 2.0**-23,
