@@ -29,7 +29,6 @@ __all__ = ["DEPTH", "AmxTile", "carried_in_tiles", "emit_amx_dot", "enter", "lea
 SIDE, DEPTH = 16, 32
 """Rows and columns of a tile of f32; steps of K that one instruction sums."""
 I16 = ir.IntType(16)
-MIXED = False
 ROWS, ROW_BYTES = I16(SIDE), I16(64)
 
 
@@ -113,22 +112,10 @@ def emit_amx_dot(k: KernelEmitter, dot: Operation, acc: AmxTile) -> AmxTile:
 
     def load(pointer: ir.Value, line: ir.Value) -> ir.Value:
         return call(b, "llvm.x86.tileloadd64.internal", AMX, [ROWS, ROW_BYTES, pointer, line])
-
-    def multiply(i: int, j: int, x: ir.Value, y: ir.Value) -> ir.Value:
-        return call(b, "llvm.x86.tdpbf16ps.internal", AMX, [ROWS, ROW_BYTES, ROW_BYTES, acc.rows[i][j], x, y])
-    if MIXED:
-        ys: list[ir.Value] = []
-        rows = []
-        for i in range(m):
-            x, row = load(a_at[i][0], a_line), []
-            for j in range(n):
-                if not i:
-                    ys.append(load(b_at[0][j], b_line))
-                row.append(multiply(i, j, x, ys[j]))
-            rows.append(row)
-        return AmxTile(acc.shape, acc.dtype, acc.widths, rows)
     xs, ys = [load(row[0], a_line) for row in a_at], [load(p, b_line) for p in b_at[0]]
-    return AmxTile(acc.shape, acc.dtype, acc.widths, [[multiply(i, j, x, y) for j, y in enumerate(ys)] for i, x in enumerate(xs)])
+    return AmxTile(acc.shape, acc.dtype, acc.widths, [
+        [call(b, "llvm.x86.tdpbf16ps.internal", AMX, [ROWS, ROW_BYTES, ROW_BYTES, acc.rows[i][j], x, y]) for j, y in enumerate(ys)]
+        for i, x in enumerate(xs)])
 
 
 def zero_tiles(k: KernelEmitter, like: Tile) -> AmxTile:

@@ -99,8 +99,6 @@ K_BLOCK = 1024
 """Most steps of K between two visits to a tile's sums in memory: more gain nothing, as one visit then costs under one percent."""
 PART = 256
 """Most steps of K that are summed by themselves: the error of a long sum grows with its length, that of sums of sums hardly."""
-MATRIX_BLOCK, MATRIX_PART = 4096, 256
-"""The same two on a matrix unit."""
 TURNED = 64
 """Columns of a program, and steps of K, from which on a left operand that lies with its rows side by side is copied first."""
 PROGRAMS = 8
@@ -319,8 +317,7 @@ class Contraction:
         if not all(isinstance(s, int) for s in self.k_sizes):
             return rows_in_block(self.m, mr, self.limits[0] or min(ROWS, budget // max(1, K_BLOCK // self.depth))), None
         sizes: list[int] = [int(s) for s in self.k_sizes]  # type: ignore[arg-type]
-        on_matrices = self.depth == MATRIX[2]
-        most, total = max(1 if on_matrices else 128, (self.limits[1] or (MATRIX_BLOCK if on_matrices else K_BLOCK)) // self.depth), prod(sizes)
+        most, total = max(128, (self.limits[1] or K_BLOCK) // self.depth), prod(sizes)
         few = rows_in_block(self.m, mr, ROWS)
         if total <= most * 3 // 2 or (not self.limits[1] and few <= 2 * mr and few * total <= budget):
             return rows_in_block(self.m, mr, self.limits[0] or min(ROWS, budget // max(1, total))), None
@@ -402,7 +399,7 @@ class Contraction:
 
         def in_parts(c: Contraction, inner: Emitter, i: Dim, panel: Dim, ks: list[Dim], within: tuple[Dim, Dim], most: Dim) -> Value:
             """The products over a range of K, of at most `most` steps, summed in parts where the range is long and the only one left."""
-            steps = (MATRIX_PART if self.depth == MATRIX[2] else PART) // self.depth
+            steps = PART // self.depth
             exact = not self.acc_type.dtype.is_float
             if not exact and isinstance(most, int) and most > steps:  # parts of one length, none much shorter than others
                 steps = -(-most // (-(-most // steps) * UNROLL)) * UNROLL
