@@ -209,7 +209,7 @@ class _Loader(Accessor):
         linear = first.lanes.linear(first.offset)
         if len(chunks) == 1 or linear is None or linear[0] != 1:
             return [self._chunk(c, inside, None) for c in chunks]
-        room = self.k.scratch.filled(self.dtype, self.other, self.shape[-1])
+        room = self.k.scratch.filled(self.dtype, self.other, self.shape[-1], self.op["check"])
         pointer = self.b.select(inside, self.address(first.lanes.at(first.offset, 0)), room)
         return [self.b.load(self.b.gep(pointer, [I64(c.lanes.start)], source_etype=self.memory), align=self.align,
                             typ=chunk_type(self.memory, c.lanes.width)) for c in chunks]
@@ -265,7 +265,7 @@ class _Loader(Accessor):
     def _guarded(self, pointer: ir.Value, width: int, condition: ir.Value | None) -> ir.Value:
         """A load of `width` elements at `pointer`, or `other` where the scalar condition is false."""
         if condition is not None:
-            pointer = self.b.select(condition, pointer, self.k.scratch.filled(self.dtype, self.other))
+            pointer = self.b.select(condition, pointer, self.k.scratch.filled(self.dtype, self.other, hidden=self.op["check"]))
         return self.b.load(pointer, align=self.align, typ=chunk_type(self.memory, width))
 
     def _contiguous(self, offset: Dim, width: int, scalar: ir.Value | None, vector: ir.Value | None) -> ir.Value:
