@@ -90,7 +90,8 @@ def _rows(frame: Frame, vector: str, row: str | None, processors: int, l2: int) 
         if not rows_aligned(frame, vector):  # of single elements
             width = min(width, 2048)
             return 1, width, max(1, width // 256), UNROLL
-        if wide <= 2 and sum(bool(op["reductions"]) for op in frame.members) == 1:  # one sum: four loads of a thread under way
+        alone = sum(bool(op["reductions"]) for op in frame.members) == 1 and not any(is_expensive(op) for op in frame.members)
+        if wide <= 2 and alone:  # nothing to compute: four loads of a thread are under way
             width = min(width, 4096)
             return 1, width, max(4, width // 256), UNROLL
         width = min(width, 8192)
