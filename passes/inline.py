@@ -9,11 +9,12 @@ After: no pointwise generic has a single structured reader that could have compu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ir import Operation, TensorType, Value
+from ..ir import Operation, TensorType, Value, element_type
 from ..ir.dialects.tensor import fill_of, parallel_dims
 from ..ir.expr import free_symbols, product
 from ..ir.opdef import Trait
@@ -64,7 +65,7 @@ class Inline(Pass):
                 inline_into_gather(reader, producer)
             return len(readers)
         pickers = [u for u in readers if self._can_gather(producer, u)]
-        eligible = [u for u in readers if self._can_merge(producer, u) and not _continues_a_sum(producer, u)]
+        eligible = [u for u in readers if self._can_merge(producer, u, gpu) and not _continues_a_sum(producer, u)]
         if rounding(producer) is not None and len(eligible) < len(readers):
             return 0  # the 16-bit numbers are stored anyway: all read them
         merged = 0
@@ -77,7 +78,7 @@ class Inline(Pass):
             note_rounding(producer)
         for reader in eligible:
             if _trivial(producer) or (single and _visits_once(producer, reader)) or (
-                    len(eligible) == len(readers) and _multiplies_gathered(producer, reader)) or (
+                    len(eligible) == len(readers) and _multiplies_gathered(producer, reader, gpu)) or (
                     len(eligible) == len(readers) and _cheap(producer) and _visits(producer, reader) <= (self.repeats if single else 1)) or (
                     gpu and len(eligible) == len(readers) and _reads_less(producer, readers)) or (
                     gpu and single and reader.name == "tensor.scatter" and _few_ops(producer)):
@@ -96,11 +97,11 @@ class Inline(Pass):
         return fewer and all(m is None and all(u.name == "tensor.extract" and u.operands[0] is arg for u in arg.users)
                              for v, m, arg in zip(reader.operands, reader["maps"], reader.body.args, strict=True) if v.defining_op is producer)
 
-    def _can_merge(self, producer: Operation, reader: Operation) -> bool:
+    def _can_merge(self, producer: Operation, reader: Operation, gpu: bool) -> bool:
         if not reader.has_trait(Trait.Structured) or len(reader.body) + len(producer.body) > self.max_ops or (
                 len(reader.operands) + len(producer.operands) > self.max_operands):
             return False
-        if is_contraction(reader) and roles_of(reader) is not None and not _multiplies_gathered(producer, reader) and (
+        if is_contraction(reader) and roles_of(reader) is not None and not _multiplies_gathered(producer, reader, gpu) and (
                 len(producer.operands) != 1 or any(o.name != "arith.cast" for o in body_ops(producer))
                 or fill_of(producer, 0) is not None or producer["maps"][0] != identity_map(len(producer["dims"]))):
             return False  # packed and padded operands are there on purpose
@@ -197,12 +198,26 @@ def _reads_little(producer: Operation) -> bool:
                                          for v in producer.operands)
 
 
-def _multiplies_gathered(producer: Operation, reader: Operation) -> bool:
-    """A product that reads each element of a gather once, where that is larger than all that it is made from."""
+def _multiplies_gathered(producer: Operation, reader: Operation, gpu: bool) -> bool:
+    """A product that reads each element of a gather once, where that is larger than all that it is made from. On CPUs tables do not count: no more
+    is read of one than is gathered, however large it is (a bag's weighted rows)."""
     if not is_contraction(reader) or not _visits_once(producer, reader) or not any(o.name == "tensor.extract" for o in body_ops(producer)):
         return False
-    made, read = _bytes(producer.result) if len(producer.results) == 1 else None, [_bytes(v) for v in producer.operands]
-    return made is not None and all(b is not None for b in read) and sum(b for b in read if b is not None) < made
+    tables = [i for i, m in enumerate(producer["maps"]) if m is None]
+    if len(producer.results) != 1 or (gpu and any(_bytes(producer.operands[i]) is None for i in tables)):
+        return False
+    share = sum(_share(producer, i) for i in range(len(producer.operands)) if not (i in tables and not gpu))
+    return share < 1
+
+
+def _share(producer: Operation, operand: int) -> float:
+    """Bytes of an operand for each byte of the result: those of a table, whose size is known, or of what a map reads again and again."""
+    v, m, made = producer.operands[operand], producer["maps"][operand], producer.result
+    if m is None:
+        return (_bytes(v) or 0) / size if (size := _bytes(made)) else math.inf
+    moved = {s for e in m for s in free_symbols(e)}
+    again = product(n for i, n in enumerate(parallel_dims(producer)) if f"d{i}" not in moved)
+    return element_type(v.type).bytes / (element_type(made.type).bytes * again) if isinstance(again, int) and again else 1.0
 
 
 def _visits(producer: Operation, reader: Operation) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from ...ir.ranges import split_linear
 from ...ir.types import BufferType, DType, TileType
 from .atomics import emit_atomic
 from .intrinsics import call, suffix
+from .lane_loads import by_lane
 from .masks import LaneChunk
 from .shapes import emit_transpose
 from .symbolic import position
@@ -74,6 +76,7 @@ class AccessChunk:
     lanes: LaneChunk
     offset: Dim
     gaps: list[Dim]
+    row: tuple[int, ...] = ()
 
 
 class Accessor:
@@ -115,7 +118,7 @@ class Accessor:
             start, chunks = 0, []
             for c, width in enumerate(self.widths):
                 vectors = {s: self._index_chunk(t, broadcast_row(at, t.shape), c) for s, t in wide.items()}
-                chunks.append(AccessChunk(LaneChunk(self.k.scalars, last, start, width, self.shape[-1], vectors), offset, gaps))
+                chunks.append(AccessChunk(LaneChunk(self.k.scalars, last, start, width, self.shape[-1], vectors), offset, gaps, at))
                 start += width
             yield chunks
 
@@ -157,6 +160,18 @@ class Accessor:
     def has_gather(self, width: int) -> bool:
         f = self.k.features
         return width >= 4 and self.memory_bits in (32, 64) and ("avx512f" in f or "avx2" in f)
+
+    def numbers_in_memory(self, c: AccessChunk, symbol: str) -> ir.Value | None:
+        """Where the indices `symbol` of the chunk's lanes lie side by side in memory that the kernel does not write; None if they do not."""
+        load = self.k.resolver.values[symbol].defining_op
+        if load is None or load.name != "tile.load" or any(u.name != "tile.load" for u in load.operands[0].users):
+            return None
+        x = _Loader(self.k, load, self.widths)
+        if x.gaps or x._gathered or len(x.shape) != len(self.shape) or x.shape[-1] != self.shape[-1]:
+            return None
+        row = list(x.rows())[broadcast_row(c.row, x.shape)]
+        chunk = next(n for n in row if n.lanes.start == c.lanes.start)
+        return self.k.scalars.address(x.base, x.memory, chunk.lanes.at(chunk.offset, 0)) if x.steps(chunk) == list(range(chunk.lanes.width)) else None
 
     @property
     def has_masked(self) -> bool:
@@ -209,7 +224,7 @@ class _Loader(Accessor):
         linear = first.lanes.linear(first.offset)
         if len(chunks) == 1 or linear is None or linear[0] != 1:
             return [self._chunk(c, inside, None) for c in chunks]
-        room = self.k.scratch.filled(self.dtype, self.other, self.shape[-1])
+        room = self.k.scratch.filled(self.dtype, self.other, self.shape[-1], self.op["check"])
         pointer = self.b.select(inside, self.address(first.lanes.at(first.offset, 0)), room)
         return [self.b.load(self.b.gep(pointer, [I64(c.lanes.start)], source_etype=self.memory), align=self.align,
                             typ=chunk_type(self.memory, c.lanes.width)) for c in chunks]
@@ -247,10 +262,22 @@ class _Loader(Accessor):
             runs = _runs(steps)
             if vector is None and len(runs) * MIN_RUN <= lanes.width:
                 return concat(b, [self._contiguous(lanes.at(c.offset, i), n, scalar, None) for i, n in runs])
-        if lanes.width > 1 and self.has_gather(lanes.width):
-            return self._gather(c, full_mask(self.b, scalar, vector, lanes.width))
+        mask = full_mask(b, scalar, vector, lanes.width)
+        quick = self.has_gather(lanes.width)
+        if self.op["check"] and lanes.width > 1 and c.gaps and not (quick and "sse4a" not in self.k.features):
+            made = by_lane(self, c, mask, partial(self.numbers_in_memory, c), lambda: self._lanes(c, scalar, vector))
+            if made is not None:
+                return made
+        return self._lanes(c, scalar, vector)()
+
+    def _lanes(self, c: AccessChunk, scalar: ir.Value | None, vector: ir.Value | None) -> Callable[[], ir.Value]:
+        """What loads each lane from an address of its own; the addresses are made here."""
+        width = c.lanes.width
+        if width > 1 and self.has_gather(width):
+            vectors = self.vector_address(c)
+            return lambda: self._gather(vectors, full_mask(self.b, scalar, vector, width))
         pointers = self.lane_addresses(c)
-        return pack(b, [self._guarded(p, 1, _lane_of(b, scalar, vector, i)) for i, p in enumerate(pointers)])
+        return lambda: pack(self.b, [self._guarded(p, 1, _lane_of(self.b, scalar, vector, i)) for i, p in enumerate(pointers)])
 
     def _broadcast(self, c: AccessChunk, scalar: ir.Value | None, vector: ir.Value | None) -> ir.Value:
         """One element for all lanes, read if any lane wants it."""
@@ -265,7 +292,7 @@ class _Loader(Accessor):
     def _guarded(self, pointer: ir.Value, width: int, condition: ir.Value | None) -> ir.Value:
         """A load of `width` elements at `pointer`, or `other` where the scalar condition is false."""
         if condition is not None:
-            pointer = self.b.select(condition, pointer, self.k.scratch.filled(self.dtype, self.other))
+            pointer = self.b.select(condition, pointer, self.k.scratch.filled(self.dtype, self.other, hidden=self.op["check"]))
         return self.b.load(pointer, align=self.align, typ=chunk_type(self.memory, width))
 
     def _contiguous(self, offset: Dim, width: int, scalar: ir.Value | None, vector: ir.Value | None) -> ir.Value:
@@ -278,12 +305,10 @@ class _Loader(Accessor):
         t = chunk_type(self.memory, width)
         return call(b, f"llvm.masked.load.{suffix(t)}.p0", t, [self.address(offset), I32(self.align), mask, self._other(width)])
 
-    def _gather(self, c: AccessChunk, mask: ir.Value) -> ir.Value:
-        width = c.lanes.width
+    def _gather(self, pointers: ir.Value, mask: ir.Value) -> ir.Value:
+        width = pointers.type.count
         t = chunk_type(self.memory, width)
-        pointers = self.vector_address(c)
-        return call(self.b, f"llvm.masked.gather.{suffix(t)}.v{width}p0", t,
-                    [pointers, I32(self.align), mask, self._other(width)])
+        return call(self.b, f"llvm.masked.gather.{suffix(t)}.v{width}p0", t, [pointers, I32(self.align), mask, self._other(width)])
 
 
 def _lane_of(b: ir.IRBuilder, scalar: ir.Value | None, vector: ir.Value | None, lane: int) -> ir.Value | None:

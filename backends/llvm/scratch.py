@@ -13,7 +13,7 @@ from ...ir.expr import Dim, Expr, ceildiv
 from ...ir.types import DType
 from .intrinsics import call, declare
 from .scalars import at_block
-from .values import I64, PTR, chunk_type, constant, memory_type, stack_slot
+from .values import I64, PTR, chunk_type, constant, memory_type, opaque, stack_slot
 
 if TYPE_CHECKING:
     from .kernel import KernelEmitter
@@ -49,17 +49,18 @@ class Scratch:
         with at_block(self.k.b, self.k.entry):
             yield self.k.b
 
-    def filled(self, dtype: DType, other: Any, width: int = 0) -> ir.Value:
-        """A pointer to `width` times `other`, or to a full vector of it."""
+    def filled(self, dtype: DType, other: Any, width: int = 0, hidden: bool = False) -> ir.Value:
+        """A pointer to `width` times `other`, or to a full vector of it. `hidden`: LLVM does not see what it points to, and so keeps one load from it
+        or from another place; else it makes a branch with a load on one side, whose result nothing can take from memory."""
         width = max(width, self.k.lanes)
-        key = (dtype.name, str(other), width)
+        key = (dtype.name, str(other), width, hidden)
         if key not in self.cache:
             with self._entry() as b:
                 t = chunk_type(memory_type(dtype), width)
                 slot = stack_slot(b, t)
                 value = constant(other, dtype, width)
                 b.store(b.zext(value, t) if dtype.name == "i1" else value, slot)
-                self.cache[key] = slot
+                self.cache[key] = opaque(b, slot) if hidden else slot
         return self.cache[key]
 
     def sink(self) -> ir.Value:

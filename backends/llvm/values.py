@@ -33,6 +33,7 @@ __all__ = [
     "extract",
     "is_constant",
     "memory_type",
+    "opaque",
     "pack",
     "recut",
     "register_type",
@@ -77,6 +78,11 @@ def stack_slot(b: ir.IRBuilder, type_: ir.Type, align: int = 0) -> ir.Value:
     if align:
         slot.align = align
     return slot
+
+
+def opaque(b: ir.IRBuilder, pointer: ir.Value) -> ir.Value:
+    """The same pointer, of which LLVM knows nothing: an assembly of no instructions that may have touched what it points to."""
+    return b.call(ir.InlineAsm(ir.FunctionType(PTR, [PTR]), "", "=r,0,~{memory}", side_effect=True), [pointer])
 
 
 def undef(type_: ir.Type) -> ir.Constant:

@@ -2,6 +2,7 @@
 
     run_gluon(source, buffers)            # a KernelSource, flat tensors
     run_gluon(source, buffers, {1})       # the kernel in front writes all but buffer 1, and ends while this one waits for it
+    interpret(module, args, handlers={"tile.launch": launcher(source_of, taken)})     # those of a module's kernels that `source_of` gives a text
 
 The model is hostile where the hardware may be. A tile that the copy engine is asked for is overwritten at once; an asynchronous product reads its
 operands as late as it is allowed to, when a group waits for it. So a barrier that is missing, or waits for the wrong phase, gives wrong
@@ -26,9 +27,12 @@ from typing import Any
 
 import torch
 from aicc.backends.triton.printer import KernelSource
+from aicc.ir import Operation
+from aicc.ir.interpreter.memory import Memory, extent
+from aicc.ir.interpreter.tile import HANDLERS
 from torch import Tensor
 
-__all__ = ["run_gluon"]
+__all__ = ["launcher", "run_gluon"]
 
 PATIENCE = 20.0
 """Seconds after which a barrier counts as never passed."""
@@ -172,6 +176,26 @@ def run_gluon(source: KernelSource, buffers: Sequence[Tensor], settled: Collecti
         text = source.text[source.text.index("@gluon.jit"):]
         exec(compile(text, source.name, "exec"), scope)
         scope[source.name](*[Pointer(b) for b in buffers], *maps)
+
+
+def launcher(source_of: Callable[[Operation], KernelSource | str], taken: list[KernelSource],
+             settled: Callable[[Operation], Collection[int]] | None = None) -> Callable[..., list[Tensor]]:
+    """How the interpreter is to launch a kernel: as the text that `source_of` makes of it, which is added to `taken`, or where that is the reason why
+    there is none, as tile IR. settled: the buffers of a kernel that the one in front does not write."""
+    def launch(ctx: Any, op: Operation, xs: list[Tensor]) -> list[Tensor]:
+        kernel = ctx.kernels[op["kernel"].name]
+        source = source_of(kernel)
+        if isinstance(source, str):
+            return HANDLERS["tile.launch"](ctx, op, xs)
+        taken.append(source)
+        types = [v.type for v in (*op.operands, *op.results)]
+        layouts = [(ctx.shape(t), ctx.dims(t.layout)) for t in types]
+        memories = [Memory.holding(x, strides) for x, (_, strides) in zip(xs, layouts, strict=False)]
+        memories += [Memory.fresh(extent(*layouts[i]), ctx.dtype(types[i])) for i in range(len(xs), len(types))]
+        run_gluon(source, [m.flat for m in memories], None if settled is None else settled(kernel))
+        return [m.tensor(*layout) for m, layout in zip(memories[len(xs):], layouts[len(xs):], strict=True)]
+
+    return launch
 
 
 def _language(program: int, programs: int, gate: Gate) -> dict[str, Any]:

@@ -14,13 +14,11 @@ from aicc.backends.triton.early_weights import print_early_weights
 from aicc.backends.triton.printer import KernelSource
 from aicc.ir import Operation
 from aicc.ir.interpreter import interpret
-from aicc.ir.interpreter.memory import Memory, extent
-from aicc.ir.interpreter.tile import HANDLERS
 from aicc.passes.tiling.gpu_tiles import early_columns
 from torch import Tensor
 
 from .cases import SM80, SM90, capture, error
-from .gluon_model import run_gluon
+from .gluon_model import launcher
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -83,21 +81,8 @@ def test_what_it_computes(name: str) -> None:
     module, args = module_of(f, inputs)
     taken: list[KernelSource] = []
 
-    def launch(ctx: Any, op: Operation, xs: list[Tensor]) -> list[Tensor]:
-        kernel = ctx.kernels[op["kernel"].name]
-        source = print_early_weights(kernel, SM90, [True] * len(kernel.body.args))
-        if isinstance(source, str):
-            return plain(ctx, op, xs)
-        taken.append(source)
-        weight, = {o.operands[0].index for o in kernel.walk() if o.name == "tile.prefetch"}
-        types = [v.type for v in (*op.operands, *op.results)]
-        layouts = [(ctx.shape(t), ctx.dims(t.layout)) for t in types]
-        memories = [Memory.holding(x, strides) for x, (_, strides) in zip(xs, layouts, strict=False)]
-        memories += [Memory.fresh(extent(*layouts[i]), ctx.dtype(types[i])) for i in range(len(xs), len(types))]
-        run_gluon(source, [m.flat for m in memories], {weight})
-        return [m.tensor(*layout) for m, layout in zip(memories[len(xs):], layouts[len(xs):], strict=True)]
-
-    plain = HANDLERS["tile.launch"]
+    launch = launcher(lambda kernel: print_early_weights(kernel, SM90, [True] * len(kernel.body.args)), taken,
+                      lambda kernel: {o.operands[0].index for o in kernel.walk() if o.name == "tile.prefetch"})
     got, = interpret(module, args, handlers={"tile.launch": launch})
     assert len(taken) == 1 and taken[0].early and taken[0].dependent
     assert error(got, f(*(x.double() for x in inputs))) < (6e-3 if inputs[0].dtype == torch.bfloat16 else 2e-3)

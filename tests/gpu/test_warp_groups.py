@@ -12,18 +12,17 @@ from typing import Any
 import pytest
 import torch
 from aicc.backends.triton import compile_gpu, print_kernel, stream_shape, warp_groups
+from aicc.backends.triton.printer import KernelSource
 from aicc.backends.triton.warp_groups import print_warp_groups
 from aicc.frontend.attention import attention
 from aicc.ir import Operation
 from aicc.ir.interpreter import interpret
-from aicc.ir.interpreter.memory import Memory, extent
-from aicc.ir.interpreter.tile import HANDLERS
 from aicc.passes import block_ranges
 from torch import Tensor
 
 from . import gluon_model
 from .cases import SM80, SM90, capture, error
-from .gluon_model import run_gluon
+from .gluon_model import launcher
 
 FEW = dataclasses.replace(SM90, multiprocessors=3)
 """Programs of several rounds, also for small inputs."""
@@ -125,26 +124,15 @@ def stream_of(module: Operation) -> Operation:
 def run(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], change: Callable[[str], str] = str) -> tuple[Tensor, str]:
     """The result with the stream's kernel in Gluon, and its text. `change` is made to the text before it runs."""
     module, args = module_of(f, inputs)
-    texts: list[str] = []
+    taken: list[KernelSource] = []
 
-    def launch(ctx: Any, op: Operation, xs: list[Tensor]) -> list[Tensor]:
-        kernel = ctx.kernels[op["kernel"].name]
+    def changed(kernel: Operation) -> KernelSource | str:
         source = print_warp_groups(kernel, FEW, [True] * len(kernel.body.args))
-        if isinstance(source, str):
-            return plain(ctx, op, xs)
-        source = dataclasses.replace(source, text=change(source.text))
-        texts.append(source.text)
-        types = [v.type for v in (*op.operands, *op.results)]
-        layouts = [(ctx.shape(t), ctx.dims(t.layout)) for t in types]
-        memories = [Memory.holding(x, strides) for x, (_, strides) in zip(xs, layouts, strict=False)]
-        memories += [Memory.fresh(extent(*layouts[i]), ctx.dtype(types[i])) for i in range(len(xs), len(types))]
-        run_gluon(source, [m.flat for m in memories])
-        return [m.tensor(*layout) for m, layout in zip(memories[len(xs):], layouts[len(xs):], strict=True)]
+        return source if isinstance(source, str) else dataclasses.replace(source, text=change(source.text))
 
-    plain = HANDLERS["tile.launch"]
-    out, = interpret(module, args, handlers={"tile.launch": launch})
-    assert len(texts) == 1, "no kernel took the form"
-    return out, texts[0]
+    out, = interpret(module, args, handlers={"tile.launch": launcher(changed, taken)})
+    assert len(taken) == 1, "no kernel took the form"
+    return out, taken[0].text
 
 
 @pytest.mark.product

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import pytest
 import torch
+from aicc.backends.llvm import CompiledObject
 from aicc.compiler.driver import Compilation, watching
 from support.stages import AVX2, GENERIC, capture, check_levels
 from torch import Tensor
@@ -34,6 +36,25 @@ def test_matrix_of_indices(mode: str) -> None:
     found = both(lambda t, i: F.embedding_bag(i, t, mode=mode), torch.randn(50, 24), torch.randint(0, 50, (7, 5)))
     assert found.stats["kernels"] == 1 and not found.stats["externs"]
     both(lambda t, i, w: F.embedding_bag(i, t, mode="sum", per_sample_weights=w), torch.randn(50, 24), torch.randint(0, 50, (7, 5)), torch.randn(7, 5))
+
+
+@pytest.mark.parametrize(("rows", "dynamic"), [(50, False), (5000, False), (5000, True)])
+def test_weighted_rows_are_not_stored(rows: int, dynamic: bool) -> None:
+    """A product of gathered rows by one weight each reads them from the table, be that smaller than what is gathered or larger."""
+    def weighted(t: Tensor, i: Tensor, w: Tensor) -> Tensor:
+        return F.embedding_bag(i, t, mode="sum", per_sample_weights=w)
+    args = torch.randn(rows, 24), torch.randint(0, rows, (7, 5)), torch.randn(7, 5)
+    if dynamic:
+        for a in args[1:]:
+            torch._dynamo.mark_dynamic(a, 0)
+    found: list[Compilation] = []
+    torch._dynamo.reset()
+    with watching(compiled=found.append), torch.no_grad():
+        compiled = torch.compile(weighted, backend="aicc", options={"strict": True, "cache": False})
+        torch.testing.assert_close(compiled(*args), weighted(*args))
+        with pytest.raises((IndexError, RuntimeError)):
+            compiled(args[0], torch.full((7, 5), rows), args[2])
+    assert found[0].stats["kernels"] == 1 and not found[0].stats["memory"]["arena_bytes"]
 
 
 @pytest.mark.parametrize("function", [
@@ -129,3 +150,13 @@ def test_rows_are_tested_once_and_asked_for() -> None:
     assert "llvm.prefetch" in found.llvm_ir
     _, found = inference(lambda t, i, o: F.embedding_bag(i, t, o), torch.randn(300000, 32), i.flatten(), torch.tensor([0, 5]))
     assert "llvm.prefetch" in found.llvm_ir
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 assembly")
+def test_rows_are_added_from_memory() -> None:
+    """A bad index makes another address, not another branch: LLVM would load all rows of a round in registers, and spill them."""
+    _, found = inference(lambda t, i: F.embedding_bag(i, t, mode="sum"), torch.randn(500, 32), torch.randint(0, 500, (7, 12)))
+    text = CompiledObject(b"", found.llvm_ir, (), {}, {}, found.target).asm
+    kernel = text.split("\nkernel.", 1)[1].split(".Lfunc_end")[0]
+    added = [line for line in kernel.splitlines() if "addps" in line]
+    assert added and all("(" in line for line in added)

@@ -101,3 +101,52 @@ def test_scatter_by_index(target):
     v, ix, y = torch.randn(n), torch.randperm(n), torch.zeros(n)
     assert run(kernel([buffer((n,)), buffer((n,), "i64"), buffer((n,))], [1], body), [v, ix, y], target=target) == 0
     assert torch.equal(y[ix], v)
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "i64", "u8", "i1"])
+@pytest.mark.parametrize("index_type", ["i64", "i32"])
+def test_numbers_that_lie_in_memory(dtype, index_type, target):
+    """Each row of numbers picks from a row of its own. One out of bounds leaves its neighbours what they are."""
+    from kernels import TORCH
+    rows, n = 3, 32
+
+    def body(k, x, ix, y):
+        p = k.pid()
+        at = k.load(ix, i0 * n + t1, p, shape=(1, n))
+        k.store(y, k.load(x, i0 * 50 + i1, p, at, shape=(1, n), mask=((i1, 50),), mask_low=(i1,), check=True), i0 * n + t1, p)
+    x = (torch.rand(rows, 50) * 9 - 4).to(TORCH[dtype])
+    ix, y = torch.randint(0, 50, (rows, n), dtype=TORCH[index_type]), torch.ones(rows, n, dtype=TORCH[dtype])
+    k = kernel([buffer((rows, 50), dtype), buffer((rows, n), index_type), buffer((rows, n), dtype)], [rows], body)
+    assert run(k.clone(), [x, ix, y], target=target) == 0
+    assert torch.equal(y, x.gather(1, ix.long()))
+    for bad in (-1, 50, 1 << 30):
+        ix[1, 13], before = bad, ix[1, 13].item()
+        assert run(k.clone(), [x, ix, y], target=target) != 0
+        ix[1, 13] = before
+        want = x.gather(1, ix.long())
+        want[1, 13] = 0
+        assert torch.equal(y, want)
+
+
+def test_numbers_are_read_from_memory(target):
+    """Where gathers are no quick instruction. Numbers that the kernel writes, too, are those that were read before."""
+    def body(k, x, ix, y):
+        at = k.load(ix, t1, shape=(1, 16))
+        k.store(y, k.load(x, i0, at, shape=(1, 16), mask=((i0, 50),), mask_low=(i0,), check=True), t1)
+
+    def moved(k, x, ix, y):
+        at = k.load(ix, t1, shape=(1, 16))
+        k.store(ix, at, 15 - t1)
+        body(k, x, ix, y)
+        k.store(y, k.load(x, i0, at, shape=(1, 16), mask=((i0, 50),), mask_low=(i0,), check=True), t1)
+    buffers = [buffer((50,)), buffer((16,), "i64"), buffer((16,))]
+    from kernels import module_of
+    text = compile_module(module_of(kernel(buffers, [1], body)), target).llvm_ir
+    assert ("load volatile" in text) == ("avx2" not in target.features or "sse4a" in target.features)
+    k = kernel(buffers, [1], moved)
+    assert "load volatile" not in compile_module(module_of(k.clone()), target).llvm_ir
+    x, ix, y = torch.randn(50), torch.randint(0, 50, (16,)), torch.zeros(16)
+    want = x[ix]
+    assert run(k, [x, ix, y], target=target) == 0
+    assert torch.equal(y, want)
