@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 FUZZ_SECONDS ?= 600
 PIP_ARGS ?=
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+# Many tests start processes: with bytecode on disk, whatever the environment says, they do not compile the package anew.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llvmlite import ir
 
 from ...ir.types import DType
 from .lanes import splat as repeated
-from .records import Record
+from .records import Record, loop, places_from
 from .values import I32, I64, chunk_type, width_of
 
-__all__ = ["Keys"]
+__all__ = ["WIDTH", "Keys"]
+
+WIDTH = 8
+"""Elements that are looked at together: a vector of 256 bits of most types; on other machines it is several or part of one."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,26 @@ class Keys:
             return [key, place]
         high = b.shl(b.sext(key, chunk_type(I64, width_of(key))), repeated(chunk_type(I64, width_of(key)), 32))
         return [b.or_(high, place)]
+
+    def all_records(self, b: ir.IRBuilder, source: ir.Value, n: ir.Value, records: ir.Value) -> None:
+        """A record of each element, in order."""
+        record = self.record()
+
+        def some(width: int) -> Callable[[ir.Value, list[ir.Value]], list[ir.Value]]:
+            def body(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                words = self.words(b, self.load(b, source, i, width), places_from(b, i, width))
+                if width > 1 and record.words == 2:
+                    lanes = [x for j in range(width) for x in (j, width + j)]
+                    words = [b.shuffle_vector(*words, ir.Constant(ir.VectorType(I32, 2 * width), lanes))]
+                if width > 1:
+                    b.store(words[0], record.at(b, records, i), align=8)
+                else:
+                    record.store(b, words, records, i)
+                return []
+            return body
+
+        done, = loop(b, I64(0), b.sub(n, I64(WIDTH - 1)), WIDTH, [], some(WIDTH), "records")
+        loop(b, done, n, 1, [], some(1), "record")
 
     def key_of(self, b: ir.IRBuilder, words: Sequence[ir.Value]) -> ir.Value:
         return words[0] if self.bits > 32 else b.trunc(b.ashr(words[0], I64(32)), I32)

@@ -2,6 +2,7 @@
 
     order(source, n, records)              a record of every element, sorted (`records.py`)
     select(source, n, keep, records)       records of the first `keep`, sorted; rows of which few are wanted
+    statistic(source, n, rank, records)    the place of one element in that order (`order_statistic.py`)
 
 `select` reads the row once, against a bound that starts as an element of a sorted sample, chosen so that a few more than `keep` are likely to be
 within it. What is within enters a buffer; a full buffer is sorted, its first `keep` stay and the last of them is the new bound. If the sample led
@@ -22,18 +23,17 @@ from ...ir.core import Operation
 from ...ir.types import element_type
 from .in_order import in_order
 from .intrinsics import call
-from .keys import Keys
+from .keys import WIDTH, Keys
+from .order_statistic import order_statistic
 from .record_order import record_first, record_sort
-from .records import Record, function, loop, places_from
-from .values import I32, I64, PTR, chunk_type, memory_type, splat, stack_slot, width_of
+from .records import function, loop
+from .values import I64, PTR, chunk_type, memory_type, splat, stack_slot, width_of
 
 if TYPE_CHECKING:
     from .kernel import KernelEmitter
 
 __all__ = ["sort_rows"]
 
-WIDTH = 8
-"""Elements that are looked at together: a vector of 256 bits of most types; on other machines it is several or part of one."""
 SAMPLES = (64, 256)
 """Elements of a sample: usually, and of long rows of which the first would expect more than a few elements that are kept."""
 FEW = 4
@@ -61,7 +61,8 @@ def sort_rows(k: KernelEmitter, op: Operation) -> None:
     record = keys.record()
     whole = n == keep
     bound = BUFFER * keep + SLACK
-    partly = not whole and not (isinstance(n, int) and isinstance(keep, int) and n <= 2 * keep)
+    pick = op["pick"]
+    partly = not pick and not whole and not (isinstance(n, int) and isinstance(keep, int) and n <= 2 * keep)
     room = (bound if partly else n) + SLACK
     work = k.scratch.private(("sort", room * record.bytes), 2 * room * record.bytes)
     row = scalars.address(source, memory_type(dtype), start)
@@ -71,7 +72,14 @@ def sort_rows(k: KernelEmitter, op: Operation) -> None:
         k.report(op, fits)
         length, count = (b.select(fits, x, I64(0)) for x in (length, count))
     spare = scalars.address(work, ir.IntType(8), room * record.bytes)
-    if partly:
+    if pick:
+        length = b.select(b.icmp_signed("<", length, I64(1)), I64(1), length)
+        rank = b.sub(b.select(b.icmp_signed("<", length, count), length, count), I64(1))
+        rank = b.select(b.icmp_signed("<", rank, I64(0)), I64(0), rank)
+        place = b.call(order_statistic(k.module, keys, pick == "median"), [row, length, rank, work, spare])
+        record.store(b, [place] * record.words, work, I64(0))
+        made, count = work, I64(1)
+    elif partly:
         made = b.call(_select(k.module, keys), [row, length, count, work, spare])
     else:
         made = b.call(_order(k.module, keys), [row, length, work, spare])
@@ -102,7 +110,7 @@ def _order(module: ir.Module, keys: Keys) -> ir.Function:
     def emit(b: ir.IRBuilder, args: Sequence[ir.Value]) -> ir.Value:
         source, n, records, spare = args
         _unless_in_order(b, keys, source, n, n, records)
-        _all_records(b, keys, record, source, n, records)
+        keys.all_records(b, source, n, records)
         return b.call(sort, [records, spare, n])
 
     return function(module, f"sort.order.{keys.name}", PTR, [PTR, I64, PTR, PTR], emit)
@@ -126,27 +134,6 @@ def _unless_in_order(b: ir.IRBuilder, keys: Keys, source: ir.Value, n: ir.Value,
     b.position_at_end(following)
 
 
-def _all_records(b: ir.IRBuilder, keys: Keys, record: Record, source: ir.Value, n: ir.Value, records: ir.Value) -> None:
-    """A record of each element, in order."""
-
-    def some(width: int) -> Callable[[ir.Value, list[ir.Value]], list[ir.Value]]:
-        def body(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            words = keys.words(b, keys.load(b, source, i, width), places_from(b, i, width))
-            if width > 1 and record.words == 2:
-                lanes = [x for j in range(width) for x in (j, width + j)]
-                words = [b.shuffle_vector(*words, ir.Constant(ir.VectorType(I32, 2 * width), lanes))]
-            if width > 1:
-                b.store(words[0], record.at(b, records, i), align=8)
-            else:
-                record.store(b, words, records, i)
-            return []
-        return body
-
-    w = WIDTH
-    done, = loop(b, I64(0), b.sub(n, I64(w - 1)), w, [], some(w), "records")
-    loop(b, done, n, 1, [], some(1), "record")
-
-
 def _select(module: ir.Module, keys: Keys) -> ir.Function:
     """ptr select(ptr source, i64 n, i64 keep, ptr records, ptr spare); both buffers have room for BUFFER * keep + 2 * SLACK records."""
     read = _read_within(module, keys)
@@ -159,7 +146,7 @@ def _select(module: ir.Module, keys: Keys) -> ir.Function:
         few = b.and_(b.icmp_signed("<=", n, b.mul(keep, I64(BUFFER))), b.icmp_signed("<=", n, I64(SHORT)))
         b.cbranch(b.or_(few, b.icmp_signed("<=", n, I64(SHORTEST))), short, long)
         b.position_at_end(short)
-        _all_records(b, keys, keys.record(), source, n, records)
+        keys.all_records(b, source, n, records)
         b.ret(b.call(first, [records, spare, n, keep]))
         b.position_at_end(long)
         bound = b.call(_sampled_bound(module, keys), args)

@@ -13,7 +13,7 @@ LONGEST = (1 << 31) - 1
 """Elements of a row: kernels count them in 32 bits."""
 
 
-def _sorted(c: Context, x: Value, axis: int, keep: Dim, largest: bool) -> tuple[Value, Value]:
+def _sorted(c: Context, x: Value, axis: int, keep: Dim, largest: bool, pick: str = "") -> tuple[Value, Value]:
     t = typeof(x)
     size = t.shape[axis]
     if c.argument(0).is_cuda:
@@ -22,8 +22,8 @@ def _sorted(c: Context, x: Value, axis: int, keep: Dim, largest: bool) -> tuple[
         raise Unsupported(f"sorting {t.dtype}: a library routine")
     if isinstance(size, int) and size > LONGEST:
         raise Unsupported(f"sorting rows of more than {LONGEST} elements: a library routine")
-    shape = tuple(keep if i == axis else n for i, n in enumerate(t.shape))
-    attrs = {"dim": axis, "keep": keep, **({} if largest else {"largest": False})}
+    shape = tuple((1 if pick else keep) if i == axis else n for i, n in enumerate(t.shape))
+    attrs = {"dim": axis, "keep": keep, **({} if largest else {"largest": False}), **({"pick": pick} if pick else {})}
     made = c.b.create("graph.sort", [x], attrs, [TensorType(shape, t.dtype), TensorType(shape, I64)])
     return made.results[0], made.results[1]
 
@@ -60,14 +60,19 @@ def topk(c: Context, x: Value, k: Dim, dim: int = -1, largest: bool = True, sort
     return c.reduce(value, x, axes, True), c.reduce(place, x, axes, True, I64)
 
 
+def _picked(c: Context, x: Value, axis: int, k: int, keepdim: bool, pick: str) -> tuple[Value, Value]:
+    """One element along `axis` and its place."""
+    value, place = _sorted(c, x, axis, k, False, pick)
+    shape = tuple(1 if i == axis else n for i, n in enumerate(typeof(x).shape) if keepdim or i != axis)
+    return (value, place) if keepdim else (c.reshape(value, shape), c.reshape(place, shape))
+
+
 def kthvalue(c: Context, x: Value, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Value, Value]:
     """The last of the first k; NaN is the largest."""
     t = typeof(x)
     if t.rank == 0:
         return x, c.full((), 0, I64)
-    axis = c.axis(dim, t.rank)
-    values, places = _sorted(c, x, axis, k, False)
-    return _last(c, values, axis, k, keepdim), _last(c, places, axis, k, keepdim)
+    return _picked(c, x, c.axis(dim, t.rank), k, keepdim, "last")
 
 
 def median(c: Context, x: Value, dim: int = -1, keepdim: bool = False) -> tuple[Value, Value]:
@@ -79,24 +84,12 @@ def median(c: Context, x: Value, dim: int = -1, keepdim: bool = False) -> tuple[
     size = t.shape[axis]
     if not isinstance(size, int) or size == 0:
         raise Unsupported("median of a size unknown at compile time, or of nothing: a library routine")
-    value, place = kthvalue(c, x, (size - 1) // 2 + 1, dim, keepdim)
-    if not t.dtype.is_float:
-        return value, place
-    greatest, first = (c.reduce(name, x, (axis,), keepdim, *kind) for name, kind in (("amax", ()), ("argmax", (I64,))))
-    bad = c.ew("isnan", greatest)
-    return c.ew("select", bad, greatest, value), c.ew("select", bad, first, place)
+    return _picked(c, x, axis, (size - 1) // 2 + 1, keepdim, "median" if t.dtype.is_float else "last")
 
 
 def median_of_all(c: Context, x: Value) -> Value:
     t = typeof(x)
     return median(c, c.reshape(x, (c.numel(x, range(t.rank)),)), 0)[0]
-
-
-def _last(c: Context, x: Value, axis: int, k: int, keepdim: bool) -> Value:
-    """Element k - 1 along `axis`."""
-    t = typeof(x)
-    one = c.slice(x, axis, k - 1, 1)
-    return one if keepdim else c.reshape(one, tuple(n for i, n in enumerate(t.shape) if i != axis))
 
 
 ROWS: dict[str, Lower] = {

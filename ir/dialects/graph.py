@@ -144,9 +144,11 @@ define("graph.var_mean", "variance with `correction`, and mean, over `dims`", op
        traits=[P, R])
 define("graph.scan", "running combination along `dim`: kind is sum, prod, max, min or logsumexp", operands="x",
        attrs={"dim": attr(), "kind": attr()}, traits=[P])
-define("graph.sort", "the first `keep` elements along `dim` in stable sorted order, and their i64 positions; NaN is the largest", operands="x",
-       results="values indices", attrs={"dim": attr(), "keep": attr("a size, at most the dimension's"),
-                                         "largest": optional(True, "the largest come first")}, traits=[P])
+define("graph.sort", "the first `keep` elements along `dim` in stable sorted order, and their i64 positions; NaN is the largest",
+       operands="x", results="values indices", attrs={"dim": attr(), "keep": attr("a size, at most the dimension's"),
+                                                      "largest": optional(True, "the largest come first"),
+                                                      "pick": optional("", "last: of those the last alone; median: the same, but the "
+                                                                       "first NaN if there is one")}, traits=[P])
 define("graph.softmax", "exp(x) / sum(exp(x)) along `dim`", operands="x", attrs={"dim": attr()}, traits=[P, R])
 define("graph.log_softmax", "x - log(sum(exp(x))) along `dim`", operands="x", attrs={"dim": attr()}, traits=[P, R])
 define("graph.layer_norm", "(x - mean) * rstd over the last `ndims` dimensions, times weight plus bias when given",

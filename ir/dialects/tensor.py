@@ -107,7 +107,9 @@ def _verify_scan(op: Operation) -> None:
 
 def _verify_sort(op: Operation) -> None:
     _verify_space(op, op.operands)
-    shape = (*op["dims"][:-1], op["keep"])
+    shape = (*op["dims"][:-1], 1 if op["pick"] else op["keep"])
+    if op["pick"] and (op["pick"] not in ("last", "median") or op["largest"]):
+        raise IRError(f"'tensor.sort' picks the last or the median of the smallest, got '{op['pick']}'")
     if len(_yielded(op)) != 1 or any(not isinstance(r.type, TensorType) or r.type.shape != shape for r in op.results):
         raise IRError(f"'tensor.sort' yields one value and gives two tensors of shape [{', '.join(map(str, shape))}]")
 
@@ -148,7 +150,8 @@ define("tensor.scan", "running combination of the body's value along the last di
        traits=[Trait.Pure, Trait.Structured], verify=_verify_scan)
 define("tensor.sort", "along the last dimension of the space, the first `keep` of the body's values in stable sorted order, and their i64 positions; "
        "NaN is the largest", operands="inputs*", results="values indices",
-       attrs={**_SPACE, "keep": attr("a size, at most the dimension's"), "largest": optional(True, "the largest come first")}, regions=1,
+       attrs={**_SPACE, "keep": attr("a size, at most the dimension's"), "largest": optional(True, "the largest come first"),
+              "pick": optional("", "last: of those the last alone; median: the same, but the first NaN if there is one")}, regions=1,
        traits=[Trait.Pure, Trait.Structured], verify=_verify_sort)
 define("tensor.segments", "over the space [columns, positions], the combination of the body's value over each segment of positions, as [segments, "
        "columns]: segment s goes from starts[s] up to starts[s + 1] (the last to the end, if there are no more starts than segments); of nothing 0. "

@@ -209,7 +209,8 @@ define("tile.sort", "writes the first `keep` of `length` elements, from element 
        "places in the row (i64), or both, each to a buffer; the scalars then name the offset of its first element there and the step from one to the "
        "next. NaN is the largest",
        operands="source results_start_length_keep_layouts*", results=(),
-       attrs={"values": optional(True), "places": optional(True), "largest": optional(True, "the largest come first")},
+       attrs={"values": optional(True), "places": optional(True), "largest": optional(True, "the largest come first"),
+              "pick": optional("", "last: of those the last alone; median: the same, but the first NaN if there is one")},
        traits=[Trait.ReadsMemory, Trait.WritesMemory], verify=_verify_sort)
 define("tile.alloca", "scratch memory private to the program", operands="", traits=[Trait.ReadsMemory])
 

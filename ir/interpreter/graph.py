@@ -263,14 +263,20 @@ def _scan(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     return _typed(ctx, op, SCANS[op["kind"]](_wide(xs[0]), op["dim"]))
 
 
-def first_of(x: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
-    """The first k along the last dimension in sorted order, NaN as the largest, the first of equal ones first."""
-    values, places = torch.sort(x, dim=-1, descending=largest, stable=True)
-    return values[..., :k], places[..., :k]
+def first_of(x: Tensor, k: int, largest: bool, pick: str = "") -> tuple[Tensor, Tensor]:
+    """The first k along the last dimension in sorted order, NaN as the largest, the first of equal ones first; of those the last alone, or of a
+    median the first NaN if there is any."""
+    places = torch.sort(x, dim=-1, descending=largest, stable=True).indices[..., :k]
+    if pick:
+        places = places[..., k - 1:]
+    if pick == "median":
+        bad = torch.isnan(x)
+        places = torch.where(bad.any(-1, keepdim=True), bad.to(torch.uint8).argmax(-1, keepdim=True), places)
+    return x.gather(-1, places), places
 
 
 def _sort(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
-    values, places = first_of(xs[0].movedim(op["dim"], -1), ctx.dim(op["keep"]), op["largest"])
+    values, places = first_of(xs[0].movedim(op["dim"], -1), ctx.dim(op["keep"]), op["largest"], op["pick"])
     return _typed(ctx, op, values.movedim(-1, op["dim"]), places.movedim(-1, op["dim"]))
 
 

@@ -312,7 +312,7 @@ def _scan(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
 def _sort(ctx: Context, op: Operation, xs: list[Tensor]) -> list[Tensor]:
     sizes = ctx.dims(op["dims"])
     body = _Body(ctx, op, xs, _Space(tuple(range(n) for n in sizes)))
-    values, places = graph.first_of(body.whole(op.body.terminator.operands[0]), ctx.dim(op["keep"]), op["largest"])
+    values, places = graph.first_of(body.whole(op.body.terminator.operands[0]), ctx.dim(op["keep"]), op["largest"], op["pick"])
     return [ctx.to_type(values, op.results[0].type), places]
 
 

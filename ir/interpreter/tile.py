@@ -24,6 +24,7 @@ from ..expr import Dim
 from ..types import BufferType, TensorType, TileType
 from . import arith
 from .context import WIDENED, Context, Handler, bind_shape, evaluate_index, failure
+from .graph import first_of
 from .loops import lift, run_loop
 from .memory import Memory, extent
 from .tensor import combine
@@ -157,8 +158,9 @@ def _sort(p: Programs, op: Operation, xs: list[Any]) -> list[Any]:
     lanes, ids = (lift(x, 1) for x in (p.lanes, p.ids))
     active = torch.ones(1, 1, dtype=torch.bool) if p.active is None else lift(p.active, 1)
     row = source.load((start + torch.arange(n)).expand(len(p.ids), n), active, lanes, ids)
-    first = torch.sort(row, dim=1, descending=op["largest"], stable=True).indices[:, :keep]
-    made = [*([row.gather(1, first)] if op["values"] else []), *([first] if op["places"] else [])]
+    values, first = first_of(row, keep, op["largest"], op["pick"])
+    keep = first.shape[1]
+    made = [*([values] if op["values"] else []), *([first] if op["places"] else [])]
     for j, (buffer, value) in enumerate(zip(buffers, made, strict=True)):
         into, step = numbers[3 + 2 * j:5 + 2 * j]
         buffer.store((into + torch.arange(keep) * step).expand(len(p.ids), keep), active, value, lanes, ids)

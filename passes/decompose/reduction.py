@@ -178,8 +178,9 @@ def _sort(b: Builder, op: Operation) -> list[Value]:
     dims = tuple(t.shape[i] for i in order)
     read = tuple(d(order.index(i)) for i in range(t.rank))
     region = structured_body(b, [x], [read], lambda i, v: [v])
-    shape = (*dims[:-1], op["keep"])
-    made = b.create("tensor.sort", [x], {"dims": dims, "maps": (simplified(read, dims),), "keep": op["keep"], "largest": op["largest"]},
+    shape = (*dims[:-1], 1 if op["pick"] else op["keep"])
+    attrs = {"dims": dims, "maps": (simplified(read, dims),), "keep": op["keep"], "largest": op["largest"], "pick": op["pick"]}
+    made = b.create("tensor.sort", [x], attrs,
                     [TensorType(shape, t.dtype), TensorType(shape, tensor_type(op.results[1]).dtype)], [region])
     if order == list(range(t.rank)):
         return list(made.results)

@@ -39,7 +39,8 @@ def emit_sort(op: Operation, e: Emitter, buffers: dict[Value, Value], outs: list
             here = [at[f"d{j}"] for j in range(len(dims) - 1)]
             numbers += [dot_of([*here, 0], result.type.layout, e), result.type.layout[-1]]
     operands += [*wanted, *(e.index_value(x, DTYPES["index"]) for x in numbers)]
-    attrs = {"values": outs[0] is not None, "places": outs[1] is not None, **({} if op["largest"] else {"largest": False})}
+    attrs = {"values": outs[0] is not None, "places": outs[1] is not None, **({} if op["largest"] else {"largest": False}),
+             **({"pick": op["pick"]} if op["pick"] else {})}
     e.builder.create("tile.sort", operands, attrs)
     return list(dims[:-1])
 

@@ -1,8 +1,10 @@
-"""Runs cases in Triton's interpreter and prints {case: {"errors": [...], "launches": n} or {"failure": text}} as JSON.
+"""Runs cases in Triton's interpreter: each line of the input names one, each line of the output is {"errors": [...], "launches": n} or
+{"failure": text} as JSON after `RESULT `.
 
-A process of its own, as the interpreter must be chosen before triton is imported:
+A process of its own, as the interpreter must be chosen before triton is imported; names are those of cases, case@n (with the n-th candidate of each
+tile) or model:NAME:
 
-    TRITON_INTERPRET=1 python -m aicc.tests.gpu.simulate_cases [case, case@n (with the n-th candidate of each tile) or model:NAME ...]
+    echo softmax | TRITON_INTERPRET=1 python -m aicc.tests.gpu.simulate_cases
 """
 
 from __future__ import annotations
@@ -45,20 +47,21 @@ def simulate_case(function: Any, inputs: Sequence[Any], dynamic: bool = False, b
     return {"errors": errors, "launches": launches}
 
 
-def main() -> None:
-    found: dict[str, Any] = {}
-    for name in sys.argv[1:] or CASES:
-        try:
-            if name.startswith("model:"):
-                from aicc.tests.models.zoo import MODELS
+def simulate(name: str) -> dict[str, Any]:
+    try:
+        if name.startswith("model:"):
+            from aicc.tests.models.zoo import MODELS
 
-                found[name] = simulate_case(*MODELS[name.removeprefix("model:")].build())
-            else:
-                case, _, tile = CASES[name.partition("@")[0]], *name.partition("@")[1:]
-                found[name] = simulate_case(*case.build(), case.dynamic, case.backward, int(tile) if tile else None)
-        except Exception:
-            found[name] = {"failure": traceback.format_exc()}
-    print("RESULT " + json.dumps(found))
+            return simulate_case(*MODELS[name.removeprefix("model:")].build())
+        case, _, tile = CASES[name.partition("@")[0]], *name.partition("@")[1:]
+        return simulate_case(*case.build(), case.dynamic, case.backward, int(tile) if tile else None)
+    except Exception:
+        return {"failure": traceback.format_exc()}
+
+
+def main() -> None:
+    for line in sys.stdin:
+        print("RESULT " + json.dumps(simulate(line.strip())), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Numerics of the generated text: whole host programs in Triton's interpreter, against eager.
 
-One subprocess runs all cases, as the interpreter has to be chosen before triton is imported.
+A subprocess runs the cases, as the interpreter has to be chosen before triton is imported; it is asked for them one by one, so that workers share them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,25 @@ LONG = {"attention_training", "softmax_long", "conv_backward", "mlp_backward", "
 MODELS = {"model:bert": 2e-5, "model:gpt2": 2e-5, "model:llama": 2e-5}
 
 
-@cache
-def simulated(names: tuple[str, ...]) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(HERE / "simulate_cases.py"), *names],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stderr[-3000:]
-    return json.loads(lines[-1].removeprefix("RESULT "))  # type: ignore[no-any-return]
+Simulate = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def simulate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulate]:
+    complaints = tmp_path_factory.mktemp("simulated") / "stderr"
+    with complaints.open("w") as stderr, subprocess.Popen([sys.executable, str(HERE / "simulate_cases.py")], env={**os.environ, "TRITON_INTERPRET": "1"},
+                                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        questions, answers = process.stdin, process.stdout
+
+        def ask(name: str) -> dict[str, Any]:
+            print(name, file=questions, flush=True)
+            for line in answers:
+                if line.startswith("RESULT "):
+                    return json.loads(line.removeprefix("RESULT "))  # type: ignore[no-any-return]
+            raise AssertionError(complaints.read_text()[-3000:])
+
+        yield ask
 
 
 OLD = tuple(int(n) for n in version("triton").split(".")[:2]) < (3, 7)
@@ -55,10 +61,10 @@ def check(result: dict[str, Any], tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n not in LONG])
-def test_case(name: str) -> None:
+def test_case(name: str, simulate: Simulate) -> None:
     if OLD and name == "nan":
         pytest.skip("fmax of a number and NaN is NaN in Triton's interpreter before 3.7")
-    check(simulated(tuple(n for n in CASES if n not in LONG))[name], CASES[name].tolerance)
+    check(simulate(name), CASES[name].tolerance)
 
 
 TILES = [f"{name}@{n}" for name, ns in {"softmax": (1, 5, 11), "column_sum": (1, 4, 9), "transposed": (1, 6), "pointwise": (2, 7), "variance": (3, 8),
@@ -66,18 +72,18 @@ TILES = [f"{name}@{n}" for name, ns in {"softmax": (1, 5, 11), "column_sum": (1,
 
 
 @pytest.mark.parametrize("name", TILES)
-def test_other_tiles(name: str) -> None:
+def test_other_tiles(name: str, simulate: Simulate) -> None:
     """Whichever candidate is measured to be the fastest, it computes the same."""
-    check(simulated(tuple(TILES))[name], CASES[name.partition("@")[0]].tolerance)
+    check(simulate(name), CASES[name.partition("@")[0]].tolerance)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(LONG))
-def test_long_case(name: str) -> None:
-    check(simulated(tuple(sorted(LONG)))[name], CASES[name].tolerance)
+def test_long_case(name: str, simulate: Simulate) -> None:
+    check(simulate(name), CASES[name].tolerance)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_model(name: str) -> None:
-    check(simulated((name,))[name], MODELS[name])
+def test_model(name: str, simulate: Simulate) -> None:
+    check(simulate(name), MODELS[name])

@@ -9,7 +9,7 @@ Captured without Dynamo: AOTAutograd traces the function, which is what the back
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from aicc.ir.passes import PassContext, parse_pipeline, run_pipeline
 from aicc.ir.printer import print_with_resources
 from aicc.ir.verifier import verify
 from functorch.compile import aot_function, make_boxed_func
+from torch._subclasses import FakeTensorMode
 
 GENERIC = Target()
 AVX2 = Target(name="haswell", vector_bits=256)
@@ -68,11 +69,26 @@ def widened(x: torch.Tensor) -> torch.Tensor:
     return copied(x, torch.float64) if x.is_floating_point() else x
 
 
+def shaped(fn: Callable[..., Any], *shapes: Sequence[int], dtype: torch.dtype = torch.float32) -> Program:
+    """The inference graph of `fn` on tensors that have no values, to be lowered: of tensors of gigabytes, as of any other."""
+    with FakeTensorMode():
+        return _imported(fn, [torch.empty(tuple(s), dtype=dtype) for s in shapes], dynamic=False)
+
+
 def capture(fn: Callable[..., Any], args: Sequence[torch.Tensor], *, dynamic: bool = False, slack: float = SLACK) -> Program:
     """The inference graph of `fn` on `args`; with `dynamic`, sizes other than 0 and 1 become symbols.
 
     The yardstick in f64 is the imported graph itself, interpreted in f64; the graph is first compared with eager.
     """
+    program = _imported(fn, args, dynamic)
+    exact = tuple(interpret(program.module(), [widened(x) for x in program.inputs], precision=torch.float64))
+    program = replace(program, exact=exact)
+    compare(interpret(program.module(), [copied(x) for x in program.inputs]), program, "graph", slack)
+    return program
+
+
+def _imported(fn: Callable[..., Any], args: Sequence[torch.Tensor], dynamic: bool) -> Program:
+    """What `capture` gives, but for the values in f64."""
     made: list[tuple[Operation, list[Any]]] = []
 
     def compiler(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -91,11 +107,7 @@ def capture(fn: Callable[..., Any], args: Sequence[torch.Tensor], *, dynamic: bo
     order = [a["position"] for a in func["arg_attrs"]]
     inputs = tuple(args[i] for i in order)
     assert not func["symbol_args"]
-    program = Program(text, resources, inputs, {}, expected, ())
-    exact = tuple(interpret(program.module(), [widened(x) for x in program.inputs], precision=torch.float64))
-    program = Program(text, resources, inputs, {}, expected, exact)
-    compare(interpret(program.module(), [copied(x) for x in inputs]), program, "graph", slack)
-    return program
+    return Program(text, resources, inputs, {}, expected, ())
 
 
 def lowered(program: Program, target: Target, upto: str = "tile", options: Options = OPTIONS) -> Operation:

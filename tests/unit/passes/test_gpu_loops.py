@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.stages import CUDA, capture, check_levels, lowered
+from support.stages import CUDA, capture, check_levels, lowered, shaped
 from torch import Tensor
 
 NEVER = float("-inf")
@@ -76,7 +76,7 @@ def test_softmax_reads_a_long_row_twice() -> None:
 
 @pytest.mark.parametrize(("dtype", "neighbours"), [(torch.float32, 4), (torch.bfloat16, 8)])
 def test_no_step_of_a_long_row_waits_for_other_threads(dtype: torch.dtype, neighbours: int) -> None:
-    module = lowered(capture(lambda x: x.softmax(-1), [torch.ones(300, 40000, dtype=dtype)]), CUDA)
+    module = lowered(shaped(lambda x: x.softmax(-1), (300, 40000), dtype=dtype), CUDA)
     loop = next(op for op in module.walk() if op.name == "tile.for")
     assert [op.operands[0].type.shape[1] for op in loop.walk() if op.name == "tile.reduce"] == [neighbours, neighbours]
 
@@ -166,7 +166,7 @@ H100 = dataclasses.replace(CUDA, l2=50 << 20)
 
 def tiles(f: Callable[..., Any], *shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> set[Any]:
     """Shapes of the tiles that are read, and warps, of f's one kernel."""
-    (kernel,) = [op for op in lowered(capture(f, [torch.ones(s, dtype=dtype) for s in shapes]), H100).walk() if op.name == "tile.kernel"]
+    (kernel,) = [op for op in lowered(shaped(f, *shapes, dtype=dtype), H100).walk() if op.name == "tile.kernel"]
     return {(*op["shape"], kernel["num_warps"]) for op in kernel.walk() if op.name == "tile.load" and op["shape"]}
 
 
@@ -189,8 +189,10 @@ def test_tiles_of_rows(name: str) -> None:
 
 
 def test_rows_that_are_read_once_are_walked_in_long_steps() -> None:
-    program = capture(lambda x: x.float().exp().sum(-1), [torch.ones(4096, 40000, dtype=torch.bfloat16)])
+    program = shaped(lambda x: x.float().exp().sum(-1), (4096, 40000), dtype=torch.bfloat16)
     assert {op["shape"] for op in lowered(program, CUDA).walk() if op.name == "tile.load"} == {(1, 8192)}
+    assert tiles(lambda x: x.float().sum(-1), (4096, 40000)) == {(1, 4096, 16)}
+    assert tiles(lambda x: x.sum(-1), (4096, 40000), dtype=F32) == {(1, 8192, 16)}
 
 
 @pytest.mark.parametrize(("f", "wanted"), [(lambda x: x.relu(), (1, 2048, 4)), (lambda x: F.gelu(x), (1, 4096, 4))])
@@ -199,5 +201,5 @@ def test_functions_have_more_under_way(f: Callable[..., Any], wanted: Any) -> No
 
 
 def test_steps_of_moments_are_under_way_together() -> None:
-    module = lowered(capture(lambda x: F.layer_norm(x, (40000,)), [torch.ones(600, 40000, dtype=torch.bfloat16)]), CUDA)
+    module = lowered(shaped(lambda x: F.layer_norm(x, (40000,)), (600, 40000), dtype=torch.bfloat16), CUDA)
     assert [op["unroll"] for op in module.walk() if op.name == "tile.for"] == [4, 4]

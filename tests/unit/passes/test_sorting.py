@@ -27,6 +27,8 @@ def compiled(function, *args: Tensor, **options) -> tuple[object, list[str]]:  #
 def test_levels(target) -> None:  # type: ignore[no-untyped-def]
     check_levels(capture(lambda x: torch.topk(x.exp(), 4)[0], (torch.randn(3, 70),)), target)
     check_levels(capture(lambda x: torch.sort(x, 0), (torch.randn(3, 70),)), target)
+    check_levels(capture(lambda x: x.kthvalue(9, 0), (torch.randn(40, 3),)), target)
+    check_levels(capture(lambda x: x.exp().median(1, keepdim=True), (torch.randn(3, 70).sort().values,)), target)
     check_levels(capture(lambda x: torch.topk(x, 3, largest=False), (torch.randperm(140).reshape(2, 70),)), target)
 
 
@@ -195,3 +197,47 @@ def test_keys_of_64_bits_in_one_word() -> None:
             expected = torch.sort(rows, stable=True).indices
             assert torch.equal(places, expected), n
             assert torch.equal(values.view(torch.int64), rows.gather(1, expected).view(torch.int64))
+
+
+def _rows(n: int, dtype: torch.dtype) -> Tensor:
+    """Random; in order, the other way round, equal; two numbers; almost in order by two elements, by jitter, either way; a third equal; special ones."""
+    x = torch.randn(14, n) * 50
+    x[1], x[2], x[3], x[4] = x[1].sort().values, x[2].sort(descending=True).values, 3, (x[4] > 0).float()
+    x[5] = x[5].sort().values
+    x[5, [0, n // 2]] = x[5, [n // 2, 0]]
+    x[6] = torch.arange(n) + torch.rand(n) * 5
+    x[7], x[8] = -x[6], x[1]
+    x[8, :max(1, n // 3)] = 7
+    if dtype.is_floating_point:
+        x[9, n // 3], x[10], x[11], x[12, n // 2], x[12, 0] = math.nan, math.nan, INFINITY, INFINITY, -INFINITY
+        x[13, ::3], x[13, 1::3] = 0.0, -0.0
+    return (x.abs() if dtype == torch.uint8 else x).to(dtype)
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 65, 257, 1003, 4099])
+def test_one_of_a_row(dtype: torch.dtype, n: int) -> None:
+    """The element of a rank and its place are those of a stable sort; a median is a row's first NaN if it has one."""
+    x = _rows(n, dtype)
+    ordered = x.sort(dim=1, stable=True).indices
+    for k in sorted({1, n // 4 + 1, n}):
+        (values, places), externs = compiled(lambda x, k=k: x.kthvalue(k, 1), x)
+        assert torch.equal(places, ordered[:, k - 1]) and not externs
+        torch.testing.assert_close(values, x.gather(1, places.unsqueeze(1)).squeeze(1), rtol=0, atol=0, equal_nan=True)
+    (values, places), externs = compiled(lambda x: x.median(1), x)
+    want = ordered[:, (n - 1) // 2]
+    if dtype.is_floating_point:
+        want = torch.where(x.isnan().any(1), x.isnan().to(torch.uint8).argmax(1), want)
+    assert torch.equal(places, want) and not externs
+    torch.testing.assert_close(values, x.median(1).values, rtol=0, atol=0, equal_nan=True)
+
+
+def test_one_of_a_row_of_any_size() -> None:
+    """One program for all sizes, along another axis; a rank that the row does not have is an error as in eager."""
+    f = torch.compile(lambda x: x.kthvalue(5, 0), backend="aicc", dynamic=True, options={"strict": True})
+    for n in (5, 17, 300, 5000):
+        x = torch.randn(n, 4)
+        assert torch.equal(f(x).indices, x.sort(dim=0, stable=True).indices[4])
+    with pytest.raises(RuntimeError):
+        f(torch.randn(4, 4))
