@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ...ir.core import Operation, Value
-from ...ir.expr import Dim, Expr, Max, Min, arguments, substitute, sym
+from ...ir.expr import Dim, Expr, Max, Min, arguments, as_int, substitute, sym
 from ...ir.ranges import Bounds, known_less, lower_bound, split_linear
 from ...ir.types import TileType, element_type
 from .stream_shape import ROWS, Loop
@@ -126,7 +126,7 @@ class StepMasks:
         found = split_linear(e, "step")
         if found is None or not isinstance(found[0], int):
             return False
-        factor, rest = found
+        factor, rest = as_int(found[0]), found[1]
         if factor == 0:
             return _at_least_zero(e, bounds)
         if factor > 0:
