@@ -99,10 +99,15 @@ K_BLOCK = 1024
 """Most steps of K between two visits to a tile's sums in memory: more gain nothing, as one visit then costs under one percent."""
 PART = 256
 """Most steps of K that are summed by themselves: the error of a long sum grows with its length, that of sums of sums hardly."""
+MATRIX_PART = 1024
+"""The same on a matrix unit, which adds two products at a time, and whose sums go through memory to be added: a tenth of its time for 256."""
 TURNED = 64
 """Columns of a program, and steps of K, from which on a left operand that lies with its rows side by side is copied first."""
 PROGRAMS = 8
 """Programs that a launch should have at least, to share out among threads."""
+EVEN, LEAST_TILES = 16, 3
+"""Programs from which on two threads divide a launch evenly whether they are odd or not (of five, one has three), and the tiles of rows that a
+program has at least if it is made smaller for that."""
 Limits = tuple[int, int, int]
 """Rows, steps of K and columns of a program on a CPU, as they were measured to be best; 0 for the model's."""
 
@@ -113,6 +118,19 @@ def rows_in_block(m: Dim, mr: int, most: int) -> int:
     if not isinstance(m, int) or m <= 0:
         return most
     return min(most, -(-m // (-(-m // most) * mr)) * mr)
+
+
+def shared_rows(m: Dim, rows: int, mr: int, others: Dim) -> int:
+    """`rows` per program, or as few less as it takes for an even division between two threads, where `others` are the programs along other axes."""
+    if not isinstance(m, int) or not isinstance(others, int):
+        return rows
+    tiles, blocks = -(-m // mr), -(-m // rows)
+    for n in range(blocks, max(1, tiles // LEAST_TILES) + 1):
+        fewer = rows if n == blocks else -(-tiles // n) * mr
+        programs = others * -(-m // fewer)
+        if programs % 2 == 0 or programs >= EVEN:
+            return fewer
+    return rows
 
 
 def emit_contraction(products: list[Operation], epilogue: list[Operation], outputs: list[Value], target: Target, e: Emitter,
@@ -344,6 +362,9 @@ class Contraction:
             if self.taps > 1 and not self.limits[2]:
                 together = together // self.taps * self.taps or next(t for t in range(together, 0, -1) if self.taps % t == 0)
         columns = ceildiv(panels, together)
+        if not self.limits[0]:
+            rows = shared_rows(self.m, rows, mr, product([columns, *(self.op["dims"][d] for d in self.roles.batch)]))
+            blocks = ceildiv(self.m, rows)
         # Rows change fastest: the panels of a program stay in the outer caches for the next one, and come from memory once.
         p_column = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb), 0, columns - 1)
         p_block = e.fresh(e.builder.op("tile.program_id", type=index, axis=nb + 1), 0, blocks - 1)
@@ -399,7 +420,7 @@ class Contraction:
 
         def in_parts(c: Contraction, inner: Emitter, i: Dim, panel: Dim, ks: list[Dim], within: tuple[Dim, Dim], most: Dim) -> Value:
             """The products over a range of K, of at most `most` steps, summed in parts where the range is long and the only one left."""
-            steps = PART // self.depth
+            steps = (MATRIX_PART if self.depth == MATRIX[2] else PART) // self.depth
             exact = not self.acc_type.dtype.is_float
             if not exact and isinstance(most, int) and most > steps:  # parts of one length, none much shorter than others
                 steps = -(-most // (-(-most // steps) * UNROLL)) * UNROLL

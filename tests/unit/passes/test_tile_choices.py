@@ -13,6 +13,7 @@ from aicc.ir.expr import free_symbols
 from aicc.ir.types import DTYPES
 from aicc.passes.tiling import stream_tiles
 from aicc.passes.tiling.caching import mark_second_readings
+from aicc.passes.tiling.contraction import EVEN, LEAST_TILES, shared_rows
 from aicc.passes.tiling.cpu_candidates import CpuTile, contraction_candidates
 from aicc.passes.tiling.emit import Emitter
 from aicc.passes.tiling.gpu_tiles import _thin_columns, gemm_tiles_gpu
@@ -52,6 +53,29 @@ def test_candidates_of_products(target: Any) -> None:
     assert {c.rows for c in contraction_candidates(product, (1, 16, 1), target)} == {1}
     several = {c.rows for c in contraction_candidates(product, (4, 16, 1), target, few=False)}
     assert 4 in several and len(several) > 1 and max(several) <= (14 if target.vector_registers >= 32 else 6)
+
+
+@pytest.mark.parametrize("m", [1, 6, 17, 32, 49, 196, 200, 784, 12544])
+@pytest.mark.parametrize("others", [1, 2, 5, 9, 17])
+def test_programs_of_a_product_are_even_for_two_threads(m: int, others: int) -> None:
+    """Or many, or each has few tiles of rows already; never more rows than before, and no rows cut that need not be."""
+    mr, before = 6, 198
+    rows = shared_rows(m, before, mr, others)
+    assert rows <= before and (rows == before or rows % mr == 0)
+    programs = others * -(-m // rows)
+    assert programs % 2 == 0 or programs >= EVEN or rows == before
+    if rows == before and others % 2 and others * -(-m // before) < EVEN and -(-m // before) % 2:
+        assert -(-m // mr) // (-(-m // before) + 1) < LEAST_TILES
+    if others * -(-m // before) % 2 == 0 or others >= EVEN:
+        assert rows == before
+    assert shared_rows(sym("s0"), before, mr, others) == before == shared_rows(m, before, mr, sym("s1"))
+
+
+def test_few_columns_are_shared_by_rows() -> None:
+    """196 rows by 64 columns, a layer of MobileNetV2, were one program: work for one thread."""
+    x, w = torch.randn(196, 384), torch.randn(384, 64)
+    kernel = next(k for k in kernels(lambda x, w: x @ w, x, w, target=AVX512) if any(op.name == "tile.dot" for op in k.walk()))
+    assert kernel["grid"][0] * kernel["grid"][1] % 2 == 0, kernel["grid"]
 
 
 def test_columns_of_thin_products_are_powers_of_two() -> None:
