@@ -25,6 +25,7 @@ os.environ["AICC_STRICT"] = "1"
 
 import torch  # noqa: E402
 from aicc.compiler.ahead import compile as compile_ahead  # noqa: E402
+from torch._inductor import config as inductor_config  # noqa: E402, TID251  (the settings of a peer)
 
 __all__ = ["DIRECT", "FROM_ONNX", "PEERS", "choose", "export", "missing", "warm_up"]
 
@@ -91,6 +92,15 @@ def _compiled(backend: str, options: dict[str, Any] | None = None) -> Callable[.
     return make
 
 
+def _inductor_max(function: Callable[..., Any], args: Sequence[torch.Tensor], threads: int) -> Callable[[], Any]:
+    """With parameters as constants and measured products. As `options` alone the former is ignored: Dynamo asks the configuration."""
+    settings = {"freezing": True, "max_autotune": True}
+    call = _compiled("inductor", settings)(function, args, threads)
+    with inductor_config.patch(settings):
+        call()
+    return call
+
+
 def _direct(function: Callable[..., Any], args: Sequence[torch.Tensor], threads: int) -> Callable[[], Any]:
     """aicc's program for fixed inputs: without Dynamo's guards, as the sessions of ONNX Runtime and OpenVINO are."""
     program = compile_ahead(function, *args)
@@ -100,7 +110,7 @@ def _direct(function: Callable[..., Any], args: Sequence[torch.Tensor], threads:
 DIRECT = "aicc-direct"
 PEERS: dict[str, Callable[[Any, Sequence[torch.Tensor], int], Callable[[], Any]]] = {
     "aicc": _compiled("aicc"), DIRECT: _direct, "inductor": _compiled("inductor"),
-    "inductor-max": _compiled("inductor", {"freezing": True, "max_autotune": True}), "onnxruntime": _onnxruntime, "openvino": _openvino}
+    "inductor-max": _inductor_max, "onnxruntime": _onnxruntime, "openvino": _openvino}
 """(function, or for those in FROM_ONNX what `export` made of it, arguments, threads) -> a call. Sessions are made before the first call."""
 FROM_ONNX = ("onnxruntime", "openvino")
 _PACKAGES = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino", "onnx", "onnxscript")}

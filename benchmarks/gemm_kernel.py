@@ -2,7 +2,8 @@
 
     python -m aicc.benchmarks.gemm_kernel [--shapes 512x512x512 128x3072x768] [--dtype bf16] [--asm] [--rounds 5]
 
-Shapes are rows x output columns x K. The peak is that of a loop of independent multiply-adds on registers. Peak, aicc and torch take turns in
+Shapes are rows x output columns x K. The peak is that of a loop of independent multiply-adds on registers: of float32, or for bf16, where the
+processor has them, of products on its matrix unit or of pairs. Peak, aicc and torch take turns in
 every round; each figure is the median of its best block of calls, in CPU time of this thread, so that other processes disturb them less.
 Cores that lower their clock for dense vector code reach the peak only in loops that touch no memory: `sustained` is the same loop with
 its operands loaded from the first-level cache, as a GEMM's are. `B GB/s` is how fast the weights are read, as they are stored; for few rows
@@ -23,6 +24,7 @@ from . import contenders  # noqa: F401  # first: it names the caches before torc
 
 import torch  # isort: skip
 from aicc.backends.llvm import CompiledObject, host_target
+from aicc.backends.llvm.amx import AMX
 from aicc.backends.llvm.objects import optimize, parse
 from aicc.backends.llvm.target import target_machine
 from aicc.compiler.driver import Compilation, watching
@@ -82,6 +84,74 @@ def make_peak(target: Target, loads: bool = False) -> Callable[[], float]:
     library = load_object(target_machine(target).emit_object(parsed), ["peak"])
     data = torch.zeros(64)
     return lambda: 2 * lanes * chains * ROUNDS / best_time(library, "peak", [data.data_ptr()]) / 1e9
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+def make_bf16_peak(target: Target, loads: bool = False) -> Callable[[], float]:
+    """The same of bf16 factors and float32 sums, by the fastest instruction that the target has for them: a matrix unit's, of pairs, or float32's.
+    With `loads` both factors of a matrix product come from the first-level cache for every second one, as a block of 2 x 2 reads them."""
+    matrices = {"amx-bf16", "amx-tile"} <= set(target.features)
+    if not matrices and "avx512bf16" not in target.features:
+        return make_peak(target, loads)
+    i16, i64, pointer, lanes = ir.IntType(16), ir.IntType(64), ir.PointerType(), target.lanes(32)
+    vector: ir.Type = AMX if matrices else ir.VectorType(ir.FloatType(), lanes)
+    factor: ir.Type = AMX if matrices else ir.VectorType(_BFloat(), 2 * lanes)
+    chains, operations = (4, 2 * 16 * 16 * 32) if matrices else (CHAINS, 4 * lanes)
+    shape = [i16(16), i16(64)]
+    module = ir.Module("peak")
+    f = ir.Function(module, ir.FunctionType(ir.IntType(32), [pointer, pointer]), "peak")
+    if matrices:
+        read = ir.Function(module, ir.FunctionType(AMX, [i16, i16, pointer, i64]), "llvm.x86.tileloadd64.internal")
+        zero = ir.Function(module, ir.FunctionType(AMX, [i16, i16]), "llvm.x86.tilezero.internal")
+        write = ir.Function(module, ir.FunctionType(ir.VoidType(), [i16, i16, pointer, i64, AMX]), "llvm.x86.tilestored64.internal")
+        multiply = ir.Function(module, ir.FunctionType(AMX, [i16, i16, i16, AMX, AMX, AMX]), "llvm.x86.tdpbf16ps.internal")
+    else:
+        multiply = ir.Function(module, ir.FunctionType(vector, [vector, factor, factor]), f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}")
+    entry, loop, done = (f.append_basic_block(n) for n in ("entry", "loop", "done"))
+    b = ir.IRBuilder(entry)
+    data = b.load(f.args[0], typ=pointer)
+
+    def factors(first: int) -> list[ir.Value]:
+        """Two factors, from places of their own."""
+        places = [b.gep(data, [i64(1024 * (first + k))], source_etype=ir.IntType(8)) for k in (0, 1)]
+        return [b.call(read, [*shape, p, i64(64)]) if matrices else b.load(p, typ=factor, align=4) for p in places]
+    fixed = factors(0)
+    start = b.call(zero, shape) if matrices else ir.Constant(vector, None)
+    b.branch(loop)
+    b.position_at_end(loop)
+    n = b.phi(i64)
+    n.add_incoming(i64(0), entry)
+    phis = [b.phi(vector) for _ in range(chains)]
+    sides = [factors(0), factors(2)] if loads and matrices else [fixed, fixed]
+    following = []
+    for i, phi in enumerate(phis):
+        x, y = (sides[i // 2 % 2][0], sides[i % 2][1])
+        following.append(b.call(multiply, [i16(16), i16(64), i16(64), phi, x, y] if matrices else [phi, x, y]))
+        phi.add_incoming(start, entry)
+        phi.add_incoming(following[-1], loop)
+    more = b.add(n, i64(1))
+    n.add_incoming(more, loop)
+    rounds = ROUNDS // 8 if matrices else ROUNDS
+    b.cbranch(b.icmp_signed("<", more, i64(rounds)), loop, done)
+    b.position_at_end(done)
+    for i, v in enumerate(following):
+        place = b.gep(data, [i64(4096 + 1024 * i)], source_etype=ir.IntType(8))
+        if matrices:
+            b.call(write, [*shape, place, i64(64), v])
+        else:
+            b.store(v, place, align=4)
+    b.ret(ir.IntType(32)(0))
+    parsed, _ = parse(module, target)
+    optimize(parsed, target)
+    library = load_object(target_machine(target).emit_object(parsed), ["peak"])
+    memory = torch.zeros(4096 + 1024 * chains, dtype=torch.uint8)
+    return lambda: operations * chains * rounds / best_time(library, "peak", [memory.data_ptr()]) / 1e9
 
 
 def read_bandwidth(target: Target) -> float:
@@ -190,8 +260,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     target = host_target()
-    peak = make_peak(target)
-    sustained = max(make_peak(target, loads=True)() for _ in range(5))
+    make = make_bf16_peak if options.dtype == "bf16" else make_peak
+    peak, from_cache = make(target), make(target, loads=True)
+    sustained = max(from_cache() for _ in range(5))
     print(f"{environment()['cpu']}, {target.vector_bits}-bit vectors, multiply-add peak {max(peak() for _ in range(5)):.1f} GFLOP/s, "
           f"sustained {sustained:.1f}, "
           f"read {read_bandwidth(target):.1f} GB/s; {options.dtype}")

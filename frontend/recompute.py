@@ -10,6 +10,10 @@ Dao 2023, section 3.1.2; here for any pointwise change of the scores, masks and 
     sum_j P_ij dP_ij = sum_c dO_ic O_ic     the sum over the middle space becomes one over rows: O = P V and dP = dO V^T
 
 The second line is the exchange of two sums, and holds whatever factors P has taken up before its product with V, if dP has the same.
+L of scores in the hundreds has an ulp of 3e-5, which the exponential makes a relative error of P, the same for its whole row. So where scores come
+from products of 32 bits or more, the maximum m and 1 / l, with l = sum_j exp(S_ij - m_i), are saved in place of L = m + log(l):
+P = exp(S - m) / l, whose difference is exact where P is large. The rows of dS are closed as well (`closed_rows.py`). Scores from products of 16 bits
+are off by more than that themselves.
 Nothing changes where the forward pass returns a value of the middle space, or the backward pass needs one as a gradient (a bias that is
 trained): it would be stored all the same. Rows that are masked throughout have a softmax of NaN, and NaN gradients, as in eager.
 """
@@ -17,12 +21,14 @@ trained): it would be stored all the same. Rows that are masked throughout have 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch._guards import detect_fake_mode
+
+from .closed_rows import close_rows
 
 __all__ = ["META", "ancestors", "is_pointwise", "permute_transposes", "recompute_attention"]
 
@@ -37,6 +43,7 @@ _CHEAP = {*_SAME, aten.tril.default, aten.triu.default, aten.index.Tensor, aten.
           aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
           aten.zeros_like.default, aten.ones_like.default, torch.ops.aten.rsub.Scalar, torch.ops.aten.native_dropout.default}
 """Ops besides views and pointwise ones that may be computed again."""
+_NARROW = (torch.bfloat16, torch.float16)
 META = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "seq_nr", "from_node")
 
 
@@ -192,18 +199,21 @@ class _Middle:
     # -- the change ------------------------------------------------------------------------------------------------------------
 
     def rewrite(self) -> None:
-        self._exchange_sums()
+        sums = self._exchange_sums()
         made = self._write_softmax()
         inner = {*self.before, self.softmax, *self.after}
-        lse = made["lse"]
         for n in [*self.before, self.softmax, *self.after]:
             for user in [u for u in n.users if u not in self.forward and u not in made.values() and u not in self.copies.values()]:
-                user.replace_input_with(n, self._copy(n, inner, lse))
+                user.replace_input_with(n, self._copy(n, inner, made))
+        weights = self.copies.get(self.softmax)
         self.softmax.replace_all_uses_with(made["p"])
         self.graph.erase_node(self.softmax)
+        if weights is not None and "over" in made:
+            for rows in sums:
+                close_rows(self.graph, weights, rows, self._call)
 
     def _write_softmax(self) -> dict[str, fx.Node]:
-        """The softmax with its parts, and the log-sum-exp of its rows in `lse`."""
+        """The softmax `p` with its parts: of its rows, the maximum `m` and `over` = 1 / sum, or with scores of 16 bits the log-sum-exp `lse`."""
         x, val = self.softmax.args[0], self.softmax.meta["val"]
         assert isinstance(x, fx.Node)
         with self.graph.inserting_before(self.softmax):
@@ -214,38 +224,45 @@ class _Middle:
             p = self._call(aten.div.Tensor, (e, self._call(aten.unsqueeze.default, (total, -1))))
             if val.dtype != p.meta["val"].dtype:
                 p = self._call(torch.ops.prims.convert_element_type.default, (p, val.dtype))
-            lse = self._call(aten.add.Tensor, (m, self._call(aten.log.default, (total,))))
-        return {"wide": wide, "m": m, "e": e, "total": total, "p": p, "lse": lse, **{f"_{i}": n for i, n in enumerate(_between(wide, lse))}}
+            if any(n.target in _PRODUCTS and n.meta["val"].dtype in _NARROW for n in self.before):
+                rows = {"lse": self._call(aten.add.Tensor, (m, self._call(aten.log.default, (total,))))}
+            else:
+                rows = {"m": m, "over": self._call(aten.reciprocal.default, (total,))}
+        return {"p": p, **{f"_{i}": n for i, n in enumerate(_between(wide, [*rows.values()][-1]))}, **rows}
 
     def _wide(self, x: Any) -> fx.Node:
         """Softmax computes in float32 at least."""
-        narrow = x.meta["val"].dtype in (torch.bfloat16, torch.float16)
+        narrow = x.meta["val"].dtype in _NARROW
         return self._call(torch.ops.prims.convert_element_type.default, (x, torch.float32)) if narrow else x  # type: ignore[no-any-return]
 
-    def _copy(self, n: fx.Node, inner: set[fx.Node], lse: fx.Node) -> fx.Node:
+    def _copy(self, n: fx.Node, inner: set[fx.Node], rows: Mapping[str, fx.Node]) -> fx.Node:
         """The backward pass's own copy of a node of the middle space."""
         if n not in self.copies:
             if n is self.softmax:
-                x = self._copy(n.args[0], inner, lse) if n.args[0] in inner else n.args[0]  # type: ignore[arg-type]
+                x = self._copy(n.args[0], inner, rows) if n.args[0] in inner else n.args[0]  # type: ignore[arg-type]
                 assert isinstance(x, fx.Node)
                 with self.graph.inserting_before(n):
-                    gap = self._call(aten.sub.Tensor, (self._wide(x), self._call(aten.unsqueeze.default, (lse, -1))))
+                    low = rows["lse" if "lse" in rows else "m"]
+                    gap = self._call(aten.sub.Tensor, (self._wide(x), self._call(aten.unsqueeze.default, (low, -1))))
                     p = self._call(aten.exp.default, (gap,))
+                    if "over" in rows:
+                        p = self._call(aten.mul.Tensor, (p, self._call(aten.unsqueeze.default, (rows["over"], -1))))
                     if p.meta["val"].dtype != n.meta["val"].dtype:
                         p = self._call(torch.ops.prims.convert_element_type.default, (p, n.meta["val"].dtype))
                 self.copies[n] = p
             else:
                 for a in n.all_input_nodes:
                     if a in inner:
-                        self._copy(a, inner, lse)
+                        self._copy(a, inner, rows)
                 with self.graph.inserting_after(n):
                     copy = self.graph.node_copy(n, lambda a: self.copies.get(a, a))
                 copy.meta = {k: v for k, v in n.meta.items() if k in ("val", "tensor_meta", *META)}
                 self.copies[n] = copy
         return self.copies[n]
 
-    def _exchange_sums(self) -> None:
-        """sum_j W_ij dW_ij -> sum_c dO_ic O_ic, where dW = dO V^T and O = W V is computed in the forward pass."""
+    def _exchange_sums(self) -> list[fx.Node]:
+        """sum_j W_ij dW_ij -> sum_c dO_ic O_ic, where dW = dO V^T and O = W V is computed in the forward pass. The sums over rows."""
+        found = []
         for node in list(self.graph.nodes):
             if node.target is not aten.sum.dim_IntList or node in self.forward or len(node.args) < 3 or not node.args[2]:
                 continue
@@ -257,6 +274,8 @@ class _Middle:
             if made is not None:
                 node.replace_all_uses_with(made)
                 self.graph.erase_node(node)
+                found.append(made)
+        return found
 
     def _over_rows(self, node: fx.Node, summed: fx.Node) -> fx.Node | None:
         factors = _factors(summed)

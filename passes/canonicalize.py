@@ -21,6 +21,7 @@ from ..ir.expr import substitute
 from ..ir.interpreter.context import TORCH_DTYPES
 from ..ir.passes import Pass, PassContext, register
 from ..ir.rewriter import Pattern, Rewriter, rewrite_greedily
+from .masks import compare_bits, scale_mask
 from .structured import identity_map, identity_of, is_identity_view, rebuild
 
 
@@ -345,6 +346,14 @@ def _keep_operands(op: Operation, keep: list[int], rewriter: Rewriter) -> None:
     rewriter.modified(op)
 
 
+def _compare_bits(op: Operation, rewriter: Rewriter) -> None:
+    compare_bits(op, rewriter, constant_value)
+
+
+def _scale_mask(op: Operation, rewriter: Rewriter) -> None:
+    scale_mask(op, rewriter, constant_value)
+
+
 def _both(name: str, *patterns: Pattern) -> dict[str, list[Pattern]]:
     return {f"arith.{name}": list(patterns), f"graph.{name}": list(patterns)}
 
@@ -353,6 +362,7 @@ _PATTERNS: dict[str, list[Pattern]] = {
     "arith.add": [_right_identity(_neutral_of_add, True)], "graph.add": [_right_identity(_neutral_of_add, True), _sum_with_scattered],
     **_both("sub", _right_identity(_zero, False)),
     **_both("mul", _right_identity(_is_one, True)), **_both("div", _right_identity(_is_one, False), _divide_by_power_of_two),
+    "arith.mul": [_right_identity(_is_one, True), _scale_mask], "arith.ge": [_compare_bits], "arith.lt": [_compare_bits],
     **_both("floordiv", _right_identity(lambda v: _is_one(v) and not element_type(v.type).is_float, False)),
     **_both("neg", _involution), **_both("bitnot", _involution),
     **_both("max", _idempotent_pair), **_both("min", _idempotent_pair), **_both("and", _idempotent_pair), **_both("or", _idempotent_pair),

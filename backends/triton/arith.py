@@ -8,14 +8,15 @@ compute in float32 and round once.
 
 from __future__ import annotations
 
-from ...ir.core import IRError, Operation
+from ...ir.core import IRError, Operation, Value
 from ...ir.dialects.arith import BY_NAME
 from ...ir.types import DTYPES, DType, element_type
 from .dtypes import tl_type
 
-__all__ = ["arith_text", "literal"]
+__all__ = ["arith_text", "literal", "rounded_to_bf16"]
 
 F32 = DTYPES["f32"]
+WORD = 0xFFFFFFFF
 _KIND = {"float": "f", "int": "i", "uint": "u", "bool": "b", "index": "i"}
 
 
@@ -134,6 +135,8 @@ def arith_text(op: Operation, args: list[str], index_type: str) -> str:
         template = _APPROXIMATE.get(name, template)
     if op.attributes.get("_many_by_one"):
         template = "quotient({0}, {1})"
+    if name == "mul" and dtype.name == "u64" and _is_word(op.operands[0]) and _is_word(op.operands[1]):
+        template = "multiply_words({0}, {1})"
     if dtype.name == "f64":
         template = _F64.get(name, template)
     narrow = kind == "f" and dtype.bits < 32
@@ -144,6 +147,27 @@ def arith_text(op: Operation, args: list[str], index_type: str) -> str:
     if narrow and BY_NAME[name].result == "same":
         return narrowed(f"({text})", dtype)
     return text
+
+
+def rounded_to_bf16(op: Operation) -> Value | None:
+    """The float32 number of which `op` makes the nearest bfloat16, as a float32."""
+    inner = op.operands[0].defining_op if op.name == "arith.cast" and element_type(op.result.type).name == "f32" else None
+    if inner is None or inner.name != "arith.cast" or element_type(inner.result.type).name != "bf16":
+        return None
+    return inner.operands[0] if element_type(inner.operands[0].type).name == "f32" else None
+
+
+def _is_word(v: Value) -> bool:
+    """A u64 below 2^32: a constant, or masked by one."""
+    made = v.defining_op
+    if made is not None and made.name == "arith.and":
+        return any(_is_small(x) for x in made.operands)
+    return _is_small(v)
+
+
+def _is_small(v: Value) -> bool:
+    made = v.defining_op
+    return made is not None and made.name == "arith.constant" and 0 <= made["value"] <= WORD
 
 
 def narrowed(text: str, dtype: DType) -> str:

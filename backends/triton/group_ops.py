@@ -1,7 +1,7 @@
 """Tile ops in Gluon, on the rows of one group of warps: what the plain printer has, with layouts.
 
-Half of a program's rows are a group's; `who` (0 or 1) says which. Tiles are in `layout`, which the matrix units have; results are stored in the
-layout `stored`, in which a thread writes 16 bytes.
+Half of a program's rows are a group's; `who` (0 or 1) says which. Tiles are in `layout`, which the matrix units have, or in `part` where only half of
+a step's columns are computed (the same registers as half of the other); results are stored in the layout `stored`, in which a thread writes 16 bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ class GroupOps(Printer):
 
     program = "program"
     store_layout = False
+    half: int | None = None
+    """Which half of a step's columns ops are printed for; None: all."""
+    steps = 0
     columns: int
 
     def _begin(self) -> None:
@@ -40,24 +43,30 @@ class GroupOps(Printer):
             raise Declined(f"'{op.name}' has no form in Gluon")
 
     def _local(self, shape: Sequence[int]) -> tuple[int, ...]:
-        return tuple(HALF if k == 0 and n == ROWS else n for k, n in enumerate(shape))
+        return tuple(HALF if k == 0 and n == ROWS or k == 1 and n == self.steps and self.half is not None else n for k, n in enumerate(shape))
 
     def _text(self, operands: Sequence[Value], shape: Sequence[int]) -> IndexText:
         text = super()._text(operands, self._local(shape))
         if shape and shape[0] == ROWS:
             text.bounds["t0"] = (0, ROWS - 1)
+        if self.half is not None and len(shape) == 2 and shape[1] == self.steps:
+            text.bounds["t1"] = (0, self.steps - 1)
         return text
 
     def _arange(self, axis: int, size: int, rank: int) -> str:
         require(rank == 2, "tiles of other ranks")
-        key = (axis, size, rank, "stored" if self.store_layout else "layout")
+        layout = "stored" if self.store_layout else self._layout()
+        key = (axis, size, rank, layout)
         if key not in self.positions:
-            name = f"{'row' if axis == 0 else 'col'}{size}{'_stored' if self.store_layout else ''}"
+            name = f"{'row' if axis == 0 else 'col'}{size}{'' if layout == 'layout' else f'_{layout}'}"
             while name in self.taken:
                 name += "_"
             self.taken.add(name)
             self.positions[key] = name
-        return self.positions[key]
+        return self.positions[key] if axis == 0 or not self.half else f"({self.positions[key]} + {HALF * self.half})"
+
+    def _layout(self) -> str:
+        return "layout" if self.half is None else "part"
 
     def _spread(self, text: str, shape: Sequence[int], reached: Sequence[int] | None) -> str:
         """Operands of Gluon's operators broadcast by themselves."""
@@ -81,9 +90,9 @@ class GroupOps(Printer):
         value, shape = op.operands[0], self._local(op.result.type.shape)  # type: ignore[arg-type]
         dtype = self._type(element_type(op.result.type))
         if isinstance(value.type, TileType):
-            self._define(op, f"gl.full([{shape[0]}, {shape[1]}], 0, {dtype}, layout=layout) + {self._use(value)}")
+            self._define(op, f"gl.full([{shape[0]}, {shape[1]}], 0, {dtype}, layout={self._layout()}) + {self._use(value)}")
         else:
-            self._define(op, f"gl.full([{shape[0]}, {shape[1]}], {self._use(value)}, {dtype}, layout=layout)")
+            self._define(op, f"gl.full([{shape[0]}, {shape[1]}], {self._use(value)}, {dtype}, layout={self._layout()})")
 
     def mask(self, op: Operation) -> None:
         text, _ = self._mask(op["mask"], (), op.operands, self._text(op.operands, op["shape"]))

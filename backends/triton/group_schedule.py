@@ -4,23 +4,30 @@ In the plain order a step is scores, weights, weighted sum. In the rolling order
 step and the weighted sum of the step before are under way together, and the exponentials run beside them. The step before the first one of a
 program is the last one of the program before: its result is finished and stored there, while the other group's products go on. Before the first
 program there is a step of nothing.
+
+A group has half of a program's rows. Where the bounds of a masked loop say that half of each step's columns are masked for these rows, the group
+computes the other half only: at the end of a window or of a causal mask. It meets the loader and the other group at all barriers as before. What
+a mask asks beside that, and the loop's bounds answer, is not asked (`group_masks.py`). Both in the plain order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from ...ir.core import Operation
+from ...ir.core import Operation, Value
 from ...ir.ranges import known_less, lower_bound, upper_bound
 from ...ir.target import Target
 from ...ir.types import TileType, element_type
+from .group_masks import Span, StepMasks
 from .group_ops import GroupOps, in_gluon
-from .stream_shape import HALF, Loop, Read, require
+from .stream_shape import HALF, ROWS, Loop, Read, require
 
 __all__ = ["GroupSchedule"]
 
 TURNS = True
 """Whether the groups' products take turns in the plain order, by two named barriers."""
+HALVES = True
+"""Whether a group leaves out the half of a step's columns that is masked for its rows throughout."""
 EARLY = 8
 """Bytes of an element up to which what needs no scores, and lies along the steps alone, is computed while the scores are under way."""
 
@@ -37,6 +44,7 @@ class GroupSchedule(GroupOps):
     peeled: Loop | None
     first_runs: bool
     turns: bool
+    halved = False
 
     def _programs(self, keep: bool = False) -> None:
         """The loop over this multiprocessor's programs: every other round runs backwards, so that each gets long and short ones alike. `keep`: `done`
@@ -143,8 +151,7 @@ class GroupSchedule(GroupOps):
         self._for(i, low, high, loop.op["step"])
         # Measured: quicker where a mask reads data (309 -> 288 us) and where steps without a mask use positions (556 -> 526), slower in a
         # window (277 -> 310).
-        reads = any(op.name == "tile.load" for op in loop.between)
-        if (reads or loop.op["part"] == "some") and any(loop.op.body.args[0] in op.operands for op in loop.between):
+        if (_reads(loop) or loop.op["part"] == "some") and any(loop.op.body.args[0] in op.operands for op in loop.between):
             self._write(f"{i} = opaque({i})")
 
     def _scores(self, loop: Loop) -> str:
@@ -175,27 +182,111 @@ class GroupSchedule(GroupOps):
     def _step(self, loop: Loop, state: list[str]) -> None:
         """One step in the plain order."""
         self._write(f"stage = steps % {self.stages}")
+        masks = StepMasks(self.kernel, loop)
+        columns = (0, self.steps - 1)
+        parts = [self._alive(masks, who) for who in (0, 1)]
+        if parts == [None, None]:
+            self._whole_step(loop, state, masks.without((0, ROWS - 1), columns))
+        else:
+            for who, (head, half) in enumerate(zip(("if who == 0:", "else:"), parts, strict=True)):
+                self._write(head)
+                self.indent += 1
+                if half is None:
+                    self._apart(loop, lambda: self._whole_step(loop, state, masks.without(_rows(who), columns)))  # noqa: B023
+                else:
+                    self._apart(loop, lambda: self._half_step(loop, state, half, masks.without(_rows(who), _half(half))))  # noqa: B023
+                self.indent -= 1
+        self._write("steps += 1")
+
+    def _alive(self, masks: StepMasks, who: int) -> int | None:
+        """The half of a step's columns that is all that the mask leaves group `who` in each step of the loop; None: it needs both."""
+        if HALVES and self.steps == 2 * HALF:
+            for half in (0, 1):
+                if masks.dead(_rows(who), _half(1 - half)):
+                    return half
+        return None
+
+    def _apart(self, loop: Loop, write: Callable[[], None]) -> None:
+        """Names of the step's values in one branch are not those in another."""
+        kept = dict(self.names)
+        for op in (loop.first, *loop.between, *loop.late):
+            for r in op.results:
+                self.names.pop(r, None)
+        write()
+        self.names = kept
+
+    def _whole_step(self, loop: Loop, state: list[str], same: dict[Value, Value]) -> None:
         self._wait("k")
         s = self._scores(loop)
+        # Given before the wait, for behind it the assembler moves it far down into the exponentials. Measured (H200): window 278 -> 263 us, but
+        # documents 248 -> 254.
+        late = any(map(_reads, self.loops))
+        if not late:
+            self._turn("give")
         early = self._early(loop)
-        for op in early:
-            self._one(op)
+        between = _needed(loop, same)
+        self._ops([op for op in early if op in between], same)
         self._write(f"{s} = warpgroup_mma_wait(0, deps=({s},))")
         self._free("k")
-        self._turn("give")
-        for op in (*loop.between, *loop.late):
-            if op not in early:
-                self._one(op)
+        if late:
+            self._turn("give")
+        self._ops([op for op in between if op not in early], same)
+        for op in loop.late:
+            self._one(op)
         self._write(f"weights = gl.convert_layout({self._use(loop.second.operands[0])}, operand)")
+        self._sum_up(loop, state, "weights", "")
+
+    def _half_step(self, loop: Loop, state: list[str], half: int, same: dict[Value, Value]) -> None:
+        """Scores of HALF columns have the layout `part`, in which what is known of rows must be, too."""
+        self.halved, self.half = True, half
+        between = _needed(loop, same)
+        made = {r for op in (loop.first, *between) for r in op.results}
+        given = dict.fromkeys(v for op in between for v in op.operands if v not in made and _is_row(v))
+        before = {v: self._name(v) for v in given}
+        self._convert(given, "part")
+        part = f".slice({half * HALF}, {HALF})"
+        self._wait("k")
+        s = self._name(loop.first.result)
+        tiles = f"q_tile.index((turn & 1)*2 + who), k_tile.index(stage){part}.permute((1, 0))"
+        self._write(f"{s} = warpgroup_mma({tiles}, zero_part, use_acc=False, is_async=True)")
+        self._turn("give")
+        early = self._early(loop)
+        self._ops([op for op in early if op in between], same)
+        self._write(f"{s} = warpgroup_mma_wait(0, deps=({s},))")
+        self._free("k")
+        self._ops([op for op in between if op not in early], same)
+        self._write(f"weights_part = gl.convert_layout({self._use(loop.second.operands[0])}, operand)")
+        self.half = None
+        self.names.update(before)
+        after = (*loop.late, loop.op.body.terminator)
+        self._convert(dict.fromkeys(v for op in after if op is not None for v in op.operands if v.defining_op in between and _is_row(v)), "layout")
+        for op in loop.late:
+            self._one(op)
+        self._sum_up(loop, state, "weights_part", part)
+
+    def _ops(self, ops: Iterable[Operation], same: dict[Value, Value]) -> None:
+        for op in ops:
+            if op.results and op.result in same:
+                self.names[op.result] = self._use(same[op.result])
+            else:
+                self._one(op)
+
+    def _sum_up(self, loop: Loop, state: list[str], weights: str, part: str) -> None:
+        """The weighted sum of a step, and its carried values."""
         self._wait("v")
         self._turn("take")
         acc = self._name(loop.second.result)
         self._write(f"{acc} = {self._use(loop.second.operands[2])}")
-        self._weighted(acc)
+        self._write(f"{acc} = warpgroup_mma({weights}, v_tile.index(stage){part}, {acc}, is_async=True)")
         self._write(f"{acc} = warpgroup_mma_wait(0, deps=({acc},))")
         self._free("v")
         self._update(loop, state, acc)
-        self._write("steps += 1")
+
+    def _convert(self, values: Iterable[Value], layout: str) -> None:
+        """Gives values of rows new names, by which they are in another layout (which is the same, register by register)."""
+        for v in values:
+            before = self.names.pop(v)
+            self._write(f"{self._name(v)} = gl.convert_layout({before}, {layout})")
 
     def _update(self, loop: Loop, state: list[str], acc: str) -> None:
         """The carried values of the next step."""
@@ -309,6 +400,34 @@ class GroupSchedule(GroupOps):
         for op in (*again, *ops):
             self._one(op)
         self.names, self.program = kept, "program"
+
+
+def _rows(who: int) -> Span:
+    return who * HALF, who * HALF + HALF - 1
+
+
+def _half(half: int) -> Span:
+    return half * HALF, half * HALF + HALF - 1
+
+
+def _reads(loop: Loop) -> bool:
+    """A mask or a score reads data."""
+    return any(op.name == "tile.load" for op in loop.between)
+
+
+def _is_row(v: Value) -> bool:
+    return isinstance(v.type, TileType) and v.type.shape == (ROWS, 1)
+
+
+def _needed(loop: Loop, same: dict[Value, Value]) -> list[Operation]:
+    """The ops between the products that are wanted where some values are the same as others."""
+    wanted = {loop.second.operands[0], *(v for op in (*loop.late, loop.op.body.terminator) if op is not None for v in op.operands)}
+    found: list[Operation] = []
+    for op in reversed(loop.between):
+        if not op.results or any(r in wanted for r in op.results):
+            found.append(op)
+            wanted |= {same[op.result]} if op.results and op.result in same else set(op.operands)
+    return found[::-1]
 
 
 def _is_number(op: Operation) -> bool:

@@ -124,6 +124,16 @@ def tanh_approx(x):
 def log_approx(x):
     return 0.6931471805599453 * tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
+def multiply_words(a, b):
+    # of two numbers below 2^32: one instruction, where LLVM and ptxas see a product of 64 bits and add a part of it that is zero
+    words = [a.to(tl.uint32), b.to(tl.uint32)]
+    return tl.inline_asm_elementwise("mul.wide.u32 $0, $1, $2;", "=l,r,r", words, dtype=tl.uint64, is_pure=True, pack=1)
+
+def rounded_bf16(x):
+    # the nearest bfloat16 as a float32: its bits with 16 zeros behind them, in one instruction
+    bits = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $1, 0f00000000;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
+    return bits.to(tl.float32, bitcast=True)
+
 def fetch(p, length):
     # into the L2 cache, where there is any length
     text: tl.constexpr = "{ .reg .pred go; setp.gt.s32 go, $2, 0; @go cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"

@@ -23,7 +23,7 @@ from ...ir.core import IRError, Operation, Value
 from ...ir.expr import Dim, as_int, free_symbols, product
 from ...ir.ranges import lower_bound, upper_bound
 from ...ir.types import BufferType, DType, TileType, element_type
-from .arith import arith_text, literal
+from .arith import arith_text, literal, rounded_to_bf16
 from .descriptors import TensorMap
 from .dtypes import pointer, tl_type
 from .expressions import IndexText, Range
@@ -224,6 +224,8 @@ class Printer:
         elif (parts := self.narrow.split_cast(op)) is not None:
             a, sign, b = parts
             self._define(op, f"{self._name(a)}.to(tl.float32) {sign} {self._name(b)}.to(tl.float32)")
+        elif (exact := rounded_to_bf16(op)) is not None:
+            self._define(op, f"rounded_bf16({self._name(exact)})")
         else:
             read = self._name if small else self._use
             self._define(op, arith_text(op, [read(v) for v in op.operands], self.index_type))

@@ -77,6 +77,8 @@ def run_kernel(
     for name in ("tanh", "exp", "exp2", "log", "erf"):  # instructions that the interpreter has not
         scope[f"{name}_approx"] = getattr(Libdevice(), name)
     scope["sigmoid_approx"] = tl.sigmoid
+    scope["multiply_words"] = lambda a, b: a * b
+    scope["rounded_bf16"] = lambda x: x.to(tl.bfloat16).to(tl.float32)
     maps = [TensorDescriptor(buffers[m.buffer], [m.rows, m.columns], [m.stride, 1], list(m.block)) for m in source.descriptors]
     error = torch.zeros(1, dtype=torch.int32)
     if programs:

@@ -41,7 +41,7 @@ ROLLING = 2
 """Loops of a stream up to which the rolling order is taken, where every program has a step. Measured (H200): causal 592 -> 640 TFLOP/s, ALiBi 476 ->
 530; with three loops (a window, documents), two of them masked and code of their own, turns in the plain order are better: 423 -> 443."""
 _NAMES = ("gl", "gluon", "mbarrier", "tma_load", "program", "done", "steps", "turn", "stage", "who", "layout", "stored", "operand", "zero",
-          "weights", "take_turn", "give_turn", "opaque",
+          "weights", "part", "zero_part", "weights_part", "take_turn", "give_turn", "opaque",
           "q_map", "k_map", "v_map", "q_tile", "k_tile", "v_tile", "q_full", "q_free", "k_full", "k_free", "v_full", "v_free")
 _RINGS = "q_tile, k_tile, v_tile, q_full, q_free, k_full, k_free, v_full, v_free"
 _HEADER = """import triton
@@ -144,6 +144,9 @@ class _Groups(GroupSchedule):
             f"    stored: gl.constexpr = gl.BlockedLayout([1, 8], [{32 * 8 // self.columns}, {self.columns // 8}], [4, 1], [1, 0])",
             f"    zero = gl.zeros([{HALF}, {self.steps}], gl.float32, layout=layout)",
         ]
+        if self.halved:
+            lines += [f"    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, {HALF}, 16])",
+                      f"    zero_part = gl.zeros([{HALF}, {HALF}], gl.float32, layout=part)"]
         for (axis, size, _, layout), name in self.positions.items():
             offset = f"who*{HALF} + " if axis == 0 and size == HALF else ""
             place = "[:, None]" if axis == 0 else "[None, :]"

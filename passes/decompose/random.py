@@ -21,15 +21,16 @@ _ROUNDS = 10
 def _random_bits(b: Builder, op: Operation) -> list[Value]:
     t = tensor_type(op.result)
     dtype = t.dtype
+    short = isinstance(t.numel, int) and t.numel <= 1 << 32
 
     def body(i: Builder, seed: Value) -> Value:
         position = _linear(i, t.shape)
         if dtype == U32:
-            a, c, d, e = (i.cast(w, U32) for w in _philox(i, i.cast(seed, U64), i.cast(i.arith("shr", position, 2), U64), op["stream"]))
+            a, c, d, e = (i.cast(w, U32) for w in _philox(i, i.cast(seed, U64), i.cast(i.arith("shr", position, 2), U64), op["stream"], short))
             which = i.arith("and", position, 3)
             upper = i.arith("select", i.arith("eq", which, 2), d, e)
             return i.arith("select", i.arith("eq", which, 0), a, i.arith("select", i.arith("eq", which, 1), c, upper))
-        words = _philox(i, i.cast(seed, U64), i.cast(position, U64), op["stream"])
+        words = _philox(i, i.cast(seed, U64), i.cast(position, U64), op["stream"], short)
         low, high = words[2 * op["pair"]:2 * op["pair"] + 2]
         return i.arith("or", i.arith("shl", high, 32), i.arith("and", low, 0xFFFFFFFF))
 
@@ -45,12 +46,13 @@ def _linear(i: Builder, shape: tuple[Dim, ...]) -> Value:
     return i.constant(0, I64) if total is None else total
 
 
-def _philox(i: Builder, seed: Value, counter: Value, stream: int) -> list[Value]:
-    """Four u64 whose lower 32 bits are random; `seed` and `counter` are u64, `stream` a number below 2^32."""
+def _philox(i: Builder, seed: Value, counter: Value, stream: int, short: bool) -> list[Value]:
+    """Four u64 whose lower 32 bits are random; `seed` and `counter` are u64, `stream` a number below 2^32. `short`: so is `counter`; its upper half
+    is then a constant, by which LLVM sees that neighbours have the same counter."""
     mask, half, zero = i.constant(0xFFFFFFFF, U64), i.constant(32, U64), i.constant(0, U64)
     multipliers = [i.constant(m, U64) for m in MULTIPLIERS]
     keys = [seed, i.arith("shr", seed, half)]
-    c = [counter, i.arith("shr", counter, half), i.constant(stream, U64), zero]
+    c = [counter, zero if short else i.arith("shr", counter, half), i.constant(stream, U64), zero]
     for r in range(_ROUNDS):
         p, q = (i.arith("mul", i.arith("and", x, mask), m) for x, m in zip((c[0], c[2]), multipliers, strict=True))
         k = [key if r == 0 else i.arith("add", key, r * step) for key, step in zip(keys, KEY_STEPS, strict=True)]

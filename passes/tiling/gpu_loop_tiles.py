@@ -90,6 +90,10 @@ def _rows(frame: Frame, vector: str, row: str | None, processors: int, l2: int) 
         if not rows_aligned(frame, vector):  # of single elements
             width = min(width, 2048)
             return 1, width, max(1, width // 256), UNROLL
+        alone = sum(bool(op["reductions"]) for op in frame.members) == 1 and not any(is_expensive(op) for op in frame.members)
+        if wide <= 2 and alone:  # nothing to compute: four loads of a thread are under way
+            width = min(width, 4096)
+            return 1, width, max(4, width // 256), UNROLL
         width = min(width, 8192)
         return 1, width, max(4, width // 512), 1
     unroll = UNROLL if sum(len(op.body) for op in frame.members) <= LONGEST_BODY else 1

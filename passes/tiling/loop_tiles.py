@@ -24,6 +24,8 @@ __all__ = ["choose_tile", "loop_tiles", "resized"]
 
 LINE_ELEMENTS = 16
 """Of 4 bytes in a cache line."""
+PANEL = 64
+"""Most columns of a product's packed operand."""
 LARGEST = 32768
 """Elements of a tile: 64 registers of each thread of 16 warps for one value."""
 
@@ -58,7 +60,9 @@ def choose_tile(frame: Frame, lanes: int, *, gpu: bool, target: Target | None = 
     if across is not None and not (isinstance(size, int) and size < LINE_ELEMENTS):
         # Whole lines of what is read along the other dimension are used while they are in the first cache, where a row of lines would not stay.
         columns = max(lanes, LINE_ELEMENTS)  # lines of what is written are whole too
-        return TileChoice(vector, across, (LINE_ELEMENTS, columns), max(columns, 256 // columns * columns))
+        # Along a short dimension, the columns of a panel, programs read as many streams of lines as a tile has rows: more are not foreseen.
+        short = isinstance(size, int) and size <= PANEL
+        return TileChoice(vector, across, (LINE_ELEMENTS, columns), columns if short else max(columns, 256 // columns * columns))
     named = bool(gathered.get(vector)) and vector not in frame.inner and bool(frame.inner)
     width = lanes * (2 if heavy > 24 else 16 if named else 4)
     if isinstance(size, int):

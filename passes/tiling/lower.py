@@ -209,8 +209,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
             contraction, members, not target.is_gpu):
         roles = roles_of(contraction)
         assert roles is not None
-        flops = 2 * _product(contraction, range(len(contraction["dims"])))  # type: ignore[arg-type]
         products = [m for m in members if is_contraction(m)]
+        flops = sum((2 * _product(m, range(len(m["dims"]))) for m in products), 0)  # type: ignore[arg-type]
         prologue = [m for m in members if m not in products and any(u in products for r in m.results for u in r.users)]
         epilogue = [m for m in members if m not in products and m not in prologue]
         if target.is_gpu:

@@ -38,7 +38,7 @@ SM80 = Target(kind="cuda", name="sm_80", capability=80, multiprocessors=108, l2=
 class Case:
     """A function (or the maker of a module) and its inputs. `tolerance` 0 means: exactly. `wide`: compared with float64 though inputs have
     16 bits, whose own results are rounded at every step. `multiprocessors`: compiled as for a GPU of so many (0: as many as there are), so that
-    small inputs take the forms of large ones."""
+    small inputs take the forms of large ones. `beside_eager`: where eager is there, the bound is twice its own distance on the same inputs."""
 
     make: Callable[[], Callable[..., Any]]
     inputs: Callable[[torch.Generator], tuple[Any, ...]]
@@ -47,6 +47,7 @@ class Case:
     tolerance: float = 1e-5
     wide: bool = False
     multiprocessors: int = 0
+    beside_eager: bool = False
 
     def build(self, seed: int = 0) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         torch.manual_seed(0)
@@ -378,8 +379,9 @@ CASES: dict[str, Case] = {
         lambda g: (torch.randn(4, 9001, generator=g), torch.randint(0, 9001, (4,), generator=g)),
     ),
     "linear_loss": Case(_plain(_loss_in_parts), _labels, backward=True, tolerance=2e-5),
-    # The gradient of bf16 logits is itself rounded: of 400 seeds eager is over this bound in 14 (up to 0.028); ours is 0.013 to 0.022, once in a while over it.
-    "linear_loss_bf16": Case(_plain(_loss_in_parts), lambda g: _labels(g, torch.bfloat16), backward=True, tolerance=2.2e-2, wide=True),
+    # The gradient of bf16 logits is itself rounded: of 400 seeds eager is over 0.022 in 14 (up to 0.028); ours is 0.013 to 0.022, once in a while over it.
+    "linear_loss_bf16": Case(_plain(_loss_in_parts), lambda g: _labels(g, torch.bfloat16), backward=True, tolerance=2.2e-2, wide=True,
+                             beside_eager=True),
     "optimizer": Case(_plain(_adam), _normal(*((300, 77), (1000,), (64, 64), (5,)) * 4), tolerance=2e-5),
     "rope": Case(_plain(_rope), _normal((2, 3, 33, 64), (33, 64), (33, 64))),
     "transpose_add": Case(_plain(lambda a, b: a.t() + b), _normal((200, 130), (130, 200)), tolerance=0),

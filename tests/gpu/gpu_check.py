@@ -191,7 +191,12 @@ def _kernel(name: str, case: Case) -> None:
             got = [x.clone() for x in listed(run(*given))]
             true = listed(exact(*[on_gpu(x, wide) for x in inputs]))
     worst = max(error(a, b) for a, b in zip(got, true, strict=True))
-    row("kernels", name, worst <= max(case.tolerance, 0.0), max_error=worst, seed=seed, **counts())
+    bound, beside = max(case.tolerance, 0.0), {}
+    if case.beside_eager:
+        eager = function(*given)
+        beside["eager_error"] = max(error(a, b) for a, b in zip([eager, *_gradients(function, given, eager)], true, strict=True))
+        bound = 2 * beside["eager_error"]
+    row("kernels", name, worst <= bound, max_error=worst, seed=seed, **beside, **counts())
 
 
 def models() -> None:

@@ -1,5 +1,5 @@
-"""Attention large enough for the Hopper schedule (`backends/triton/warp_groups.py`), for real GPUs: `gpu_check.py` and `sanitize.sh` run these beside
-`cases.CASES`, whose inputs are too small for it."""
+"""Attention large enough for the Hopper schedule (`backends/triton/warp_groups.py`), and products that take a ring of tiles (`few_rows.py`), for real
+GPUs: `gpu_check.py` and `sanitize.sh` run these beside `cases.CASES`, whose inputs are too small for them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -96,6 +97,26 @@ def _cases(heads: int) -> dict[str, Case]:
     }
 
 
+RING_K, RING_N = 8192, 128
+"""The shortest sums that take the ring, and a weight's rows: four programs, as for a GPU of four multiprocessors."""
+
+
+def _rows(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Callable[..., Any]:
+    """Factors of RING_K and what is added, all of size 1 in the result."""
+    return lambda g: tuple((torch.randn(s, generator=g) * (RING_K**-0.25 if RING_K in s else 1)).to(dtype) for s in shapes)
+
+
+def _ring_cases() -> dict[str, Case]:
+    """By weights of rows along K and along N, with and without something added, of all rows of a tile and of some."""
+    ring = partial(Case, tolerance=6e-3, wide=True, multiprocessors=RING_N // 32)
+    return {
+        "ring": ring(_plain(F.linear), _rows((16, RING_K), (RING_N, RING_K))),
+        "ring_gelu": ring(_plain(lambda x, w, b: F.gelu(F.linear(x, w, b))), _rows((16, RING_K), (RING_N, RING_K), (RING_N,))),
+        "ring_residual": ring(_plain(lambda x, w, r: F.linear(x, w) * 2 + r), _rows((10, RING_K), (RING_N, RING_K), (10, RING_N))),
+        "ring_columns_f16": ring(_plain(torch.mm), _rows((16, RING_K), (RING_K, RING_N), dtype=torch.float16), tolerance=2e-3),
+    }
+
+
 HOPPER_CASES = _cases(HEADS)
-SMALL_CASES = {name.replace("hopper", "small"): replace(case, multiprocessors=FEW) for name, case in _cases(FEW_HEADS).items()}
-"""The same for compute-sanitizer: few programs, several of them to a multiprocessor."""
+SMALL_CASES = {name.replace("hopper", "small"): replace(case, multiprocessors=FEW) for name, case in _cases(FEW_HEADS).items()} | _ring_cases()
+"""The same for compute-sanitizer: few programs, several of them to a multiprocessor. And products by a ring of tiles, of four programs."""

@@ -14,7 +14,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 cases=(${*:-pointwise softmax_long layer_norm group_norm column_sum_long total gemm_bf16 early_weights gated_unit gemm_maps int4_groups int8_weight fp8_weight split_k
   siblings sdpa_causal_bf16 causal window_softcap alibi attention_gradients_bf16 attention_training_bf16 cross_entropy_long linear_loss linear_loss_bf16 optimizer norm_backward mlp_backward
   scatter_add scatter_prod index_put embedding embedding_backward cumsum transpose_add rope conv conv_depthwise conv_backward max_pool extremes random
-  small_full small_causal small_alibi small_window small_documents small_documents_training})
+  small_full small_causal small_alibi small_window small_documents small_documents_training ring ring_gelu ring_residual ring_columns_f16})
 if [ "${cases[*]}" = all ]; then
   cases=($(python "$here/gpu_check.py" --names))
 fi

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .cases import SM80, SM90, capture, error
 from .gluon_model import launcher
+from .hopper_cases import SMALL_CASES
 
 FEW = dataclasses.replace(SM90, multiprocessors=4)
 """As many as 128 rows of a weight have programs."""
@@ -123,3 +124,14 @@ def test_it_compiles(f: Callable[..., Tensor], name: str, tmp_path: Path) -> Non
     (kernel, row), = ((name, row) for name, row in made.program["kernels"].items() if row["descriptors"])
     assert row["dependent"] and row["grid"] == [4] and made.kernels[kernel].spills == 0 and row["threads"] in (160, 256)
     assert [d["box"] for d in row["descriptors"]] == [[32, 64] if name == "by columns" else [64, 32], [64, 16]]
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL_CASES if name.startswith("ring")])
+def test_cases_for_the_sanitizer_take_the_form(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As `gpu_check.py` compiles them."""
+    monkeypatch.undo()
+    case = SMALL_CASES[name]
+    f, inputs = case.build()
+    module, _ = module_of(f, inputs, until="host", target=dataclasses.replace(SM90, multiprocessors=case.multiprocessors))
+    made = compile_gpu(module, FEW, cache_dir=tmp_path)
+    assert [(row["grid"], bool(row["descriptors"])) for row in made.program["kernels"].values()] == [([4], True)]

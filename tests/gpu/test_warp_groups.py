@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from aicc.backends.triton import compile_gpu, print_kernel, stream_shape, warp_groups
+from aicc.backends.triton import compile_gpu, group_schedule, print_kernel, stream_shape, warp_groups
 from aicc.backends.triton.printer import KernelSource
 from aicc.backends.triton.warp_groups import print_warp_groups
 from aicc.frontend.attention import attention
@@ -278,6 +278,64 @@ def test_what_data_exclude_is_neither_computed_nor_copied(turns: bool, monkeypat
     loader = text[text.index("_loader("):text.index("_group(")]
     assert loader.count("gl.load(") == text[text.index("_group("):].count("gl.load(") - 3 == 8, "four ranges of two blocks; groups read documents too"
     assert ("bar.sync" in text) == turns
+
+
+MASKS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
+    "window": (lambda i, j: (j <= i) & (i - j < 256), 2),
+    "causal": (lambda i, j: j <= i, 1),
+    "ahead": (lambda i, j: (j >= i) & (j - i < 256), 1),
+    "odd window": (lambda i, j: (j <= i) & (i - j < 200), 1),
+    "odd on both sides": (lambda i, j: (j <= i + 90) & (j + 150 > i), 0),
+    "on both sides": (lambda i, j: (j <= i + 128) & (j + 128 > i), 2),
+    "all but the near": (lambda i, j: i - j >= 64, 0),
+}
+"""Which scores count, and at how many ends a group has half steps."""
+
+
+@pytest.mark.parametrize("cap", [True, False], ids=["capped", "plain"])
+@pytest.mark.parametrize("name", MASKS)
+def test_a_group_leaves_out_the_half_steps_that_are_masked_for_its_rows(name: str, cap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less is multiplied, and never what counts is left out; with a running maximum and without."""
+    mask, ends = MASKS[name]
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = 30 * torch.tanh(scores(q, k) / 30) if cap else scores(q, k)
+        return torch.where(mask(*positions(s)), s, -math.inf).softmax(-1) @ v
+
+    monkeypatch.setattr(warp_groups, "ROLLING", 0)
+    inputs = heads(1, 2, 640, 64)
+    blocks: list[tuple[int, int]] = []
+    read = gluon_model.Tile.read
+    monkeypatch.setattr(gluon_model.Tile, "read", lambda tile: (blocks.append(tile.memory.shape[0] // 64) if tile.turned else None, read(tile))[1])
+    results, counts = [], []
+    for halves in (False, True):
+        monkeypatch.setattr(group_schedule, "HALVES", halves)
+        blocks.clear()
+        got, text = run(f, inputs)
+        results.append(got)
+        counts.append(sum(blocks))
+        assert text.count("zero_part, use_acc") == (ends if halves else 0)
+    seen = mask(torch.arange(640)[:, None], torch.arange(640)[None, :])
+    rows = seen.any(1)
+    assert error(results[1][:, :, rows], f(*(x.double() for x in inputs))[:, :, rows]) < 6e-3
+    assert error(results[1][:, :, rows], results[0][:, :, rows]) < 1e-3
+    alive = 2 * int(seen.reshape(10, 64, 10, 64).any(3).any(1).sum())
+    assert alive <= counts[1] and (counts[1] < counts[0]) == (ends > 0)
+    assert counts[1] == alive or name.startswith("odd") or name in ("ahead", "all but the near")
+
+
+def test_a_mask_asks_only_what_the_bounds_of_its_loop_leave_open() -> None:
+    """Steps at the end of a window know that they are before the diagonal, and those on the diagonal that they are in the window."""
+    def group(length: int) -> str:
+        def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            s = scores(q, k)
+            i, j = positions(s)
+            return s.masked_fill((j > i) | (i - j >= length), -math.inf).softmax(-1) @ v
+
+        return run(window, heads(1, 2, 640, 64))[1].partition("_group(")[2]
+
+    both = re.compile(r"= v\d+ [&|] v\d+")
+    assert not both.search(group(256)) and both.search(group(100)), "a window of less than a step needs both in one tile"
 
 
 @pytest.mark.parametrize("form", ["plain", "by name"])

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 NEVER = float("-inf")
 FORWARD = ["1 + 1 [max, sum]"]
 BACKWARD = ["2 + 1 []", "2 + 2 []"]
+CLOSED = ["2 + 2 []", "2 + 2 [sum]"]
+"""With inputs of 32 bits: the stream of dQ, the second one, multiplies dS and P by the keys, and sums the rows of dS."""
 
 
 def _positions(s: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,6 +118,20 @@ def test_gradients(name: str) -> None:
     check_gradients(f, inputs, torch.compile(f, backend="aicc"), 4e-6)
 
 
+@pytest.mark.parametrize("make", [lambda x: (5 * x[..., :8]).clamp(max=1), lambda x: x.cummax(-1).values], ids=["large", "alike"])
+def test_rows_with_one_large_weight_are_no_further_from_the_truth_than_eagers(make: Callable[[Tensor], Tensor]) -> None:
+    """Scores to several hundreds: an error of the log-sum-exp is one of all weights of its row (dV was 2.3 times as far as eager's). Values that have a
+    common part: an error of the sum in the softmax's gradient moves dQ by a whole key (2.7 times)."""
+    g = torch.Generator().manual_seed(3)
+    inputs = [make(torch.randn(1, 32, 65, 100, generator=g))] * 3
+    grad = torch.randint(-8, 9, inputs[0].shape, generator=g) / 8
+    torch._dynamo.reset()
+    f = sdpa()
+    got, eager = (_gradients(h, inputs, grad)[1:] for h in (torch.compile(f, backend="aicc"), lambda q, k, v: (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v))
+    for a, b, c in zip(got, eager, _gradients(f, [x.double() for x in inputs], grad.double())[1:], strict=True):
+        assert (a - c).square().mean() <= 1.5**2 * (b - c).square().mean()
+
+
 @pytest.mark.slow
 def test_gradients_in_bfloat16() -> None:
     torch._dynamo.reset()
@@ -205,7 +221,7 @@ def test_on_cpus_a_backward_pass_streams_for_what_its_mask_hides() -> None:
         return (q @ k.mT).masked_fill(~mask, -math.inf).softmax(-1) @ v
 
     inputs = [torch.randn(1, 2, 512, 64, requires_grad=True) for _ in range(3)]
-    for f, more, expected in ((causal, [], BACKWARD), (masked, [torch.ones(512, 512, dtype=torch.bool)], BACKWARD),
+    for f, more, expected in ((causal, [], CLOSED), (masked, [torch.ones(512, 512, dtype=torch.bool)], CLOSED),
                               (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, [], [])):
         assert streams_of(training_graphs(f, [*inputs, *more], AVX2, "tensor")["backward"]) == expected
 

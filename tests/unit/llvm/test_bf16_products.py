@@ -8,6 +8,8 @@ import pytest
 import torch
 from aicc.backends.llvm import host_target
 from aicc.compiler.driver import Compilation, watching
+from aicc.ir import Target
+from support.stages import capture, lowered
 from torch import nn
 from torch.nn import functional as F
 
@@ -57,6 +59,14 @@ def test_ragged(m: int, n: int, k: int, form: tuple[list[str], str]) -> None:
     x, w = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()
     result, _ = compiled(torch.mm, (x, w), form)
     close(result, x.double() @ w.double())
+
+
+def test_a_matrix_unit_sums_longer_parts() -> None:
+    """What it has summed is added in vectors, by way of memory: every 1024 steps of K, 32 at a time."""
+    target = Target(name="sapphirerapids", features=("amx-bf16", "amx-tile", "avx512f"), vector_bits=512, vector_registers=32)
+    module = lowered(capture(lambda x, w: x @ w.t(), (torch.randn(64, 2048).bfloat16(), torch.randn(64, 2048).bfloat16())), target, "tile")
+    product = next(op for op in module.body if op.name == "tile.kernel" and any(inner.name == "tile.dot" for inner in op.walk()))
+    assert 32 in [op["step"] for op in product.walk() if op.name == "tile.for" and op.results]
 
 
 def test_batched_and_transposed(form: tuple[list[str], str]) -> None:

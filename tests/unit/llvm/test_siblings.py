@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from aicc.compiler.driver import Compilation, watching
+from support.stages import AVX2, capture, lowered
 from torch import nn
 from torch.nn import functional as F
 
@@ -47,6 +48,14 @@ def test_gate_and_up_are_one_kernel(m: int, n: int, k: int, bias: bool) -> None:
     result, c = compiled(f, x)
     assert c.llvm_ir.count("define internal void @\"kernel.matmul") == 1
     close(f, x, result)
+
+
+def test_the_work_of_both_counts() -> None:
+    def gated_unit(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return F.silu(x @ gate) * (x @ up)
+    module = lowered(capture(gated_unit, (torch.randn(40, 64), torch.randn(64, 96), torch.randn(64, 96))), AVX2, "tile")
+    gated = [op for op in module.body if op.name == "tile.kernel" and sum(inner.name == "tile.dot" for inner in op.walk()) > 1]
+    assert [op["flops"] for op in gated] == [2 * 2 * 40 * 96 * 64]
 
 
 class Attention(nn.Module):

@@ -191,6 +191,8 @@ def test_tiles_of_rows(name: str) -> None:
 def test_rows_that_are_read_once_are_walked_in_long_steps() -> None:
     program = shaped(lambda x: x.float().exp().sum(-1), (4096, 40000), dtype=torch.bfloat16)
     assert {op["shape"] for op in lowered(program, CUDA).walk() if op.name == "tile.load"} == {(1, 8192)}
+    assert tiles(lambda x: x.float().sum(-1), (4096, 40000)) == {(1, 4096, 16)}
+    assert tiles(lambda x: x.sum(-1), (4096, 40000), dtype=F32) == {(1, 8192, 16)}
 
 
 @pytest.mark.parametrize(("f", "wanted"), [(lambda x: x.relu(), (1, 2048, 4)), (lambda x: F.gelu(x), (1, 4096, 4))])

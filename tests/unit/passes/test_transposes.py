@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.stages import AVX2, GENERIC, capture, check_levels, lowered
+from support.stages import AVX2, AVX512, GENERIC, capture, check_levels, lowered
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.bool], ids=str)
@@ -49,3 +49,12 @@ def test_a_weight_is_packed_by_turning_tiles() -> None:
     assert [op["shape"] for op in packing.walk() if op.name == "tile.load"] == [(16, 16)]
     check_levels(graph, AVX2)
     check_levels(capture(lambda x, w: x @ w.t(), (torch.randn(40, 70), torch.randn(50, 70))), AVX2)
+
+
+def test_a_program_packs_as_many_columns_as_it_can_foresee() -> None:
+    """Panels of 512-bit vectors are several lines wide: a program turns 16 rows of the weight, along all of K, not those of the whole panel."""
+    module = lowered(capture(lambda x, w: x @ w.t(), (torch.randn(96, 80), torch.randn(256, 80))), AVX512, "tile")
+    packing, product = [op for op in module.body if op.name == "tile.kernel"]
+    panels, width = packing.body.args[-1].type.shape[0], packing.body.args[-1].type.shape[-1]
+    assert width > 16 and packing["grid"] == (panels, width // 16, 5)
+    assert product["flops"] == 2 * 96 * 256 * 80
