@@ -54,7 +54,7 @@ _TOLERANCES_OF = (None, "TestCommon", "TestInductorOpInfo", "TestDecomp", "TestU
 # OpInfo seeds random operators inside the call, which breaks the graph; here `run` seeds before the call.
 common_methods_invocations.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # flushes the caches of the processor at every compilation
-common_utils.extract_test_fn = lambda: None  # looks for a unittest among the callers of whoever takes samples, with their lines of source: 0.05 s each time
+common_utils.extract_test_fn = lambda: None  # looks for a unittest among the callers of whoever takes samples, with their lines of source: 0.04 s each time
 _CAPTURE = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
 """Sizes that depend on data stay in one graph."""
 
