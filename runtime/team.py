@@ -72,7 +72,7 @@ def make_team(symbols: Mapping[str, int]) -> Team:
     pause, declaration = _PAUSES.get(machine, ("", ""))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     futex = _FUTEXES.get(machine) if sys.platform.startswith("linux") else None
-    words = {"PAUSE": pause, "CORES": cores, "FUTEX": futex, "CLOCK": getattr(time, "CLOCK_MONOTONIC", 1),
+    words = {**_WORDS, "PAUSE": pause, "CORES": cores, "FUTEX": futex, "CLOCK": getattr(time, "CLOCK_MONOTONIC", 1),
              "LATE": LATE, "FEW": FEW, "MANY": MANY, "FIRST": FIRST}
     text = _CODE + declaration + (_YIELDING if futex is None else _FUTEX)
     for word, value in words.items():
@@ -107,6 +107,14 @@ def seconds_of_spin(address: int) -> float:
     return max(min(rounds) / SAMPLE, 1e-10)
 
 
+def _fields(**numbers: int) -> str:
+    """Addresses of a team's fields."""
+    return "\n".join(f"  %{name} = getelementptr %team, ptr %team, i32 0, i32 {n}" for name, n in numbers.items()).strip()
+
+
+_WORDS = {"LAUNCH": _fields(state=7, bodyp=10, datap=11, left=13) + "\n  %number = getelementptr i8, ptr %state, i64 4",
+          "CALL": _fields(stepsp=2, tablep=3, symbolsp=4)}
+"""What several functions of the code begin with."""
 _FUTEX = """
 define internal void @sleep(ptr %word, i32 %old) nounwind {
   %old64 = zext i32 %old to i64
@@ -149,10 +157,9 @@ declare void @GOMP_parallel(ptr, ptr, i32, i32)
 declare i32 @omp_get_thread_num()
 declare i32 @omp_get_num_threads()
 
-; returns when the word is no longer `old`
-define internal void @await(ptr %word, i32 %old, i64 %most) nounwind {
+; looks at the word until it is no longer `old` (true), or that often
+define internal i1 @look(ptr %word, i32 %old, i64 %most) nounwind {
 entry:
-  %sleepers = getelementptr i32, ptr %word, i32 1
   br label %spin
 spin:
   %n = phi i64 [ 0, %entry ], [ %n1, %again ]
@@ -163,8 +170,17 @@ again:
   PAUSE
   %n1 = add i64 %n, 1
   %full = icmp uge i64 %n1, %most
-  br i1 %full, label %bed, label %spin
+  br i1 %full, label %done, label %spin
+done:
+  ret i1 %new
+}
+
+; returns when the word is no longer `old`
+define internal void @await(ptr %word, i32 %old, i64 %most) nounwind {
+  %new = call i1 @look(ptr %word, i32 %old, i64 %most)
+  br i1 %new, label %done, label %bed
 bed:
+  %sleepers = getelementptr i32, ptr %word, i32 1
   %in = atomicrmw add ptr %sleepers, i32 1 seq_cst
   br label %doze
 doze:
@@ -197,11 +213,7 @@ done:
 ; the other threads of a region: each launch that they find open, until the one without a body
 define internal void @serve(ptr %team, i32 %me) nounwind {
 entry:
-  %state = getelementptr %team, ptr %team, i32 0, i32 7
-  %number = getelementptr i8, ptr %state, i64 4
-  %bodyp = getelementptr %team, ptr %team, i32 0, i32 10
-  %datap = getelementptr %team, ptr %team, i32 0, i32 11
-  %left = getelementptr %team, ptr %team, i32 0, i32 13
+  LAUNCH
   %spins = getelementptr %team, ptr %team, i32 0, i32 5
   %own = load i64, ptr %spins
   %idle = load i64, ptr @idle_spins
@@ -240,11 +252,7 @@ end:
 }
 
 define internal void @open(ptr %team, ptr %body, ptr %data) nounwind {
-  %state = getelementptr %team, ptr %team, i32 0, i32 7
-  %number = getelementptr i8, ptr %state, i64 4
-  %bodyp = getelementptr %team, ptr %team, i32 0, i32 10
-  %datap = getelementptr %team, ptr %team, i32 0, i32 11
-  %left = getelementptr %team, ptr %team, i32 0, i32 13
+  LAUNCH
   store ptr %body, ptr %bodyp
   store ptr %data, ptr %datap
   store atomic i32 0, ptr %left monotonic, align 4
@@ -319,9 +327,7 @@ call:
   %threads = call i32 @omp_get_num_threads()
   %threadsp = getelementptr %team, ptr %team, i32 0, i32 1
   store i32 %threads, ptr %threadsp
-  %stepsp = getelementptr %team, ptr %team, i32 0, i32 2
-  %tablep = getelementptr %team, ptr %team, i32 0, i32 3
-  %symbolsp = getelementptr %team, ptr %team, i32 0, i32 4
+  CALL
   %steps = load ptr, ptr %stepsp
   %table = load ptr, ptr %tablep
   %symbols = load ptr, ptr %symbolsp
@@ -377,9 +383,7 @@ worse:
   br label %done
 
 together:
-  %stepsp = getelementptr %team, ptr %team, i32 0, i32 2
-  %tablep = getelementptr %team, ptr %team, i32 0, i32 3
-  %symbolsp = getelementptr %team, ptr %team, i32 0, i32 4
+  CALL
   store ptr %steps, ptr %stepsp
   store ptr %table, ptr %tablep
   store ptr %symbols, ptr %symbolsp
@@ -447,21 +451,9 @@ define void @aicc_patience(i64 %join, i64 %idle, i64 %crowded) nounwind {
 
 ; waits for a word that nobody writes
 define void @aicc_spin(i64 %most) nounwind {
-entry:
   %word = alloca i32
   store i32 0, ptr %word
-  br label %spin
-spin:
-  %n = phi i64 [ 0, %entry ], [ %n1, %again ]
-  %v = load atomic i32, ptr %word acquire, align 4
-  %new = icmp ne i32 %v, 0
-  br i1 %new, label %done, label %again
-again:
-  PAUSE
-  %n1 = add i64 %n, 1
-  %full = icmp uge i64 %n1, %most
-  br i1 %full, label %done, label %spin
-done:
+  %never = call i1 @look(ptr %word, i32 0, i64 %most)
   ret void
 }
 """

@@ -40,9 +40,9 @@ KNOWN: dict[tuple[str, str], Known] = {
     ("combinations", "torch"): Known("Dynamo fails to trace it with sizes that depend on data captured in one graph"),
     ("masked_select", "torch"): Known("torch before 2.12 takes the elements of the first operand, not of the broadcast, for the most that may be selected"),
     ("tensor_split", "torch"): Known("torch fails to trace a number of sections that is read from data and captured in one graph"),
-    **{(op, "torch"): Known(_SINGULAR, ("complex64",)) for op in ("pinverse", "linalg.pinv.singular")},
-    ("linalg.pinv", "torch"): Known("what AOTAutograd's runtime calls, torch.linalg.pinv itself, is wrong for complex matrices there, and right outside",
-                                    ("complex64", "complex128")),
+    ("linalg.pinv.singular", "torch"): Known(_SINGULAR, ("complex64",)),
+    **{(op, "torch"): Known("torch.linalg.pinv of complex matrices, called as it is in what AOTAutograd's runtime runs, is wrong there and right outside",
+                            ("complex64", "complex128")) for op in ("pinverse", "linalg.pinv")},
     ("nn.functional.conv2d", "numerics"): Known("a complex convolution is three real ones whose sums cancel: the last place of the largest term shows",
                                                 ("complex64",)),
     ("nn.functional.instance_norm", "numerics"): Known(

@@ -11,7 +11,7 @@ import torch
 from aicc.compiler import driver
 from aicc.compiler.dynamo import aicc as backend
 from aicc.frontend.foreach import foreach_table
-from support.stages import CUDA, capture, lowered
+from support.stages import CUDA, lowered, shaped
 from torch import Tensor, nn
 
 TABLE = foreach_table()
@@ -103,6 +103,6 @@ def test_steps_of_many_parameters_are_one_kernel_each() -> None:
         v = [a * 0.99 + b * b * 0.01 for a, b in zip(v, g, strict=True)]
         return [*m, *v, *(a - 0.1 * b / (c.sqrt() + 1e-8) for a, b, c in zip(p, m, v, strict=True))]
 
-    program = capture(step, [torch.rand(40 + k % count) for k in range(4 * count)])
+    program = shaped(step, *[(40 + k % count,) for k in range(4 * count)])
     kernels = [op for op in lowered(program, CUDA, "tensor").walk() if op.name == "tensor.fused"]
     assert len(kernels) == count
