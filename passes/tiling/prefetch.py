@@ -62,7 +62,10 @@ def ask_ahead(leaves: Mapping[int, Leaf], reads: Sequence[tuple[Access, Value, s
 
 
 def named_by(op: Operation, extract: Operation) -> int | None:
-    """The operand of the structured `op` whose elements are the rows that `extract` reads, as they are or cast; None if something is computed."""
+    """The operand of the structured `op` whose elements are the rows that `extract` reads, as they are or cast; None if something is computed,
+    or if it reads the one element of a scalar."""
+    if len(extract.operands) == 1:
+        return None
     row: Value = extract.operands[1]
     while row.defining_op is not None and row.defining_op.name == "arith.cast":
         row = row.defining_op.operands[0]

@@ -64,6 +64,13 @@ def test_others_are_the_operator(function: Any) -> None:
     both(function, torch.randn(50, 24), torch.randint(0, 50, (7, 5)))
 
 
+def test_tables_that_are_computed() -> None:
+    """Rows of table * scalar: the scalar is read where the row is, and has no row of its own."""
+    for scale in (torch.tensor(2.0), torch.randn(64), torch.randn(90, 1)):
+        found = both(lambda t, s, i: (t * s)[i].sum(1), torch.randn(90, 64), scale, torch.randint(0, 90, (11, 7)))
+        assert found.stats["kernels"] == 1
+
+
 def test_module_and_bad_index() -> None:
     module = torch.nn.EmbeddingBag(30, 8, mode="sum")
     compiled = torch.compile(module, backend="aicc", options={"strict": True})
