@@ -110,16 +110,19 @@ class CudaGraph(CompiledGraph):
         return not any(_data_ptr(args[i]) % ALIGNMENT for i in self._places)
 
     def _moved(self, args: Sequence[Any]) -> list[Any]:
-        """Runs on copies of the arguments that are not where the kernels expect them."""
-        given, back = list(args), []
+        """Runs on copies of the arguments that are not where the kernels expect them. A result that is a view of an argument is one of the argument
+        itself, not of its copy: AOTAutograd makes it anew from where it begins."""
+        given, back, copies = list(args), [], {}
         for i in self._places:
             t = args[i]
             if t.device == self.device and t.data_ptr() % ALIGNMENT == 0:
                 continue
             given[i] = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=self.device).copy_(t)
+            if t.device == self.device:
+                copies[given[i].untyped_storage().data_ptr()] = t
             if i in self._written:
                 back.append((t, given[i]))
-        outputs = self._run(given)
+        outputs = [_view_of(copies.get(o.untyped_storage().data_ptr()), o) if isinstance(o, torch.Tensor) else o for o in self._run(given)]
         with torch.no_grad():
             for t, made in back:
                 t.copy_(made)
@@ -189,3 +192,11 @@ class CudaGraph(CompiledGraph):
         code = self.cuda.take_error()
         if code:
             self._fail(code)
+
+
+def _view_of(argument: torch.Tensor | None, view: torch.Tensor) -> torch.Tensor:
+    """`view` of an argument's copy, which fills a memory of its own, as one of the argument; without an argument `view` itself."""
+    if argument is None:
+        return view
+    start = argument.storage_offset() * argument.element_size() // view.element_size() + view.storage_offset()
+    return torch.empty(0, dtype=view.dtype, device=view.device).set_(argument.untyped_storage(), start, view.shape, view.stride())

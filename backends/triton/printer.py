@@ -546,9 +546,11 @@ def _term(text: str) -> str:
 
 
 def identifier(name: str) -> str:
-    """A Python name that is none of the functions that kernels call: as a kernel's or a variable's it would hide that."""
+    """A Python name that is none of the functions that kernels call: as a kernel's or a variable's it would hide that. A kernel of one `bitand` is
+    called `and`, which is no name."""
     text = re.sub(r"\W", "_", name)
-    return f"_{text}" if not text or text[0].isdigit() or text in HELPERS or text in ("tl", "triton", "libdevice") else text
+    hidden = not text or text[0].isdigit() or text in HELPERS or text in ("tl", "triton", "libdevice")
+    return f"_{text}" if hidden or keyword.iskeyword(text) else text
 
 
 def stored_buffers(block) -> set[Value]:  # type: ignore[no-untyped-def]

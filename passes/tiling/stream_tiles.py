@@ -31,7 +31,11 @@ def spread_rows(target: Target, rows: int, count: int, batch: int) -> int:
 
 
 def tile_of_several(target: Target, width: int, element: int, firsts: int, seconds: int) -> GpuTile:
-    """Rows and steps for `firsts` and `seconds` products of operands `width` wide, `element` bytes each."""
+    """Rows and steps for `firsts` and `seconds` products of operands `width` wide, `element` bytes each.
+
+    Products of 32 bits are computed by threads, which hold their parts of both tiles and of the accumulators: twice as many warps do not spill
+    (16 heads of 2048 positions, causal, an H200, forward and both streams of the backward: width 64 5.7 -> 5.1 ms, width 128 79 -> 12.8).
+    """
     limit = SHARED[90 if target.capability >= 90 else 80]
     choices = [(64, 64, 2), (64, 32, 2), (64, 32, 1), (32, 32, 1), (32, 16, 1), (16, 16, 1)]
     if element > 2:
@@ -39,7 +43,7 @@ def tile_of_several(target: Target, width: int, element: int, firsts: int, secon
     for rows, steps, stages in choices:
         if element * width * (rows * firsts + stages * steps * (firsts + seconds)) <= limit:
             break
-    return GpuTile(rows, steps, 0, 4, stages)
+    return GpuTile(rows, steps, 0, 8 if element > 2 else 4, stages)
 
 
 def other_tiles(target: Target, chosen: GpuTile, width: int, element: int, rows: Dim, length: Dim) -> list[GpuTile]:

@@ -87,6 +87,13 @@ def test_a_kernel_is_not_named_like_the_helper_that_it_calls() -> None:
     assert "def sigmoid(" in text and "def _sigmoid(" in text
 
 
+def test_a_kernel_is_not_named_like_a_keyword() -> None:
+    """`x & 6` is a kernel of one `bitand`."""
+    text = text_of(COPY.format(grid="2", symbols="", shape="100", size="100", op="sigmoid").replace("@k ", "@and ")).text
+    assert "def _and(" in text
+    compile(text, "kernel", "exec")
+
+
 @pytest.mark.parametrize("name", ["softmax", "nan"])
 def test_maxima_propagate_nan(name: str) -> None:
     text = "".join(print_kernel(k).text for k in kernels_of(name))

@@ -70,6 +70,16 @@ def test_a_misaligned_argument_is_copied_and_the_others_are_not() -> None:
     assert all(p % 16 == 0 for p in parameters[:3])
 
 
+def test_a_view_of_a_misaligned_argument_is_one_of_the_argument() -> None:
+    manifest, blobs = build(lambda a: (a.view(-1), a + 1), torch.randn(9, 48), dynamic=True)
+    graph = CudaGraph(manifest, blobs, on=device_for(manifest))
+    a = torch.randn(5 * 48 + 1)[1:].view(5, 48)
+    rows = str(manifest["inputs"][0]["shape"][0])
+    given: dict[int, Any] = {p: 5 if s == rows else 48 for p, s in manifest["symbol_args"]} | {manifest["inputs"][0]["position"]: a}
+    view, _ = graph(*[given[p] for p in sorted(given)])
+    assert view.shape == (240,) and view.data_ptr() == a.data_ptr() and view.storage_offset() == 1
+
+
 def test_a_failing_launch_names_kernel_and_line() -> None:
     manifest, blobs = build(lambda a: a.softmax(-1), torch.randn(8, 64))
     device = device_for(manifest)
