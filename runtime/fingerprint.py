@@ -34,6 +34,8 @@ PART, SHARED = 1 << 9, 1 << 12
 
 _LANES = "<8 x i32>"
 _PRIME = f"{_LANES} <{', '.join(['i32 16777619'] * 8)}>"
+_MOVED = ", ".join(f"i32 {half + (i + 3) % 16}" for half in (0, 16) for i in range(16))
+"""Bytes within each half of a register."""
 _HALF = f"{_LANES} <{', '.join(['i32 15'] * 8)}>"
 
 
@@ -41,15 +43,16 @@ def _ir() -> str:
     """`i64 fingerprint(ptr ranges, i64 count)`: a range is four i64: address, bytes, stride between the rows to read (0: all bytes), width of a row.
 
     Every step is a bijection of the hash for a given word and of the word for a given hash: one changed word always shows. A product carries
-    differences upwards only, and one of the top bit (a sign) not at all, so that two of them would cancel: its high half is folded into the low one.
+    differences upwards only, and one of the top bit (a sign) not at all, so that two of them would cancel: bits move down before the next product.
     """
     wide = [f"""
   %at{i} = getelementptr i8, ptr %place, i64 {32 * i}
   %words{i} = load {_LANES}, ptr %at{i}, align 1
   %xored{i} = xor {_LANES} %lanes{i}, %words{i}
-  %times{i} = mul {_LANES} %xored{i}, {_PRIME[len(_LANES) + 1:]}
-  %high{i} = lshr {_LANES} %times{i}, {_HALF[len(_LANES) + 1:]}
-  %mixed{i} = xor {_LANES} %times{i}, %high{i}""" for i in range(4)]
+  %bytes{i} = bitcast {_LANES} %xored{i} to <32 x i8>
+  %moved{i} = shufflevector <32 x i8> %bytes{i}, <32 x i8> undef, <32 x i32> <{_MOVED}>
+  %turned{i} = bitcast <32 x i8> %moved{i} to {_LANES}
+  %mixed{i} = mul {_LANES} %turned{i}, {_PRIME[len(_LANES) + 1:]}""" for i in range(4)]
     carried = [f"  %lanes{i} = phi {_LANES} [ zeroinitializer, %all ], [ %mixed{i}, %wide ]\n"
                f"  %last{i} = phi {_LANES} [ zeroinitializer, %all ], [ %mixed{i}, %wide ]" for i in range(4)]
     joined, name = [], "%last0"
@@ -65,6 +68,8 @@ def _ir() -> str:
         hashed = f"%r{i}"
     lines = "".join(wide)
     return f"""
+declare i64 @llvm.fshl.i64(i64, i64, i64)
+
 define i64 @fingerprint(ptr %ranges, i64 %count) {{
 entry:
   %empty = icmp eq i64 %count, 0
@@ -126,9 +131,8 @@ rows:
   %word_place = getelementptr i8, ptr %base, i64 %word_at
   %word = load i64, ptr %word_place, align 1
   %row_xored = xor i64 %row_hash, %word
-  %row_times = mul i64 %row_xored, 1099511628211
-  %row_high = lshr i64 %row_times, 32
-  %row_mixed = xor i64 %row_times, %row_high
+  %row_turned = call i64 @llvm.fshl.i64(i64 %row_xored, i64 %row_xored, i64 29)
+  %row_mixed = mul i64 %row_turned, 1099511628211
   %turn_next = add i32 %turn, -1640531527
   %row_next = add i64 %row_start, %stride
   %row_more = icmp ult i64 %row_next, %bytes
