@@ -208,16 +208,21 @@ def arg_kinds(role: str, count: int) -> list[str]:
     metadata = getattr(context, "fw_metadata", None) if context is not None else None
     static = set(getattr(metadata, "static_input_indices", None) or ()) if role != "backward" else set()
     if static and (role == "forward" or not _TOKENS_COUNT):
-        static = {i + len(metadata.tokens) for i in static}
+        static = {i + _tokens(metadata) for i in static}
     return ["param" if i in static else "input" for i in range(count)]
+
+
+def _tokens(metadata: Any) -> int:
+    """How many results (and arguments) a forward graph has in front of the others, for the order of effects such as checks of linear algebra."""
+    return len(getattr(metadata, "tokens", ()))
 
 
 def first_saved(role: str) -> int | None:
     """The number of the first result of a forward graph that is only kept for the backward graph; None where torch does not say."""
     context = TracingContext.try_get() if role == "forward" else None
-    metadata = getattr(context, "fw_metadata", None)
+    metadata = context.fw_metadata if context is not None else None
     count = getattr(metadata, "num_forward", None)
-    return count + len(metadata.tokens) if isinstance(count, int) else None
+    return count + _tokens(metadata) if isinstance(count, int) else None
 
 
 def written_arguments() -> list[int]:
@@ -232,7 +237,7 @@ def _report_strides(made: CompiledGraph, saved: int) -> None:
     context = TracingContext.try_get()
     told = getattr(context, "output_strides", None)
     if told is not None and not told:  # a list that waits for one entry per result; None: as eager has it
-        tokens = len(context.fw_metadata.tokens)  # of effects: results in front of the others, which AOTAutograd takes away before it counts
+        tokens = _tokens(context.fw_metadata if context is not None else None)  # AOTAutograd takes them away before it counts
         told.extend(None if i < saved else strides for i, strides in enumerate(made.result_strides) if i >= tokens)
 
 
