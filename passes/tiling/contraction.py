@@ -25,8 +25,8 @@ from .emit import Emitter, Pair, fill_masks
 from .partial import Block, Program, fold
 from .rows import Rows, copy_turned, make_rows
 
-__all__ = ["COLUMNS", "EXCHANGED", "GROUPS", "K_BLOCK", "MATRIX", "ROWS", "Contraction", "Roles", "as_tile", "emit_contraction", "exchanged", "is_row_major", "offset_of",
-           "roles_of", "rows_in_block", "stride_along", "with_shape"]
+__all__ = ["COLUMNS", "EXCHANGED", "GROUPS", "K_BLOCK", "MATRIX", "ROWS", "Contraction", "Roles", "as_tile", "emit_contraction", "exchanged",
+           "is_row_major", "offset_of", "roles_of", "rows_in_block", "stride_along", "with_shape"]
 
 
 @dataclass(frozen=True)
