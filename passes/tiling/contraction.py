@@ -25,8 +25,8 @@ from .emit import Emitter, Pair, fill_masks
 from .partial import Block, Program, fold
 from .rows import Rows, copy_turned, make_rows
 
-__all__ = ["COLUMNS", "GROUPS", "K_BLOCK", "MATRIX", "ROWS", "Contraction", "Roles", "as_tile", "emit_contraction", "is_row_major", "offset_of",
-           "roles_of", "rows_in_block", "stride_along", "with_shape"]
+__all__ = ["COLUMNS", "EXCHANGED", "GROUPS", "K_BLOCK", "MATRIX", "ROWS", "Contraction", "Roles", "as_tile", "emit_contraction", "exchanged",
+           "is_row_major", "offset_of", "roles_of", "rows_in_block", "stride_along", "with_shape"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,17 @@ def roles_of(op: Operation) -> Roles | None:
     m = tuple(d for d in range(parallel) if d not in batch and d not in n)
     if not n:
         return None
-    return Roles(batch, m, n, tuple(range(parallel, len(op["dims"]))), left, right)
+    found = Roles(batch, m, n, tuple(range(parallel, len(op["dims"]))), left, right)
+    return exchanged(found) if op.attributes.get(EXCHANGED) else found
+
+
+EXCHANGED = "_exchanged"
+"""The attribute of a product that computes the transpose of its result: see `passes/pack.py`."""
+
+
+def exchanged(roles: Roles) -> Roles:
+    """Those of the transpose of the result."""
+    return replace(roles, m=roles.n, n=roles.m, left=roles.right, right=roles.left)
 
 
 def stride_along(op: Operation, i: int, d: int) -> int:
@@ -154,8 +164,8 @@ class Contraction:
         assert found is not None
         right = found.right
         found = replace(found, k=tuple(sorted(found.k, key=lambda d: -stride_along(op, right, d))))
-        if turned:  # the transpose of the result
-            found = replace(found, m=found.n, n=found.m, left=found.right, right=found.left)
+        if turned:
+            found = exchanged(found)
         self.op, self.epilogue, self.outputs, self.e, self.buffers, self.roles = op, epilogue, outputs, e, buffers, found
         self.partial = [x for x in epilogue if PARTIAL in x.attributes]
         self.kept: Block | None = None  # for partial reductions of columns
@@ -415,6 +425,7 @@ class Contraction:
 
             def step(ke: Emitter, at_k: list[Dim], a: Value) -> Value:
                 c._prefetch(ke, batch, panel, at_k, len(ks), within[0], steps, i - start, rows)
+                c._prefetch_rows(ke, batch, i + mr, at_k)
                 return c._rank1(ke, batch, row, n, at_k, a)
             return self._k_loops(inner, acc, step, ks, within)
 
@@ -431,11 +442,20 @@ class Contraction:
                 return [x.builder.arith("add", carried[0], multiply(c, x, i, panel, ks, (k, minimum(within[1], k + steps)), self._zero(x), steps))]
             return inner.loop(*within, steps, [self._zero(inner)], part)[0]
 
-        def whole(inner: Emitter, i: Dim, panel: Dim) -> None:
+        def leave(inner: Emitter, i: Dim, panel: Dim, sums: Iterable[Value]) -> None:
+            """Finishes a tile: as it is, or turned to lie as the result does."""
+            if self.op.attributes.get(EXCHANGED):
+                acc, = sums
+                m, n = i + sym("t1"), panel * nr + sym("t0")
+                self.finish(inner, inner.builder.op("tile.transpose", acc, type=self.acc_type), batch, m, n, [(m, upper), (n, self.n)])
+                return
             m, _, n, _ = at(inner, i, panel)
-            acc, *others = (in_parts(c, inner, i, panel, [], (0, self.k_sizes[0]), self.k_sizes[0]) for c in products)
+            acc, *others = sums
             self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)], {c.op: x for c, x in zip(siblings, others, strict=True)},
                         program(i, panel))
+
+        def whole(inner: Emitter, i: Dim, panel: Dim) -> None:
+            leave(inner, i, panel, [in_parts(c, inner, i, panel, [], (0, self.k_sizes[0]), self.k_sizes[0]) for c in products])
 
         def k_nest(inner: Emitter, ks: list[Dim]) -> None:
             assert cut is not None
@@ -460,10 +480,8 @@ class Contraction:
             inner.loop(0, size, length, [], block)
 
         def last_step(inner: Emitter, i: Dim, panel: Dim) -> None:
-            m, _, n, place = at(inner, i, panel)
-            acc, *others = (inner.load(sums[c], simplify(place, inner.bounds())) for c in products)
-            self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)], {c.op: x for c, x in zip(siblings, others, strict=True)},
-                        program(i, panel))
+            place = simplify(at(inner, i, panel)[3], inner.bounds())
+            leave(inner, i, panel, [inner.load(sums[c], place) for c in products])
 
         if cut is None:
             tiles(e, whole)
@@ -511,6 +529,17 @@ class Contraction:
         ahead = simplify(base + row * (per_step * product(inside) // mr) + step * per_step, bounds)
         for n in range(min(8, -(-per_step * UNROLL // line))):
             e.prefetch(self.buffers[v], ahead + n * line)
+
+    def _prefetch_rows(self, e: Emitter, batch: list[Dim], row: Dim, ks: list[Dim]) -> None:
+        """Asks for the tile of rows that begins at `row`, a line in each step of K, where they lie in one piece: those of an exchanged product are
+        the larger operand, and come from memory."""
+        op, i = self.op, self.roles.left
+        if not op.attributes.get(EXCHANGED) or self.block is not None or stride_along(op, i, self.roles.m[-1]) != self.k_sizes[-1]:
+            return
+        line = 64 // element_type(op.operands[i].type).bytes
+        base = offset_of(op.operands[i], op["maps"][i], self.positions(batch, row, 0, [0] * len(ks), e), e.bounds())
+        for n in range(UNROLL * self.tile[0] // line):
+            e.prefetch(self.buffers[op.operands[i]], simplify(base + (ks[-1] + n) * line, e.bounds()))
 
     def _rank1(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim, ks: list[Dim], acc: Value) -> Value:
         if self.depth > 1:

@@ -13,7 +13,7 @@ from ...ir.expr import free_symbols, product
 from ...ir.ranges import delinearize, split_linear
 from ..structured import space_bounds
 from .columns import WINDOW
-from .contraction import MATRIX, Roles, offset_of
+from .contraction import EXCHANGED, MATRIX, Roles, offset_of
 
 __all__ = ["contraction_tile", "fits_registers", "gemm_tile", "is_depthwise", "multiplies_matrices", "multiplies_pairs", "square_tile"]
 
@@ -62,6 +62,8 @@ def contraction_tile(op: Operation, roles: Roles, target: Target) -> tuple[int, 
     if op.attributes.get("_streams"):
         return *square_tile(target, product(op["dims"][d] for d in roles.m), WIDE), 1
     dtype = element_type(op.result.type)
+    if op.attributes.get(EXCHANGED):
+        return target.lanes(dtype.bits), target.lanes(dtype.bits), 1
     sizes = (product(op["dims"][d] for d in dims) for dims in (roles.m, roles.n, roles.k))
     return gemm_tile(target, *sizes, bits=dtype.bits)
 
