@@ -506,7 +506,7 @@ class Contraction:
         return [*(self.op["dims"][d] for d in self.roles.batch), columns, blocks]
 
     def _within_lines(self, mr: int) -> bool:
-        """A tile's rows lie along the last of several dimensions of M: a loop over numbers of tiles shows that, and their places differ by a constant."""
+        """A tile lies along the last of several dimensions of M: a loop over numbers of tiles shows that its rows are a constant apart."""
         last = self.m_sizes[-1] if self.m_sizes else 1
         return last != self.m and isinstance(last, int) and last % mr == 0
 
