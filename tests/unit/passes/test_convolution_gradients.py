@@ -124,6 +124,23 @@ def test_windows_are_not_spread() -> None:
     assert max(v for v in planned.values() if isinstance(v, int)) < 9 * 2 * channels * 14 * 14 * 4
 
 
+@pytest.mark.parametrize("positions", [24, 48])
+def test_heads_are_no_windows(positions: int) -> None:
+    """A projection of merged heads reads their batch and head in one dimension, as a weight's gradient reads taps and positions."""
+    def project(p: torch.Tensor, v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(p, v).view(2, 4, positions, 32).transpose(1, 2).reshape(2 * positions, 128) @ w
+
+    torch.manual_seed(0)
+    inputs = torch.randn(8, positions, positions), torch.randn(8, positions, 32), torch.randn(128, 128)
+    seen: list[Compilation] = []
+    torch._dynamo.reset()
+    with watching(compiled=seen.append), torch.no_grad():
+        got = torch.compile(project, backend="aicc", options={"cache": False, "strict": True, "verify": True})(*inputs)
+    torch.testing.assert_close(got, project(*inputs), rtol=1e-4, atol=1e-3)
+    messages = [r.message for r in seen[0].remarks if r.pass_name == "pack"]
+    assert not any("taps" in m or "positions" in m for m in messages), messages
+
+
 def test_data_gradients_take_winograd_where_the_budget_allows() -> None:
     layer = nn.Sequential(nn.Conv2d(64, 64, 3, 1, 1), nn.Softplus(), nn.Conv2d(64, 64, 3, 1, 1))
     _, backward = training(layer, torch.randn(4, 64, 28, 28), winograd_budget=8.0)
