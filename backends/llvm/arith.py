@@ -51,13 +51,16 @@ def _isnan(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 # -- max and min ------------------------------------------------------------------------------------------------------
 
 def _float_extreme(relation: str) -> Emit:
-    """NaN-propagating maximum or minimum. With a constant operand one select (one `maxps`) is enough."""
+    """NaN-propagating maximum or minimum. With a constant operand one select (one `maxps`) is enough. Otherwise `llvm.maximum`, whichever zero it
+    gives: `maxps`, a test and a blend, where selects become two tests, their union and two moves."""
+    name = {">": "maximum", "<": "minimum"}[relation]
+
     def go(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
         if is_constant(x) and not _constant_nan(x):
             return b.select(b.fcmp_ordered(relation, x, y), x, y)
         if is_constant(y) and not _constant_nan(y):
             return b.select(b.fcmp_ordered(relation, y, x), y, x)
-        return b.select(_isnan(b, x), x, b.select(b.fcmp_ordered(relation, x, y), x, y))
+        return call_same(b, name, x, y, fastmath=("nsz",))
     return go
 
 
