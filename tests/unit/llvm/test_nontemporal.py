@@ -42,11 +42,16 @@ def assembly(name: str, n: int | str, **options: Any) -> str:
     return compile_module(module, TARGETS[name]).asm
 
 
-@pytest.mark.parametrize("name,store,fence", [("avx2", r"vmovntps\s+%ymm", "sfence"), ("avx512", r"vmovntps\s+%zmm", "sfence"), ("neon", r"stnp\s+[dq]", "")])
-def test_instructions(name: str, store: str, fence: str) -> None:
-    """Present for a sum of 8M elements (96 MiB), absent for one of 64K and where the option is off; both versions where the size is symbolic."""
+@pytest.mark.parametrize("name,streamed,store,fence", [
+    ("avx2", r"vmovntps\s+%ymm", r"vmovntps\s+%ymm", "sfence"),
+    ("avx512", r"vmovntps\s+%ymm", r"vmovntps\s+%zmm", "sfence"),
+    ("neon", r"stnp\s+[dq]", r"stnp\s+[dq]", ""),
+])
+def test_instructions(name: str, streamed: str, store: str, fence: str) -> None:
+    """Present for a sum of 8M elements (96 MiB), absent for one of 64K and where the option is off; both versions where the size is symbolic. What is
+    known to come from memory comes and goes in half lines (`layout.py`)."""
     large = assembly(name, 8 << 20)
-    assert re.search(store, large) and fence in large
+    assert re.search(streamed, large) and fence in large
     assert not re.search(r"movnt|stnp\s+[dq]|sfence", assembly(name, 1 << 16))
     assert not re.search(r"movnt|stnp\s+[dq]|sfence", assembly(name, 8 << 20, nontemporal=False))
     symbolic = assembly(name, "s0")
