@@ -138,6 +138,7 @@ class _Middle:
             seen.add(n)
             if n.target in _PRODUCTS:
                 products += 1
+                seen |= _widenings(n)
             elif is_pointwise(n) or n.target in _VIEWS:
                 stack.extend(n.all_input_nodes)
             else:
@@ -224,11 +225,16 @@ class _Middle:
             p = self._call(aten.div.Tensor, (e, self._call(aten.unsqueeze.default, (total, -1))))
             if val.dtype != p.meta["val"].dtype:
                 p = self._call(torch.ops.prims.convert_element_type.default, (p, val.dtype))
-            if any(n.target in _PRODUCTS and n.meta["val"].dtype in _NARROW for n in self.before):
+            if self._is_rough():
                 rows = {"lse": self._call(aten.add.Tensor, (m, self._call(aten.log.default, (total,))))}
             else:
                 rows = {"m": m, "over": self._call(aten.reciprocal.default, (total,))}
         return {"p": p, **{f"_{i}": n for i, n in enumerate(_between(wide, [*rows.values()][-1]))}, **rows}
+
+    def _is_rough(self) -> bool:
+        """Whether scores are rounded to 16 bits, or the weights, as in torch's own kernels (they take four dimensions; others it computes in float32)."""
+        products = self.seconds if self.softmax.meta["val"].dim() == 4 else [n for n in self.before if n.target in _PRODUCTS]
+        return any(n.meta["val"].dtype in _NARROW for n in products)
 
     def _wide(self, x: Any) -> fx.Node:
         """Softmax computes in float32 at least."""
@@ -302,6 +308,19 @@ class _Middle:
             node.meta["val"] = target(*values)
         node.meta |= {k: v for k, v in self.softmax.meta.items() if k in META}
         return node
+
+
+def _widenings(product: fx.Node) -> set[fx.Node]:
+    """Casts from 16 bits and views between them and the product: if the passes shared them, torch's partitioner would save them, or the scores."""
+    found: set[fx.Node] = set()
+    for a in product.all_input_nodes:
+        path = [a]
+        while path[-1].target in _VIEWS:
+            path.append(path[-1].all_input_nodes[0])
+        cast = path[-1]
+        if cast.target in _SAME and cast.all_input_nodes and cast.all_input_nodes[0].meta["val"].dtype in _NARROW:
+            found.update(path)
+    return found
 
 
 def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from aicc.compiler.dynamo import backend
+from aicc.compiler.dynamo import backend, partition
 from aicc.compiler.options import Options
 from aicc.ir import Operation
 from support.stages import AVX2, CUDA
@@ -150,6 +151,27 @@ def test_three_dimensions_of_16_bits_are_as_near_the_truth_as_eager(dtype: torch
     true = _gradients(f, [x.double() for x in inputs], grad.double())
     for a, b, c in zip(got, eager, true, strict=True):
         assert (a - c).square().mean() <= 3**2 * (b - c).square().mean()
+
+
+@pytest.mark.parametrize(("shape", "dynamic"), [((5, 65, 64), False), ((5, 65, 64), True), ((2, 3, 65, 64), True)])
+def test_scores_of_16_bits_are_kept_in_float32_and_not_saved(shape: tuple[int, ...], dynamic: bool) -> None:
+    """Where they go through memory: with three dimensions, as in eager, and with symbolic sizes."""
+    seen: list[torch.fx.GraphModule] = []
+
+    def split(*args: Any, **kwargs: Any) -> Any:
+        found = partition(*args, **kwargs)
+        seen.extend(found)
+        return found
+
+    inputs = [torch.randn(shape).bfloat16().requires_grad_() for _ in range(3)]
+    torch._dynamo.reset()
+    with patch("aicc.compiler.dynamo.partition", split):
+        torch.compile(sdpa(), backend="aicc", dynamic=dynamic)(*inputs).sum().backward()
+    for graph in seen:
+        scores = [n.meta["val"].dtype for n in graph.graph.nodes if n.target is torch.ops.aten.bmm.default and n.args[0].meta["val"].dtype == torch.float32]
+        assert scores == [torch.float32]
+    saved = [n.meta["val"] for n in seen[0].graph.output_node().all_input_nodes if isinstance(n.meta["val"], Tensor)]
+    assert all(x.dtype == torch.bfloat16 or x.dim() == len(shape) - 1 for x in saved)
 
 
 @pytest.mark.slow
