@@ -45,7 +45,8 @@ def suits_hopper(device: torch.device, programs: int, sizes: tuple[Any, ...], wi
 
 class _Scores(torch.autograd.Function):
     """q k^T in float32, with gradients of 16 bits: products of 16-bit numbers that are not rounded where they are stored (a score of 300 by 0.13 in
-    float16, 1 in bfloat16), which they are with symbolic sizes. torch's kernels take four dimensions and round none; with others it computes in float32."""
+    float16, by 1 in bfloat16), as they are with symbolic sizes. torch's kernels take four dimensions and round no score; with others it computes in
+    float32."""
 
     generate_vmap_rule = True
 

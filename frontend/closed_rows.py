@@ -9,8 +9,8 @@ linear in it:
 
     r_i = sum_j dS_ij          dQ = L(dS) K - r L(P) K          dK = L(dS')^T Q   with   dS'_ij = P_ij (dP_ij - (D_i + r_i))
 
-L is what the backward pass multiplies dS by (scales, derivatives of a soft cap, masks, a rounding). The stream of dQ finds r beside its product, and multiplies
-P by K too (four products instead of three); that of dK and dV reads D + r.
+L is what the backward pass multiplies dS by (scales, derivatives of a soft cap, masks, a rounding). The stream of dQ finds r beside its product, and
+multiplies P by K too (four products instead of three); that of dK and dV reads D + r.
 """
 
 from __future__ import annotations
