@@ -16,6 +16,7 @@ After: every contraction that will run as a GEMM reads its right operand contigu
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -172,13 +173,15 @@ def _choose_columns(op: Operation, constant: set[Value], ctx: PassContext) -> No
         return
     reads = [[{int(s[1:]) for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()} for e in m] for m in op["maps"]]
     for i in range(2):
-        windows = [r for r in reads[i] if len(r) == 2 and min(r) < parallel <= max(r)]
+        windows = [r for r, e in zip(reads[i], op["maps"][i], strict=True) if len(r) == 2 and min(r) < parallel <= max(r) and _is_window(e, r)]
         own = [min(r) for r in reads[i] if len(r) == 1 and min(r) < parallel]
         others = [d for d in range(parallel) if any(d in r for r in reads[1 - i])]
         taps = [min(r) for r in windows]
         if not windows or len(own) != 1 or len(others) != 1 or {*own, *others, *taps} != set(range(parallel)):
             continue
         if any(op["dims"][min(r)] > op["dims"][max(r)] for r in windows) or sum(len(r) for r in reads[1 - i]) != 1 + len(op["dims"]) - parallel:
+            continue
+        if sym(f"d{own[0]}") not in op["maps"][i] or sym(f"d{others[0]}") not in op["maps"][1 - i]:  # several dimensions in one
             continue
         op.attributes["_columns"] = (*sorted(taps), *own)
         roles = roles_of(op)
@@ -189,6 +192,12 @@ def _choose_columns(op: Operation, constant: set[Value], ctx: PassContext) -> No
             op.attributes["_windows"] = i
             _turn_positions(op, roles, ctx)
         return
+
+
+def _is_window(e: Dim, dims: Collection[int]) -> bool:
+    """A sum of multiples, as taps and positions are; heads and batches of attention, which are folded into rows and columns, are none."""
+    split = [split_linear(e, f"d{d}") for d in dims]
+    return all(s is not None and isinstance(s[0], int) for s in split)
 
 
 def _turn_positions(op: Operation, roles: Roles, ctx: PassContext) -> None:

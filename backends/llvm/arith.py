@@ -19,7 +19,7 @@ from ...ir.types import DTYPES, DType
 from . import vecmath
 from .convert import emit_cast
 from .intrinsics import call_same
-from .lanes import Lanes
+from .lanes import OPERAND, Lanes
 from .lanes import splat as repeated
 from .values import constant, is_constant
 from .vecmath_fast import FAST
@@ -52,14 +52,19 @@ def _isnan(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 # -- max and min ------------------------------------------------------------------------------------------------------
 
 def _float_extreme(relation: str) -> Emit:
-    """NaN-propagating maximum or minimum. With a constant operand one select (one `maxps`) is enough."""
+    """NaN-propagating maximum or minimum. With a constant operand one select (one `maxps`) is enough. Otherwise, whichever zero it gives, `maxps` and
+    AVX-512's `vfixupimmps`; or `llvm.maximum`: `maxps`, a test and a blend, where selects become two tests, their union and two moves."""
+    name = {">": "maximum", "<": "minimum"}[relation]
+
     def go(b: ir.IRBuilder, x: ir.Value, y: ir.Value, features: Features = frozenset()) -> ir.Value:
         if is_constant(x) and not _constant_nan(x):
             return b.select(b.fcmp_ordered(relation, x, y), x, y)
         if is_constant(y) and not _constant_nan(y):
             return b.select(b.fcmp_ordered(relation, y, x), y, x)
-        extreme = b.select(b.fcmp_ordered(relation, x, y), x, y)
-        return Lanes(b, x.type, features).own_nan(x, extreme)
+        m = Lanes(b, x.type, features)
+        if not m.fixup_lanes():
+            return call_same(b, name, x, y, fastmath=("nsz",))
+        return m.fixup(x, b.select(b.fcmp_ordered(relation, x, y), x, y), quiet_nan=OPERAND, signalling_nan=OPERAND)
     return go
 
 

@@ -226,13 +226,14 @@ def load(k: KernelEmitter, op: Operation) -> None:
 
 
 def prefetch(k: KernelEmitter, op: Operation) -> None:
-    """A prefetch to all cache levels; in unrolled code for the first copy alone unless they ask for each, and none in code for edges."""
+    """A prefetch to all cache levels, or past the outer ones of what is read once; in unrolled code for the first copy alone unless they ask for
+    each, and none in code for edges."""
     if k.cold or k.copy and not op["each"]:
         return
     buffer = op.operands[0]
     at = k.instantiate(k.facts.simplify(k.resolver.accesses[op].offset))
     address = k.scalars.address(k.env[buffer], memory_type(element_type(buffer.type)), at)
-    call(k.b, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(3), I32(1)])  # to read, keep, data
+    call(k.b, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(0 if op["once"] else 3), I32(1)])  # to read, locality, data
 
 
 def dot(k: KernelEmitter, op: Operation) -> None:

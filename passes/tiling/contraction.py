@@ -409,9 +409,16 @@ class Contraction:
             m, _, n, place = at(e, i, panel)
             return Program(p_block, (m, upper), (n, self.n), (start, i), self.tile[:2], place)
 
+        whole_tiles = isinstance(self.m, int) and self.m % mr == 0 and rows % mr == 0  # no tile passes the last row
+        by_number = whole_tiles and self.block is None and self._within_lines(mr)
+
         def tiles(inner: Emitter, body: Any) -> None:
             def panel_loop(deeper: Emitter, q: Dim, _: list[Value]) -> list[Value]:
-                deeper.loop(start, upper, mr, [], lambda x, i, _: [body(x, i, q), []][1])
+                if by_number:
+                    deeper.loop(p_block * (rows // mr), minimum(self.m // mr, (p_block + 1) * (rows // mr)), 1, [],
+                                lambda x, t, _: [body(x, t * mr, q), []][1])
+                else:
+                    deeper.loop(start, upper, mr, [], lambda x, i, _: [body(x, i, q), []][1])
                 return []
             if together == 1:
                 panel_loop(inner, p_column, [])
@@ -451,7 +458,8 @@ class Contraction:
                 return
             m, _, n, _ = at(inner, i, panel)
             acc, *others = sums
-            self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)], {c.op: x for c, x in zip(siblings, others, strict=True)},
+            mask = [*([] if whole_tiles else [(m, upper)]), (n, self.n)]
+            self.finish(inner, acc, batch, m, n, mask, {c.op: x for c, x in zip(siblings, others, strict=True)},
                         program(i, panel))
 
         def whole(inner: Emitter, i: Dim, panel: Dim) -> None:
@@ -496,6 +504,11 @@ class Contraction:
                 return {op: [frame[f] for f in dims] for op, dims in place.items()}
             self.kept.reduce(e, start, upper, first_panel * nr, p_column, nr * (2 - together % 2), where, self.buffers)
         return [*(self.op["dims"][d] for d in self.roles.batch), columns, blocks]
+
+    def _within_lines(self, mr: int) -> bool:
+        """A tile lies along the last of several dimensions of M: a loop over numbers of tiles shows that its rows are a constant apart."""
+        last = self.m_sizes[-1] if self.m_sizes else 1
+        return last != self.m and isinstance(last, int) and last % mr == 0
 
     def _is_turned(self, rows: int, columns: int, target: Target) -> bool:
         """The left operand lies with its rows side by side, and a program reads it often enough to copy its part first."""

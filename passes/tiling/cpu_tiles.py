@@ -64,8 +64,22 @@ def contraction_tile(op: Operation, roles: Roles, target: Target) -> tuple[int, 
     dtype = element_type(op.result.type)
     if op.attributes.get(EXCHANGED):
         return target.lanes(dtype.bits), target.lanes(dtype.bits), 1
-    sizes = (product(op["dims"][d] for d in dims) for dims in (roles.m, roles.n, roles.k))
-    return gemm_tile(target, *sizes, bits=dtype.bits)
+    m, n, k = (product(op["dims"][d] for d in dims) for dims in (roles.m, roles.n, roles.k))
+    rows, columns, depth = gemm_tile(target, m, n, k, bits=dtype.bits)
+    if isinstance(n, int) and n < columns and all(element_type(v.type) == dtype and dtype.is_float for v in op.operands):
+        columns = _without_half(n, columns, target.lanes(dtype.bits))
+    return rows, columns, depth
+
+
+def _without_half(n: int, columns: int, lanes: int) -> int:
+    """The columns of the only panel: exactly `n` where those fill half of the last vector or less. Half of a vector of 512 bits takes half as long
+    where the multiply-adds are two of 256 bits each."""
+    rest = n % lanes
+    return n if lanes >= HALVED and n > lanes and 0 < rest <= lanes // 2 and rest & (rest - 1) == 0 else columns
+
+
+HALVED = 16
+"""Lanes from which on a narrower last vector pays."""
 
 
 WIDE = 1 << 20
