@@ -122,7 +122,8 @@ class Lowering:
         if self.by_columns:
             emit_columns(self, top)
         elif self.tile.rows > 1:
-            self.homes = choose_homes(self.frame, self.buffers, self.e, self.inner_order(), self.private_bytes, self.frame.outer[-1])
+            self.homes = choose_homes(self.frame, self.buffers, self.e, self.inner_order(), self.private_bytes, self.frame.outer[-1],
+                                      self.tile.side)
             emit_row_pipeline(self, top)
         elif self.staged:
             self._stages(top)

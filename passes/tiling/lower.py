@@ -294,7 +294,7 @@ def _loop_tile(frame: Frame, members: list[Operation], target: Target) -> TileCh
     choice = choose_tile(frame, _loop_lanes(members, target), gpu=target.is_gpu, target=target)
     if target.is_gpu:
         return choice
-    return in_pipeline(frame, choice, cache=cache_bytes(target), private_bytes=target.l2 // 4)
+    return in_pipeline(frame, choice, first_cache=target.l1, cache=cache_bytes(target), private_bytes=target.l2 // 4)
 
 
 def _loop_lanes(members: list[Operation], target: Target) -> int:

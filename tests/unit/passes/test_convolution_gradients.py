@@ -90,7 +90,8 @@ def test_layouts_of_what_is_saved_beside_effects() -> None:
 
 @pytest.mark.parametrize("train", [True, False])
 def test_parameters_beside_effects(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the arguments token, weight, bias, input and matrix, two are parameters: the matrix, one place behind, is none."""
+    """Of the arguments token (checks are no effects before torch 2.13), weight, bias, input and matrix, two are parameters: the matrix, one place behind,
+    is none."""
     seen: list[list[str]] = []
 
     def kinds(role: str, count: int) -> list[str]:
@@ -101,7 +102,7 @@ def test_parameters_beside_effects(train: bool, monkeypatch: pytest.MonkeyPatch)
     layer = nn.Linear(4, 4)
     with torch.set_grad_enabled(train):
         torch.compile(lambda x, a: layer(x) @ torch.linalg.inv(a), backend="aicc", options={"cache": False})(torch.randn(3, 4), torch.randn(4, 4))
-    assert seen[0] == ["input", "param", "param", "input", "input"]
+    assert seen[0][-4:] == ["param", "param", "input", "input"] and "param" not in seen[0][:-4]
 
 
 def test_saved_activations_keep_their_layout() -> None:
