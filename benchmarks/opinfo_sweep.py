@@ -1,6 +1,7 @@
 """Every operator of PyTorch's OpInfo database through aicc, compared with eager: a table, and the outcomes as JSON.
 
     python benchmarks/opinfo_sweep.py --everything --samples 4 --jobs 16 --limit 500 --out DIR     # all types; goes on where it stopped
+    python benchmarks/opinfo_sweep.py --everything --sweeps float32-backward,bool-forward --limit 500 --out DIR                   # some, likewise
     python benchmarks/opinfo_sweep.py --dtype float32 [--backward] [--shard 0/2] [--samples 2] [--only softmax,sum] --json out.json
     python benchmarks/opinfo_sweep.py --core --json core.json      # the core ATen operators one by one: which are native?
 
@@ -40,6 +41,8 @@ RESTART = 150  # operators that one process compiles, at most: what torch keeps 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--everything", action="store_true", help="every type, forward and backward")
+    parser.add_argument("--sweeps", default=",".join(map(_name, *zip(*SWEEPS, strict=True))),
+                        help="types and directions of --everything, in this order, like float32-backward")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--backward", action="store_true")
     parser.add_argument("--dynamic", action="store_true", help="symbolic sizes")
@@ -59,6 +62,8 @@ def main() -> int:
     if options.everything:
         if options.out is None:
             parser.error("--everything needs --out DIR")
+        if unknown := set(options.sweeps.split(",")) - {_name(*s) for s in SWEEPS}:
+            parser.error(f"no such sweep: {', '.join(sorted(unknown))}")
         return everything(options)
     rows = core(options) if options.core else sweep(options)
     if not options.core:
@@ -199,7 +204,9 @@ def everything(options: argparse.Namespace) -> int:
                 rows[Task(row["op"], row["dtype"], row["backward"])] = row
     first, step = (int(x) for x in options.shard.split("/"))
     wanted = options.only.split(",") if options.only else worker.labels[first::step]
-    tasks = [Task(op, dtype, backward) for dtype, backward in SWEEPS for op in wanted]
+    named = {_name(*s): s for s in SWEEPS}
+    sweeps = [named[name] for name in options.sweeps.split(",")]
+    tasks = [Task(op, dtype, backward) for dtype, backward in sweeps for op in wanted]
 
     def done(row: dict[str, Any]) -> None:
         rows[Task(row["op"], row["dtype"], row["backward"])] = row
@@ -210,7 +217,7 @@ def everything(options: argparse.Namespace) -> int:
     run_tasks((t for t in tasks if t not in rows), worker, options, until, done)
     print(f"\n| type, direction | samples each | pass | no graph | known | fail | not in eager | native, of pass | not run |\n|{' --- |' * 9}")
     failed = 0
-    for dtype, backward in SWEEPS:
+    for dtype, backward in sweeps:
         mine = [rows[t] for op in wanted if (t := Task(op, dtype, backward)) in rows]
         if not mine:
             continue

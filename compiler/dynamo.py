@@ -22,6 +22,7 @@ import torch
 from torch._dynamo import disable
 from torch._dynamo.utils import flatten_graph_inputs
 from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.graph_capture_wrappers import handle_effect_tokens_fn
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext
@@ -197,19 +198,31 @@ def _compile(gm: Graph, options: Options, role: str, table: Mapping[Any, Callabl
     return compile_pieces(gm, compile_piece, table)
 
 
+_TOKENS_COUNT = "static_input_indices" in handle_effect_tokens_fn.__code__.co_names
+"""Whether torch numbers a program's static inputs with the tokens of its effects in front (from 2.13 on, in inference only), as graphs have them."""
+
+
 def arg_kinds(role: str, count: int) -> list[str]:
     """'param' for arguments that torch keeps at one address (parameters and buffers), 'input' for the others."""
     context = TracingContext.try_get()
     metadata = getattr(context, "fw_metadata", None) if context is not None else None
     static = set(getattr(metadata, "static_input_indices", None) or ()) if role != "backward" else set()
+    if static and (role == "forward" or not _TOKENS_COUNT):
+        static = {i + _tokens(metadata) for i in static}
     return ["param" if i in static else "input" for i in range(count)]
+
+
+def _tokens(metadata: Any) -> int:
+    """How many results (and arguments) a forward graph has in front of the others, for the order of effects such as checks of linear algebra."""
+    return len(getattr(metadata, "tokens", ()))
 
 
 def first_saved(role: str) -> int | None:
     """The number of the first result of a forward graph that is only kept for the backward graph; None where torch does not say."""
     context = TracingContext.try_get() if role == "forward" else None
-    count = getattr(getattr(context, "fw_metadata", None), "num_forward", None)
-    return count if isinstance(count, int) else None
+    metadata = context.fw_metadata if context is not None else None
+    count = getattr(metadata, "num_forward", None)
+    return count + _tokens(metadata) if isinstance(count, int) else None
 
 
 def written_arguments() -> list[int]:
@@ -224,7 +237,8 @@ def _report_strides(made: CompiledGraph, saved: int) -> None:
     context = TracingContext.try_get()
     told = getattr(context, "output_strides", None)
     if told is not None and not told:  # a list that waits for one entry per result; None: as eager has it
-        told.extend(None if i < saved else strides for i, strides in enumerate(made.result_strides))
+        tokens = _tokens(context.fw_metadata if context is not None else None)  # AOTAutograd takes them away before it counts
+        told.extend(None if i < saved else strides for i, strides in enumerate(made.result_strides) if i >= tokens)
 
 
 def _note_layouts(gm: Graph, inputs: Sequence[Any]) -> None:

@@ -16,6 +16,7 @@ After: every contraction that will run as a GEMM reads its right operand contigu
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ from ..ir.ranges import contiguous_linear, delinearize, known_nonnegative, lower
 from ..ir.types import i64
 from .layout import channel_of
 from .structured import constant_values, in_order, is_contraction, plain_dims, space_bounds
-from .tiling.contraction import GROUPS, MATRIX, Roles, roles_of
+from .tiling.contraction import EXCHANGED, GROUPS, MATRIX, Roles, exchanged, roles_of
 from .tiling.cpu_tiles import contraction_tile, is_depthwise, multiplies_matrices, multiplies_pairs
 from .unpack import unpacked_in_kernel
 
@@ -60,6 +61,7 @@ class Pack(Pass):
                         _turn_image(op, constant, ctx)
                         _turn_window(op, constant, ctx)
                     elif roles is not None and roles.k:
+                        roles = _exchange(op, roles, constant, ctx)
                         _materialise_padding(op, roles, ctx)
                         _pack_right(op, roles, constant, ctx)
 
@@ -124,6 +126,46 @@ def _pack_right(op: Operation, roles: Roles, constant: set[Value], ctx: PassCont
     ctx.remark("done", f"right operand {product(v.type.shape)} packed in panels of {nr}" + (how if is_constant else ""), op.location)  # type: ignore[attr-defined]
 
 
+def _exchange(op: Operation, roles: Roles, constant: set[Value], ctx: PassContext) -> Roles:
+    """Where both operands lie with K innermost and the right one, which is none of the parameters, is the larger: that one is read as it is and
+    the left one packed. A register tile is square then, and turned when it is finished."""
+    left, right = op.operands[roles.left], op.operands[roles.right]
+    m, n = (_size(op, dims) for dims in (roles.m, roles.n))
+    if right in constant or roles.batch or len(roles.k) != 1 or not isinstance(m, int) or not isinstance(n, int) or op["fills"]:
+        return roles
+    lanes = ctx.target.lanes(32)
+    if {element_type(v.type).name for v in (left, right, op.result)} != {"f32"} or lanes < EXCHANGED_LANES or n < lanes:
+        return roles
+    if m < lanes or -m % lanes * 8 > m or (left not in constant and n < 2 * m):  # lanes that no row is for, or little to gain
+        return roles
+    if any(_stride(op, i, roles.k[0]) != 1 for i in range(2)) or _stride(op, roles.right, roles.n[-1]) * 4 % SET_BYTES == 0:
+        return roles
+    if _feeds_reduction(op):
+        return roles  # that may join the product's kernel, or make a stream of it
+    op.attributes[EXCHANGED] = True
+    ctx.remark("done", "the right operand, which is the larger, is read as it is: the product is that of the transpose", op.location)
+    return exchanged(roles)
+
+
+def _feeds_reduction(op: Operation) -> bool:
+    """Something is reduced that elementwise operations make of the result."""
+    following, seen = [op], {op}
+    while following:
+        for u in (u for r in following.pop().results for u in r.users if u.name == "tensor.generic"):
+            if not is_contraction(u) and len(parallel_dims(u)) < len(u["dims"]):
+                return True
+            if u not in seen and not is_contraction(u):
+                seen.add(u)
+                following.append(u)
+    return False
+
+
+SET_BYTES = 2048
+"""Rows this far apart fall into two sets of the first-level cache: sixteen of them, read a step of K at a time, throw each other out."""
+EXCHANGED_LANES = 16
+"""Lanes of a vector from which on a square tile has as many sums as the multiply-adds need."""
+
+
 def _choose_columns(op: Operation, constant: set[Value], ctx: PassContext) -> None:
     """Which dimensions are the columns of a weight's gradient, and whether its windows are packed."""
     parallel = len(parallel_dims(op))
@@ -131,13 +173,15 @@ def _choose_columns(op: Operation, constant: set[Value], ctx: PassContext) -> No
         return
     reads = [[{int(s[1:]) for s in free_symbols(e) if s[0] == "d" and s[1:].isdigit()} for e in m] for m in op["maps"]]
     for i in range(2):
-        windows = [r for r in reads[i] if len(r) == 2 and min(r) < parallel <= max(r)]
+        windows = [r for r, e in zip(reads[i], op["maps"][i], strict=True) if len(r) == 2 and min(r) < parallel <= max(r) and _is_window(e, r)]
         own = [min(r) for r in reads[i] if len(r) == 1 and min(r) < parallel]
         others = [d for d in range(parallel) if any(d in r for r in reads[1 - i])]
         taps = [min(r) for r in windows]
         if not windows or len(own) != 1 or len(others) != 1 or {*own, *others, *taps} != set(range(parallel)):
             continue
         if any(op["dims"][min(r)] > op["dims"][max(r)] for r in windows) or sum(len(r) for r in reads[1 - i]) != 1 + len(op["dims"]) - parallel:
+            continue
+        if sym(f"d{own[0]}") not in op["maps"][i] or sym(f"d{others[0]}") not in op["maps"][1 - i]:  # several dimensions in one
             continue
         op.attributes["_columns"] = (*sorted(taps), *own)
         roles = roles_of(op)
@@ -148,6 +192,12 @@ def _choose_columns(op: Operation, constant: set[Value], ctx: PassContext) -> No
             op.attributes["_windows"] = i
             _turn_positions(op, roles, ctx)
         return
+
+
+def _is_window(e: Dim, dims: Collection[int]) -> bool:
+    """A sum of multiples, as taps and positions are; heads and batches of attention, which are folded into rows and columns, are none."""
+    split = [split_linear(e, f"d{d}") for d in dims]
+    return all(s is not None and isinstance(s[0], int) for s in split)
 
 
 def _turn_positions(op: Operation, roles: Roles, ctx: PassContext) -> None:

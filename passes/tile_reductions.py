@@ -26,7 +26,7 @@ from ..ir.passes import Pass, PassContext, register
 from ..ir.ranges import delinearize, simplify
 from .rescale import Declined, Dependence, Factor
 from .structured import PARTIAL, identity_map, identity_of, index_value, inline_into, is_contraction, is_pointwise, plain_dims, rebuild, space_bounds
-from .tiling.contraction import COLUMNS, K_BLOCK, ROWS, Roles, roles_of, rows_in_block
+from .tiling.contraction import COLUMNS, EXCHANGED, K_BLOCK, ROWS, Roles, roles_of, rows_in_block
 from .tiling.cpu_tiles import contraction_tile, is_depthwise
 
 __all__ = ["TileReductions"]
@@ -51,7 +51,7 @@ class TileReductions(Pass):
         for func in [f for f in module.body if f.name == "func"]:
             for c in [o for o in func.body if is_contraction(o) and not is_depthwise(o)]:
                 roles = roles_of(c)
-                if roles is not None and _is_large(c, roles):
+                if roles is not None and not c.attributes.get(EXCHANGED) and _is_large(c, roles):
                     for kind in ("columns", "rows"):
                         _take_in(func, c, roles, kind, ctx)
 

@@ -23,16 +23,16 @@ from typing import Any
 import torch
 from llvmlite import binding
 
-from .fingerprint import Fingerprint, fingerprint_address
+from .fingerprint import Fingerprint, look_address
 from .loader import NativeFunction, NativeLibrary, initialize, load_object
 from .tensor_layout import TensorLayout, tensor_layout
 
 __all__ = ["NOT_AS_KNOWN", "Entry", "Known", "make_entry"]
 
 NOT_AS_KNOWN = -1
-_FIELDS = ("main", "count", "inputs", "positions", "outputs", "persistent", "copies", "guards", "guarded", "ranges", "range_count", "hash")
+_FIELDS = ("main", "count", "inputs", "positions", "outputs", "persistent", "copies", "guards", "guarded", "parts", "part_count", "memory")
 """Of the block of int64 that native code is given: `count` arguments, of which `inputs` tensors at `positions`; `outputs` buffers; addresses of
-`persistent` packed copies; `guards` rows of `guarded` (input, address, version, storage); and a fingerprint."""
+`persistent` packed copies; `guards` rows of `guarded` (input, address, version, storage); and the parts of a fingerprint, with its memory."""
 _PYTHON = ("PyLong_AsVoidPtr", "PyLong_FromLong", "PyEval_SaveThread", "PyEval_RestoreThread")
 
 
@@ -58,7 +58,7 @@ def _ir(layout: TensorLayout, tensor_types: Sequence[int], list_type: int) -> st
     either = "\n".join(f"  %any{i} = or i1 {'%any' + str(i - 1) if i > 1 else '%is0'}, %is{i}" for i in range(1, len(tensor_types)))
     last = f"%any{len(tensor_types) - 1}" if len(tensor_types) > 1 else "%is0"
     fields = "\n".join(f"  %{n}.at = getelementptr i64, ptr %block, i64 {i}\n  %{n} = load i64, ptr %{n}.at" for i, n in enumerate(_FIELDS))
-    pointers = "\n".join(f"  %{n}.base = inttoptr i64 %{n} to ptr" for n in ("positions", "copies", "guarded", "ranges", "main"))
+    pointers = "\n".join(f"  %{n}.base = inttoptr i64 %{n} to ptr" for n in ("positions", "copies", "guarded", "parts", "memory", "main"))
     gather = _loop("i", "%inputs", f"""
   %position.at = getelementptr i64, ptr %positions.base, i64 %i
   %position = load i64, ptr %position.at
@@ -127,7 +127,7 @@ g.counted:
   %g.counts.wide = zext i32 %g.counts to i64
   %g.written = icmp ne i64 %g.counts.wide, %g.version
   br i1 %g.written, label %no, label %g.next.jump
-g.next.jump:""", "look")
+g.next.jump:""", "o.entry")
     made = _loop("o", "%outputs", """
   %o.object.at = getelementptr ptr, ptr %made, i64 %o
   %o.object = load ptr, ptr %o.object.at
@@ -148,7 +148,7 @@ declare ptr @PyLong_AsVoidPtr(ptr)
 declare ptr @PyLong_FromLong(i64)
 declare ptr @PyEval_SaveThread()
 declare void @PyEval_RestoreThread(ptr)
-declare i64 @fingerprint(ptr, i64)
+declare i64 @look(ptr, i64, ptr)
 
 define internal i1 @is_tensor(ptr %object) alwaysinline {{
   %type.at = getelementptr i8, ptr %object, i64 8
@@ -217,13 +217,6 @@ i.entry:{gather}
 j.entry:{reach}
 k.entry:{address}
 g.entry:{guard}
-look:
-  %no_range = icmp eq i64 %range_count, 0
-  br i1 %no_range, label %o.entry, label %looking
-looking:
-  %hashed = call i64 @fingerprint(ptr %ranges.base, i64 %range_count)
-  %same = icmp eq i64 %hashed, %hash
-  br i1 %same, label %o.entry, label %no
 o.entry:{made}
 p.entry:{copies}
 last:
@@ -236,6 +229,16 @@ with_arena:
   br i1 %arena.fine, label %go, label %no
 go:
   %thread = call ptr @PyEval_SaveThread()
+  %no_part = icmp eq i64 %part_count, 0
+  br i1 %no_part, label %as_known, label %looking
+looking:
+  %changed = call i64 @look(ptr %parts.base, i64 %part_count, ptr %memory.base)
+  %same = icmp eq i64 %changed, 0
+  br i1 %same, label %as_known, label %back
+back:
+  call void @PyEval_RestoreThread(ptr %thread)
+  br label %no
+as_known:
   %code = call i32 %main.base(ptr %table, ptr %symbols)
   call void @PyEval_RestoreThread(ptr %thread)
   %code.wide = sext i32 %code to i64
@@ -271,7 +274,7 @@ def _enter() -> Callable[[int, Any, Any, Any, int], int] | None:
     module.triple = machine.triple
     module.data_layout = str(machine.target_data)
     imports = {name: ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value or 0 for name in _PYTHON}
-    library = load_object(machine.emit_object(module), ["enter"], {**imports, "fingerprint": fingerprint_address()})
+    library = load_object(machine.emit_object(module), ["enter"], {**imports, "look": look_address()})
     method = _Method(b"enter", library.address("enter"), _FASTCALL, None)
     _METHODS.append((method, library))
     make = ctypes.pythonapi.PyCFunction_NewEx
@@ -312,9 +315,9 @@ class Entry:
         rows = [n for row in zip(inputs, where, versions, storages, strict=True) for n in row]
         guarded = (ctypes.c_int64 * len(rows))(*rows)
         addresses = (ctypes.c_int64 * len(copies))(*copies)
-        ranges, count, hashed = (0, 0, 0) if fingerprint is None else fingerprint.block
+        parts, count, team = (0, 0, 0) if fingerprint is None else fingerprint.block
         return Known([self._main, self._count, len(self._positions), ctypes.addressof(self._positions), self._outputs, len(copies),
-                      ctypes.addressof(addresses), len(rows) // 4, ctypes.addressof(guarded), ranges, count, hashed],
+                      ctypes.addressof(addresses), len(rows) // 4, ctypes.addressof(guarded), parts, count, team],
                      self._positions, guarded, addresses, fingerprint)
 
 

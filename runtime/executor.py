@@ -46,7 +46,7 @@ from .entry import NOT_AS_KNOWN, make_entry
 from .extern_call import TensorSpec
 from .loader import NativeFunction, NativeLibrary, load_object
 from .no_memory import require_memory
-from .outputs import is_large, shared_outputs
+from .outputs import empty_strided, is_large, shared_outputs
 from .packing import PackedMemory, PersistentBuffer
 from .segments import Segments
 from .sizes import Size, SizeError, compile_size, evaluate_size
@@ -56,16 +56,6 @@ __all__ = ["CompiledGraph", "OutOfRange"]
 _data_ptr = torch.Tensor.data_ptr
 _bump_version = torch.autograd.graph.increment_version
 _MEMO_LIMIT = 512
-
-
-def _fast_empty() -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]:
-    """An uninitialised CPU tensor; torch's own shortcut past the dispatcher where this torch has it."""
-    guards = getattr(torch._C, "_dynamo", None)
-    shortcut = getattr(getattr(guards, "guards", None), "_empty_strided_cpu", None)
-    return shortcut or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype))
-
-
-_empty = _fast_empty()
 
 
 class OutOfRange(IndexError, RuntimeError):
@@ -110,7 +100,7 @@ class CompiledGraph:
         self._boxed_call = True
         self.device = torch.device(device)
         on_cpu = self.device.type == "cpu"
-        self._empty = _empty if on_cpu else self._allocator()
+        self._empty = empty_strided if on_cpu else self._allocator()
         # torch's CUDA allocator is quick, and knows on which stream memory is still in use: nothing is kept beside it.
         self.arenas = arenas or (shared_pool() if on_cpu else ArenaPool(0, self.device))
         self.library: Library | None = library

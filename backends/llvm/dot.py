@@ -10,13 +10,14 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from ...ir.types import DTYPES, DType
+from ...ir.core import Operation
+from ...ir.types import DTYPES, DType, TileType
 from .arith import Features
 from .convert import emit_cast
 from .intrinsics import call, call_same
 from .values import I32, Tile, splat, with_widths
 
-__all__ = ["GroupTile", "emit_dot", "takes_groups"]
+__all__ = ["GroupTile", "emit_dot", "multiplies_pairs", "round_to_bf16", "takes_groups"]
 
 
 def cast_tile(b: ir.IRBuilder, features: Features, t: Tile, dtype: DType) -> Tile:
@@ -50,6 +51,21 @@ def takes_groups(features: Features, x: DType, y: DType, acc: DType, depth: int)
     if (x.name, y.name, acc.name, depth) == ("bf16", "bf16", "f32", 2):
         return "avx512bf16" in features
     return acc.name == "i32" and _integer_products(features, x, y, depth) is not None
+
+
+def multiplies_pairs(features: Features, op: Operation) -> bool:
+    """A product of pairs of bf16."""
+    if op.name != "tile.dot":
+        return False
+    x, y, acc = (v.type for v in op.operands)
+    assert isinstance(x, TileType) and isinstance(y, TileType) and isinstance(acc, TileType)
+    return x.dtype.name == "bf16" and takes_groups(features, x.dtype, y.dtype, acc.dtype, x.shape[1])  # type: ignore[arg-type]
+
+
+def round_to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """16 floats to bf16 patterns, to nearest even, by the instruction that takes subnormal numbers as zeros, as the products do."""
+    rounded = call(b, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFloat(), 16), [value])
+    return b.bitcast(rounded, ir.VectorType(ir.IntType(16), 16))
 
 
 Products = Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]

@@ -26,12 +26,12 @@ def declare(module: ir.Module, name: str, result: ir.Type, operands: Sequence[ir
     return found if found is not None else ir.Function(module, ir.FunctionType(result, list(operands)), name)
 
 
-def call(b: ir.IRBuilder, name: str, result: ir.Type, args: Sequence[ir.Value]) -> ir.Value:
+def call(b: ir.IRBuilder, name: str, result: ir.Type, args: Sequence[ir.Value], fastmath: Sequence[str] = ()) -> ir.Value:
     """Calls `name`, whose full name is given (with the overload suffix)."""
-    return b.call(declare(b.module, name, result, [a.type for a in args]), args)
+    return b.call(declare(b.module, name, result, [a.type for a in args]), args, fastmath=fastmath)
 
 
-def call_same(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
+def call_same(b: ir.IRBuilder, name: str, *args: ir.Value, fastmath: Sequence[str] = ()) -> ir.Value:
     """`llvm.<name>` overloaded on the first argument's type, which is also the result's."""
     t = args[0].type
-    return call(b, f"llvm.{name}.{suffix(t)}", t, args)
+    return call(b, f"llvm.{name}.{suffix(t)}", t, args, fastmath)

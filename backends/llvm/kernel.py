@@ -23,6 +23,7 @@ from ...ir.types import BufferType, DType, ScalarType, element_type
 from . import amx, arith
 from .builder import Builder
 from .convert import emit_cast
+from .dot import multiplies_pairs
 from .intrinsics import call, suffix
 from .layout import Layouts, kernel_lanes
 from .nontemporal import Nontemporal
@@ -53,6 +54,9 @@ class KernelEmitter:
         self.instances: dict[str, Dim] = {}
         self.scratch = Scratch(self)
         self.matrix_dots = amx.matrix_dots(self)
+        # Products that take subnormal numbers as zeros: so may the rounding of what they make.
+        self.rounds_bf16 = "avx512bf16" in self.features and (
+            bool(self.matrix_dots) or any(multiplies_pairs(self.features, op) for op in kernel.walk()))
         self.conditions: Conditions = {}
         self.versioned = False  # inside a run that exists twice
         self.cold = False       # in code for edges: not worth more versions or unrolling

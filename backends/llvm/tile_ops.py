@@ -19,7 +19,7 @@ from . import arith
 from .access import AccessChunk, Accessor, broadcast_row, emit_load, emit_store, full_mask, row_coordinates
 from .amx import AmxTile, emit_amx_dot, enter, leave
 from .convert import emit_cast
-from .dot import GroupTile, emit_dot, takes_groups
+from .dot import GroupTile, emit_dot, round_to_bf16, takes_groups
 from .intrinsics import call
 from .masks import LaneChunk
 from .shapes import emit_reduce, emit_reshape, emit_transpose
@@ -46,6 +46,8 @@ def elementwise(k: KernelEmitter, op: Operation) -> None:
 
     def apply(*xs: ir.Value) -> ir.Value:
         if name == "cast":
+            if k.rounds_bf16 and (source.name, target.name) == ("f32", "bf16") and xs[0].type == chunk_type(ir.FloatType(), 16):
+                return round_to_bf16(k.b, xs[0])
             return emit_cast(k.b, xs[0], source.name, target.name)
         if name == "select":
             return k.b.select(*xs)
@@ -224,13 +226,14 @@ def load(k: KernelEmitter, op: Operation) -> None:
 
 
 def prefetch(k: KernelEmitter, op: Operation) -> None:
-    """A prefetch to all cache levels; in unrolled code for the first copy alone unless they ask for each, and none in code for edges."""
+    """A prefetch to all cache levels, or past the outer ones of what is read once; in unrolled code for the first copy alone unless they ask for
+    each, and none in code for edges."""
     if k.cold or k.copy and not op["each"]:
         return
     buffer = op.operands[0]
     at = k.instantiate(k.facts.simplify(k.resolver.accesses[op].offset))
     address = k.scalars.address(k.env[buffer], memory_type(element_type(buffer.type)), at)
-    call(k.b, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(3), I32(1)])  # to read, keep, data
+    call(k.b, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(0 if op["once"] else 3), I32(1)])  # to read, locality, data
 
 
 def dot(k: KernelEmitter, op: Operation) -> None:

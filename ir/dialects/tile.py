@@ -177,7 +177,8 @@ define("tile.load", "a tile (a scalar when shape is []) read from a buffer", ope
               "matrix": optional((), "[rows, columns, stride, flipped]: the tile (its transpose, if flipped) is a block of such a matrix at the "
                                      "start of the buffer, 0 outside of it, which a tensor map can read"),
               "corner": optional((), "row and column of the block's first element"),
-              "evict": optional("", "a hint to GPUs: leave the cache 'last' (it is read again) or 'first'")},
+              "evict": optional("", "a hint to GPUs: leave the cache 'last' (it is read again) or 'first'"),
+              "streamed": optional(False, "a hint to CPUs: this is the first reading of what only memory holds")},
        traits=[Trait.ReadsMemory], verify=_verify_load)
 define("tile.store", "writes a tile or scalar", operands="buffer value indices*",
        attrs={**_ACCESS, "atomic": optional("", "combine with what is there, atomically")}, results=(), traits=[Trait.WritesMemory],
@@ -186,7 +187,8 @@ define("tile.prefetch", "a hint: the cache line at `offset` (which may be out of
        "or `bytes` from each place of a tile on (which lie within the buffer, at multiples of 16 bytes)",
        operands="buffer indices*", attrs={"offset": attr("Expr, in elements"), "mask": optional((), "pairs [a, b]: a < b"),
                                           "shape": optional((), "of the tile"), "bytes": optional(0, "a multiple of 16; 0: one line"),
-                                          "each": optional(False, "in every step of an unrolled round")},
+                                          "each": optional(False, "in every step of an unrolled round"),
+                                          "once": optional(False, "nothing reads the line again")},
        results=(), traits=[Trait.ReadsMemory])
 define("tile.index", "the value of an index expression: a tile of `shape`, or a scalar when shape is []; element type of the result",
        operands="indices*", attrs={"expr": attr(), "shape": optional(())}, traits=[Trait.Pure])

@@ -25,8 +25,8 @@ from .emit import Emitter, Pair, fill_masks
 from .partial import Block, Program, fold
 from .rows import Rows, copy_turned, make_rows
 
-__all__ = ["COLUMNS", "GROUPS", "K_BLOCK", "MATRIX", "ROWS", "Contraction", "Roles", "as_tile", "emit_contraction", "is_row_major", "offset_of",
-           "roles_of", "rows_in_block", "stride_along", "with_shape"]
+__all__ = ["COLUMNS", "EXCHANGED", "GROUPS", "K_BLOCK", "MATRIX", "ROWS", "Contraction", "Roles", "as_tile", "emit_contraction", "exchanged",
+           "is_row_major", "offset_of", "roles_of", "rows_in_block", "stride_along", "with_shape"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,17 @@ def roles_of(op: Operation) -> Roles | None:
     m = tuple(d for d in range(parallel) if d not in batch and d not in n)
     if not n:
         return None
-    return Roles(batch, m, n, tuple(range(parallel, len(op["dims"]))), left, right)
+    found = Roles(batch, m, n, tuple(range(parallel, len(op["dims"]))), left, right)
+    return exchanged(found) if op.attributes.get(EXCHANGED) else found
+
+
+EXCHANGED = "_exchanged"
+"""The attribute of a product that computes the transpose of its result: see `passes/pack.py`."""
+
+
+def exchanged(roles: Roles) -> Roles:
+    """Those of the transpose of the result."""
+    return replace(roles, m=roles.n, n=roles.m, left=roles.right, right=roles.left)
 
 
 def stride_along(op: Operation, i: int, d: int) -> int:
@@ -154,8 +164,8 @@ class Contraction:
         assert found is not None
         right = found.right
         found = replace(found, k=tuple(sorted(found.k, key=lambda d: -stride_along(op, right, d))))
-        if turned:  # the transpose of the result
-            found = replace(found, m=found.n, n=found.m, left=found.right, right=found.left)
+        if turned:
+            found = exchanged(found)
         self.op, self.epilogue, self.outputs, self.e, self.buffers, self.roles = op, epilogue, outputs, e, buffers, found
         self.partial = [x for x in epilogue if PARTIAL in x.attributes]
         self.kept: Block | None = None  # for partial reductions of columns
@@ -399,9 +409,16 @@ class Contraction:
             m, _, n, place = at(e, i, panel)
             return Program(p_block, (m, upper), (n, self.n), (start, i), self.tile[:2], place)
 
+        whole_tiles = isinstance(self.m, int) and self.m % mr == 0 and rows % mr == 0  # no tile passes the last row
+        by_number = whole_tiles and self.block is None and self._within_lines(mr)
+
         def tiles(inner: Emitter, body: Any) -> None:
             def panel_loop(deeper: Emitter, q: Dim, _: list[Value]) -> list[Value]:
-                deeper.loop(start, upper, mr, [], lambda x, i, _: [body(x, i, q), []][1])
+                if by_number:
+                    deeper.loop(p_block * (rows // mr), minimum(self.m // mr, (p_block + 1) * (rows // mr)), 1, [],
+                                lambda x, t, _: [body(x, t * mr, q), []][1])
+                else:
+                    deeper.loop(start, upper, mr, [], lambda x, i, _: [body(x, i, q), []][1])
                 return []
             if together == 1:
                 panel_loop(inner, p_column, [])
@@ -415,6 +432,7 @@ class Contraction:
 
             def step(ke: Emitter, at_k: list[Dim], a: Value) -> Value:
                 c._prefetch(ke, batch, panel, at_k, len(ks), within[0], steps, i - start, rows)
+                c._prefetch_rows(ke, batch, i + mr, at_k)
                 return c._rank1(ke, batch, row, n, at_k, a)
             return self._k_loops(inner, acc, step, ks, within)
 
@@ -431,11 +449,21 @@ class Contraction:
                 return [x.builder.arith("add", carried[0], multiply(c, x, i, panel, ks, (k, minimum(within[1], k + steps)), self._zero(x), steps))]
             return inner.loop(*within, steps, [self._zero(inner)], part)[0]
 
-        def whole(inner: Emitter, i: Dim, panel: Dim) -> None:
+        def leave(inner: Emitter, i: Dim, panel: Dim, sums: Iterable[Value]) -> None:
+            """Finishes a tile: as it is, or turned to lie as the result does."""
+            if self.op.attributes.get(EXCHANGED):
+                acc, = sums
+                m, n = i + sym("t1"), panel * nr + sym("t0")
+                self.finish(inner, inner.builder.op("tile.transpose", acc, type=self.acc_type), batch, m, n, [(m, upper), (n, self.n)])
+                return
             m, _, n, _ = at(inner, i, panel)
-            acc, *others = (in_parts(c, inner, i, panel, [], (0, self.k_sizes[0]), self.k_sizes[0]) for c in products)
-            self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)], {c.op: x for c, x in zip(siblings, others, strict=True)},
+            acc, *others = sums
+            mask = [*([] if whole_tiles else [(m, upper)]), (n, self.n)]
+            self.finish(inner, acc, batch, m, n, mask, {c.op: x for c, x in zip(siblings, others, strict=True)},
                         program(i, panel))
+
+        def whole(inner: Emitter, i: Dim, panel: Dim) -> None:
+            leave(inner, i, panel, [in_parts(c, inner, i, panel, [], (0, self.k_sizes[0]), self.k_sizes[0]) for c in products])
 
         def k_nest(inner: Emitter, ks: list[Dim]) -> None:
             assert cut is not None
@@ -460,10 +488,8 @@ class Contraction:
             inner.loop(0, size, length, [], block)
 
         def last_step(inner: Emitter, i: Dim, panel: Dim) -> None:
-            m, _, n, place = at(inner, i, panel)
-            acc, *others = (inner.load(sums[c], simplify(place, inner.bounds())) for c in products)
-            self.finish(inner, acc, batch, m, n, [(m, upper), (n, self.n)], {c.op: x for c, x in zip(siblings, others, strict=True)},
-                        program(i, panel))
+            place = simplify(at(inner, i, panel)[3], inner.bounds())
+            leave(inner, i, panel, [inner.load(sums[c], place) for c in products])
 
         if cut is None:
             tiles(e, whole)
@@ -478,6 +504,11 @@ class Contraction:
                 return {op: [frame[f] for f in dims] for op, dims in place.items()}
             self.kept.reduce(e, start, upper, first_panel * nr, p_column, nr * (2 - together % 2), where, self.buffers)
         return [*(self.op["dims"][d] for d in self.roles.batch), columns, blocks]
+
+    def _within_lines(self, mr: int) -> bool:
+        """A tile lies along the last of several dimensions of M: a loop over numbers of tiles shows that its rows are a constant apart."""
+        last = self.m_sizes[-1] if self.m_sizes else 1
+        return last != self.m and isinstance(last, int) and last % mr == 0
 
     def _is_turned(self, rows: int, columns: int, target: Target) -> bool:
         """The left operand lies with its rows side by side, and a program reads it often enough to copy its part first."""
@@ -511,6 +542,17 @@ class Contraction:
         ahead = simplify(base + row * (per_step * product(inside) // mr) + step * per_step, bounds)
         for n in range(min(8, -(-per_step * UNROLL // line))):
             e.prefetch(self.buffers[v], ahead + n * line)
+
+    def _prefetch_rows(self, e: Emitter, batch: list[Dim], row: Dim, ks: list[Dim]) -> None:
+        """Asks for the tile of rows that begins at `row`, a line in each step of K, where they lie in one piece: those of an exchanged product are
+        the larger operand, and come from memory."""
+        op, i = self.op, self.roles.left
+        if not op.attributes.get(EXCHANGED) or self.block is not None or stride_along(op, i, self.roles.m[-1]) != self.k_sizes[-1]:
+            return
+        line = 64 // element_type(op.operands[i].type).bytes
+        base = offset_of(op.operands[i], op["maps"][i], self.positions(batch, row, 0, [0] * len(ks), e), e.bounds())
+        for n in range(UNROLL * self.tile[0] // line):
+            e.prefetch(self.buffers[op.operands[i]], simplify(base + (ks[-1] + n) * line, e.bounds()))
 
     def _rank1(self, e: Emitter, batch: list[Dim], m: Dim, n: Dim, ks: list[Dim], acc: Value) -> Value:
         if self.depth > 1:

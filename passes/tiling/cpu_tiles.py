@@ -13,7 +13,7 @@ from ...ir.expr import free_symbols, product
 from ...ir.ranges import delinearize, split_linear
 from ..structured import space_bounds
 from .columns import WINDOW
-from .contraction import MATRIX, Roles, offset_of
+from .contraction import EXCHANGED, MATRIX, Roles, offset_of
 
 __all__ = ["contraction_tile", "fits_registers", "gemm_tile", "is_depthwise", "multiplies_matrices", "multiplies_pairs", "square_tile"]
 
@@ -62,8 +62,24 @@ def contraction_tile(op: Operation, roles: Roles, target: Target) -> tuple[int, 
     if op.attributes.get("_streams"):
         return *square_tile(target, product(op["dims"][d] for d in roles.m), WIDE), 1
     dtype = element_type(op.result.type)
-    sizes = (product(op["dims"][d] for d in dims) for dims in (roles.m, roles.n, roles.k))
-    return gemm_tile(target, *sizes, bits=dtype.bits)
+    if op.attributes.get(EXCHANGED):
+        return target.lanes(dtype.bits), target.lanes(dtype.bits), 1
+    m, n, k = (product(op["dims"][d] for d in dims) for dims in (roles.m, roles.n, roles.k))
+    rows, columns, depth = gemm_tile(target, m, n, k, bits=dtype.bits)
+    if isinstance(n, int) and n < columns and all(element_type(v.type) == dtype and dtype.is_float for v in op.operands):
+        columns = _without_half(n, columns, target.lanes(dtype.bits))
+    return rows, columns, depth
+
+
+def _without_half(n: int, columns: int, lanes: int) -> int:
+    """The columns of the only panel: exactly `n` where those fill half of the last vector or less. Half of a vector of 512 bits takes half as long
+    where the multiply-adds are two of 256 bits each."""
+    rest = n % lanes
+    return n if lanes >= HALVED and n > lanes and 0 < rest <= lanes // 2 and rest & (rest - 1) == 0 else columns
+
+
+HALVED = 16
+"""Lanes from which on a narrower last vector pays."""
 
 
 WIDE = 1 << 20

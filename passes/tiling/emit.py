@@ -84,8 +84,8 @@ class Emitter:
 
     def load(self, buffer: Value, offset: Dim, mask: Sequence[Pair] = (), low: Sequence[Dim] = (), other: Any = 0,
              extra: Sequence[Value] = (), extra_shape: tuple[int, ...] = (), check: bool = False,
-             matrix: tuple[int, ...] = (), corner: tuple[Dim, ...] = ()) -> Value:
-        """Reads at `offset`; `extra` are index tiles seen as i0, i1, ... in the expressions. `matrix` and `corner`: as in `tile.load`."""
+             matrix: tuple[int, ...] = (), corner: tuple[Dim, ...] = (), streamed: bool = False) -> Value:
+        """Reads at `offset`; `extra` are index tiles seen as i0, i1, ... in the expressions. `matrix`, `corner` and `streamed`: as in `tile.load`."""
         exprs = [offset, *(e for p in mask for e in p), *low, *corner]
         operands, names = self._operands(exprs, extra)
         shape = self.tile_shape([offset, *(p[0] for p in mask), *low])
@@ -103,6 +103,8 @@ class Emitter:
             attrs["check"] = True
         if matrix:
             attrs |= {"matrix": matrix, "corner": tuple(substitute(x, names) for x in corner)}
+        if streamed:
+            attrs["streamed"] = True
         return self.builder.create("tile.load", [buffer, *operands], attrs, [tile_or_scalar(shape, dtype)]).result
 
     def store(self, buffer: Value, value: Value, offset: Dim, mask: Sequence[Pair] = (), atomic: str = "", extra: Sequence[Value] = ()) -> None:
@@ -122,15 +124,18 @@ class Emitter:
             attrs["atomic"] = atomic
         self.builder.create("tile.store", [buffer, value, *operands], attrs)
 
-    def prefetch(self, buffer: Value, offset: Dim, mask: Sequence[Pair] = (), length: int = 0, each: bool = False) -> None:
+    def prefetch(self, buffer: Value, offset: Dim, mask: Sequence[Pair] = (), length: int = 0, each: bool = False,
+                 once: bool = False) -> None:
         """Asks for the cache line at `offset`, which may lie outside the buffer, once per unrolled round or in `each` of its steps; or for `length`
-        bytes from each place of the tile on."""
+        bytes from each place of the tile on. `once`: nothing reads the line again."""
         operands, names = self._operands([offset, *(x for p in mask for x in p)])
         attrs: dict[str, Any] = {"offset": substitute(offset, names)}
         if length:
             attrs |= {"shape": self.tile_shape([offset]), "bytes": length}
         if each:
             attrs["each"] = True
+        if once:
+            attrs["once"] = True
         if mask:
             attrs["mask"] = tuple((substitute(a, names), substitute(b, names)) for a, b in mask)
         self.builder.create("tile.prefetch", [buffer, *operands], attrs)

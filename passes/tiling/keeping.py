@@ -39,16 +39,17 @@ def kept_values(frame: Frame) -> list[tuple[Value, int, int, int]]:
     return found
 
 
-def choose_homes(frame: Frame, buffers: Mapping[Value, Value], e: Emitter, order: list[str], private_bytes: int, row: str = "") -> dict[Value, Home]:
+def choose_homes(frame: Frame, buffers: Mapping[Value, Value], e: Emitter, order: list[str], private_bytes: int, row: str = "",
+                 side: int = 1) -> dict[Value, Home]:
     """Homes of the values that are worth keeping. `order` is the order of the inner loops, the fastest last; up to `private_bytes` are private.
-    With `row`, a dimension of which several points are under way (`row_pipeline.py`), each of those has a place of its own."""
+    With `row`, a dimension of which several points are under way (`row_pipeline.py`), `side` at each stage, each of those has a place of its own."""
     made: dict[Value, Operation] = {r: op for op in frame.members for r in op.results}
     stores = {x.value: x.offset for x in frame.accesses if x.is_store}
     free = [r for r in stores if frame.is_full(made[r]) and _needed_until(frame, r) <= frame.stage[made[r]]]
     homes: dict[Value, Home] = {}
     for r, width, stage, until in kept_values(frame):
         elements, offset = _row(frame, order)
-        places = until - stage if row else 1
+        places = (until - stage) * side if row else 1
         size = elements * places * width if isinstance(elements, int) else private_bytes + 1
         if size <= private_bytes:
             private_bytes -= size

@@ -25,13 +25,13 @@ from ..structured import body_ops
 from .columns import emit_columns, sums_columns
 from .emit import COMBINE_OPS, Emitter, Pair, emit_extract, fill_masks, identity_of
 from .extremes import better_of, initial_extreme, place_of
-from .frame import Access, Frame, make_moments, make_online
+from .frame import Access, Frame, is_expensive, make_moments, make_online
 from .gpu_loop_tiles import rows_aligned
 from .keeping import Home, choose_homes
 from .moments import add_shifted, initial_shifted, mean_about, spread_about, spread_of_shifted, sum_of_shifted, total_about
 from .online import Lanes
-from .prefetch import Leaf, ask_ahead, ask_for_named_rows, named_by
-from .row_pipeline import emit_row_pipeline
+from .prefetch import Leaf, ask_ahead, ask_for_named_rows, ask_soon, named_by
+from .row_pipeline import emit_row_pipeline, loop_stages
 from .tile_choice import TileChoice
 
 __all__ = ["emit_loops"]
@@ -55,8 +55,10 @@ class Scope:
 
 
 class Lowering:
-    def __init__(self, frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], gpu: bool, private_bytes: int):
-        self.private_bytes = private_bytes
+    def __init__(self, frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], gpu: bool, private_bytes: int,
+                 cache: int | None = None, near: bool = False):
+        self.private_bytes, self.cache, self.near = private_bytes, cache, near
+        self.traffic = sum(_bytes(v) for v in {x.value for x in frame.accesses})
         self.frame, self.tile, self.e, self.buffers, self.gpu = frame, tile, e, buffers, gpu
         self.made: dict[Value, Operation] = {r: op for op in frame.members for r in op.results}
         self.stores = {x.value: x.offset for x in frame.accesses if x.is_store}
@@ -120,7 +122,8 @@ class Lowering:
         if self.by_columns:
             emit_columns(self, top)
         elif self.tile.rows > 1:
-            self.homes = choose_homes(self.frame, self.buffers, self.e, self.inner_order(), self.private_bytes, self.frame.outer[-1])
+            self.homes = choose_homes(self.frame, self.buffers, self.e, self.inner_order(), self.private_bytes, self.frame.outer[-1],
+                                      self.tile.side)
             emit_row_pipeline(self, top)
         elif self.staged:
             self._stages(top)
@@ -225,8 +228,12 @@ class Lowering:
 
     def _nest(self, scope: Scope, loops: list[str], roots: list[Operation], keys: list[Any], inits: list[Value]) -> list[Value]:
         if not loops:
-            self.leaves[self.now] = Leaf(scope.e, scope.at)
-            return self.stage(scope, roots, keys, inits)
+            leaf = self.leaves[self.now] = Leaf(scope.e, scope.at)
+            carried = self.stage(scope, roots, keys, inits)
+            if self.near and self.tile.vector in self.frame.inner and len(loop_stages(self.frame)) == 1:
+                ask_soon(leaf, [(x, b) for x, b, _ in self.reads() if self._is_streamed(x.value)], self.tile.shape[1], self._before(),
+                         self.frame.sizes[self.tile.vector])
+            return carried
         f, rest = loops[0], loops[1:]
         size, step = self.frame.sizes[f], self._extent(f)
         t = "t1" if f == self.tile.vector else "t0" if f == self.tile.row else None
@@ -238,6 +245,11 @@ class Lowering:
 
         unroll = self._unrolled(f, rest) if self.gpu else 4 if t is None and not rest and self.tile.vector not in self.frame.inner else 1
         return self.spanned(scope.e, size, step, keys, inits, body, unroll)
+
+    def _before(self) -> str | None:
+        """The dimension that is walked by one whenever a row is done: a loop around, or the fastest axis of the grid."""
+        around = self.inner_order()[:-1]
+        return around[-1] if around else next((f for f, _, _ in reversed(self.grid())), None)
 
     def spanned(self, e: Emitter, size: Dim, step: int, keys: list[Any], inits: list[Value], body: Any, unroll: int = 1) -> list[Value]:
         """A loop over an inner dimension, in parts where sums would become too long (`_span`)."""
@@ -391,9 +403,17 @@ class Lowering:
         moving = free_symbols(offset).union(*(free_symbols(x) for x, _ in pairs))
         mask = [*pairs, *e.needed(self._active(scope, offset) if fill is None else [
             p for p in scope.active.values() if free_symbols(p[0]) & {"t0", "t1"} & moving])]
-        value = e.load(self.buffers[v], offset, mask, low, 0 if fill is None else fill)
+        value = e.load(self.buffers[v], offset, mask, low, 0 if fill is None else fill, streamed=self._is_streamed(v))
         scope.loads[key] = value
         return value
+
+    def _is_streamed(self, v: Value) -> bool:
+        """This stage is the first to read the operand, from memory, and does so little with it that memory bounds it."""
+        if self.cache is None or self.by_columns or self.traffic <= self.cache or _bytes(v) <= self.private_bytes:
+            return False
+        here = [op for op in self.frame.members if self.frame.stage[op] == self.now and (op["reductions"] or self.frame.is_full(op))]
+        first = min(self.frame.stage[op] for op in self.frame.members if v in op.operands)
+        return first == self.now and not any(is_expensive(op) for op in here)
 
     def store(self, scope: Scope, buffer: Value, place: Dim, value: Value) -> None:
         offset = self._at(scope, place)
@@ -563,12 +583,19 @@ class Lowering:
                     self.store(scope, self.buffers[r], self.stores[r], value)
 
 
-def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], *, gpu: bool = False, private_bytes: int = 0) -> list[Dim]:
-    """Writes the body of the kernel; returns the grid. A program keeps up to `private_bytes` between its stages in memory of its own. On a GPU a pass
-    over memory costs more than computing a value twice."""
+def _bytes(v: Value) -> int:
+    """Of a tensor; 0 if it is not known."""
+    return v.type.numel * v.type.dtype.bytes if isinstance(v.type, TensorType) and isinstance(v.type.numel, int) else 0
+
+
+def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], *, gpu: bool = False, private_bytes: int = 0,
+               cache: int | None = None, near: bool = False) -> list[Dim]:
+    """Writes the body of the kernel; returns the grid. A program keeps up to `private_bytes` between its stages in memory of its own; what moves more
+    than `cache` bytes has its large operands from memory, where lines are asked for shortly before their use if `near`. On a GPU a pass over memory
+    costs more than computing a value twice."""
     if len(frame.sizes) == 0 and frame.inner:
         raise IRError("a frame without dimensions cannot have inner ones")
-    lowering = Lowering(frame, tile, e, buffers, gpu, private_bytes)
+    lowering = Lowering(frame, tile, e, buffers, gpu, private_bytes, cache, near)
     if tile.rows > 1 or gpu and not lowering.is_persistent():
         make_moments(frame)
     if gpu and not lowering.is_persistent():

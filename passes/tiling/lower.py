@@ -240,7 +240,8 @@ def lower(fused: Operation, symbol_ranges: dict, ctx: PassContext, relaxed: bool
         if fused["tile"] and target.is_gpu:
             choice = resized(frame, choice, GpuTile(*fused["tile"]))
         grid = emit_loops(frame, choice, Emitter(builder, choice.shape, ranges, coarse=coarse), buffers, gpu=target.is_gpu,
-                          private_bytes=0 if target.is_gpu else target.l2 // 4)
+                          private_bytes=0 if target.is_gpu else target.l2 // 4, cache=None if target.is_gpu else cache_bytes(target),
+                          near="sse4a" in target.features)
         warps = choice.warps
         if target.is_gpu:
             mark_second_readings(block)
@@ -293,7 +294,7 @@ def _loop_tile(frame: Frame, members: list[Operation], target: Target) -> TileCh
     choice = choose_tile(frame, _loop_lanes(members, target), gpu=target.is_gpu, target=target)
     if target.is_gpu:
         return choice
-    return in_pipeline(frame, choice, cache=cache_bytes(target), private_bytes=target.l2 // 4)
+    return in_pipeline(frame, choice, first_cache=target.l1, cache=cache_bytes(target), private_bytes=target.l2 // 4)
 
 
 def _loop_lanes(members: list[Operation], target: Target) -> int:

@@ -4,6 +4,10 @@ A kernel that passes over a row several times (a norm, a softmax) waits for memo
 whose loops find the row in the caches. So the last loop that reads an operand (or, if only the first does, the last of all) asks, line by line,
 for what the next program will read first.
 
+On AMD's processors, a kernel that reads its operands once, from memory, asks for each line a little before it wants it (`ask_soon`), for its own use
+alone: the line need not be kept in the outer caches. Hardware asks for lines too, but for fewer than memory could bring (sums of 64 MB on a Zen 4
+take a tenth to a third less time). On Intel's the same costs a quarter (18 -> 13 GB/s on a Sapphire Rapids, 27 -> 17 from L3).
+
 Rows of a table that data names are foreseen by nobody, but their numbers lie ahead in memory: `ask_for_named_rows` reads the one that will be
 wanted some rows later, in this bag or the next, and asks for that row.
 """
@@ -19,13 +23,17 @@ from ...ir.ranges import simplify, split_linear
 from .emit import Emitter
 from .frame import Access
 
-__all__ = ["Leaf", "ask_ahead", "ask_beyond", "ask_for_named_rows", "named_by"]
+__all__ = ["Leaf", "ask_ahead", "ask_beyond", "ask_for_named_rows", "ask_soon", "named_by"]
 
 LINE = 64
 AHEAD = 16
 """Rows between the one that is asked for and the one that is read."""
 BEYOND = 2048
 """Bytes before what a pipeline of rows reads first: hardware does not look past a page, and a row is one or two."""
+NEAR = 256
+"""Bytes before what is read once: from 128 to 320 it is the same on a Zen 4, at 512 the gain is gone."""
+LONG = 16384
+"""Bytes of a row of which the lines asked for past its end are no matter."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,28 @@ def ask_ahead(leaves: Mapping[int, Leaf], reads: Sequence[tuple[Access, Value, s
         ahead = substitute(here, {"t1": 0, program: sym(program) + 1})
         for n in range(0, width, max(1, LINE // access.bytes)):
             e.prefetch(buffer, ahead + n)
+    return len(asked)
+
+
+def ask_soon(leaf: Leaf, reads: Sequence[tuple[Access, Value]], width: int, around: str | None, size: Dim) -> int:
+    """Asks for what the one loop over a row reads NEAR bytes later, of `reads` that come from memory; gives for how many operands.
+
+    `width` are the elements of a loop's step, `size` those of the row; `around` is the dimension that is walked after it. Short rows that do not
+    follow each other in memory are left to the hardware.
+    """
+    asked: set[tuple[Value, Dim]] = set()
+    for access, buffer in reads:
+        here = simplify(substitute(access.offset, leaf.at), leaf.e.bounds())
+        along, down = split_linear(here, "t1"), split_linear(access.offset, around) if around is not None else None
+        follows = down is not None and down[0] == size
+        long = not isinstance(size, int) or size * access.bytes >= LONG
+        if along is None or along[0] != 1 or not (follows or long) or (buffer, here) in asked:
+            continue
+        asked.add((buffer, here))
+        e = Emitter(Builder.before_op(next(iter(leaf.e.builder.block))), leaf.e.shape, leaf.e.symbols, leaf.e.variables, leaf.e.ranges)
+        ahead = substitute(here, {"t1": 0}) + NEAR // access.bytes
+        for n in range(0, width, max(1, LINE // access.bytes)):
+            e.prefetch(buffer, ahead + n, each=True, once=True)
     return len(asked)
 
 

@@ -8,6 +8,8 @@ The passes of a row find it in the caches, as before; the loads of one row overl
 first: what a stage keeps for the next one (`keeping.py`) is read before the row behind writes it. The last rows of a program are computed again by
 the early stages in place of those that it does not have, which stores the same numbers a second time.
 
+Where the weights of a norm outgrow the first cache, each pass takes two rows side by side (`SIDE`).
+
 A value is computed from the same operands in the same order as pass by pass with steps of this size, so rows are the same bits wherever they are.
 """
 
@@ -37,15 +39,19 @@ STEP = 64
 8192 x 1024: 71 % of a copy's bandwidth pass by pass, 67 here by 16 elements, 80 by 32, 82 by 64)."""
 MOST, LEAST = 32, 8
 """Rows of a program. What the first rows take alone is 2 % of 32 rows, and 8 % of 8."""
+SIDE = 2
+"""Rows that a pass takes side by side where weights are too long for the first cache beside them: each is then read half as often. Layer norm of
+8192 x 4096 on a Zen 4 moves 17 GB/s by itself, 22 without reading weights, 21 without reading the row again, 28 without both, and 21 by two rows;
+where weights stay in the first cache two rows cost a quarter."""
 PROGRAMS = 64
 """As many programs as are left at least: work for several threads."""
 
 
-def in_pipeline(frame: Frame, choice: TileChoice, *, cache: int, private_bytes: int) -> TileChoice:
+def in_pipeline(frame: Frame, choice: TileChoice, *, first_cache: int, cache: int, private_bytes: int) -> TileChoice:
     """`choice` with as many rows per program as pay; as it is where memory is not what bounds the kernel: data that lies in the caches, exponentials.
     And where rows are no multiple of a step, or not the fastest axis of the grid.
 
-    `cache` is what the last cache holds, in bytes; rows under way may take `private_bytes`.
+    `first_cache` and `cache` are what the first and the last cache hold, in bytes; rows under way may take `private_bytes`.
     """
     vector, rows = choice.vector, frame.outer[-1:]
     inner = frame.sizes.get(vector) if vector is not None else None
@@ -65,6 +71,9 @@ def in_pipeline(frame: Frame, choice: TileChoice, *, cache: int, private_bytes: 
     each = min(MOST, count // PROGRAMS, *(n for f in rows if isinstance(n := frame.sizes[f], int)))
     if len(stages) < 2 or count * sum(inner * x.bytes for x in moving) <= cache or held > private_bytes or each < LEAST:
         return choice
+    shared = {(x.value, x.offset): inner * x.bytes for x in frame.accesses if not x.is_store and free_symbols(x.offset) == {vector}}
+    if sum(shared.values()) > first_cache // 2 and SIDE * held <= private_bytes:
+        return replace(choice, shape=(1, STEP // 2), rows=each - each % SIDE, side=SIDE)
     return replace(choice, shape=(1, width), rows=each)
 
 
@@ -111,24 +120,29 @@ class _Pipeline:
             self.passes.append(_Pass(s, [op for op in once if done < stage[op] <= s], roots, keys))
             done = s
         self.after = [op for op in once if stage[op] > done]
+        self.side = low.tile.side
+        self.about: dict[int, dict[Operation, Value]] = {}  # by slot: what sums are counted from (`moments.py`)
 
     def emit(self) -> None:
         e, size, rows = self.low.e, self.low.frame.sizes[self.row], self.low.tile.rows
         start = self.top.at[self.row]
         end = simplify(start + rows, {}) if isinstance(size, int) and size % rows == 0 else minimum(size, start + rows)
-        depth = len(self.passes)
-        known: list[Env] = [{} for _ in range(depth)]
+        depth, side = len(self.passes), self.side
+        slots = range(depth * side)
+        known: list[Env] = [{} for _ in slots]
         for filled in range(1, depth):
-            known = self._step(e, {n: self._named(e, start + (filled - 1 - n), end) for n in range(filled)}, known)
-        carried = [[v for v in sorted_values(known[n], self.low.frame) if self._is_needed(v, n)] for n in range(depth)]
+            ahead = {s: (filled - 1 - s // side) * side + s % side for s in range(filled * side)}
+            known = self._step(e, {s: self._named(e, start + n, end) for s, n in ahead.items()}, known)
+        carried = [[v for v in sorted_values(known[s], self.low.frame) if self._is_needed(v, s // side)] for s in slots]
 
         def body(inner: Emitter, i: Dim, values: list[Value]) -> list[Value]:
             left = iter(values)
             here: list[Env] = [{v: next(left) for v in names} for names in carried]
-            made = self._step(inner, {n: self._named(inner, i + (depth - 1 - n), end) if n < depth - 1 else i for n in range(depth)}, here)
-            return [made[n][v] for n, names in enumerate(carried) for v in names]
+            ahead = {s: (depth - 1 - s // side) * side + s % side for s in slots}
+            made = self._step(inner, {s: self._named(inner, i + n, end) if n else i for s, n in ahead.items()}, here)
+            return [made[s][v] for s, names in enumerate(carried) for v in names]
 
-        e.loop(start, end, 1, [known[n][v] for n, names in enumerate(carried) for v in names], body)
+        e.loop(start, end, side, [known[s][v] for s, names in enumerate(carried) for v in names], body)
 
     def _named(self, e: Emitter, position: Dim, end: Dim) -> Dim:
         """A row's position, of the program's last row at most."""
@@ -142,41 +156,47 @@ class _Pipeline:
         return any(v in op.operands for op in frame.members if frame.stage[op] >= stage and op not in done)
 
     def _step(self, e: Emitter, rows: Mapping[int, Dim], known: Sequence[Env]) -> list[Env]:
-        """Pass n of row `rows[n]` for all of them in one loop, where `known[n]` of that row is known; what then is known before each pass."""
+        """One loop for rows by slot, n * side + j for row j of those that pass n takes, where `known` of that row is known; what then is known before
+        each pass."""
         low = self.low
         outer, low.e = low.e, e
         known = list(known)
-        tops = {n: low.scope(e, {**self.top.at, self.row: at}, dict(self.top.active)) for n, at in rows.items()}
-        known[0] = self._once(tops[0], self.passes[0].before, {})
+        tops = {s: low.scope(e, {**self.top.at, self.row: at}, dict(self.top.active)) for s, at in rows.items()}
+        for s in range(self.side):
+            known[s] = self._once(tops[s], self.passes[0].before, {})
         order = sorted(rows, reverse=True)
-        for n in order:
-            self._set_out(n, tops[n], known[n])
-        inits = {n: [v for op, k in self.passes[n].keys for v in low.initial(op, k)] for n in order}
+        for s in order:
+            self._set_out(s, tops[s], known[s])
+        inits = {s: [v for op, k in self._pass(s).keys for v in low.initial(op, k)] for s in order}
         found = iter(self._loop(e, order, tops, known, inits))
         new: list[Env] = [{} for _ in known]
-        for n in order:
-            low.outer_values = dict(known[n])
-            low.finish(tops[n], self.passes[n].keys, [next(found) for _ in inits[n]])
-            last = n + 1 == len(self.passes)
-            env = self._once(tops[n], self.after if last else self.passes[n + 1].before, low.outer_values)
+        for s in order:
+            low.outer_values, low.about = dict(known[s]), self.about[s]
+            low.finish(tops[s], self._pass(s).keys, [next(found) for _ in inits[s]])
+            last = s + self.side >= len(known)
+            env = self._once(tops[s], self.after if last else self._pass(s + self.side).before, low.outer_values)
             if not last:
-                new[n + 1] = env
+                new[s + self.side] = env
         low.e = outer
         return new
 
-    def _set_out(self, n: int, top: Scope, known: Env) -> None:
+    def _pass(self, slot: int) -> _Pass:
+        return self.passes[slot // self.side]
+
+    def _set_out(self, slot: int, top: Scope, known: Env) -> None:
         """What the sums of a pass with second moments are counted from: the mean of the row's first step (`moments.py`)."""
         low = self.low
-        totals = [op for op, _ in self.passes[n].keys if op in low.frame.moments.values()]
+        self.about[slot] = {}
+        totals = [op for op, _ in self._pass(slot).keys if op in low.frame.moments.values()]
         if totals:
-            self._stand(n, known)
+            self._stand(slot, known)
             start = low.scope(low.e, {**top.at, self.vector: sym("t1")}, dict(top.active))
-            low.about |= {op: about_start(low.e, low.summand(start, op, 0)) for op in totals}
+            self.about[slot] = {op: about_start(low.e, low.summand(start, op, 0)) for op in totals}
 
-    def _stand(self, n: int, known: Env) -> None:
-        """What is known where pass n works on its row."""
+    def _stand(self, slot: int, known: Env) -> None:
+        """What is known where a pass works on its row."""
         low = self.low
-        low.now, low.outer_values = self.passes[n].stage, known
+        low.now, low.outer_values, low.about = self._pass(slot).stage, known, self.about[slot]
         low.kept = {v for v in low.homes if low.frame.stage[low.made[v]] < low.now}
 
     def _once(self, top: Scope, members: list[Operation], known: Env) -> Env:
@@ -187,23 +207,24 @@ class _Pipeline:
 
     def _loop(self, e: Emitter, order: list[int], tops: Mapping[int, Scope], known: Sequence[Env], inits: Mapping[int, list[Value]]) -> list[Value]:
         low, size, step = self.low, self.low.frame.sizes[self.vector], self.low.tile.shape[1]
-        keys = [key for n in order for key in self.passes[n].keys]
+        keys = [key for s in order for key in self._pass(s).keys]
 
         def body(inner: Emitter, i: Dim, carried: list[Value]) -> list[Value]:
             left, out = iter(carried), []
-            leaves = {}
-            for n in order:
+            leaves: list[dict[int, Leaf]] = [{} for _ in range(self.side)]
+            for s in order:
                 at = i + sym("t1")
-                scope = low.scope(inner, {**tops[n].at, self.vector: at}, {**tops[n].active, self.vector: (at, size)})
-                here = self.passes[n]
-                self._stand(n, known[n])
-                out += low.stage(scope, here.roots, here.keys, [next(left) for _ in inits[n]])
-                leaves[here.stage] = Leaf(inner, scope.at)
-            if len(order) == len(self.passes):
-                ask_beyond(leaves, low.reads(), self.row, step, size)
+                scope = low.scope(inner, {**tops[s].at, self.vector: at}, {**tops[s].active, self.vector: (at, size)})
+                here = self._pass(s)
+                self._stand(s, known[s])
+                out += low.stage(scope, here.roots, here.keys, [next(left) for _ in inits[s]])
+                leaves[s % self.side][here.stage] = Leaf(inner, scope.at)
+            if len(order) == len(self.passes) * self.side:
+                for of_row in leaves:
+                    ask_beyond(of_row, low.reads(), self.row, step, size)
             return out
 
-        return low.spanned(e, size, step, keys, [v for n in order for v in inits[n]], body)
+        return low.spanned(e, size, step, keys, [v for s in order for v in inits[s]], body)
 
 
 def sorted_values(known: Env, frame: Frame) -> list[Value]:

@@ -18,4 +18,5 @@ class TileChoice:
     warps: int = 0          # of a program on a GPU; 0: as many as the tile's size suggests
     gathered: bool = False  # sums rows that data names, along the vector dimension
     rows: int = 1           # of a program that works on several in turns (`row_pipeline.py`)
+    side: int = 1           # of those, how many each pass takes side by side
     unroll: int = 1         # steps of a loop on a GPU whose loads are under way at a time; 1: as LLVM guesses

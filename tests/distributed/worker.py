@@ -75,7 +75,7 @@ def train(name: str, plan_text: str, steps: int, layers: int, out: str) -> None:
     sharding = aicc.auto_shard(model, {"input_ids": data[0], "labels": data[0]}, mesh=plan.devices, optimizer=optimizer, plan=plan)
     sharded = sharding.compile(model)
     reached("training")
-    whole = copy.deepcopy(model)
+    whole, initial = copy.deepcopy(model), {n: p.detach().clone() for n, p in model.named_parameters()}
     update = optimizer(whole.parameters())
     losses, expected, counted = [], [], CountBytes()
     for k, ids in enumerate(data):
@@ -92,10 +92,11 @@ def train(name: str, plan_text: str, steps: int, layers: int, out: str) -> None:
     reached("the end of training")
     parameters = dict(whole.named_parameters())
     worst = max((float((gathered(p) - parameters[n].detach()).abs().max()) for m in sharded.modules for n, p in m.named_parameters()), default=0.0)
+    moved = max(float((p.detach() - initial[n]).abs().max()) for n, p in parameters.items())
     said: Counter[str] = Counter()
     for (kind, _), size in sharded.traffic().items():
         said[kind] += size
-    result = {"losses": losses, "expected": expected, "worst": worst, "bytes": dict(counted.bytes), "said": dict(said),
+    result = {"losses": losses, "expected": expected, "worst": worst, "moved": moved, "bytes": dict(counted.bytes), "said": dict(said),
               "held": sum(p.to_local().numel() for m in sharded.modules for p in m.parameters()), "all": sum(p.numel() for p in whole.parameters())}
     Path(f"{out}.{rank}.json").write_text(json.dumps(result))
 

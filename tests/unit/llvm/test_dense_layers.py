@@ -53,7 +53,8 @@ def test_batched(features: list[str]) -> None:
 
 
 @pytest.mark.product
-@pytest.mark.parametrize("channels,out,size,kernel,stride", [(300, 70, 7, 3, 1), (1601, 33, 5, 1, 1), (40, 48, 9, 5, 2)])
+@pytest.mark.parametrize("channels,out,size,kernel,stride", [(300, 70, 7, 3, 1), (1601, 33, 5, 1, 1), (40, 48, 9, 5, 2),
+                                                                (3, 32, 56, 3, 2), (3, 24, 28, 5, 1), (9, 40, 12, 1, 1)])
 def test_convolution(channels: int, out: int, size: int, kernel: int, stride: int, features: list[str]) -> None:
     torch.manual_seed(0)
     layer, x = nn.Conv2d(channels, out, kernel, stride, kernel // 2), torch.randn(2, channels, size, size)

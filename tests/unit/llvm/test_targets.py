@@ -116,6 +116,14 @@ def test_instruction_of_a_target(name: str, t: str, instruction: str) -> None:
     assert instruction in assembly(TARGETS[name], 64, 96, 128, t)
 
 
+@pytest.mark.parametrize("name", ["amx", "bf16"])
+def test_rounding_of_bf16_products(name: str) -> None:
+    """One instruction rounds a vector of sums, not integer arithmetic; a target without it has that."""
+    asm = assembly(TARGETS[name], 64, 96, 128, "bf16")
+    assert asm.count("vcvtneps2bf16") >= 4 and "vpmovdw" not in asm
+    assert "vcvtneps2bf16" not in assembly(TARGETS["avx512"], 64, 96, 128, "bf16")
+
+
 @pytest.mark.parametrize("name,instruction,per_step", [
     # products of one step of K (of 2 or 4 elements) and how often it is unrolled
     ("avx2", "vpmaddwd", 6 * 2), ("avx512", "vpmaddwd", 6 * 4), ("sse", "pmaddwd", 6 * 2), ("vnni", "vpdpbusd", 4 * 6 * 4), ("avxvnni", "vpdpbusd", 4 * 6 * 2),

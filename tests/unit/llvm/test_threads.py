@@ -120,21 +120,31 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads() -> None:
 def test_busy_neighbour() -> None:
     """With a process that keeps one of two cores busy, a launch on two threads takes at most 1.5 times what a fair half share of that core allows.
 
-    Alone two threads take T. With half of one core gone, 1.5 cores are left: 4/3 T. So at most 2 T; static halves would take 2 T and more.
+    Alone two threads take T. With half of one core gone, 1.5 cores are left: 4/3 T. So at most 2 T; static halves would take 2 T and more. Where further
+    processes are at work on these cores, there is nothing to learn.
     """
-    out = run("""
+    ratio, others = map(float, run("""
         import os, statistics, subprocess, sys, time, torch
+        from pathlib import Path
         cores = sorted(os.sched_getaffinity(0))[:2]
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(2)
         layer, x = torch.nn.Linear(1024, 1024, bias=False), torch.randn(512, 1024)
         f = torch.compile(layer, backend="aicc")
-        def measure():
-            times = []
+        def ticks(path, start, stop):
+            return sum(int(n) for line in path.read_text().splitlines() for n in line.rpartition(")")[2].split()[start:stop])
+        def used_by_others(*processes):  # ticks of 10 ms on the two cores
+            rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+            busy = sum(sum(map(int, (*row[1:4], *row[6:9]))) for row in rows if row[0] in {f"cpu{c}" for c in cores})
+            return busy - sum(ticks(Path(f"/proc/{p}/stat"), 11, 13) for p in processes)
+        shares = []
+        def measure(*processes):
+            times, others, begin = [], used_by_others(os.getpid(), *processes), time.perf_counter()
             for _ in range(60):
                 start = time.perf_counter()
                 f(x)
                 times.append(time.perf_counter() - start)
+            shares.append((used_by_others(os.getpid(), *processes) - others) / 100 / (time.perf_counter() - begin))
             return statistics.median(times)
         with torch.no_grad():
             f(x)
@@ -142,11 +152,13 @@ def test_busy_neighbour() -> None:
             busy = subprocess.Popen([sys.executable, "-c", f"import os; os.sched_setaffinity(0, [{cores[1]}])\\nwhile True: pass"])
             try:
                 time.sleep(1)
-                beside = measure()
+                beside = measure(busy.pid)
             finally:
                 busy.kill()
                 busy.wait()
             alone = min(alone, measure())
-        print(beside / alone)
-    """)
-    assert float(out) <= 2.0, f"{float(out):.2f} times as long as alone"
+        print(beside / alone, max(shares))
+    """).split())
+    if others > 0.2:
+        pytest.skip(f"other processes take {others:.0%} of a core")
+    assert ratio <= 2.0, f"{ratio:.2f} times as long as alone"

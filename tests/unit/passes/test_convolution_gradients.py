@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from aicc.compiler import dynamo
 from aicc.compiler.driver import Compilation, watching
+from aicc.compiler.dynamo import arg_kinds
 from torch import nn
 
 LAYERS = {
@@ -69,6 +71,40 @@ def training(layer: nn.Module, x: torch.Tensor, **options: Any) -> list[Compilat
     return seen
 
 
+def test_layouts_of_what_is_saved_beside_effects() -> None:
+    """Checks of linear algebra are effects: the forward graph has a result for their order in front of the others. The convolution's activation has
+    another layout than eager's, and lies where, one place off, the matrix would."""
+    layer = nn.Sequential(nn.Conv2d(32, 64, 3, 1, 1), nn.Softplus(), nn.Conv2d(64, 32, 3, 1, 1))
+
+    def function(x: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.linalg.lu_factor(a)[0], layer(x) * torch.linalg.inv(a[:, :3]).sum()
+
+    torch.manual_seed(0)
+    given = [torch.randn(2, 32, 12, 12, requires_grad=True), torch.randn(3, 5, requires_grad=True)]
+    wanted = torch.autograd.grad([y.sum() for y in function(*given)], given)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aicc", options={"cache": False, "strict": True})
+    for got, want in zip(torch.autograd.grad([y.sum() for y in compiled(*given)], given), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_parameters_beside_effects(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the arguments token (checks are no effects before torch 2.13), weight, bias, input and matrix, two are parameters: the matrix, one place behind,
+    is none."""
+    seen: list[list[str]] = []
+
+    def kinds(role: str, count: int) -> list[str]:
+        seen.append(arg_kinds(role, count))
+        return seen[-1]
+
+    monkeypatch.setattr(dynamo, "arg_kinds", kinds)
+    layer = nn.Linear(4, 4)
+    with torch.set_grad_enabled(train):
+        torch.compile(lambda x, a: layer(x) @ torch.linalg.inv(a), backend="aicc", options={"cache": False})(torch.randn(3, 4), torch.randn(4, 4))
+    assert seen[0][-4:] == ["param", "param", "input", "input"] and "param" not in seen[0][:-4]
+
+
 def test_saved_activations_keep_their_layout() -> None:
     """Channels innermost on both sides: the only copy is the user's result."""
     layer = nn.Sequential(nn.Conv2d(32, 64, 3, 1, 1), nn.Softplus(), nn.Conv2d(64, 32, 3, 1, 1))
@@ -87,6 +123,23 @@ def test_windows_are_not_spread() -> None:
     assert any("for all taps" in m for m in messages), messages
     planned = backward.stats["memory"]
     assert max(v for v in planned.values() if isinstance(v, int)) < 9 * 2 * channels * 14 * 14 * 4
+
+
+@pytest.mark.parametrize("positions", [24, 48])
+def test_heads_are_no_windows(positions: int) -> None:
+    """A projection of merged heads reads their batch and head in one dimension, as a weight's gradient reads taps and positions."""
+    def project(p: torch.Tensor, v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(p, v).view(2, 4, positions, 32).transpose(1, 2).reshape(2 * positions, 128) @ w
+
+    torch.manual_seed(0)
+    inputs = torch.randn(8, positions, positions), torch.randn(8, positions, 32), torch.randn(128, 128)
+    seen: list[Compilation] = []
+    torch._dynamo.reset()
+    with watching(compiled=seen.append), torch.no_grad():
+        got = torch.compile(project, backend="aicc", options={"cache": False, "strict": True, "verify": True})(*inputs)
+    torch.testing.assert_close(got, project(*inputs), rtol=1e-4, atol=1e-3)
+    messages = [r.message for r in seen[0].remarks if r.pass_name == "pack"]
+    assert not any("taps" in m or "positions" in m for m in messages), messages
 
 
 def test_data_gradients_take_winograd_where_the_budget_allows() -> None:

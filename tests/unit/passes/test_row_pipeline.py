@@ -75,6 +75,21 @@ def test_levels(name: str) -> None:
     assert any(in_pipeline(k) for k in found)
 
 
+def _rows_side_by_side(kernel: Operation) -> bool:
+    return any(op.name == "tile.for" and any(x.name == "tile.for" for x in op.body) and op["step"] == 2 for op in kernel.body)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "ragged_rows", "one_row_left", "kept_through_two_stages", "batches", "bf16", "f64"])
+def test_two_rows_side_by_side(name: str) -> None:
+    """Where the weights do not stay in the first cache."""
+    function, inputs = CASES[name]
+    target = replace(SMALL, l1=1 << 10)
+    program = capture(function, inputs)
+    check_levels(program, target, levels=("tile",))
+    found = [op for op in lowered(program, target, "tile").body if op.name == "tile.kernel"]
+    assert any(_rows_side_by_side(k) for k in found) == (len(inputs) > 1)  # the others have no weights
+
+
 @pytest.mark.parametrize("function,shape,target", [
     (lambda x: x.softmax(-1), (512, 256), SMALL),                                       # exponentials take longer than memory
     (lambda x: F.rms_norm(x, x.shape[-1:]), (512, 250), SMALL),                         # rows that begin anywhere
@@ -140,18 +155,22 @@ def test_what_is_no_number_stays_in_its_row() -> None:
     check_levels(program, SMALL)
 
 
-def test_native_rows_are_the_same_bits_anywhere() -> None:
+@pytest.mark.parametrize("function,rows,width", [
+    (lambda x, w: F.rms_norm(x, w.shape, w), 4 * 1024 + 13, 2112),
+    (lambda x, w: F.layer_norm(x, w.shape, w, w + 1), 2 * 1024 + 13, 8256),  # two rows side by side
+])
+def test_native_rows_are_the_same_bits_anywhere(function: Callable[..., Any], rows: int, width: int) -> None:
     """More than any last cache that counts; each row alone gives the bits that it has among others, whatever the number of threads."""
-    x, = _normal((4 * 1024 + 13, 2112))
-    w = torch.randn(2112)
+    x, = _normal((rows, width))
+    w = torch.randn(width)
     threads, results = torch.get_num_threads(), []
-    compiled = torch.compile(lambda x, w: F.rms_norm(x, w.shape, w), backend="aicc", dynamic=False, options={"strict": True, "cache": False})
+    compiled = torch.compile(function, backend="aicc", dynamic=False, options={"strict": True, "cache": False})
     try:
         with torch.no_grad():
             for n in (1, 2):
                 torch.set_num_threads(n)
                 results.append(compiled(x, w).clone())
-            torch.testing.assert_close(results[0], F.rms_norm(x, w.shape, w))
+            torch.testing.assert_close(results[0], function(x, w))
             assert torch.equal(*results)
             x[:] = x[5].clone()
             same = compiled(x, w)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from aicc.ir import Block, BufferType, Builder, Operation, TileType, sym
-from aicc.ir.expr import free_symbols
+from aicc.ir.expr import FloorDiv, Mod, free_symbols
 from aicc.ir.types import DTYPES
 from aicc.passes.tiling import stream_tiles
 from aicc.passes.tiling.caching import mark_second_readings
@@ -174,6 +175,34 @@ def test_only_the_mirror_of_a_load_is_its_transposition(change: dict[str, Any], 
     got = turned(b, second, [first])
     assert (got.defining_op is not None and got.defining_op.name == "tile.transpose") == is_turned
     assert sum(op.name == "tile.load" for op in block) == 2 - is_turned
+
+
+# -- tiles of convolutions
+
+
+def test_a_tile_within_a_line_of_the_image_has_one_address() -> None:
+    """Fourteen positions of a line of 56: their places differ by constants. All tiles are whole, so no row is masked."""
+    kernel = kernels(lambda x, w: F.conv2d(x, w, stride=2, padding=1), torch.randn(1, 3, 112, 112), torch.randn(32, 3, 3, 3), target=AVX512)[-1]
+    (left,) = (op for op in kernel.walk() if op.name == "tile.load" and op.result.type.shape == (14, 1))
+    assert all("t0" not in free_symbols(d) for d in divisions(left["offset"]))
+    assert all(not op.attributes.get("mask") for op in kernel.walk() if op.name == "tile.store")
+
+
+def test_a_tile_across_lines_has_an_address_for_each_row() -> None:
+    kernel = kernels(lambda x, w: F.conv2d(x, w, stride=2, padding=1), torch.randn(1, 3, 100, 100), torch.randn(32, 3, 3, 3), target=AVX512)[-1]
+    (left,) = (op for op in kernel.walk() if op.name == "tile.load" and op.result.type.shape == (14, 1))
+    assert any("t0" in free_symbols(d) for d in divisions(left["offset"]))
+
+
+def divisions(e: Any) -> list[Any]:
+    """What is divided in an expression."""
+    return [a.args[0] for m, _ in e.terms for a in m if isinstance(a, (FloorDiv, Mod))]
+
+
+@pytest.mark.parametrize(("n", "columns"), [(24, 24), (20, 20), (40, 40), (28, 32), (22, 32), (16, 16), (8, 8), (48, 48)])
+def test_half_of_the_last_vector_is_left_out(n: int, columns: int) -> None:
+    kernel = kernels(torch.mm, torch.randn(280, 96), torch.randn(96, n), target=AVX512)[-1]
+    assert {op.result.type.shape[1] for op in kernel.walk() if op.name == "tile.dot"} == {columns}
 
 
 # -- values that are kept between stages

@@ -157,3 +157,40 @@ def test_packed_weights_follow_writes_that_torch_does_not_count(compiled: Compil
         for a, b in zip(target.parameters(), source.parameters(), strict=True):
             a.data.copy_(0.5 * a.data + 0.5 * b.data)  # the soft update of a target network
         torch.testing.assert_close(f(x), target(x))
+
+
+def _own_memory(p: torch.Tensor) -> None:
+    p.set_(torch.randn(p.numel() + 8) / 10, 8, p.shape, p.stride())
+
+
+CHANGES: dict[str, Callable[[nn.Linear], Any]] = {
+    "in place": lambda m: m.weight.mul_(-1), "through data": lambda m: m.weight.data[-1].mul_(-1), "through numpy": lambda m: m.bias.numpy().fill(0.3),
+    "data set": lambda m: setattr(m.weight, "data", torch.randn(96, 96) / 10), "moved": lambda m: _own_memory(m.weight),
+    "other strides": lambda m: setattr(m.weight, "data", (torch.randn(96, 96) / 10).t()), "loaded": lambda m: m.load_state_dict(nn.Linear(96, 96).state_dict()),
+    "assigned": lambda m: m.load_state_dict(nn.Linear(96, 96).state_dict(), assign=True),
+    "replaced": lambda m: setattr(m, "weight", nn.Parameter(torch.randn(96, 96) / 10)),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_changes_of_any_of_many_parameters(compiled: Compile, threads: int) -> None:
+    """As many as the threads of a call look at together."""
+    torch.manual_seed(0)
+    m = nn.Sequential(*(layer for _ in range(14) for layer in (nn.Linear(96, 96), nn.Tanh())))
+    x = torch.randn(64, 96)
+    f, graphs = compiled(m)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            for i, change in enumerate([*CHANGES.values()] * 2):
+                result = m(x)
+                for _ in range(2):
+                    torch.testing.assert_close(f(x), result, rtol=1e-4, atol=1e-5)
+                change(m[2 * (i * 5 % 14)])
+                assert not torch.equal(m(x), result)
+                torch.testing.assert_close(f(x), m(x), rtol=1e-4, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+    packed = graphs[-1]._packed
+    assert packed is not None and packed.current is not None and packed.current.fingerprint.block[2]

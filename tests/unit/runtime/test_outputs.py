@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from aicc.runtime import outputs
 from aicc.runtime.outputs import LARGE, OutputPool
 
 SHAPE, STRIDES = (LARGE // 4, 2), (2, 1)
@@ -69,3 +71,31 @@ def test_small_results_are_not_remembered() -> None:
     pool.empty((4,), (1,), torch.float32)
     pool.empty((0, 5), (5, 1), torch.float32)
     assert pool.bytes == 0
+
+
+def test_a_result_is_like_one_of_torch() -> None:
+    """Of every type that its memory had, with a version counter of its own, and of inference mode where that is on, whatever the one before was."""
+    pool, versions = OutputPool(), set()
+    for inference in (False, True, False):
+        for dtype in (torch.float32, torch.int64, torch.bfloat16, torch.float32):
+            with torch.inference_mode(inference):
+                t = pool.empty((LARGE // dtype.itemsize,), (1,), dtype)
+                like = torch.empty(3, dtype=dtype)
+            assert (t.dtype, t.is_inference(), t.is_leaf, t.requires_grad, t._base) == (dtype, inference, True, False, None)
+            assert torch._C._dispatch_keys(t) == torch._C._dispatch_keys(like)
+            if not inference:
+                versions.add(t._version)
+                t.add_(0)
+            del t
+    assert len(versions) == 1  # however often it was written to before
+    assert pool.reused == 11 and pool.bytes == LARGE
+    t = pool.empty((LARGE,), (1,), torch.uint8)
+    t.resize_(2 * LARGE)
+    assert len(t) == 2 * LARGE
+    assert pool.empty((LARGE,), (1,), torch.uint8).untyped_storage().nbytes() == LARGE
+
+
+def test_without_torchs_shortcuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "_in_storage", outputs._set_in_storage)
+    test_a_result_is_like_one_of_torch()
+    test_a_dropped_result_is_used_again()
