@@ -9,8 +9,8 @@ linear in it:
 
     r_i = sum_j dS_ij          dQ = L(dS) K - r L(P) K          dK = L(dS')^T Q   with   dS'_ij = P_ij (dP_ij - (D_i + r_i))
 
-L is what the backward pass multiplies dS by (scales, derivatives of a soft cap, masks). The stream of dQ finds r beside its product, and multiplies
-P by K too (four products instead of three); that of dK and dV reads D + r.
+L is what the backward pass multiplies dS by (scales, derivatives of a soft cap, masks, a rounding). The stream of dQ finds r beside its product, and
+multiplies P by K too (four products instead of three); that of dK and dV reads D + r.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ __all__ = ["close_rows"]
 aten = torch.ops.aten
 _PRODUCTS = (aten.bmm.default, aten.mm.default)
 _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default)
+_CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 _Call = Callable[[Any, tuple[Any, ...]], fx.Node]
 _Path = tuple[tuple[fx.Node, int], ...]
 """Nodes, and which operand of each is the one before."""
@@ -54,6 +55,7 @@ def close_rows(graph: fx.Graph, weights: fx.Node, rows: fx.Node, call: _Call) ->
         with graph.inserting_before(product):
             left, right = (call(product.target, (_along(path, x, call), product.args[1])) for x in (gradient, weights))
             made = call(aten.sub.Tensor, (left, call(aten.mul.Tensor, (right, _rows_along(path, rest, call)))))
+            made = _cast(made, product.meta["val"].dtype, call)
         product.replace_all_uses_with(made)
         graph.erase_node(product)
     for user in users:
@@ -94,7 +96,7 @@ def _paths(gradient: fx.Node) -> dict[fx.Node, _Path]:
         x = path[-1][0] if path else gradient
         for user in x.users:
             places = [i for i, a in enumerate(user.args) if a is x]
-            if len(places) != 1 or user.kwargs:
+            if len(places) != 1 or user.kwargs and user.target not in _CASTS:
                 continue
             if user.target in _PRODUCTS and places == [0]:
                 found[user] = path
@@ -113,7 +115,7 @@ def _is_linear(n: fx.Node, place: int) -> bool:
         case aten.masked_fill.Scalar | aten.masked_fill.Tensor:
             return place == 0 and _is_zero(n.args[2])
         case _:
-            return place == 0 and n.target in (*_RESHAPES, aten.clone.default, aten.alias.default, aten.neg.default, aten.div.Tensor)
+            return place == 0 and n.target in (*_RESHAPES, *_CASTS, aten.clone.default, aten.alias.default, aten.neg.default, aten.div.Tensor)
 
 
 def _extent(n: fx.Node) -> tuple[str, str]:
@@ -131,8 +133,15 @@ def _is_zero(x: Any) -> bool:
 def _along(path: _Path, x: fx.Node, call: _Call) -> fx.Node:
     """What the path makes of x in place of the gradient."""
     for n, place in path:
-        x = call(n.target, (*n.args[:place], x, *n.args[place + 1:]))
+        if n.target in _CASTS:
+            x = _cast(x, n.meta["val"].dtype, call)
+        else:
+            x = call(n.target, (*n.args[:place], x, *n.args[place + 1:]))
     return x
+
+
+def _cast(x: fx.Node, dtype: torch.dtype, call: _Call) -> fx.Node:
+    return x if x.meta["val"].dtype == dtype else call(torch.ops.prims.convert_element_type.default, (x, dtype))
 
 
 def _rows_along(path: _Path, rows: fx.Node, call: _Call) -> fx.Node:

@@ -12,8 +12,8 @@ Dao 2023, section 3.1.2; here for any pointwise change of the scores, masks and 
 The second line is the exchange of two sums, and holds whatever factors P has taken up before its product with V, if dP has the same.
 L of scores in the hundreds has an ulp of 3e-5, which the exponential makes a relative error of P, the same for its whole row. So where scores come
 from products of 32 bits or more, the maximum m and 1 / l, with l = sum_j exp(S_ij - m_i), are saved in place of L = m + log(l):
-P = exp(S - m) / l, whose difference is exact where P is large. The rows of dS are closed as well (`closed_rows.py`). Scores from products of 16 bits
-are off by more than that themselves.
+P = exp(S - m) / l, whose difference is exact where P is large. The rows of dS are closed as well (`closed_rows.py`). Scores that are rounded to 16
+bits are off by more than that themselves, and torch's kernels for four dimensions of 16 bits round as we do without closing.
 Nothing changes where the forward pass returns a value of the middle space, or the backward pass needs one as a gradient (a bias that is
 trained): it would be stored all the same. Rows that are masked throughout have a softmax of NaN, and NaN gradients, as in eager.
 """
@@ -138,12 +138,27 @@ class _Middle:
             seen.add(n)
             if n.target in _PRODUCTS:
                 products += 1
+                seen |= self._widenings(n)
             elif is_pointwise(n) or n.target in _VIEWS:
                 stack.extend(n.all_input_nodes)
             else:
                 seen.discard(n)  # it is saved
         self.before = [n for n in self.graph.nodes if n in seen]
         return products > 0
+
+    def _widenings(self, product: fx.Node) -> set[fx.Node]:
+        """Casts from 16 bits and views between them and the product that nothing else in the forward pass reads: if the passes shared them, torch's
+        partitioner would save them, or the scores."""
+        found: set[fx.Node] = set()
+        for a in product.all_input_nodes:
+            path = [a]
+            while path[-1].target in _VIEWS:
+                path.append(path[-1].all_input_nodes[0])
+            makers = path[-1].all_input_nodes if path[-1].target in _SAME else []
+            readers = {u for n in path for u in n.users if u in self.forward}
+            if makers and makers[0].meta["val"].dtype in _NARROW and readers <= {*path, product}:
+                found.update(path)
+        return found
 
     def _is_middle(self, n: fx.Node) -> bool:
         val = n.meta.get("val")
@@ -224,11 +239,17 @@ class _Middle:
             p = self._call(aten.div.Tensor, (e, self._call(aten.unsqueeze.default, (total, -1))))
             if val.dtype != p.meta["val"].dtype:
                 p = self._call(torch.ops.prims.convert_element_type.default, (p, val.dtype))
-            if any(n.target in _PRODUCTS and n.meta["val"].dtype in _NARROW for n in self.before):
+            if self._is_rough():
                 rows = {"lse": self._call(aten.add.Tensor, (m, self._call(aten.log.default, (total,))))}
             else:
                 rows = {"m": m, "over": self._call(aten.reciprocal.default, (total,))}
         return {"p": p, **{f"_{i}": n for i, n in enumerate(_between(wide, [*rows.values()][-1]))}, **rows}
+
+    def _is_rough(self) -> bool:
+        """Whether scores are rounded to 16 bits, or the result, as by torch's own kernels (they take four dimensions; with others it computes in
+        float32)."""
+        products = self.seconds if self.softmax.meta["val"].dim() == 4 else [n for n in self.before if n.target in _PRODUCTS]
+        return any(n.meta["val"].dtype in _NARROW for n in products)
 
     def _wide(self, x: Any) -> fx.Node:
         """Softmax computes in float32 at least."""

@@ -19,6 +19,7 @@ from ...ir.types import DTYPES, DType
 from . import vecmath
 from .convert import emit_cast
 from .intrinsics import call_same
+from .lanes import OPERAND, Lanes
 from .lanes import splat as repeated
 from .values import constant, is_constant
 from .vecmath_fast import FAST
@@ -51,16 +52,19 @@ def _isnan(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 # -- max and min ------------------------------------------------------------------------------------------------------
 
 def _float_extreme(relation: str) -> Emit:
-    """NaN-propagating maximum or minimum. With a constant operand one select (one `maxps`) is enough. Otherwise `llvm.maximum`, whichever zero it
-    gives: `maxps`, a test and a blend, where selects become two tests, their union and two moves."""
+    """NaN-propagating maximum or minimum. With a constant operand one select (one `maxps`) is enough. Otherwise, whichever zero it gives, `maxps` and
+    AVX-512's `vfixupimmps`; or `llvm.maximum`: `maxps`, a test and a blend, where selects become two tests, their union and two moves."""
     name = {">": "maximum", "<": "minimum"}[relation]
 
-    def go(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    def go(b: ir.IRBuilder, x: ir.Value, y: ir.Value, features: Features = frozenset()) -> ir.Value:
         if is_constant(x) and not _constant_nan(x):
             return b.select(b.fcmp_ordered(relation, x, y), x, y)
         if is_constant(y) and not _constant_nan(y):
             return b.select(b.fcmp_ordered(relation, y, x), y, x)
-        return call_same(b, name, x, y, fastmath=("nsz",))
+        m = Lanes(b, x.type, features)
+        if not m.fixup_lanes():
+            return call_same(b, name, x, y, fastmath=("nsz",))
+        return m.fixup(x, b.select(b.fcmp_ordered(relation, x, y), x, y), quiet_nan=OPERAND, signalling_nan=OPERAND)
     return go
 
 
@@ -233,6 +237,9 @@ _RELATIONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">
 _NOT: Emit = lambda b, x: b.xor(x, _all_ones(x))  # noqa: E731
 _SAME: Emit = lambda b, x: x  # noqa: E731
 
+_EXTREMES: dict[str, Emit] = {"max": _float_extreme(">"), "min": _float_extreme("<")}
+"""Of floats: what the table has for other types."""
+
 TABLE: dict[str, dict[str, Emit]] = {
     "neg": _rows(f=_op("fneg"), iu=lambda b, x: b.sub(_like(x, 0), x)),
     "abs": _rows(f=_intrinsic("fabs"), i=_abs_int, u=_SAME),
@@ -248,8 +255,8 @@ TABLE: dict[str, dict[str, Emit]] = {
     "floordiv": _rows(f=_floordiv_float, i=_floordiv_int, u=_udiv), "truncdiv": _rows(i=_truncdiv, u=_udiv),
     "mod": _rows(f=_mod_float, i=_mod_int, u=_urem), "rem": _rows(f=vecmath.BINARY["fmod"], i=_rem, u=_urem),
     "pow": _rows(i=_pow_int, u=_pow_unsigned), "copysign": _rows(f=_intrinsic("copysign")),
-    "max": _rows(f=_float_extreme(">"), i=_int_extreme(">", True), u=_int_extreme(">", False), b=_op("or_")),
-    "min": _rows(f=_float_extreme("<"), i=_int_extreme("<", True), u=_int_extreme("<", False), b=_op("and_")),
+    "max": _rows(i=_int_extreme(">", True), u=_int_extreme(">", False), b=_op("or_")),
+    "min": _rows(i=_int_extreme("<", True), u=_int_extreme("<", False), b=_op("and_")),
     "fmax": _rows(f=_number_extreme(">")), "fmin": _rows(f=_number_extreme("<")),
     "and": _rows(iub=_op("and_")), "or": _rows(iub=_op("or_")), "xor": _rows(iub=_op("xor")),
     "shl": _rows(iu=_shift("shl")), "shr": _rows(i=_shift("ashr"), u=_shift("lshr")), "fma": _rows(f=_intrinsic("fma")),
@@ -268,6 +275,8 @@ def emit(b: ir.IRBuilder, features: Features, name: str, dtype: DType, *xs: ir.V
     if kind == "f" and dtype.bits < 32:
         wide = emit(b, features, name, F32, *[emit_cast(b, x, dtype.name, "f32") for x in xs], fast=fast)
         return wide if BY_NAME[name].result == "i1" else emit_cast(b, wide, "f32", dtype.name)
+    if kind == "f" and name in _EXTREMES:
+        return _EXTREMES[name](b, *xs, features)
     found = TABLE.get(name, {}).get(kind)
     if found is not None:
         return found(b, *xs)

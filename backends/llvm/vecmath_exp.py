@@ -88,8 +88,10 @@ def exp_clamped(m: Lanes, x: ir.Value) -> ir.Value:
 
 def exp_normal(m: Lanes, x: ir.Value) -> ir.Value:
     """exp(x) for float32 x in [-87, 88], where neither end needs care."""
-    r, z, _ = _reduce_ln2(m, x)
-    return m.mul(m.horner(r, EXP), _power_of_two(m, z))
+    r, z, n = _reduce_ln2(m, x)
+    p = m.horner(r, EXP)
+    scaled = m.ldexp(p, n)
+    return scaled if scaled is not None else m.mul(p, _power_of_two(m, z))
 
 
 def exp(m: Lanes, x: ir.Value) -> ir.Value:

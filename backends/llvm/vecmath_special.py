@@ -4,7 +4,7 @@ float32 erf and erfinv are polynomials, erfc one in float64; lgamma and digamma 
 `lgamma`, or `log` and `tan`, lane by lane) and round once; fmod is exact by a float64 quotient, with a cold loop over
 `fmodf` for vectors where a quotient exceeds 2^27.  Coefficients come from `benchmarks/minimax.py`.
 
-Instructions per vector as compiled for AVX2 / AVX-512: erf 42/39, erfc 106/79 and erfinv 63/59, hypot 20, fmod 33/29
+Instructions per vector as compiled for AVX2 / AVX-512: erf 42/37, erfc 106/79 and erfinv 63/59, hypot 20, fmod 33/29
 (cold loop aside), remainder 40/34, nextafter 15/13.  In float64 halves: erfc, fmod and hypot (two divisions or roots).
 """
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from aicc.backends.llvm.arith import emit
+from aicc.benchmarks import elementwise
 from aicc.ir import sym
 from aicc.ir.dialects.arith import BY_NAME
 from aicc.ir.types import DTYPES
 from kernels import TORCH, buffer, kernel, run
+from llvmlite import ir
 
 t0 = sym("t0")
 N = 67
@@ -138,3 +141,23 @@ def test_fma_and_scalars(target):
     root = x[1].abs().double().sqrt().float()  # rounded once; torch's own float32 sqrt may come from MKL and be off by one ulp
     want = (x.double() * x[1].double() + root.double()).float()
     torch.testing.assert_close(y, want, rtol=0, atol=0)
+
+
+@pytest.mark.skipif("avx512f" not in elementwise.host_features(), reason="needs AVX-512")
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("name", ["max", "min"])
+def test_extremes_by_avx512_keep_nans(name: str, dtype: str) -> None:
+    """NaNs of both kinds and signs in either operand, at every width that has the instruction and at those that do not."""
+    integer, element = (torch.int32, ir.FloatType()) if dtype == "f32" else (torch.int64, ir.DoubleType())
+    x = torch.tensor([0.0, -0.0, 1.0, -1.0, INF, -INF, 1e-40, -1e-40, 3e38, -2.5, 7.0, 0.5], dtype=TORCH[dtype]).view(integer)
+    quiet, signalling = (0x7FC12345, 0x7F800001) if dtype == "f32" else (0x7FF8000000012345, 0x7FF0000000000001)
+    top = -(1 << (31 if dtype == "f32" else 63))
+    x = torch.cat([x, torch.tensor([quiet, quiet + top, signalling, signalling + top], dtype=integer)]).view(TORCH[dtype])
+    a, b = x.repeat(16), x.repeat_interleave(16)
+    for width in (None, 2, 4, 8, 16, 32, 64):
+        module = elementwise.emit_loop(lambda *v: emit(v[0], elementwise.host_features(), name, DTYPES[dtype], *v[1:]), [element, element], element, width)
+        if "avx512vl" in elementwise.host_features():
+            assert ("fixupimm" in str(module)) == (width is not None and width * DTYPES[dtype].bits >= 128)
+        result = torch.empty_like(a)
+        elementwise.compile_function(module, "kernel", 3)(a.data_ptr(), b.data_ptr(), result.data_ptr(), result.numel())
+        torch.testing.assert_close(result, BINARY[name](a, b), rtol=0, atol=0, equal_nan=True)

@@ -12,7 +12,7 @@ from aicc.ir.printer import print_op
 from aicc.ir.verifier import verify
 from aicc.passes.check_plan import check_plan
 from aicc.passes.plan_memory import PlanMemory
-from aicc.passes.schedule import peak_bytes
+from aicc.passes.schedule import _Costs, _Dependences, _greedy, peak_bytes
 
 # k1 reads one buffer, k2 two; f1 and f2 may write over their first input; n (any number of inputs) has two outputs.
 KERNELS = "\n".join(f"""
@@ -218,6 +218,16 @@ def test_the_order_with_the_smaller_peak_wins() -> None:
     assert peak_bytes(m, function(m)) == 4096 + 2 * 64
     run_pipeline(m, parse_pipeline("bufferize,plan-memory"), PassContext())
     assert function(m)["stats"]["arena_bytes"] == 4096 + 128
+
+
+def test_the_last_user_of_a_large_value_comes_next() -> None:
+    """Once one of two users is scheduled, the other one frees the value: before an op that frees a small one."""
+    big = "tensor<1024xf32>"
+    m = module(f"%x: {T}", "\n".join([
+        f"%a = tile.launch(%x) {{kernel = @k1}} : {big}", f"%r = tile.launch(%a) {{kernel = @k1}} : {T}", f"%c = tile.launch(%r) {{kernel = @k1}} : {T}",
+        f"%q = tile.launch(%a) {{kernel = @k1}} : {T}", f"%s = tile.launch(%c, %q) {{kernel = @k2}} : {T}", "return(%s)"]))
+    order = _greedy(_Dependences([op for op in function(m).body if op.name == "tile.launch"]), _Costs(function(m), {}))
+    assert [op.results[0].name for op in order] == ["a", "r", "q", "c", "s"]
 
 
 def test_random_externs_keep_their_order() -> None:
