@@ -44,9 +44,7 @@ def suits_hopper(device: torch.device, programs: int, sizes: tuple[Any, ...], wi
 
 
 class _Scores(torch.autograd.Function):
-    """q k^T in float32, with gradients of 16 bits: products of 16-bit numbers that are not rounded where they are stored (a score of 300 by 0.13 in
-    float16, by 1 in bfloat16), as they are with symbolic sizes. torch's kernels take four dimensions and round no score; with others it computes in
-    float32."""
+    """q k^T in float32, with gradients of 16 bits. torch's own kernels take four dimensions of 16 bits; with others it computes in float32."""
 
     generate_vmap_rule = True
 
@@ -71,8 +69,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, 
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) if x.shape[-3] != q.shape[-3] else x for x in (k, v))
     wide = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
-    stored = q.dim() != 4 or not all(isinstance(n, int) for n in (*q.shape[-2:], k.shape[-2]))
-    product = _Scores.apply(q, k) if stored and q.dtype != wide else q @ k.transpose(-2, -1)
+    product = q @ k.transpose(-2, -1) if q.dim() == 4 or q.dtype == wide else _Scores.apply(q, k)
     scores = product.to(wide) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     alive: Tensor | None = None
     if is_causal:

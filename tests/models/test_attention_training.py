@@ -153,9 +153,9 @@ def test_three_dimensions_of_16_bits_are_as_near_the_truth_as_eager(dtype: torch
         assert (a - c).square().mean() <= 3**2 * (b - c).square().mean()
 
 
-@pytest.mark.parametrize(("shape", "dynamic"), [((5, 65, 64), False), ((5, 65, 64), True), ((2, 3, 65, 64), True)])
-def test_scores_of_16_bits_are_kept_in_float32_and_not_saved(shape: tuple[int, ...], dynamic: bool) -> None:
-    """Where they go through memory: with three dimensions, as in eager, and with symbolic sizes."""
+@pytest.mark.parametrize(("shape", "dynamic"), [((5, 65, 64), False), ((5, 65, 64), True)])
+def test_scores_of_three_dimensions_are_kept_in_float32_and_not_saved(shape: tuple[int, ...], dynamic: bool) -> None:
+    """With three dimensions, as in eager."""
     seen: list[torch.fx.GraphModule] = []
 
     def split(*args: Any, **kwargs: Any) -> Any:
