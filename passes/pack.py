@@ -131,7 +131,9 @@ def _exchange(op: Operation, roles: Roles, constant: set[Value], ctx: PassContex
     the left one packed. A register tile is square then, and turned when it is finished."""
     left, right = op.operands[roles.left], op.operands[roles.right]
     m, n = (_size(op, dims) for dims in (roles.m, roles.n))
-    if right in constant or roles.batch or len(roles.k) != 1 or not isinstance(m, int) or not isinstance(n, int) or op["fills"]:
+    if right in constant or roles.batch or len(roles.k) != 1 or not isinstance(m, int) or not isinstance(n, int):
+        return roles
+    if op["fills"] or "_columns" in op.attributes:
         return roles
     lanes = ctx.target.lanes(32)
     if {element_type(v.type).name for v in (left, right, op.result)} != {"f32"} or lanes < EXCHANGED_LANES or n < lanes:

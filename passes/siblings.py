@@ -9,7 +9,7 @@ from __future__ import annotations
 from ..ir import Operation, Value
 from .exact import factors, matrix_unit_type
 from .structured import is_contraction, is_pointwise
-from .tiling.contraction import roles_of
+from .tiling.contraction import EXCHANGED, roles_of
 
 __all__ = ["are_siblings", "sibling_of"]
 
@@ -23,7 +23,7 @@ def are_siblings(a: Operation, b: Operation, on_gpu: bool = True) -> bool:
     if a is b or a["dims"] != b["dims"] or a["reductions"] != b["reductions"]:
         return False
     r, q = roles_of(a), roles_of(b)
-    if r is None or r != q:
+    if r is None or r != q or a.attributes.get(EXCHANGED) or b.attributes.get(EXCHANGED):
         return False
     if on_gpu and (matrix_unit_type(a) is None or matrix_unit_type(a) != matrix_unit_type(b)):
         return False

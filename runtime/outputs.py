@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .huge_pages import prefer_huge_pages
 
@@ -34,13 +35,13 @@ _guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 
 
 def _set_in_storage(holder: torch.Tensor, shape: Shape, strides: Shape, offset: int) -> torch.Tensor:
-    return torch.empty(0, dtype=holder.dtype).set_(holder.untyped_storage(), offset, shape, strides)
+    return torch.empty(0, dtype=holder.dtype, device="cpu").set_(holder.untyped_storage(), offset, shape, strides)
 
 
 # Torch's own shortcuts past the dispatcher where this torch has them (0.7 microseconds for 1.8). What they make is a tensor of its own, with its own
 # version counter, and one of inference mode where that is on.
 empty_strided: Callable[[Shape, Shape, torch.dtype], torch.Tensor] = getattr(
-    _guards, "_empty_strided_cpu", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype))
+    _guards, "_empty_strided_cpu", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device="cpu"))
 _in_storage: Callable[[torch.Tensor, Shape, Shape, int], torch.Tensor] = getattr(
     _guards, "_reinterpret_tensor", _set_in_storage)
 
@@ -63,10 +64,13 @@ class OutputPool:
                 self._sizes.clear()
             size = 0 if 0 in shape else dtype.itemsize * (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)))
             self._sizes[shape, strides, dtype] = size
-        return empty_strided(shape, strides, dtype) if size < LARGE else _in_storage(self._take(size, dtype), shape, strides, 0)
+        if size < LARGE:
+            return empty_strided(shape, strides, dtype)
+        storage, holder = self._take(size, dtype)  # holding the storage: other threads see that it is in use
+        return _in_storage(holder, shape, strides, 0)
 
-    def _take(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of this type in a storage that nobody uses; not to be given away, for it is remembered too."""
+    def _take(self, size: int, dtype: torch.dtype) -> tuple[torch.UntypedStorage, torch.Tensor]:
+        """A storage that nobody uses, and a tensor of this type in it; not to be given away, for it is remembered too."""
         known = self._known.setdefault(size, [])
         for _ in range(len(known)):
             try:
@@ -85,7 +89,7 @@ class OutputPool:
             known.append(entry)
             if idle:
                 self.reused += 1
-                return holder
+                return storage, holder
         storage = torch.UntypedStorage(size)
         prefer_huge_pages(storage.data_ptr(), size)
         holder = _whole(storage, dtype)
@@ -94,7 +98,7 @@ class OutputPool:
         if self._bytes + size <= self.keep_bytes:
             self._bytes += size
             self._known[size].append((storage, storage.data_ptr(), holder))
-        return holder
+        return storage, holder
 
     @property
     def bytes(self) -> int:
@@ -108,7 +112,7 @@ class OutputPool:
 
 
 def _whole(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype).set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,))  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,))  # type: ignore[call-overload,no-any-return]
 
 
 def _of_torch() -> int:
@@ -121,7 +125,8 @@ def _of_torch() -> int:
     return references
 
 
-_OF_TORCH = _of_torch()
+with _disable_current_modes():  # whatever is traced where this is imported
+    _OF_TORCH = _of_torch()
 
 
 def is_large(shape: Shape, strides: Shape, dtype: torch.dtype) -> bool:

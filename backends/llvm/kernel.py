@@ -47,6 +47,7 @@ class KernelEmitter:
         self.kernel = kernel
         self.features: arith.Features = frozenset(target.features)
         self.errors = errors
+        self.vector_bytes = target.lanes(8)
         self.lanes = kernel_lanes(kernel, target)
         self.layouts = Layouts(kernel, self.lanes)
         self.resolver = Resolver(kernel)
@@ -54,7 +55,7 @@ class KernelEmitter:
         self.instances: dict[str, Dim] = {}
         self.scratch = Scratch(self)
         self.matrix_dots = amx.matrix_dots(self)
-        # Products that take subnormal numbers as zeros: so may the rounding of what they make.
+        # Beside products that take subnormal numbers as zeros, so may the rounding.
         self.rounds_bf16 = "avx512bf16" in self.features and (
             bool(self.matrix_dots) or any(multiplies_pairs(self.features, op) for op in kernel.walk()))
         self.conditions: Conditions = {}
@@ -82,6 +83,9 @@ class KernelEmitter:
             if arg.index not in shared:
                 value.add_attribute("noalias")
         size_values = dict(zip(symbols, f.args[len(args):]))
+        # What does not fit the registers lies on the stack: a vector across two cache lines takes several times as long to come back.
+        if self.vector_bytes > 16:  # what the calling convention keeps
+            f.attributes.alignstack = self.vector_bytes
         begin, end, self.context = f.args[-3:]
         self.entry = f.append_basic_block("entry")
         start = f.append_basic_block("start")

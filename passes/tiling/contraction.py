@@ -453,6 +453,7 @@ class Contraction:
             """Finishes a tile: as it is, or turned to lie as the result does."""
             if self.op.attributes.get(EXCHANGED):
                 acc, = sums
+                assert not self.partial
                 m, n = i + sym("t1"), panel * nr + sym("t0")
                 self.finish(inner, inner.builder.op("tile.transpose", acc, type=self.acc_type), batch, m, n, [(m, upper), (n, self.n)])
                 return

@@ -157,3 +157,15 @@ def test_nothing_beyond_the_target(name: str) -> None:
     """No instruction of a wider extension slips in through LLVM's name of the processor."""
     asm = assembly(TARGETS[name], 64, 96, 128, "bf16")
     assert "%zmm" not in asm and "dpbf16" not in asm and "bfdot" not in asm
+
+
+@pytest.mark.parametrize("name,suffix", [("avx2", "%ymm"), ("avx512", "%zmm")])
+def test_spilled_vectors_lie_within_lines(name: str, suffix: str) -> None:
+    """On an aligned stack; wherever the caller's happens to be, a vector across two lines may make a kernel several times as slow."""
+    text = """module {level = "graph"} { func @main {arg_attrs = [{kind = "input"}]} { ^(%x: tensor<65536xf32>):
+  %y = graph.gelu(%x) : tensor<65536xf32>
+  return(%y)
+} }"""
+    asm = compile_module(through(text, TARGETS[name], "graph", "tensor", "tile", "host"), TARGETS[name]).asm
+    spills = [line for line in asm.splitlines() if "(%rsp)" in line and suffix in line and "mov" in line]
+    assert spills and not any("movup" in line or "movdqu" in line for line in spills)

@@ -47,6 +47,17 @@ def test_compiled(m: int, n: int, k: int) -> None:
     assert distance <= 2 * eager + 1e-6
 
 
+def test_two_with_one_larger_operand() -> None:
+    """Each is a kernel of its own."""
+    def gated(x: torch.Tensor, other: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.silu(F.linear(x, w)) * F.linear(other, w)
+
+    x, w, _ = _inputs(16, 100, 40)
+    program = capture(gated, (x, x.flip(0), w))
+    assert sum(op.name == "tile.transpose" for op in lowered(program, AVX512, "tile").walk()) == 2
+    check_levels(program, AVX512)
+
+
 @pytest.mark.parametrize("what,f,args", [
     ("few rows", _activated, _inputs(8, 64, 40)),
     ("idle lanes", _activated, _inputs(17, 64, 40)),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
+
 import pytest
 import torch
 from aicc.runtime import outputs
@@ -99,3 +103,33 @@ def test_without_torchs_shortcuts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs, "_in_storage", outputs._set_in_storage)
     test_a_result_is_like_one_of_torch()
     test_a_dropped_result_is_used_again()
+
+
+def test_another_default_device() -> None:
+    """Results are made on the CPU whatever device the user has named, before the first compilation or after it."""
+    for first in ('torch.set_default_device("meta")', "f(x)"):
+        subprocess.run([sys.executable, "-c", f"""if True:
+            import torch
+            f, x = torch.compile(lambda x: x + 1, backend="aicc", options={{"strict": True}}), torch.zeros(256, 256)
+            {first}
+            torch.set_default_device("meta")
+            assert f(x).device.type == "cpu"
+        """], check=True, timeout=120)
+
+
+def test_threads_never_share_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between taking memory and making a tensor in it, another thread looks for memory too."""
+    pool, found = OutputPool(), []
+    make(pool)
+
+    def slowly(holder: torch.Tensor, *args: object) -> torch.Tensor:
+        if not found:
+            found.append(holder)
+            other = threading.Thread(target=lambda: found.append(make(pool)))
+            other.start()
+            other.join()
+        return outputs._set_in_storage(holder, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(outputs, "_in_storage", slowly)
+    mine = make(pool)
+    assert found[1].data_ptr() != mine.data_ptr()
