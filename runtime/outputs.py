@@ -66,7 +66,7 @@ class OutputPool:
             self._sizes[shape, strides, dtype] = size
         if size < LARGE:
             return empty_strided(shape, strides, dtype)
-        storage, holder = self._take(size, dtype)  # holding the storage: other threads see that it is in use
+        _storage, holder = self._take(size, dtype)  # holding the storage: other threads see that it is in use
         return _in_storage(holder, shape, strides, 0)
 
     def _take(self, size: int, dtype: torch.dtype) -> tuple[torch.UntypedStorage, torch.Tensor]:
