@@ -94,6 +94,7 @@ class PackedMemory:
         self._device = torch.device(device)
         self._lock = threading.Lock()
         self.current: Packed | None = None
+        self._strides: list[tuple[int, ...]] | None = None
         self._warned = False
         _live.add(self)
 
@@ -148,6 +149,7 @@ class PackedMemory:
 
     def _renew(self, guarded: Sequence[torch.Tensor], where: Sequence[int], versions: list[object], symbols: tuple[int, ...],
                pointers: Sequence[int], symbol_address: int) -> Packed:
+        self._check_strides(guarded)
         old, self.current = self.current, None  # from here on no other call can take `old`
         unused = old is not None and sys.getrefcount(old) == 2  # `old` and the argument of getrefcount
         for other in list(_live):
@@ -179,6 +181,16 @@ class PackedMemory:
         lasting = [None if b.transient else m for b, m in zip(self.buffers, memory, strict=True)]
         self.current = packed = Packed(where, versions, symbols, keys, lasting, refs, fingerprint)
         return packed
+
+    def _check_strides(self, guarded: Sequence[torch.Tensor]) -> None:
+        """ValueError where a parameter lies otherwise than when the graph was compiled: `p.data = other` is no change to Dynamo before torch 2.13."""
+        strides = [tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)) for t in guarded]
+        if self._strides is None:
+            self._strides = strides
+        elif strides != self._strides and not self.symbolic:
+            i = next(i for i, (a, b) in enumerate(zip(strides, self._strides, strict=True)) if a != b)
+            raise ValueError(f"a parameter of shape {tuple(guarded[i].shape)} has strides {guarded[i].stride()} now, and the graph was compiled for "
+                             f"{self._strides[i]}; this torch did not notice. Call torch._dynamo.reset(), or assign data that lies as the old did")
 
     def _allocate(self, size: int) -> torch.Tensor:
         memory = torch.empty(size, dtype=torch.uint8, device=self._device)
