@@ -25,8 +25,9 @@ from ..ir.expr import as_int, free_symbols, product, substitute
 from ..ir.passes import Pass, PassContext, register
 from .exact import factors
 from .structured import body_ops, constant_values, identity_map, inline_into, is_contraction, is_pointwise, plain_dims
-from .tiling.contraction import GROUPS, Roles, roles_of
+from .tiling.contraction import GROUPS
 from .tiling.cpu_tiles import is_depthwise, multiplies_matrices, multiplies_pairs
+from .tiling.roles import Roles, roles_of
 
 __all__ = ["Factors", "integer_form"]
 

@@ -21,7 +21,7 @@ from ..ir.opdef import Trait
 from ..ir.passes import Pass, PassContext, register
 from .narrow_results import note_rounding, rounding
 from .structured import EXPENSIVE, body_ops, identity_map, inline_into, inline_into_gather, is_contraction, is_pointwise
-from .tiling.contraction import roles_of
+from .tiling.roles import roles_of
 from .unpack import UNPACKS
 
 LITTLE, SMALLER = 8, 64

@@ -25,7 +25,7 @@ from .products import Product, is_linear, read_product, walk_of
 from .siblings import sibling_of
 from .stream_growth import MAX_WIDTH
 from .structured import EXPENSIVE, body_ops, identity_map, is_contraction, is_pointwise, reshape_like
-from .tiling.contraction import Roles, roles_of
+from .tiling.roles import Roles, roles_of
 
 __all__ = ["WORKSPACE", "WORKSPACE_SLACK", "Library", "LibraryOperands", "library_shape"]
 

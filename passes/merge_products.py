@@ -23,8 +23,8 @@ from ..ir.expr import product, substitute
 from ..ir.passes import Pass, PassContext, register
 from ..ir.types import i64
 from .structured import body_ops, composed_map, constant_values, identity_map, is_contraction, is_pointwise, map_bounds, plain_dims
-from .tiling.contraction import roles_of
 from .tiling.cpu_tiles import is_depthwise
+from .tiling.roles import roles_of
 
 __all__ = ["MergeProducts"]
 

@@ -28,8 +28,9 @@ from ..ir.ranges import contiguous_linear, delinearize, known_nonnegative, lower
 from ..ir.types import i64
 from .layout import channel_of
 from .structured import constant_values, in_order, is_contraction, plain_dims, space_bounds
-from .tiling.contraction import EXCHANGED, GROUPS, MATRIX, Roles, exchanged, roles_of
+from .tiling.contraction import GROUPS, MATRIX
 from .tiling.cpu_tiles import contraction_tile, is_depthwise, multiplies_matrices, multiplies_pairs
+from .tiling.roles import EXCHANGED, Roles, exchanged, roles_of
 from .unpack import unpacked_in_kernel
 
 SMALL_M = 4

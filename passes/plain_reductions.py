@@ -21,7 +21,7 @@ from ..ir import Operation, TensorType, Trait, Value, element_type
 from ..ir.expr import free_symbols, product
 from ..ir.passes import Pass, PassContext, register
 from .structured import EXPENSIVE, PLAIN, body_ops, constant_values, is_contraction, is_pointwise
-from .tiling.contraction import is_row_major, roles_of, stride_along
+from .tiling.roles import is_row_major, roles_of, stride_along
 
 __all__ = ["PlainReductions"]
 

@@ -19,7 +19,7 @@ from ..ir.expr import product
 from ..ir.ranges import simplify, split_linear
 from ..ir.types import contiguous_strides
 from .structured import space_bounds
-from .tiling.contraction import roles_of
+from .tiling.roles import roles_of
 
 __all__ = ["Product", "is_linear", "read_product", "walk", "walk_of"]
 

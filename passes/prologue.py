@@ -15,8 +15,9 @@ from ..ir import Operation, Target, TensorType, element_type
 from ..ir.expr import as_int, ceildiv, product
 from .exact import matrix_unit_type
 from .structured import EXPENSIVE, body_ops, is_pointwise, plain_dims
-from .tiling.contraction import ROWS, roles_of
+from .tiling.contraction import ROWS
 from .tiling.gpu_tiles import gemm_tile_gpu, product_bytes
+from .tiling.roles import roles_of
 from .unpack import UNPACKS
 
 __all__ = ["makes_rows", "unpacks"]

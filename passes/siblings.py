@@ -9,7 +9,7 @@ from __future__ import annotations
 from ..ir import Operation, Value
 from .exact import factors, matrix_unit_type
 from .structured import is_contraction, is_pointwise
-from .tiling.contraction import EXCHANGED, roles_of
+from .tiling.roles import EXCHANGED, roles_of
 
 __all__ = ["are_siblings", "sibling_of"]
 

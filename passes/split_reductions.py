@@ -24,8 +24,8 @@ from .narrow_results import ROUNDS
 from .rescale import about_mean
 from .structured import BESIDE, is_contraction, is_pointwise, rebuild, space_bounds
 from .tiling.columns import COLUMNS as LOOP_COLUMNS
-from .tiling.contraction import is_row_major, roles_of
 from .tiling.gpu_tiles import COLUMNS, FEW_ROWS, early_columns, gemm_tile_gpu, packed_bytes, product_bytes
+from .tiling.roles import is_row_major, roles_of
 
 CPU_PARTS = 16
 """Programs that a reduction on a CPU is split into at most."""

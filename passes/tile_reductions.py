@@ -26,8 +26,9 @@ from ..ir.passes import Pass, PassContext, register
 from ..ir.ranges import delinearize, simplify
 from .rescale import Declined, Dependence, Factor
 from .structured import PARTIAL, identity_map, identity_of, index_value, inline_into, is_contraction, is_pointwise, plain_dims, rebuild, space_bounds
-from .tiling.contraction import COLUMNS, EXCHANGED, K_BLOCK, ROWS, Roles, roles_of, rows_in_block
+from .tiling.contraction import COLUMNS, K_BLOCK, ROWS, rows_in_block
 from .tiling.cpu_tiles import contraction_tile, is_depthwise
+from .tiling.roles import EXCHANGED, Roles, roles_of
 
 __all__ = ["TileReductions"]
 

@@ -46,7 +46,7 @@ from .entry import NOT_AS_KNOWN, make_entry
 from .extern_call import TensorSpec
 from .loader import NativeFunction, NativeLibrary, load_object
 from .no_memory import require_memory
-from .outputs import empty_strided, is_large, shared_outputs
+from .outputs import empty_strided, is_large, shared_outputs, strided_bytes
 from .packing import PackedMemory, PersistentBuffer
 from .segments import Segments
 from .sizes import Size, SizeError, compile_size, evaluate_size
@@ -445,7 +445,7 @@ class CompiledGraph:
         sizes = self._static or next(reversed(self._memo.values()), None)
         outputs = 0
         if sizes is not None:
-            outputs = sum(_empty_bytes(*spec) for spec in sizes.outputs)
+            outputs = sum(strided_bytes(*spec) for spec in sizes.outputs)
         return {"arena": 0 if sizes is None else sizes.arena, "persistent": 0 if self._packed is None else self._packed.bytes,
                 "outputs": outputs}
 
@@ -477,12 +477,6 @@ def _integer(value: Any) -> int:
     """A size that is no plain int: a number of another type, or the length of a jagged dimension, which only has a name."""
     node = getattr(value, "node", None)
     return int(node.nested_int()) if node is not None and node.is_nested_int() else int(value)
-
-
-def _empty_bytes(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> int:
-    if 0 in shape:
-        return 0
-    return (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))) * dtype.itemsize
 
 
 def _index(i: Any, rows: Sequence[Any]) -> int:

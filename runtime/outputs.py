@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .huge_pages import prefer_huge_pages
 
-__all__ = ["LARGE", "OutputPool", "empty_strided", "is_large", "shared_outputs"]
+__all__ = ["LARGE", "OutputPool", "empty_strided", "is_large", "shared_outputs", "strided_bytes"]
 
 LARGE = 1 << 17
 """Results from this many bytes on are remembered; smaller ones come quickly from the allocator."""
@@ -62,8 +62,7 @@ class OutputPool:
         if size is None:
             if len(self._sizes) >= _MOST_SIZES:
                 self._sizes.clear()
-            size = 0 if 0 in shape else dtype.itemsize * (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)))
-            self._sizes[shape, strides, dtype] = size
+            size = self._sizes[shape, strides, dtype] = strided_bytes(shape, strides, dtype)
         if size < LARGE:
             return empty_strided(shape, strides, dtype)
         _storage, holder = self._take(size, dtype)  # holding the storage: other threads see that it is in use
@@ -127,6 +126,11 @@ def _of_torch() -> int:
 
 with _disable_current_modes():  # whatever is traced where this is imported
     _OF_TORCH = _of_torch()
+
+
+def strided_bytes(shape: Shape, strides: Shape, dtype: torch.dtype) -> int:
+    """From the first element to the last."""
+    return 0 if 0 in shape else dtype.itemsize * (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)))
 
 
 def is_large(shape: Shape, strides: Shape, dtype: torch.dtype) -> bool:

@@ -14,6 +14,7 @@ from ...ir.core import Operation, Value
 from ...ir.opdef import Trait
 from ...ir.target import Target
 from ...ir.types import BufferType, TileType, element_type
+from .nontemporal import LINE
 from .values import split_widths
 
 __all__ = ["Layouts", "kernel_lanes"]
@@ -23,10 +24,6 @@ def kernel_lanes(kernel: Operation, target: Target) -> int:
     """Lanes of a full vector: as many f32 as a register holds, or f64 where a kernel computes in those."""
     wide = any(element_type(r.type).name == "f64" for op in kernel.walk() for r in op.results if op is not kernel)
     return max(1, target.lanes(64 if wide else 32))
-
-
-LINE = 64
-"""Bytes of a cache line."""
 
 
 class Layouts:

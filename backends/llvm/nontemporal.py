@@ -27,7 +27,7 @@ from .values import I64, memory_type
 if TYPE_CHECKING:
     from .kernel import KernelEmitter
 
-__all__ = ["Nontemporal", "Run"]
+__all__ = ["LINE", "Nontemporal", "Run"]
 
 LINE = 64
 SHORTEST = 8192

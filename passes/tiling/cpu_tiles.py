@@ -13,7 +13,8 @@ from ...ir.expr import free_symbols, product
 from ...ir.ranges import delinearize, split_linear
 from ..structured import space_bounds
 from .columns import WINDOW
-from .contraction import EXCHANGED, MATRIX, Roles, offset_of
+from .contraction import MATRIX, offset_of
+from .roles import EXCHANGED, Roles
 
 __all__ = ["contraction_tile", "fits_registers", "gemm_tile", "is_depthwise", "multiplies_matrices", "multiplies_pairs", "square_tile"]
 

@@ -58,7 +58,7 @@ class Lowering:
     def __init__(self, frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], gpu: bool, private_bytes: int,
                  cache: int | None = None, near: bool = False):
         self.private_bytes, self.cache, self.near = private_bytes, cache, near
-        self.traffic = sum(_bytes(v) for v in {x.value for x in frame.accesses})
+        self.bytes_of = {x.value: x.weight * x.bytes if isinstance(x.weight, int) else 0 for x in frame.accesses}  # of operands; 0: not known
         self.frame, self.tile, self.e, self.buffers, self.gpu = frame, tile, e, buffers, gpu
         self.made: dict[Value, Operation] = {r: op for op in frame.members for r in op.results}
         self.stores = {x.value: x.offset for x in frame.accesses if x.is_store}
@@ -409,7 +409,7 @@ class Lowering:
 
     def _is_streamed(self, v: Value) -> bool:
         """This stage is the first to read the operand, from memory, and does so little with it that memory bounds it."""
-        if self.cache is None or self.by_columns or self.traffic <= self.cache or _bytes(v) <= self.private_bytes:
+        if self.cache is None or self.by_columns or sum(self.bytes_of.values()) <= self.cache or self.bytes_of.get(v, 0) <= self.private_bytes:
             return False
         here = [op for op in self.frame.members if self.frame.stage[op] == self.now and (op["reductions"] or self.frame.is_full(op))]
         first = min(self.frame.stage[op] for op in self.frame.members if v in op.operands)
@@ -581,11 +581,6 @@ class Lowering:
                 self.outer_values[r] = value
                 if r in self.stores:
                     self.store(scope, self.buffers[r], self.stores[r], value)
-
-
-def _bytes(v: Value) -> int:
-    """Of a tensor; 0 if it is not known."""
-    return v.type.numel * v.type.dtype.bytes if isinstance(v.type, TensorType) and isinstance(v.type.numel, int) else 0
 
 
 def emit_loops(frame: Frame, tile: TileChoice, e: Emitter, buffers: dict[Value, Value], *, gpu: bool = False, private_bytes: int = 0,

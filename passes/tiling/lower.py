@@ -20,7 +20,7 @@ from ..stream import analyse as analyse_stream
 from ..stream_access import packed as is_packed
 from ..structured import BESIDE, PARTIAL, constant_values, is_contraction, is_pointwise
 from .caching import mark_second_readings
-from .contraction import emit_contraction, is_row_major, roles_of
+from .contraction import emit_contraction
 from .contraction_gpu import emit_gpu_contraction
 from .cpu_candidates import CpuTile, contraction_candidates, loop_candidates, stream_candidates
 from .cpu_tiles import contraction_tile, is_depthwise, square_tile
@@ -31,6 +31,7 @@ from .gpu_tiles import GpuTile, gemm_tiles_gpu, packed_bytes, product_bytes
 from .loop_tiles import choose_tile, loop_tiles, resized
 from .loops import emit_loops
 from .ordered import emit_parallel_scatter, emit_scan, emit_scatter, scatters_in_parallel, starts_as_copy
+from .roles import is_row_major, roles_of
 from .row_columns import emit_row_columns, row_columns_tile
 from .row_pipeline import in_pipeline
 from .segments import emit_segments
